@@ -1,0 +1,304 @@
+"""The Vision Transformer, yielding what it computes: one BlockTrace per block, and the tokens of any block.
+
+It knows nothing of data, arguments, statistics or probes. Parameter names are timm's.
+Letters: B images, N tokens (prefix first), P prefix tokens ([cls], then registers), R registers, M patches, H heads,
+D width, d = D / H head width, L blocks. Blocks are counted from 0.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.layers import DropPath
+from torch import Tensor
+
+from util.pos_embed import resample_pos_embed, sincos_pos_embed
+
+
+class BlockTrace(NamedTuple):
+    """What one block computed. Attention logits are `q @ k.transpose(-2, -1) * scale + logit_bias`."""
+
+    index: int  # 0-based block
+    x: Tensor  # (B,N,D) residual stream entering the block
+    q: Tensor  # (B,H,N,d) after any q/k norm and rotary embedding
+    k: Tensor  # (B,H,N,d)
+    scale: float
+    logit_bias: Tensor | None  # (H,N,N) relative position, where the family has one
+    update: Tensor  # (B,N,D) attention branch after its projection, before LayerScale and residual
+    out: Tensor  # (B,N,D) residual stream leaving the block
+
+
+class Features(NamedTuple):
+    """The tokens of one block, before the final norm (the paper's protocol)."""
+
+    cls: Tensor | None  # (B,D)
+    registers: Tensor  # (B,R,D)
+    patches: Tensor  # (B,M,D), row-major grid
+    cls_attention: Tensor | None  # (B,H,M) [cls] row of the attention, softmax over all N keys; only when asked for
+
+
+class PatchEmbed(nn.Module):
+    """Non-overlapping patches, linearly embedded: images (B,3,h,w) -> (B,D,h/p,w/p)."""
+
+    def __init__(self, patch_size: int, embed_dim: int):
+        super().__init__()
+        self.patch_size = patch_size
+        self.proj = nn.Conv2d(3, embed_dim, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, images: Tensor) -> Tensor:
+        height, width = images.shape[-2:]
+        if height % self.patch_size or width % self.patch_size:
+            raise ValueError(
+                f"images of {height} x {width} pixels cannot be cut into patches of {self.patch_size}: "
+                f"choose an --input_size that {self.patch_size} divides"
+            )
+        return self.proj(images)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention that also hands out its queries and keys."""
+
+    def __init__(self, dim: int, num_heads: int, qkv_bias: bool = True):
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"{num_heads} heads do not divide a width of {dim}")
+        self.num_heads = num_heads
+        self.scale = (dim // num_heads) ** -0.5
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B,N,D) -> update (B,N,D), q (B,H,N,d), k (B,H,N,d)."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        heads = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
+        return self.proj(heads.transpose(1, 2).flatten(2)), q, k
+
+
+class Mlp(nn.Module):
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class LayerScale(nn.Module):
+    def __init__(self, dim: int, init_values: float):
+        super().__init__()
+        self.gamma = nn.Parameter(init_values * torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block; returns its BlockTrace."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        init_values: float | None = None,
+        drop_path: float = 0.0,
+        index: int = 0,
+    ):
+        super().__init__()
+        self.index = index
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, num_heads, qkv_bias)
+        self.ls1 = LayerScale(dim, init_values) if init_values is not None else nn.Identity()
+        self.drop_path1 = DropPath(drop_path) if drop_path else nn.Identity()
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.ls2 = LayerScale(dim, init_values) if init_values is not None else nn.Identity()
+        self.drop_path2 = DropPath(drop_path) if drop_path else nn.Identity()
+
+    def forward(self, x: Tensor) -> BlockTrace:
+        update, q, k = self.attn(self.norm1(x))
+        middle = x + self.drop_path1(self.ls1(update))
+        out = middle + self.drop_path2(self.ls2(self.mlp(self.norm2(middle))))
+        return BlockTrace(self.index, x, q, k, self.attn.scale, None, update, out)
+
+
+class VisionTransformer(nn.Module):
+    """ViT whose `trace` yields every block and whose `forward` returns the tokens of chosen blocks.
+
+    pos_embed: "learned" (trainable) or "sincos" (MAE's fixed table, not trained).
+    no_embed_class: the position table covers the patches only (timm's name; DINOv2 with registers).
+    """
+
+    def __init__(
+        self,
+        img_size: int = 224,
+        patch_size: int = 16,
+        embed_dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        class_token: bool = True,
+        reg_tokens: int = 0,
+        no_embed_class: bool = False,
+        init_values: float | None = None,
+        pos_embed: str = "sincos",
+        drop_path: float = 0.0,
+    ):
+        super().__init__()
+        if img_size % patch_size:
+            raise ValueError(f"an input size of {img_size} is not divisible by the patch size {patch_size}")
+        self.embed_dim, self.depth, self.num_heads, self.patch_size = embed_dim, depth, num_heads, patch_size
+        self.grid_size = (img_size // patch_size, img_size // patch_size)
+        self.num_registers = reg_tokens
+        self.num_prefix_tokens = int(class_token) + reg_tokens
+        self.num_embedded_prefix = 0 if no_embed_class else self.num_prefix_tokens
+        self.patch_embed = PatchEmbed(patch_size, embed_dim)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if class_token else None
+        self.reg_token = nn.Parameter(torch.zeros(1, reg_tokens, embed_dim)) if reg_tokens else None
+        table = sincos_pos_embed(embed_dim, self.grid_size, self.num_embedded_prefix)
+        if pos_embed == "learned":
+            table = nn.init.trunc_normal_(torch.empty_like(table), std=0.02)
+        self.pos_embed = nn.Parameter(table, requires_grad=pos_embed == "learned")
+        rates = torch.linspace(0, drop_path, depth).tolist()  # stochastic depth grows linearly with the block
+        self.blocks = nn.ModuleList(
+            Block(embed_dim, num_heads, mlp_ratio, qkv_bias, init_values, rates[index], index) for index in range(depth)
+        )
+        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.apply(init_weights)
+        for token in (self.cls_token, self.reg_token):
+            if token is not None:
+                nn.init.normal_(token, std=0.02)
+
+    @property
+    def has_cls(self) -> bool:
+        return self.cls_token is not None
+
+    def check_blocks(self, blocks: Sequence[int]) -> None:
+        for block in blocks:
+            if not 0 <= block < self.depth:
+                raise ValueError(
+                    f"block {block} does not exist: this encoder has blocks 0 to {self.depth - 1} (counted from 0)"
+                )
+
+    def embed(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (B,3,h,w) -> prefix tokens (B,P,D) and patch tokens (B,M,D), positions added.
+
+        Positions are resampled when the grid differs from the one the encoder was built for.
+        """
+        patches = self.patch_embed(images)
+        positions = resample_pos_embed(
+            self.pos_embed, self.grid_size, tuple(patches.shape[-2:]), self.num_embedded_prefix
+        )
+        patches = patches.flatten(2).transpose(1, 2) + positions[:, self.num_embedded_prefix :]
+        tokens = [token for token in (self.cls_token, self.reg_token) if token is not None]
+        prefix = torch.cat(tokens, dim=1) if tokens else patches.new_zeros(1, 0, self.embed_dim)
+        if self.num_embedded_prefix:
+            prefix = prefix + positions[:, : self.num_embedded_prefix]
+        return prefix.expand(len(images), -1, -1), patches
+
+    def trace_tokens(self, tokens: Tensor) -> Iterator[BlockTrace]:
+        """Run the blocks on embedded tokens (B,N,D), yielding each as it is computed."""
+        for block in self.blocks:
+            step = block(tokens)
+            tokens = step.out
+            yield step
+
+    def trace(self, images: Tensor) -> Iterator[BlockTrace]:
+        """Images (B,3,h,w) -> one BlockTrace per block, in order; stop iterating to skip the blocks that follow."""
+        return self.trace_tokens(torch.cat(self.embed(images), dim=1))
+
+    def forward(
+        self, images: Tensor, blocks: Sequence[int] | None = None, cls_attention: bool = False
+    ) -> dict[int, Features]:
+        """Images (B,3,h,w) -> {block: Features} for the chosen blocks (default: the last), before the final norm.
+
+        Blocks after the last chosen one are not computed. Raises ValueError for a block that does not exist.
+        """
+        wanted = {self.depth - 1} if blocks is None else set(blocks)
+        self.check_blocks(sorted(wanted))
+        features = {}
+        for step in self.trace(images):
+            if step.index in wanted:
+                features[step.index] = self.split(step, cls_attention)
+            if step.index == max(wanted):
+                break
+        return features
+
+    def split(self, step: BlockTrace, cls_attention: bool = False) -> Features:
+        """The tokens that leave a block, by kind; with the [cls] row of its attention if asked for."""
+        prefix = self.num_prefix_tokens
+        attention = None
+        if cls_attention:
+            if not self.has_cls:
+                raise ValueError("this encoder has no [cls] token, hence no [cls] attention")
+            logits = (step.q[:, :, 0:1].float() @ step.k.float().transpose(-2, -1)).squeeze(2) * step.scale
+            if step.logit_bias is not None:
+                logits = logits + step.logit_bias[:, 0]
+            attention = logits.softmax(-1)[..., prefix:]
+        return Features(
+            cls=step.out[:, 0] if self.has_cls else None,
+            registers=step.out[:, prefix - self.num_registers : prefix],
+            patches=step.out[:, prefix:],
+            cls_attention=attention,
+        )
+
+
+class ClsClassifier(nn.Module):
+    """Classification on the normalised [cls] token, for end-to-end fine-tuning (the paper's MAE-FT)."""
+
+    def __init__(self, backbone: VisionTransformer, num_classes: int):
+        super().__init__()
+        if not backbone.has_cls:
+            raise ValueError("fine-tuning on [cls] needs an encoder with a [cls] token: drop --no_cls_token")
+        self.backbone = backbone
+        self.head = nn.Linear(backbone.embed_dim, num_classes)
+        nn.init.trunc_normal_(self.head.weight, std=2e-5)  # MAE's fine-tuning: start from nearly uniform predictions
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B,3,h,w) -> logits (B,K)."""
+        (features,) = self.backbone(images).values()
+        return self.head(self.backbone.norm(features.cls))
+
+    def published_state_dict(self) -> dict[str, Tensor]:
+        """Weights in the published layout: encoder keys as timm's, then `head.*`."""
+        return {key.removeprefix("backbone."): value for key, value in self.state_dict().items()}
+
+
+def init_weights(module: nn.Module) -> None:
+    """MAE's initialisation: Xavier-uniform matrices (the patch projection seen as a matrix), zero biases, unit norms."""
+    if isinstance(module, nn.Linear | nn.Conv2d):
+        nn.init.xavier_uniform_(module.weight.view(len(module.weight), -1))
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+ARCHITECTURES = {
+    "vit_demo_patch8": {"img_size": 64, "patch_size": 8, "embed_dim": 128, "depth": 6, "num_heads": 4},
+    "vit_tiny_patch16": {"patch_size": 16, "embed_dim": 192, "depth": 12, "num_heads": 3},
+    "vit_small_patch16": {"patch_size": 16, "embed_dim": 384, "depth": 12, "num_heads": 6},
+    "vit_base_patch16": {"patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12},
+    "vit_large_patch16": {"patch_size": 16, "embed_dim": 1024, "depth": 24, "num_heads": 16},
+    "vit_huge_patch14": {"patch_size": 14, "embed_dim": 1280, "depth": 32, "num_heads": 16},
+}
+
+
+def architecture(name: str) -> dict:
+    """Options of an architecture by name; ValueError lists the names there are."""
+    if name not in ARCHITECTURES:
+        raise ValueError(f"unknown model {name!r}: choose one of {', '.join(ARCHITECTURES)}")
+    return ARCHITECTURES[name]
+
+
+def default_input_size(name: str) -> int:
+    return architecture(name).get("img_size", 224)
+
+
+def build_vit(name: str, **options) -> VisionTransformer:
+    """A randomly initialised encoder, e.g. build_vit("vit_base_patch16", img_size=224, class_token=False)."""
+    return VisionTransformer(**{**architecture(name), **options})

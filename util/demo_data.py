@@ -1,0 +1,145 @@
+"""The embedded demo: a procedural data set in which one textured object decides the class.
+
+Each image shows smooth colour clutter, several flat distractor shapes and one object of the same kind of shapes, which
+covers about a tenth of the image. The object's *texture* is the class; its place, shape, size, colours, period and phase
+are random, and so are those of the distractors, which have no texture. Every texture keeps its identity under the
+recipe's crops (any magnification) and horizontal flips. So a representation that averages the whole image sees mostly
+background, and one that selects the object's patches sees the class.
+
+Every image is a function of (seed, split, index). Written as an ImageFolder of PNG files with `boxes.csv` beside the
+splits: `path,x0,y0,x1,y1`, pixels, inclusive, the object's box.
+"""
+
+import csv
+import io
+import json
+import os
+from collections.abc import Callable
+from multiprocessing import Pool
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from util.files import write_atomically
+from util.seeding import stable_seed
+
+SIZE = 72  # pixels; the test transform resizes to 73 and crops 64
+OBJECT_RADIUS = (9.0, 13.0)  # pixels: a disc of radius 13 covers a tenth of the image
+PERIOD = (5.0, 8.0)  # pixels, about one patch
+MARGIN = 5  # pixels that the central crop removes on each side
+
+
+def _wave(t: np.ndarray) -> np.ndarray:
+    """Stripes of period 1: a square wave with soft edges, in [-1, 1]."""
+    return np.tanh(3.0 * np.sin(2 * np.pi * t))
+
+
+def _lines(t: np.ndarray) -> np.ndarray:
+    """Thin lines of period 1: high near integers, in [-1, 1]."""
+    return np.tanh(4.0 * (np.cos(2 * np.pi * t) - 0.6))
+
+
+# The classes: texture(x, y, sign) in [-1, 1]; x, y in periods from a random origin near the object's centre, sign = +-1
+# at random where a texture has a handedness, so that a flipped texture is as likely as the original.
+TEXTURES: dict[str, Callable[[np.ndarray, np.ndarray, int], np.ndarray]] = {
+    "bricks": lambda x, y, sign: np.maximum(_lines(2 * y), _lines(x + 0.5 * np.floor(2 * y))),
+    "checks": lambda x, y, sign: np.tanh(4.0 * np.sin(2 * np.pi * x) * np.sin(2 * np.pi * y)),
+    "diagonals": lambda x, y, sign: _wave((x + sign * y) / np.sqrt(2)),
+    "diamonds": lambda x, y, sign: np.tanh(4.0 * np.sin(np.pi * 1.4 * (x + y)) * np.sin(np.pi * 1.4 * (x - y))),
+    "dots": lambda x, y, sign: np.tanh(3.0 * (np.cos(2 * np.pi * x) + np.cos(2 * np.pi * y) - 0.8)),
+    "grid": lambda x, y, sign: np.maximum(_lines(x), _lines(y)),
+    "horizontals": lambda x, y, sign: _wave(y),
+    "rings": lambda x, y, sign: _wave(np.hypot(x, y)),
+    "verticals": lambda x, y, sign: _wave(x),
+    "zigzags": lambda x, y, sign: _wave(y + np.abs((x / 1.6) % 1.0 - 0.5) * 1.6),
+}
+CLASSES = tuple(TEXTURES)
+
+
+class DemoImage(NamedTuple):
+    pixels: np.ndarray  # (SIZE, SIZE, 3) uint8
+    label: int
+    box: tuple[int, int, int, int]  # x0, y0, x1, y1 of the object, inclusive
+
+
+def _clutter(rng: np.random.Generator) -> np.ndarray:
+    """A smooth colour field: random low frequencies, (SIZE, SIZE, 3) around 0.5."""
+    y, x = np.mgrid[0:SIZE, 0:SIZE] / SIZE
+    field = np.full((SIZE, SIZE, 3), 0.5) + rng.uniform(-0.15, 0.15, 3)
+    for _ in range(4):
+        fx, fy = rng.uniform(-1.5, 1.5, 2)
+        field += np.sin(2 * np.pi * (fx * x + fy * y + rng.uniform()))[..., None] * rng.uniform(-0.12, 0.12, 3)
+    return field
+
+
+def _shape(rng: np.random.Generator, cx: float, cy: float, radius: float) -> np.ndarray:
+    """Soft mask of a disc, a square or a diamond of about the same area, (SIZE, SIZE) in [0, 1]."""
+    y, x = np.mgrid[0:SIZE, 0:SIZE]
+    dx, dy = np.abs(x - cx), np.abs(y - cy)
+    distance = [np.hypot(dx, dy), np.maximum(dx, dy) * 1.13, (dx + dy) * 0.8][rng.integers(3)]
+    return np.clip(radius - distance + 0.5, 0, 1)
+
+
+def render(seed: int, split: str, index: int) -> DemoImage:
+    """The image of this index; its class is index mod 10."""
+    rng = np.random.default_rng(stable_seed("demo", seed, split, index))
+    label = index % len(CLASSES)
+    image = _clutter(rng)
+    for _ in range(rng.integers(2, 5)):  # distractors: flat shapes
+        mask = _shape(rng, *rng.uniform(0, SIZE, 2), rng.uniform(5, 12))[..., None]
+        image = image * (1 - mask) + rng.uniform(0.1, 0.9, 3) * mask
+
+    radius = rng.uniform(*OBJECT_RADIUS)
+    cx, cy = rng.uniform(MARGIN + radius, SIZE - 1 - MARGIN - radius, 2)
+    mask = _shape(rng, cx, cy, radius)
+    period, sign = rng.uniform(*PERIOD), int(rng.choice([-1, 1]))
+    y, x = np.mgrid[0:SIZE, 0:SIZE]
+    ox, oy = cx + rng.uniform(-0.5, 0.5) * period, cy + rng.uniform(-0.5, 0.5) * period
+    value = TEXTURES[CLASSES[label]]((x - ox) / period, (y - oy) / period, sign)
+    base, contrast = rng.uniform(0.35, 0.65, 3), rng.uniform(0.25, 0.4) * rng.choice([-1, 1])
+    texture = base + contrast * value[..., None] * rng.uniform(0.7, 1.0, 3)
+    image = image * (1 - mask[..., None]) + texture * mask[..., None]
+
+    rows, columns = np.nonzero(mask.max(1) > 0.5)[0], np.nonzero(mask.max(0) > 0.5)[0]
+    box = (int(columns[0]), int(rows[0]), int(columns[-1]), int(rows[-1]))
+    return DemoImage((np.clip(image, 0, 1) * 255).round().astype(np.uint8), label, box)
+
+
+def _write(job: tuple[Path, int, str, int]) -> tuple[str, int, int, int, int]:
+    folder, seed, split, index = job
+    image = render(seed, split, index)
+    path = Path(split) / CLASSES[image.label] / f"{index:06d}.png"
+    buffer = io.BytesIO()
+    Image.fromarray(image.pixels).save(buffer, "PNG", compress_level=1)
+    (folder / path).write_bytes(buffer.getvalue())
+    return (path.as_posix(), *image.box)
+
+
+def generate(folder: Path, train: int, val: int, seed: int = 0, workers: int | None = None) -> None:
+    """Write the data set to `folder` unless exactly this one is there already; complete once `demo.json` exists.
+
+    ValueError if `folder` holds other things or another demo set.
+    """
+    folder = Path(folder)
+    description = {"seed": seed, "train": train, "val": val, "size": SIZE, "classes": list(CLASSES), "version": 1}
+    record = folder / "demo.json"
+    if record.exists():
+        if json.loads(record.read_text()) == description:
+            return
+        raise ValueError(f"{folder} holds a demo data set made with other settings: remove it or name another folder")
+    if folder.exists() and any(folder.iterdir()) and not (folder / "train").is_dir():
+        raise ValueError(f"{folder} is not empty and not a demo data set: name another folder")
+    for split in ("train", "val"):
+        for name in CLASSES:
+            (folder / split / name).mkdir(parents=True, exist_ok=True)
+    jobs = [(folder, seed, split, index) for split, count in (("train", train), ("val", val)) for index in range(count)]
+    with Pool(workers or os.cpu_count()) as pool:
+        rows = pool.map(_write, jobs, chunksize=64)
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(["path", "x0", "y0", "x1", "y1"])
+    writer.writerows(rows)
+    write_atomically(folder / "boxes.csv", table.getvalue().encode())
+    write_atomically(record, json.dumps(description, indent=1).encode())
