@@ -116,8 +116,13 @@ class MaskedAutoencoder(nn.Module):
         """Weights in MAE's published layout: encoder keys without prefix, `mask_token` and `decoder_*` beside them."""
         return {key.removeprefix("encoder."): value for key, value in self.state_dict().items()}
 
+    def load_published_state_dict(self, state: dict[str, Tensor]) -> None:
+        """The inverse of published_state_dict; strict."""
+        names = {key.removeprefix("encoder."): key for key in self.state_dict()}
+        self.load_state_dict({names.get(key, key): value for key, value in state.items()}, strict=True)
 
-# Decoder by encoder: the published one for base and larger; 192 wide for the paper's ViT-S (PAPER, section 10).
+
+# Decoder by encoder: the published one for base and larger; 192 wide for the paper's ViT-S (paper, B.1).
 DECODERS = {
     "vit_demo_patch8": {"decoder_embed_dim": 96, "decoder_depth": 2, "decoder_num_heads": 4},
     "vit_tiny_patch16": {"decoder_embed_dim": 192, "decoder_depth": 8, "decoder_num_heads": 16},

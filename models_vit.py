@@ -271,7 +271,7 @@ class ClsClassifier(nn.Module):
 
 
 def init_weights(module: nn.Module) -> None:
-    """MAE's initialisation: Xavier-uniform matrices (the patch projection seen as a matrix), zero biases, unit norms."""
+    """MAE's initialisation: Xavier-uniform matrices (the patch projection too), zero biases."""
     if isinstance(module, nn.Linear | nn.Conv2d):
         nn.init.xavier_uniform_(module.weight.view(len(module.weight), -1))
         if module.bias is not None:

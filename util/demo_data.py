@@ -1,10 +1,10 @@
 """The embedded demo: a procedural data set in which one textured object decides the class.
 
 Each image shows smooth colour clutter, several flat distractor shapes and one object of the same kind of shapes, which
-covers about a tenth of the image. The object's *texture* is the class; its place, shape, size, colours, period and phase
-are random, and so are those of the distractors, which have no texture. Every texture keeps its identity under the
-recipe's crops (any magnification) and horizontal flips. So a representation that averages the whole image sees mostly
-background, and one that selects the object's patches sees the class.
+covers about a tenth of the image. The object's *texture* is the class; its place, shape, size, colours, period and
+phase are random, and so are those of the distractors, which have no texture. Every texture keeps its identity under
+the recipe's crops (any magnification) and horizontal flips. So a representation that averages the whole image sees
+mostly background, and one that selects the object's patches sees the class.
 
 Every image is a function of (seed, split, index). Written as an ImageFolder of PNG files with `boxes.csv` beside the
 splits: `path,x0,y0,x1,y1`, pixels, inclusive, the object's box.

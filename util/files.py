@@ -11,7 +11,7 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def atomic_path(target: Path) -> Iterator[Path]:
-    """A temporary path in the target's folder, renamed to `target` when the block ends well, removed when it does not."""
+    """A temporary path beside `target`: renamed to it when the block ends well, removed when it does not."""
     target = Path(target)
     handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
     os.close(handle)

@@ -1,0 +1,281 @@
+"""Train and test linear probes on the frozen tokens of one encoder, all in one pass.
+
+    torchrun --nproc_per_node 4 main_linprobe.py --model vit_base_patch16 --finetune mae_pretrain_vit_base.pth \\
+        --cls_features cls pos abmilp --batch_size 2048 --accum_iter 2 --data_path $IMAGENET --output_dir runs/mae_b
+
+The bank is the product of --cls_features, --return_block, --blr and --seeds. Defaults are the paper's recipe (B.2).
+"""
+
+import argparse
+import functools
+import itertools
+import time
+
+import torch
+
+from abmilp import ACTIVATIONS
+from aggregation import AGGREGATIONS, check_aggregation
+from engine_linprobe import FrozenTokens, Scores, evaluate, train_one_epoch
+from models_vit import VisionTransformer
+from probes import ProbeBank, ProbeSpec
+from util.arguments import (
+    PRECISIONS,
+    add_data_arguments,
+    add_encoder_arguments,
+    add_run_arguments,
+    build_encoder,
+    parse,
+    plain,
+    run_main,
+)
+from util.datasets import (
+    EvaluationBatches,
+    GlobalBatches,
+    KeyedDataset,
+    build_loader,
+    build_splits,
+    eval_transform,
+    train_transform,
+)
+from util.distributed import distributed
+from util.lars import LARS
+from util.lr_sched import lr_at, scaled_lr
+from util.progress import log, setup_logging
+from util.run_folder import RunFolder, provenance
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("linear probing", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add_encoder_arguments(parser)
+    add_data_arguments(parser)
+
+    probe = parser.add_argument_group("probes")
+    probe.add_argument("--cls_features", nargs="+", default=None, metavar="HEAD",
+                       help=f"aggregations to probe: {', '.join(AGGREGATIONS)} (default: cls)")  # fmt: skip
+    probe.add_argument("--return_block", nargs="+", type=int, default=None, metavar="BLOCK",
+                       help="blocks to probe, counted from 0 (default: the last)")  # fmt: skip
+    probe.add_argument("--seeds", nargs="+", type=int, default=None, help="of initial weights (default: --seed)")
+    probe.add_argument("--abmilp_depth", type=int, default=1, help="layers of the score")
+    probe.add_argument(
+        "--abmilp_act", choices=list(ACTIVATIONS), default="relu", help="between the layers of the score"
+    )
+    probe.add_argument("--abmilp_sa", choices=["none", "map", "both"], default="none",
+                       help="self-attention first: scores, or scores and values, come from it")  # fmt: skip
+    probe.add_argument(
+        "--abmilp_cond", choices=["none", "pe"], default="none", help="add positions to the score's input"
+    )
+    probe.add_argument("--abmilp_content", choices=["patch", "all"], default="patch", help="tokens to pool")
+    probe.add_argument("--final_norm", action="store_true", help="probe tokens after the encoder's last norm")
+    probe.add_argument("--init", choices=["default", "trunc_normal"], default="default",
+                       help="of the classifier: PyTorch's, or MAE's (std 0.01)")  # fmt: skip
+    probe.add_argument("--cls_token", action="store_true",
+                       help="MAE's linear probe: --cls_features cls --final_norm --init trunc_normal")  # fmt: skip
+    probe.add_argument("--global_pool", action="store_true", help=argparse.SUPPRESS)  # MAE's; refused with the reason
+
+    recipe = parser.add_argument_group("recipe")
+    recipe.add_argument("--batch_size", default=512, type=int, help="images per process and micro-step, one BN batch")
+    recipe.add_argument("--accum_iter", default=1, type=int, help="micro-steps per optimizer step")
+    recipe.add_argument("--epochs", default=90, type=int)
+    recipe.add_argument("--warmup_epochs", default=10, type=int)
+    recipe.add_argument("--optimizer", choices=["lars", "sgd"], default="lars")
+    recipe.add_argument("--momentum", default=None, type=float, help="default: 0.9 for LARS, 0 for SGD (paper's code)")
+    recipe.add_argument("--weight_decay", default=0.0, type=float)
+    recipe.add_argument(
+        "--blr", nargs="+", default=[0.1], type=float, help="base rate: lr = blr x effective batch / 256"
+    )
+    recipe.add_argument("--lr", default=None, type=float, help="absolute rate (overrides --blr)")
+    recipe.add_argument("--min_lr", default=0.0, type=float)
+    recipe.add_argument(
+        "--crop", choices=["mae", "torchvision"], default="mae", help="random crop: one draw, or up to ten"
+    )
+    recipe.add_argument("--no_hflip", action="store_true", help="no horizontal flips")
+
+    add_run_arguments(parser)
+    run = parser.add_argument_group("evaluation")
+    run.add_argument("--eval", action="store_true", help="evaluate the probes of --resume and stop")
+    run.add_argument(
+        "--eval_every", default=1, type=int, help="epochs between evaluations; the last is always evaluated"
+    )
+    run.add_argument("--report", choices=["last", "best"], default="last", help="epoch whose top-1 the summary prints")
+    run.add_argument(
+        "--dist_eval", action="store_true", help="accepted for MAE's commands: evaluation is always shared"
+    )
+    run.add_argument("--start_epoch", default=0, type=int, help="first epoch of a run that is not resumed")
+    run.add_argument("--suffix", default="", help="appended to the name of --output_dir")
+    return parser
+
+
+def probe_specs(args: argparse.Namespace, backbone: VisionTransformer) -> list[ProbeSpec]:
+    """The bank that the arguments ask for. ValueError for what does not exist or does not fit the encoder."""
+    options = {
+        "depth": args.abmilp_depth, "activation": args.abmilp_act, "self_attention": args.abmilp_sa,
+        "condition": args.abmilp_cond, "content": args.abmilp_content,
+    }  # fmt: skip
+    defaults = {"depth": 1, "activation": "relu", "self_attention": "none", "condition": "none", "content": "patch"}
+    if args.abmilp_depth == 1:
+        options["activation"] = "relu"  # no layer to apply it to: not part of the head's name
+    chosen = tuple((key, value) for key, value in options.items() if value != defaults[key])
+    blocks = args.return_block if args.return_block is not None else [backbone.depth - 1]
+    backbone.check_blocks(blocks)
+    specs = []
+    for head, block, blr, seed in itertools.product(args.cls_features, blocks, args.blr, args.seeds or [args.seed]):
+        entry = check_aggregation(head, backbone.has_cls)
+        specs.append(ProbeSpec(head, block, blr, seed, tuple(o for o in chosen if o[0] in entry.options)))
+    return specs
+
+
+def main(args: argparse.Namespace) -> None:
+    with distributed(args.device, args.dist_url) as world:
+        setup_logging()
+        settle(args)
+        folder = RunFolder(args.output_dir + args.suffix if args.output_dir else "", args.log_dir)
+        state = None if args.eval and not args.resume else folder.find_checkpoint(args.resume)
+
+        # ---- a frozen encoder and a bank of probes on its tokens
+        train_images, test_images, num_classes = build_splits(args.dataset, args.data_path, args.nb_classes)
+        encoder, size = build_encoder(args)
+        backbone = encoder.backbone.to(world.device)
+        specs = probe_specs(args, backbone)
+        grid = (size // backbone.patch_size, size // backbone.patch_size)
+        bank = ProbeBank(specs, backbone, grid, num_classes, args.init).to(world.device)
+        tokens = FrozenTokens(backbone, bank.blocks, PRECISIONS[args.amp], args.final_norm)
+
+        # ---- data: order and augmentation depend on (seed, epoch, sample) alone
+        pin = args.pin_mem and world.device.type == "cuda"
+        augment = train_transform(size, encoder.mean, encoder.std, crop=args.crop, hflip=not args.no_hflip)
+        batches = GlobalBatches(len(train_images), args.batch_size, args.accum_iter, args.seed)
+        train_loader = build_loader(
+            KeyedDataset(train_images, augment, args.seed),
+            batches,
+            args.num_workers,
+            pin,
+            args.dataloader_affinity_hack,
+        )
+        test_set = KeyedDataset(test_images, eval_transform(size, encoder.mean, encoder.std), args.seed)
+        test_loader = build_loader(
+            test_set, EvaluationBatches(len(test_set), args.batch_size), args.num_workers, pin,
+            args.dataloader_affinity_hack,
+        )  # fmt: skip
+
+        # ---- recipe
+        lrs = [args.lr if args.lr is not None else scaled_lr(spec.blr, batches.effective) for spec in specs]
+        optimizer = build_optimizer(args, bank.parameter_groups(lrs))
+        schedule = functools.partial(lr_at, epochs=args.epochs, warmup_epochs=args.warmup_epochs, min_lr=args.min_lr)
+        history, first_epoch = [], args.start_epoch
+        if state is not None:
+            history, first_epoch = restore(bank, optimizer, state)
+        run = {
+            "args": plain(args), "encoder": encoder.record, "effective_batch": batches.effective,
+            "steps_per_epoch": batches.steps, "lr": dict(zip([s.name for s in specs], lrs, strict=True)),
+            "n_train": len(train_images), "n_test": len(test_images), "classes": num_classes,
+            **provenance(world.device),
+        }  # fmt: skip
+        folder.start(run)
+        log.info(
+            "%d probes on %s; %d training images, %d steps of %d per epoch, lr %s", len(specs), args.model,
+            len(train_images), batches.steps, batches.effective, ", ".join(f"{lr:g}" for lr in sorted(set(lrs))),
+        )  # fmt: skip
+
+        if args.eval:
+            report(evaluate(bank, tokens, test_loader, world.device), specs)
+            return
+
+        # ---- epochs
+        start = time.time()
+        for epoch in range(first_epoch, args.epochs):
+            batches.epoch = epoch
+
+            def on_step(step: int, losses: torch.Tensor, every: int = max(1, batches.steps // 20)) -> None:
+                if step % every == 0:
+                    values = {
+                        f"train_loss/{spec.name}": loss for spec, loss in zip(specs, losses.tolist(), strict=True)
+                    }
+                    folder.scalars({**values, "lr": optimizer.param_groups[0]["lr"]}, step)
+
+            stats = train_one_epoch(
+                bank, tokens, train_loader, optimizer, schedule, epoch, args.accum_iter, world.device, on_step
+            )
+            record = {"epoch": epoch, **stats}
+            if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
+                scores = evaluate(bank, tokens, test_loader, world.device)
+                record["test"] = {spec.name: score._asdict() for spec, score in zip(specs, scores, strict=True)}
+                folder.scalars(
+                    {f"test_top1/{name}": score["top1"] for name, score in record["test"].items()}, epoch + 1
+                )
+                history.append({"epoch": epoch, "test": record["test"]})
+                best = max(zip(scores, specs, strict=True), key=lambda pair: pair[0].top1)
+                log.info(
+                    "epoch %d: top-1 up to %.2f (%s), %.0f images/s, %.0f %% of the time waiting for data",
+                    epoch, best[0].top1, best[1].name, stats["images_per_second"], 100 * stats["data_wait"],
+                )  # fmt: skip
+            folder.log_line(record)
+            folder.save_checkpoint(epoch, {
+                "probes": bank.probe_states(), "optimizer": optimizer.state_dict(), "history": history,
+                "args": plain(args),
+            })  # fmt: skip
+        results = summary(specs, bank, history)
+        folder.write("results.json", {"probes": results, "seconds": time.time() - start, **run})
+        for name, result in results.items():
+            log.info(
+                "%s: top-1 %.2f (%s epoch; last %.2f, best %.2f at epoch %d)", name, result[args.report]["top1"],
+                args.report, result["last"]["top1"], result["best"]["top1"], result["best"]["epoch"],
+            )  # fmt: skip
+        folder.close()
+
+
+def settle(args: argparse.Namespace) -> None:
+    """Resolve arguments that depend on each other; ValueError where they contradict."""
+    if args.global_pool:
+        raise ValueError(
+            "--global_pool is MAE's probe of the mean patch through a new, untrained fc_norm; it is not offered: "
+            "write --cls_features pos (tokens before the last norm) or --cls_features pos --final_norm"
+        )
+    if args.cls_token:
+        if args.cls_features not in (None, ["cls"]):
+            raise ValueError("--cls_token is MAE's probe of [cls]: leave out --cls_features or --cls_token")
+        args.final_norm, args.init = True, "trunc_normal"
+    args.cls_features = args.cls_features or ["cls"]
+    if args.momentum is None:
+        args.momentum = 0.9 if args.optimizer == "lars" else 0.0
+    if args.epochs < 1 or not 0 <= args.warmup_epochs <= args.epochs:
+        raise ValueError(f"--warmup_epochs {args.warmup_epochs} must lie between 0 and --epochs {args.epochs}")
+    if args.eval and not args.resume:
+        raise ValueError("--eval needs the probes: name their checkpoint with --resume")
+
+
+def build_optimizer(args: argparse.Namespace, groups: list[dict]) -> torch.optim.Optimizer:
+    if args.optimizer == "lars":
+        return LARS(groups, weight_decay=args.weight_decay, momentum=args.momentum)
+    return torch.optim.SGD(groups, weight_decay=args.weight_decay, momentum=args.momentum)
+
+
+def restore(bank: ProbeBank, optimizer: torch.optim.Optimizer, state: dict) -> tuple[list[dict], int]:
+    """Continue from a checkpoint of this program: evaluations so far and the next epoch."""
+    missing = {"epoch", "probes", "optimizer", "history"} - state.keys()
+    if missing:
+        raise ValueError(f"--resume: not a checkpoint of linear probes (no {', '.join(sorted(missing))})")
+    bank.load_probe_states(state["probes"])
+    optimizer.load_state_dict(state["optimizer"])
+    return state["history"], state["epoch"] + 1
+
+
+def summary(specs: list[ProbeSpec], bank: ProbeBank, history: list[dict]) -> dict[str, dict]:
+    """{probe name: what it is, its scores at the last epoch, and at the epoch that is best on the test set}."""
+    results = {}
+    for spec, probe in zip(specs, bank.probes, strict=True):
+        scores = [{"epoch": entry["epoch"], **entry["test"][spec.name]} for entry in history]
+        results[spec.name] = {
+            "aggregation": spec.aggregation, "head": spec.head, "block": spec.block, "blr": spec.blr, "seed": spec.seed,
+            "parameters": sum(p.numel() for p in probe.parameters()),
+            "last": scores[-1], "best": max(scores, key=lambda score: score["top1"]),
+        }  # fmt: skip
+    return results
+
+
+def report(scores: list[Scores], specs: list[ProbeSpec]) -> None:
+    for spec, score in zip(specs, scores, strict=True):
+        log.info("%s: top-1 %.2f, top-5 %.2f, loss %.4f on %d images", spec.name, *score)
+
+
+if __name__ == "__main__":
+    run_main(main, parse(get_args_parser()))

@@ -1,0 +1,147 @@
+"""Linear probes on frozen tokens, and banks of them that train together, each as if it were alone.
+
+A probe is aggregation -> BatchNorm1d without affine -> Linear. Letters: B images, D' width of the aggregated vector,
+K classes, S probes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from aggregation import Tokens, check_aggregation
+from models_vit import Features, VisionTransformer
+from util.distributed import gather_tensors
+from util.seeding import seeded
+
+
+@dataclass(frozen=True)
+class ProbeSpec:
+    """One probe of a bank. `name` identifies it everywhere: in logs, results and checkpoints."""
+
+    aggregation: str
+    block: int  # 0-based
+    blr: float  # base learning rate; the rate is blr x effective batch / 256
+    seed: int  # of the initial weights
+    options: tuple[tuple[str, str | int], ...] = ()  # of the aggregation
+
+    @property
+    def head(self) -> str:
+        """The aggregation with its options, such as abmilp or abmilp:depth=2,activation=tanh."""
+        return self.aggregation + ":" * bool(self.options) + ",".join(f"{key}={value}" for key, value in self.options)
+
+    @property
+    def name(self) -> str:
+        return f"{self.head}/block{self.block}/blr{self.blr!r}/seed{self.seed}"
+
+
+class ProbeNorm(nn.BatchNorm1d):
+    """BatchNorm1d without affine whose running statistics do not depend on how a batch is split over ranks.
+
+    Training normalises each micro-batch by its own statistics, as nn.BatchNorm1d does, and remembers them; `commit`
+    then updates the running ones, micro-batch by micro-batch in the order of the data, over all ranks. One process
+    gets nn.BatchNorm1d's values, and other world sizes the same ones.
+    """
+
+    def __init__(self, width: int):
+        super().__init__(width, eps=1e-6, momentum=0.1, affine=False)  # MAE's linear probe
+        self.pending: list[Tensor] = []  # (2,D') mean and unbiased variance of each micro-batch since the last commit
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return F.batch_norm(x, self.running_mean, self.running_var, training=False, eps=self.eps)
+        if len(x) < 2:
+            raise ValueError("batch normalisation needs at least two images in a micro-batch: raise --batch_size")
+        with torch.no_grad():
+            variance, mean = torch.var_mean(x, dim=0)
+            self.pending.append(torch.stack([mean, variance]))
+        return F.batch_norm(x, None, None, training=True, eps=self.eps)
+
+    @torch.no_grad()
+    def commit(self, statistics: Tensor) -> None:
+        """statistics (micro-batches, 2, D'), in the order of the data."""
+        for mean, variance in statistics:
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance, self.momentum)
+            self.num_batches_tracked += 1
+
+
+class Probe(nn.Module):
+    """aggregation -> norm -> classifier. Initial weights depend on the spec alone, whatever else is built.
+
+    init: of the classifier, "default" (PyTorch's, the paper's code) or "trunc_normal" (std 0.01, MAE's linear probe).
+    """
+
+    def __init__(self, spec: ProbeSpec, tokens: Tokens, has_cls: bool, num_classes: int, init: str = "default"):
+        super().__init__()
+        entry = check_aggregation(spec.aggregation, has_cls)
+        # the learning rate is not among the words, so that rates are compared from equal starts
+        with seeded("probe", spec.head, spec.block, spec.seed):
+            self.aggregation = entry.build(tokens, **dict(spec.options))
+            self.norm = ProbeNorm(tokens.width * entry.width)
+            self.classifier = nn.Linear(tokens.width * entry.width, num_classes)
+            if init == "trunc_normal":
+                nn.init.trunc_normal_(self.classifier.weight, std=0.01)
+                nn.init.zeros_(self.classifier.bias)
+
+    def forward(self, features: Features) -> Tensor:
+        """Tokens of the probe's block -> logits (B,K)."""
+        return self.classifier(self.norm(self.aggregation(features).vector))
+
+
+class ProbeBank(nn.Module):
+    """Probes on one frozen backbone. They share nothing but the tokens, so each trains as it would alone."""
+
+    def __init__(
+        self, specs: Sequence[ProbeSpec], backbone: VisionTransformer, grid: tuple[int, int], num_classes: int,
+        init: str = "default",
+    ):  # fmt: skip
+        super().__init__()
+        if len({spec.name for spec in specs}) != len(specs):
+            raise ValueError(f"a probe is asked for twice: {', '.join(spec.name for spec in specs)}")
+        backbone.check_blocks(sorted({spec.block for spec in specs}))
+        self.specs = tuple(specs)
+        tokens = Tokens(backbone.embed_dim, grid, backbone.num_prefix_tokens)
+        self.probes = nn.ModuleList(Probe(spec, tokens, backbone.has_cls, num_classes, init) for spec in specs)
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        return tuple(sorted({spec.block for spec in self.specs}))
+
+    def forward(self, features: dict[int, Features]) -> list[Tensor]:
+        """{block: Features} -> logits (B,K) of every probe, in the order of `specs`."""
+        return [probe(features[spec.block]) for spec, probe in zip(self.specs, self.probes, strict=True)]
+
+    def commit_statistics(self) -> None:
+        """Bring every probe's running statistics up to date, alike on all ranks; call once per optimizer step."""
+        norms = [probe.norm for probe in self.probes]
+        local = torch.cat([torch.stack(norm.pending).flatten(1) for norm in norms], dim=1)  # (A, sum of 2 D')
+        everywhere = torch.stack(gather_tensors(local), dim=1).flatten(0, 1)  # micro-step first, then rank: data order
+        widths = [2 * norm.num_features for norm in norms]
+        for norm, statistics in zip(norms, everywhere.split(widths, dim=1), strict=True):
+            norm.commit(statistics.unflatten(1, (2, -1)))
+            norm.pending.clear()
+
+    def parameter_groups(self, peak_lrs: Sequence[float]) -> list[dict]:
+        """One optimizer group per probe; `peak_lr` is what the schedule scales."""
+        return [
+            {"params": list(probe.parameters()), "lr": lr, "peak_lr": lr}
+            for probe, lr in zip(self.probes, peak_lrs, strict=True)
+        ]
+
+    def probe_states(self) -> dict[str, dict[str, Tensor]]:
+        """{probe name: its parameters and buffers}."""
+        return {spec.name: probe.state_dict() for spec, probe in zip(self.specs, self.probes, strict=True)}
+
+    def load_probe_states(self, states: dict[str, dict[str, Tensor]]) -> None:
+        """The inverse of probe_states; ValueError where the probes differ."""
+        wanted, found = {spec.name for spec in self.specs}, set(states)
+        if wanted != found:
+            raise ValueError(f"the checkpoint holds the probes {sorted(found)}, this run has {sorted(wanted)}")
+        for spec, probe in zip(self.specs, self.probes, strict=True):
+            try:
+                probe.load_state_dict(states[spec.name], strict=True)
+            except RuntimeError as error:
+                raise ValueError(f"the checkpoint's probe {spec.name} does not fit: {error}") from error

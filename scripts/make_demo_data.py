@@ -1,0 +1,23 @@
+"""Write the demo data set: python scripts/make_demo_data.py FOLDER [--train 8000] [--val 2000]."""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from util.arguments import run_main
+from util.demo_data import generate
+
+
+def main(args: argparse.Namespace) -> None:
+    generate(args.folder, args.train, args.val, args.seed)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--train", type=int, default=8000, help="training images")
+    parser.add_argument("--val", type=int, default=2000, help="validation images")
+    parser.add_argument("--seed", type=int, default=0)
+    run_main(main, parser.parse_args())

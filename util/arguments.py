@@ -1,0 +1,111 @@
+"""Command-line arguments that several mains share, in MAE's spelling."""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from models_vit import default_input_size
+from util.checkpoints import FAMILIES, Encoder, load_encoder
+from util.datasets import DATASETS
+from util.progress import log
+
+PRECISIONS = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+    "none": torch.float32,  # beyond_cls's other name for float32
+}
+
+
+def add_encoder_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("encoder")
+    # not argparse choices: the one-line error of models_vit.architecture is shorter than argparse's usage
+    group.add_argument("--model", default="vit_base_patch16", metavar="MODEL", help="architecture, by name")
+    group.add_argument(
+        "--finetune", default="", metavar="WEIGHTS",
+        help="weights: a file, a catalogue name, a URL or a timm model's name; empty for random weights",
+    )  # fmt: skip
+    group.add_argument("--family", default=None, help=f"format of the file: {', '.join(FAMILIES)} (default: detected)")
+    group.add_argument("--checkpoint_key", default=None, help="entry of the file that holds the weights")
+    group.add_argument("--no_cls_token", action="store_true", help="the encoder has no [cls] token")
+    group.add_argument("--input_size", default=None, type=int, help="pixels (default: the model's, 224)")
+    group.add_argument(
+        "--amp", default="bfloat16", choices=list(PRECISIONS), help="precision of the backbone; heads stay in float32"
+    )
+
+
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("data")
+    group.add_argument("--data_path", required=True, type=Path, help="folder of the data set")
+    group.add_argument("--dataset", default="image_folder", help=f"its kind: {', '.join(DATASETS)}")
+    group.add_argument("--nb_classes", default=None, type=int, help="checked against the data (default: the data's)")
+    group.add_argument("--num_workers", default=10, type=int)
+    group.add_argument("--pin_mem", action=argparse.BooleanOptionalAction, default=True)
+    group.add_argument("--no_pin_mem", dest="pin_mem", action="store_false", help=argparse.SUPPRESS)  # MAE's spelling
+    group.add_argument(
+        "--dataloader_affinity_hack", "-dlah", action="store_true", help="let loader workers use all cores"
+    )
+
+
+def add_run_arguments(parser: argparse.ArgumentParser, resumable: bool = True) -> None:
+    group = parser.add_argument_group("run")
+    group.add_argument("--output_dir", default="./output_dir", help="folder of the results; empty to keep nothing")
+    group.add_argument("--log_dir", default=None, help="TensorBoard folder (default: --output_dir)")
+    group.add_argument("--device", default="auto", help="cuda, cpu, or auto: CUDA where there is one")
+    group.add_argument("--seed", default=0, type=int, help="of data order and augmentation, and of new weights")
+    if resumable:
+        group.add_argument("--resume", default="", help='checkpoint to continue from, or "auto": the run\'s newest')
+    group.add_argument("--dist_url", default="env://", help="rendezvous of the processes (torchrun sets it up)")
+    group.add_argument("--args_from", default=None, type=Path, metavar="FILE", help="replay a run's args.json")
+    # torchrun describes the processes in the environment; commands written for MAE may still name them
+    for flag in ("--world_size", "--local_rank", "--local-rank"):
+        group.add_argument(flag, type=int, default=None, help=argparse.SUPPRESS)
+
+
+def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse, with the defaults of --args_from where it is given; flags on the command line win."""
+    parser_of_file = argparse.ArgumentParser(add_help=False)
+    parser_of_file.add_argument("--args_from", type=Path)
+    path = parser_of_file.parse_known_args(argv)[0].args_from
+    if path is not None:
+        try:
+            saved = json.loads(path.read_text())["args"]
+        except (OSError, ValueError, KeyError) as error:
+            parser.error(f"--args_from {path}: not the args.json of a run ({error})")
+        known = {action.dest: action for action in parser._actions}
+        for name, value in saved.items():
+            if name not in known:
+                parser.error(f"--args_from {path}: {name!r} is no argument of this program")
+            known[name].required = False
+            parser.set_defaults(**{name: Path(value) if known[name].type is Path and value is not None else value})
+    return parser.parse_args(argv)
+
+
+def plain(args: argparse.Namespace) -> dict:
+    """The arguments as JSON can hold them."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+
+
+def build_encoder(args: argparse.Namespace) -> tuple[Encoder, int]:
+    """The encoder that the arguments name, and its input size in pixels. ValueError before anything heavy."""
+    options = {"class_token": False} if args.no_cls_token else {}
+    size = args.input_size or default_input_size(args.model)
+    encoder = load_encoder(args.finetune, args.model, args.family, args.checkpoint_key, **options)
+    if size % encoder.backbone.patch_size:
+        raise ValueError(f"--input_size {size} is not divisible by the patch size {encoder.backbone.patch_size}")
+    if not args.finetune:
+        log.warning("no --finetune: the encoder's weights are random")
+    return encoder, size
+
+
+def run_main(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
+    """Run a program; a user's mistake (ValueError) becomes one line on standard error and exit code 2."""
+    try:
+        main(args)
+    except ValueError as error:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.exit(2)

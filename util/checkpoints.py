@@ -1,0 +1,275 @@
+"""Published encoders: what their files look like (FAMILIES), and a loader that takes all of a file or refuses it."""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import urlparse
+
+import safetensors
+import safetensors.torch
+import timm
+import torch
+from torch import Tensor
+
+from models_vit import VisionTransformer, architecture
+from util.datasets import IMAGENET_MEAN, IMAGENET_STD
+from util.files import atomic_path, sha256
+from util.progress import log
+from util.run_folder import load_plain
+
+State = dict[str, Tensor]
+
+
+class Family(NamedTuple):
+    """A published checkpoint format."""
+
+    description: str
+    key: str | None  # entry of the file that holds the weights; None where the file is flat
+    needs: tuple[str, ...]  # keys that every file of the family has
+    lacks: tuple[str, ...]  # key prefixes that none of them has
+    drop: tuple[str, ...]  # key prefixes left behind on purpose
+    vit: dict  # architecture options that differ from models_vit's defaults
+    convert: Callable[[State], State] = lambda state: state  # their names and shapes -> ours; pure
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+
+
+FAMILIES = {
+    "mae": Family(
+        "MAE: encoder files, files with decoder, and the checkpoints of main_pretrain.py",
+        key="model", needs=("norm.weight",), lacks=("head.",), drop=("decoder_", "mask_token"), vit={},
+    ),
+    "mae_ft": Family(
+        "MAE fine-tuned on [cls]: the checkpoints of main_finetune.py",
+        key="model", needs=("norm.weight", "head.weight"), lacks=("decoder_",), drop=("head.",), vit={},
+    ),
+    "dino": Family(
+        "DINO backbone files",
+        key=None, needs=("norm.weight", "cls_token"), lacks=("head.",), drop=(), vit={"pos_embed": "learned"},
+    ),
+    "timm": Family(
+        "state dicts of timm's plain ViTs",
+        key=None, needs=("norm.weight",), lacks=("decoder_",), drop=("head.",), vit={"pos_embed": "learned"},
+    ),
+}  # fmt: skip
+
+
+class CatalogueEntry(NamedTuple):
+    family: str
+    model: str
+    url: str
+    md5: str | None  # first characters of the hash, where the authors publish one
+
+
+META = "https://dl.fbaipublicfiles.com"
+CATALOGUE = {
+    "mae_vit_base_patch16": CatalogueEntry(
+        "mae", "vit_base_patch16", f"{META}/mae/pretrain/mae_pretrain_vit_base.pth", "8cad7c"),
+    "mae_vit_large_patch16": CatalogueEntry(
+        "mae", "vit_large_patch16", f"{META}/mae/pretrain/mae_pretrain_vit_large.pth", "b8b06e"),
+    "mae_vit_huge_patch14": CatalogueEntry(
+        "mae", "vit_huge_patch14", f"{META}/mae/pretrain/mae_pretrain_vit_huge.pth", "9bdbb0"),
+    "dino_vit_small_patch16": CatalogueEntry(
+        "dino", "vit_small_patch16", f"{META}/dino/dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth", None),
+    "dino_vit_base_patch16": CatalogueEntry(
+        "dino", "vit_base_patch16", f"{META}/dino/dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth", None),
+}  # fmt: skip
+
+
+class Encoder(NamedTuple):
+    """A loaded backbone and where its weights come from."""
+
+    backbone: VisionTransformer
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    record: dict  # model, source, family, sha256: for args.json and results
+
+
+def load_encoder(
+    finetune: str,
+    model: str,
+    family: str | None = None,
+    checkpoint_key: str | None = None,
+    **options,
+) -> Encoder:
+    """The encoder `model` with the weights that `finetune` names, or random ones where it is empty.
+
+    finetune: a file (.pth or .safetensors), a name of CATALOGUE, a URL, or the name of a timm model.
+    family: a name of FAMILIES; where it is None, the file must fit exactly one. checkpoint_key: the entry of the file
+    that holds the weights, where it is not the family's. options: of models_vit.VisionTransformer, such as class_token.
+    The backbone is in evaluation mode and frozen. Every tensor of the file is used, or dropped by a prefix that the
+    family names; every parameter is set; ValueError lists all that is missing, left over, misshapen or not finite.
+    """
+    arch = architecture(model)
+    if not finetune:
+        if family:
+            raise ValueError(f"--family {family} needs weights: name them with --finetune")
+        backbone = VisionTransformer(**{**arch, **options})
+        record = {"model": model, "source": None, "family": None, "sha256": None}
+        return Encoder(backbone.eval().requires_grad_(False), IMAGENET_MEAN, IMAGENET_STD, record)
+
+    if finetune in CATALOGUE:
+        entry = CATALOGUE[finetune]
+        if entry.model != model:
+            raise ValueError(f"--finetune {finetune} is no {model}: write --model {entry.model}")
+        family = family or entry.family
+    path = fetch_weights(finetune)
+    content = load_timm(finetune) if path is None else load_plain_or_safetensors(path)
+    family = family or ("timm" if path is None else detect_family(path, content, checkpoint_key))
+    if family not in FAMILIES:
+        raise ValueError(f"unknown family {family!r}: choose one of {', '.join(FAMILIES)}")
+    chosen = FAMILIES[family]
+    state, problems = converted(content, chosen, checkpoint_key)
+    options = {**arch, **chosen.vit, **options}
+    options["img_size"] = native_size(state, options)
+    backbone = VisionTransformer(**options)
+    problems += mismatches(state, backbone)
+    if problems:
+        raise ValueError(f"{finetune} is not a {model} of family {family}: {'; '.join(problems)}")
+    backbone.load_state_dict(state, strict=True)
+    digest = sha256(path) if path is not None else None
+    record = {"model": model, "source": Path(finetune).name, "family": family, "sha256": digest}
+    log.info("loaded %s (%s, family %s, %d tensors)", finetune, model, family, len(state))
+    return Encoder(backbone.eval().requires_grad_(False), chosen.mean, chosen.std, record)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# from a name to the content of a file
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def fetch_weights(finetune: str) -> Path | None:
+    """The file that --finetune names, downloaded to torch.hub's folder if need be; None for a timm model's name."""
+    if Path(finetune).exists():
+        return Path(finetune)
+    if finetune in CATALOGUE:
+        return download(CATALOGUE[finetune].url, CATALOGUE[finetune].md5)
+    if urlparse(finetune).scheme in ("http", "https", "file"):
+        return download(finetune, None)
+    if timm.is_model(finetune.split(".")[0]):
+        return None
+    raise ValueError(
+        f"--finetune {finetune}: no such file, and neither a timm model, a URL nor one of {', '.join(CATALOGUE)}"
+    )
+
+
+def download(url: str, md5: str | None) -> Path:
+    """The file behind a URL, in torch.hub's checkpoint folder; whole or absent, its published hash checked."""
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / Path(urlparse(url).path).name
+    if target.exists():
+        return target
+    try:
+        with atomic_path(target) as temporary:
+            torch.hub.download_url_to_file(url, str(temporary), progress=True)
+            check_md5(temporary, md5, url)
+    except OSError as error:
+        raise ValueError(f"cannot download {url}: {error}; fetch it yourself and give its path") from error
+    return target
+
+
+def check_md5(path: Path, prefix: str | None, url: str) -> None:
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "md5").hexdigest()
+    if prefix and not digest.startswith(prefix):
+        raise ValueError(f"{url}: the file's md5 is {digest}, published as {prefix}...: it is damaged or was replaced")
+
+
+def load_timm(name: str) -> State:
+    """State dict of a pretrained timm model, without its classifier."""
+    try:
+        return timm.create_model(name, pretrained=True, num_classes=0).state_dict()
+    except (RuntimeError, OSError) as error:
+        raise ValueError(f"timm cannot provide {name!r}: {str(error).splitlines()[0]}") from error
+
+
+def load_plain_or_safetensors(path: Path) -> dict:
+    if path.suffix != ".safetensors":
+        return load_plain(path)
+    try:
+        return safetensors.torch.load_file(path)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} cannot be read as safetensors: {error}") from error
+
+
+def safetensors_metadata(path: Path) -> dict[str, str]:
+    with safetensors.safe_open(path, "pt") as file:
+        return file.metadata() or {}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# from the content of a file to our state dict
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def weights_of(content: dict, family: Family, checkpoint_key: str | None) -> State | None:
+    """The tensors of a file of this family, or None where the file is built differently. Flat files fit any key."""
+    key = checkpoint_key or family.key
+    found = content.get(key, None if checkpoint_key else content) if key else content
+    if isinstance(found, dict) and found and all(isinstance(value, Tensor) for value in found.values()):
+        return found
+    return None
+
+
+def converted(content: dict, family: Family, checkpoint_key: str | None) -> tuple[State, list[str]]:
+    """Our state dict from the file's content, and what is wrong with the file."""
+    weights = weights_of(content, family, checkpoint_key)
+    if weights is None:
+        key = checkpoint_key or family.key
+        where = f"no weights under {key!r}" if key else "not a flat file of weights"
+        return {}, [f"{where} (the file holds {', '.join(map(str, list(content)[:5]))}, ...)"]
+    return family.convert({key: value for key, value in weights.items() if not key.startswith(family.drop)}), []
+
+
+def mismatches(state: State, backbone: VisionTransformer) -> list[str]:
+    """All reasons why `state` does not cover the backbone exactly."""
+    if not state:
+        return []
+    wanted = backbone.state_dict()
+    problems = []
+    if missing := sorted(wanted.keys() - state.keys()):
+        problems.append(f"missing {', '.join(missing)}")
+    if extra := sorted(state.keys() - wanted.keys()):
+        problems.append(f"not used {', '.join(extra)}")
+    for name in sorted(wanted.keys() & state.keys()):
+        if state[name].shape != wanted[name].shape:
+            problems.append(f"{name} is {tuple(state[name].shape)}, wanted {tuple(wanted[name].shape)}")
+        elif not state[name].isfinite().all():
+            problems.append(f"{name} holds NaN or infinity")
+    return problems
+
+
+def detect_family(path: Path, content: dict, checkpoint_key: str | None) -> str:
+    """The one family that a file fits: as its safetensors metadata says, else by its keys."""
+    if path.suffix == ".safetensors" and "family" in (metadata := safetensors_metadata(path)):
+        return metadata["family"]
+    fitting = []
+    for name, family in FAMILIES.items():
+        weights = weights_of(content, family, checkpoint_key)
+        if weights is None or any(key not in weights for key in family.needs):
+            continue
+        if not any(key.startswith(family.lacks) for key in weights):
+            fitting.append(name)
+    if len(fitting) == 1:
+        return fitting[0]
+    reason = f"fits {', '.join(fitting)}" if fitting else "fits none"
+    raise ValueError(f"{path}: the format {reason}; say it with --family {{{','.join(FAMILIES)}}}")
+
+
+def native_size(state: State, options: dict) -> int:
+    """Input size in pixels for which the file's position table was made."""
+    default = options.get("img_size", 224)
+    if "pos_embed" not in state or state["pos_embed"].ndim != 3:
+        return default
+    prefix = int(options.get("class_token", True)) + options.get("reg_tokens", 0)
+    side = (state["pos_embed"].shape[1] - (0 if options.get("no_embed_class") else prefix)) ** 0.5
+    return int(side) * options["patch_size"] if side == int(side) else default
+
+
+def save_encoder(path: Path, state: State, metadata: dict[str, str]) -> None:
+    """Weights as safetensors with their family, model and making in the metadata; whole or absent."""
+    tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
+    with atomic_path(path) as temporary:
+        safetensors.torch.save_file(tensors, temporary, metadata=metadata)

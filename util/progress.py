@@ -1,0 +1,23 @@
+"""Progress bars on a terminal, silence in log files; one logger for everything else."""
+
+import logging
+import sys
+from collections.abc import Iterable
+
+from tqdm import tqdm
+
+from util import distributed
+
+log = logging.getLogger("beyond_cls")
+
+
+def setup_logging() -> None:
+    """Messages to standard output; ranks other than 0 only warn."""
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout, force=True)
+    log.setLevel(logging.INFO if distributed.rank() == 0 else logging.WARNING)
+
+
+def progress(iterable: Iterable, description: str, total: int | None = None, unit: str = "batch") -> tqdm:
+    """`iterable` with a bar on rank 0 when standard error is a terminal."""
+    quiet = distributed.rank() != 0 or not sys.stderr.isatty()
+    return tqdm(iterable, desc=description, total=total, unit=unit, disable=quiet, dynamic_ncols=True, leave=False)
