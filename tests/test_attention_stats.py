@@ -24,14 +24,14 @@ def make_trace(q, k, logit_bias=None) -> BlockTrace:
     return BlockTrace(0, x, q, k, width**-0.5, logit_bias, update, x)
 
 
-def random_qk(num_prefix: int, std: float = 1.0, seed: int = 0):
-    """Queries and keys (B,H,N,d) whose logits have this standard deviation."""
+def random_qk(num_prefix: int, std: float = 0.4, seed: int = 0):
+    """Queries and keys (B,H,N,d) whose logits have this standard deviation; those of 0.4 are reduced in float32."""
     generator = torch.Generator().manual_seed(seed)
     shape = (B, H, num_prefix + M, D_HEAD)
     return [std**0.5 * torch.randn(shape, generator=generator) for _ in range(2)]
 
 
-def random_case(num_prefix: int, std: float = 1.0):
+def random_case(num_prefix: int, std: float = 0.4):
     return make_trace(*random_qk(num_prefix, std))
 
 
@@ -51,7 +51,7 @@ def common_key():
 def one_hot():
     """Every query attends to itself, with a probability that float32 cannot tell from 1."""
     q, _ = random_qk(1)
-    return make_trace(20 * q, q)
+    return make_trace(50 * q, q)
 
 
 def peaked():
@@ -80,6 +80,7 @@ def biased(num_prefix: int):
 CASES = {  # name -> (trace, number of prefix tokens, whether the first is [cls])
     "random": (random_case(1), 1, True),
     "soft": (random_case(1, std=0.01), 1, True),
+    "selective": (random_case(1, std=4.0), 1, True),
     "uniform": (make_trace(torch.zeros(B, H, 1 + M, D_HEAD), random_qk(1)[1]), 1, True),
     "one-hot": (one_hot(), 1, True),
     "peaked": (peaked(), 1, True),
@@ -231,7 +232,7 @@ def test_one_hot_attention_has_no_entropy_and_a_sink_leaves_the_patches_their_ow
     trace, num_prefix, _ = CASES["sink"]
     reduced = reduce_attention(trace, num_prefix, True)
     torch.testing.assert_close(reduced.patches.to_cls, torch.full((B, H, M), 0.99999).double(), rtol=1e-6, atol=0)
-    assert 3 < reduced.patches.patch_entropy.min() < reduced.patches.patch_entropy.max() < math.log(M) - 0.05
+    assert 3.5 < reduced.patches.patch_entropy.min() < reduced.patches.patch_entropy.max() < math.log(M) - 0.02
 
 
 def test_automatic_choice_is_fused_where_that_applies():
@@ -268,7 +269,7 @@ class LargestStorage(TorchDispatchMode):
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_no_attention_matrix_is_built_or_kept(reduction):
-    q, k = torch.randn(2, 1, 1, 1025, 16)
+    q, k = torch.randn(2, 1, 1, 1025, 16) / 2
     with LargestStorage() as largest:
         reduced = reduce_attention(make_trace(q, k), 1, True, reduction)
     assert largest.bytes < 4 * 1025**2 / 10
