@@ -16,6 +16,7 @@ from models_vit import Features, VisionTransformer
 from probes import ProbeBank
 from util.distributed import average_gradients, world_size
 from util.progress import progress
+from util.scores import Scores, count, total
 
 
 class FrozenTokens(NamedTuple):
@@ -68,7 +69,7 @@ def train_one_epoch(
     tokens.backbone.eval()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     micro_steps = len(loader)
-    total = pending = torch.zeros(len(bank.specs), device=device, dtype=torch.float64)
+    epoch_loss = pending = torch.zeros(len(bank.specs), device=device, dtype=torch.float64)
     start = asked = time.perf_counter()
     images_seen, waited = 0, 0.0
     for micro_step, sample in enumerate(progress(loader, f"epoch {epoch}", micro_steps)):
@@ -88,26 +89,17 @@ def train_one_epoch(
             optimizer.step()
             optimizer.zero_grad()
             on_step((epoch * micro_steps + micro_step) // accum_iter, pending)
-            total = total + pending
+            epoch_loss = epoch_loss + pending
             pending = torch.zeros_like(pending)
         asked = time.perf_counter()
     if world_size() > 1:
-        dist.all_reduce(total)
+        dist.all_reduce(epoch_loss)
     seconds = time.perf_counter() - start
     return {
-        "train_loss": (total / (micro_steps // accum_iter) / world_size()).tolist(),
+        "train_loss": (epoch_loss / (micro_steps // accum_iter) / world_size()).tolist(),
         "images_per_second": images_seen * world_size() / seconds,
         "data_wait": waited / seconds,
     }
-
-
-class Scores(NamedTuple):
-    """Evaluation of one probe over `n` images."""
-
-    top1: float  # percent
-    top5: float  # percent; of fewer than five classes, all of them
-    loss: float
-    n: int
 
 
 @torch.no_grad()
@@ -115,13 +107,9 @@ def evaluate(bank: ProbeBank, tokens: FrozenTokens, loader: Iterable, device: to
     """Scores of every probe, in the order of `bank.specs`; each sample counts once, over all processes."""
     bank.eval()
     tokens.backbone.eval()
-    sums = torch.zeros(len(bank.specs), 4, device=device, dtype=torch.float64)
+    counts = torch.zeros(len(bank.specs), 4, device=device, dtype=torch.float64)
     for sample in progress(loader, "test", len(loader)):
         labels = sample.label.to(device, non_blocking=True)
-        for row, logits in zip(sums, bank(tokens(sample.image.to(device, non_blocking=True))), strict=True):
-            hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
-            losses = F.cross_entropy(logits, labels, reduction="none").double()
-            row += torch.stack([hits[:, 0].sum(), hits.sum(), losses.sum(), losses.new_tensor(len(labels))])
-    if world_size() > 1:
-        dist.all_reduce(sums)
-    return [Scores(100 * top1 / n, 100 * top5 / n, loss / n, int(n)) for top1, top5, loss, n in sums.tolist()]
+        logits = bank(tokens(sample.image.to(device, non_blocking=True)))
+        counts += torch.stack([count(probe_logits, labels) for probe_logits in logits])
+    return total(counts)

@@ -15,7 +15,7 @@ import torch
 
 from abmilp import ACTIVATIONS
 from aggregation import AGGREGATIONS, check_aggregation
-from engine_linprobe import FrozenTokens, Scores, evaluate, train_one_epoch
+from engine_linprobe import FrozenTokens, evaluate, train_one_epoch
 from models_vit import VisionTransformer
 from probes import ProbeBank, ProbeSpec
 from util.arguments import (
@@ -42,6 +42,7 @@ from util.lars import LARS
 from util.lr_sched import lr_at, scaled_lr
 from util.progress import log, setup_logging
 from util.run_folder import RunFolder, provenance
+from util.scores import Scores
 
 
 def get_args_parser() -> argparse.ArgumentParser:

@@ -269,6 +269,11 @@ class ClsClassifier(nn.Module):
         """Weights in the published layout: encoder keys as timm's, then `head.*`."""
         return {key.removeprefix("backbone."): value for key, value in self.state_dict().items()}
 
+    def load_published_state_dict(self, state: dict[str, Tensor]) -> None:
+        """The inverse of published_state_dict; strict."""
+        names = {key.removeprefix("backbone."): key for key in self.state_dict()}
+        self.load_state_dict({names.get(key, key): value for key, value in state.items()}, strict=True)
+
 
 def init_weights(module: nn.Module) -> None:
     """MAE's initialisation: Xavier-uniform matrices (the patch projection too), zero biases."""

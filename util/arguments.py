@@ -97,9 +97,10 @@ def plain(args: argparse.Namespace) -> dict:
     return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
 
 
-def build_encoder(args: argparse.Namespace) -> tuple[Encoder, int]:
-    """The encoder that the arguments name, and its input size in pixels. ValueError before anything heavy."""
-    options = {"class_token": False} if args.no_cls_token else {}
+def build_encoder(args: argparse.Namespace, **options) -> tuple[Encoder, int]:
+    """The encoder that the arguments name, and its input size in pixels; options of models_vit.VisionTransformer."""
+    if args.no_cls_token:
+        options["class_token"] = False
     size = args.input_size or default_input_size(args.model)
     encoder = load_encoder(args.finetune, args.model, args.family, args.checkpoint_key, **options)
     if size % encoder.backbone.patch_size:

@@ -15,3 +15,30 @@ def weight_decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
         {"params": [p for name, p in trainable if is_decayed(name, p)], "weight_decay": weight_decay},
         {"params": [p for name, p in trainable if not is_decayed(name, p)], "weight_decay": 0.0},
     ]
+
+
+def layer_of(name: str, depth: int) -> int:
+    """Layer of a ViT parameter: 0 for the embedding, i + 1 for block i, depth + 1 for what follows the blocks."""
+    if name.startswith("blocks."):
+        return int(name.split(".")[1]) + 1
+    return 0 if name.startswith(("cls_token", "reg_token", "pos_embed", "patch_embed.")) else depth + 1
+
+
+def layer_decay_groups(model: nn.Module, depth: int, weight_decay: float, layer_decay: float) -> list[dict]:
+    """Optimizer groups by layer, each with `lr_scale` = layer_decay^(depth + 1 - layer), decayed weights apart.
+
+    Tokens and position tables are not decayed. Source: BEiT (Bao et al., 2022); MAE's fine-tuning uses the same.
+    """
+    groups: dict[tuple[int, bool], dict] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        name = name.removeprefix("backbone.")
+        layer = layer_of(name, depth)
+        decayed = parameter.ndim > 1 and name not in ("cls_token", "reg_token", "pos_embed")
+        group = groups.setdefault((layer, decayed), {
+            "params": [], "weight_decay": weight_decay if decayed else 0.0,
+            "lr_scale": layer_decay ** (depth + 1 - layer),
+        })  # fmt: skip
+        group["params"].append(parameter)
+    return list(groups.values())

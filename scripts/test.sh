@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# The whole test suite, in its own environment: bash scripts/test.sh [pytest arguments]
+set -euo pipefail
+source "$(dirname "$0")/env.sh"
+ruff check .
+exec python -m pytest "$@"
