@@ -19,7 +19,7 @@ from main_analyze_attention import get_args_parser
 from models_vit import build_vit
 from util.arguments import parse, run_main
 from util.checkpoints import save_encoder
-from util.datasets import build_dataset, eval_transform
+from util.datasets import Sample, build_dataset, eval_transform
 from util.seeding import seeded
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -163,6 +163,14 @@ def test_subset_of_the_images_is_a_function_of_the_seed():
     chosen = main_analyze_attention.subset(IMAGES, 10, seed=0)
     assert chosen == sorted(set(chosen)) == main_analyze_attention.subset(IMAGES, 10, seed=0)
     assert chosen != main_analyze_attention.subset(IMAGES, 10, seed=1)
+
+
+def test_overflow_stops_the_analysis_at_the_first_batch():
+    model = build_vit("vit_demo_patch8", depth=2)
+    model.blocks[0].mlp.fc2.bias.data[0] = float("inf")
+    batches = [Sample(torch.zeros(2, 3, 64, 64), torch.zeros(2), torch.arange(2), torch.zeros(2, 0)), None]
+    with pytest.raises(FloatingPointError, match=r"not finite in .*; use another --amp"):
+        main_analyze_attention.measure(model, batches, torch.float32, "auto", torch.device("cpu"))
 
 
 def test_folder_without_splits_is_analysed_whole(images, tmp_path, result):
