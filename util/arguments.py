@@ -21,16 +21,23 @@ PRECISIONS = {
 }
 
 
-def add_encoder_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("encoder")
+def add_encoder_arguments(parser: argparse.ArgumentParser, several: bool = False) -> None:
+    """several: --finetune names any number of encoders; --model, --family and --checkpoint_key one for all, or each."""
+
+    def default(value: str | None) -> dict:
+        return {"default": [value], "nargs": "+"} if several else {"default": value}
+
+    group = parser.add_argument_group("encoders" if several else "encoder")
     # not argparse choices: the one-line error of models_vit.architecture is shorter than argparse's usage
-    group.add_argument("--model", default="vit_base_patch16", metavar="MODEL", help="architecture, by name")
+    group.add_argument("--model", **default("vit_base_patch16"), metavar="MODEL", help="architecture, by name")
     group.add_argument(
-        "--finetune", default="", metavar="WEIGHTS",
+        "--finetune", **default(""), metavar="WEIGHTS",
         help="weights: a file, a catalogue name, a URL or a timm model's name; empty for random weights",
     )  # fmt: skip
-    group.add_argument("--family", default=None, help=f"format of the file: {', '.join(FAMILIES)} (default: detected)")
-    group.add_argument("--checkpoint_key", default=None, help="entry of the file that holds the weights")
+    group.add_argument(
+        "--family", **default(None), help=f"format of the file: {', '.join(FAMILIES)} (default: detected)"
+    )
+    group.add_argument("--checkpoint_key", **default(None), help="entry of the file that holds the weights")
     group.add_argument("--no_cls_token", action="store_true", help="the encoder has no [cls] token")
     group.add_argument("--input_size", default=None, type=int, help="pixels (default: the model's, 224)")
     group.add_argument(

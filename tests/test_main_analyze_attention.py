@@ -1,0 +1,204 @@
+"""The analysis program: the same numbers however the work is split, and what it leaves in its folder."""
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import main_analyze_attention
+from attention_stats import METRICS, REFERENCES, reduce_attention
+from main_analyze_attention import get_args_parser
+from models_vit import build_vit
+from util.arguments import parse, run_main
+from util.checkpoints import save_encoder
+from util.datasets import Sample, build_dataset, eval_transform
+from util.seeding import seeded
+
+ROOT = Path(__file__).resolve().parent.parent
+IMAGES = 37  # odd, so that no batch size and no number of processes divides it
+FLAGS = ["--model", "vit_demo_patch8", "--input_size", "32", "--amp", "float32", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("images")
+    generator = np.random.default_rng(0)
+    for index in range(IMAGES):
+        folder = root / "val" / f"class{index % 3}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(generator.integers(0, 256, (40, 44, 3), dtype=np.uint8)).save(folder / f"{index}.png")
+    return root
+
+
+def analyse(images: Path, output: Path, *flags: str) -> dict[str, dict]:
+    """{folder: its attention.json}"""
+    argv = ["--data_path", str(images), "--output_dir", str(output), *FLAGS, "--num_workers", "0", *flags]
+    main_analyze_attention.main(parse(get_args_parser(), argv))
+    return {path.parent.name: json.loads(path.read_text()) for path in output.glob("*/attention.json")}
+
+
+@pytest.fixture(scope="module")
+def result(images, tmp_path_factory) -> dict:
+    return analyse(images, tmp_path_factory.mktemp("result"), "--batch_size", "7")["random_weights"]
+
+
+def numbers(result: dict) -> dict[str, np.ndarray]:
+    """{metric: (blocks, numbers of a block)}"""
+    return {
+        name: np.array([
+            [block["count"], block["mean"], block["std"], *block["mean_per_head"], *block["std_per_head"]]
+            for block in metric["blocks"]
+        ])
+        for name, metric in result["metrics"].items()
+    }  # fmt: skip
+
+
+def assert_same_numbers(result: dict, expected: dict) -> None:
+    found, wanted = numbers(result), numbers(expected)
+    assert found.keys() == wanted.keys()
+    for name in wanted:
+        np.testing.assert_allclose(found[name], wanted[name], rtol=1e-6, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--batch_size", "1"),
+        ("--batch_size", "32"),
+        ("--batch_size", "7", "--num_workers", "2"),
+        ("--batch_size", "7", "--reduction", "explicit"),
+    ],
+    ids=" ".join,
+)
+def test_numbers_do_not_depend_on_how_the_work_is_done(images, tmp_path, result, flags):
+    assert_same_numbers(analyse(images, tmp_path, *flags)["random_weights"], result)
+
+
+def test_two_processes_give_the_numbers_of_one(images, tmp_path, result):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    program = [str(ROOT / "main_analyze_attention.py"), "--data_path", str(images), "--output_dir", str(tmp_path)]
+    flags = [*FLAGS, "--num_workers", "0", "--batch_size", "5"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run(
+        [*command, *program, *flags], cwd=ROOT, env=environment, check=True, capture_output=True, timeout=300
+    )
+    found = json.loads((tmp_path / "random_weights" / "attention.json").read_text())
+    assert found["processes"] == 2
+    assert_same_numbers(found, result)
+
+
+def test_numbers_are_means_and_deviations_over_the_images(images, result):
+    with seeded("weights", 0):
+        model = build_vit("vit_demo_patch8").eval()
+    transform = eval_transform(32)
+    values = {name: [] for name in METRICS}
+    with torch.no_grad():
+        for image, _ in build_dataset("image_folder", images, "val"):
+            for step in model.trace(transform(image)[None]):
+                reduced = reduce_attention(step, 1, True, "explicit")
+                for name, metric in METRICS.items():
+                    values[name].append(metric.compute(reduced)[0].double().numpy())
+    for name, found in values.items():
+        per_head = np.array(found).reshape(IMAGES, model.depth, -1)
+        average = per_head.mean(2)
+        for index, block in enumerate(result["metrics"][name]["blocks"]):
+            assert (block["block"], block["count"]) == (index, IMAGES)
+            np.testing.assert_allclose(block["mean"], average[:, index].mean(), rtol=1e-5)
+            np.testing.assert_allclose(block["std"], average[:, index].std(), rtol=1e-3, atol=1e-6)
+            np.testing.assert_allclose(block["mean_per_head"], per_head[:, index].mean(0), rtol=1e-5)
+
+
+def test_result_says_what_was_measured(result):
+    assert (result["images"], result["patches"], result["tokens"], result["heads"]) == (IMAGES, 16, 17, 4)
+    assert result["random_weights"] and result["encoder"]["sha256"] is None
+    assert {"command", "commit", "versions", "legend", "amp", "reduction"} <= result.keys()
+    assert list(result["metrics"]) == list(METRICS)
+    for name, metric in METRICS.items():
+        found = result["metrics"][name]
+        assert (found["unit"], found["definition"]) == (metric.unit, metric.definition)
+        for bound in ("upper", "uniform"):
+            expected = getattr(metric, bound)
+            assert found[bound] == (expected and {"name": expected, "value": REFERENCES[expected](17, 16)})
+
+
+def test_several_encoders_share_a_figure_that_their_results_redraw(images, tmp_path, monkeypatch):
+    weights = tmp_path / "trained.safetensors"
+    save_encoder(weights, build_vit("vit_demo_patch8").state_dict(), {"family": "mae"})
+    out = tmp_path / "out"
+    results = analyse(images, out, "--finetune", "", str(weights), "--label", "random", "a/b c")
+    assert sorted(results) == ["a_b_c", "random"]
+    assert results["a_b_c"]["label"] == "a/b c"
+    assert len(results["a_b_c"]["encoder"]["sha256"]) == 64 and not results["a_b_c"]["random_weights"]
+    assert (out / "attention.pdf").read_bytes().startswith(b"%PDF")
+    assert json.loads((out / "args.json").read_text())["args"]["finetune"] == ["", str(weights)]
+
+    board = EventAccumulator(str(out / "random"))
+    board.Reload()
+    drawn = {name: [(event.step, event.value) for event in board.Scalars(name)] for name in METRICS}
+    for name, metric in results["random"]["metrics"].items():
+        assert drawn[name] == [(block["block"], pytest.approx(block["mean"])) for block in metric["blocks"]]
+
+    inputs = [str(out / name / "attention.json") for name in ("random", "a_b_c")]
+    monkeypatch.setattr(sys, "argv", ["plot_attention.py", *inputs, "--output", str(tmp_path / "again.png")])
+    runpy.run_path(str(ROOT / "scripts" / "plot_attention.py"), run_name="__main__")
+    first, second = (np.asarray(Image.open(path)) for path in (out / "attention.png", tmp_path / "again.png"))
+    assert np.array_equal(first, second)
+
+
+def test_encoders_without_cls_have_the_metrics_of_patches_alone(images, tmp_path):
+    found = analyse(images, tmp_path, "--no_cls_token", "--num_images", "3")["random_weights"]
+    assert set(found["metrics"]) == {name for name, metric in METRICS.items() if not metric.needs_cls}
+    assert found["tokens"] == found["patches"] and (tmp_path / "attention.png").exists()
+
+
+def test_subset_of_the_images_is_a_function_of_the_seed():
+    chosen = main_analyze_attention.subset(IMAGES, 10, seed=0)
+    assert chosen == sorted(set(chosen)) == main_analyze_attention.subset(IMAGES, 10, seed=0)
+    assert chosen != main_analyze_attention.subset(IMAGES, 10, seed=1)
+
+
+def test_overflow_stops_the_analysis_at_the_first_batch():
+    model = build_vit("vit_demo_patch8", depth=2)
+    model.blocks[0].mlp.fc2.bias.data[0] = float("inf")
+    batches = [Sample(torch.zeros(2, 3, 64, 64), torch.zeros(2), torch.arange(2), torch.zeros(2, 0)), None]
+    with pytest.raises(FloatingPointError, match=r"not finite in .*; use another --amp"):
+        main_analyze_attention.measure(model, batches, torch.float32, "auto", torch.device("cpu"))
+
+
+def test_folder_without_splits_is_analysed_whole(images, tmp_path, result):
+    found = analyse(images / "val", tmp_path, "--batch_size", "7")["random_weights"]
+    assert_same_numbers(found, result)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--data_path", "/nowhere"], "there is no such folder"),
+        (["--model", "vit_giant"], "unknown model 'vit_giant'"),
+        (["--finetune", "missing.pth"], "no such file"),
+        (["--num_images", "38"], "choose from 1 to 37"),
+        (["--num_images", "0"], "choose from 1 to 37"),
+        (["--label", "one", "two"], "2 names for 1 encoders"),
+        (["--finetune", "", ""], "encoders share a name"),
+        (["--finetune", "", "", "--label", "a", "b", "--family", "mae", "mae", "mae"], "3 values for 2 encoders"),
+        (["--input_size", "36"], "not divisible by the patch size"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_mistakes_end_in_one_line_before_any_work(images, tmp_path, capsys, monkeypatch, flags, message):
+    monkeypatch.setattr(main_analyze_attention, "measure", None)
+    args = parse(get_args_parser(), ["--data_path", str(images), "--output_dir", str(tmp_path), *FLAGS, *flags])
+    with pytest.raises(SystemExit) as stopped:
+        run_main(main_analyze_attention.main, args)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert message in error and error.count("\n") == 1
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,202 @@
+"""main_linprobe as its users run it: one and two processes, resumed, with mistakes, with published command lines."""
+
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import main_linprobe
+import submitit_linprobe
+from models_vit import build_vit
+from util.arguments import parse, run_main
+from util.checkpoints import save_encoder
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Two classes told by their brightness: 64 training images and 101 test images."""
+    folder, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
+    for split, count in (("train", 64), ("val", 101)):
+        for index in range(count):
+            label = index % 2
+            path = folder / split / f"class{label}" / f"{index:03d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray((rng.uniform(0, 120, (40, 48, 3)) + 100 * label).astype(np.uint8)).save(path)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "encoder.safetensors"
+    save_encoder(path, build_vit("vit_demo_patch8").state_dict(), {"family": "mae"})
+    return path
+
+
+@pytest.fixture
+def command(data, weights, tmp_path):
+    return [
+        "--model", "vit_demo_patch8", "--finetune", str(weights), "--data_path", str(data), "--input_size", "32",
+        "--amp", "float32", "--device", "cpu", "--num_workers", "0", "--batch_size", "16", "--epochs", "3",
+        "--warmup_epochs", "1", "--blr", "20", "--output_dir", str(tmp_path / "run"),
+    ]  # fmt: skip
+
+
+def run(argv):
+    main_linprobe.main(parse(main_linprobe.get_args_parser(), argv))
+    output = Path(argv[argv.index("--output_dir") + 1])
+    return json.loads((output / "results.json").read_text())
+
+
+def states(folder, epoch=2):
+    return torch.load(folder / f"checkpoint-{epoch}.pth", weights_only=True)
+
+
+def test_run_learns_and_leaves_its_records(command, tmp_path):
+    results = run([*command, "--cls_features", "cls", "pos", "abmilp", "--seeds", "0", "1"])
+    assert len(results["probes"]) == 6 and results["n_test"] == 101
+    assert all(probe["last"]["n"] == 101 for probe in results["probes"].values())
+    assert max(probe["last"]["top1"] for probe in results["probes"].values()) > 90
+    assert set(results["lr"].values()) == {20 * 16 / 256}
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.txt").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [0, 1, 2]
+    assert json.loads((tmp_path / "run" / "args.json").read_text())["encoder"]["sha256"]
+    assert list((tmp_path / "run").glob("events.out.tfevents.*"))
+
+
+def test_two_processes_equal_two_micro_steps_and_count_every_image_once(command, tmp_path):
+    heads = ["--cls_features", "cls", "abmilp"]
+    one = run([*command, *heads, "--accum_iter", "2"])
+    command[command.index("--output_dir") + 1] = str(tmp_path / "two")
+    subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "main_linprobe.py",
+         *command, *heads],
+        cwd=ROOT, check=True, capture_output=True, timeout=300,
+    )  # fmt: skip
+    two = json.loads((tmp_path / "two" / "results.json").read_text())
+    assert two["processes"] == 2 and two["effective_batch"] == one["effective_batch"] == 32
+    for name, probe in one["probes"].items():
+        assert two["probes"][name]["last"]["n"] == 101
+        assert two["probes"][name]["last"]["top1"] == probe["last"]["top1"]
+    torch.testing.assert_close(
+        states(tmp_path / "two")["probes"], states(tmp_path / "run")["probes"], rtol=1e-5, atol=1e-6
+    )
+
+
+def test_resumed_run_is_the_uninterrupted_run(command, tmp_path):
+    whole = run([*command, "--cls_features", "cls", "abmilp", "--num_workers", "2"])
+    finished, log = states(tmp_path / "run"), (tmp_path / "run" / "log.txt").read_text()
+    (tmp_path / "run" / "checkpoint-2.pth").write_bytes(b"cut off while it was written")
+    again = run([*command, "--cls_features", "cls", "abmilp", "--resume", "auto"])
+    resumed = states(tmp_path / "run")
+    for name, state in finished["probes"].items():
+        assert all(torch.equal(state[key], resumed["probes"][name][key]) for key in state)
+    assert again["probes"] == whole["probes"]
+
+    def figures(text):
+        return [{k: v for k, v in json.loads(line).items() if k in ("epoch", "train_loss", "test")}
+                for line in text.splitlines()]  # fmt: skip
+
+    assert figures((tmp_path / "run" / "log.txt").read_text()) == figures(log)
+
+
+def test_evaluation_alone_repeats_the_last_scores(command, tmp_path, capsys):
+    whole = run(command)
+    checkpoint = str(tmp_path / "run" / "checkpoint-2.pth")
+    main_linprobe.main(parse(main_linprobe.get_args_parser(), [*command, "--eval", "--resume", checkpoint]))
+    (probe,) = whole["probes"].values()
+    capsys_text = capsys.readouterr().out
+    assert f"top-1 {probe['last']['top1']:.2f}, top-5 100.00, loss {probe['last']['loss']:.4f} on 101" in capsys_text
+
+
+def test_saved_arguments_replay_the_run(command, tmp_path):
+    whole = run([*command, "--cls_features", "pos", "--crop", "torchvision"])
+    shutil.copy(tmp_path / "run" / "args.json", tmp_path / "args.json")
+    again = run(["--args_from", str(tmp_path / "args.json"), "--output_dir", str(tmp_path / "again")])
+    assert again["probes"] == whole["probes"]
+
+
+def test_a_finished_run_is_not_written_over(command):
+    run(command)
+    with pytest.raises(ValueError, match="already holds a run"):
+        run(command)
+
+
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [
+        (["--data_path", "nowhere"], "--data_path nowhere: there is no such folder"),
+        (["--nb_classes", "1000"], "--nb_classes 1000, but"),
+        (["--model", "vit_gigantic"], "unknown model 'vit_gigantic': choose one of vit_demo_patch8"),
+        (["--model", "vit_tiny_patch16"], "is not a vit_tiny_patch16 of family mae: missing blocks.10"),
+        (["--finetune", "nothing.pth"], "--finetune nothing.pth: no such file"),
+        (["--return_block", "6"], "block 6 does not exist: this encoder has blocks 0 to 5"),
+        (["--cls_features", "mean"], "unknown --cls_features 'mean'"),
+        (["--no_cls_token", "--finetune", "", "--cls_features", "cls"], "this encoder has no [cls] token; probe pos or"),
+        (["--batch_size", "65"], "larger than the 64 training images"),
+        (["--input_size", "30"], "--input_size 30 is not divisible by the patch size 8"),
+        (["--global_pool"], "write --cls_features pos"),
+        (["--epochs", "1", "--warmup_epochs", "2"], "--warmup_epochs 2 must lie between 0 and --epochs 1"),
+        (["--eval"], "--eval needs the probes"),
+        (["--family", "imagenet"], "unknown family 'imagenet': choose one of mae, mae_ft"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(command, mistake, message, capsys, tmp_path):
+    with pytest.raises(SystemExit) as exit_info:
+        run_main(main_linprobe.main, parse(main_linprobe.get_args_parser(), [*command, *mistake]))
+    error = capsys.readouterr().err
+    assert exit_info.value.code == 2
+    assert message in error and error.count("\n") == 1
+    assert not (tmp_path / "run" / "args.json").exists()
+
+
+def test_beyond_cls_command_means_the_papers_probe():
+    """The command of the published README, but for the torchrun in front."""
+    args = parse(main_linprobe.get_args_parser(), shlex.split(
+        "--amp bfloat16 --num_workers 16 --dataloader_affinity_hack --epochs 90 --accum_iter 2 --optimizer lars "
+        "--batch_size 2048 --model vit_base_patch16 --finetune vit_base_patch16_224.mae --data_path imagenet "
+        "--output_dir out --cls_features abmilp --abmilp_act relu --abmilp_sa none --abmilp_depth 1 "
+        "--abmilp_cond none --abmilp_content patch"
+    ))  # fmt: skip
+    main_linprobe.settle(args)
+    (spec,) = main_linprobe.probe_specs(args, build_vit("vit_base_patch16"))
+    assert (spec.head, spec.block, spec.blr) == ("abmilp", 11, 0.1)
+    assert not args.final_norm and args.init == "default" and args.momentum == 0.9 and args.warmup_epochs == 10
+
+
+def test_mae_command_means_maes_probe():
+    """The published submitit command: [cls] after the last norm, classifier from a normal of std 0.01."""
+    argv = shlex.split(
+        "--job_dir job --nodes 4 --batch_size 512 --model vit_base_patch16 --cls_token --finetune mae.pth --epochs 90 "
+        "--blr 0.1 --weight_decay 0.0 --dist_eval --data_path imagenet"
+    )
+    launcher, rest = submitit_linprobe.get_args_parser().parse_known_args(argv)
+    args = parse(main_linprobe.get_args_parser(), rest)
+    main_linprobe.settle(args)
+    assert (launcher.nodes, launcher.ngpus) == (4, 8)
+    assert args.cls_features == ["cls"] and args.final_norm and args.init == "trunc_normal"
+    assert (args.batch_size, args.epochs, args.blr, args.optimizer) == (512, 90, [0.1], "lars")
+
+
+def test_launcher_runs_two_processes_and_continues_the_run(command, tmp_path):
+    index = command.index("--output_dir")
+    del command[index : index + 2]
+    launcher = [sys.executable, "submitit_linprobe.py", "--job_dir", str(tmp_path / "job"), "--cluster", "local",
+                "--ngpus", "0", "--ntasks", "2", "--cpus_per_task", "1", "--wait"]  # fmt: skip
+    result = subprocess.run([*launcher, *command], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert json.loads((tmp_path / "job" / "results.json").read_text())["processes"] == 2
+    (tmp_path / "job" / "checkpoint-2.pth").unlink()
+    (tmp_path / "job" / "results.json").unlink()
+    result = subprocess.run([*launcher, *command], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "job" / "results.json").exists()

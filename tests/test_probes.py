@@ -1,0 +1,156 @@
+"""A bank of probes: each is the probe alone, and the recipe is the published one by value."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from engine_linprobe import train_one_epoch
+from models_vit import Features, VisionTransformer
+from probes import ProbeBank, ProbeNorm, ProbeSpec
+from util.datasets import Sample
+from util.lars import LARS
+from util.lr_sched import lr_at
+
+TINY = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
+SPECS = [ProbeSpec(head, 1, 0.1, seed) for head in ("cls", "pos", "abmilp") for seed in (0, 1)]
+
+
+@pytest.fixture(scope="module")
+def backbone():
+    torch.manual_seed(0)
+    return VisionTransformer(**TINY).eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def batches(backbone):
+    """Tokens and labels of 24 micro-batches."""
+    torch.manual_seed(1)
+    return [(backbone(torch.randn(32, 3, 16, 16), blocks=[0, 1]), torch.randint(5, (32,))) for _ in range(24)]
+
+
+def train(specs, backbone, batches, lrs, accum_iter=1, epochs=2):
+    """The engine on tokens made beforehand."""
+    bank = ProbeBank(specs, backbone, (2, 2), 5)
+    optimizer = LARS(bank.parameter_groups(lrs))
+    loader = [Sample(torch.full((32, 1), float(i)), labels, None, None) for i, (_, labels) in enumerate(batches)]
+
+    class Tokens:
+        backbone = nn.Identity()
+
+        def __call__(self, images):
+            return batches[int(images[0, 0])][0]
+
+    for epoch in range(epochs):
+        train_one_epoch(
+            bank, Tokens(), loader, optimizer, lambda t, lr: lr_at(t, lr, epochs, 1), epoch, accum_iter,
+            torch.device("cpu"),
+        )  # fmt: skip
+    return bank
+
+
+def test_norm_without_affine_equals_batchnorm1d():
+    ours, theirs = ProbeNorm(6), nn.BatchNorm1d(6, eps=1e-6, affine=False)
+    for _ in range(5):
+        x = torch.randn(8, 6) * 3 + 1
+        torch.testing.assert_close(ours(x), theirs(x))
+        ours.commit(torch.stack(ours.pending))
+        ours.pending.clear()
+    torch.testing.assert_close(ours.state_dict(), theirs.state_dict())
+    torch.testing.assert_close(ours.eval()(x), theirs.eval()(x))
+
+
+@pytest.mark.parametrize("accum_iter", [1, 2])
+def test_probe_in_a_bank_is_the_probe_alone(backbone, batches, accum_iter):
+    lrs = [3.0, 5.0] * 3
+    together = train(SPECS, backbone, batches, lrs, accum_iter).probe_states()
+    for spec, lr in zip(SPECS, lrs, strict=True):
+        alone = train([spec], backbone, batches, [lr], accum_iter).probe_states()[spec.name]
+        torch.testing.assert_close(together[spec.name], alone, rtol=1e-6, atol=1e-7)
+
+
+def test_diverging_neighbour_changes_nothing(backbone, batches):
+    alone = train(SPECS[:1], backbone, batches, [3.0]).probe_states()
+    beside = train(SPECS[:2], backbone, batches, [3.0, 1e30]).probe_states()
+    assert not beside[SPECS[1].name]["classifier.weight"].isfinite().all()
+    torch.testing.assert_close(beside[SPECS[0].name], alone[SPECS[0].name], rtol=1e-6, atol=1e-7)
+
+
+def test_initial_weights_depend_on_the_spec_alone(backbone):
+    first = ProbeBank(SPECS, backbone, (2, 2), 5).probe_states()
+    torch.manual_seed(123)
+    again = ProbeBank(SPECS[::-1], backbone, (2, 2), 5).probe_states()
+    assert all(torch.equal(first[name][key], again[name][key]) for name in first for key in first[name])
+    a, b = (first[SPECS[i].name]["classifier.weight"] for i in (0, 1))
+    assert not torch.equal(a, b)  # seeds differ
+    other_rate = ProbeSpec("cls", 1, 10.0, 0)
+    assert torch.equal(ProbeBank([other_rate], backbone, (2, 2), 5).probes[0].classifier.weight, a)
+
+
+def test_recipe_equals_a_plain_loop(backbone, batches):
+    """aggregation -> nn.BatchNorm1d -> nn.Linear with LARS by its formula, accumulated over two micro-batches."""
+    specs, lr, epochs = [ProbeSpec(head, 1, 0.1, 0) for head in ("cls", "pos", "abmilp")], 4.0, 3
+    start = ProbeBank(specs, backbone, (2, 2), 5)
+    ours = train(specs, backbone, batches, [lr] * 3, accum_iter=2, epochs=epochs)
+    for spec, probe, trained in zip(specs, start.probes, ours.probes, strict=True):
+        linear = copy.deepcopy(probe.classifier)
+        norm = nn.BatchNorm1d(16, eps=1e-6, affine=False)
+        query = nn.Linear(16, 1)
+        parameters = list(linear.parameters())
+        if spec.aggregation == "abmilp":
+            query.load_state_dict(probe.aggregation.pool.score[0].state_dict())
+            parameters += list(query.parameters())
+        velocity = [torch.zeros_like(p) for p in parameters]
+        for step in range(epochs * 12):
+            gradients = [torch.zeros_like(p) for p in parameters]
+            for micro in (0, 1):
+                features, labels = batches[(2 * step + micro) % 24]
+                cls, x = features[1].cls, features[1].patches
+                weights = query(x).softmax(1) if spec.aggregation == "abmilp" else torch.full((32, 4, 1), 0.25)
+                z = cls if spec.aggregation == "cls" else (weights * x).sum(1)
+                loss = F.cross_entropy(linear(norm(z)), labels) / 2
+                for total, g in zip(gradients, torch.autograd.grad(loss, parameters), strict=True):
+                    total += g
+            rate = lr_at(step / 12, lr, epochs, 1)
+            for p, g, u in zip(parameters, gradients, velocity, strict=True):
+                if p.ndim > 1 and p.norm() > 0 and g.norm() > 0:
+                    g = g * (0.001 * p.norm() / g.norm())
+                u.mul_(0.9).add_(g)
+                p.data -= rate * u
+        torch.testing.assert_close(trained.classifier.state_dict(), linear.state_dict(), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(trained.norm.state_dict(), norm.state_dict(), rtol=1e-4, atol=1e-6)
+        if spec.aggregation == "abmilp":
+            torch.testing.assert_close(trained.aggregation.pool.score[0].weight, query.weight, rtol=1e-4, atol=1e-6)
+
+
+def test_probes_read_their_own_block(backbone, batches):
+    bank = ProbeBank([ProbeSpec("cls", block, 0.1, 0) for block in (0, 1)], backbone, (2, 2), 5).eval()
+    features = batches[0][0]
+    changed = {0: features[0], 1: Features(*[None if t is None else t + 1 for t in features[1]])}
+    before, after = bank(features), bank(changed)
+    assert torch.equal(before[0], after[0]) and not torch.equal(before[1], after[1])
+
+
+@pytest.mark.parametrize(
+    ("specs", "message"),
+    [
+        ([ProbeSpec("cls", 2, 0.1, 0)], "block 2 does not exist: this encoder has blocks 0 to 1"),
+        ([ProbeSpec("mean", 1, 0.1, 0)], "unknown --cls_features 'mean': choose among cls, pos"),
+        ([ProbeSpec("cls", 1, 0.1, 0)] * 2, "asked for twice"),
+    ],
+)
+def test_impossible_banks_are_refused(backbone, specs, message):
+    with pytest.raises(ValueError, match=message):
+        ProbeBank(specs, backbone, (2, 2), 5)
+
+
+def test_cls_probe_needs_a_cls_token():
+    backbone = VisionTransformer(**TINY, class_token=False)
+    with pytest.raises(ValueError, match=r"has no \[cls\] token; probe pos or abmilp"):
+        ProbeBank([ProbeSpec("cls", 1, 0.1, 0)], backbone, (2, 2), 5)
+
+
+def test_close_rates_are_different_probes():
+    assert ProbeSpec("cls", 1, 0.1, 0).name != ProbeSpec("cls", 1, 0.1000001, 0).name
