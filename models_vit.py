@@ -164,7 +164,7 @@ class VisionTransformer(nn.Module):
         if pos_embed == "learned":
             table = nn.init.trunc_normal_(torch.empty_like(table), std=0.02)
         self.pos_embed = nn.Parameter(table, requires_grad=pos_embed == "learned")
-        rates = torch.linspace(0, drop_path, depth).tolist()  # stochastic depth grows linearly with the block
+        rates = [drop_path * index / max(depth - 1, 1) for index in range(depth)]  # stochastic depth grows linearly
         self.blocks = nn.ModuleList(
             Block(embed_dim, num_heads, mlp_ratio, qkv_bias, init_values, rates[index], index) for index in range(depth)
         )

@@ -99,8 +99,10 @@ def plain(args: argparse.Namespace) -> dict:
 
 def check_input_size(size: int, model: str) -> None:
     patch_size = architecture(model)["patch_size"]
-    if size < patch_size or size % patch_size:
-        raise ValueError(f"--input_size {size}: {model} needs a multiple of its patch size {patch_size}")
+    if size < 1 or size % patch_size:
+        raise ValueError(
+            f"--input_size {size} is not divisible by the patch size {patch_size} of {model}: name a multiple of it"
+        )
 
 
 def check_training(args: argparse.Namespace) -> None:

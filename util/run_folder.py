@@ -52,7 +52,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
 
 
 class RunFolder:
-    """Records of one run; only rank 0 writes, and nothing before `start`. An empty `path` keeps nothing."""
+    """Records of one run; only rank 0 writes, and makes the folder when it does. An empty `path` keeps nothing."""
 
     def __init__(self, path: str | os.PathLike, log_dir: str | os.PathLike | None = None):
         self.path = Path(path) if path and distributed.rank() == 0 else None
@@ -61,19 +61,22 @@ class RunFolder:
         self.log_dir = Path(log_dir) if log_dir else self.path
 
     def start(self, record: dict[str, Any], name: str = "args.json") -> None:
-        """Make the folder, write what was asked, with its provenance, and open TensorBoard."""
-        if self.path is None:
-            return
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            write_json(self.path / name, record)
-            self.board = SummaryWriter(log_dir=str(self.log_dir))
-        except OSError as error:
-            raise ValueError(f"--output_dir {self.path} cannot be written: {error}") from error
+        """Write what was asked, with its provenance, and open TensorBoard. ValueError where that is not possible."""
+        self.write(name, record)
+        if self.path is not None:
+            try:
+                self.board = SummaryWriter(log_dir=str(self.log_dir))
+            except OSError as error:
+                raise ValueError(f"--log_dir {self.log_dir} cannot be written: {error}") from error
 
     def write(self, name: str, value: Any) -> None:
+        """Write JSON into the folder, made if need be. ValueError where that is not possible."""
         if self.path is not None:
-            write_json(self.path / name, value)
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+                write_json(self.path / name, value)
+            except OSError as error:
+                raise ValueError(f"--output_dir {self.path} cannot be written: {error}") from error
 
     def log_line(self, record: dict[str, Any]) -> None:
         """One line of JSON in log.txt (an epoch's figures, MAE's convention), in place of this epoch's and later ones.
