@@ -190,7 +190,8 @@ def load_timm(name: str) -> tuple[State, tuple[float, ...], tuple[float, ...]]:
     try:
         model = timm.create_model(name, pretrained=True, num_classes=0)
     except (RuntimeError, OSError) as error:
-        raise ValueError(f"timm cannot provide {name!r}: {str(error).splitlines()[0]}") from error
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(f"timm cannot provide {name!r}: {reason}") from error
     return model.state_dict(), model.pretrained_cfg["mean"], model.pretrained_cfg["std"]
 
 
