@@ -255,6 +255,15 @@ def test_a_failed_download_is_one_line(tiny, tmp_path, cache):
 # ---- saving
 
 
+def test_equal_weights_are_saved_as_equal_files(source, tmp_path):
+    metadata = {"family": "mae", "model": "é", "input_size": "32", "epochs": "3"}
+    for index in range(5):
+        save_encoder(tmp_path / f"{index}.safetensors", source.state_dict(), metadata)
+    assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
+    assert checkpoints.safetensors_metadata(tmp_path / "0.safetensors") == metadata
+    assert safetensors.torch.load_file(tmp_path / "0.safetensors")["norm.weight"].equal(source.norm.weight)
+
+
 def test_saved_weights_are_whole_or_absent(source, tmp_path, monkeypatch):
     def interrupted(tensors, path, metadata):
         path.write_bytes(b"half")

@@ -1,6 +1,7 @@
 """Published encoders: what their files look like (FAMILIES), and a loader that takes all of a file or refuses it."""
 
 import hashlib
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -286,3 +287,17 @@ def save_encoder(path: Path, state: State, metadata: dict[str, str]) -> None:
     tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     with atomic_path(path) as temporary:
         safetensors.torch.save_file(tensors, temporary, metadata=metadata)
+        sort_metadata(temporary)
+
+
+def sort_metadata(path: Path) -> None:
+    """Put the metadata of a safetensors file in order: it is written in a random one, and equal weights are to have
+    equal hashes."""
+    with open(path, "r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(text) <= size
+        file.seek(8)
+        file.write(text.ljust(size))
