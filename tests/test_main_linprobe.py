@@ -141,7 +141,10 @@ def test_a_finished_run_is_not_written_over(command):
         (["--finetune", "nothing.pth"], "--finetune nothing.pth: no such file"),
         (["--return_block", "6"], "block 6 does not exist: this encoder has blocks 0 to 5"),
         (["--cls_features", "mean"], "unknown --cls_features 'mean'"),
-        (["--no_cls_token", "--finetune", "", "--cls_features", "cls"], "this encoder has no [cls] token; probe pos or"),
+        (
+            ["--no_cls_token", "--finetune", "", "--cls_features", "cls"],
+            "this encoder has no [cls] token; probe pos or",
+        ),
         (["--batch_size", "65"], "larger than the 64 training images"),
         (["--input_size", "30"], "--input_size 30 is not divisible by the patch size 8"),
         (["--global_pool"], "write --cls_features pos"),
@@ -187,16 +190,18 @@ def test_mae_command_means_maes_probe():
     assert (args.batch_size, args.epochs, args.blr, args.optimizer) == (512, 90, [0.1], "lars")
 
 
-def test_launcher_runs_two_processes_and_continues_the_run(command, tmp_path):
+def test_launched_job_continues_the_run_on_two_processes(command, tmp_path):
+    whole = run([*command, "--accum_iter", "2"])
+    (tmp_path / "run" / "checkpoint-2.pth").unlink()
+    (tmp_path / "run" / "results.json").unlink()
     index = command.index("--output_dir")
-    del command[index : index + 2]
-    launcher = [sys.executable, "submitit_linprobe.py", "--job_dir", str(tmp_path / "job"), "--cluster", "local",
-                "--ngpus", "0", "--ntasks", "2", "--cpus_per_task", "1", "--wait"]  # fmt: skip
-    result = subprocess.run([*launcher, *command], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    launcher = [
+        sys.executable, "submitit_linprobe.py", "--job_dir", command[index + 1], "--cluster", "local", "--ngpus", "0",
+        "--ntasks", "2", "--cpus_per_task", "1", "--wait", *command[:index],
+    ]  # fmt: skip
+    result = subprocess.run(launcher, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
-    assert json.loads((tmp_path / "job" / "results.json").read_text())["processes"] == 2
-    (tmp_path / "job" / "checkpoint-2.pth").unlink()
-    (tmp_path / "job" / "results.json").unlink()
-    result = subprocess.run([*launcher, *command], cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
-    assert (tmp_path / "job" / "results.json").exists()
+    resumed = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert resumed["processes"] == 2
+    for name, probe in whole["probes"].items():
+        assert resumed["probes"][name]["last"]["top1"] == probe["last"]["top1"]

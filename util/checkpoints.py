@@ -14,6 +14,7 @@ from torch import Tensor
 
 from models_vit import VisionTransformer, architecture
 from util.datasets import IMAGENET_MEAN, IMAGENET_STD
+from util.distributed import main_process_first
 from util.files import atomic_path, sha256
 from util.progress import log
 from util.run_folder import load_plain
@@ -114,8 +115,9 @@ def load_encoder(
         if entry.model != model:
             raise ValueError(f"--finetune {finetune} is no {model}: write --model {entry.model}")
         family = family or entry.family
-    path = fetch_weights(finetune)
-    content = load_timm(finetune) if path is None else load_plain_or_safetensors(path)
+    with main_process_first():
+        path = fetch_weights(finetune)
+        content = load_timm(finetune) if path is None else load_plain_or_safetensors(path)
     family = family or ("timm" if path is None else detect_family(path, content, checkpoint_key))
     if family not in FAMILIES:
         raise ValueError(f"unknown family {family!r}: choose one of {', '.join(FAMILIES)}")

@@ -61,6 +61,16 @@ def barrier() -> None:
         dist.barrier()
 
 
+@contextlib.contextmanager
+def main_process_first() -> Iterator[None]:
+    """Rank 0 runs the block before the others do: what it downloads, they find."""
+    if rank() != 0:
+        barrier()
+    yield
+    if rank() == 0:
+        barrier()
+
+
 def gather_tensors(value: Tensor) -> list[Tensor]:
     """The tensor of every rank, in rank order, on every rank. Shapes must agree."""
     if world_size() == 1:
