@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from util.distributed import rank
+from util.distributed import mean_over_ranks, rank, world_size
 from util.progress import progress
 from util.scores import Scores, count, total
 from util.seeding import seeded, stable_seed
@@ -33,9 +33,10 @@ def train_one_epoch(
 
     lr_of: fractional epoch -> rate, multiplied by each group's `lr_scale`. mixup: timm's Mixup, which returns soft
     labels (label smoothing is then its business). on_step: called after every optimizer step with its number over the
-    run, its loss (a tensor, not read yet) and its rate. Mixing and stochastic depth draw from (seed, epoch, micro-step,
-    rank), so that a resumed run repeats them. Returns the epoch's mean loss, last rate and images per second, of this
-    process. Raises FloatingPointError when the loss is not finite.
+    run, this process's loss (a tensor, not read yet) and its rate. Mixing and stochastic depth draw from (seed, epoch,
+    chunk), the chunks counted as by util.datasets.GlobalBatches: a resumed run repeats them, and so does another split
+    into processes and micro-steps. Returns the epoch's mean loss, last rate and images per second, over all processes.
+    Raises FloatingPointError, on all of them, when the loss is not finite.
     """
     model.train()
     micro_steps = len(loader)
@@ -52,7 +53,7 @@ def train_one_epoch(
         labels = sample.label.to(device, non_blocking=True)
         if isinstance(model, nn.parallel.DistributedDataParallel):
             model.require_backward_grad_sync = update  # exchange gradients once per optimizer step
-        words = ("finetune", seed, epoch, micro_step, rank())
+        words = ("finetune", seed, epoch, micro_step * world_size() + rank())
         with seeded(*words):
             if device.type == "cuda":
                 torch.cuda.manual_seed(stable_seed(*words))
@@ -72,10 +73,10 @@ def train_one_epoch(
             losses.append(pending)
             on_step((epoch * micro_steps + micro_step) // accum_iter, pending, lr)
             pending = 0.0
-    mean = torch.stack(losses).double().mean().item()
+    mean = mean_over_ranks(torch.stack(losses).double().mean()).item()
     if not math.isfinite(mean):
         raise FloatingPointError(f"the loss is {mean} in epoch {epoch}: training stopped")
-    return {"loss": mean, "lr": lr, "images_per_second": images_seen / (time.perf_counter() - start)}
+    return {"loss": mean, "lr": lr, "images_per_second": world_size() * images_seen / (time.perf_counter() - start)}
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import nn
 
+from util.distributed import mean_over_ranks, world_size
 from util.progress import progress
 
 
@@ -25,8 +26,9 @@ def train_one_epoch(
     """Train on one epoch of Sample batches (with noise, which decides the masks).
 
     lr_of: fractional epoch -> learning rate, set before every optimizer step. on_step: called after every optimizer
-    step with its number over the run, its loss (a tensor, not read yet) and its rate. Returns the epoch's mean loss,
-    last rate and images per second, of this process. Raises FloatingPointError when the loss is not finite.
+    step with its number over the run, this process's loss (a tensor, not read yet) and its rate. Returns the epoch's
+    mean loss, last rate and images per second, over all processes. Raises FloatingPointError, on all of them, when the
+    loss is not finite.
     """
     model.train()
     micro_steps = len(loader)
@@ -54,7 +56,7 @@ def train_one_epoch(
             losses.append(pending)
             on_step((epoch * micro_steps + micro_step) // accum_iter, pending, lr)
             pending = 0.0
-    mean = torch.stack(losses).double().mean().item()
+    mean = mean_over_ranks(torch.stack(losses).double().mean()).item()
     if not math.isfinite(mean):
         raise FloatingPointError(f"the loss is {mean} in epoch {epoch}: training stopped")
-    return {"loss": mean, "lr": lr, "images_per_second": images_seen / (time.perf_counter() - start)}
+    return {"loss": mean, "lr": lr, "images_per_second": world_size() * images_seen / (time.perf_counter() - start)}

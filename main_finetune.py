@@ -22,6 +22,7 @@ from util.arguments import (
     add_encoder_arguments,
     add_run_arguments,
     build_encoder,
+    check_training,
     parse,
     plain,
     run_main,
@@ -76,15 +77,15 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> None:
-    if args.eval and not args.resume:
-        raise ValueError("--eval needs a classifier: name its checkpoint with --resume")
+    check(args)
     with distributed(args.device, args.dist_url) as world:
         setup_logging()
         folder = RunFolder(args.output_dir, args.log_dir)
-        state = folder.find_checkpoint(args.resume)
+        state = folder.find_checkpoint(args.resume, evaluate_only=args.eval)
 
         # ---- encoder with a fresh head, all of it trained
         train_images, test_images, num_classes = build_splits(args.dataset, args.data_path, args.nb_classes)
+        batches = GlobalBatches(len(train_images), args.batch_size, args.accum_iter, args.seed)
         with seeded("weights", args.seed):
             encoder, size = build_encoder(args, drop_path=args.drop_path)
             model = ClsClassifier(encoder.backbone.requires_grad_(True), num_classes).to(world.device)
@@ -96,10 +97,9 @@ def main(args: argparse.Namespace) -> None:
             mean=encoder.mean, std=encoder.std,
         )  # fmt: skip
         mixup = None
-        if args.mixup > 0 or args.cutmix > 0:
+        if mixes(args):
             mixup = Mixup(args.mixup, args.cutmix, label_smoothing=args.smoothing, num_classes=num_classes)
         pin = args.pin_mem and world.device.type == "cuda"
-        batches = GlobalBatches(len(train_images), args.batch_size, args.accum_iter, args.seed)
         train_set = KeyedDataset(train_images, augment, args.seed)
         train_loader = build_loader(train_set, batches, args.num_workers, pin, args.dataloader_affinity_hack)
         test_set = KeyedDataset(test_images, eval_transform(size, encoder.mean, encoder.std), args.seed)
@@ -159,6 +159,21 @@ def main(args: argparse.Namespace) -> None:
         folder.write("results.json", {"last": history[-1], "seconds": time.time() - start, **run})
         barrier()
         folder.close()
+
+
+def mixes(args: argparse.Namespace) -> bool:
+    return args.mixup > 0 or args.cutmix > 0
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse what the arguments alone show to be impossible; ValueError."""
+    check_training(args)
+    if args.eval and not args.resume:
+        raise ValueError("--eval needs a classifier: name its checkpoint with --resume")
+    if args.amp == "float16" and not args.eval:
+        raise ValueError("--amp float16 would need a loss scaler to train; use bfloat16")
+    if mixes(args) and args.batch_size % 2 and not args.eval:
+        raise ValueError(f"--batch_size {args.batch_size}: mixup and cutmix pair images, so it must be even")
 
 
 def restore(model: ClsClassifier, optimizer: torch.optim.Optimizer, state: dict) -> tuple[int, list[dict]]:

@@ -15,7 +15,7 @@ import torch
 from engine_pretrain import train_one_epoch
 from models_mae import DECODERS, MaskedAutoencoder
 from models_vit import build_vit, default_input_size
-from util.arguments import PRECISIONS, add_data_arguments, add_run_arguments, parse, plain, run_main
+from util.arguments import PRECISIONS, add_data_arguments, add_run_arguments, check_training, parse, plain, run_main
 from util.checkpoints import save_encoder
 from util.datasets import GlobalBatches, KeyedDataset, build_dataset, build_loader, train_transform
 from util.distributed import barrier, distributed
@@ -45,27 +45,36 @@ def get_args_parser() -> argparse.ArgumentParser:
     optim.add_argument("--lr", default=None, type=float, help="absolute rate (overrides --blr)")
     optim.add_argument("--min_lr", default=0.0, type=float)
     optim.add_argument("--weight_decay", default=0.05, type=float, help="on matrices; not on biases and norms")
-    optim.add_argument("--amp", default="bfloat16", choices=["bfloat16", "float32", "none"])
+    optim.add_argument("--amp", default="bfloat16", choices=["bfloat16", "float32", "none"],
+                       help="precision of the network's products")  # fmt: skip
     add_run_arguments(parser)
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
+    check_training(args)
+    if args.model not in DECODERS:
+        raise ValueError(f"there is no decoder for {args.model}: choose one of {', '.join(DECODERS)}")
+    if not 0 < args.mask_ratio < 1:
+        raise ValueError(f"--mask_ratio {args.mask_ratio}: a share between 0 and 1 of the patches, to be predicted")
     with distributed(args.device, args.dist_url) as world:
         setup_logging()
         folder = RunFolder(args.output_dir, args.log_dir)
         state = folder.find_checkpoint(args.resume)
 
-        # ---- data
+        # ---- network
+        images = build_dataset(args.dataset, args.data_path, "train")
+        batches = GlobalBatches(len(images), args.batch_size, args.accum_iter, args.seed)
         size = args.input_size or default_input_size(args.model)
         with seeded("weights", args.seed):
             encoder = build_vit(args.model, img_size=size)
             model = MaskedAutoencoder(encoder, **DECODERS[args.model], norm_pix_loss=args.norm_pix_loss)
         model.to(world.device)
-        images = build_dataset(args.dataset, args.data_path, "train")
+
+        # ---- data: torchvision's crop, as in MAE (its probes draw theirs differently)
+        augment = train_transform(size, scale=(args.crop_scale, 1.0), crop="torchvision")
         patches = encoder.grid_size[0] * encoder.grid_size[1]
-        dataset = KeyedDataset(images, train_transform(size, scale=(args.crop_scale, 1.0)), args.seed, noise=patches)
-        batches = GlobalBatches(len(dataset), args.batch_size, args.accum_iter, args.seed)
+        dataset = KeyedDataset(images, augment, args.seed, noise=patches)
         pin = args.pin_mem and world.device.type == "cuda"
         loader = build_loader(dataset, batches, args.num_workers, pin, args.dataloader_affinity_hack)
 
@@ -104,7 +113,7 @@ def main(args: argparse.Namespace) -> None:
                 PRECISIONS[args.amp], on_step,
             )  # fmt: skip
             folder.log_line({"epoch": epoch, **stats})
-            log.info("epoch %d: loss %.4f, %.0f images/s per process", epoch, stats["loss"], stats["images_per_second"])
+            log.info("epoch %d: loss %.4f, %.0f images/s", epoch, stats["loss"], stats["images_per_second"])
             folder.save_checkpoint(epoch, {
                 "model": model.published_state_dict(), "optimizer": optimizer.state_dict(), "args": plain(args),
             })  # fmt: skip
@@ -117,12 +126,15 @@ def main(args: argparse.Namespace) -> None:
 
 
 def restore(model: MaskedAutoencoder, optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Continue from a checkpoint of this program; ValueError where it is of another model."""
+    """Continue from a checkpoint of this program; ValueError where it is of another program or model."""
+    missing = {"model", "optimizer"} - state.keys()
+    if missing:
+        raise ValueError(f"--resume: not a checkpoint of main_pretrain.py (no {', '.join(sorted(missing))})")
     try:
         model.load_published_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-    except (KeyError, RuntimeError) as error:
-        raise ValueError(f"the checkpoint does not fit this run: {error}") from error
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"--resume: the checkpoint does not fit this run: {error}") from error
 
 
 if __name__ == "__main__":

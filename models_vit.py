@@ -150,8 +150,8 @@ class VisionTransformer(nn.Module):
         drop_path: float = 0.0,
     ):
         super().__init__()
-        if img_size % patch_size:
-            raise ValueError(f"an input size of {img_size} is not divisible by the patch size {patch_size}")
+        if img_size < patch_size or img_size % patch_size:
+            raise ValueError(f"an input size of {img_size} is not a multiple of the patch size {patch_size}")
         self.embed_dim, self.depth, self.num_heads, self.patch_size = embed_dim, depth, num_heads, patch_size
         self.grid_size = (img_size // patch_size, img_size // patch_size)
         self.num_registers = reg_tokens
@@ -164,7 +164,7 @@ class VisionTransformer(nn.Module):
         if pos_embed == "learned":
             table = nn.init.trunc_normal_(torch.empty_like(table), std=0.02)
         self.pos_embed = nn.Parameter(table, requires_grad=pos_embed == "learned")
-        rates = torch.linspace(0, drop_path, depth).tolist()  # stochastic depth grows linearly with the block
+        rates = [drop_path * index / max(depth - 1, 1) for index in range(depth)]  # stochastic depth grows linearly
         self.blocks = nn.ModuleList(
             Block(embed_dim, num_heads, mlp_ratio, qkv_bias, init_values, rates[index], index) for index in range(depth)
         )
@@ -236,10 +236,11 @@ class VisionTransformer(nn.Module):
         if cls_attention:
             if not self.has_cls:
                 raise ValueError("this encoder has no [cls] token, hence no [cls] attention")
-            logits = (step.q[:, :, 0:1].float() @ step.k.float().transpose(-2, -1)).squeeze(2) * step.scale
-            if step.logit_bias is not None:
-                logits = logits + step.logit_bias[:, 0]
-            attention = logits.softmax(-1)[..., prefix:]
+            with torch.autocast(step.q.device.type, enabled=False):  # in float32, whatever the caller's precision
+                logits = (step.q[:, :, 0:1].float() @ step.k.float().transpose(-2, -1)).squeeze(2) * step.scale
+                if step.logit_bias is not None:
+                    logits = logits + step.logit_bias[:, 0]
+                attention = logits.softmax(-1)[..., prefix:]
         return Features(
             cls=step.out[:, 0] if self.has_cls else None,
             registers=step.out[:, prefix - self.num_registers : prefix],
@@ -276,11 +277,11 @@ class ClsClassifier(nn.Module):
 
 
 def init_weights(module: nn.Module) -> None:
-    """MAE's initialisation: Xavier-uniform matrices (the patch projection too), zero biases."""
+    """MAE's initialisation: Xavier-uniform matrices (the patch projection too), zero biases of linear layers."""
     if isinstance(module, nn.Linear | nn.Conv2d):
         nn.init.xavier_uniform_(module.weight.view(len(module.weight), -1))
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        nn.init.zeros_(module.bias)
 
 
 ARCHITECTURES = {

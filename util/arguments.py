@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from models_vit import default_input_size
+from models_vit import architecture, default_input_size
 from util.checkpoints import FAMILIES, Encoder, load_encoder
 from util.datasets import DATASETS
 from util.progress import log
@@ -80,8 +80,8 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> arg
     path = parser_of_file.parse_known_args(argv)[0].args_from
     if path is not None:
         try:
-            saved = json.loads(path.read_text())["args"]
-        except (OSError, ValueError, KeyError) as error:
+            saved = dict(json.loads(path.read_text())["args"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
             parser.error(f"--args_from {path}: not the args.json of a run ({error})")
         known = {action.dest: action for action in parser._actions}
         for name, value in saved.items():
@@ -97,14 +97,30 @@ def plain(args: argparse.Namespace) -> dict:
     return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
 
 
+def check_input_size(size: int, model: str) -> None:
+    patch_size = architecture(model)["patch_size"]
+    if size < 1 or size % patch_size:
+        raise ValueError(
+            f"--input_size {size} is not divisible by the patch size {patch_size} of {model}: name a multiple of it"
+        )
+
+
+def check_training(args: argparse.Namespace) -> None:
+    """Refuse what no training can do, before anything is read; ValueError."""
+    check_input_size(args.input_size or default_input_size(args.model), args.model)
+    if args.epochs < 1:
+        raise ValueError(f"--epochs {args.epochs}: it takes at least one")
+    if not 0 <= args.warmup_epochs <= args.epochs:
+        raise ValueError(f"--warmup_epochs {args.warmup_epochs} must lie between 0 and --epochs {args.epochs}")
+
+
 def build_encoder(args: argparse.Namespace, **options) -> tuple[Encoder, int]:
     """The encoder that the arguments name, and its input size in pixels; options of models_vit.VisionTransformer."""
     if args.no_cls_token:
         options["class_token"] = False
     size = args.input_size or default_input_size(args.model)
+    check_input_size(size, args.model)
     encoder = load_encoder(args.finetune, args.model, args.family, args.checkpoint_key, **options)
-    if size % encoder.backbone.patch_size:
-        raise ValueError(f"--input_size {size} is not divisible by the patch size {encoder.backbone.patch_size}")
     if not args.finetune:
         log.warning("no --finetune: the encoder's weights are random")
     return encoder, size
@@ -115,5 +131,5 @@ def run_main(main: Callable[[argparse.Namespace], None], args: argparse.Namespac
     try:
         main(args)
     except ValueError as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

@@ -1,6 +1,7 @@
 """Published encoders: what their files look like (FAMILIES), and a loader that takes all of a file or refuses it."""
 
 import hashlib
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +19,7 @@ from util.distributed import main_process_first
 from util.files import atomic_path, sha256
 from util.progress import log
 from util.run_folder import load_plain
+from util.seeding import stable_seed
 
 State = dict[str, Tensor]
 
@@ -115,25 +117,31 @@ def load_encoder(
         if entry.model != model:
             raise ValueError(f"--finetune {finetune} is no {model}: write --model {entry.model}")
         family = family or entry.family
-    with main_process_first():
-        path = fetch_weights(finetune)
-        content = load_timm(finetune) if path is None else load_plain_or_safetensors(path)
-    family = family or ("timm" if path is None else detect_family(path, content, checkpoint_key))
-    if family not in FAMILIES:
+    if family is not None and family not in FAMILIES:
         raise ValueError(f"unknown family {family!r}: choose one of {', '.join(FAMILIES)}")
+    with main_process_first():  # what it downloads, the others find
+        path = fetch_weights(finetune)
+        timm_model = load_timm(finetune) if path is None else None
+    if timm_model is not None:
+        family = family or "timm"
+        content, mean, std = timm_model
+    else:
+        content = load_plain_or_safetensors(path)
+        family = family or detect_family(path, content, checkpoint_key)
+        mean, std = FAMILIES[family].mean, FAMILIES[family].std
     chosen = FAMILIES[family]
     state, problems = converted(content, chosen, checkpoint_key)
     options = {**arch, **chosen.vit, **options}
     options["img_size"] = native_size(state, options)
     backbone = VisionTransformer(**options)
-    problems += mismatches(state, backbone)
+    problems = problems or mismatches(state, backbone)
     if problems:
         raise ValueError(f"{finetune} is not a {model} of family {family}: {'; '.join(problems)}")
     backbone.load_state_dict(state, strict=True)
     digest = sha256(path) if path is not None else None
     record = {"model": model, "source": Path(finetune).name, "family": family, "sha256": digest}
     log.info("loaded %s (%s, family %s, %d tensors)", finetune, model, family, len(state))
-    return Encoder(backbone.eval().requires_grad_(False), chosen.mean, chosen.std, record)
+    return Encoder(backbone.eval().requires_grad_(False), mean, std, record)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -159,13 +167,14 @@ def fetch_weights(finetune: str) -> Path | None:
 def download(url: str, md5: str | None) -> Path:
     """The file behind a URL, in torch.hub's checkpoint folder; whole or absent, its published hash checked."""
     folder = Path(torch.hub.get_dir()) / "checkpoints"
-    folder.mkdir(parents=True, exist_ok=True)
-    target = folder / Path(urlparse(url).path).name
+    # several authors call all of their files alike (iBOT: checkpoint_teacher.pth), so the URL is part of the name
+    target = folder / f"{stable_seed(url):016x}-{Path(urlparse(url).path).name}"
     if target.exists():
         return target
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         with atomic_path(target) as temporary:
-            torch.hub.download_url_to_file(url, str(temporary), progress=True)
+            torch.hub.download_url_to_file(url, str(temporary), progress=sys.stderr.isatty())
             check_md5(temporary, md5, url)
     except OSError as error:
         raise ValueError(f"cannot download {url}: {error}; fetch it yourself and give its path") from error
@@ -179,20 +188,24 @@ def check_md5(path: Path, prefix: str | None, url: str) -> None:
         raise ValueError(f"{url}: the file's md5 is {digest}, published as {prefix}...: it is damaged or was replaced")
 
 
-def load_timm(name: str) -> State:
-    """State dict of a pretrained timm model, without its classifier."""
+def load_timm(name: str) -> tuple[State, tuple[float, ...], tuple[float, ...]]:
+    """A pretrained timm model: state dict without its classifier, and the mean and std of its preprocessing."""
     try:
-        return timm.create_model(name, pretrained=True, num_classes=0).state_dict()
+        model = timm.create_model(name, pretrained=True, num_classes=0)
     except (RuntimeError, OSError) as error:
         raise ValueError(f"timm cannot provide {name!r}: {str(error).splitlines()[0]}") from error
+    return model.state_dict(), model.pretrained_cfg["mean"], model.pretrained_cfg["std"]
 
 
 def load_plain_or_safetensors(path: Path) -> dict:
     if path.suffix != ".safetensors":
-        return load_plain(path)
+        content = load_plain(path)
+        if not isinstance(content, dict):
+            raise ValueError(f"{path} holds a {type(content).__name__}, not weights by name")
+        return content
     try:
         return safetensors.torch.load_file(path)
-    except safetensors.SafetensorError as error:
+    except (OSError, safetensors.SafetensorError) as error:
         raise ValueError(f"{path} cannot be read as safetensors: {error}") from error
 
 
@@ -210,7 +223,7 @@ def weights_of(content: dict, family: Family, checkpoint_key: str | None) -> Sta
     """The tensors of a file of this family, or None where the file is built differently. Flat files fit any key."""
     key = checkpoint_key or family.key
     found = content.get(key, None if checkpoint_key else content) if key else content
-    if isinstance(found, dict) and found and all(isinstance(value, Tensor) for value in found.values()):
+    if isinstance(found, dict) and found and all(isinstance(item, Tensor) for item in found.values()):
         return found
     return None
 
@@ -221,14 +234,12 @@ def converted(content: dict, family: Family, checkpoint_key: str | None) -> tupl
     if weights is None:
         key = checkpoint_key or family.key
         where = f"no weights under {key!r}" if key else "not a flat file of weights"
-        return {}, [f"{where} (the file holds {', '.join(map(str, list(content)[:5]))}, ...)"]
+        return {}, [f"{where} (the file holds {', '.join(map(str, list(content)[:5]))}{', ...' * (len(content) > 5)})"]
     return family.convert({key: value for key, value in weights.items() if not key.startswith(family.drop)}), []
 
 
 def mismatches(state: State, backbone: VisionTransformer) -> list[str]:
     """All reasons why `state` does not cover the backbone exactly."""
-    if not state:
-        return []
     wanted = backbone.state_dict()
     problems = []
     if missing := sorted(wanted.keys() - state.keys()):
@@ -245,8 +256,8 @@ def mismatches(state: State, backbone: VisionTransformer) -> list[str]:
 
 def detect_family(path: Path, content: dict, checkpoint_key: str | None) -> str:
     """The one family that a file fits: as its safetensors metadata says, else by its keys."""
-    if path.suffix == ".safetensors" and "family" in (metadata := safetensors_metadata(path)):
-        return metadata["family"]
+    if path.suffix == ".safetensors" and (said := safetensors_metadata(path).get("family")) in FAMILIES:
+        return said
     fitting = []
     for name, family in FAMILIES.items():
         weights = weights_of(content, family, checkpoint_key)
@@ -256,8 +267,10 @@ def detect_family(path: Path, content: dict, checkpoint_key: str | None) -> str:
             fitting.append(name)
     if len(fitting) == 1:
         return fitting[0]
-    reason = f"fits {', '.join(fitting)}" if fitting else "fits none"
-    raise ValueError(f"{path}: the format {reason}; say it with --family {{{','.join(FAMILIES)}}}")
+    if fitting:
+        raise ValueError(f"{path} can be of several families: say with --family which of {', '.join(fitting)} it is")
+    where = f" under --checkpoint_key {checkpoint_key}" if checkpoint_key else ""
+    raise ValueError(f"{path} holds no weights of a known family{where}: there are {', '.join(FAMILIES)}")
 
 
 def native_size(state: State, options: dict) -> int:

@@ -52,7 +52,7 @@ def _imagenette(root: Path, split: str) -> datasets.Imagenette:
         try:
             images = datasets.Imagenette(root, split=split, size="320px", download=not folder.is_dir())
         except (OSError, RuntimeError) as error:
-            raise ValueError(f"cannot download Imagenette to {root}: {error}") from error
+            raise ValueError(f"--data_path {root}: Imagenette cannot be read or downloaded: {error}") from error
     if len(images) != IMAGENETTE_IMAGES[split]:
         raise ValueError(
             f"{folder}/{split} holds {len(images)} images instead of {IMAGENETTE_IMAGES[split]}: "
@@ -130,6 +130,14 @@ class Sample(NamedTuple):
     noise: Tensor  # (M,) uniform, drawn after the augmentation; empty unless asked for
 
 
+class UnreadableImage(ValueError):
+    """An image that cannot be decoded. A loader's worker hands its exceptions on with the traceback in their text; this
+    one keeps only its own words."""
+
+    def __init__(self, text: str):
+        super().__init__(text[max(text.rfind("cannot read image"), 0) :].strip())
+
+
 class KeyedDataset(Dataset):
     """A data set whose item (epoch, index) is augmented with randomness from (seed, epoch, index) and nothing else.
 
@@ -146,9 +154,9 @@ class KeyedDataset(Dataset):
         epoch, index = key
         try:
             image, label = self.dataset[index]
-        except OSError as error:
+        except Exception as error:  # decoders raise anything: OSError, SyntaxError, struct.error
             path = self.dataset.samples[index][0] if hasattr(self.dataset, "samples") else f"number {index}"
-            raise ValueError(f"cannot read image {path}: {error}") from error
+            raise UnreadableImage(f"cannot read image {path}: {error}") from error
         with seeded("sample", self.seed, epoch, index):
             return Sample(self.transform(image), label, index, torch.rand(self.noise))
 
@@ -171,6 +179,8 @@ class GlobalBatches:
         self.seed, self.shuffle = seed, shuffle
         self.rank, self.world = distributed.rank(), distributed.world_size()
         self.epoch = 0
+        if min(batch_size, accum_iter) < 1:
+            raise ValueError(f"--batch_size {batch_size} and --accum_iter {accum_iter} must be positive")
         if self.steps == 0:
             raise ValueError(
                 f"an effective batch of {self.effective} (batch_size {batch_size} x accum_iter {accum_iter} x "

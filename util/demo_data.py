@@ -14,6 +14,7 @@ import csv
 import io
 import json
 import os
+import tempfile
 from collections.abc import Callable
 from multiprocessing import Pool
 from pathlib import Path
@@ -22,7 +23,6 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from util.files import write_atomically
 from util.seeding import stable_seed
 
 SIZE = 72  # pixels; the test transform resizes to 73 and crops 64
@@ -118,28 +118,36 @@ def _write(job: tuple[Path, int, str, int]) -> tuple[str, int, int, int, int]:
 
 
 def generate(folder: Path, train: int, val: int, seed: int = 0, workers: int | None = None) -> None:
-    """Write the data set to `folder` unless exactly this one is there already; complete once `demo.json` exists.
+    """Write the data set to `folder`, whole or not at all, unless exactly this one is there already.
 
     ValueError if `folder` holds other things or another demo set.
     """
     folder = Path(folder)
+    if min(train, val) < len(CLASSES):
+        raise ValueError(f"{train} training and {val} validation images: every class needs one, {len(CLASSES)} in all")
     description = {"seed": seed, "train": train, "val": val, "size": SIZE, "classes": list(CLASSES), "version": 1}
     record = folder / "demo.json"
     if record.exists():
         if json.loads(record.read_text()) == description:
             return
         raise ValueError(f"{folder} holds a demo data set made with other settings: remove it or name another folder")
-    if folder.exists() and any(folder.iterdir()) and not (folder / "train").is_dir():
-        raise ValueError(f"{folder} is not empty and not a demo data set: name another folder")
-    for split in ("train", "val"):
-        for name in CLASSES:
-            (folder / split / name).mkdir(parents=True, exist_ok=True)
-    jobs = [(folder, seed, split, index) for split, count in (("train", train), ("val", val)) for index in range(count)]
-    with Pool(workers or os.cpu_count()) as pool:
-        rows = pool.map(_write, jobs, chunksize=64)
-    table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(["path", "x0", "y0", "x1", "y1"])
-    writer.writerows(rows)
-    write_atomically(folder / "boxes.csv", table.getvalue().encode())
-    write_atomically(record, json.dumps(description, indent=1).encode())
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise ValueError(f"{folder} holds something else than a demo data set: name another folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # written beside its place and renamed: an interrupted run leaves no half data set that looks like a whole one
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
+        new = Path(temporary) / folder.name
+        for split in ("train", "val"):
+            for name in CLASSES:
+                (new / split / name).mkdir(parents=True)
+        counts = {"train": train, "val": val}
+        jobs = [(new, seed, split, index) for split, count in counts.items() for index in range(count)]
+        with Pool(workers or os.cpu_count()) as pool:
+            rows = pool.map(_write, jobs, chunksize=64)
+        table = io.StringIO()
+        writer = csv.writer(table, lineterminator="\n")
+        writer.writerow(["path", "x0", "y0", "x1", "y1"])
+        writer.writerows(rows)
+        (new / "boxes.csv").write_text(table.getvalue())
+        (new / "demo.json").write_text(json.dumps(description, indent=1))
+        new.rename(folder)

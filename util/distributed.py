@@ -26,8 +26,10 @@ def distributed(device: str, dist_url: str = "env://") -> Iterator[World]:
     """Join the process group that torchrun or SLURM describes (NCCL on GPUs, gloo on CPUs); leave it at the end.
 
     device: "cuda", "cpu", or "auto" for CUDA where there is one. Without RANK in the environment: one process.
-    Raises ValueError where CUDA is asked for and there is none.
+    Raises ValueError for another device, and where CUDA is asked for and there is none.
     """
+    if device.partition(":")[0] not in ("auto", "cuda", "cpu"):
+        raise ValueError(f"--device {device}: write cuda, cpu or auto")
     use_cuda = torch.cuda.is_available() if device == "auto" else device.startswith("cuda")
     if use_cuda and not torch.cuda.is_available():
         raise ValueError(f"--device {device}: this machine shows no CUDA device to PyTorch; use --device cpu")
@@ -69,6 +71,13 @@ def main_process_first() -> Iterator[None]:
     yield
     if rank() == 0:
         barrier()
+
+
+def mean_over_ranks(value: Tensor) -> Tensor:
+    """The mean of every rank's `value`, on every rank."""
+    if world_size() > 1:
+        dist.all_reduce(value)
+    return value / world_size()
 
 
 def gather_tensors(value: Tensor) -> list[Tensor]:

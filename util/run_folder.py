@@ -1,6 +1,7 @@
 """The folder of a run: what was asked (args.json), what happened (log.txt, TensorBoard), and its checkpoints."""
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -26,7 +27,10 @@ def provenance(device: torch.device) -> dict[str, Any]:
     """Where a number comes from: command, commit, versions, hardware."""
 
     def git(*command: str) -> str | None:
-        result = subprocess.run(["git", "-C", ROOT, *command], capture_output=True, text=True, check=False)
+        try:
+            result = subprocess.run(["git", "-C", ROOT, *command], capture_output=True, text=True, check=False)
+        except FileNotFoundError:  # a machine without git
+            return None
         return result.stdout.strip() if result.returncode == 0 else None
 
     status = git("status", "--porcelain")
@@ -48,31 +52,46 @@ def provenance(device: torch.device) -> dict[str, Any]:
 
 
 class RunFolder:
-    """Records of one run; only rank 0 writes. An empty `path` keeps nothing."""
+    """Records of one run; only rank 0 writes, and makes the folder when it does. An empty `path` keeps nothing."""
 
     def __init__(self, path: str | os.PathLike, log_dir: str | os.PathLike | None = None):
         self.path = Path(path) if path and distributed.rank() == 0 else None
         self.board: SummaryWriter | None = None
         self.read_path = Path(path) if path else None
-        if self.path is not None:
-            self.path.mkdir(parents=True, exist_ok=True)
         self.log_dir = Path(log_dir) if log_dir else self.path
 
     def start(self, record: dict[str, Any], name: str = "args.json") -> None:
-        """Write what was asked, with its provenance, and open TensorBoard."""
+        """Write what was asked, with its provenance, and open TensorBoard. ValueError where that is not possible."""
+        self.write(name, record)
         if self.path is not None:
-            write_json(self.path / name, record)
-            self.board = SummaryWriter(log_dir=str(self.log_dir))
+            try:
+                self.board = SummaryWriter(log_dir=str(self.log_dir))
+            except OSError as error:
+                raise ValueError(f"--log_dir {self.log_dir} cannot be written: {error}") from error
 
     def write(self, name: str, value: Any) -> None:
+        """Write JSON into the folder, made if need be. ValueError where that is not possible."""
         if self.path is not None:
-            write_json(self.path / name, value)
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+                write_json(self.path / name, value)
+            except OSError as error:
+                raise ValueError(f"--output_dir {self.path} cannot be written: {error}") from error
 
     def log_line(self, record: dict[str, Any]) -> None:
-        """Append one line of JSON to log.txt (an epoch's figures, MAE's convention)."""
-        if self.path is not None:
-            with open(self.path / "log.txt", "a") as file:
-                file.write(json.dumps(record) + "\n")
+        """One line of JSON in log.txt (an epoch's figures, MAE's convention), in place of this epoch's and later ones.
+
+        So a resumed run repeats no line, and a line that a kill cut short is gone.
+        """
+        if self.path is None:
+            return
+        log_file = self.path / "log.txt"
+        earlier = []
+        for line in log_file.read_text().splitlines() if log_file.exists() else []:
+            with contextlib.suppress(json.JSONDecodeError):
+                if json.loads(line)["epoch"] < record["epoch"]:
+                    earlier.append(line)
+        write_atomically(log_file, "".join(f"{line}\n" for line in [*earlier, json.dumps(record)]).encode())
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         if self.board is not None:
@@ -89,58 +108,78 @@ class RunFolder:
         """Checkpoints of this folder, newest first."""
         if self.read_path is None:
             return []
-        found = self.read_path.glob("checkpoint-*.pth")
-        return sorted(found, key=lambda path: int(path.stem.split("-")[1]), reverse=True)
+        found = [path for path in self.read_path.glob("checkpoint-*.pth") if _epoch_of(path) is not None]
+        return sorted(found, key=_epoch_of, reverse=True)
 
     def save_checkpoint(self, epoch: int, state: dict[str, Any], keep: int = 2) -> None:
-        """Write checkpoint-<epoch>.pth whole, then remove all but the newest `keep`."""
+        """Write checkpoint-<epoch>.pth whole, then remove all but it and the `keep` - 1 before it.
+
+        Later ones are left from before an earlier epoch was resumed: "auto" must not take them for this run's.
+        """
         if self.path is None:
             return
         with atomic_path(self.path / f"checkpoint-{epoch}.pth") as temporary:
             torch.save({"epoch": epoch, **state}, temporary)
-        for old in self.checkpoints()[keep:]:
+        known = self.checkpoints()
+        current = [_epoch_of(path) for path in known].index(epoch)
+        for old in known[:current] + known[current + keep :]:
             old.unlink()
 
-    def find_checkpoint(self, resume: str) -> dict[str, Any] | None:
+    def find_checkpoint(self, resume: str, evaluate_only: bool = False) -> dict[str, Any] | None:
         """The state to resume from: a path, "auto" for the newest readable one of this folder, "" for a fresh start.
 
-        A fresh start in a folder that holds a run is refused: it would write over that run.
+        None for a fresh start, which "auto" is where there is no checkpoint yet. ValueError where no checkpoint of the
+        run can be read, and, unless evaluate_only, for what would write over another run.
         """
         if resume == "auto":
-            for path in self.checkpoints():
-                try:
-                    state = load_plain(path)
-                except ValueError as error:
-                    log.warning("%s; trying the checkpoint before it", error)
-                    continue
-                log.info("resuming from %s", path)
-                self._cut_log(state["epoch"])
-                return state
-            return None
-        if resume:
-            state = load_plain(Path(resume))
-            self._cut_log(state["epoch"])
+            return self._newest_checkpoint()
+        if not evaluate_only:
+            self._refuse_overwriting(resume)
+        return load_checkpoint(Path(resume)) if resume else None
+
+    def _newest_checkpoint(self) -> dict[str, Any] | None:
+        for path in self.checkpoints():
+            try:
+                state = load_checkpoint(path)
+            except ValueError as error:
+                log.warning("%s; trying the checkpoint before it", error)
+                continue
+            log.info("resuming from %s", path)
             return state
         if self.checkpoints():
-            raise ValueError(
-                f"--output_dir {self.read_path} already holds a run ({self.checkpoints()[0].name}): continue it with "
-                "--resume auto, or name another folder"
-            )
+            raise ValueError(f"no checkpoint of {self.read_path} can be read: remove them to start the run anew")
         return None
 
-    def _cut_log(self, epoch: int) -> None:
-        """Drop the lines of log.txt that the resumed run will write again."""
-        if self.path is None or not (self.path / "log.txt").exists():
+    def _refuse_overwriting(self, resume: str) -> None:
+        """A run may continue in its own folder only."""
+        if self.read_path is None or (resume and Path(resume).resolve().parent == self.read_path.resolve()):
             return
-        lines = (self.path / "log.txt").read_text().splitlines()
-        kept = [line + "\n" for line in lines if json.loads(line)["epoch"] <= epoch]
-        write_atomically(self.path / "log.txt", "".join(kept).encode())
+        for trace in (*self.checkpoints(), self.read_path / "log.txt"):
+            if trace.exists():
+                raise ValueError(
+                    f"--output_dir {self.read_path} already holds a run ({trace.name}): continue it with "
+                    "--resume auto, or name another folder"
+                )
+
+
+def _epoch_of(path: Path) -> int | None:
+    """5 for checkpoint-5.pth; None for other names."""
+    number = path.stem.removeprefix("checkpoint-")
+    return int(number) if number.isdecimal() else None
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """The state that RunFolder.save_checkpoint wrote. ValueError for any other file."""
+    state = load_plain(path)
+    if not (isinstance(state, dict) and isinstance(state.get("epoch"), int)):
+        raise ValueError(f"{path} is not the checkpoint of a run: it names no epoch")
+    return state
 
 
 def load_plain(path: Path) -> dict[str, Any]:
     """A torch file of tensors and plain containers; nothing else in it is executed. ValueError names the trouble."""
     if not path.is_file():
-        raise ValueError(f"there is no file {path}")
+        raise ValueError(f"{path} is a folder: name a file in it" if path.is_dir() else f"there is no file {path}")
     try:
         # MAE's checkpoints carry their arguments; a Namespace only takes attributes when it is rebuilt
         with torch.serialization.safe_globals([argparse.Namespace]):
