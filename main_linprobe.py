@@ -21,6 +21,7 @@ from models_vit import VisionTransformer
 from probes import ProbeBank, ProbeSpec
 from util.arguments import (
     PRECISIONS,
+    Parser,
     add_data_arguments,
     add_encoder_arguments,
     add_run_arguments,
@@ -48,7 +49,7 @@ from util.scores import Scores
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("linear probing", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(__doc__)
     add_encoder_arguments(parser)
     add_data_arguments(parser)
 

@@ -126,7 +126,8 @@ def test_saved_arguments_replay_the_run(command, tmp_path):
 
 
 def test_diverged_probe_is_reported_and_its_neighbour_goes_on(command, tmp_path, capsys):
-    probes = run([*command, "--blr", "20", "3e39", "--optimizer", "sgd", "--momentum", "0.9", "--epochs", "2"])["probes"]
+    recipe = ["--blr", "20", "3e39", "--optimizer", "sgd", "--momentum", "0.9", "--epochs", "2"]
+    probes = run([*command, *recipe])["probes"]
     healthy, lost = probes["cls/block5/blr20.0/seed0"], probes["cls/block5/blr3e+39/seed0"]
     assert healthy["last"]["loss"] is not None and lost["last"]["loss"] is None
     assert "diverged: cls/block5/blr3e+39/seed0" in capsys.readouterr().out
