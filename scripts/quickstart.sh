@@ -6,7 +6,7 @@
 set -euo pipefail
 source "$(dirname "$0")/env.sh"
 mode=${1:-}
-workers=$(python -c 'import os; print(min(8, os.cpu_count() - 1))')
+workers=$(python -c 'import os; print(min(8, max(0, os.cpu_count() - 2)))')
 
 case "$mode" in
     "" | --short)
