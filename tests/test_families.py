@@ -6,6 +6,7 @@ for post-norm blocks, and the formulas of the paper for CAPI. It runs in float64
 
 import argparse
 import math
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -26,7 +27,7 @@ from main_analyze_attention import measure
 from models_vit import VisionTransformer, build_vit
 from probes import ProbeBank, ProbeSpec
 from util.checkpoints import converted, load_encoder, save_encoder
-from util.families import FAMILIES, drop_rule
+from util.families import FAMILIES, drop_rule, unlike_plain_vit
 from util.pos_embed import resample_pos_embed, resample_relative_table, rotary_coordinates
 
 LAYER_NORM = partial(nn.LayerNorm, eps=1e-6)
@@ -557,6 +558,41 @@ def test_truncated_file_is_refused(tmp_path, file):
     (tmp_path / "half.pth").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match="cannot be read"):
         load_encoder(str(tmp_path / "half.pth"), "tiny", family="mae")
+
+
+@pytest.mark.parametrize(
+    "name, reason",
+    [
+        ("vit_base_patch16_clip_quickgelu_224", "its MLPs.*; its norms have eps 1e-05"),
+        ("vit_giant_patch14_dinov2", "its MLPs"),
+        ("deit_small_distilled_patch16_224", "VisionTransformerDistilled"),
+        ("vit_base_patch16_rpn_224", "ResPostBlock"),
+        ("vit_tiny_patch16_224", ""),
+        ("vit_small_patch14_reg4_dinov2", ""),
+    ],
+)
+def test_timm_models_that_compute_otherwise_are_told_from_plain_ones(name, reason):
+    with torch.device("meta"):
+        found = "; ".join(unlike_plain_vit(timm.create_model(name, num_classes=0)))
+    assert re.search(reason, found) and bool(reason) == bool(found)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"class_token": False, "global_pool": "avg"},
+        {"init_values": 1.0, "reg_tokens": 4, "no_embed_class": True},
+        {"reg_tokens": 3},
+        {"qkv_bias": False, "proj_bias": False, "pos_embed": "none"},
+    ],
+    ids=str,
+)
+def test_timms_plain_vits_are_loaded_as_their_keys_tell(options, file):
+    model = timm_vit(TINY, **options)
+    reference = plain(state_of(model), model)
+    backbone = load_encoder(file(reference.content), "tiny", family="timm").backbone
+    tokens, attention = errors(backbone, reference, pictures())
+    assert tokens < 1e-5 and attention < 1e-4
 
 
 def test_mocov3_with_the_heads_of_its_architecture_is_another_encoder(file, caplog):

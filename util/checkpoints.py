@@ -15,7 +15,7 @@ import torch
 from models_vit import VisionTransformer, architecture
 from util.datasets import IMAGENET_MEAN, IMAGENET_STD
 from util.distributed import main_process_first
-from util.families import FAMILIES, Family, State, drop_rule, fits, weights_of
+from util.families import FAMILIES, Family, State, drop_rule, fits, unlike_plain_vit, weights_of
 from util.files import atomic_path, sha256
 from util.progress import log
 from util.run_folder import load_plain
@@ -63,9 +63,9 @@ def load_encoder(
     """The encoder `model` with the weights that `finetune` names, or random ones where it is empty.
 
     finetune: a file (.pth or .safetensors), a name of CATALOGUE, a URL, or the name of a timm model.
-    family: a name of FAMILIES; where it is None, the file must fit exactly one. checkpoint_key: the entry of the file
-    that holds the weights, where it is not the family's. options: of models_vit.VisionTransformer, such as class_token.
-    The backbone is in evaluation mode and frozen. Every tensor of the file is used, or dropped by a prefix that the
+    family: a name of FAMILIES; where it is None, the file must fit exactly one. checkpoint_key: another encoder of the
+    file than the family's default (see Family). options: of models_vit.VisionTransformer, such as class_token.
+    The backbone is in evaluation mode and frozen. Every tensor of the file is used, or dropped by a rule that the
     family names; every parameter is set; ValueError lists all that is missing, left over, misshapen or not finite.
     """
     arch = architecture(model)
@@ -163,6 +163,8 @@ def load_timm(name: str) -> tuple[State, tuple[float, ...], tuple[float, ...]]:
     except (RuntimeError, OSError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ValueError(f"timm cannot provide {name!r}: {reason}") from error
+    if obstacles := unlike_plain_vit(model):
+        raise ValueError(f"timm's {name} is no plain ViT: {'; '.join(obstacles)}")
     return model.state_dict(), model.pretrained_cfg["mean"], model.pretrained_cfg["std"]
 
 

@@ -10,8 +10,9 @@ from fnmatch import fnmatchcase
 from math import isqrt
 from typing import NamedTuple
 
+import timm
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from util.datasets import IMAGENET_MEAN, IMAGENET_STD
 
@@ -123,13 +124,12 @@ def convert_dinov2(state: State) -> State:
 
 
 def read_timm(state: State) -> dict:
-    """What timm's plain ViTs differ in and their keys tell: tokens, positions, norms, layer scale, biases."""
+    """What timm's plain ViTs differ in and their keys tell: tokens, positions, last norm, layer scale, biases."""
     prefix = {name: state[name].shape[1] for name in ("cls_token", "reg_token") if name in state}
     options = {
         "class_token": "cls_token" in prefix,
         "reg_tokens": prefix.get("reg_token", 0),
         "pos_embed": "learned" if "pos_embed" in state else "none",
-        "pre_norm": "norm_pre.weight" in state,
         "final_norm": "affine" if "norm.weight" in state else "none",
         "init_values": 1.0 if "blocks.0.ls1.gamma" in state else None,
         "qkv_bias": "blocks.0.attn.qkv.bias" in state,
@@ -139,6 +139,20 @@ def read_timm(state: State) -> dict:
         rows = state["pos_embed"].shape[1]
         options["no_embed_class"] = isqrt(rows) ** 2 == rows
     return options
+
+
+def unlike_plain_vit(model: nn.Module) -> list[str]:
+    """What a timm model computes otherwise than models_vit and its keys do not tell."""
+    found = [] if type(model) is timm.models.VisionTransformer else [f"it is a {type(model).__name__}"]
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm) and module.eps != 1e-6:
+            found.append(f"its norms have eps {module.eps}, not 1e-6")
+    for block in getattr(model, "blocks", []):
+        if type(block) is not timm.models.vision_transformer.Block:
+            found.append(f"its blocks are {type(block).__name__}")
+        elif type(block.mlp) is not timm.layers.Mlp or not isinstance(block.mlp.act, nn.GELU):
+            found.append("its MLPs are not two layers with GELU between")
+    return sorted(set(found))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -260,9 +274,9 @@ FAMILIES = {
     ),
     "timm": Family(
         "state dicts of timm's plain ViTs",
-        key=None, needs=("blocks.0.norm1.weight", "patch_embed.proj.weight"), drop=("head.*", "fc_norm.*"), vit={},
+        key=None, needs=("blocks.0.norm1.weight", "patch_embed.proj.weight"),
         lacks=("decoder_*", "mask_token", "*.gamma_1", "*.relative_position_bias_table", "register_tokens"),
-        read=read_timm,
+        drop=("head.*", "fc_norm.*", "attn_pool.*"), vit={}, read=read_timm,
     ),
 }  # fmt: skip
 
