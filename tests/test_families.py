@@ -473,7 +473,7 @@ def test_published_file_gives_the_references_tokens_and_attention(name, file):
     encoder = load_encoder(path, "tiny", family=name if name in UNDETECTED else None)
     assert encoder.record["family"] == name
     tokens, attention = errors(encoder.backbone, reference, pictures())
-    assert tokens < 1e-5 and attention < 1e-4
+    assert tokens < 5e-6 and attention < 1e-5  # another eps in a norm moves the attention by 3e-5 or more
 
 
 @pytest.mark.parametrize("name", FAMILIES)
