@@ -18,7 +18,7 @@ from util.datasets import IMAGENET_MEAN, IMAGENET_STD
 from util.distributed import main_process_first
 from util.files import atomic_path, sha256
 from util.progress import log
-from util.run_folder import load_plain
+from util.safe_load import load_plain
 from util.seeding import stable_seed
 
 State = dict[str, Tensor]
