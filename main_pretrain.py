@@ -15,7 +15,16 @@ import torch
 from engine_pretrain import train_one_epoch
 from models_mae import DECODERS, MaskedAutoencoder
 from models_vit import build_vit, default_input_size
-from util.arguments import PRECISIONS, add_data_arguments, add_run_arguments, check_training, parse, plain, run_main
+from util.arguments import (
+    PRECISIONS,
+    Parser,
+    add_data_arguments,
+    add_run_arguments,
+    check_training,
+    parse,
+    plain,
+    run_main,
+)
 from util.checkpoints import save_encoder
 from util.datasets import GlobalBatches, KeyedDataset, build_dataset, build_loader, train_transform
 from util.distributed import barrier, distributed
@@ -27,10 +36,11 @@ from util.seeding import seeded
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("MAE pretraining", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(__doc__)
     add_data_arguments(parser)
     model = parser.add_argument_group("model")
-    model.add_argument("--model", default="vit_small_patch16", metavar="MODEL", help="encoder architecture, by name")
+    model.add_argument("--model", default="vit_small_patch16", metavar="MODEL", type=encoder_name,
+                       help="encoder architecture, by name")  # fmt: skip
     model.add_argument("--input_size", default=None, type=int, help="pixels (default: the model's)")
     model.add_argument("--mask_ratio", default=0.75, type=float, help="share of patches that the encoder does not see")
     model.add_argument("--norm_pix_loss", action=argparse.BooleanOptionalAction, default=True,
@@ -123,6 +133,11 @@ def main(args: argparse.Namespace) -> None:
         barrier()
         folder.close()
         log.info("pretraining took %.0f s", time.time() - start)
+
+
+def encoder_name(model: str) -> str:
+    """MAE's commands name the autoencoder, mae_vit_base_patch16; this is its encoder."""
+    return model.removeprefix("mae_")
 
 
 def restore(model: MaskedAutoencoder, optimizer: torch.optim.Optimizer, state: dict) -> None:

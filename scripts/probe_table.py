@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from util.arguments import run_main
+from util.arguments import Parser, run_main
 from util.files import write_atomically
 
 
@@ -67,7 +67,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("runs", nargs="+", metavar="LABEL=RUN")
     parser.add_argument("--output", type=Path)
     run_main(main, parser.parse_args())

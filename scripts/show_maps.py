@@ -19,7 +19,7 @@ from torch.nn.functional import interpolate
 import main_linprobe
 from models_vit import VisionTransformer
 from probes import ProbeBank
-from util.arguments import build_encoder, parse, run_main
+from util.arguments import Parser, build_encoder, parse, run_main
 from util.datasets import KeyedDataset, build_splits, eval_transform
 from util.files import atomic_path
 from util.run_folder import RunFolder
@@ -99,7 +99,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("runs", nargs="+", metavar="LABEL=RUN")
     parser.add_argument("--output", type=Path, default=Path("maps.png"))
     parser.add_argument("--images", type=int, default=6, help="number of images")

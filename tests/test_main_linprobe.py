@@ -125,6 +125,14 @@ def test_saved_arguments_replay_the_run(command, tmp_path):
     assert again["probes"] == whole["probes"]
 
 
+def test_diverged_probe_is_reported_and_its_neighbour_goes_on(command, tmp_path, capsys):
+    recipe = ["--blr", "20", "3e39", "--optimizer", "sgd", "--momentum", "0.9", "--epochs", "2"]
+    probes = run([*command, *recipe])["probes"]
+    healthy, lost = probes["cls/block5/blr20.0/seed0"], probes["cls/block5/blr3e+39/seed0"]
+    assert healthy["last"]["loss"] is not None and lost["last"]["loss"] is None
+    assert "diverged: cls/block5/blr3e+39/seed0" in capsys.readouterr().out
+
+
 def test_a_finished_run_is_not_written_over(command):
     run(command)
     with pytest.raises(ValueError, match="already holds a run"):
@@ -150,6 +158,7 @@ def test_a_finished_run_is_not_written_over(command):
         (["--global_pool"], "write --cls_features pos"),
         (["--epochs", "1", "--warmup_epochs", "2"], "--warmup_epochs 2 must lie between 0 and --epochs 1"),
         (["--eval"], "--eval needs the probes"),
+        (["--lr", "1", "--blr", "1", "2"], "--lr 1.0 sets one rate, --blr [1.0, 2.0] several"),
         (["--family", "imagenet"], "unknown family 'imagenet': choose one of mae, mae_ft"),
     ],
 )

@@ -5,6 +5,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -19,6 +20,25 @@ PRECISIONS = {
     "float32": torch.float32,
     "none": torch.float32,  # beyond_cls's other name for float32
 }
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose help shows defaults and whose errors are one line."""
+
+    def __init__(self, description: str | None, **options):
+        super().__init__(description=description, formatter_class=HelpFormatter, **options)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; --help lists the arguments\n")
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Defaults beside the flags, where there is one to tell; the description as it was written."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default in (None, False, "") or "default" in (action.help or ""):
+            return action.help
+        return super()._get_help_string(action)
 
 
 def add_encoder_arguments(parser: argparse.ArgumentParser, several: bool = False) -> None:

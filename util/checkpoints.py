@@ -1,6 +1,7 @@
 """Published encoders: what their files look like (FAMILIES), and a loader that takes all of a file or refuses it."""
 
 import hashlib
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -193,7 +194,8 @@ def load_timm(name: str) -> tuple[State, tuple[float, ...], tuple[float, ...]]:
     try:
         model = timm.create_model(name, pretrained=True, num_classes=0)
     except (RuntimeError, OSError) as error:
-        raise ValueError(f"timm cannot provide {name!r}: {str(error).splitlines()[0]}") from error
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(f"timm cannot provide {name!r}: {reason}") from error
     return model.state_dict(), model.pretrained_cfg["mean"], model.pretrained_cfg["std"]
 
 
@@ -288,3 +290,17 @@ def save_encoder(path: Path, state: State, metadata: dict[str, str]) -> None:
     tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     with atomic_path(path) as temporary:
         safetensors.torch.save_file(tensors, temporary, metadata=metadata)
+        sort_metadata(temporary)
+
+
+def sort_metadata(path: Path) -> None:
+    """Put the metadata of a safetensors file in order: it is written in a random one, and equal weights are to have
+    equal hashes."""
+    with open(path, "r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(text) <= size
+        file.seek(8)
+        file.write(text.ljust(size))

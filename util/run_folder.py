@@ -16,7 +16,7 @@ import torchvision
 from torch.utils.tensorboard import SummaryWriter
 
 from util import distributed
-from util.files import atomic_path, write_atomically, write_json
+from util.files import atomic_path, to_json, write_atomically, write_json
 from util.progress import log
 from util.safe_load import load_plain
 
@@ -91,7 +91,7 @@ class RunFolder:
             with contextlib.suppress(json.JSONDecodeError):
                 if json.loads(line)["epoch"] < record["epoch"]:
                     earlier.append(line)
-        write_atomically(log_file, "".join(f"{line}\n" for line in [*earlier, json.dumps(record)]).encode())
+        write_atomically(log_file, "".join(f"{line}\n" for line in [*earlier, to_json(record)]).encode())
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         if self.board is not None:

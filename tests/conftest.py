@@ -1,0 +1,57 @@
+"""What several tests share: a tiny encoder and image folder, and the programs started as their users start them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import models_mae
+import models_vit
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2}
+
+torch.set_num_threads(1)  # tiny tensors only wait for more
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """The name of an architecture small enough for tests."""
+    monkeypatch.setitem(models_vit.ARCHITECTURES, "vit_tiny_test", TINY)
+    decoder = {"decoder_embed_dim": 24, "decoder_depth": 2, "decoder_num_heads": 2}
+    monkeypatch.setitem(models_mae.DECODERS, "vit_tiny_test", decoder)
+    return "vit_tiny_test"
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory):
+    """Three classes told by their colour, 40 x 36 pixels: 24 training images and 7 test images."""
+    folder, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for split, count in (("train", 24), ("val", 7)):
+        for index in range(count):
+            path = folder / split / ("red", "green", "blue")[index % 3] / f"{index:02d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pixels = rng.integers(0, 120, (40, 36, 3))
+            pixels[..., index % 3] += 120
+            Image.fromarray(pixels.astype(np.uint8)).save(path)
+    return folder
+
+
+@pytest.fixture
+def run_program():
+    """Start a program in a process of its own, or in several under torchrun, on the CPU."""
+
+    def run(*command: object, processes: int = 1) -> subprocess.CompletedProcess:
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
+        words = [sys.executable, *(launcher if processes > 1 else []), *command]
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        return subprocess.run(
+            list(map(str, words)), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
+        )
+
+    return run

@@ -1,0 +1,113 @@
+"""Arguments replayed from a run, and mistakes in one line."""
+
+import argparse
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+
+import main_finetune
+import main_pretrain
+from util.arguments import build_encoder, check_training, parse, plain, run_main
+
+PARSER = main_finetune.get_args_parser
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """args.json of a run with a few settings of every kind."""
+    argv = ["--data_path", "images", "--epochs", "7", "--aa", "", "--no_pin_mem", "--lr", "0.5", "--eval"]
+    path = tmp_path / "args.json"
+    path.write_text(json.dumps({"args": plain(parse(PARSER(), argv)), "commit": "abc"}))
+    return path
+
+
+def test_saved_arguments_are_replayed(saved):
+    args = parse(PARSER(), ["--args_from", str(saved)])
+    assert args.args_from == saved and args.data_path == Path("images")
+    original = json.loads(saved.read_text())["args"]
+    assert {**plain(args), "args_from": None} == original
+
+
+def test_flags_win_over_saved_arguments(saved):
+    args = parse(PARSER(), ["--args_from", str(saved), "--epochs", "9", "--data_path", "elsewhere"])
+    assert (args.epochs, args.data_path, args.lr) == (9, Path("elsewhere"), 0.5)
+
+
+def test_required_arguments_stay_required_where_nothing_is_saved(tmp_path, capsys):
+    (tmp_path / "args.json").write_text('{"args": {"epochs": 3}}')
+    with pytest.raises(SystemExit):
+        parse(PARSER(), ["--args_from", str(tmp_path / "args.json")])
+    assert "--data_path" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "not the args.json of a run"),
+        ("{", "not the args.json of a run"),
+        ("[1]", "not the args.json of a run"),
+        ('{"lr": 1}', "not the args.json of a run"),
+        ('{"args": 3}', "not the args.json of a run"),
+        ('{"args": {"cls_features": ["pos"]}}', "'cls_features' is no argument of this program"),
+    ],
+)
+def test_what_is_no_record_of_arguments_is_refused(tmp_path, capsys, content, message):
+    if content is not None:
+        (tmp_path / "args.json").write_text(content)
+    with pytest.raises(SystemExit) as stopped:
+        parse(PARSER(), ["--args_from", str(tmp_path / "args.json")])
+    assert stopped.value.code == 2 and message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_maes_published_commands_are_understood():
+    pretraining = """--batch_size 64 --model mae_vit_large_patch16 --norm_pix_loss --mask_ratio 0.75 --epochs 800
+        --warmup_epochs 40 --blr 1.5e-4 --weight_decay 0.05 --data_path images --world_size 8 --local_rank 0"""
+    args = parse(main_pretrain.get_args_parser(), shlex.split(pretraining))
+    assert (args.model, args.norm_pix_loss, args.blr) == ("vit_large_patch16", True, 1.5e-4)
+    fine_tuning = """--accum_iter 4 --batch_size 32 --model vit_base_patch16 --finetune mae.pth --epochs 100 --blr 5e-4
+        --layer_decay 0.65 --weight_decay 0.05 --drop_path 0.1 --mixup 0.8 --cutmix 1.0 --reprob 0.25 --dist_eval
+        --cls_token --data_path images"""
+    args = parse(PARSER(), shlex.split(fine_tuning))
+    assert (args.layer_decay, args.cutmix, args.dist_eval) == (0.65, 1.0, True)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--epochs", "0", "--warmup_epochs", "0"], "--epochs 0: it takes at least one"),
+        (["--epochs", "3"], "--warmup_epochs 5 must lie between 0 and --epochs 3"),
+        (["--input_size", "40"], "--input_size 40 is not divisible by the patch size 16 of vit_base_patch16"),
+        (["--input_size", "-32"], "--input_size -32 is not divisible by"),
+        (["--model", "vit_bas"], "unknown model 'vit_bas': choose one of vit_demo_patch8"),
+    ],
+)
+def test_impossible_settings_are_refused_before_anything_is_read(flags, message):
+    with pytest.raises(ValueError) as error:
+        check_training(parse(PARSER(), ["--data_path", "absent", *flags]))
+    assert message in str(error.value)
+
+
+def test_an_impossible_input_size_is_refused_before_the_weights_are_read():
+    args = parse(PARSER(), ["--data_path", "x", "--input_size", "40", "--finetune", "absent.pth"])
+    with pytest.raises(ValueError, match="--input_size 40"):
+        build_encoder(args)
+
+
+def test_a_users_mistake_is_one_line_and_exit_code_2(capsys):
+    def main(args):
+        raise ValueError("Error in loading:\n\tMissing key: norm.weight")
+
+    with pytest.raises(SystemExit) as stopped:
+        run_main(main, argparse.Namespace())
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.endswith(": Error in loading: Missing key: norm.weight\n")
+
+
+def test_other_errors_keep_their_traceback():
+    def main(args):
+        raise KeyError("a bug")
+
+    with pytest.raises(KeyError):
+        run_main(main, argparse.Namespace())

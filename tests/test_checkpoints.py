@@ -1,0 +1,279 @@
+"""Weights are taken whole or refused, in one line that lists what is wrong."""
+
+import functools
+import hashlib
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+from conftest import TINY
+from timm.models.vision_transformer import VisionTransformer as TimmViT
+from torch import nn
+
+from models_mae import MaskedAutoencoder
+from models_vit import ClsClassifier, VisionTransformer
+from util import checkpoints
+from util.checkpoints import CATALOGUE, CatalogueEntry, load_encoder, save_encoder
+from util.datasets import IMAGENET_MEAN
+
+
+def refused(*arguments, **options):
+    """The message of a refusal, which is one line."""
+    with pytest.raises(ValueError) as error:
+        load_encoder(*map(str, arguments), **options)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.fixture
+def source(tiny):
+    torch.manual_seed(0)
+    return VisionTransformer(**TINY, pos_embed="learned").eval()
+
+
+@pytest.fixture
+def images():
+    return torch.randn(2, 3, 32, 32)
+
+
+@pytest.fixture
+def mae_file(source, tmp_path):
+    path = tmp_path / "mae.pth"
+    torch.save({"model": source.state_dict()}, path)
+    return path
+
+
+PUBLISHED = {
+    "mae": lambda vit: {"model": MaskedAutoencoder(vit, 24, 2, 2).published_state_dict(), "epoch": 3},
+    "mae_ft": lambda vit: {"model": ClsClassifier(vit, 5).published_state_dict(), "history": []},
+    "dino": lambda vit: vit.state_dict(),
+    "timm": lambda vit: {**vit.state_dict(), "head.weight": torch.zeros(5, 32), "head.bias": torch.zeros(5)},
+}
+
+
+# ---- what is accepted
+
+
+@pytest.mark.parametrize("family", PUBLISHED)
+def test_a_published_file_gives_its_frozen_encoder(tiny, source, images, tmp_path, family):
+    torch.save(PUBLISHED[family](source), tmp_path / "weights.pth")
+    loaded = load_encoder(str(tmp_path / "weights.pth"), tiny, family)
+    assert loaded.backbone(images)[2].patches.equal(source(images)[2].patches)
+    assert not loaded.backbone.training and not any(p.requires_grad for p in loaded.backbone.parameters())
+    digest = hashlib.sha256((tmp_path / "weights.pth").read_bytes()).hexdigest()
+    assert loaded.record == {"model": tiny, "source": "weights.pth", "family": family, "sha256": digest}
+
+
+@pytest.mark.parametrize("family", ["mae", "mae_ft"])
+def test_our_own_checkpoints_need_no_family(tiny, source, tmp_path, family):
+    torch.save(PUBLISHED[family](source), tmp_path / "weights.pth")
+    assert load_encoder(str(tmp_path / "weights.pth"), tiny).record["family"] == family
+
+
+def test_safetensors_name_their_family_in_their_metadata(tiny, source, images, tmp_path):
+    save_encoder(tmp_path / "encoder.safetensors", source.state_dict(), {"family": "dino", "model": tiny})
+    loaded = load_encoder(str(tmp_path / "encoder.safetensors"), tiny)
+    assert loaded.record["family"] == "dino"
+    assert loaded.backbone(images)[2].cls.equal(source(images)[2].cls)
+
+
+def test_the_entry_of_the_file_can_be_named(tiny, source, images, tmp_path):
+    other = {key: torch.zeros_like(value) for key, value in source.state_dict().items()}
+    torch.save({"student": other, "teacher": source.state_dict()}, tmp_path / "both.pth")
+    loaded = load_encoder(str(tmp_path / "both.pth"), tiny, "dino", "teacher")
+    assert loaded.backbone(images)[2].cls.equal(source(images)[2].cls)
+
+
+def test_positions_of_another_input_size_keep_their_grid(tiny, tmp_path):
+    wide = VisionTransformer(**{**TINY, "img_size": 64}).eval()
+    torch.save({"model": wide.state_dict()}, tmp_path / "wide.pth")
+    loaded = load_encoder(str(tmp_path / "wide.pth"), tiny)
+    for size in (32, 64):  # resampled once, from the file's own grid
+        images = torch.randn(1, 3, size, size)
+        assert loaded.backbone(images)[2].patches.equal(wide(images)[2].patches)
+
+
+def test_half_precision_files_become_float32(tiny, source, tmp_path):
+    torch.save({"model": {key: value.half() for key, value in source.state_dict().items()}}, tmp_path / "half.pth")
+    loaded = load_encoder(str(tmp_path / "half.pth"), tiny)
+    assert {parameter.dtype for parameter in loaded.backbone.parameters()} == {torch.float32}
+
+
+def test_a_timm_name_gives_timms_model_and_its_preprocessing(tiny, images, monkeypatch):
+    theirs = TimmViT(**TINY, num_classes=0, norm_layer=functools.partial(nn.LayerNorm, eps=1e-6)).eval()
+    theirs.pretrained_cfg = {"mean": (0.5, 0.5, 0.5), "std": (0.4, 0.4, 0.4)}
+    asked = []
+    monkeypatch.setattr(timm, "create_model", lambda name, **options: asked.append((name, options)) or theirs)
+    loaded = load_encoder("vit_base_patch16_224.augreg_in1k", tiny)
+    assert asked == [("vit_base_patch16_224.augreg_in1k", {"pretrained": True, "num_classes": 0})]
+    assert (loaded.mean, loaded.std) == ((0.5, 0.5, 0.5), (0.4, 0.4, 0.4))
+    mine = loaded.backbone.norm(loaded.backbone(images)[2].cls)
+    torch.testing.assert_close(mine, theirs.forward_features(images)[:, 0], atol=1e-5, rtol=0)
+
+
+def test_without_weights_the_encoder_is_random_and_says_so(tiny):
+    loaded = load_encoder("", tiny, class_token=False)
+    assert loaded.record["source"] is None and not loaded.backbone.has_cls and loaded.mean == IMAGENET_MEAN
+
+
+# ---- what is refused
+
+
+def drop(state):
+    del state["blocks.1.attn.qkv.bias"], state["norm.bias"]
+
+
+DAMAGES = {
+    "missing keys": (drop, "missing blocks.1.attn.qkv.bias, norm.bias"),
+    "extra keys": (
+        lambda state: state.update({"blocks.0.ls1.gamma": torch.ones(32), "surprise": torch.ones(1)}),
+        "not used blocks.0.ls1.gamma, surprise",
+    ),
+    "wrong shape": (
+        lambda state: state.update({"blocks.0.mlp.fc1.weight": torch.ones(64, 32)}),
+        "blocks.0.mlp.fc1.weight is (64, 32), wanted (128, 32)",
+    ),
+    "NaN": (lambda state: state["norm.weight"].fill_(torch.nan), "norm.weight holds NaN or infinity"),
+    "infinity": (lambda state: state["cls_token"].fill_(torch.inf), "cls_token holds NaN or infinity"),
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGES.values(), ids=DAMAGES)
+def test_a_file_that_does_not_fit_is_refused_with_all_that_is_wrong(tiny, source, tmp_path, damage, message):
+    state = {key: value.clone() for key, value in source.state_dict().items()}
+    damage(state)
+    torch.save({"model": state}, tmp_path / "damaged.pth")
+    assert message in refused(tmp_path / "damaged.pth", tiny, "mae")
+
+
+def test_weights_of_another_model_are_refused(tiny, mae_file):
+    error = refused(mae_file, "vit_demo_patch8")
+    assert "is not a vit_demo_patch8 of family mae" in error and "cls_token is (1, 1, 32), wanted (1, 1, 128)" in error
+
+
+def test_a_missing_cls_token_is_told_by_its_name(tiny, mae_file):
+    assert "not used cls_token" in refused(mae_file, tiny, class_token=False)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_a_truncated_file_is_refused(tiny, source, tmp_path, suffix):
+    path = tmp_path / f"cut{suffix}"
+    if suffix == ".pth":
+        torch.save(source.state_dict(), path)
+    else:
+        safetensors.torch.save_file(source.state_dict(), path)
+    path.write_bytes(path.read_bytes()[:-1000])
+    assert f"{path} cannot be read" in refused(path, tiny)
+
+
+def test_a_flat_file_that_several_families_could_have_written_is_refused_with_their_names(tiny, source, tmp_path):
+    torch.save(source.state_dict(), tmp_path / "flat.pth")
+    assert "say with --family which of mae, dino, timm it is" in refused(tmp_path / "flat.pth", tiny)
+
+
+@pytest.mark.parametrize(
+    ("content", "arguments", "message"),
+    [
+        ({"model": {}}, {}, "holds no weights of a known family: there are mae"),
+        ({"student": {"norm.weight": torch.ones(1)}}, {"checkpoint_key": "teacher"}, "under --checkpoint_key teacher"),
+        ({"student": {"x": torch.ones(1)}}, {"family": "mae"}, "no weights under 'model' (the file holds student)"),
+        ({"model": {"decoder_x": torch.ones(1)}}, {"family": "mae"}, "missing blocks.0"),
+        ({}, {"family": "imaginary"}, "unknown family 'imaginary': choose one of mae"),
+        (torch.ones(3), {}, "holds a Tensor, not weights by name"),
+    ],
+)
+def test_a_file_without_the_weights_is_refused(tiny, tmp_path, content, arguments, message):
+    torch.save(content, tmp_path / "other.pth")
+    assert message in refused(tmp_path / "other.pth", tiny, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("finetune", "message"),
+    [
+        ("nowhere.pth", "--finetune nowhere.pth: no such file, and neither a timm model, a URL nor one of mae_vit"),
+        (".", ". is a folder: name a file in it"),
+        ("mae_vit_base_patch16", "--finetune mae_vit_base_patch16 is no vit_tiny_test: write --model vit_base_patch16"),
+    ],
+)
+def test_a_name_without_weights_is_refused(tiny, finetune, message):
+    assert message in refused(finetune, tiny)
+
+
+def test_a_family_without_weights_is_refused(tiny):
+    assert "--family mae needs weights" in refused("", tiny, family="mae")
+
+
+def test_timms_refusal_is_passed_on(tiny, monkeypatch):
+    def no_network(name, **options):
+        raise OSError("no route to host\ntraceback follows")
+
+    monkeypatch.setattr(timm, "create_model", no_network)
+    message = refused("vit_base_patch16_224.mae", tiny)
+    assert message == "timm cannot provide 'vit_base_patch16_224.mae': no route to host"
+
+
+# ---- downloads
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "hub" / "checkpoints"
+
+
+def test_a_catalogue_entry_is_downloaded_once_and_checked(tiny, source, images, mae_file, cache, monkeypatch):
+    md5 = hashlib.md5(mae_file.read_bytes()).hexdigest()
+    monkeypatch.setitem(CATALOGUE, "tiny", CatalogueEntry("mae", tiny, mae_file.as_uri(), md5[:6]))
+    assert load_encoder("tiny", tiny).backbone(images)[2].cls.equal(source(images)[2].cls)
+    monkeypatch.setattr(torch.hub, "download_url_to_file", None)
+    assert load_encoder("tiny", tiny).record["source"] == "tiny"
+    assert len(list(cache.iterdir())) == 1
+
+
+def test_a_download_of_another_hash_is_refused_and_removed(tiny, mae_file, cache, monkeypatch):
+    monkeypatch.setitem(CATALOGUE, "tiny", CatalogueEntry("mae", tiny, mae_file.as_uri(), "000000"))
+    assert "published as 000000...: it is damaged or was replaced" in refused("tiny", tiny)
+    assert list(cache.iterdir()) == []
+
+
+def test_files_of_one_name_at_two_urls_are_not_confused(tiny, source, tmp_path, cache):
+    for folder, scale in (("a", 1.0), ("b", 2.0)):
+        (tmp_path / folder).mkdir()
+        state = {key: scale * value for key, value in source.state_dict().items()}
+        torch.save({"model": state}, tmp_path / folder / "teacher.pth")
+    loaded = [load_encoder((tmp_path / folder / "teacher.pth").as_uri(), tiny) for folder in "ab"]
+    assert loaded[1].backbone.norm.weight.equal(2 * loaded[0].backbone.norm.weight)
+
+
+def test_a_failed_download_is_one_line(tiny, tmp_path, cache):
+    url = (tmp_path / "absent.pth").as_uri()
+    assert f"cannot download {url}" in refused(url, tiny)
+    assert list(cache.iterdir()) == []
+
+
+# ---- saving
+
+
+def test_equal_weights_are_saved_as_equal_files(source, tmp_path):
+    metadata = {"family": "mae", "model": "é", "input_size": "32", "epochs": "3"}
+    for index in range(5):
+        save_encoder(tmp_path / f"{index}.safetensors", source.state_dict(), metadata)
+    assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
+    assert checkpoints.safetensors_metadata(tmp_path / "0.safetensors") == metadata
+    assert safetensors.torch.load_file(tmp_path / "0.safetensors")["norm.weight"].equal(source.norm.weight)
+
+
+def test_saved_weights_are_whole_or_absent(source, tmp_path, monkeypatch):
+    def interrupted(tensors, path, metadata):
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    path = tmp_path / "encoder.safetensors"
+    save_encoder(path, source.state_dict(), {"family": "mae"})
+    whole = path.read_bytes()
+    assert checkpoints.safetensors_metadata(path) == {"family": "mae"}
+    monkeypatch.setattr(safetensors.torch, "save_file", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        save_encoder(path, source.state_dict(), {"family": "mae"})
+    assert path.read_bytes() == whole and list(tmp_path.iterdir()) == [path]

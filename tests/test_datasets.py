@@ -1,0 +1,237 @@
+"""Order, augmentation and loaders as functions of (seed, epoch, sample), and the data sets' errors."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from util import distributed
+from util.datasets import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    EvaluationBatches,
+    GlobalBatches,
+    KeyedDataset,
+    build_dataset,
+    build_loader,
+    build_splits,
+    eval_transform,
+    train_transform,
+)
+
+
+@pytest.fixture
+def as_rank(monkeypatch):
+    def pretend(rank, world):
+        monkeypatch.setattr(distributed, "rank", lambda: rank)
+        monkeypatch.setattr(distributed, "world_size", lambda: world)
+
+    return pretend
+
+
+# ---- augmentation
+
+
+def samples(folder, workers=0, seed=0, epoch=0):
+    dataset = KeyedDataset(build_dataset("image_folder", folder, "train"), train_transform(16), seed, noise=4)
+    batches = GlobalBatches(len(dataset), batch_size=4, accum_iter=1, seed=0)
+    batches.epoch = epoch
+    return list(build_loader(dataset, batches, workers))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_samples_are_the_same_for_any_number_of_workers(image_folder, workers):
+    for batch, expected in zip(samples(image_folder, workers), samples(image_folder), strict=True):
+        for field, other in zip(batch, expected, strict=True):
+            assert field.equal(other)
+
+
+def test_augmentation_and_noise_depend_on_seed_epoch_and_index(image_folder):
+    def item(seed, epoch, index):
+        images = build_dataset("image_folder", image_folder, "train")
+        return KeyedDataset(images, train_transform(16), seed, noise=4)[epoch, index]
+
+    first = item(0, 0, 5)
+    torch.rand(7)  # the global generator has no say
+    again = item(0, 0, 5)
+    assert again.image.equal(first.image) and again.noise.equal(first.noise)
+    for other in (item(1, 0, 5), item(0, 1, 5), item(0, 0, 6)):
+        assert not other.image.equal(first.image) and not other.noise.equal(first.noise)
+    assert (first.index, item(0, 0, 6).index) == (5, 6)
+
+
+def test_making_a_sample_leaves_the_global_generator_alone(image_folder):
+    before = torch.get_rng_state()
+    samples(image_folder)
+    # a loader's iterator draws one seed for its workers; nothing else may be drawn
+    torch.set_rng_state(before)
+    torch.empty((), dtype=torch.int64).random_()
+    expected = torch.get_rng_state()
+    torch.set_rng_state(before)
+    samples(image_folder)
+    assert torch.get_rng_state().equal(expected)
+
+
+# ---- order
+
+
+@pytest.mark.parametrize(("world", "accum_iter"), [(2, 2), (4, 1), (1, 4)])
+def test_any_split_of_the_effective_batch_sees_the_same_chunks(as_rank, world, accum_iter):
+    expected = GlobalBatches(100, batch_size=3, accum_iter=4, seed=7)
+    expected.epoch = 5
+    per_rank = []
+    for rank in range(world):
+        as_rank(rank, world)
+        per_rank.append(GlobalBatches(100, batch_size=3, accum_iter=accum_iter, seed=7))
+        per_rank[-1].epoch = 5
+        assert len(per_rank[-1]) == len(list(per_rank[-1])) == 8 * accum_iter
+    chunks = list(itertools.chain.from_iterable(zip(*per_rank, strict=True)))
+    assert chunks == list(expected)
+
+
+def test_an_epoch_is_a_permutation_of_its_own():
+    batches = GlobalBatches(20, batch_size=5, accum_iter=2, seed=0)
+    epochs = []
+    for batches.epoch in (0, 1):
+        keys = list(itertools.chain.from_iterable(batches))
+        assert {epoch for epoch, _ in keys} == {batches.epoch}
+        epochs.append([index for _, index in keys])
+        assert sorted(epochs[-1]) == list(range(20))
+    assert epochs[0] != epochs[1]
+
+
+@pytest.mark.parametrize(
+    ("images", "batch_size", "accum_iter", "world", "steps"),
+    [
+        (1_281_167, 2048, 2, 4, 78), (75_750, 2048, 2, 4, 4), (118_287, 2048, 2, 4, 7), (161_789, 2048, 2, 4, 9),
+        (5_994, 256, 1, 4, 5), (8_144, 256, 1, 4, 7), (3_680, 1024, 1, 1, 3), (12_811, 512, 2, 1, 12),
+    ],
+)  # fmt: skip
+def test_an_incomplete_batch_is_dropped_as_in_the_paper(as_rank, images, batch_size, accum_iter, world, steps):
+    as_rank(world - 1, world)
+    batches = GlobalBatches(images, batch_size, accum_iter, seed=0)
+    assert (batches.steps, len(batches), batches.effective) == (
+        steps, steps * accum_iter, batch_size * accum_iter * world
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("images", "world"), [(101, 2), (101, 1), (3, 4)])
+def test_evaluation_covers_every_image_once(as_rank, images, world):
+    seen = []
+    for rank in range(world):
+        as_rank(rank, world)
+        batches = EvaluationBatches(images, batch_size=8)
+        assert len(batches) == len(list(batches))
+        seen += [index for batch in batches for _, index in batch]
+    assert sorted(seen) == list(range(images))
+
+
+# ---- transforms
+
+
+@pytest.mark.parametrize("size", [(300, 500), (500, 300), (40, 36)])
+def test_evaluation_shows_the_centre_after_resizing_the_shorter_side_to_eight_sevenths(size):
+    image = Image.effect_noise(size, 80).convert("RGB")
+    scale = 256 / min(size)
+    resized = image.resize((int(size[0] * scale), int(size[1] * scale)), Image.Resampling.BICUBIC)
+    left, top = (round((side - 224) / 2) for side in resized.size)
+    pixels = np.asarray(resized.crop((left, top, left + 224, top + 224)), dtype=np.float64) / 255
+    expected = (pixels - IMAGENET_MEAN) / IMAGENET_STD
+    np.testing.assert_allclose(eval_transform(224)(image).permute(1, 2, 0).numpy(), expected, atol=1e-5)
+
+
+def test_training_flips_half_of_the_images_unless_told_otherwise():
+    image = Image.new("RGB", (32, 32))
+    image.paste("white", (0, 0, 16, 32))
+
+    def flipped(**options):
+        augment = train_transform(32, scale=(1.0, 1.0), **options)
+        torch.manual_seed(0)
+        views = [augment(image) for _ in range(200)]
+        return sum((view[0, :, 0].mean() < view[0, :, -1].mean()).item() for view in views)
+
+    assert 75 < flipped() < 125
+    assert flipped(hflip=False) == 0
+
+
+# ---- mistakes
+
+
+@pytest.mark.parametrize(
+    ("prepare", "message"),
+    [
+        (lambda root: root.rmdir(), "there is no such folder"),
+        (lambda root: None, "no 'train' folder in it"),
+        (lambda root: (root / "train").mkdir(), "is not an image folder"),
+        (lambda root: (root / "train" / "cat").mkdir(parents=True), "is not an image folder"),
+    ],
+)
+def test_a_folder_without_images_is_named(tmp_path, prepare, message):
+    prepare(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        build_dataset("image_folder", tmp_path, "train")
+
+
+def test_an_unknown_data_set_is_refused_with_those_there_are(tmp_path):
+    with pytest.raises(ValueError, match=r"unknown data set 'imagenet': choose one of image_folder, imagenette"):
+        build_dataset("imagenet", tmp_path, "train")
+
+
+def test_imagenette_that_cannot_be_downloaded_is_a_clear_error(tmp_path, monkeypatch):
+    def no_network(*args, **kwargs):
+        raise OSError("Network is unreachable")
+
+    monkeypatch.setattr("torchvision.datasets.imagenette.download_and_extract_archive", no_network)
+    with pytest.raises(ValueError, match="cannot be downloaded: Network is unreachable"):
+        build_dataset("imagenette", tmp_path, "train")
+
+
+def test_splits_of_different_classes_are_refused(image_folder, tmp_path):
+    for split in ("train", "val"):
+        (tmp_path / split).symlink_to(image_folder / split)
+    assert build_splits("image_folder", tmp_path, 3)[2] == 3
+    with pytest.raises(ValueError, match=r"--nb_classes 1000, but .* has 3 classes"):
+        build_splits("image_folder", tmp_path, 1000)
+    (tmp_path / "val").unlink()
+    (tmp_path / "val").mkdir()
+    (tmp_path / "val" / "red").symlink_to(image_folder / "val" / "red")
+    with pytest.raises(ValueError, match="train has 3 classes and val 1; in one only: blue, green"):
+        build_splits("image_folder", tmp_path, None)
+
+
+@pytest.mark.parametrize(("sizes", "message"), [((13, 2), "is larger than the 25 training"), ((0, 1), "be positive")])
+def test_an_impossible_batch_is_refused(sizes, message):
+    with pytest.raises(ValueError, match=message):
+        GlobalBatches(25, *sizes, seed=0)
+
+
+def damage_png(path):
+    Image.new("RGB", (40, 40)).save(path)
+    data = bytearray(path.read_bytes())
+    data[40:60] = bytes(20)
+    path.write_bytes(data)
+
+
+def cut_png(path):
+    Image.effect_noise((40, 40), 80).save(path)
+    path.write_bytes(path.read_bytes()[:700])
+
+
+def no_image(path):
+    path.write_text("<html>not found</html>")
+
+
+@pytest.mark.parametrize(
+    ("damage", "workers"), [(damage_png, 0), (cut_png, 0), (no_image, 0), (lambda path: path.touch(), 0), (cut_png, 1)]
+)
+def test_an_image_that_cannot_be_read_is_named_in_one_line(tmp_path, damage, workers):
+    path = tmp_path / "train" / "cat" / "broken.png"
+    path.parent.mkdir(parents=True)
+    damage(path)
+    dataset = KeyedDataset(build_dataset("image_folder", tmp_path, "train"), eval_transform(32), seed=0)
+    with pytest.raises(ValueError) as error:
+        list(build_loader(dataset, EvaluationBatches(1, 1), workers))
+    assert str(error.value).startswith(f"cannot read image {path}: ")
+    assert "\n" not in str(error.value)

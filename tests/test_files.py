@@ -1,0 +1,47 @@
+"""Files are whole or absent."""
+
+import json
+import os
+
+import pytest
+
+from util.files import atomic_path, sha256, write_atomically, write_json
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
+    target = tmp_path / "file"
+    write_atomically(target, b"old")
+    with pytest.raises(KeyboardInterrupt), atomic_path(target) as temporary:
+        temporary.write_bytes(b"half of the n")
+        raise KeyboardInterrupt
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert target.read_bytes() == b"old"
+
+
+def test_the_target_does_not_exist_before_it_is_whole(tmp_path):
+    with atomic_path(tmp_path / "file") as temporary:
+        temporary.write_bytes(b"new")
+        assert not (tmp_path / "file").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_files_have_the_permissions_of_the_umask(tmp_path):
+    old = os.umask(0o027)
+    try:
+        write_atomically(tmp_path / "file", b"")
+    finally:
+        os.umask(old)
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o640
+
+
+def test_json_holds_standard_numbers_only(tmp_path):
+    write_json(tmp_path / "good.json", {"x": [0.5, float("nan")], "y": -float("inf")})
+    assert json.loads((tmp_path / "good.json").read_text()) == {"x": [0.5, None], "y": None}
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "bad.json", {"x": object()})
+    assert not (tmp_path / "bad.json").exists()
+
+
+def test_sha256_of_a_known_file(tmp_path):
+    (tmp_path / "abc").write_bytes(b"abc")
+    assert sha256(tmp_path / "abc").startswith("ba7816bf8f01cfea")

@@ -1,0 +1,186 @@
+"""main_finetune as its users run it: end to end, interrupted, on two processes, evaluated, with mistakes."""
+
+import json
+
+import pytest
+import torch
+
+import main_finetune
+from engine_finetune import train_one_epoch
+from models_vit import build_vit
+from util.arguments import parse, run_main
+from util.checkpoints import load_encoder, save_encoder
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "encoder.safetensors"
+    save_encoder(path, build_vit("vit_demo_patch8", img_size=32).state_dict(), {"family": "mae"})
+    return path
+
+
+@pytest.fixture
+def command(image_folder, pretrained):
+    """Flags of a short run with all of the recipe's randomness: 3 steps an epoch on 4 x 4 patches."""
+    return [
+        "--model", "vit_demo_patch8", "--finetune", str(pretrained), "--input_size", "32", "--data_path",
+        str(image_folder), "--batch_size", "8", "--epochs", "3", "--warmup_epochs", "1", "--lr", "2e-3", "--amp",
+        "float32", "--device", "cpu", "--num_workers", "0",
+    ]  # fmt: skip
+
+
+PLAIN = ["--mixup", "0", "--cutmix", "0", "--drop_path", "0", "--aa", "", "--reprob", "0", "--smoothing", "0"]
+
+
+def run(folder, command, *flags):
+    main_finetune.main(parse(main_finetune.get_args_parser(), [*command, "--output_dir", str(folder), *flags]))
+
+
+def weights(folder):
+    return (folder / "encoder.safetensors").read_bytes()
+
+
+def log(folder):
+    """The lines of log.txt without what depends on the clock."""
+    lines = [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+    for line in lines:
+        assert line.pop("images_per_second") > 0
+    return lines
+
+
+def contents(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_run_learns_and_leaves_a_classifier_and_its_records(command, tmp_path):
+    run(tmp_path / "run", command, *PLAIN, "--epochs", "6", "--layer_decay", "1")
+    lines = log(tmp_path / "run")
+    assert lines[-1]["loss"] < 0.5 * lines[0]["loss"] and lines[-1]["test"]["top1"] == 100
+    assert {line["test"]["n"] for line in lines} == {7}
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["last"]["test"] == lines[-1]["test"] and results["n_train"] == 24 and results["classes"] == 3
+    encoder = load_encoder(str(tmp_path / "run" / "encoder.safetensors"), "vit_demo_patch8")
+    assert encoder.record["family"] == "mae_ft"
+
+
+def test_the_whole_encoder_is_trained_positions_included(command, pretrained, tmp_path):
+    run(tmp_path / "run", command, "--epochs", "1", "--warmup_epochs", "0", "--layer_decay", "1")
+    before = load_encoder(str(pretrained), "vit_demo_patch8").backbone.state_dict()
+    after = load_encoder(str(tmp_path / "run" / "encoder.safetensors"), "vit_demo_patch8").backbone.state_dict()
+    assert [name for name, value in after.items() if value.equal(before[name])] == []
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_an_interrupted_run_continues_to_the_bit(command, tmp_path, monkeypatch, workers):
+    def interrupted(*args, **kwargs):
+        if args[4] == 1:
+            raise KeyboardInterrupt
+        return train_one_epoch(*args, **kwargs)
+
+    run(tmp_path / "whole", command)
+    monkeypatch.setattr(main_finetune, "train_one_epoch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "halves", command)
+    monkeypatch.undo()
+    torch.manual_seed(1)  # the state of the process has no say
+    run(tmp_path / "halves", command, "--resume", "auto", "--num_workers", workers)
+    assert weights(tmp_path / "halves") == weights(tmp_path / "whole")
+    assert log(tmp_path / "halves") == log(tmp_path / "whole")
+
+
+def test_two_processes_equal_two_micro_steps_mixing_and_stochastic_depth_included(command, tmp_path, run_program):
+    flags = ["--batch_size", "4", "--epochs", "2", "--clip_grad", "1"]
+    run(tmp_path / "one", command, *flags, "--accum_iter", "2")
+    result = run_program("main_finetune.py", *command, *flags, "--output_dir", tmp_path / "two", processes=2)
+    assert result.returncode == 0, result.stderr
+    paths = [str(tmp_path / name / "encoder.safetensors") for name in ("one", "two")]
+    one, two = (load_encoder(path, "vit_demo_patch8").backbone.state_dict() for path in paths)
+    for name, value in one.items():
+        torch.testing.assert_close(value, two[name], atol=2e-5, rtol=0, msg=lambda text, n=name: f"{n}: {text}")
+    for first, second in zip(log(tmp_path / "one"), log(tmp_path / "two"), strict=True):
+        assert first.pop("test") == pytest.approx(second.pop("test"), rel=1e-4)
+        assert first == pytest.approx(second, rel=1e-5)
+
+
+def test_micro_steps_equal_one_batch_where_nothing_is_drawn_by_batch(command, tmp_path):
+    run(tmp_path / "whole", command, *PLAIN, "--epochs", "2")
+    run(tmp_path / "micro", command, *PLAIN, "--epochs", "2", "--batch_size", "4", "--accum_iter", "2")
+    one, two = (
+        load_encoder(str(tmp_path / name / "encoder.safetensors"), "vit_demo_patch8").backbone.state_dict()
+        for name in ("whole", "micro")
+    )
+    for name, value in one.items():
+        torch.testing.assert_close(value, two[name], atol=2e-5, rtol=0, msg=lambda text, n=name: f"{n}: {text}")
+
+
+def test_evaluation_alone_repeats_the_last_scores_and_writes_nothing(command, tmp_path, capsys):
+    run(tmp_path / "run", command)
+    before, last = contents(tmp_path), log(tmp_path / "run")[-1]["test"]
+    for folder in ("other", "run"):
+        run(tmp_path / folder, command, "--eval", "--resume", str(tmp_path / "run" / "checkpoint-2.pth"))
+        expected = "top-1 {top1:.2f}, top-5 {top5:.2f}, loss {loss:.4f} on {n} images".format(**last)
+        assert capsys.readouterr().out.splitlines()[-1].endswith(expected)
+    assert contents(tmp_path) == before
+
+
+def test_a_diverging_run_stops_and_keeps_no_checkpoint_of_it(command, tmp_path):
+    with pytest.raises(FloatingPointError, match=r"the loss is (nan|inf) in epoch 0"):
+        run(tmp_path / "run", command, "--lr", "1e30")
+    assert not any((tmp_path / "run").glob("checkpoint-*"))
+
+
+MISTAKES = {
+    "no data": (["--data_path", "absent"], "--data_path absent: there is no such folder"),
+    "unknown model": (["--model", "vit_bas"], "unknown model 'vit_bas': choose one of"),
+    "classes": (["--nb_classes", "1000"], "has 3 classes: correct it or leave it out"),
+    "batch": (["--batch_size", "26"], "is larger than the 24 training images"),
+    "weights": (["--finetune", "absent.pth"], "--finetune absent.pth: no such file"),
+    "other weights": (["--model", "vit_tiny_patch16"], "is not a vit_tiny_patch16 of family mae: missing blocks.10"),
+    "odd batch": (["--batch_size", "7"], "--batch_size 7: mixup and cutmix pair images, so it must be even"),
+    "float16": (["--amp", "float16"], "--amp float16 would need a loss scaler to train; use bfloat16"),
+    "nothing to evaluate": (["--eval"], "--eval needs a classifier: name its checkpoint with --resume"),
+    "no [cls]": (["--no_cls_token", "--finetune", ""], "fine-tuning on [cls] needs an encoder with a [cls] token"),
+}
+
+
+def mistake(words, capsys):
+    """The message of a program that refuses its arguments: one line."""
+    with pytest.raises(SystemExit) as stopped:
+        run_main(main_finetune.main, parse(main_finetune.get_args_parser(), words))
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and error.count("\n") == 1
+    return error
+
+
+@pytest.mark.parametrize(("flags", "message"), MISTAKES.values(), ids=MISTAKES)
+def test_mistakes_end_in_one_line_before_the_folder_is_made(command, tmp_path, capsys, flags, message):
+    assert message in mistake([*command, "--output_dir", str(tmp_path / "run"), *flags], capsys)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state.pop("history"), "not a checkpoint of main_finetune.py (no history)"),
+        (lambda state: state["model"].pop("head.bias"), "Missing key(s) in state_dict"),
+        (lambda state: state["model"].update(extra=torch.zeros(1)), "Unexpected key(s) in state_dict"),
+        (lambda state: state["model"].update({"head.bias": torch.zeros(5)}), "size mismatch for head.bias"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused(command, tmp_path, capsys, change, message):
+    run(tmp_path / "run", command, "--epochs", "1")
+    state = torch.load(tmp_path / "run" / "checkpoint-0.pth", weights_only=True)
+    change(state)
+    torch.save(state, tmp_path / "other.pth")
+    words = [*command, "--resume", str(tmp_path / "other.pth"), "--output_dir", str(tmp_path / "new")]
+    assert message in mistake(words, capsys)
+
+
+def test_a_finished_run_is_not_written_over(command, tmp_path, capsys):
+    run(tmp_path / "run", command, "--epochs", "1")
+    before = contents(tmp_path)
+    assert "already holds a run (checkpoint-0.pth)" in mistake(
+        [*command, "--output_dir", str(tmp_path / "run")], capsys
+    )
+    assert contents(tmp_path) == before

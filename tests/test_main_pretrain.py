@@ -1,0 +1,163 @@
+"""main_pretrain as its users run it: end to end, interrupted, on two processes, with mistakes."""
+
+import json
+
+import pytest
+import torch
+
+import main_pretrain
+from engine_pretrain import train_one_epoch
+from util.arguments import parse, run_main
+from util.checkpoints import load_encoder
+
+
+@pytest.fixture
+def command(image_folder):
+    """Flags of a short run: vit_demo_patch8 on 4 x 4 patches, 3 steps an epoch."""
+    return [
+        "--model", "vit_demo_patch8", "--input_size", "32", "--data_path", str(image_folder), "--batch_size", "8",
+        "--epochs", "3", "--warmup_epochs", "1", "--lr", "2e-3", "--amp", "float32", "--device", "cpu",
+        "--num_workers", "0",
+    ]  # fmt: skip
+
+
+def run(folder, command, *flags):
+    main_pretrain.main(parse(main_pretrain.get_args_parser(), [*command, "--output_dir", str(folder), *flags]))
+
+
+def weights(folder):
+    return (folder / "encoder.safetensors").read_bytes()
+
+
+def log(folder):
+    """The lines of log.txt without what depends on the clock."""
+    lines = [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+    for line in lines:
+        assert line.pop("images_per_second") > 0
+    return lines
+
+
+def test_a_run_learns_and_leaves_an_encoder_and_its_records(command, tmp_path):
+    run(tmp_path / "run", command, "--epochs", "6")
+    losses = [line["loss"] for line in log(tmp_path / "run")]
+    assert len(losses) == 6 and losses[-1] < 0.95 * losses[0]
+    encoder = load_encoder(str(tmp_path / "run" / "encoder.safetensors"), "vit_demo_patch8")
+    assert encoder.record["family"] == "mae" and encoder.backbone.grid_size == (4, 4)
+    record = json.loads((tmp_path / "run" / "args.json").read_text())
+    assert record["args"]["epochs"] == 6 and record["effective_batch"] == 8 and record["commit"]
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_an_interrupted_run_continues_to_the_bit(command, tmp_path, monkeypatch, workers):
+    def interrupted(*args, **kwargs):
+        if args[4] == 1:
+            raise KeyboardInterrupt
+        return train_one_epoch(*args, **kwargs)
+
+    run(tmp_path / "whole", command)
+    monkeypatch.setattr(main_pretrain, "train_one_epoch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "halves", command)
+    monkeypatch.undo()
+    torch.manual_seed(1)  # the state of the process has no say
+    run(tmp_path / "halves", command, "--resume", "auto", "--num_workers", workers)
+    assert weights(tmp_path / "halves") == weights(tmp_path / "whole")
+    assert log(tmp_path / "halves") == log(tmp_path / "whole")
+    states = [torch.load(tmp_path / name / "checkpoint-2.pth", weights_only=True) for name in ("halves", "whole")]
+    for first, second in zip(*(state["optimizer"]["state"].values() for state in states), strict=True):
+        assert all(first[key].equal(second[key]) for key in first)
+
+
+def test_two_processes_equal_two_micro_steps(command, tmp_path, run_program):
+    flags = ["--batch_size", "4", "--epochs", "2"]
+    run(tmp_path / "one", command, *flags, "--accum_iter", "2")
+    result = run_program("main_pretrain.py", *command, *flags, "--output_dir", tmp_path / "two", processes=2)
+    assert result.returncode == 0, result.stderr
+    paths = [str(tmp_path / name / "encoder.safetensors") for name in ("one", "two")]
+    one, two = (load_encoder(path, "vit_demo_patch8").backbone.state_dict() for path in paths)
+    start = main_pretrain.build_vit("vit_demo_patch8", img_size=32).state_dict()
+    for name, value in one.items():
+        torch.testing.assert_close(value, two[name], atol=2e-5, rtol=0, msg=lambda text, n=name: f"{n}: {text}")
+    assert not one["blocks.0.attn.qkv.weight"].allclose(start["blocks.0.attn.qkv.weight"], atol=1e-3)
+    for first, second in zip(log(tmp_path / "one"), log(tmp_path / "two"), strict=True):
+        assert first == pytest.approx(second, rel=1e-5)
+
+
+def test_saved_arguments_replay_the_run(command, tmp_path):
+    run(tmp_path / "first", command)
+    run(tmp_path / "again", ["--args_from", str(tmp_path / "first" / "args.json")])
+    assert weights(tmp_path / "again") == weights(tmp_path / "first")
+
+
+def test_an_initial_network_depends_on_the_seed_alone(command, tmp_path):
+    for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
+        torch.manual_seed(len(name))
+        run(tmp_path / name, command, "--lr", "0", "--epochs", "1", "--seed", seed)
+    assert weights(tmp_path / "a") == weights(tmp_path / "b") != weights(tmp_path / "c")
+
+
+def test_pretraining_crops_as_torchvision_does(command, tmp_path, monkeypatch):
+    asked = []
+
+    def spy(*args, **options):
+        asked.append(options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(main_pretrain, "train_transform", spy)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "run", command)
+    assert asked == [{"scale": (0.2, 1.0), "crop": "torchvision"}]
+
+
+def test_a_diverging_run_stops_and_keeps_no_checkpoint_of_it(command, tmp_path):
+    with pytest.raises(FloatingPointError, match=r"the loss is (nan|inf) in epoch 0"):
+        run(tmp_path / "run", command, "--lr", "1e30")
+    assert not any((tmp_path / "run").glob("checkpoint-*"))
+
+
+MISTAKES = {
+    "no data": (["--data_path", "absent"], "--data_path absent: there is no such folder"),
+    "unknown model": (["--model", "vit_bas"], "unknown model 'vit_bas': choose one of"),
+    "batch": (["--batch_size", "13", "--accum_iter", "2"], "is larger than the 24 training images"),
+    "mask": (["--mask_ratio", "1"], "--mask_ratio 1.0: a share between 0 and 1"),
+    "checkpoint": (["--resume", "absent.pth"], "there is no file absent.pth"),
+    "data set": (["--dataset", "imagenet"], "unknown data set 'imagenet': choose one of image_folder"),
+    "device": (["--device", "gpu"], "--device gpu: write cuda, cpu or auto"),
+}
+
+
+@pytest.mark.parametrize(("flags", "message"), MISTAKES.values(), ids=MISTAKES)
+def test_mistakes_end_in_one_line_before_the_folder_is_made(command, tmp_path, capsys, flags, message):
+    words = [*command, "--output_dir", str(tmp_path / "run"), *flags]
+    with pytest.raises(SystemExit) as stopped:
+        run_main(main_pretrain.main, parse(main_pretrain.get_args_parser(), words))
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and message in error and error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state.pop("optimizer"), "not a checkpoint of main_pretrain.py (no optimizer)"),
+        (lambda state: state["model"].pop("mask_token"), 'does not fit this run: Error(s) in loading'),
+        (lambda state: state["model"].update(extra=torch.zeros(1)), "does not fit this run: Error(s) in loading"),
+        (lambda state: state["optimizer"]["param_groups"].pop(), "does not fit this run: loaded state dict"),
+    ],
+)  # fmt: skip
+def test_a_checkpoint_of_another_run_is_refused(command, tmp_path, capsys, change, message):
+    run(tmp_path / "run", command, "--epochs", "1")
+    state = torch.load(tmp_path / "run" / "checkpoint-0.pth", weights_only=True)
+    change(state)
+    torch.save(state, tmp_path / "other.pth")
+    words = [*command, "--resume", str(tmp_path / "other.pth"), "--output_dir", str(tmp_path / "new")]
+    with pytest.raises(SystemExit) as stopped:
+        run_main(main_pretrain.main, parse(main_pretrain.get_args_parser(), words))
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and message in error and error.count("\n") == 1
+
+
+def test_a_mistake_on_the_command_line_leaves_one_line_on_standard_error(command, run_program):
+    result = run_program("main_pretrain.py", *command, "--data_path", "absent", "--output_dir", "")
+    assert result.returncode == 2
+    assert result.stderr == "main_pretrain.py: --data_path absent: there is no such folder\n"

@@ -1,0 +1,58 @@
+"""The schedule and the parameter groups of the recipes, by value."""
+
+import pytest
+import timm.optim
+import torch
+from conftest import TINY
+
+from models_mae import MaskedAutoencoder
+from models_vit import ClsClassifier, VisionTransformer
+from util.lr_sched import lr_at, scaled_lr
+from util.optim import layer_decay_groups, weight_decay_groups
+
+
+@pytest.mark.parametrize(
+    ("epoch", "rate"),
+    [(0, 0.0), (2.5, 1.6), (10, 6.4), (30, 0.1 + 6.3 * (2 + 2**0.5) / 4), (50, 3.25), (90, 0.1)],
+)
+def test_rate_warms_up_linearly_and_falls_by_half_a_cosine(epoch, rate):
+    assert lr_at(epoch, lr=6.4, epochs=90, warmup_epochs=10, min_lr=0.1) == pytest.approx(rate, abs=1e-12)
+
+
+def test_without_warm_up_the_first_rate_is_the_peak():
+    assert lr_at(0, lr=6.4, epochs=90, warmup_epochs=0) == 6.4
+
+
+def test_rate_grows_with_the_batch():
+    assert scaled_lr(0.1, 16384) == pytest.approx(6.4)
+    assert scaled_lr(1.5e-4, 4096) == pytest.approx(2.4e-3)
+
+
+def settings(groups, model):
+    """{parameter name: (weight decay, factor of the rate)}."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return {names[p]: (group["weight_decay"], group.get("lr_scale", 1.0)) for group in groups for p in group["params"]}
+
+
+def test_pretraining_decays_the_parameters_that_timm_decays():
+    torch.manual_seed(0)
+    model = MaskedAutoencoder(VisionTransformer(**TINY), 24, 2, 2)
+    ours = settings(weight_decay_groups(model, 0.05), model)
+    assert ours == settings(timm.optim.param_groups_weight_decay(model, 0.05), model)
+    assert set(ours) == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert ours["encoder.cls_token"] == (0.05, 1.0)  # as in MAE, whose rule looks at the dimensions alone
+
+
+def test_fine_tuning_rates_fall_by_the_layer_and_tokens_biases_and_norms_are_not_decayed():
+    model = ClsClassifier(VisionTransformer(**TINY, reg_tokens=2).requires_grad_(True), 5)
+    ours = settings(layer_decay_groups(model, depth=3, weight_decay=0.05, layer_decay=0.5), model)
+    assert set(ours) == {name for name, _ in model.named_parameters()}
+    layers = {
+        "backbone.cls_token": 0, "backbone.pos_embed": 0, "backbone.reg_token": 0, "backbone.patch_embed.": 0,
+        "backbone.blocks.0.": 1, "backbone.blocks.1.": 2, "backbone.blocks.2.": 3, "backbone.norm.": 4, "head.": 4,
+    }  # fmt: skip
+    for name, (decay, scale) in ours.items():
+        (layer,) = (layer for prefix, layer in layers.items() if name.startswith(prefix))
+        assert scale == pytest.approx(0.5 ** (4 - layer)), name
+        decayed = name.endswith("weight") and "norm" not in name
+        assert decay == (0.05 if decayed else 0.0), name

@@ -1,0 +1,184 @@
+"""The records of a run: never over another run, and whole after any interruption."""
+
+import argparse
+import json
+import logging
+import os
+
+import pytest
+import torch
+
+from util.run_folder import RunFolder, load_plain, provenance
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A folder with epochs 0 to 3 of a run, of which the last two checkpoints are kept."""
+    folder = RunFolder(tmp_path / "run")
+    folder.write("args.json", {})
+    for epoch in range(4):
+        folder.log_line({"epoch": epoch, "loss": 1.0})
+        folder.save_checkpoint(epoch, {"weights": torch.full((2,), float(epoch))})
+    return folder
+
+
+def names(folder):
+    return sorted(path.name for path in folder.path.iterdir())
+
+
+def logged(folder):
+    return [json.loads(line)["epoch"] for line in (folder.path / "log.txt").read_text().splitlines()]
+
+
+def test_the_newest_checkpoints_are_kept_and_the_newest_is_resumed(run):
+    assert names(run) == ["args.json", "checkpoint-2.pth", "checkpoint-3.pth", "log.txt"]
+    state = run.find_checkpoint("auto")
+    assert state["epoch"] == 3 and state["weights"].tolist() == [3, 3]
+
+
+def test_checkpoints_are_ordered_by_number_and_other_names_ignored(run):
+    (run.path / "checkpoint-best.pth").touch()
+    run.save_checkpoint(10, {})
+    assert [path.name for path in run.checkpoints()] == ["checkpoint-10.pth", "checkpoint-3.pth"]
+
+
+def test_auto_resume_starts_anew_where_there_is_no_checkpoint(tmp_path):
+    assert RunFolder(tmp_path / "new").find_checkpoint("auto") is None
+    assert RunFolder("").find_checkpoint("auto") is None
+
+
+def test_auto_resume_falls_back_from_a_truncated_checkpoint(run, caplog):
+    newest = run.path / "checkpoint-3.pth"
+    newest.write_bytes(newest.read_bytes()[:100])
+    with caplog.at_level(logging.WARNING, "beyond_cls"):
+        assert run.find_checkpoint("auto")["epoch"] == 2
+    assert "checkpoint-3.pth cannot be read" in caplog.text
+
+
+def test_auto_resume_does_not_start_over_where_no_checkpoint_can_be_read(run):
+    for path in run.checkpoints():
+        path.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"no checkpoint of .* can be read"):
+        run.find_checkpoint("auto")
+
+
+@pytest.mark.parametrize("left", ["checkpoint-3.pth", "log.txt"])
+def test_a_run_is_not_written_over(run, left):
+    for name in names(run):
+        if name != left:
+            (run.path / name).unlink()
+    with pytest.raises(ValueError, match=rf"already holds a run \({left}\): continue it with --resume auto"):
+        run.find_checkpoint("")
+
+
+def test_a_run_is_not_written_over_by_another_runs_checkpoint(run, tmp_path):
+    other = RunFolder(tmp_path / "other")
+    other.write("args.json", {})
+    other.save_checkpoint(7, {})
+    checkpoint = str(other.path / "checkpoint-7.pth")
+    with pytest.raises(ValueError, match="already holds a run"):
+        run.find_checkpoint(checkpoint)
+    assert run.find_checkpoint(checkpoint, evaluate_only=True)["epoch"] == 7
+    assert RunFolder(tmp_path / "fork").find_checkpoint(checkpoint)["epoch"] == 7
+
+
+def test_a_resumed_run_repeats_no_line_and_drops_a_torn_one(run):
+    with open(run.path / "log.txt", "a") as file:
+        file.write('{"epoch": 4, "lo')
+    assert run.find_checkpoint(str(run.path / "checkpoint-2.pth"))["epoch"] == 2
+    run.log_line({"epoch": 3, "loss": 0.5})
+    assert logged(run) == [0, 1, 2, 3]
+    assert json.loads((run.path / "log.txt").read_text().splitlines()[-1])["loss"] == 0.5
+
+
+def test_checkpoints_of_an_abandoned_future_are_not_resumed(run):
+    run.save_checkpoint(1, {})  # epoch 0 was resumed
+    assert run.find_checkpoint("auto")["epoch"] == 1
+
+
+def test_looking_for_a_checkpoint_changes_nothing(run):
+    before = {path: path.read_bytes() for path in run.path.iterdir()}
+    run.find_checkpoint(str(run.path / "checkpoint-2.pth"))
+    assert {path: path.read_bytes() for path in run.path.iterdir()} == before
+
+
+def test_a_failed_save_leaves_the_old_checkpoints(run, monkeypatch):
+    def disk_full(state, path):
+        path.write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    before = names(run)
+    monkeypatch.setattr(torch, "save", disk_full)
+    with pytest.raises(OSError):
+        run.save_checkpoint(4, {})
+    assert names(run) == before
+
+
+def test_a_folder_is_made_by_its_first_record(tmp_path):
+    folder = RunFolder(tmp_path / "a" / "run")
+    folder.find_checkpoint("")
+    assert not (tmp_path / "a").exists()
+    folder.start({"x": 1})
+    folder.scalars({"loss": 0.5}, 0)
+    folder.close()
+    assert json.loads((folder.path / "args.json").read_text()) == {"x": 1}
+    assert any(name.startswith("events.out") for name in names(folder))
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"--output_dir .*file/run cannot be written"):
+        RunFolder(tmp_path / "file" / "run").start({})
+    with pytest.raises(ValueError, match=r"--log_dir .*file/logs cannot be written"):
+        RunFolder(tmp_path / "run", tmp_path / "file" / "logs").start({})
+
+
+def test_an_empty_path_keeps_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = RunFolder("")
+    folder.start({})
+    folder.log_line({"epoch": 0})
+    folder.save_checkpoint(0, {})
+    folder.scalars({"loss": 0.0}, 0)
+    folder.close()
+    assert folder.find_checkpoint("") is None and not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [({"model": {}}, "names no epoch"), (torch.zeros(2), "names no epoch"), (None, "there is no file")],
+)
+def test_what_is_no_checkpoint_of_a_run_is_refused(tmp_path, content, message):
+    path = tmp_path / "weights.pth"
+    if content is not None:
+        torch.save(content, path)
+    with pytest.raises(ValueError, match=message):
+        RunFolder(tmp_path / "run").find_checkpoint(str(path))
+
+
+def test_a_plain_file_may_hold_its_arguments(tmp_path):
+    torch.save({"model": {}, "args": argparse.Namespace(lr=0.1)}, tmp_path / "mae.pth")
+    assert load_plain(tmp_path / "mae.pth")["args"].lr == 0.1
+
+
+class Malicious:
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.target),)
+
+
+def test_a_malicious_pickle_is_refused_and_not_run(tmp_path):
+    torch.save({"model": Malicious(tmp_path / "harm")}, tmp_path / "evil.pth")
+    with pytest.raises(ValueError, match=r"evil.pth cannot be read as a file of tensors") as error:
+        load_plain(tmp_path / "evil.pth")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "harm").exists()
+
+
+def test_provenance_is_known_without_git_too(monkeypatch):
+    found = provenance(torch.device("cpu"))
+    assert found["versions"]["torch"] == torch.__version__ and found["processes"] == 1
+    monkeypatch.setenv("PATH", "")
+    assert provenance(torch.device("cpu")) == {**found, "commit": None, "dirty": None}
