@@ -14,7 +14,8 @@ from torch import nn
 from models_mae import MaskedAutoencoder
 from models_vit import ClsClassifier, VisionTransformer
 from util import checkpoints
-from util.checkpoints import CATALOGUE, CatalogueEntry, load_encoder, save_encoder
+from util.catalogue import CATALOGUE, CatalogueEntry
+from util.checkpoints import load_encoder, save_encoder
 from util.datasets import IMAGENET_MEAN
 
 
