@@ -1,6 +1,7 @@
 """CATALOGUE: the published encoders by name, where their files are, and how they come here: whole and checked."""
 
 import contextlib
+import difflib
 import hashlib
 import http.client
 import sys
@@ -25,7 +26,7 @@ class Publication(NamedTuple):
 
     title: str
     arxiv: str
-    licence: str | None  # None where the authors' pages do not say
+    licence: str
 
 
 class Figure(NamedTuple):
@@ -58,12 +59,12 @@ PUBLICATIONS = {
     "maskfeat": Publication("MaskFeat", "2112.09133", "Apache-2.0"),
     "ijepa": Publication("I-JEPA", "2301.08243", "CC-BY-NC 4.0"),
     "capi": Publication("CAPI", "2502.08769", "Apache-2.0"),
-    "data2vec": Publication("data2vec", "2202.03555", None),
+    "data2vec": Publication("data2vec", "2202.03555", "CC-BY-NC"),
     "dino": Publication("DINO", "2104.14294", "Apache-2.0"),
     "mocov3": Publication("MoCo-v3", "2104.02057", "CC-BY-NC 4.0"),
     "ibot": Publication("iBOT", "2111.07832", "Apache-2.0"),
     "msn": Publication("MSN", "2204.07141", "CC-BY-NC 4.0"),
-    "mim_refiner": Publication("MIM-Refiner", "2402.10093", None),
+    "mim_refiner": Publication("MIM-Refiner", "2402.10093", "MIT"),
     "dinov2": Publication("DINOv2", "2304.07193", "Apache-2.0"),
     "dinov2_reg": Publication("DINOv2 with registers", "2309.16588", "Apache-2.0"),
 }
@@ -249,8 +250,10 @@ def fetch_weights(finetune: str, offline: bool = False) -> Path | None:
         return download(finetune, None, offline)
     if timm.is_model(finetune.split(".")[0]):
         return None
+    similar = difflib.get_close_matches(finetune, CATALOGUE, 3)
     raise ValueError(
-        f"--finetune {finetune}: no such file, and neither a timm model, a URL nor one of {', '.join(CATALOGUE)}"
+        f"--finetune {finetune}: no such file, and neither a timm model, a URL nor a name of the catalogue"
+        + (f"; did you mean {', '.join(similar)}?" if similar else ", which scripts/list_encoders.py prints")
     )
 
 
