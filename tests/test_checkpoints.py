@@ -192,7 +192,10 @@ def test_a_file_without_the_weights_is_refused(tiny, tmp_path, content, argument
 @pytest.mark.parametrize(
     ("finetune", "message"),
     [
-        ("nowhere.pth", "--finetune nowhere.pth: no such file, and neither a timm model, a URL nor a name of the catalogue"),
+        (
+            "nowhere.pth",
+            "--finetune nowhere.pth: no such file, and neither a timm model, a URL nor a name of the catalogue",
+        ),
         (".", ". is a folder: name a file in it"),
         ("mae_vit_base_patch16", "--finetune mae_vit_base_patch16 is no vit_tiny_test: write --model vit_base_patch16"),
     ],
