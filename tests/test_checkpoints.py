@@ -14,7 +14,8 @@ from torch import nn
 from models_mae import MaskedAutoencoder
 from models_vit import ClsClassifier, VisionTransformer
 from util import checkpoints
-from util.checkpoints import CATALOGUE, CatalogueEntry, load_encoder, save_encoder
+from util.catalogue import CATALOGUE, CatalogueEntry
+from util.checkpoints import load_encoder, save_encoder
 from util.datasets import IMAGENET_MEAN
 from util.families import FAMILIES
 
@@ -192,7 +193,10 @@ def test_a_file_without_the_weights_is_refused(tiny, tmp_path, content, argument
 @pytest.mark.parametrize(
     ("finetune", "message"),
     [
-        ("nowhere.pth", "--finetune nowhere.pth: no such file, and neither a timm model, a URL nor one of mae_vit"),
+        (
+            "nowhere.pth",
+            "--finetune nowhere.pth: no such file, and neither a timm model, a URL nor a name of the catalogue",
+        ),
         (".", ". is a folder: name a file in it"),
         ("mae_vit_base_patch16", "--finetune mae_vit_base_patch16 is no vit_tiny_test: write --model vit_base_patch16"),
     ],

@@ -58,6 +58,7 @@ def add_encoder_arguments(parser: argparse.ArgumentParser, several: bool = False
         "--family", **default(None), help=f"format of the file: {', '.join(FAMILIES)} (default: detected)"
     )
     group.add_argument("--checkpoint_key", **default(None), help="entry of the file that holds the weights")
+    group.add_argument("--offline", action="store_true", help="download no weights: use files and the cache only")
     group.add_argument("--no_cls_token", action="store_true", help="the encoder has no [cls] token")
     group.add_argument("--input_size", default=None, type=int, help="pixels (default: the model's, 224)")
     group.add_argument(
@@ -140,7 +141,7 @@ def build_encoder(args: argparse.Namespace, **options) -> tuple[Encoder, int]:
         options["class_token"] = False
     size = args.input_size or default_input_size(args.model)
     check_input_size(size, args.model)
-    encoder = load_encoder(args.finetune, args.model, args.family, args.checkpoint_key, **options)
+    encoder = load_encoder(args.finetune, args.model, args.family, args.checkpoint_key, offline=args.offline, **options)
     if not args.finetune:
         log.warning("no --finetune: the encoder's weights are random")
     return encoder, size

@@ -1,47 +1,21 @@
 """Published encoders: where they are, and a loader that takes all of a file or refuses it."""
 
-import hashlib
 import json
-import sys
 from pathlib import Path
 from typing import NamedTuple
-from urllib.parse import urlparse
 
 import safetensors
 import safetensors.torch
 import timm
-import torch
 
 from models_vit import VisionTransformer, architecture
+from util.catalogue import CATALOGUE, fetch_weights, hugging_face_offline
 from util.datasets import IMAGENET_MEAN, IMAGENET_STD
 from util.distributed import main_process_first
 from util.families import FAMILIES, Family, State, drop_rule, fits, unlike_plain_vit, weights_of
 from util.files import atomic_path, sha256
 from util.progress import log
-from util.run_folder import load_plain
-from util.seeding import stable_seed
-
-
-class CatalogueEntry(NamedTuple):
-    family: str
-    model: str
-    url: str
-    md5: str | None  # first characters of the hash, where the authors publish one
-
-
-META = "https://dl.fbaipublicfiles.com"
-CATALOGUE = {
-    "mae_vit_base_patch16": CatalogueEntry(
-        "mae", "vit_base_patch16", f"{META}/mae/pretrain/mae_pretrain_vit_base.pth", "8cad7c"),
-    "mae_vit_large_patch16": CatalogueEntry(
-        "mae", "vit_large_patch16", f"{META}/mae/pretrain/mae_pretrain_vit_large.pth", "b8b06e"),
-    "mae_vit_huge_patch14": CatalogueEntry(
-        "mae", "vit_huge_patch14", f"{META}/mae/pretrain/mae_pretrain_vit_huge.pth", "9bdbb0"),
-    "dino_vit_small_patch16": CatalogueEntry(
-        "dino", "vit_small_patch16", f"{META}/dino/dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth", None),
-    "dino_vit_base_patch16": CatalogueEntry(
-        "dino", "vit_base_patch16", f"{META}/dino/dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth", None),
-}  # fmt: skip
+from util.safe_load import load_plain
 
 
 class Encoder(NamedTuple):
@@ -58,6 +32,7 @@ def load_encoder(
     model: str,
     family: str | None = None,
     checkpoint_key: str | None = None,
+    offline: bool = False,
     **options,
 ) -> Encoder:
     """The encoder `model` with the weights that `finetune` names, or random ones where it is empty.
@@ -65,6 +40,7 @@ def load_encoder(
     finetune: a file (.pth or .safetensors), a name of CATALOGUE, a URL, or the name of a timm model.
     family: a name of FAMILIES; where it is None, the file must fit exactly one. checkpoint_key: another encoder of the
     file than the family's default (see Family). options: of models_vit.VisionTransformer, such as class_token.
+    offline: download nothing; ValueError says which file belongs where.
     The backbone is in evaluation mode and frozen. Every tensor of the file is used, or dropped by a rule that the
     family names; every parameter is set; ValueError lists all that is missing, left over, misshapen or not finite.
     """
@@ -84,8 +60,8 @@ def load_encoder(
     if family is not None and family not in FAMILIES:
         raise ValueError(f"unknown family {family!r}: choose one of {', '.join(FAMILIES)}")
     with main_process_first():  # what it downloads, the others find
-        path = fetch_weights(finetune)
-        timm_model = load_timm(finetune) if path is None else None
+        path = fetch_weights(finetune, offline)
+        timm_model = load_timm(finetune, offline) if path is None else None
     if timm_model is not None:
         family = family or "timm"
         content, mean, std = timm_model
@@ -117,52 +93,14 @@ def load_encoder(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def fetch_weights(finetune: str) -> Path | None:
-    """The file that --finetune names, downloaded to torch.hub's folder if need be; None for a timm model's name."""
-    if Path(finetune).exists():
-        return Path(finetune)
-    if finetune in CATALOGUE:
-        return download(CATALOGUE[finetune].url, CATALOGUE[finetune].md5)
-    if urlparse(finetune).scheme in ("http", "https", "file"):
-        return download(finetune, None)
-    if timm.is_model(finetune.split(".")[0]):
-        return None
-    raise ValueError(
-        f"--finetune {finetune}: no such file, and neither a timm model, a URL nor one of {', '.join(CATALOGUE)}"
-    )
-
-
-def download(url: str, md5: str | None) -> Path:
-    """The file behind a URL, in torch.hub's checkpoint folder; whole or absent, its published hash checked."""
-    folder = Path(torch.hub.get_dir()) / "checkpoints"
-    # several authors call all of their files alike (iBOT: checkpoint_teacher.pth), so the URL is part of the name
-    target = folder / f"{stable_seed(url):016x}-{Path(urlparse(url).path).name}"
-    if target.exists():
-        return target
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with atomic_path(target) as temporary:
-            torch.hub.download_url_to_file(url, str(temporary), progress=sys.stderr.isatty())
-            check_md5(temporary, md5, url)
-    except OSError as error:
-        raise ValueError(f"cannot download {url}: {error}; fetch it yourself and give its path") from error
-    return target
-
-
-def check_md5(path: Path, prefix: str | None, url: str) -> None:
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "md5").hexdigest()
-    if prefix and not digest.startswith(prefix):
-        raise ValueError(f"{url}: the file's md5 is {digest}, published as {prefix}...: it is damaged or was replaced")
-
-
-def load_timm(name: str) -> tuple[State, tuple[float, ...], tuple[float, ...]]:
+def load_timm(name: str, offline: bool = False) -> tuple[State, tuple[float, ...], tuple[float, ...]]:
     """A pretrained timm model: state dict without its classifier, and the mean and std of its preprocessing."""
     try:
-        model = timm.create_model(name, pretrained=True, num_classes=0)
+        with hugging_face_offline(offline):
+            model = timm.create_model(name, pretrained=True, num_classes=0)
     except (RuntimeError, OSError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ValueError(f"timm cannot provide {name!r}: {reason}") from error
+        raise ValueError(f"{'--offline: ' * offline}timm cannot provide {name!r}: {reason}") from error
     if obstacles := unlike_plain_vit(model):
         raise ValueError(f"timm's {name} is no plain ViT: {'; '.join(obstacles)}")
     return model.state_dict(), model.pretrained_cfg["mean"], model.pretrained_cfg["std"]

@@ -1,6 +1,5 @@
 """The folder of a run: what was asked (args.json), what happened (log.txt, TensorBoard), and its checkpoints."""
 
-import argparse
 import contextlib
 import json
 import os
@@ -20,6 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 from util import distributed
 from util.files import atomic_path, to_json, write_atomically, write_json
 from util.progress import log
+from util.safe_load import load_plain
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -175,16 +175,3 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if not (isinstance(state, dict) and isinstance(state.get("epoch"), int)):
         raise ValueError(f"{path} is not the checkpoint of a run: it names no epoch")
     return state
-
-
-def load_plain(path: Path) -> dict[str, Any]:
-    """A torch file of tensors and plain containers; nothing else in it is executed. ValueError names the trouble."""
-    if not path.is_file():
-        raise ValueError(f"{path} is a folder: name a file in it" if path.is_dir() else f"there is no file {path}")
-    try:
-        # MAE's checkpoints carry their arguments; a Namespace only takes attributes when it is rebuilt
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ValueError(f"{path} cannot be read as a file of tensors: {reason}") from error
