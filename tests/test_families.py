@@ -22,10 +22,13 @@ from scipy.optimize import brentq
 from timm.models.beit import Beit
 from torch import Tensor, nn
 
+import main_analyze_attention
+import main_linprobe
 import models_vit
 from main_analyze_attention import measure
 from models_vit import VisionTransformer, build_vit
 from probes import ProbeBank, ProbeSpec
+from util.arguments import parse
 from util.checkpoints import converted, load_encoder, save_encoder
 from util.families import FAMILIES, drop_rule, unlike_plain_vit
 from util.pos_embed import resample_pos_embed, resample_relative_table, rotary_coordinates
@@ -725,6 +728,20 @@ def test_analysis_and_probes_take_every_family(name, file):
     with torch.no_grad():
         logits = bank(backbone(pictures(), bank.blocks, cls_attention=backbone.has_cls))
     assert all(values.shape == (2, 5) and values.isfinite().all() for values in logits)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_both_programs_take_every_family(name, file, image_folder, capsys):
+    path = file(published(name).content)
+    has_cls = FAMILIES[name].vit.get("class_token", True)
+    argv = ["--model", "tiny", "--finetune", path, "--family", name, "--data_path", str(image_folder), "--device",
+            "cpu", "--amp", "float32", "--num_workers", "0", "--batch_size", "7", "--output_dir", ""]  # fmt: skip
+    main_analyze_attention.main(parse(main_analyze_attention.get_args_parser(), argv))
+    heads = ["--cls_features", *(["cls"] if has_cls else []), "pos", "abmilp", "--epochs", "1", "--warmup_epochs", "0"]
+    main_linprobe.main(parse(main_linprobe.get_args_parser(), [*argv, *heads]))
+    printed = capsys.readouterr().out
+    assert ("cls_patch_entropy" in printed) == has_cls and "patch_patch_entropy" in printed
+    assert "abmilp/block1/blr0.1/seed0: top-1" in printed and ("cls/block1" in printed) == has_cls
 
 
 def test_both_reductions_and_bfloat16_take_rotary_and_relative_positions(file):
