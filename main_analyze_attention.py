@@ -21,6 +21,7 @@ from attention_stats import LEGEND, METRICS, PAPER_METRICS, REDUCTIONS, REFERENC
 from models_vit import VisionTransformer
 from util.arguments import (
     PRECISIONS,
+    Parser,
     add_data_arguments,
     add_encoder_arguments,
     add_run_arguments,
@@ -39,7 +40,7 @@ from util.seeding import seeded, stable_seed
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("Attention flow", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(__doc__)
     add_data_arguments(parser)
     add_encoder_arguments(parser, several=True)
     analysis = parser.add_argument_group("analysis")

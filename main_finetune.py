@@ -18,6 +18,7 @@ from engine_finetune import evaluate, train_one_epoch
 from models_vit import ClsClassifier
 from util.arguments import (
     PRECISIONS,
+    Parser,
     add_data_arguments,
     add_encoder_arguments,
     add_run_arguments,
@@ -45,7 +46,7 @@ from util.seeding import seeded
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("fine-tuning on [cls]", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(__doc__)
     add_encoder_arguments(parser)
     add_data_arguments(parser)
     optim = parser.add_argument_group("optimisation")

@@ -9,6 +9,7 @@ The bank is the product of --cls_features, --return_block, --blr and --seeds. De
 import argparse
 import functools
 import itertools
+import math
 import time
 
 import torch
@@ -20,10 +21,12 @@ from models_vit import VisionTransformer
 from probes import ProbeBank, ProbeSpec
 from util.arguments import (
     PRECISIONS,
+    Parser,
     add_data_arguments,
     add_encoder_arguments,
     add_run_arguments,
     build_encoder,
+    check_training,
     parse,
     plain,
     run_main,
@@ -46,7 +49,7 @@ from util.scores import Scores
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("linear probing", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(__doc__)
     add_encoder_arguments(parser)
     add_data_arguments(parser)
 
@@ -126,48 +129,48 @@ def probe_specs(args: argparse.Namespace, backbone: VisionTransformer) -> list[P
 
 
 def main(args: argparse.Namespace) -> None:
+    settle(args)
     with distributed(args.device, args.dist_url) as world:
         setup_logging()
-        settle(args)
         folder = RunFolder(args.output_dir + args.suffix if args.output_dir else "", args.log_dir)
-        state = None if args.eval and not args.resume else folder.find_checkpoint(args.resume)
+        state = folder.find_checkpoint(args.resume, evaluate_only=args.eval)
 
         # ---- a frozen encoder and a bank of probes on its tokens
         train_images, test_images, num_classes = build_splits(args.dataset, args.data_path, args.nb_classes)
+        batches = GlobalBatches(len(train_images), args.batch_size, args.accum_iter, args.seed)
         encoder, size = build_encoder(args)
         backbone = encoder.backbone.to(world.device)
+        if args.final_norm and isinstance(backbone.norm, torch.nn.Identity):
+            raise ValueError(f"--final_norm: encoders of family {encoder.record['family']} have no last norm")
         specs = probe_specs(args, backbone)
         grid = (size // backbone.patch_size, size // backbone.patch_size)
         bank = ProbeBank(specs, backbone, grid, num_classes, args.init).to(world.device)
         tokens = FrozenTokens(backbone, bank.blocks, PRECISIONS[args.amp], args.final_norm)
 
         # ---- data: order and augmentation depend on (seed, epoch, sample) alone
-        pin = args.pin_mem and world.device.type == "cuda"
         augment = train_transform(size, encoder.mean, encoder.std, crop=args.crop, hflip=not args.no_hflip)
-        batches = GlobalBatches(len(train_images), args.batch_size, args.accum_iter, args.seed)
-        train_loader = build_loader(
-            KeyedDataset(train_images, augment, args.seed),
-            batches,
-            args.num_workers,
-            pin,
-            args.dataloader_affinity_hack,
-        )
-        test_set = KeyedDataset(test_images, eval_transform(size, encoder.mean, encoder.std), args.seed)
-        test_loader = build_loader(
-            test_set, EvaluationBatches(len(test_set), args.batch_size), args.num_workers, pin,
-            args.dataloader_affinity_hack,
+        pixels = eval_transform(size, encoder.mean, encoder.std)
+        test_batches = EvaluationBatches(len(test_images), args.batch_size)
+        loader = functools.partial(
+            build_loader, num_workers=args.num_workers, pin_memory=args.pin_mem and world.device.type == "cuda",
+            affinity_hack=args.dataloader_affinity_hack,
         )  # fmt: skip
+        train_loader = loader(KeyedDataset(train_images, augment, args.seed), batches)
+        test_loader = loader(KeyedDataset(test_images, pixels, args.seed), test_batches)
 
-        # ---- recipe
+        # ---- recipe: LARS, rate per probe, warm-up and half-cosine per optimizer step
         lrs = [args.lr if args.lr is not None else scaled_lr(spec.blr, batches.effective) for spec in specs]
         optimizer = build_optimizer(args, bank.parameter_groups(lrs))
         schedule = functools.partial(lr_at, epochs=args.epochs, warmup_epochs=args.warmup_epochs, min_lr=args.min_lr)
-        history, first_epoch = [], args.start_epoch
-        if state is not None:
-            history, first_epoch = restore(bank, optimizer, state)
+        history, first_epoch = restore(bank, optimizer, state) if state is not None else ([], args.start_epoch)
+        if args.eval:
+            report(evaluate(bank, tokens, test_loader, world.device), specs)
+            return
+
+        # ---- epochs
         run = {
             "args": plain(args), "encoder": encoder.record, "effective_batch": batches.effective,
-            "steps_per_epoch": batches.steps, "lr": dict(zip([s.name for s in specs], lrs, strict=True)),
+            "steps_per_epoch": batches.steps, "lr": dict(zip([spec.name for spec in specs], lrs, strict=True)),
             "n_train": len(train_images), "n_test": len(test_images), "classes": num_classes,
             **provenance(world.device),
         }  # fmt: skip
@@ -176,40 +179,26 @@ def main(args: argparse.Namespace) -> None:
             "%d probes on %s; %d training images, %d steps of %d per epoch, lr %s", len(specs), args.model,
             len(train_images), batches.steps, batches.effective, ", ".join(f"{lr:g}" for lr in sorted(set(lrs))),
         )  # fmt: skip
+        every = max(1, batches.steps // 20)
 
-        if args.eval:
-            report(evaluate(bank, tokens, test_loader, world.device), specs)
-            return
+        def on_step(step: int, losses: torch.Tensor) -> None:
+            if step % every == 0:  # reading losses waits for the GPU
+                named = {f"train_loss/{spec.name}": loss for spec, loss in zip(specs, losses.tolist(), strict=True)}
+                folder.scalars({**named, "lr": optimizer.param_groups[0]["lr"]}, step)
 
-        # ---- epochs
         start = time.time()
         for epoch in range(first_epoch, args.epochs):
             batches.epoch = epoch
-
-            def on_step(step: int, losses: torch.Tensor, every: int = max(1, batches.steps // 20)) -> None:
-                if step % every == 0:
-                    values = {
-                        f"train_loss/{spec.name}": loss for spec, loss in zip(specs, losses.tolist(), strict=True)
-                    }
-                    folder.scalars({**values, "lr": optimizer.param_groups[0]["lr"]}, step)
-
             stats = train_one_epoch(
                 bank, tokens, train_loader, optimizer, schedule, epoch, args.accum_iter, world.device, on_step
             )
+            check_divergence(specs, stats["train_loss"], epoch)
             record = {"epoch": epoch, **stats}
             if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
                 scores = evaluate(bank, tokens, test_loader, world.device)
                 record["test"] = {spec.name: score._asdict() for spec, score in zip(specs, scores, strict=True)}
-                folder.scalars(
-                    {f"test_top1/{name}": score["top1"] for name, score in record["test"].items()}, epoch + 1
-                )
                 history.append({"epoch": epoch, "test": record["test"]})
-                best = max(zip(scores, specs, strict=True), key=lambda pair: pair[0].top1)
-                log.info(
-                    "epoch %d: top-1 up to %.2f (%s), %.0f images/s, %.0f %% of the time waiting for data",
-                    epoch, best[0].top1, best[1].name, stats["images_per_second"], 100 * stats["data_wait"],
-                )  # fmt: skip
-            folder.log_line(record)
+            tell(record, folder)
             folder.save_checkpoint(epoch, {
                 "probes": bank.probe_states(), "optimizer": optimizer.state_dict(), "history": history,
                 "args": plain(args),
@@ -226,6 +215,7 @@ def main(args: argparse.Namespace) -> None:
 
 def settle(args: argparse.Namespace) -> None:
     """Resolve arguments that depend on each other; ValueError where they contradict."""
+    check_training(args)
     if args.global_pool:
         raise ValueError(
             "--global_pool is MAE's probe of the mean patch through a new, untrained fc_norm; it is not offered: "
@@ -238,10 +228,32 @@ def settle(args: argparse.Namespace) -> None:
     args.cls_features = args.cls_features or ["cls"]
     if args.momentum is None:
         args.momentum = 0.9 if args.optimizer == "lars" else 0.0
-    if args.epochs < 1 or not 0 <= args.warmup_epochs <= args.epochs:
-        raise ValueError(f"--warmup_epochs {args.warmup_epochs} must lie between 0 and --epochs {args.epochs}")
+    if args.lr is not None and len(args.blr) > 1:
+        raise ValueError(f"--lr {args.lr} sets one rate, --blr {args.blr} several: leave out one of them")
     if args.eval and not args.resume:
         raise ValueError("--eval needs the probes: name their checkpoint with --resume")
+
+
+def check_divergence(specs: list[ProbeSpec], losses: list[float], epoch: int) -> None:
+    """Warn of probes whose loss is not finite; their neighbours are unharmed. FloatingPointError where all are."""
+    lost = [spec.name for spec, loss in zip(specs, losses, strict=True) if not math.isfinite(loss)]
+    if len(lost) == len(specs):
+        raise FloatingPointError(f"every probe diverged by epoch {epoch}: lower --blr")
+    if lost:
+        log.warning("epoch %d: diverged: %s", epoch, ", ".join(lost))
+
+
+def tell(record: dict, folder: RunFolder) -> None:
+    """An epoch's figures to the log, log.txt and TensorBoard."""
+    words = (
+        f"{record['images_per_second']:.0f} images/s, {100 * record['data_wait']:.0f} % of the time waiting for data"
+    )
+    if "test" in record:
+        folder.scalars({f"test_top1/{name}": score["top1"] for name, score in record["test"].items()}, record["epoch"])
+        best = max(record["test"], key=lambda name: record["test"][name]["top1"])
+        words = f"top-1 up to {record['test'][best]['top1']:.2f} ({best}), {words}"
+    log.info("epoch %d: %s", record["epoch"], words)
+    folder.log_line(record)
 
 
 def build_optimizer(args: argparse.Namespace, groups: list[dict]) -> torch.optim.Optimizer:

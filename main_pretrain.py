@@ -15,7 +15,16 @@ import torch
 from engine_pretrain import train_one_epoch
 from models_mae import DECODERS, MaskedAutoencoder
 from models_vit import build_vit, default_input_size
-from util.arguments import PRECISIONS, add_data_arguments, add_run_arguments, check_training, parse, plain, run_main
+from util.arguments import (
+    PRECISIONS,
+    Parser,
+    add_data_arguments,
+    add_run_arguments,
+    check_training,
+    parse,
+    plain,
+    run_main,
+)
 from util.checkpoints import save_encoder
 from util.datasets import GlobalBatches, KeyedDataset, build_dataset, build_loader, train_transform
 from util.distributed import barrier, distributed
@@ -27,7 +36,7 @@ from util.seeding import seeded
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("MAE pretraining", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(__doc__)
     add_data_arguments(parser)
     model = parser.add_argument_group("model")
     model.add_argument("--model", default="vit_small_patch16", metavar="MODEL", type=encoder_name,

@@ -17,7 +17,7 @@ from pathlib import Path
 import submitit
 from submitit.helpers import DelayedSubmission, TorchDistributedEnvironment
 
-from util.arguments import parse
+from util.arguments import Parser, parse
 
 PROGRAMS = ("main_linprobe", "main_pretrain", "main_finetune")
 
@@ -40,9 +40,7 @@ class Task:
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "submitit launcher", epilog="All other flags go to the program.", allow_abbrev=False
-    )
+    parser = Parser(__doc__, allow_abbrev=False)
     parser.add_argument("--main", choices=PROGRAMS, default="main_linprobe", help="program to run")
     parser.add_argument("--job_dir", required=True, type=Path, help="run folder; submitit's files go to its jobs/")
     parser.add_argument("--cluster", choices=["slurm", "local"], default=None, help="default: SLURM where there is one")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from util.arguments import run_main
+from util.arguments import Parser, run_main
 from util.demo_data import generate
 
 
@@ -15,7 +15,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--train", type=int, default=8000, help="training images")
     parser.add_argument("--val", type=int, default=2000, help="validation images")

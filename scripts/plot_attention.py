@@ -7,7 +7,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from attention_stats import METRICS, PAPER_METRICS
-from util.arguments import run_main
+from util.arguments import Parser, run_main
 from util.figures import draw_attention, load_attention
 
 
@@ -16,7 +16,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(__doc__)
     parser.add_argument("results", nargs="+", type=Path, help="attention.json of an encoder; one line each")
     parser.add_argument("--output", type=Path, default=Path("attention.png"), help="png, pdf or svg, by its suffix")
     parser.add_argument("--metrics", nargs="+", default=PAPER_METRICS, choices=METRICS, metavar="METRIC",

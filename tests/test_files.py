@@ -34,11 +34,11 @@ def test_files_have_the_permissions_of_the_umask(tmp_path):
     assert (tmp_path / "file").stat().st_mode & 0o777 == 0o640
 
 
-def test_json_without_standard_numbers_is_refused_and_not_written(tmp_path):
-    write_json(tmp_path / "good.json", {"x": 0.5})
-    assert json.loads((tmp_path / "good.json").read_text()) == {"x": 0.5}
-    with pytest.raises(ValueError):
-        write_json(tmp_path / "bad.json", {"x": float("nan")})
+def test_json_holds_standard_numbers_only(tmp_path):
+    write_json(tmp_path / "good.json", {"x": [0.5, float("nan")], "y": -float("inf")})
+    assert json.loads((tmp_path / "good.json").read_text()) == {"x": [0.5, None], "y": None}
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "bad.json", {"x": object()})
     assert not (tmp_path / "bad.json").exists()
 
 

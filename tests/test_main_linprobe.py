@@ -125,6 +125,14 @@ def test_saved_arguments_replay_the_run(command, tmp_path):
     assert again["probes"] == whole["probes"]
 
 
+def test_diverged_probe_is_reported_and_its_neighbour_goes_on(command, tmp_path, capsys):
+    recipe = ["--blr", "20", "3e39", "--optimizer", "sgd", "--momentum", "0.9", "--epochs", "2"]
+    probes = run([*command, *recipe])["probes"]
+    healthy, lost = probes["cls/block5/blr20.0/seed0"], probes["cls/block5/blr3e+39/seed0"]
+    assert healthy["last"]["loss"] is not None and lost["last"]["loss"] is None
+    assert "diverged: cls/block5/blr3e+39/seed0" in capsys.readouterr().out
+
+
 def test_a_finished_run_is_not_written_over(command):
     run(command)
     with pytest.raises(ValueError, match="already holds a run"):
@@ -141,12 +149,16 @@ def test_a_finished_run_is_not_written_over(command):
         (["--finetune", "nothing.pth"], "--finetune nothing.pth: no such file"),
         (["--return_block", "6"], "block 6 does not exist: this encoder has blocks 0 to 5"),
         (["--cls_features", "mean"], "unknown --cls_features 'mean'"),
-        (["--no_cls_token", "--finetune", "", "--cls_features", "cls"], "this encoder has no [cls] token; probe pos or"),
+        (
+            ["--no_cls_token", "--finetune", "", "--cls_features", "cls"],
+            "this encoder has no [cls] token; probe pos or",
+        ),
         (["--batch_size", "65"], "larger than the 64 training images"),
         (["--input_size", "30"], "--input_size 30 is not divisible by the patch size 8"),
         (["--global_pool"], "write --cls_features pos"),
         (["--epochs", "1", "--warmup_epochs", "2"], "--warmup_epochs 2 must lie between 0 and --epochs 1"),
         (["--eval"], "--eval needs the probes"),
+        (["--lr", "1", "--blr", "1", "2"], "--lr 1.0 sets one rate, --blr [1.0, 2.0] several"),
         (["--family", "imagenet"], "unknown family 'imagenet': choose one of mae, mae_ft"),
     ],
 )
@@ -187,16 +199,18 @@ def test_mae_command_means_maes_probe():
     assert (args.batch_size, args.epochs, args.blr, args.optimizer) == (512, 90, [0.1], "lars")
 
 
-def test_launcher_runs_two_processes_and_continues_the_run(command, tmp_path):
+def test_launched_job_continues_the_run_on_two_processes(command, tmp_path):
+    whole = run([*command, "--accum_iter", "2"])
+    (tmp_path / "run" / "checkpoint-2.pth").unlink()
+    (tmp_path / "run" / "results.json").unlink()
     index = command.index("--output_dir")
-    del command[index : index + 2]
-    launcher = [sys.executable, "submitit_linprobe.py", "--job_dir", str(tmp_path / "job"), "--cluster", "local",
-                "--ngpus", "0", "--ntasks", "2", "--cpus_per_task", "1", "--wait"]  # fmt: skip
-    result = subprocess.run([*launcher, *command], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    launcher = [
+        sys.executable, "submitit_linprobe.py", "--job_dir", command[index + 1], "--cluster", "local", "--ngpus", "0",
+        "--ntasks", "2", "--cpus_per_task", "1", "--wait", *command[:index],
+    ]  # fmt: skip
+    result = subprocess.run(launcher, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
-    assert json.loads((tmp_path / "job" / "results.json").read_text())["processes"] == 2
-    (tmp_path / "job" / "checkpoint-2.pth").unlink()
-    (tmp_path / "job" / "results.json").unlink()
-    result = subprocess.run([*launcher, *command], cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
-    assert (tmp_path / "job" / "results.json").exists()
+    resumed = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert resumed["processes"] == 2
+    for name, probe in whole["probes"].items():
+        assert resumed["probes"][name]["last"]["top1"] == probe["last"]["top1"]

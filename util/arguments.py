@@ -5,6 +5,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -19,6 +20,25 @@ PRECISIONS = {
     "float32": torch.float32,
     "none": torch.float32,  # beyond_cls's other name for float32
 }
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose help shows defaults and whose errors are one line."""
+
+    def __init__(self, description: str | None, **options):
+        super().__init__(description=description, formatter_class=HelpFormatter, **options)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; --help lists the arguments\n")
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Defaults beside the flags, where there is one to tell; the description as it was written."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default in (None, False, "") or "default" in (action.help or ""):
+            return action.help
+        return super()._get_help_string(action)
 
 
 def add_encoder_arguments(parser: argparse.ArgumentParser, several: bool = False) -> None:
@@ -38,6 +58,10 @@ def add_encoder_arguments(parser: argparse.ArgumentParser, several: bool = False
         "--family", **default(None), help=f"format of the file: {', '.join(FAMILIES)} (default: detected)"
     )
     group.add_argument("--checkpoint_key", **default(None), help="entry of the file that holds the weights")
+    group.add_argument("--offline", action="store_true", help="download no weights: use files and the cache only")
+    group.add_argument(
+        "--num_heads", default=None, type=int, help="of attention (default: the model's or the family's)"
+    )
     group.add_argument("--no_cls_token", action="store_true", help="the encoder has no [cls] token")
     group.add_argument("--input_size", default=None, type=int, help="pixels (default: the model's, 224)")
     group.add_argument(
@@ -118,9 +142,11 @@ def build_encoder(args: argparse.Namespace, **options) -> tuple[Encoder, int]:
     """The encoder that the arguments name, and its input size in pixels; options of models_vit.VisionTransformer."""
     if args.no_cls_token:
         options["class_token"] = False
+    if args.num_heads:
+        options["num_heads"] = args.num_heads
     size = args.input_size or default_input_size(args.model)
     check_input_size(size, args.model)
-    encoder = load_encoder(args.finetune, args.model, args.family, args.checkpoint_key, **options)
+    encoder = load_encoder(args.finetune, args.model, args.family, args.checkpoint_key, offline=args.offline, **options)
     if not args.finetune:
         log.warning("no --finetune: the encoder's weights are random")
     return encoder, size

@@ -1,83 +1,21 @@
-"""Published encoders: what their files look like (FAMILIES), and a loader that takes all of a file or refuses it."""
+"""Published encoders: where they are, and a loader that takes all of a file or refuses it."""
 
-import hashlib
 import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
-from urllib.parse import urlparse
 
 import safetensors
 import safetensors.torch
 import timm
-import torch
-from torch import Tensor
 
 from models_vit import VisionTransformer, architecture
+from util.catalogue import CATALOGUE, fetch_weights, hugging_face_offline
 from util.datasets import IMAGENET_MEAN, IMAGENET_STD
+from util.distributed import main_process_first
+from util.families import FAMILIES, Family, State, drop_rule, fits, unlike_plain_vit, weights_of
 from util.files import atomic_path, sha256
 from util.progress import log
-from util.run_folder import load_plain
-from util.seeding import stable_seed
-
-State = dict[str, Tensor]
-
-
-class Family(NamedTuple):
-    """A published checkpoint format."""
-
-    description: str
-    key: str | None  # entry of the file that holds the weights; None where the file is flat
-    needs: tuple[str, ...]  # keys that every file of the family has
-    lacks: tuple[str, ...]  # key prefixes that none of them has
-    drop: tuple[str, ...]  # key prefixes left behind on purpose
-    vit: dict  # architecture options that differ from models_vit's defaults
-    convert: Callable[[State], State] = lambda state: state  # their names and shapes -> ours; pure
-    mean: tuple[float, ...] = IMAGENET_MEAN
-    std: tuple[float, ...] = IMAGENET_STD
-
-
-FAMILIES = {
-    "mae": Family(
-        "MAE: encoder files, files with decoder, and the checkpoints of main_pretrain.py",
-        key="model", needs=("norm.weight",), lacks=("head.",), drop=("decoder_", "mask_token"), vit={},
-    ),
-    "mae_ft": Family(
-        "MAE fine-tuned on [cls]: the checkpoints of main_finetune.py",
-        key="model", needs=("norm.weight", "head.weight"), lacks=("decoder_",), drop=("head.",), vit={},
-    ),
-    "dino": Family(
-        "DINO backbone files",
-        key=None, needs=("norm.weight", "cls_token"), lacks=("head.",), drop=(), vit={"pos_embed": "learned"},
-    ),
-    "timm": Family(
-        "state dicts of timm's plain ViTs",
-        key=None, needs=("norm.weight",), lacks=("decoder_",), drop=("head.",), vit={"pos_embed": "learned"},
-    ),
-}  # fmt: skip
-
-
-class CatalogueEntry(NamedTuple):
-    family: str
-    model: str
-    url: str
-    md5: str | None  # first characters of the hash, where the authors publish one
-
-
-META = "https://dl.fbaipublicfiles.com"
-CATALOGUE = {
-    "mae_vit_base_patch16": CatalogueEntry(
-        "mae", "vit_base_patch16", f"{META}/mae/pretrain/mae_pretrain_vit_base.pth", "8cad7c"),
-    "mae_vit_large_patch16": CatalogueEntry(
-        "mae", "vit_large_patch16", f"{META}/mae/pretrain/mae_pretrain_vit_large.pth", "b8b06e"),
-    "mae_vit_huge_patch14": CatalogueEntry(
-        "mae", "vit_huge_patch14", f"{META}/mae/pretrain/mae_pretrain_vit_huge.pth", "9bdbb0"),
-    "dino_vit_small_patch16": CatalogueEntry(
-        "dino", "vit_small_patch16", f"{META}/dino/dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth", None),
-    "dino_vit_base_patch16": CatalogueEntry(
-        "dino", "vit_base_patch16", f"{META}/dino/dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth", None),
-}  # fmt: skip
+from util.safe_load import load_plain
 
 
 class Encoder(NamedTuple):
@@ -94,14 +32,16 @@ def load_encoder(
     model: str,
     family: str | None = None,
     checkpoint_key: str | None = None,
+    offline: bool = False,
     **options,
 ) -> Encoder:
     """The encoder `model` with the weights that `finetune` names, or random ones where it is empty.
 
     finetune: a file (.pth or .safetensors), a name of CATALOGUE, a URL, or the name of a timm model.
-    family: a name of FAMILIES; where it is None, the file must fit exactly one. checkpoint_key: the entry of the file
-    that holds the weights, where it is not the family's. options: of models_vit.VisionTransformer, such as class_token.
-    The backbone is in evaluation mode and frozen. Every tensor of the file is used, or dropped by a prefix that the
+    family: a name of FAMILIES; where it is None, the file must fit exactly one. checkpoint_key: another encoder of the
+    file than the family's default (see Family). options: of models_vit.VisionTransformer, such as class_token.
+    offline: download nothing; ValueError says which file belongs where.
+    The backbone is in evaluation mode and frozen. Every tensor of the file is used, or dropped by a rule that the
     family names; every parameter is set; ValueError lists all that is missing, left over, misshapen or not finite.
     """
     arch = architecture(model)
@@ -119,17 +59,23 @@ def load_encoder(
         family = family or entry.family
     if family is not None and family not in FAMILIES:
         raise ValueError(f"unknown family {family!r}: choose one of {', '.join(FAMILIES)}")
-    path = fetch_weights(finetune)
-    if path is None:
+    with main_process_first():  # what it downloads, the others find
+        path = fetch_weights(finetune, offline)
+        timm_model = load_timm(finetune, offline) if path is None else None
+    if timm_model is not None:
         family = family or "timm"
-        content, mean, std = load_timm(finetune)
+        content, mean, std = timm_model
     else:
         content = load_plain_or_safetensors(path)
         family = family or detect_family(path, content, checkpoint_key)
         mean, std = FAMILIES[family].mean, FAMILIES[family].std
     chosen = FAMILIES[family]
     state, problems = converted(content, chosen, checkpoint_key)
-    options = {**arch, **chosen.vit, **options}
+    native = {**arch, **chosen.vit, **chosen.read(state)}
+    for name in sorted(native.keys() & options.keys()):
+        if native[name] != options[name]:
+            log.warning("%s: %s = %s, where its authors have %s", finetune, name, options[name], native[name])
+    options = {**native, **options}
     options["img_size"] = native_size(state, options)
     backbone = VisionTransformer(**options)
     problems = problems or mismatches(state, backbone)
@@ -147,52 +93,16 @@ def load_encoder(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def fetch_weights(finetune: str) -> Path | None:
-    """The file that --finetune names, downloaded to torch.hub's folder if need be; None for a timm model's name."""
-    if Path(finetune).exists():
-        return Path(finetune)
-    if finetune in CATALOGUE:
-        return download(CATALOGUE[finetune].url, CATALOGUE[finetune].md5)
-    if urlparse(finetune).scheme in ("http", "https", "file"):
-        return download(finetune, None)
-    if timm.is_model(finetune.split(".")[0]):
-        return None
-    raise ValueError(
-        f"--finetune {finetune}: no such file, and neither a timm model, a URL nor one of {', '.join(CATALOGUE)}"
-    )
-
-
-def download(url: str, md5: str | None) -> Path:
-    """The file behind a URL, in torch.hub's checkpoint folder; whole or absent, its published hash checked."""
-    folder = Path(torch.hub.get_dir()) / "checkpoints"
-    # several authors call all of their files alike (iBOT: checkpoint_teacher.pth), so the URL is part of the name
-    target = folder / f"{stable_seed(url):016x}-{Path(urlparse(url).path).name}"
-    if target.exists():
-        return target
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with atomic_path(target) as temporary:
-            torch.hub.download_url_to_file(url, str(temporary), progress=sys.stderr.isatty())
-            check_md5(temporary, md5, url)
-    except OSError as error:
-        raise ValueError(f"cannot download {url}: {error}; fetch it yourself and give its path") from error
-    return target
-
-
-def check_md5(path: Path, prefix: str | None, url: str) -> None:
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "md5").hexdigest()
-    if prefix and not digest.startswith(prefix):
-        raise ValueError(f"{url}: the file's md5 is {digest}, published as {prefix}...: it is damaged or was replaced")
-
-
-def load_timm(name: str) -> tuple[State, tuple[float, ...], tuple[float, ...]]:
+def load_timm(name: str, offline: bool = False) -> tuple[State, tuple[float, ...], tuple[float, ...]]:
     """A pretrained timm model: state dict without its classifier, and the mean and std of its preprocessing."""
     try:
-        model = timm.create_model(name, pretrained=True, num_classes=0)
+        with hugging_face_offline(offline):
+            model = timm.create_model(name, pretrained=True, num_classes=0)
     except (RuntimeError, OSError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ValueError(f"timm cannot provide {name!r}: {reason}") from error
+        raise ValueError(f"{'--offline: ' * offline}timm cannot provide {name!r}: {reason}") from error
+    if obstacles := unlike_plain_vit(model):
+        raise ValueError(f"timm's {name} is no plain ViT: {'; '.join(obstacles)}")
     return model.state_dict(), model.pretrained_cfg["mean"], model.pretrained_cfg["std"]
 
 
@@ -218,15 +128,6 @@ def safetensors_metadata(path: Path) -> dict[str, str]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def weights_of(content: dict, family: Family, checkpoint_key: str | None) -> State | None:
-    """The tensors of a file of this family, or None where the file is built differently. Flat files fit any key."""
-    key = checkpoint_key or family.key
-    found = content.get(key, None if checkpoint_key else content) if key else content
-    if isinstance(found, dict) and found and all(isinstance(item, Tensor) for item in found.values()):
-        return found
-    return None
-
-
 def converted(content: dict, family: Family, checkpoint_key: str | None) -> tuple[State, list[str]]:
     """Our state dict from the file's content, and what is wrong with the file."""
     weights = weights_of(content, family, checkpoint_key)
@@ -234,7 +135,10 @@ def converted(content: dict, family: Family, checkpoint_key: str | None) -> tupl
         key = checkpoint_key or family.key
         where = f"no weights under {key!r}" if key else "not a flat file of weights"
         return {}, [f"{where} (the file holds {', '.join(map(str, list(content)[:5]))}{', ...' * (len(content) > 5)})"]
-    return family.convert({key: value for key, value in weights.items() if not key.startswith(family.drop)}), []
+    kept = {key: value for key, value in weights.items() if drop_rule(family, key) is None}
+    if stray := sorted(key for key in kept if not key.startswith(family.prefix)):
+        return {}, [f"not used, because it is not under {family.prefix}: {', '.join(stray)}"]
+    return family.convert({key.removeprefix(family.prefix): value for key, value in kept.items()}), []
 
 
 def mismatches(state: State, backbone: VisionTransformer) -> list[str]:
@@ -257,13 +161,8 @@ def detect_family(path: Path, content: dict, checkpoint_key: str | None) -> str:
     """The one family that a file fits: as its safetensors metadata says, else by its keys."""
     if path.suffix == ".safetensors" and (said := safetensors_metadata(path).get("family")) in FAMILIES:
         return said
-    fitting = []
-    for name, family in FAMILIES.items():
-        weights = weights_of(content, family, checkpoint_key)
-        if weights is None or any(key not in weights for key in family.needs):
-            continue
-        if not any(key.startswith(family.lacks) for key in weights):
-            fitting.append(name)
+    flat = path.suffix == ".safetensors"  # such files have no entries
+    fitting = [name for name, family in FAMILIES.items() if fits(content, family, checkpoint_key, flat)]
     if len(fitting) == 1:
         return fitting[0]
     if fitting:
@@ -273,13 +172,15 @@ def detect_family(path: Path, content: dict, checkpoint_key: str | None) -> str:
 
 
 def native_size(state: State, options: dict) -> int:
-    """Input size in pixels for which the file's position table was made."""
-    default = options.get("img_size", 224)
-    if "pos_embed" not in state or state["pos_embed"].ndim != 3:
-        return default
-    prefix = int(options.get("class_token", True)) + options.get("reg_tokens", 0)
-    side = (state["pos_embed"].shape[1] - (0 if options.get("no_embed_class") else prefix)) ** 0.5
-    return int(side) * options["patch_size"] if side == int(side) else default
+    """Input size in pixels for which the file's table of positions, or of relative positions, was made."""
+    table = state.get("pos_embed", state.get("blocks.0.attn.rel_pos_bias.relative_position_bias_table"))
+    side = 0.0
+    if table is not None and table.ndim == 3:
+        prefix = int(options.get("class_token", True)) + options.get("reg_tokens", 0)
+        side = max(table.shape[1] - (0 if options.get("no_embed_class") else prefix), 0) ** 0.5
+    elif table is not None and table.ndim == 2:
+        side = (max(len(table) - 3, 0) ** 0.5 + 1) / 2
+    return int(side) * options["patch_size"] if side and side == int(side) else options.get("img_size", 224)
 
 
 def save_encoder(path: Path, state: State, metadata: dict[str, str]) -> None:

@@ -43,12 +43,22 @@ def _image_folder(root: Path, split: str) -> datasets.ImageFolder:
         raise ValueError(f"{folder} is not an image folder: {error}") from error
 
 
+IMAGENETTE_IMAGES = {"train": 9469, "val": 3925}
+
+
 def _imagenette(root: Path, split: str) -> datasets.Imagenette:
-    here = (root / "imagenette2-320").is_dir()
-    try:
-        return datasets.Imagenette(root, split=split, size="320px", download=not here)
-    except (OSError, RuntimeError) as error:
-        raise ValueError(f"--data_path {root}: Imagenette is not there and cannot be downloaded: {error}") from error
+    folder = root / "imagenette2-320"
+    with distributed.main_process_first():
+        try:
+            images = datasets.Imagenette(root, split=split, size="320px", download=not folder.is_dir())
+        except (OSError, RuntimeError) as error:
+            raise ValueError(f"--data_path {root}: Imagenette cannot be read or downloaded: {error}") from error
+    if len(images) != IMAGENETTE_IMAGES[split]:
+        raise ValueError(
+            f"{folder}/{split} holds {len(images)} images instead of {IMAGENETTE_IMAGES[split]}: "
+            "its extraction was interrupted; remove the folder and start again"
+        )
+    return images
 
 
 DATASETS = {

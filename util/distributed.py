@@ -63,6 +63,16 @@ def barrier() -> None:
         dist.barrier()
 
 
+@contextlib.contextmanager
+def main_process_first() -> Iterator[None]:
+    """Rank 0 runs the block before the others do: what it downloads, they find."""
+    if rank() != 0:
+        barrier()
+    yield
+    if rank() == 0:
+        barrier()
+
+
 def mean_over_ranks(value: Tensor) -> Tensor:
     """The mean of every rank's `value`, on every rank."""
     if world_size() > 1:

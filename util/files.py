@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import math
 import os
 import tempfile
 from collections.abc import Iterator
@@ -33,9 +34,21 @@ def write_atomically(target: Path, data: bytes) -> None:
         temporary.write_bytes(data)
 
 
+def to_json(value: object, indent: int | None = None) -> str:
+    """JSON in which NaN and infinities, which other readers of JSON do not accept, are null."""
+
+    def finite(item: object) -> object:
+        if isinstance(item, dict):
+            return {key: finite(inner) for key, inner in item.items()}
+        if isinstance(item, list | tuple):
+            return [finite(inner) for inner in item]
+        return None if isinstance(item, float) and not math.isfinite(item) else item
+
+    return json.dumps(finite(value), indent=indent, allow_nan=False)
+
+
 def write_json(target: Path, value: object) -> None:
-    """Readable JSON; refuses NaN and infinity, which other readers of JSON do not accept."""
-    write_atomically(target, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+    write_atomically(target, (to_json(value, indent=2) + "\n").encode())
 
 
 def sha256(path: Path) -> str:

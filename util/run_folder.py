@@ -1,10 +1,10 @@
 """The folder of a run: what was asked (args.json), what happened (log.txt, TensorBoard), and its checkpoints."""
 
-import argparse
 import contextlib
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -17,8 +17,9 @@ import torchvision
 from torch.utils.tensorboard import SummaryWriter
 
 from util import distributed
-from util.files import atomic_path, write_atomically, write_json
+from util.files import atomic_path, to_json, write_atomically, write_json
 from util.progress import log
+from util.safe_load import load_plain
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -35,7 +36,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
 
     status = git("status", "--porcelain")
     return {
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "commit": git("rev-parse", "HEAD"),
         "dirty": None if status is None else bool(status),
         "versions": {
@@ -91,7 +92,7 @@ class RunFolder:
             with contextlib.suppress(json.JSONDecodeError):
                 if json.loads(line)["epoch"] < record["epoch"]:
                     earlier.append(line)
-        write_atomically(log_file, "".join(f"{line}\n" for line in [*earlier, json.dumps(record)]).encode())
+        write_atomically(log_file, "".join(f"{line}\n" for line in [*earlier, to_json(record)]).encode())
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         if self.board is not None:
@@ -174,16 +175,3 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if not (isinstance(state, dict) and isinstance(state.get("epoch"), int)):
         raise ValueError(f"{path} is not the checkpoint of a run: it names no epoch")
     return state
-
-
-def load_plain(path: Path) -> dict[str, Any]:
-    """A torch file of tensors and plain containers; nothing else in it is executed. ValueError names the trouble."""
-    if not path.is_file():
-        raise ValueError(f"{path} is a folder: name a file in it" if path.is_dir() else f"there is no file {path}")
-    try:
-        # MAE's checkpoints carry their arguments; a Namespace only takes attributes when it is rebuilt
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ValueError(f"{path} cannot be read as a file of tensors: {reason}") from error

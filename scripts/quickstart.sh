@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# The paper in miniature: bash scripts/quickstart.sh [--short | --real]
+#   (nothing)  the embedded demo: a few minutes on 2 CPU cores, no downloads beyond the package index
+#   --short    the same with few images and epochs: it shows that everything runs, not what comes out
+#   --real     Imagenette and the published MAE and DINO ViT-B: downloads 1.1 GB; hours without a GPU
+set -euo pipefail
+source "$(dirname "$0")/env.sh"
+mode=${1:-}
+workers=$(python -c 'import os; print(min(8, max(0, os.cpu_count() - 2)))')
+
+case "$mode" in
+    "" | --short)
+        out=output_dir/quickstart train=4000 val=1000 epochs=12
+        if [ "$mode" = --short ]; then out=output_dir/quickstart_short train=400 val=100 epochs=2; fi
+        python scripts/make_demo_data.py "$out/data" --train $train --val $val
+        data="--data_path $out/data --model vit_demo_patch8 --amp float32"
+        weights=(demo/mae.safetensors demo/mae_ft.safetensors) labels=(MAE MAE-FT)
+        recipe="--batch_size 100 --accum_iter 2 --epochs $epochs --warmup_epochs 1 --blr 30 --eval_every $epochs"
+        ;;
+    --real)
+        out=output_dir/quickstart_real
+        mkdir -p "$out/data"
+        data="--data_path $out/data --dataset imagenette --model vit_base_patch16"
+        weights=(mae_vit_base_patch16 dino_vit_base_patch16) labels=(MAE DINO)
+        recipe="--batch_size 256 --epochs 20 --warmup_epochs 2 --blr 3 --eval_every 5"
+        ;;
+    *) echo "usage: bash scripts/quickstart.sh [--short | --real]" >&2; exit 2 ;;
+esac
+
+echo "--- attention flow of both encoders"
+python main_analyze_attention.py $data --num_workers "$workers" --batch_size 50 --output_dir "$out/attention" \
+    --finetune "${weights[@]}" --label "${labels[@]}"
+
+runs=()
+for i in 0 1; do
+    echo "--- probes on ${labels[i]}: [cls], average patch, AbMILP, three seeds of each, one pass"
+    run="$out/probes/${labels[i]}"
+    rm -rf "$run"
+    python main_linprobe.py $data $recipe --num_workers "$workers" --finetune "${weights[i]}" \
+        --cls_features cls pos abmilp --seeds 0 1 2 --output_dir "$run"
+    runs+=("${labels[i]}=$run")
+done
+
+echo "--- results"
+python scripts/show_maps.py "${runs[@]}" --output "$out/maps.png"
+python scripts/probe_table.py "${runs[@]}" --output "$out/table.md"
+echo "table:   $out/table.md"
+echo "figures: $out/attention/attention.png  $out/maps.png"

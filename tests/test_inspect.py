@@ -1,0 +1,134 @@
+import argparse
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import models_vit
+from scripts import inspect_checkpoint, list_encoders
+from util.catalogue import CATALOGUE
+from util.checkpoints import load_encoder
+from util.files import sha256
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+# ---- list_encoders.py
+
+
+def test_the_table_in_readme_is_the_catalogue():
+    args = argparse.Namespace(words=[], write=None, check=ROOT / "README.md", markdown=False)
+    list_encoders.main(args)
+
+
+def test_a_page_that_is_behind_is_refused_and_can_be_renewed(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{list_encoders.BEGIN}| old |\n{list_encoders.END}after\n")
+    args = argparse.Namespace(words=[], write=None, check=page, markdown=False)
+    with pytest.raises(ValueError, match="is behind the catalogue"):
+        list_encoders.main(args)
+    list_encoders.main(argparse.Namespace(words=[], write=page, check=None, markdown=False))
+    list_encoders.main(args)
+    text = page.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "| old |" not in text
+    assert text.count("\n| `") == len(CATALOGUE)
+    page.write_text("no markers")
+    with pytest.raises(ValueError, match="the page has no lines"):
+        list_encoders.main(args)
+
+
+def test_words_choose_encoders(capsys):
+    list_encoders.main(argparse.Namespace(words=["ibot", "large"], write=None, check=None, markdown=False))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["name", "ibot_vit_large_patch16", "ibot_vit_large_patch16_rand"]
+    assert "81.0 own features (authors)" in lines[1] and "2111.07832" in lines[1]
+
+
+# ---- inspect_checkpoint.py
+
+
+@pytest.fixture
+def state(tiny):
+    torch.manual_seed(0)
+    return models_vit.build_vit(tiny).state_dict()
+
+
+def inspect(path, capsys, **options) -> tuple[int, str]:
+    settings = {"file": str(path), "family": None, "model": None, "checkpoint_key": None, "offline": True, **options}
+    try:
+        inspect_checkpoint.main(argparse.Namespace(**settings))
+        code = 0
+    except SystemExit as error:
+        code = error.code
+    return code, capsys.readouterr().out
+
+
+def saved(path, state, **beside):
+    torch.save({"model": state, **beside}, path)
+    return path
+
+
+def test_a_good_file_is_described_and_the_command_works(state, tiny, tmp_path, capsys):
+    extra = {"decoder_embed.weight": torch.ones(2, 3), "mask_token": torch.ones(1)}
+    args = argparse.Namespace(lr=0.1)
+    path = saved(tmp_path / "w.pth", {**state, **extra}, epoch=799, args=args, scaler={"scale": np.float64(2)})
+    code, text = inspect(path, capsys)
+    assert code == 0
+    assert sha256(path) in text
+    assert re.search(r"family +mae: ", text) and re.search(rf"architecture +{tiny}\n", text)
+    parameters = sum(value.numel() for value in state.values())
+    assert f"parameters    {parameters:,} of the encoder, 2 heads" in text
+    assert "32 pixels, mean (0.485, 0.456, 0.406), std (0.229, 0.224, 0.225)" in text
+    assert re.search(r"used +blocks\.N\.attn\.qkv\.weight +96x32 +3\n", text)
+    assert re.search(r"dropped: decoder_\*? +decoder_embed\.weight +2x3 +1\n", text)
+    assert re.search(r"dropped: mask_token +mask_token +1 +1\n", text)
+    assert "left behind   epoch: 799" in text and "left behind   scaler: dict of 1" in text
+    words = text.split("use it with\n")[1].split()
+    options = dict(zip(words[2::2], words[3::2], strict=False))
+    assert load_encoder(options["--finetune"], options["--model"], options["--family"]).record["model"] == tiny
+
+
+def test_everything_that_is_wrong_is_in_the_table(state, tiny, tmp_path, capsys):
+    state["blocks.1.ls1.gamma"] = torch.ones(32)
+    state["norm.weight"][3] = torch.nan
+    del state["blocks.2.attn.qkv.bias"]
+    code, text = inspect(saved(tmp_path / "w.pth", state), capsys, family="mae")
+    assert code == 1 and "use it with" not in text
+    assert re.search(r"left over +blocks\.N\.ls1\.gamma +32 +1\n", text)
+    assert re.search(r"missing +blocks\.N\.attn\.qkv\.bias +96 +1\n", text)
+    for problem in ("missing blocks.2.attn.qkv.bias", "not used blocks.1.ls1.gamma", "norm.weight holds NaN"):
+        assert problem in text.split("cannot be used:")[1]
+
+
+def test_an_unknown_file_is_compared_with_every_family(tmp_path, capsys):
+    path = saved(tmp_path / "w.pth", {"layer.weight": torch.ones(2)}, cfg=argparse.Namespace())
+    code, text = inspect(path, capsys)
+    assert code == 1 and "none fits exactly" in text and "holds model: dict of 1" in text
+
+
+def test_sizes_without_a_name_are_said_to_be(state, tiny, tmp_path, capsys, monkeypatch):
+    path = saved(tmp_path / "w.pth", state)
+    monkeypatch.delitem(models_vit.ARCHITECTURES, tiny)
+    code, text = inspect(path, capsys, family="mae")
+    assert code == 1 and "its sizes are of no architecture that has a name here" in text
+
+
+@pytest.mark.parametrize(
+    "file, options, message",
+    [
+        ("nowhere.pth", {}, "no such file"),
+        (ROOT / "README.md", {}, "cannot be read as a file of tensors"),
+        ("simmim_vit_base_patch16", {}, "drive.google.com"),
+        (ROOT / "README.md", {"model": "vit_enormous"}, "unknown model 'vit_enormous'"),
+    ],
+)
+def test_a_mistake_is_said(file, options, message, capsys):
+    with pytest.raises(ValueError, match=message):
+        inspect(file, capsys, **options)
+
+
+def test_the_script_answers_a_mistake_in_one_line(run_program):
+    done = run_program("scripts/inspect_checkpoint.py", "simmim_vit_base_patch16")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and not done.stdout

@@ -1,0 +1,61 @@
+"""The scripts that turn runs into a table and a picture."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import main_linprobe
+from util.arguments import parse
+from util.demo_data import generate
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def script(name, *arguments):
+    return subprocess.run(
+        [sys.executable, f"scripts/{name}", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo")
+    generate(folder / "data", 20, 10, workers=1)
+    torch.manual_seed(0)
+    argv = ["--model", "vit_demo_patch8", "--data_path", folder / "data", "--amp", "float32", "--num_workers", "0",
+            "--cls_features", "cls", "abmilp", "--seeds", "0", "1", "--batch_size", "10", "--epochs", "1",
+            "--warmup_epochs", "0", "--device", "cpu", "--output_dir", folder / "run"]  # fmt: skip
+    main_linprobe.main(parse(main_linprobe.get_args_parser(), list(map(str, argv))))
+    return folder / "run"
+
+
+def test_table_averages_seeds_of_each_head(run, tmp_path):
+    results = json.loads((run / "results.json").read_text())
+    for probe in results["probes"].values():
+        probe["last"]["top1"] = {"cls": 10.0, "abmilp": 50.0}[probe["aggregation"]] + 2 * probe["seed"]
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    done = script("probe_table.py", f"mine={tmp_path}", "--output", tmp_path / "table.md")
+    assert "| mine | 11.0 ± 1.4 | 51.0 ± 1.4 |" in done.stdout
+    assert "20 training and 10 test images, 1 epochs" in (tmp_path / "table.md").read_text()
+
+
+def test_maps_are_drawn(run, tmp_path):
+    done = script("show_maps.py", f"mine={run}", "--images", "2", "--output", tmp_path / "maps.png")
+    assert done.returncode == 0, done.stderr
+    assert Image.open(tmp_path / "maps.png").size[0] > 300
+
+
+@pytest.mark.parametrize("name", ["probe_table.py", "show_maps.py"])
+def test_unfinished_run_is_one_line(name, tmp_path):
+    done = script(name, f"mine={tmp_path}")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and str(tmp_path) in done.stderr
+
+
+def test_quickstart_explains_its_options():
+    done = subprocess.run(["bash", "scripts/quickstart.sh", "--fast"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "usage" in done.stderr
