@@ -14,7 +14,6 @@ from torch import nn
 from models_mae import MaskedAutoencoder
 from models_vit import ClsClassifier, VisionTransformer
 from util import checkpoints
-from util.catalogue import CATALOGUE, CatalogueEntry
 from util.checkpoints import load_encoder, save_encoder
 from util.datasets import IMAGENET_MEAN
 from util.families import FAMILIES
@@ -73,20 +72,6 @@ def test_our_own_checkpoints_need_no_family(tiny, source, tmp_path, family):
     assert load_encoder(str(tmp_path / "weights.pth"), tiny).record["family"] == family
 
 
-def test_safetensors_name_their_family_in_their_metadata(tiny, source, images, tmp_path):
-    save_encoder(tmp_path / "encoder.safetensors", source.state_dict(), {"family": "dino", "model": tiny})
-    loaded = load_encoder(str(tmp_path / "encoder.safetensors"), tiny)
-    assert loaded.record["family"] == "dino"
-    assert loaded.backbone(images)[2].cls.equal(source(images)[2].cls)
-
-
-def test_the_entry_of_the_file_can_be_named(tiny, source, images, tmp_path):
-    other = {key: torch.zeros_like(value) for key, value in source.state_dict().items()}
-    torch.save({"student": other, "teacher": source.state_dict()}, tmp_path / "both.pth")
-    loaded = load_encoder(str(tmp_path / "both.pth"), tiny, "dino", "teacher")
-    assert loaded.backbone(images)[2].cls.equal(source(images)[2].cls)
-
-
 def test_positions_of_another_input_size_keep_their_grid(tiny, tmp_path):
     wide = VisionTransformer(**{**TINY, "img_size": 64}, **FAMILIES["mae"].vit).eval()
     torch.save({"model": wide.state_dict()}, tmp_path / "wide.pth")
@@ -122,33 +107,6 @@ def test_without_weights_the_encoder_is_random_and_says_so(tiny):
 # ---- what is refused
 
 
-def drop(state):
-    del state["blocks.1.attn.qkv.bias"], state["norm.bias"]
-
-
-DAMAGES = {
-    "missing keys": (drop, "missing blocks.1.attn.qkv.bias, norm.bias"),
-    "extra keys": (
-        lambda state: state.update({"blocks.0.ls1.gamma": torch.ones(32), "surprise": torch.ones(1)}),
-        "not used blocks.0.ls1.gamma, surprise",
-    ),
-    "wrong shape": (
-        lambda state: state.update({"blocks.0.mlp.fc1.weight": torch.ones(64, 32)}),
-        "blocks.0.mlp.fc1.weight is (64, 32), wanted (128, 32)",
-    ),
-    "NaN": (lambda state: state["norm.weight"].fill_(torch.nan), "norm.weight holds NaN or infinity"),
-    "infinity": (lambda state: state["cls_token"].fill_(torch.inf), "cls_token holds NaN or infinity"),
-}
-
-
-@pytest.mark.parametrize(("damage", "message"), DAMAGES.values(), ids=DAMAGES)
-def test_a_file_that_does_not_fit_is_refused_with_all_that_is_wrong(tiny, source, tmp_path, damage, message):
-    state = {key: value.clone() for key, value in source.state_dict().items()}
-    damage(state)
-    torch.save({"model": state}, tmp_path / "damaged.pth")
-    assert message in refused(tmp_path / "damaged.pth", tiny, "mae")
-
-
 def test_weights_of_another_model_are_refused(tiny, mae_file):
     error = refused(mae_file, "vit_demo_patch8")
     assert "is not a vit_demo_patch8 of family mae" in error and "cls_token is (1, 1, 32), wanted (1, 1, 128)" in error
@@ -158,15 +116,11 @@ def test_a_missing_cls_token_is_told_by_its_name(tiny, mae_file):
     assert "not used cls_token" in refused(mae_file, tiny, class_token=False)
 
 
-@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_a_truncated_file_is_refused(tiny, source, tmp_path, suffix):
-    path = tmp_path / f"cut{suffix}"
-    if suffix == ".pth":
-        torch.save(source.state_dict(), path)
-    else:
-        safetensors.torch.save_file(source.state_dict(), path)
+def test_a_truncated_safetensors_file_is_refused(tiny, source, tmp_path):
+    path = tmp_path / "cut.safetensors"
+    safetensors.torch.save_file(source.state_dict(), path)
     path.write_bytes(path.read_bytes()[:-1000])
-    assert f"{path} cannot be read" in refused(path, tiny)
+    assert f"{path} cannot be read as safetensors" in refused(path, tiny)
 
 
 def test_a_flat_file_that_several_families_could_have_written_is_refused_with_their_names(tiny, source, tmp_path):
@@ -209,15 +163,6 @@ def test_a_family_without_weights_is_refused(tiny):
     assert "--family mae needs weights" in refused("", tiny, family="mae")
 
 
-def test_timms_refusal_is_passed_on(tiny, monkeypatch):
-    def no_network(name, **options):
-        raise OSError("no route to host\ntraceback follows")
-
-    monkeypatch.setattr(timm, "create_model", no_network)
-    message = refused("vit_base_patch16_224.mae", tiny)
-    assert message == "timm cannot provide 'vit_base_patch16_224.mae': no route to host"
-
-
 # ---- downloads
 
 
@@ -227,21 +172,6 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache" / "hub" / "checkpoints"
 
 
-def test_a_catalogue_entry_is_downloaded_once_and_checked(tiny, source, images, mae_file, cache, monkeypatch):
-    md5 = hashlib.md5(mae_file.read_bytes()).hexdigest()
-    monkeypatch.setitem(CATALOGUE, "tiny", CatalogueEntry("mae", tiny, mae_file.as_uri(), md5[:6]))
-    assert load_encoder("tiny", tiny).backbone(images)[2].cls.equal(source(images)[2].cls)
-    monkeypatch.setattr(torch.hub, "download_url_to_file", None)
-    assert load_encoder("tiny", tiny).record["source"] == "tiny"
-    assert len(list(cache.iterdir())) == 1
-
-
-def test_a_download_of_another_hash_is_refused_and_removed(tiny, mae_file, cache, monkeypatch):
-    monkeypatch.setitem(CATALOGUE, "tiny", CatalogueEntry("mae", tiny, mae_file.as_uri(), "000000"))
-    assert "published as 000000...: it is damaged or was replaced" in refused("tiny", tiny)
-    assert list(cache.iterdir()) == []
-
-
 def test_files_of_one_name_at_two_urls_are_not_confused(tiny, source, tmp_path, cache):
     for folder, scale in (("a", 1.0), ("b", 2.0)):
         (tmp_path / folder).mkdir()
@@ -249,12 +179,6 @@ def test_files_of_one_name_at_two_urls_are_not_confused(tiny, source, tmp_path, 
         torch.save({"model": state}, tmp_path / folder / "teacher.pth")
     loaded = [load_encoder((tmp_path / folder / "teacher.pth").as_uri(), tiny) for folder in "ab"]
     assert loaded[1].backbone.norm.weight.equal(2 * loaded[0].backbone.norm.weight)
-
-
-def test_a_failed_download_is_one_line(tiny, tmp_path, cache):
-    url = (tmp_path / "absent.pth").as_uri()
-    assert f"cannot download {url}" in refused(url, tiny)
-    assert list(cache.iterdir()) == []
 
 
 # ---- saving

@@ -179,15 +179,6 @@ def test_an_unknown_data_set_is_refused_with_those_there_are(tmp_path):
         build_dataset("imagenet", tmp_path, "train")
 
 
-def test_imagenette_that_cannot_be_downloaded_is_a_clear_error(tmp_path, monkeypatch):
-    def no_network(*args, **kwargs):
-        raise OSError("Network is unreachable")
-
-    monkeypatch.setattr("torchvision.datasets.imagenette.download_and_extract_archive", no_network)
-    with pytest.raises(ValueError, match="cannot be downloaded: Network is unreachable"):
-        build_dataset("imagenette", tmp_path, "train")
-
-
 def test_splits_of_different_classes_are_refused(image_folder, tmp_path):
     for split in ("train", "val"):
         (tmp_path / split).symlink_to(image_folder / split)

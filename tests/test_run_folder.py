@@ -1,14 +1,12 @@
 """The records of a run: never over another run, and whole after any interruption."""
 
-import argparse
 import json
 import logging
-import os
 
 import pytest
 import torch
 
-from util.run_folder import RunFolder, load_plain, provenance
+from util.run_folder import RunFolder, provenance
 
 
 @pytest.fixture
@@ -154,27 +152,6 @@ def test_what_is_no_checkpoint_of_a_run_is_refused(tmp_path, content, message):
         torch.save(content, path)
     with pytest.raises(ValueError, match=message):
         RunFolder(tmp_path / "run").find_checkpoint(str(path))
-
-
-def test_a_plain_file_may_hold_its_arguments(tmp_path):
-    torch.save({"model": {}, "args": argparse.Namespace(lr=0.1)}, tmp_path / "mae.pth")
-    assert load_plain(tmp_path / "mae.pth")["args"].lr == 0.1
-
-
-class Malicious:
-    def __init__(self, target):
-        self.target = target
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.target),)
-
-
-def test_a_malicious_pickle_is_refused_and_not_run(tmp_path):
-    torch.save({"model": Malicious(tmp_path / "harm")}, tmp_path / "evil.pth")
-    with pytest.raises(ValueError, match=r"evil.pth cannot be read as a file of tensors") as error:
-        load_plain(tmp_path / "evil.pth")
-    assert "\n" not in str(error.value)
-    assert not (tmp_path / "harm").exists()
 
 
 def test_provenance_is_known_without_git_too(monkeypatch):
