@@ -140,6 +140,8 @@ def main(args: argparse.Namespace) -> None:
         batches = GlobalBatches(len(train_images), args.batch_size, args.accum_iter, args.seed)
         encoder, size = build_encoder(args)
         backbone = encoder.backbone.to(world.device)
+        if args.final_norm and isinstance(backbone.norm, torch.nn.Identity):
+            raise ValueError(f"--final_norm: encoders of family {encoder.record['family']} have no last norm")
         specs = probe_specs(args, backbone)
         grid = (size // backbone.patch_size, size // backbone.patch_size)
         bank = ProbeBank(specs, backbone, grid, num_classes, args.init).to(world.device)

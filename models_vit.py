@@ -6,6 +6,7 @@ D width, d = D / H head width, L blocks. Blocks are counted from 0.
 """
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -14,7 +15,17 @@ import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor
 
-from util.pos_embed import resample_pos_embed, sincos_pos_embed
+from util.pos_embed import (
+    relative_index,
+    resample_pos_embed,
+    resample_relative_table,
+    rotary_coordinates,
+    rotary_frequencies,
+    sincos_pos_embed,
+)
+
+NORMS = {"layernorm": partial(nn.LayerNorm, eps=1e-6), "rmsnorm": partial(nn.RMSNorm, eps=1e-5)}  # eps: ViT's, CAPI's
+Grid = tuple[int, int]  # rows and columns of patches
 
 
 class BlockTrace(NamedTuple):
@@ -57,30 +68,73 @@ class PatchEmbed(nn.Module):
         return self.proj(images)
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention that also hands out its queries and keys."""
+class RelativePositionBias(nn.Module):
+    """What the offset between two tokens adds to each head's logit: grid -> (H,N,N), [cls] first (BEiT, SimMIM)."""
 
-    def __init__(self, dim: int, num_heads: int, qkv_bias: bool = True):
+    def __init__(self, grid_size: Grid, num_heads: int):
+        super().__init__()
+        self.grid_size = grid_size
+        offsets = (2 * grid_size[0] - 1) * (2 * grid_size[1] - 1)
+        self.relative_position_bias_table = nn.Parameter(torch.zeros(offsets + 3, num_heads))
+
+    def forward(self, grid: Grid) -> Tensor:
+        table = resample_relative_table(self.relative_position_bias_table, self.grid_size, grid)
+        return table[relative_index(grid).to(table.device)].permute(2, 0, 1)
+
+
+class RotaryEmbedding(nn.Module):
+    """Rotates the tokens' queries or keys (B,H,N,d) by angles that grow with row and column (CAPI)."""
+
+    def __init__(self, head_width: int, num_registers: int):
+        super().__init__()
+        self.num_registers = num_registers
+        self.freqs = nn.Parameter(rotary_frequencies(head_width))
+
+    def forward(self, x: Tensor, grid: Grid) -> Tensor:
+        row, column = rotary_coordinates(grid, self.num_registers).to(x.device).split(1, dim=1)
+        angle = row * self.freqs[0] + column * self.freqs[1]  # (N,d), in float32 whatever the autocast
+        first, second = x.chunk(2, dim=-1)
+        return (x * angle.cos() + torch.cat([-second, first], dim=-1) * angle.sin()).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention that also hands out its queries, keys and logit bias."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        qkv_bias: bool = True,
+        proj_bias: bool = True,
+        rel_pos_bias: nn.Module | None = None,
+        rope: nn.Module | None = None,
+    ):
         super().__init__()
         if dim % num_heads:
             raise ValueError(f"{num_heads} heads do not divide a width of {dim}")
         self.num_heads = num_heads
         self.scale = (dim // num_heads) ** -0.5
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.proj = nn.Linear(dim, dim)
+        self.rel_pos_bias = rel_pos_bias
+        self.rope = rope
+        self.proj = nn.Linear(dim, dim, bias=proj_bias)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B,N,D) -> update (B,N,D), q (B,H,N,d), k (B,H,N,d)."""
+    def forward(self, x: Tensor, grid: Grid | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """(B,N,D) -> update (B,N,D), q (B,H,N,d), k (B,H,N,d), logit bias (H,N,N) where there is one."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        heads = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
-        return self.proj(heads.transpose(1, 2).flatten(2)), q, k
+        if self.rope is not None:
+            q, k = self.rope(q, grid), self.rope(k, grid)
+        bias = None if self.rel_pos_bias is None else self.rel_pos_bias(grid)
+        mask = None if bias is None else bias.to(q.dtype)
+        heads = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scale)
+        return self.proj(heads.transpose(1, 2).flatten(2)), q, k, bias
 
 
 class Mlp(nn.Module):
-    def __init__(self, dim: int, hidden: int):
+    def __init__(self, dim: int, hidden: int, bias: bool = True):
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, dim)
+        self.fc1 = nn.Linear(dim, hidden, bias=bias)
+        self.fc2 = nn.Linear(hidden, dim, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x)))
@@ -96,7 +150,7 @@ class LayerScale(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block; returns its BlockTrace."""
+    """Transformer block, normalised before each branch or (post_norm) after each sum; returns its BlockTrace."""
 
     def __init__(
         self,
@@ -104,33 +158,48 @@ class Block(nn.Module):
         num_heads: int,
         mlp_ratio: float = 4.0,
         qkv_bias: bool = True,
+        proj_bias: bool = True,
         init_values: float | None = None,
         drop_path: float = 0.0,
         index: int = 0,
+        norm_layer: str = "layernorm",
+        post_norm: bool = False,
+        rel_pos_bias: nn.Module | None = None,
+        rope: nn.Module | None = None,
     ):
         super().__init__()
-        self.index = index
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = Attention(dim, num_heads, qkv_bias)
+        self.index, self.post_norm = index, post_norm
+        self.norm1 = NORMS[norm_layer](dim)
+        self.attn = Attention(dim, num_heads, qkv_bias, proj_bias, rel_pos_bias, rope)
         self.ls1 = LayerScale(dim, init_values) if init_values is not None else nn.Identity()
         self.drop_path1 = DropPath(drop_path) if drop_path else nn.Identity()
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.norm2 = NORMS[norm_layer](dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), proj_bias)
         self.ls2 = LayerScale(dim, init_values) if init_values is not None else nn.Identity()
         self.drop_path2 = DropPath(drop_path) if drop_path else nn.Identity()
 
-    def forward(self, x: Tensor) -> BlockTrace:
-        update, q, k = self.attn(self.norm1(x))
+    def forward(self, x: Tensor, grid: Grid | None = None) -> BlockTrace:
+        """grid: of the patches among the tokens x; needed where attention knows of relative or rotary positions."""
+        update, q, k, bias = self.attn(x if self.post_norm else self.norm1(x), grid)
         middle = x + self.drop_path1(self.ls1(update))
-        out = middle + self.drop_path2(self.ls2(self.mlp(self.norm2(middle))))
-        return BlockTrace(self.index, x, q, k, self.attn.scale, None, update, out)
+        if self.post_norm:
+            middle = self.norm1(middle)
+            out = self.norm2(middle + self.drop_path2(self.ls2(self.mlp(middle))))
+        else:
+            out = middle + self.drop_path2(self.ls2(self.mlp(self.norm2(middle))))
+        return BlockTrace(self.index, x, q, k, self.attn.scale, bias, update, out)
 
 
 class VisionTransformer(nn.Module):
     """ViT whose `trace` yields every block and whose `forward` returns the tokens of chosen blocks.
 
-    pos_embed: "learned" (trainable) or "sincos" (MAE's fixed table, not trained).
-    no_embed_class: the position table covers the patches only (timm's name; DINOv2 with registers).
+    pos_embed: "learned" (trainable), "sincos" (MAE's fixed table, not trained), or "none".
+    pos_resampling: how the table is resampled to another grid; see resample_pos_embed.
+    no_embed_class: the position table covers the patches only (timm's name).
+    rel_pos_bias: every block adds a bias for relative positions to its logits (BEiT). rope: it rotates queries and keys
+    by the tokens' coordinates (CAPI). proj_bias: of attention's projection and of the MLP.
+    pre_norm: a norm on the embedded tokens (timm's name). post_norm: blocks normalise after each sum, not before.
+    final_norm: "affine", "plain" (without weight and bias) or "none"; `forward` does not apply it.
     """
 
     def __init__(
@@ -142,16 +211,28 @@ class VisionTransformer(nn.Module):
         num_heads: int = 12,
         mlp_ratio: float = 4.0,
         qkv_bias: bool = True,
+        proj_bias: bool = True,
         class_token: bool = True,
         reg_tokens: int = 0,
         no_embed_class: bool = False,
         init_values: float | None = None,
         pos_embed: str = "sincos",
+        pos_resampling: str = "antialias",
+        rel_pos_bias: bool = False,
+        rope: bool = False,
+        norm_layer: str = "layernorm",
+        pre_norm: bool = False,
+        post_norm: bool = False,
+        final_norm: str = "affine",
         drop_path: float = 0.0,
     ):
         super().__init__()
         if img_size < patch_size or img_size % patch_size:
             raise ValueError(f"an input size of {img_size} is not a multiple of the patch size {patch_size}")
+        if rel_pos_bias and (not class_token or reg_tokens):
+            raise ValueError("a relative-position table has rows for one [cls] token, and none for registers")
+        if rope and class_token:
+            raise ValueError("rotary positions are defined for registers and patches, not for a [cls] token")
         self.embed_dim, self.depth, self.num_heads, self.patch_size = embed_dim, depth, num_heads, patch_size
         self.grid_size = (img_size // patch_size, img_size // patch_size)
         self.num_registers = reg_tokens
@@ -160,15 +241,27 @@ class VisionTransformer(nn.Module):
         self.patch_embed = PatchEmbed(patch_size, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if class_token else None
         self.reg_token = nn.Parameter(torch.zeros(1, reg_tokens, embed_dim)) if reg_tokens else None
-        table = sincos_pos_embed(embed_dim, self.grid_size, self.num_embedded_prefix)
-        if pos_embed == "learned":
-            table = nn.init.trunc_normal_(torch.empty_like(table), std=0.02)
-        self.pos_embed = nn.Parameter(table, requires_grad=pos_embed == "learned")
+        self.pos_resampling = pos_resampling
+        self.pos_embed = None
+        if pos_embed != "none":
+            table = sincos_pos_embed(embed_dim, self.grid_size, self.num_embedded_prefix)
+            if pos_embed == "learned":
+                table = nn.init.trunc_normal_(torch.empty_like(table), std=0.02)
+            self.pos_embed = nn.Parameter(table, requires_grad=pos_embed == "learned")
+        self.norm_pre = NORMS[norm_layer](embed_dim) if pre_norm else nn.Identity()
         rates = [drop_path * index / max(depth - 1, 1) for index in range(depth)]  # stochastic depth grows linearly
         self.blocks = nn.ModuleList(
-            Block(embed_dim, num_heads, mlp_ratio, qkv_bias, init_values, rates[index], index) for index in range(depth)
-        )
-        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+            Block(
+                embed_dim, num_heads, mlp_ratio, qkv_bias, proj_bias, init_values, rates[index], index, norm_layer,
+                post_norm,
+                rel_pos_bias=RelativePositionBias(self.grid_size, num_heads) if rel_pos_bias else None,
+                rope=RotaryEmbedding(embed_dim // num_heads, reg_tokens) if rope else None,
+            )
+            for index in range(depth)
+        )  # fmt: skip
+        self.norm = nn.Identity()
+        if final_norm != "none":
+            self.norm = NORMS[norm_layer](embed_dim, elementwise_affine=final_norm == "affine")
         self.apply(init_weights)
         for token in (self.cls_token, self.reg_token):
             if token is not None:
@@ -191,26 +284,29 @@ class VisionTransformer(nn.Module):
         Positions are resampled when the grid differs from the one the encoder was built for.
         """
         patches = self.patch_embed(images)
-        positions = resample_pos_embed(
-            self.pos_embed, self.grid_size, tuple(patches.shape[-2:]), self.num_embedded_prefix
-        )
-        patches = patches.flatten(2).transpose(1, 2) + positions[:, self.num_embedded_prefix :]
+        grid = tuple(patches.shape[-2:])
+        patches = patches.flatten(2).transpose(1, 2)
         tokens = [token for token in (self.cls_token, self.reg_token) if token is not None]
         prefix = torch.cat(tokens, dim=1) if tokens else patches.new_zeros(1, 0, self.embed_dim)
-        if self.num_embedded_prefix:
-            prefix = prefix + positions[:, : self.num_embedded_prefix]
-        return prefix.expand(len(images), -1, -1), patches
+        if self.pos_embed is not None:
+            embedded = self.num_embedded_prefix
+            positions = resample_pos_embed(self.pos_embed, self.grid_size, grid, embedded, self.pos_resampling)
+            patches = patches + positions[:, embedded:]
+            if embedded:
+                prefix = prefix + positions[:, :embedded]
+        return self.norm_pre(prefix.expand(len(images), -1, -1)), self.norm_pre(patches)
 
-    def trace_tokens(self, tokens: Tensor) -> Iterator[BlockTrace]:
-        """Run the blocks on embedded tokens (B,N,D), yielding each as it is computed."""
+    def trace_tokens(self, tokens: Tensor, grid: Grid | None = None) -> Iterator[BlockTrace]:
+        """Run the blocks on embedded tokens (B,N,D), yielding each as it is computed; grid as in Block.forward."""
         for block in self.blocks:
-            step = block(tokens)
+            step = block(tokens, grid)
             tokens = step.out
             yield step
 
     def trace(self, images: Tensor) -> Iterator[BlockTrace]:
         """Images (B,3,h,w) -> one BlockTrace per block, in order; stop iterating to skip the blocks that follow."""
-        return self.trace_tokens(torch.cat(self.embed(images), dim=1))
+        grid = (images.shape[-2] // self.patch_size, images.shape[-1] // self.patch_size)
+        return self.trace_tokens(torch.cat(self.embed(images), dim=1), grid)
 
     def forward(
         self, images: Tensor, blocks: Sequence[int] | None = None, cls_attention: bool = False
@@ -284,13 +380,18 @@ def init_weights(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
+def sizes(embed_dim: int, depth: int, num_heads: int, patch_size: int) -> dict:
+    return {"patch_size": patch_size, "embed_dim": embed_dim, "depth": depth, "num_heads": num_heads}
+
+
 ARCHITECTURES = {
-    "vit_demo_patch8": {"img_size": 64, "patch_size": 8, "embed_dim": 128, "depth": 6, "num_heads": 4},
-    "vit_tiny_patch16": {"patch_size": 16, "embed_dim": 192, "depth": 12, "num_heads": 3},
-    "vit_small_patch16": {"patch_size": 16, "embed_dim": 384, "depth": 12, "num_heads": 6},
-    "vit_base_patch16": {"patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12},
-    "vit_large_patch16": {"patch_size": 16, "embed_dim": 1024, "depth": 24, "num_heads": 16},
-    "vit_huge_patch14": {"patch_size": 14, "embed_dim": 1280, "depth": 32, "num_heads": 16},
+    "vit_demo_patch8": {"img_size": 64, **sizes(128, 6, 4, 8)},
+    "vit_tiny_patch16": sizes(192, 12, 3, 16),
+    **{f"vit_small_patch{patch}": sizes(384, 12, 6, patch) for patch in (16, 14, 8)},
+    **{f"vit_base_patch{patch}": sizes(768, 12, 12, patch) for patch in (16, 14, 8, 4)},
+    **{f"vit_large_patch{patch}": sizes(1024, 24, 16, patch) for patch in (16, 14, 7)},
+    "vit_huge_patch14": sizes(1280, 32, 16, 14),
+    "vit_2b_patch14": sizes(2560, 24, 32, 14),
 }
 
 

@@ -12,6 +12,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn.functional import interpolate
@@ -68,13 +70,16 @@ def draw(pictures: Tensor, columns: dict[str, Tensor], target: Path) -> None:
         picture = pictures[row].permute(1, 2, 0).numpy()
         axes[row, 0].imshow(picture)
         for axis, column in zip(axes[row, 1:], columns.values(), strict=True):
-            axis.imshow(picture.mean(2), cmap="gray", vmin=-0.3, vmax=1.3)
-            shown = axis.imshow(column[row].numpy(), cmap="inferno", alpha=0.75, vmin=0, vmax=top)
+            axis.imshow(picture.mean(2), cmap="gray", vmin=-0.2, vmax=1.4)
+            weight = column[row].numpy()
+            # the picture shows through where there is little weight
+            axis.imshow(weight, cmap="inferno", alpha=(weight / top).clip(0, 1) ** 0.5, vmin=0, vmax=top)
     for axis, title in zip(axes[0], ["image", *columns], strict=True):
         axis.set_title(title, fontsize=10)
     for axis in axes.flat:
         axis.axis("off")
-    figure.colorbar(shown, ax=axes, shrink=0.6, label="weight / uniform weight")
+    scale = ScalarMappable(Normalize(0, top), "inferno")
+    figure.colorbar(scale, ax=axes, shrink=0.6, label="weight / uniform weight")
     with atomic_path(target) as temporary:
         figure.savefig(temporary, format=target.suffix.removeprefix(".") or "png", dpi=130)
 
@@ -102,6 +107,6 @@ if __name__ == "__main__":
     parser = Parser(__doc__)
     parser.add_argument("runs", nargs="+", metavar="LABEL=RUN")
     parser.add_argument("--output", type=Path, default=Path("maps.png"))
-    parser.add_argument("--images", type=int, default=6, help="number of images")
+    parser.add_argument("--images", type=int, default=5, help="number of images")
     parser.add_argument("--seed", type=int, default=0, help="which images")
     run_main(main, parser.parse_args())

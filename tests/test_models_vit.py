@@ -46,7 +46,7 @@ def randomise(model):
 @pytest.fixture
 def encoder():
     torch.manual_seed(0)
-    return randomise(VisionTransformer(**TINY, reg_tokens=2)).double()
+    return randomise(VisionTransformer(**TINY, reg_tokens=2, init_values=0.3)).double()
 
 
 @pytest.fixture
@@ -119,8 +119,8 @@ def test_trace_reproduces_the_attention_and_the_residual_stream(encoder, images)
         attention = (step.q @ step.k.transpose(-2, -1) * step.scale).softmax(-1)
         heads = (attention @ v).transpose(1, 2).flatten(2)
         torch.testing.assert_close(step.update, block.attn.proj(heads), atol=1e-12, rtol=0)
-        middle = step.x + step.update
-        torch.testing.assert_close(step.out, middle + block.mlp(block.norm2(middle)), atol=1e-12, rtol=0)
+        middle = step.x + block.ls1(step.update)
+        torch.testing.assert_close(step.out, middle + block.ls2(block.mlp(block.norm2(middle))), atol=1e-12, rtol=0)
 
 
 def test_forward_returns_the_tokens_of_the_trace_for_the_chosen_blocks(encoder, images):

@@ -59,6 +59,9 @@ def add_encoder_arguments(parser: argparse.ArgumentParser, several: bool = False
     )
     group.add_argument("--checkpoint_key", **default(None), help="entry of the file that holds the weights")
     group.add_argument("--offline", action="store_true", help="download no weights: use files and the cache only")
+    group.add_argument(
+        "--num_heads", default=None, type=int, help="of attention (default: the model's or the family's)"
+    )
     group.add_argument("--no_cls_token", action="store_true", help="the encoder has no [cls] token")
     group.add_argument("--input_size", default=None, type=int, help="pixels (default: the model's, 224)")
     group.add_argument(
@@ -139,6 +142,8 @@ def build_encoder(args: argparse.Namespace, **options) -> tuple[Encoder, int]:
     """The encoder that the arguments name, and its input size in pixels; options of models_vit.VisionTransformer."""
     if args.no_cls_token:
         options["class_token"] = False
+    if args.num_heads:
+        options["num_heads"] = args.num_heads
     size = args.input_size or default_input_size(args.model)
     check_input_size(size, args.model)
     encoder = load_encoder(args.finetune, args.model, args.family, args.checkpoint_key, offline=args.offline, **options)

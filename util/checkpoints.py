@@ -1,58 +1,21 @@
-"""Published encoders: what their files look like (FAMILIES), and a loader that takes all of a file or refuses it."""
+"""Published encoders: where they are, and a loader that takes all of a file or refuses it."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import safetensors
 import safetensors.torch
 import timm
-from torch import Tensor
 
 from models_vit import VisionTransformer, architecture
 from util.catalogue import CATALOGUE, fetch_weights, hugging_face_offline
 from util.datasets import IMAGENET_MEAN, IMAGENET_STD
 from util.distributed import main_process_first
+from util.families import FAMILIES, Family, State, drop_rule, fits, unlike_plain_vit, weights_of
 from util.files import atomic_path, sha256
 from util.progress import log
 from util.safe_load import load_plain
-
-State = dict[str, Tensor]
-
-
-class Family(NamedTuple):
-    """A published checkpoint format."""
-
-    description: str
-    key: str | None  # entry of the file that holds the weights; None where the file is flat
-    needs: tuple[str, ...]  # keys that every file of the family has
-    lacks: tuple[str, ...]  # key prefixes that none of them has
-    drop: tuple[str, ...]  # key prefixes left behind on purpose
-    vit: dict  # architecture options that differ from models_vit's defaults
-    convert: Callable[[State], State] = lambda state: state  # their names and shapes -> ours; pure
-    mean: tuple[float, ...] = IMAGENET_MEAN
-    std: tuple[float, ...] = IMAGENET_STD
-
-
-FAMILIES = {
-    "mae": Family(
-        "MAE: encoder files, files with decoder, and the checkpoints of main_pretrain.py",
-        key="model", needs=("norm.weight",), lacks=("head.",), drop=("decoder_", "mask_token"), vit={},
-    ),
-    "mae_ft": Family(
-        "MAE fine-tuned on [cls]: the checkpoints of main_finetune.py",
-        key="model", needs=("norm.weight", "head.weight"), lacks=("decoder_",), drop=("head.",), vit={},
-    ),
-    "dino": Family(
-        "DINO backbone files",
-        key=None, needs=("norm.weight", "cls_token"), lacks=("head.",), drop=(), vit={"pos_embed": "learned"},
-    ),
-    "timm": Family(
-        "state dicts of timm's plain ViTs",
-        key=None, needs=("norm.weight",), lacks=("decoder_",), drop=("head.",), vit={"pos_embed": "learned"},
-    ),
-}  # fmt: skip
 
 
 class Encoder(NamedTuple):
@@ -75,10 +38,10 @@ def load_encoder(
     """The encoder `model` with the weights that `finetune` names, or random ones where it is empty.
 
     finetune: a file (.pth or .safetensors), a name of CATALOGUE, a URL, or the name of a timm model.
-    family: a name of FAMILIES; where it is None, the file must fit exactly one. checkpoint_key: the entry of the file
-    that holds the weights, where it is not the family's. options: of models_vit.VisionTransformer, such as class_token.
+    family: a name of FAMILIES; where it is None, the file must fit exactly one. checkpoint_key: another encoder of the
+    file than the family's default (see Family). options: of models_vit.VisionTransformer, such as class_token.
     offline: download nothing; ValueError says which file belongs where.
-    The backbone is in evaluation mode and frozen. Every tensor of the file is used, or dropped by a prefix that the
+    The backbone is in evaluation mode and frozen. Every tensor of the file is used, or dropped by a rule that the
     family names; every parameter is set; ValueError lists all that is missing, left over, misshapen or not finite.
     """
     arch = architecture(model)
@@ -108,7 +71,11 @@ def load_encoder(
         mean, std = FAMILIES[family].mean, FAMILIES[family].std
     chosen = FAMILIES[family]
     state, problems = converted(content, chosen, checkpoint_key)
-    options = {**arch, **chosen.vit, **options}
+    native = {**arch, **chosen.vit, **chosen.read(state)}
+    for name in sorted(native.keys() & options.keys()):
+        if native[name] != options[name]:
+            log.warning("%s: %s = %s, where its authors have %s", finetune, name, options[name], native[name])
+    options = {**native, **options}
     options["img_size"] = native_size(state, options)
     backbone = VisionTransformer(**options)
     problems = problems or mismatches(state, backbone)
@@ -134,6 +101,8 @@ def load_timm(name: str, offline: bool = False) -> tuple[State, tuple[float, ...
     except (RuntimeError, OSError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ValueError(f"{'--offline: ' * offline}timm cannot provide {name!r}: {reason}") from error
+    if obstacles := unlike_plain_vit(model):
+        raise ValueError(f"timm's {name} is no plain ViT: {'; '.join(obstacles)}")
     return model.state_dict(), model.pretrained_cfg["mean"], model.pretrained_cfg["std"]
 
 
@@ -159,15 +128,6 @@ def safetensors_metadata(path: Path) -> dict[str, str]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def weights_of(content: dict, family: Family, checkpoint_key: str | None) -> State | None:
-    """The tensors of a file of this family, or None where the file is built differently. Flat files fit any key."""
-    key = checkpoint_key or family.key
-    found = content.get(key, None if checkpoint_key else content) if key else content
-    if isinstance(found, dict) and found and all(isinstance(item, Tensor) for item in found.values()):
-        return found
-    return None
-
-
 def converted(content: dict, family: Family, checkpoint_key: str | None) -> tuple[State, list[str]]:
     """Our state dict from the file's content, and what is wrong with the file."""
     weights = weights_of(content, family, checkpoint_key)
@@ -175,7 +135,10 @@ def converted(content: dict, family: Family, checkpoint_key: str | None) -> tupl
         key = checkpoint_key or family.key
         where = f"no weights under {key!r}" if key else "not a flat file of weights"
         return {}, [f"{where} (the file holds {', '.join(map(str, list(content)[:5]))}{', ...' * (len(content) > 5)})"]
-    return family.convert({key: value for key, value in weights.items() if not key.startswith(family.drop)}), []
+    kept = {key: value for key, value in weights.items() if drop_rule(family, key) is None}
+    if stray := sorted(key for key in kept if not key.startswith(family.prefix)):
+        return {}, [f"not used, because it is not under {family.prefix}: {', '.join(stray)}"]
+    return family.convert({key.removeprefix(family.prefix): value for key, value in kept.items()}), []
 
 
 def mismatches(state: State, backbone: VisionTransformer) -> list[str]:
@@ -198,13 +161,8 @@ def detect_family(path: Path, content: dict, checkpoint_key: str | None) -> str:
     """The one family that a file fits: as its safetensors metadata says, else by its keys."""
     if path.suffix == ".safetensors" and (said := safetensors_metadata(path).get("family")) in FAMILIES:
         return said
-    fitting = []
-    for name, family in FAMILIES.items():
-        weights = weights_of(content, family, checkpoint_key)
-        if weights is None or any(key not in weights for key in family.needs):
-            continue
-        if not any(key.startswith(family.lacks) for key in weights):
-            fitting.append(name)
+    flat = path.suffix == ".safetensors"  # such files have no entries
+    fitting = [name for name, family in FAMILIES.items() if fits(content, family, checkpoint_key, flat)]
     if len(fitting) == 1:
         return fitting[0]
     if fitting:
@@ -214,13 +172,15 @@ def detect_family(path: Path, content: dict, checkpoint_key: str | None) -> str:
 
 
 def native_size(state: State, options: dict) -> int:
-    """Input size in pixels for which the file's position table was made."""
-    default = options.get("img_size", 224)
-    if "pos_embed" not in state or state["pos_embed"].ndim != 3:
-        return default
-    prefix = int(options.get("class_token", True)) + options.get("reg_tokens", 0)
-    side = (state["pos_embed"].shape[1] - (0 if options.get("no_embed_class") else prefix)) ** 0.5
-    return int(side) * options["patch_size"] if side == int(side) else default
+    """Input size in pixels for which the file's table of positions, or of relative positions, was made."""
+    table = state.get("pos_embed", state.get("blocks.0.attn.rel_pos_bias.relative_position_bias_table"))
+    side = 0.0
+    if table is not None and table.ndim == 3:
+        prefix = int(options.get("class_token", True)) + options.get("reg_tokens", 0)
+        side = max(table.shape[1] - (0 if options.get("no_embed_class") else prefix), 0) ** 0.5
+    elif table is not None and table.ndim == 2:
+        side = (max(len(table) - 3, 0) ** 0.5 + 1) / 2
+    return int(side) * options["patch_size"] if side and side == int(side) else options.get("img_size", 224)
 
 
 def save_encoder(path: Path, state: State, metadata: dict[str, str]) -> None:

@@ -1,4 +1,7 @@
-"""Position embeddings: the fixed sine-cosine table of MAE, and resampling of any table to another grid."""
+"""Positions: MAE's sine-cosine table, BEiT's relative table, CAPI's coordinates; and how they follow the grid."""
+
+import functools
+import math
 
 import torch
 import torch.nn.functional as F
@@ -28,14 +31,123 @@ def sincos_pos_embed(width: int, grid: tuple[int, int], num_prefix: int) -> Tens
     return torch.cat([patches.new_zeros(num_prefix, width), patches])[None].float()
 
 
-def resample_pos_embed(table: Tensor, old: tuple[int, int], new: tuple[int, int], num_prefix: int) -> Tensor:
+def resample_pos_embed(
+    table: Tensor, old: tuple[int, int], new: tuple[int, int], num_prefix: int, rule: str = "antialias"
+) -> Tensor:
     """The table (1, num_prefix + M_old, D) for another grid: (1, num_prefix + M_new, D), same dtype.
 
-    Patch rows are resampled bicubically with antialiasing in float32 (timm's rule, to the bit); prefix rows stay.
+    Patch rows are resampled bicubically in float32, by the rule of the weights' own code; prefix rows stay.
+    "antialias": timm's, to the bit (DINOv2 with registers too). "plain": without antialiasing (MAE, I-JEPA, MSN).
+    "offset": plain, with 0.1 added to the new sizes where the scale is computed (DINO, iBOT, DINOv2).
     """
     if old == new:
         return table
     prefix, patches = table[:, :num_prefix], table[:, num_prefix:]
     patches = patches.float().reshape(1, *old, -1).permute(0, 3, 1, 2)
-    patches = F.interpolate(patches, size=new, mode="bicubic", antialias=True)
+    if rule == "offset":
+        scale = tuple((n + 0.1) / o for n, o in zip(new, old, strict=True))
+        patches = F.interpolate(patches, scale_factor=scale, mode="bicubic")
+    else:
+        patches = F.interpolate(patches, size=new, mode="bicubic", antialias=rule == "antialias")
     return torch.cat([prefix, patches.permute(0, 2, 3, 1).flatten(1, 2).to(table.dtype)], dim=1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# relative positions
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=8)
+def relative_index(grid: tuple[int, int]) -> Tensor:
+    """Row of a relative-position table for each pair of tokens, (N,N): query first; [cls], then the patches.
+
+    The table has (2 rows - 1)(2 columns - 1) rows, one per offset query - key, then three: [cls] to patch, patch to
+    [cls], [cls] to itself. Source: Bao et al., "BEiT", 2022, after Liu et al., "Swin Transformer", 2021.
+    """
+    rows, columns = grid
+    sides = [torch.arange(size, device="cpu") for size in grid]
+    row, column = (axis.flatten() for axis in torch.meshgrid(*sides, indexing="ij"))
+    down, right = row[:, None] - row + rows - 1, column[:, None] - column + columns - 1
+    offsets = (2 * rows - 1) * (2 * columns - 1)
+    index = F.pad(down * (2 * columns - 1) + right, (1, 0, 1, 0))
+    index[0, 1:], index[1:, 0], index[0, 0] = offsets, offsets + 1, offsets + 2
+    return index
+
+
+def resample_relative_table(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """A relative-position table (offsets + 3, H) for another grid; the rows of [cls] stay.
+
+    The procedure of BEiT's and SimMIM's fine-tuning: a bicubic spline through the old values, placed at distances that
+    grow geometrically from the centre (so that near offsets keep their meaning and the far ones are stretched).
+    """
+    if old == new:
+        return table
+    spans = [(2 * o - 1, 2 * n - 1) for o, n in zip(old, new, strict=True)]
+    down, right = (relative_spline(*span).to(table.device) for span in spans)
+    values = table[:-3].double().reshape(spans[0][0], spans[1][0], -1)
+    values = torch.einsum("ai,bj,ijh->abh", down, right, values).flatten(0, 1)
+    return torch.cat([values.to(table.dtype), table[-3:]])
+
+
+@functools.lru_cache(maxsize=8)
+def relative_spline(old: int, new: int) -> Tensor:
+    """Matrix (new, old) in float64 that resamples values at `old` offsets of one axis to `new` ones."""
+    low, high = 1.01, 1.5  # ratio of neighbouring distances, found by bisection as in BEiT
+    while high - low > 1e-6:
+        ratio = (low + high) / 2
+        if (1 - ratio ** (old // 2)) / (1 - ratio) > new // 2:
+            high = ratio
+        else:
+            low = ratio
+    far = [(1 - ratio**k) / (1 - ratio) for k in range(1, old // 2 + 1)]
+    return spline_matrix([-x for x in reversed(far)] + [0.0] + far, [float(i - new // 2) for i in range(new)])
+
+
+def spline_matrix(knots: list[float], points: list[float]) -> Tensor:
+    """Values of the cubic "not-a-knot" spline at `points`, as a matrix on its values at `knots` (at least four)."""
+    x = torch.tensor(knots, dtype=torch.float64)
+    t = torch.tensor(points, dtype=torch.float64).clamp(x[0], x[-1])
+    n, h, eye = len(x), x.diff(), torch.eye(len(x), dtype=torch.float64)
+    left, right = torch.zeros(n, n, dtype=torch.float64), torch.zeros(n, n, dtype=torch.float64)
+    for i in range(1, n - 1):  # continuous first derivative at each inner knot
+        left[i, i - 1 : i + 2] = torch.stack([h[i - 1], 2 * (h[i - 1] + h[i]), h[i]])
+        right[i] = 6 * ((eye[i + 1] - eye[i]) / h[i] - (eye[i] - eye[i - 1]) / h[i - 1])
+    left[0, :3] = torch.stack([h[1], -h[0] - h[1], h[0]])  # continuous third derivative next to the ends
+    left[-1, -3:] = torch.stack([h[-1], -h[-2] - h[-1], h[-2]])
+    curvature = torch.linalg.solve(left, right)
+    i = torch.searchsorted(x, t).clamp(1, n - 1) - 1
+    h = h[i, None]
+    a, b = (x[i + 1] - t)[:, None] / h, (t - x[i])[:, None] / h
+    return a * eye[i] + b * eye[i + 1] + ((a**3 - a) * curvature[i] + (b**3 - b) * curvature[i + 1]) * h**2 / 6
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# rotary positions
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def rotary_frequencies(width: int) -> Tensor:
+    """Angular frequencies (2, width) of CAPI's axial rotary embedding: row 0 turns with the row, row 1 with the column.
+
+    Each axis has width / 4 frequencies, from 7 down to 7e-4 turns per image side, each for a pair of channels.
+    """
+    turns = 7.0 * 1e4 ** -torch.linspace(0, 1, width // 4)
+    frequencies = torch.zeros(2, width)
+    frequencies[0, : width // 2] = frequencies[1, width // 2 :] = 2 * math.pi * torch.cat([turns, turns])
+    return frequencies
+
+
+@functools.lru_cache(maxsize=8)
+def rotary_coordinates(grid: tuple[int, int], num_registers: int) -> Tensor:
+    """(row, column) of registers and patches in the unit square, (R + M, 2).
+
+    Patches span it from 0 to 1 whatever the grid; registers sit on its edge, a quarter of them along each side.
+    Source: Darcet et al., "Cluster and Predict Latent Patches for Improved Masked Image Modeling" (CAPI), 2025.
+    """
+    if num_registers % 4:
+        raise ValueError(f"{num_registers} registers cannot be shared among the four edges: take a multiple of 4")
+    patches = torch.cartesian_prod(*(torch.linspace(0, 1, size, device="cpu") for size in grid))
+    c = torch.arange(num_registers // 4, device="cpu") / max(num_registers // 4, 1)
+    zero, one = torch.zeros_like(c), torch.ones_like(c)
+    edge = torch.cat([torch.stack(side, dim=1) for side in ((c, zero), (one, c), (1 - c, one), (zero, 1 - c))])
+    return torch.cat([edge * patches.amax(0), patches])
