@@ -64,11 +64,33 @@ def test_a_run_learns_and_leaves_a_classifier_and_its_records(command, tmp_path)
     assert encoder.record["family"] == "mae_ft"
 
 
-def test_the_whole_encoder_is_trained_positions_included(command, pretrained, tmp_path):
-    run(tmp_path / "run", command, "--epochs", "1", "--warmup_epochs", "0", "--layer_decay", "1")
+def test_every_layer_moves_at_its_own_rate_positions_included(command, pretrained, tmp_path):
+    one_step = ["--batch_size", "24", "--epochs", "1", "--warmup_epochs", "0", "--weight_decay", "0"]
+    run(tmp_path / "run", command, *PLAIN, *one_step, "--layer_decay", "0.5")
     before = load_encoder(str(pretrained), "vit_demo_patch8").backbone.state_dict()
     after = load_encoder(str(tmp_path / "run" / "encoder.safetensors"), "vit_demo_patch8").backbone.state_dict()
-    assert [name for name, value in after.items() if value.equal(before[name])] == []
+    layers = {"pos_embed": 0, **{f"blocks.{index}.mlp.fc2.weight": index + 1 for index in range(6)}, "norm.weight": 7}
+    for name, layer in layers.items():  # Adam's first step is the rate itself, wherever there is a gradient
+        moved = (after[name] - before[name]).abs().max().item()
+        assert moved == pytest.approx(2e-3 * 0.5 ** (7 - layer), rel=0.02), name
+
+
+def test_every_regulariser_has_its_effect(command, tmp_path):
+    choices = [
+        [], ["--mixup", "0.8"], ["--cutmix", "1"], ["--drop_path", "0.5"], ["--smoothing", "0.1"], ["--reprob", "1"],
+        ["--aa", "rand-m9-mstd0.5-inc1"], ["--color_jitter", "0.4"], ["--crop_scale", "0.9"],
+    ]  # fmt: skip
+    losses = []
+    for index, flags in enumerate(choices):
+        fixed = ["--lr", "0", "--min_lr", "0", "--epochs", "1"]
+        run(tmp_path / str(index), command, *PLAIN, *fixed, *flags)
+        losses.append(log(tmp_path / str(index))[0]["loss"])
+    assert len(set(losses)) == len(choices)
+
+
+def test_every_epoch_draws_anew(command, tmp_path):
+    run(tmp_path / "run", command, *PLAIN, "--lr", "0", "--min_lr", "0")
+    assert len({line["loss"] for line in log(tmp_path / "run")}) == 3
 
 
 @pytest.mark.parametrize("workers", ["0", "1"])
@@ -116,6 +138,8 @@ def test_micro_steps_equal_one_batch_where_nothing_is_drawn_by_batch(command, tm
 
 def test_evaluation_alone_repeats_the_last_scores_and_writes_nothing(command, tmp_path, capsys):
     run(tmp_path / "run", command)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "log.txt").write_text("another run")
     before, last = contents(tmp_path), log(tmp_path / "run")[-1]["test"]
     for folder in ("other", "run"):
         run(tmp_path / folder, command, "--eval", "--resume", str(tmp_path / "run" / "checkpoint-2.pth"))

@@ -96,6 +96,11 @@ def test_an_initial_network_depends_on_the_seed_alone(command, tmp_path):
     assert weights(tmp_path / "a") == weights(tmp_path / "b") != weights(tmp_path / "c")
 
 
+def test_every_epoch_draws_anew(command, tmp_path):
+    run(tmp_path / "run", command, "--lr", "0")
+    assert len({line["loss"] for line in log(tmp_path / "run")}) == 3
+
+
 def test_pretraining_crops_as_torchvision_does(command, tmp_path, monkeypatch):
     asked = []
 
