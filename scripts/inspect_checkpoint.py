@@ -114,20 +114,20 @@ def kind(value: Any) -> str:
     return repr(value) if isinstance(value, int | float | str | None) else getattr(value, "name", type(value).__name__)
 
 
-def families_of(path: Path | None, content: dict, args: Namespace) -> list[str]:
-    """The family that is asked for or fits, else all that can be tried."""
+def families_of(path: Path | None, content: dict, args: Namespace) -> tuple[list[str], str]:
+    """The family that is asked for or fits; else all that can be tried, and why it is none or several."""
     if args.family:
         if args.family not in FAMILIES:
             raise ValueError(f"unknown family {args.family!r}: choose one of {', '.join(FAMILIES)}")
-        return [args.family]
+        return [args.family], ""
     if path is None:
-        return ["timm"]
+        return ["timm"], ""
     if args.file in CATALOGUE and CATALOGUE[args.file].family in FAMILIES:
-        return [CATALOGUE[args.file].family]
+        return [CATALOGUE[args.file].family], ""
     try:
-        return [detect_family(path, content, args.checkpoint_key)]
-    except ValueError:
-        return list(FAMILIES)
+        return [detect_family(path, content, args.checkpoint_key)], ""
+    except ValueError as error:
+        return list(FAMILIES), str(error)
 
 
 def main(args: Namespace) -> None:
@@ -141,13 +141,13 @@ def main(args: Namespace) -> None:
         content = load_plain_or_safetensors(path)
         print(f"file          {path}\nsize          {path.stat().st_size:,} bytes\nsha256        {sha256(path)}")
 
-    tried = [fit(content, name, args.model, args.checkpoint_key) for name in families_of(path, content, args)]
-    if len(tried) > 1:
-        exact = [found.family for found in tried if not found.problems]
-        print("family        " + (f"one of {', '.join(exact)}: say with --family" if exact else "none fits exactly"))
+    families, reason = families_of(path, content, args)
+    tried = [fit(content, name, args.model, args.checkpoint_key) for name in families]
+    if reason:
+        print(f"family        {reason}\n\nread as each of them:")
         readable = [found for found in tried if found.weights]
         rows = [
-            (found.family, f"{len(found.problems)} problems" * bool(found.problems) or "fits") for found in readable
+            (found.family, f"{len(found.problems)} problems" * bool(found.problems) or "loads") for found in readable
         ]
         print(aligned(rows) if rows else "  no family finds weights in it")
         entries = {} if all(isinstance(value, Tensor) for value in content.values()) else content

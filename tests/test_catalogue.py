@@ -93,6 +93,7 @@ class Server(http.server.BaseHTTPRequestHandler):
 def server():
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as running:
         running.requests, running.together = [], threading.Barrier(2)
+        running.handle_error = lambda *_: None  # clients that hang up
         threading.Thread(target=running.serve_forever, args=(0.01,), daemon=True).start()
         running.url = f"http://127.0.0.1:{running.server_port}"
         yield running

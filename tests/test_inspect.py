@@ -105,7 +105,14 @@ def test_everything_that_is_wrong_is_in_the_table(state, tiny, tmp_path, capsys)
 def test_an_unknown_file_is_compared_with_every_family(tmp_path, capsys):
     path = saved(tmp_path / "w.pth", {"layer.weight": torch.ones(2)}, cfg=argparse.Namespace())
     code, text = inspect(path, capsys)
-    assert code == 1 and "none fits exactly" in text and "holds model: dict of 1" in text
+    assert code == 1 and "holds no weights of a known family" in text and "holds model: dict of 1" in text
+    assert re.search(r"mae +\d problems\n", text)
+
+
+def test_candidates_are_named_where_there_are_several(state, tmp_path, capsys):
+    torch.save(state, tmp_path / "w.pth")
+    code, text = inspect(tmp_path / "w.pth", capsys)
+    assert code == 1 and "say with --family which of " in text and re.search(r"timm +loads\n", text)
 
 
 def test_sizes_without_a_name_are_said_to_be(state, tiny, tmp_path, capsys, monkeypatch):
