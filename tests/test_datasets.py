@@ -184,7 +184,7 @@ def test_imagenette_that_cannot_be_downloaded_is_a_clear_error(tmp_path, monkeyp
         raise OSError("Network is unreachable")
 
     monkeypatch.setattr("torchvision.datasets.imagenette.download_and_extract_archive", no_network)
-    with pytest.raises(ValueError, match="cannot be downloaded: Network is unreachable"):
+    with pytest.raises(ValueError, match="Imagenette cannot be read or downloaded: Network is unreachable"):
         build_dataset("imagenette", tmp_path, "train")
 
 
