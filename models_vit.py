@@ -119,7 +119,7 @@ class Attention(nn.Module):
         self.rope = rope
         self.proj = nn.Linear(dim, dim, bias=proj_bias)
 
-    def forward(self, x: Tensor, grid: Grid | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    def forward(self, x: Tensor, grid: Grid | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """(B,N,D) -> update (B,N,D), q (B,H,N,d), k (B,H,N,d), logit bias (H,N,N) where there is one."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         if self.rope is not None:
