@@ -7,7 +7,6 @@ import re
 import sys
 from argparse import Namespace
 from collections import Counter
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,18 +18,8 @@ from torch import Tensor
 from models_vit import ARCHITECTURES, VisionTransformer, architecture
 from util.arguments import Parser, run_main
 from util.catalogue import CATALOGUE, fetch_weights
-from util.checkpoints import (
-    FAMILIES,
-    Family,
-    State,
-    converted,
-    detect_family,
-    load_plain_or_safetensors,
-    load_timm,
-    mismatches,
-    native_size,
-    weights_of,
-)
+from util.checkpoints import converted, detect_family, load_plain_or_safetensors, load_timm, mismatches, native_size
+from util.families import FAMILIES, State, drop_rule, weights_of
 from util.files import sha256
 
 
@@ -43,11 +32,6 @@ class Fit(NamedTuple):
     state: State  # as in the model
     backbone: VisionTransformer | None  # on the meta device: names and shapes only
     problems: list[str]
-
-
-def drop_rule(family: Family, key: str) -> str | None:
-    """The rule of the family's `drop`, a prefix or a pattern, that leaves this key behind, if one does."""
-    return next((rule for rule in family.drop if fnmatchcase(key, rule) or fnmatchcase(key, f"{rule}*")), None)
 
 
 def architectures_of(state: State) -> list[str]:
@@ -72,8 +56,7 @@ def fit(content: dict, name: str, model: str | None, checkpoint_key: str | None)
     if problems or not models:
         problems = problems or ["its sizes are of no architecture that has a name here: see --model"]
         return Fit(name, models, weights, state, None, problems)
-    structure = getattr(family, "read", lambda state: {})(state)  # what a family's files differ in
-    options = {**architecture(models[0]), **family.vit, **structure}
+    options = {**architecture(models[0]), **family.vit, **family.read(state)}
     options["img_size"] = native_size(state, options)
     with torch.device("meta"):
         backbone = VisionTransformer(**options)
