@@ -32,7 +32,7 @@ from util.arguments import (
 )
 from util.checkpoints import Encoder
 from util.datasets import EvaluationBatches, KeyedDataset, build_dataset, build_loader, eval_transform
-from util.distributed import distributed
+from util.distributed import barrier, distributed
 from util.figures import draw_attention
 from util.progress import log, progress, setup_logging
 from util.run_folder import RunFolder, provenance
@@ -63,6 +63,13 @@ def main(args: argparse.Namespace) -> None:
         labels = encoder_labels(args)
         encoders = [load(one) for one in one_encoder_each(args)]
 
+        run = {"args": plain(args), "encoders": [encoder.record for encoder, _ in encoders], **provenance(world.device)}
+        folder = RunFolder(args.output_dir)
+        if folder.path is not None and (folder.path / "args.json").exists():
+            raise ValueError(f"--output_dir {args.output_dir} already holds results: name another folder, or remove it")
+        barrier()  # no rank writes before rank 0 has looked
+        folder.write("args.json", run)
+
         # ---- one pass over the images per encoder, each image once over all processes
         results = []
         for label, (encoder, size) in zip(labels, encoders, strict=True):
@@ -79,8 +86,7 @@ def main(args: argparse.Namespace) -> None:
             results.append({**summary(label, encoder, size, moments), **how, **provenance(world.device)})
 
         # ---- results
-        run = {"args": plain(args), "encoders": [encoder.record for encoder, _ in encoders], **provenance(world.device)}
-        save(args, results, run)
+        save(args, results)
 
 
 def analysed_images(args: argparse.Namespace) -> torch.utils.data.Dataset:
@@ -197,10 +203,9 @@ def summary(label: str, encoder: Encoder, size: int, moments: dict[str, list[Mom
     }
 
 
-def save(args: argparse.Namespace, results: list[dict], run: dict) -> None:
+def save(args: argparse.Namespace, results: list[dict]) -> None:
     """Log the means over blocks; write JSON, TensorBoard (its step is the block) and the figure."""
     folder = RunFolder(args.output_dir)
-    folder.write("args.json", run)
     for result in results:
         means = {
             name: sum(block["mean"] for block in metric["blocks"]) / len(metric["blocks"])

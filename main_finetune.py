@@ -23,6 +23,7 @@ from util.arguments import (
     add_encoder_arguments,
     add_run_arguments,
     build_encoder,
+    check_resumed,
     check_training,
     parse,
     plain,
@@ -116,6 +117,8 @@ def main(args: argparse.Namespace) -> None:
         )
         first_epoch, history = 0, []
         if state is not None:
+            if not args.eval:
+                check_resumed(args, batches.effective, state)
             first_epoch, history = restore(model, optimizer, state)
         amp = PRECISIONS[args.amp]
         if args.eval:
@@ -152,7 +155,7 @@ def main(args: argparse.Namespace) -> None:
             log.info("epoch %d: loss %.4f, top-1 %.2f", epoch, stats["loss"], scores.top1)
             folder.save_checkpoint(epoch, {
                 "model": model.published_state_dict(), "optimizer": optimizer.state_dict(), "history": history,
-                "args": plain(args),
+                "args": plain(args), "effective_batch": batches.effective,
             })  # fmt: skip
         if folder.path is not None:
             metadata = {"family": "mae_ft", "model": args.model, "input_size": str(size), "epochs": str(args.epochs)}

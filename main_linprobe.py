@@ -26,6 +26,7 @@ from util.arguments import (
     add_encoder_arguments,
     add_run_arguments,
     build_encoder,
+    check_resumed,
     check_training,
     parse,
     plain,
@@ -162,6 +163,8 @@ def main(args: argparse.Namespace) -> None:
         lrs = [args.lr if args.lr is not None else scaled_lr(spec.blr, batches.effective) for spec in specs]
         optimizer = build_optimizer(args, bank.parameter_groups(lrs))
         schedule = functools.partial(lr_at, epochs=args.epochs, warmup_epochs=args.warmup_epochs, min_lr=args.min_lr)
+        if state is not None and not args.eval:
+            check_resumed(args, batches.effective, state)
         history, first_epoch = restore(bank, optimizer, state) if state is not None else ([], args.start_epoch)
         if args.eval:
             report(evaluate(bank, tokens, test_loader, world.device), specs)
@@ -201,7 +204,7 @@ def main(args: argparse.Namespace) -> None:
             tell(record, folder)
             folder.save_checkpoint(epoch, {
                 "probes": bank.probe_states(), "optimizer": optimizer.state_dict(), "history": history,
-                "args": plain(args),
+                "args": plain(args), "effective_batch": batches.effective,
             })  # fmt: skip
         results = summary(specs, bank, history)
         folder.write("results.json", {"probes": results, "seconds": time.time() - start, **run})

@@ -20,6 +20,7 @@ from util.arguments import (
     Parser,
     add_data_arguments,
     add_run_arguments,
+    check_resumed,
     check_training,
     parse,
     plain,
@@ -97,6 +98,7 @@ def main(args: argparse.Namespace) -> None:
         )
         first_epoch = 0
         if state is not None:
+            check_resumed(args, batches.effective, state)
             restore(model, optimizer, state)
             first_epoch = state["epoch"] + 1
         folder.start({"args": plain(args), "lr": lr, "effective_batch": batches.effective, **provenance(world.device)})
@@ -126,6 +128,7 @@ def main(args: argparse.Namespace) -> None:
             log.info("epoch %d: loss %.4f, %.0f images/s", epoch, stats["loss"], stats["images_per_second"])
             folder.save_checkpoint(epoch, {
                 "model": model.published_state_dict(), "optimizer": optimizer.state_dict(), "args": plain(args),
+                "effective_batch": batches.effective,
             })  # fmt: skip
         if folder.path is not None:
             metadata = {"family": "mae", "model": args.model, "input_size": str(size), "epochs": str(args.epochs)}

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import submitit
+import torch
 from submitit.helpers import DelayedSubmission, TorchDistributedEnvironment
 
 from util.arguments import Parser, parse
@@ -40,12 +41,17 @@ class Task:
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = Parser(__doc__, allow_abbrev=False)
+    parser = Parser(__doc__)
     parser.add_argument("--main", choices=PROGRAMS, default="main_linprobe", help="program to run")
     parser.add_argument("--job_dir", required=True, type=Path, help="run folder; submitit's files go to its jobs/")
     parser.add_argument("--cluster", choices=["slurm", "local"], default=None, help="default: SLURM where there is one")
     parser.add_argument("--nodes", default=1, type=int)
-    parser.add_argument("--ngpus", default=8, type=int, help="GPUs and processes per node; 0: one process on the CPU")
+    parser.add_argument(
+        "--ngpus",
+        default=None,
+        type=int,
+        help="GPUs and processes per node (default: 8, MAE's; here with --cluster local: what there is); 0: the CPU",
+    )
     parser.add_argument("--ntasks", default=None, type=int, help="processes per node, where it is not --ngpus")
     parser.add_argument("--cpus_per_task", default=10, type=int)
     parser.add_argument("--timeout", default=4320, type=int, help="minutes until the job is requeued")
@@ -58,10 +64,17 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def gpus_per_node(args: argparse.Namespace) -> int:
+    if args.ngpus is not None:
+        return args.ngpus
+    return torch.cuda.device_count() if args.cluster == "local" else 8
+
+
 def submit(args: argparse.Namespace, argv: list[str]) -> submitit.Job:
     """Check the program's arguments, then submit the job."""
     argv = [*argv, "--output_dir", str(args.job_dir), "--resume", "auto"]
     parse(importlib.import_module(args.main).get_args_parser(), argv)  # a wrong flag is told here, not in the queue
+    gpus = gpus_per_node(args)
     executor = submitit.AutoExecutor(
         folder=args.job_dir / "jobs" / "%j", cluster=args.cluster, slurm_max_num_timeout=100
     )
@@ -74,8 +87,8 @@ def submit(args: argparse.Namespace, argv: list[str]) -> submitit.Job:
     executor.update_parameters(
         name=args.main,
         nodes=args.nodes,
-        tasks_per_node=args.ntasks or max(args.ngpus, 1),
-        gpus_per_node=args.ngpus,
+        tasks_per_node=args.ntasks or max(gpus, 1),
+        gpus_per_node=gpus,
         cpus_per_task=args.cpus_per_task,
         timeout_min=args.timeout,
         slurm_signal_delay_s=120,

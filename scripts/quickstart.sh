@@ -28,6 +28,7 @@ case "$mode" in
 esac
 
 echo "--- attention flow of both encoders"
+rm -rf "$out/attention"
 python main_analyze_attention.py $data --num_workers "$workers" --batch_size 50 --output_dir "$out/attention" \
     --finetune "${weights[@]}" --label "${labels[@]}"
 
@@ -44,5 +45,6 @@ done
 echo "--- results"
 python scripts/show_maps.py "${runs[@]}" --output "$out/maps.png"
 python scripts/probe_table.py "${runs[@]}" --output "$out/table.md"
+[ "$mode" != --short ] || echo "short mode: this shows that everything runs; its numbers mean nothing"
 echo "table:   $out/table.md"
 echo "figures: $out/attention/attention.png  $out/maps.png"

@@ -109,6 +109,16 @@ def test_resumed_run_is_the_uninterrupted_run(command, tmp_path):
     assert figures((tmp_path / "run" / "log.txt").read_text()) == figures(log)
 
 
+def test_another_run_is_not_taken_for_a_resumed_one(command, tmp_path):
+    run(command)
+    before = (tmp_path / "run" / "results.json").read_text()
+    for change, told in ((["--batch_size", "8"], "batch_size was 16, is 8"), (["--epochs", "9"], "epochs was 3, is 9"),
+                         (["--accum_iter", "2"], "effective batch was 16, is 32")):  # fmt: skip
+        with pytest.raises(ValueError, match=f"this is another run .*{told}"):
+            run([*command, *change, "--resume", "auto"])
+    assert (tmp_path / "run" / "results.json").read_text() == before
+
+
 def test_evaluation_alone_repeats_the_last_scores(command, tmp_path, capsys):
     whole = run(command)
     checkpoint = str(tmp_path / "run" / "checkpoint-2.pth")
@@ -194,7 +204,7 @@ def test_mae_command_means_maes_probe():
     launcher, rest = submitit_linprobe.get_args_parser().parse_known_args(argv)
     args = parse(main_linprobe.get_args_parser(), rest)
     main_linprobe.settle(args)
-    assert (launcher.nodes, launcher.ngpus) == (4, 8)
+    assert (launcher.nodes, submitit_linprobe.gpus_per_node(launcher)) == (4, 8)
     assert args.cls_features == ["cls"] and args.final_norm and args.init == "trunc_normal"
     assert (args.batch_size, args.epochs, args.blr, args.optimizer) == (512, 90, [0.1], "lars")
 

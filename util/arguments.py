@@ -26,7 +26,8 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose help shows defaults and whose errors are one line."""
 
     def __init__(self, description: str | None, **options):
-        super().__init__(description=description, formatter_class=HelpFormatter, **options)
+        # a flag that is cut short would mean something else as soon as another flag begins alike
+        super().__init__(description=description, formatter_class=HelpFormatter, allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}; --help lists the arguments\n")
@@ -136,6 +137,27 @@ def check_training(args: argparse.Namespace) -> None:
         raise ValueError(f"--epochs {args.epochs}: it takes at least one")
     if not 0 <= args.warmup_epochs <= args.epochs:
         raise ValueError(f"--warmup_epochs {args.warmup_epochs} must lie between 0 and --epochs {args.epochs}")
+
+
+# what may change when a run is resumed: where it runs and what it reports, not what it computes
+FREE = {
+    "output_dir", "log_dir", "resume", "device", "num_workers", "pin_mem", "dataloader_affinity_hack", "dist_url",
+    "world_size", "local_rank", "args_from", "data_path", "accum_iter", "eval", "eval_every", "report", "dist_eval",
+    "suffix", "offline",
+}  # fmt: skip
+
+
+def check_resumed(args: argparse.Namespace, effective_batch: int, state: dict) -> None:
+    """Refuse to continue a run with another method; ValueError names what differs. state: of its checkpoint."""
+    now = {**plain(args), "effective batch": effective_batch}
+    before = {**state.get("args", {}), "effective batch": state.get("effective_batch", effective_batch)}
+    changed = [
+        f"{name} was {before[name]}, is {now[name]}"
+        for name in now
+        if name in before and name not in FREE and before[name] != now[name]
+    ]
+    if changed:
+        raise ValueError(f"--resume: this is another run ({'; '.join(changed)}): name another --output_dir")
 
 
 def build_encoder(args: argparse.Namespace, **options) -> tuple[Encoder, int]:

@@ -54,7 +54,10 @@ def load_plain(path: Path) -> Any:
 
 
 def _unreadable(path: Path, error: Exception) -> ValueError:
-    reason = (str(error) or type(error).__name__).splitlines()[0]
+    is_read = isinstance(error, ValueError | RuntimeError | OSError)  # others tell of bytes that are no pickle
+    reason = (
+        (str(error) or type(error).__name__).splitlines()[0] if is_read else "it is no torch file, or a damaged one"
+    )
     return ValueError(f"{path} cannot be read as a file of tensors: {reason}")
 
 
