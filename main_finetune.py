@@ -117,9 +117,9 @@ def main(args: argparse.Namespace) -> None:
         )
         first_epoch, history = 0, []
         if state is not None:
+            first_epoch, history = restore(model, optimizer, state)
             if not args.eval:
                 check_resumed(args, batches.effective, state)
-            first_epoch, history = restore(model, optimizer, state)
         amp = PRECISIONS[args.amp]
         if args.eval:
             scores = evaluate(model, test_loader, world.device, amp)

@@ -163,9 +163,9 @@ def main(args: argparse.Namespace) -> None:
         lrs = [args.lr if args.lr is not None else scaled_lr(spec.blr, batches.effective) for spec in specs]
         optimizer = build_optimizer(args, bank.parameter_groups(lrs))
         schedule = functools.partial(lr_at, epochs=args.epochs, warmup_epochs=args.warmup_epochs, min_lr=args.min_lr)
+        history, first_epoch = restore(bank, optimizer, state) if state is not None else ([], args.start_epoch)
         if state is not None and not args.eval:
             check_resumed(args, batches.effective, state)
-        history, first_epoch = restore(bank, optimizer, state) if state is not None else ([], args.start_epoch)
         if args.eval:
             report(evaluate(bank, tokens, test_loader, world.device), specs)
             return

@@ -98,8 +98,8 @@ def main(args: argparse.Namespace) -> None:
         )
         first_epoch = 0
         if state is not None:
-            check_resumed(args, batches.effective, state)
             restore(model, optimizer, state)
+            check_resumed(args, batches.effective, state)
             first_epoch = state["epoch"] + 1
         folder.start({"args": plain(args), "lr": lr, "effective_batch": batches.effective, **provenance(world.device)})
         log.info(
