@@ -1,7 +1,7 @@
 """Attention flow: one block's trace in, one number per image and head out, and no N x N attention matrix in between.
 
-Letters: B images, N tokens (prefix first), P prefix tokens ([cls], then registers), M patches, H heads, d head width.
-Query i attends to key j with logit s_ij and probability A_ij, softmax over all N keys; i = 0 is [cls].
+Letters: B images, N tokens (prefix first), P prefix tokens ([cls], then R registers), M patches, H heads, D width.
+Query i attends to key j with probability A_ij, softmax over all N keys; i = 0 is [cls].
 
 Every probability is the exponential of a difference of log-sum-exps. The one over the patch keys is computed first and
 the logits of the prefix are merged into it, so that patch probabilities stay exact where [cls] takes nearly all of the
@@ -9,243 +9,245 @@ attention and 1 - A_i0 would cancel. No epsilon is added anywhere.
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from models_vit import BlockTrace
+from attention_reductions import Grid, attention_sums, patch_distances
+from models_vit import BlockTrace, attention_from_cls
+from token_stats import log_amplitude, log_singular_values
 
-# The rounding of the logits limits float32. Measured at d = 64, errors (nats, or relative for probabilities) grow with
-# the largest possible logit, by 1e-7 times it for random q and k and by 6e-7 times it where q is parallel to k. Beyond
-# 8, hence 5e-6, the same code runs in float64, at half the speed and 1e-13.
-FLOAT32_LOGITS = 8.0
-QUERY_CHUNK = 64  # queries per explicit step: N x 64 logits of a head fit in a CPU's cache
+
+class Sizes(NamedTuple):
+    """Of what an encoder sees of an image; bounds of metrics depend on them."""
+
+    tokens: int  # N
+    patches: int  # M
+    registers: int  # R
+    grid: Grid
+    patch_size: int  # pixels
 
 
 class Rows(NamedTuple):
     """What the attention rows of some queries amount to: (B,H,M) for the patches, (B,H) for [cls]."""
 
     to_self: Tensor  # A_ii
-    to_self_relative: Tensor  # A_ii / sum of A_ij over the patches j
+    to_self_log_ratio: Tensor  # ln(A_ii / sum of A_ij over the patches j)
     to_cls: Tensor | None  # A_i0; None without [cls]
+    to_registers: Tensor  # sum of A_ij over the registers j
     to_patch: Tensor  # mean of A_ij over the patches j
     patch_entropy: Tensor  # nats; entropy of the row renormalised over the patches (Eq. 6)
-    update_ratio: Tensor  # |update_i| / |x_i|, 2-norms; one value for all heads, so H = 1 here
 
 
 class Reduced(NamedTuple):
-    """One block's attention, by kind of query; rows of registers are not kept."""
+    """One block's attention, by kind of query, in float64; rows of registers are not kept. None where not wanted."""
 
-    cls: Rows | None
+    cls: Rows | None  # None without [cls]
     patches: Rows
+    cls_update_ratio: Tensor | None  # (B,) |update_0| / |x_0|, 2-norms
+    patch_update_ratio: Tensor  # (B,M)
+    cls_attention: Tensor | None  # (B,H,M) A_0j
+    distance: Tensor | None  # (B,H,M) sum_j a'_ij |r_i - r_j|, in pixels
+    received: Tensor | None  # (B,H,M) sum_i a'_ij, what patch j gets from all patches
 
 
-class Logs(NamedTuple):
-    """What a reduction finds out about every query, up to one shift per query that is common to all logits."""
+def reduce_attention(
+    trace: BlockTrace,
+    num_prefix: int,
+    has_cls: bool,
+    reduction: str = "auto",
+    wanted: Collection[str] = (),
+    sizes: Sizes | None = None,
+) -> Reduced:
+    """One block's trace -> what each query's attention row amounts to, whatever the caller's autocast.
 
-    own: Tensor  # (B,H,N) s_ii
-    prefix: Tensor  # (B,H,N,P) s_ij of the prefix keys
-    patches: Tensor  # (B,H,N) log-sum-exp of s_ij over the patch keys
-    patch_entropy: Tensor  # (B,H,N) nats
-
-
-def explicit_logs(q: Tensor, k: Tensor, scale: float, logit_bias: Tensor | None, num_prefix: int) -> Logs:
-    """The definitions, on the logits of some queries at a time."""
-    chunks = []
-    for start in range(0, q.shape[2], QUERY_CHUNK):
-        queries = slice(start, start + QUERY_CHUNK)
-        logits = q[:, :, queries] @ k.transpose(-2, -1) * scale
-        if logit_bias is not None:
-            logits = logits + logit_bias[:, queries].to(logits.dtype)
-        prefix, patches = logits.split([num_prefix, logits.shape[-1] - num_prefix], dim=-1)
-        lse = patches.logsumexp(-1)
-        entropy = torch.special.entr((patches - lse[..., None]).exp()).sum(-1)
-        own = logits.diagonal(offset=start, dim1=-2, dim2=-1)
-        chunks.append(Logs(own.clone(), prefix.clone(), lse, entropy))  # a view would keep the chunk's logits alive
-    return Logs(*(torch.cat(parts, dim=2) for parts in zip(*chunks, strict=True)))
-
-
-def fused_logs(q: Tensor, k: Tensor, scale: float, logit_bias: Tensor | None, num_prefix: int) -> Logs:
-    """The same from one call of fused attention over the patch keys with the keys as values, in O(N d) memory.
-
-    With p_ij the attention renormalised over the patches, the call returns lse_i and sum_j p_ij k_j, and
-        entropy_i = - sum_j p_ij ln p_ij = lse_i - sum_j p_ij s_ij = lse_i - scale * q_i . sum_j p_ij k_j.
-    A logit bias would add sum_j p_ij b_ij, which the call does not return.
+    On float32 inputs all reductions agree with the definitions in float64 within 1e-5 (nats, or relative for
+    probabilities), however large the logits; "auto" takes the fastest of the device. wanted: optional fields to
+    compute; "distance" needs the sizes. ValueError for a reduction that does not run on the device.
     """
-    assert logit_bias is None
-    patches = k[:, :, num_prefix:]
-    expected_key, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, patches, patches, scale=scale)
-    entropy = lse - (q * expected_key).sum(-1) * scale
-    return Logs(
-        own=(q * k).sum(-1) * scale,
-        prefix=q @ k[:, :, :num_prefix].transpose(-2, -1) * scale,
-        patches=lse,
-        patch_entropy=entropy.clamp(min=0),  # rounding can leave the entropy of a one-hot row at -1e-7
+    sums = attention_sums(
+        trace.q, trace.k, trace.scale, trace.logit_bias, num_prefix, sizes.grid if sizes else (1, 1),
+        distance="distance" in wanted, received="received" in wanted, reduction=reduction,
+    )  # fmt: skip
+    lse = torch.cat([sums.patches[..., None], sums.prefix], dim=-1).logsumexp(-1)
+    prefix = (sums.prefix - lse[..., None]).exp()
+    rows = Rows(
+        to_self=(sums.own - lse).exp(),
+        to_self_log_ratio=sums.own - sums.patches,
+        to_cls=prefix[..., 0] if has_cls else None,
+        to_registers=prefix[..., int(has_cls) :].sum(-1),
+        to_patch=(sums.patches - lse).exp() / (trace.q.shape[2] - num_prefix),
+        patch_entropy=sums.patch_entropy,
     )
-
-
-REDUCTIONS = {"explicit": explicit_logs, "fused": fused_logs}
-
-
-def exact_operands(trace: BlockTrace, num_prefix: int) -> tuple[Tensor, Tensor]:
-    """Queries and keys (B,H,N,d) in the precision that their logits need: float32, or float64 where those are large.
-
-    Subtracting one vector from all keys shifts a row's logits by one number, which softmax does not see. Without the
-    mean patch key, the logits are small wherever they differ little, however large their common part is.
-    """
-    dtype = torch.promote_types(trace.q.dtype, torch.float32)
-    q, k = trace.q.to(dtype), trace.k.to(dtype)
-    k = k - k[:, :, num_prefix:].mean(2, keepdim=True)
-    largest = trace.scale * (q.norm(dim=-1).amax(-1) * k.norm(dim=-1).amax(-1)).amax()  # Cauchy-Schwarz, per head
-    if largest > FLOAT32_LOGITS:
-        return trace.q.double(), trace.k.double()
-    return q, k
-
-
-def reduce_attention(trace: BlockTrace, num_prefix: int, has_cls: bool, reduction: str = "auto") -> Reduced:
-    """One block's trace -> what each query's attention row amounts to, in float32 or better for any input type.
-
-    Both reductions agree with the definitions in float64 within 1e-5 (nats, or relative for probabilities), whatever
-    the logits. "fused" needs a CPU and no logit bias; "auto" takes it where it applies and "explicit" elsewhere.
-    Autocast around the caller is ignored. Raises ValueError where the fused reduction is asked for and does not apply.
-    """
-    obstacle = "this encoder adds a bias to its attention logits" if trace.logit_bias is not None else None
-    if trace.q.device.type != "cpu":
-        obstacle = f"its kernel runs on the CPU, not on {trace.q.device.type}"
-    if reduction == "auto":
-        reduction = "explicit" if obstacle else "fused"
-    elif reduction == "fused" and obstacle:
-        raise ValueError(f"the fused reduction does not apply: {obstacle}; use auto or explicit")
-
-    with torch.autocast(trace.q.device.type, enabled=False):
-        q, k = exact_operands(trace, num_prefix)
-        logs = REDUCTIONS[reduction](q, k, trace.scale, trace.logit_bias, num_prefix)
-        lse = torch.cat([logs.patches[..., None], logs.prefix], dim=-1).logsumexp(-1)
-        update, x = (torch.linalg.vector_norm(tokens, dim=-1, dtype=q.dtype) for tokens in (trace.update, trace.x))
-        rows = Rows(
-            to_self=(logs.own - lse).exp(),
-            to_self_relative=(logs.own - logs.patches).exp(),
-            to_cls=(logs.prefix[..., 0] - lse).exp() if has_cls else None,
-            to_patch=(logs.patches - lse).exp() / (k.shape[2] - num_prefix),
-            patch_entropy=logs.patch_entropy,
-            update_ratio=(update / x)[:, None],
-        )
+    wide = torch.promote_types(trace.x.dtype, torch.float32)
+    update, x = (torch.linalg.vector_norm(tokens, dim=-1, dtype=wide) for tokens in (trace.update, trace.x))
+    ratio = update.double() / x.double()
 
     def of(queries: int | slice) -> Rows:
         return Rows(*(None if values is None else values[:, :, queries] for values in rows))
 
-    return Reduced(cls=of(0) if has_cls else None, patches=of(slice(num_prefix, None)))
+    return Reduced(
+        cls=of(0) if has_cls else None,
+        patches=of(slice(num_prefix, None)),
+        cls_update_ratio=ratio[:, 0] if has_cls else None,
+        patch_update_ratio=ratio[:, num_prefix:],
+        cls_attention=attention_from_cls(trace, num_prefix).double() if "cls_attention" in wanted else None,
+        distance=sums.distance * sizes.patch_size if sums.distance is not None else None,
+        received=sums.received,
+    )
 
 
-REFERENCES: dict[str, Callable[[int, int], float]] = {  # values for N tokens and M patches, by the name figures print
-    "1": lambda n, m: 1.0,
-    "1/N": lambda n, m: 1 / n,
-    "1/M": lambda n, m: 1 / m,
-    "ln M": lambda n, m: math.log(m),
+def entropy(weights: Tensor) -> Tensor:
+    """Entropy in nats of non-negative weights (...,M), normalised first: Eq. 6."""
+    return torch.special.entr(weights / weights.sum(-1, keepdim=True)).sum(-1)
+
+
+def mutual_information(received: Tensor, patch_entropy: Tensor) -> Tensor:
+    """Normalised mutual information of query and key patches; (B,H,M) twice -> (B,H) from 0 to 1.
+
+    With uniform queries, p(k) = mean_i a'_ik and I = H(k) - mean_i H(a'_i): no sum over pairs is needed. It is divided
+    by sqrt(H(q) H(k)), H(q) = ln M (Park et al. 2023). Where all queries attend to one and the same patch it is 0.
+    """
+    key_entropy = entropy(received)
+    information = (key_entropy - patch_entropy.mean(2)).clamp(min=0)
+    normaliser = (math.log(received.shape[2]) * key_entropy).sqrt()
+    return torch.where(information > 0, information / normaliser, 0.0)
+
+
+def farthest(sizes: Sizes) -> float:
+    return math.dist((0, 0), (sizes.grid[0] - 1, sizes.grid[1] - 1)) * sizes.patch_size
+
+
+def mean_distance(sizes: Sizes) -> float:
+    return float(patch_distances(sizes.grid).mean()) * sizes.patch_size
+
+
+REFERENCES: dict[str, Callable[[Sizes], float]] = {  # by the name that figures print
+    "0": lambda s: 0.0,
+    "1": lambda s: 1.0,
+    "1/N": lambda s: 1 / s.tokens,
+    "1/M": lambda s: 1 / s.patches,
+    "R/N": lambda s: s.registers / s.tokens,
+    "ln M": lambda s: math.log(s.patches),
+    "-ln M": lambda s: -math.log(s.patches),
+    "mean distance": mean_distance,
+    "largest distance": farthest,
 }
 
 
 class Metric(NamedTuple):
-    """A number per image and head, never negative; `upper` and `uniform` name entries of REFERENCES."""
+    """K numbers per image and block, one per head unless `axis` says otherwise, and what sums them up.
+
+    `lower`, `upper` and `uniform` name entries of REFERENCES. `needs`: of the encoder, "cls" or "registers"; of
+    reduce_attention, what it is to compute.
+    """
 
     unit: str
     definition: str  # in the letters of LEGEND
-    source: str  # where the paper shows it
-    needs_cls: bool
-    upper: str | None  # largest possible value
-    uniform: str | None  # value where every key gets the same attention
-    compute: Callable[[Reduced], Tensor]  # (B,H), or (B,1) where it is not defined per head
+    source: str  # where it is shown
+    compute: Callable[[Reduced | Tensor], Tensor]  # -> (B,K)
+    needs: tuple[str, ...] = ()
+    lower: str | None = "0"  # smallest possible value
+    upper: str | None = None  # largest possible value
+    uniform: str | None = None  # value where every key gets the same attention
+    of_tokens: bool = False  # computed from the patch tokens (B,rows,columns,D) leaving a block, not from Reduced
+    axis: str | None = "head"  # None: one number per image
+    summary: Callable[[Tensor], Tensor] = lambda values: values.mean(1)  # (B,K) -> (B,)
+    over_images: bool = False  # the numbers are no result, the singular values of their covariance over images are
+
+    def record(self, measured: "Reduced | Tensor") -> Tensor:
+        """(B,1 + K): the summary, then the numbers."""
+        values = self.compute(measured)
+        return torch.cat([self.summary(values)[:, None], values], dim=1)
 
 
 LEGEND = (
-    "i, j, k run over the patches, 0 is [cls]; A_ij is the attention of query i to key j, softmax over all N tokens; "
-    "a'_ij = A_ij / Σ_k A_ik; H(a) = -Σ_j a_j ln a_j; x_i enters the block, update_i is what attention adds to it "
-    "(before LayerScale)"
+    "i, j, k run over the patches, r over the registers, 0 is [cls]; A_ij is the attention of query i to key j, "
+    "softmax over all N tokens; a'_ij = A_ij / Σ_k A_ik; H(a) = -Σ_j a_j ln a_j; p_i is the position of patch i; "
+    "x_i enters the block, update_i is what attention adds to it (before LayerScale), z_i leaves the block"
 )
 LOGGED = "logged by the paper's code"
+PARK = "Park et al. 2023"
 METRICS = {
-    "cls_self_attention": Metric("probability", "A_00", "Fig. 3, 10", True, "1", "1/N", lambda r: r.cls.to_self),
+    "cls_self_attention": Metric(
+        "probability", "A_00", "Fig. 3, 10", lambda r: r.cls.to_self, needs=("cls",), upper="1", uniform="1/N"
+    ),
     "patch_self_attention": Metric(
-        "probability", "mean_i A_ii", LOGGED, False, "1", "1/N", lambda r: r.patches.to_self.mean(2)
+        "probability", "mean_i A_ii", LOGGED, lambda r: r.patches.to_self.mean(2), upper="1", uniform="1/N"
     ),
     "cls_self_attention_relative": Metric(
-        "ratio", "A_00 / Σ_j A_0j", LOGGED, True, None, "1/M", lambda r: r.cls.to_self_relative
+        "ratio", "A_00 / Σ_j A_0j", LOGGED, lambda r: r.cls.to_self_log_ratio.exp(), needs=("cls",), uniform="1/M"
+    ),
+    "cls_self_attention_log_ratio": Metric(
+        "nats", "ln(A_00 / Σ_j A_0j)", "this project: means of the ratio are those of its largest values",
+        lambda r: r.cls.to_self_log_ratio, needs=("cls",), lower=None, uniform="-ln M",
     ),
     "patch_self_attention_relative": Metric(
-        "probability", "mean_i a'_ii", "Fig. 5, 12", False, "1", "1/M", lambda r: r.patches.to_self_relative.mean(2)
+        "probability", "mean_i a'_ii", "Fig. 5, 12", lambda r: r.patches.to_self_log_ratio.exp().mean(2),
+        upper="1", uniform="1/M",
     ),
-    "cls_patch_attention": Metric("probability", "mean_j A_0j", LOGGED, True, "1/M", "1/N", lambda r: r.cls.to_patch),
+    "cls_patch_attention": Metric(
+        "probability", "mean_j A_0j", LOGGED, lambda r: r.cls.to_patch, needs=("cls",), upper="1/M", uniform="1/N"
+    ),
     "patch_cls_attention": Metric(
-        "probability", "mean_i A_i0", LOGGED, True, "1", "1/N", lambda r: r.patches.to_cls.mean(2)
+        "probability", "mean_i A_i0", LOGGED, lambda r: r.patches.to_cls.mean(2), needs=("cls",), upper="1",
+        uniform="1/N",
+    ),
+    "cls_register_attention": Metric(
+        "probability", "Σ_r A_0r", "Darcet et al. 2024", lambda r: r.cls.to_registers, needs=("cls", "registers"),
+        upper="1", uniform="R/N",
+    ),
+    "patch_register_attention": Metric(
+        "probability", "mean_i Σ_r A_ir", "Darcet et al. 2024", lambda r: r.patches.to_registers.mean(2),
+        needs=("registers",), upper="1", uniform="R/N",
     ),
     "cls_patch_entropy": Metric(
-        "nats", "H(a'_0)", "Fig. 4, 11; Table 3", True, "ln M", "ln M", lambda r: r.cls.patch_entropy
+        "nats", "H(a'_0)", "Fig. 4, 11; Table 3", lambda r: r.cls.patch_entropy, needs=("cls",), upper="ln M",
+        uniform="ln M",
+    ),
+    "cls_patch_entropy_of_mean": Metric(
+        "nats", "H(mean over heads of A_0j, renormalised)", "Table 6",
+        lambda r: entropy(r.cls_attention.mean(1))[:, None],
+        needs=("cls", "cls_attention"), upper="ln M", uniform="ln M", axis=None,
     ),
     "patch_patch_entropy": Metric(
-        "nats", "mean_i H(a'_i)", "Fig. 6, 13", False, "ln M", "ln M", lambda r: r.patches.patch_entropy.mean(2)
+        "nats", "mean_i H(a'_i)", "Fig. 6, 13", lambda r: r.patches.patch_entropy.mean(2), upper="ln M", uniform="ln M"
     ),
-    "cls_update_ratio": Metric("ratio", "|update_0| / |x_0|", LOGGED, True, None, None, lambda r: r.cls.update_ratio),
+    "cls_update_ratio": Metric(
+        "ratio", "|update_0| / |x_0|", LOGGED, lambda r: r.cls_update_ratio[:, None], needs=("cls",), axis=None
+    ),
     "patch_update_ratio": Metric(
-        "ratio", "mean_i |update_i| / |x_i|", LOGGED, False, None, None, lambda r: r.patches.update_ratio.mean(2)
+        "ratio", "mean_i |update_i| / |x_i|", LOGGED, lambda r: r.patch_update_ratio.mean(1, keepdim=True), axis=None
     ),
-}
+    "patch_patch_distance": Metric(
+        "pixels", "mean_i Σ_j a'_ij |p_i - p_j|", PARK, lambda r: r.distance.mean(2), needs=("distance",),
+        upper="largest distance", uniform="mean distance",
+    ),
+    "patch_patch_mutual_information": Metric(
+        "ratio", "I(q;k) / √(H(q) H(k)), p(q) = 1/M, p(k|q) = a'_qk", PARK,
+        lambda r: mutual_information(r.received, r.patches.patch_entropy), needs=("received",), upper="1", uniform="0",
+    ),
+    "patch_log_amplitude": Metric(
+        "log ratio", "ln|F z| of the highest diagonal frequency less that of the mean, F over the grid", PARK,
+        log_amplitude, lower=None, of_tokens=True, axis="frequency", summary=lambda values: values[:, -1],
+    ),
+    "patch_log_singular_values": Metric(
+        "log", "ln of the singular values of the covariance of z_i over patches; their mean", PARK,
+        lambda tokens: log_singular_values(tokens.flatten(1, 2)), lower=None, of_tokens=True, axis="rank",
+    ),
+    "image_log_singular_values": Metric(
+        "log", "ln of the singular values of the covariance of mean_i z_i over images; their mean", PARK,
+        lambda tokens: tokens.double().mean((1, 2)), lower=None, of_tokens=True, axis="rank", over_images=True,
+    ),
+}  # fmt: skip
 # Figs. 3 to 6 and 10 to 13, in this order
 PAPER_METRICS = ("cls_self_attention", "cls_patch_entropy", "patch_self_attention_relative", "patch_patch_entropy")
-
-
-@dataclass
-class Moments:
-    """Mean and standard deviation over images, streaming in float64: of the average over heads, and of each head.
-
-    The result does not depend on how the images are split into batches or ranks (to rounding, about 1e-15 relative).
-    Source: Chan, Golub, LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances", 1979.
-    """
-
-    count: int = 0
-    mean: Tensor | float = 0.0  # (1 + H,) the average over heads, then each head
-    squares: Tensor | float = 0.0  # (1 + H,) sum of squared deviations from the mean
-
-    def update(self, values: Tensor) -> None:
-        """Add one batch of at least one image, (B,H)."""
-        values = values.double()
-        values = torch.cat([values.mean(1, keepdim=True), values], dim=1)
-        mean = values.mean(0)
-        self.merge(Moments(len(values), mean, (values - mean).square().sum(0)))
-
-    def merge(self, other: "Moments") -> None:
-        """Add the images that another has seen; either may have seen none."""
-        count = self.count + other.count
-        if count == 0:
-            return
-        delta = other.mean - self.mean
-        self.mean = self.mean + delta * (other.count / count)
-        self.squares = self.squares + other.squares + delta**2 * (self.count * other.count / count)
-        self.count = count
-
-    def all_reduce(self) -> None:
-        """Merge the images of all ranks, in the order of the ranks: the same bits everywhere, and in every run."""
-        if not dist.is_initialized():
-            return
-        mine = (self.count, torch.as_tensor(self.mean).cpu(), torch.as_tensor(self.squares).cpu())
-        ranks = [None] * dist.get_world_size()
-        dist.all_gather_object(ranks, mine)
-        total = Moments()
-        for rank in ranks:
-            total.merge(Moments(*rank))
-        self.count, self.mean, self.squares = total.count, total.mean, total.squares
-
-    def to_json(self) -> dict:
-        """Standard deviations are over the images (population), in the metric's unit."""
-        mean, *mean_per_head = self.mean.tolist()
-        std, *std_per_head = (self.squares / self.count).sqrt().tolist()
-        return {
-            "count": self.count,
-            "mean": mean,
-            "std": std,
-            "mean_per_head": mean_per_head,
-            "std_per_head": std_per_head,
-        }
+PARK_METRICS = tuple(name for name, metric in METRICS.items() if metric.source == PARK)
+GROUPS = {
+    "paper": PAPER_METRICS,
+    "flow": tuple(name for name in METRICS if name not in PARK_METRICS),  # all that costs next to nothing
+    "park": PARK_METRICS,
+    "all": tuple(METRICS),
+}

@@ -3,22 +3,25 @@
     python main_analyze_attention.py --data_path $IMAGENET --model vit_base_patch16 \\
         --finetune mae_vit_base_patch16 dino_vit_base_patch16 --label MAE DINO --output_dir attention
 
-For every encoder, `<output_dir>/<label>/attention.json` holds each metric of attention_stats.METRICS in each block:
-mean and standard deviation over the images, for the average over heads and for each head. `attention.png` and
-`attention.pdf` draw the paper's four. Under torchrun the images are shared among the processes, each taken once.
+For every encoder, `<output_dir>/<label>/attention.json` holds each metric of attention_stats.METRICS that --metrics
+names, in each block: mean and standard deviation over the images, of its summary and of each head. `attention.png` and
+`attention.pdf` draw them. Under torchrun the images are shared among the processes, each taken once.
 """
 
 import argparse
-import itertools
+import random
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from attention_stats import LEGEND, METRICS, PAPER_METRICS, REDUCTIONS, REFERENCES, Moments, reduce_attention
+from attention_reductions import REDUCTIONS, choose_reduction
+from attention_stats import GROUPS, LEGEND, METRICS, REFERENCES, Sizes
+from engine_attention import Place, applicable, measure
 from models_vit import VisionTransformer
+from token_stats import embed_tokens
 from util.arguments import (
     PRECISIONS,
     Parser,
@@ -33,10 +36,12 @@ from util.arguments import (
 from util.checkpoints import Encoder
 from util.datasets import EvaluationBatches, KeyedDataset, build_dataset, build_loader, eval_transform
 from util.distributed import barrier, distributed
-from util.figures import draw_attention
-from util.progress import log, progress, setup_logging
+from util.figures import draw_attention, draw_token_maps
+from util.progress import log, setup_logging
 from util.run_folder import RunFolder, provenance
 from util.seeding import seeded, stable_seed
+
+TSNE_CLASSES, TSNE_IMAGES = 3, 18  # Park et al. 2023
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -45,23 +50,33 @@ def get_args_parser() -> argparse.ArgumentParser:
     add_encoder_arguments(parser, several=True)
     analysis = parser.add_argument_group("analysis")
     analysis.add_argument("--label", nargs="+", default=None, help="names of the encoders (default: of their files)")
+    analysis.add_argument("--metrics", nargs="+", default=["flow"], metavar="METRIC",
+                          help=f"groups ({', '.join(GROUPS)}) or names: {', '.join(METRICS)}")  # fmt: skip
     analysis.add_argument("--num_images", default=None, type=int, help="a random subset of this size (default: all)")
     analysis.add_argument("--batch_size", default=64, type=int, help="images per process")
     analysis.add_argument("--reduction", default="auto", choices=["auto", *REDUCTIONS],
-                          help="how attention is summarised; the results agree")  # fmt: skip
+                          help="how attention is summed up; the results agree")  # fmt: skip
+    analysis.add_argument("--compile", action="store_true", help="compile the encoder's blocks: for long runs on a GPU")
+    analysis.add_argument("--tsne_blocks", nargs="+", type=int, default=[], metavar="BLOCK",
+                          help=f"t-SNE of the patch tokens of {TSNE_IMAGES} images after these blocks")  # fmt: skip
     add_run_arguments(parser, resumable=False)
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
+    names = chosen_metrics(args.metrics)
     with distributed(args.device, args.dist_url) as world:
         setup_logging()
 
         # ---- images and frozen encoders; every mistake in the arguments shows here
+        choose_reduction(args.reduction, world.device)
         images = analysed_images(args)
         chosen = subset(len(images), args.num_images, args.seed)
         labels = encoder_labels(args)
         encoders = [load(one) for one in one_encoder_each(args)]
+        for encoder, _ in encoders:
+            applicable(names, encoder.backbone)
+            encoder.backbone.check_blocks(args.tsne_blocks)
 
         run = {"args": plain(args), "encoders": [encoder.record for encoder, _ in encoders], **provenance(world.device)}
         folder = RunFolder(args.output_dir)
@@ -73,20 +88,37 @@ def main(args: argparse.Namespace) -> None:
         # ---- one pass over the images per encoder, each image once over all processes
         results = []
         for label, (encoder, size) in zip(labels, encoders, strict=True):
+            backbone = encoder.backbone.to(world.device).eval()
+            if args.compile:
+                backbone.compile_blocks()
             dataset = KeyedDataset(images, eval_transform(size, encoder.mean, encoder.std), args.seed)
             batches = EvaluationBatches(len(images), args.batch_size, chosen)
             pin = args.pin_mem and world.device.type == "cuda"
             loader = build_loader(dataset, batches, args.num_workers, pin, args.dataloader_affinity_hack)
-            backbone = encoder.backbone.to(world.device)
             start = time.perf_counter()
-            moments = measure(backbone, loader, PRECISIONS[args.amp], args.reduction, world.device, label)
+            found = measure(
+                backbone, loader, applicable(names, backbone), sizes_of(backbone, size), PRECISIONS[args.amp],
+                args.reduction, world.device, label,
+            )  # fmt: skip
             seconds = time.perf_counter() - start
             log.info("%s: %d images, %.1f images/s", label, len(chosen), len(chosen) / seconds)
             how = {"amp": args.amp, "reduction": args.reduction, "seed": args.seed, "seconds": seconds}
-            results.append({**summary(label, encoder, size, moments), **how, **provenance(world.device)})
+            results.append({**summary(label, encoder, size, found), **how, **provenance(world.device)})
+            if args.tsne_blocks and world.is_main:
+                results[-1]["tsne"] = token_map(backbone, dataset, args.tsne_blocks, args.seed, world.device)
+            backbone.cpu()
 
         # ---- results
         save(args, results)
+
+
+def chosen_metrics(words: Sequence[str]) -> list[str]:
+    """Metrics by name or group, in the order of METRICS; ValueError for what is neither."""
+    if unknown := [word for word in words if word not in GROUPS and word not in METRICS]:
+        raise ValueError(f"--metrics {' '.join(unknown)}: choose from the groups {', '.join(GROUPS)}, or by name from "
+                         f"{', '.join(METRICS)}")  # fmt: skip
+    named = {name for word in words for name in GROUPS.get(word, (word,))}
+    return [name for name in METRICS if name in named]
 
 
 def analysed_images(args: argparse.Namespace) -> torch.utils.data.Dataset:
@@ -140,91 +172,115 @@ def folder_name(label: str) -> str:
     return re.sub(r"[^\w.-]+", "_", label)
 
 
-@torch.no_grad()
-def measure(
-    backbone: VisionTransformer,
-    loader: Iterable,
-    precision: torch.dtype,
-    reduction: str,
-    device: torch.device,
-    description: str = "attention",
-) -> dict[str, list[Moments]]:
-    """{metric: moments of each block} over the images of all processes; metrics of [cls] only where there is one."""
-    metrics = {name: metric for name, metric in METRICS.items() if backbone.has_cls or not metric.needs_cls}
-    moments = {name: [Moments() for _ in range(backbone.depth)] for name in metrics}
-    seen, start = 0, time.perf_counter()
-    for sample in (bar := progress(loader, description, len(loader))):
-        images = sample.image.to(device, non_blocking=True)
-        with torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32):
-            for step in backbone.trace(images):
-                reduced = reduce_attention(step, backbone.num_prefix_tokens, backbone.has_cls, reduction)
-                for name, metric in metrics.items():
-                    moments[name][step.index].update(metric.compute(reduced))
-        if not reduced.patches.update_ratio.isfinite().all():  # what overflows in any block reaches the last
-            raise FloatingPointError(f"{description}: activations are not finite in {precision}; use another --amp")
-        seen += len(images)
-        bar.set_postfix_str(f"{seen / (time.perf_counter() - start):.0f} images/s")
-    for block in itertools.chain.from_iterable(moments.values()):
-        block.all_reduce()
-    return moments
+def sizes_of(backbone: VisionTransformer, size: int) -> Sizes:
+    grid = (size // backbone.patch_size, size // backbone.patch_size)
+    patches = grid[0] * grid[1]
+    return Sizes(backbone.num_prefix_tokens + patches, patches, backbone.num_registers, grid, backbone.patch_size)
 
 
-def summary(label: str, encoder: Encoder, size: int, moments: dict[str, list[Moments]]) -> dict:
-    """What was measured, on what, and what each number means; enough to draw the figure."""
+def summary(label: str, encoder: Encoder, size: int, found: dict[Place, dict]) -> dict:
+    """What was measured, on what, and what each number means; enough to draw every figure."""
     backbone = encoder.backbone
-    patches = (size // backbone.patch_size) ** 2
-    tokens = backbone.num_prefix_tokens + patches
+    sizes = sizes_of(backbone, size)
 
     def reference(name: str | None) -> dict | None:
-        return None if name is None else {"name": name, "value": REFERENCES[name](tokens, patches)}
+        return None if name is None else {"name": name, "value": REFERENCES[name](sizes)}
 
     measured = {}
-    for name, blocks in moments.items():
+    for name in dict.fromkeys(name for name, _ in found):
         metric = METRICS[name]
         measured[name] = {
-            "unit": metric.unit,
-            "definition": metric.definition,
-            "source": metric.source,
-            "upper": reference(metric.upper),
-            "uniform": reference(metric.uniform),
-            "blocks": [{"block": index, **block.to_json()} for index, block in enumerate(blocks)],
-        }
+            "unit": metric.unit, "definition": metric.definition, "source": metric.source, "axis": metric.axis,
+            **{bound: reference(getattr(metric, bound)) for bound in ("lower", "upper", "uniform")},
+        }  # fmt: skip
+        if metric.of_tokens:
+            measured[name]["embedding"] = found[name, 0]
+        blocks = range(backbone.depth)
+        measured[name]["blocks"] = [{"block": b, **found[name, b + metric.of_tokens]} for b in blocks]
     return {
         "label": label,
         "encoder": encoder.record,
         "random_weights": encoder.record["source"] is None,
-        "images": next(iter(moments.values()))[0].count,
+        "images": next(iter(found.values()))["count"],
         "input_size": size,
-        "patches": patches,
-        "tokens": tokens,
+        "patch_size": sizes.patch_size,
+        "patches": sizes.patches,
+        "tokens": sizes.tokens,
+        "registers": sizes.registers,
         "heads": backbone.num_heads,
         "legend": LEGEND,
         "metrics": measured,
     }
 
 
+@torch.no_grad()
+def token_map(
+    backbone: VisionTransformer, dataset: KeyedDataset, blocks: Sequence[int], seed: int, device: torch.device
+) -> dict:
+    """t-SNE of the patch tokens of 18 images after each of the blocks, in float32 (Park et al. 2023)."""
+    chosen = images_of_few_classes(dataset.dataset.targets, seed)
+    images = torch.stack([dataset[0, index].image for index in chosen]).to(device)
+    maps = []
+    for block, features in backbone(images, blocks).items():
+        log.info("t-SNE of the tokens after block %d", block)
+        tokens = features.patches.flatten(0, 1).float().cpu().numpy()
+        points = embed_tokens(tokens, stable_seed("tsne", seed) % 2**32)
+        maps.append({"block": block, "points": points.reshape(len(chosen), -1, 2).tolist()})
+    classes = [dataset.dataset.classes[dataset.dataset.targets[index]] for index in chosen]
+    return {"images": chosen, "classes": classes, "maps": maps}
+
+
+def images_of_few_classes(targets: Sequence[int], seed: int) -> list[int]:
+    """Eighteen images of three classes, six each; of more classes where there are not as many of a class."""
+    order = list(range(len(targets)))
+    random.Random(stable_seed("tsne images", seed)).shuffle(order)
+    each = TSNE_IMAGES // TSNE_CLASSES
+    of_class: dict[int, list[int]] = {}
+    for index in order:
+        of_class.setdefault(targets[index], []).append(index)
+    largest_first = sorted(of_class.values(), key=lambda images: -min(len(images), each))
+    return [index for images in largest_first for index in images[:each]][:TSNE_IMAGES]
+
+
 def save(args: argparse.Namespace, results: list[dict]) -> None:
-    """Log the means over blocks; write JSON, TensorBoard (its step is the block) and the figure."""
+    """Log a table; write JSON, TensorBoard (its step is the block) and the figures."""
     folder = RunFolder(args.output_dir)
     for result in results:
-        means = {
-            name: sum(block["mean"] for block in metric["blocks"]) / len(metric["blocks"])
-            for name, metric in result["metrics"].items()
-        }
-        words = ", ".join(f"{name} {mean:.4g}" for name, mean in means.items())
-        log.info("%s, mean over blocks: %s", result["label"], words)
-        if folder.path is not None:
-            name = folder_name(result["label"])
-            own = RunFolder(folder.path / name, Path(args.log_dir) / name if args.log_dir else None)
-            own.start(result, "attention.json")
-            for metric, measured in result["metrics"].items():
-                for block in measured["blocks"]:
+        log.info("%s, mean over images:\n%s", result["label"], table(result))
+        if folder.path is None:
+            continue
+        name = folder_name(result["label"])
+        own = RunFolder(folder.path / name, Path(args.log_dir) / name if args.log_dir else None)
+        tsne = result.pop("tsne", None)
+        own.start(result, "attention.json")
+        for metric, measured in result["metrics"].items():
+            for block in measured["blocks"]:
+                if block["mean"] is not None:
                     own.scalars({metric: block["mean"]}, block["block"])
-            own.close()
+        own.close()
+        if tsne is not None:
+            own.write("tsne.json", tsne)
+            draw_token_maps(tsne, result["label"], folder.path / name / "tsne.png")
     if folder.path is not None:
-        panels = [name for name in PAPER_METRICS if any(name in result["metrics"] for result in results)]
+        measured = {name for result in results for name in result["metrics"]}
         for suffix in ("png", "pdf"):
-            draw_attention(results, panels, folder.path / f"attention.{suffix}")
+            for group in ("paper", "park"):
+                if panels := [name for name in GROUPS[group] if name in measured]:
+                    name = "attention" if group == "paper" else group
+                    draw_attention(results, panels, folder.path / f"{name}.{suffix}")
+
+
+def table(result: dict) -> str:
+    """The metrics of one encoder: a line each, of the first block, the middle one, the last, and the mean over all."""
+    blocks = len(next(iter(result["metrics"].values()))["blocks"])
+    places = dict.fromkeys((0, blocks // 2, blocks - 1))
+    lines = [f"{'':34}" + "".join(f"{f'block {place}':>11}" for place in places) + f"{'all blocks':>12}  unit"]
+    for name, metric in result["metrics"].items():
+        means = [block["mean"] for block in metric["blocks"]]
+        if None not in means:
+            shown = "".join(f"{means[place]:>11.4g}" for place in places)
+            lines.append(f"  {name:32}{shown}{sum(means) / blocks:>12.4g}  {metric['unit']}")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -67,9 +67,7 @@ class MaskedAutoencoder(nn.Module):
         self.decoder_pos_embed = nn.Parameter(
             sincos_pos_embed(decoder_embed_dim, encoder.grid_size, prefix), requires_grad=False
         )
-        self.decoder_blocks = nn.ModuleList(
-            Block(decoder_embed_dim, decoder_num_heads, index=index) for index in range(decoder_depth)
-        )
+        self.decoder_blocks = nn.ModuleList(Block(decoder_embed_dim, decoder_num_heads) for _ in range(decoder_depth))
         self.decoder_norm = nn.LayerNorm(decoder_embed_dim, eps=1e-6)
         self.decoder_pred = nn.Linear(decoder_embed_dim, 3 * encoder.patch_size**2)
         for module in (self.decoder_embed, self.decoder_blocks, self.decoder_pred):

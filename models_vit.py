@@ -41,6 +41,16 @@ class BlockTrace(NamedTuple):
     out: Tensor  # (B,N,D) residual stream leaving the block
 
 
+class BlockOutput(NamedTuple):
+    """What a block returns; BlockTrace says what each is."""
+
+    q: Tensor
+    k: Tensor
+    logit_bias: Tensor | None
+    update: Tensor
+    out: Tensor
+
+
 class Features(NamedTuple):
     """The tokens of one block, before the final norm (the paper's protocol)."""
 
@@ -150,7 +160,7 @@ class LayerScale(nn.Module):
 
 
 class Block(nn.Module):
-    """Transformer block, normalised before each branch or (post_norm) after each sum; returns its BlockTrace."""
+    """Transformer block, normalised before each branch or (post_norm) after each sum."""
 
     def __init__(
         self,
@@ -161,14 +171,13 @@ class Block(nn.Module):
         proj_bias: bool = True,
         init_values: float | None = None,
         drop_path: float = 0.0,
-        index: int = 0,
         norm_layer: str = "layernorm",
         post_norm: bool = False,
         rel_pos_bias: nn.Module | None = None,
         rope: nn.Module | None = None,
     ):
         super().__init__()
-        self.index, self.post_norm = index, post_norm
+        self.post_norm = post_norm
         self.norm1 = NORMS[norm_layer](dim)
         self.attn = Attention(dim, num_heads, qkv_bias, proj_bias, rel_pos_bias, rope)
         self.ls1 = LayerScale(dim, init_values) if init_values is not None else nn.Identity()
@@ -178,7 +187,7 @@ class Block(nn.Module):
         self.ls2 = LayerScale(dim, init_values) if init_values is not None else nn.Identity()
         self.drop_path2 = DropPath(drop_path) if drop_path else nn.Identity()
 
-    def forward(self, x: Tensor, grid: Grid | None = None) -> BlockTrace:
+    def forward(self, x: Tensor, grid: Grid | None = None) -> BlockOutput:
         """grid: of the patches among the tokens x; needed where attention knows of relative or rotary positions."""
         update, q, k, bias = self.attn(x if self.post_norm else self.norm1(x), grid)
         middle = x + self.drop_path1(self.ls1(update))
@@ -187,7 +196,7 @@ class Block(nn.Module):
             out = self.norm2(middle + self.drop_path2(self.ls2(self.mlp(middle))))
         else:
             out = middle + self.drop_path2(self.ls2(self.mlp(self.norm2(middle))))
-        return BlockTrace(self.index, x, q, k, self.attn.scale, bias, update, out)
+        return BlockOutput(q, k, bias, update, out)
 
 
 class VisionTransformer(nn.Module):
@@ -252,7 +261,7 @@ class VisionTransformer(nn.Module):
         rates = [drop_path * index / max(depth - 1, 1) for index in range(depth)]  # stochastic depth grows linearly
         self.blocks = nn.ModuleList(
             Block(
-                embed_dim, num_heads, mlp_ratio, qkv_bias, proj_bias, init_values, rates[index], index, norm_layer,
+                embed_dim, num_heads, mlp_ratio, qkv_bias, proj_bias, init_values, rates[index], norm_layer,
                 post_norm,
                 rel_pos_bias=RelativePositionBias(self.grid_size, num_heads) if rel_pos_bias else None,
                 rope=RotaryEmbedding(embed_dim // num_heads, reg_tokens) if rope else None,
@@ -270,6 +279,11 @@ class VisionTransformer(nn.Module):
     @property
     def has_cls(self) -> bool:
         return self.cls_token is not None
+
+    def compile_blocks(self) -> None:
+        """Compile each block where it stands; blocks of one kind share the code, which takes a minute to make."""
+        for block in self.blocks:
+            block.compile()
 
     def check_blocks(self, blocks: Sequence[int]) -> None:
         for block in blocks:
@@ -298,10 +312,10 @@ class VisionTransformer(nn.Module):
 
     def trace_tokens(self, tokens: Tensor, grid: Grid | None = None) -> Iterator[BlockTrace]:
         """Run the blocks on embedded tokens (B,N,D), yielding each as it is computed; grid as in Block.forward."""
-        for block in self.blocks:
-            step = block(tokens, grid)
-            tokens = step.out
-            yield step
+        for index, block in enumerate(self.blocks):
+            q, k, bias, update, out = block(tokens, grid)
+            yield BlockTrace(index, tokens, q, k, block.attn.scale, bias, update, out)
+            tokens = out
 
     def trace(self, images: Tensor) -> Iterator[BlockTrace]:
         """Images (B,3,h,w) -> one BlockTrace per block, in order; stop iterating to skip the blocks that follow."""
@@ -332,17 +346,26 @@ class VisionTransformer(nn.Module):
         if cls_attention:
             if not self.has_cls:
                 raise ValueError("this encoder has no [cls] token, hence no [cls] attention")
-            with torch.autocast(step.q.device.type, enabled=False):  # in float32, whatever the caller's precision
-                logits = (step.q[:, :, 0:1].float() @ step.k.float().transpose(-2, -1)).squeeze(2) * step.scale
-                if step.logit_bias is not None:
-                    logits = logits + step.logit_bias[:, 0]
-                attention = logits.softmax(-1)[..., prefix:]
+            attention = attention_from_cls(step, prefix)
         return Features(
             cls=step.out[:, 0] if self.has_cls else None,
             registers=step.out[:, prefix - self.num_registers : prefix],
             patches=step.out[:, prefix:],
             cls_attention=attention,
         )
+
+
+def attention_from_cls(step: BlockTrace, num_prefix: int) -> Tensor:
+    """(B,H,M) the [cls] row of a block's attention over the patches, softmax over all N keys.
+
+    In float32 or better, whatever the caller's autocast.
+    """
+    dtype = torch.promote_types(step.q.dtype, torch.float32)
+    with torch.autocast(step.q.device.type, enabled=False):
+        logits = (step.q[:, :, 0:1].to(dtype) @ step.k.to(dtype).transpose(-2, -1)).squeeze(2) * step.scale
+        if step.logit_bias is not None:
+            logits = logits + step.logit_bias[:, 0]
+        return logits.softmax(-1)[..., num_prefix:]
 
 
 class ClsClassifier(nn.Module):

@@ -58,6 +58,7 @@ def _imagenette(root: Path, split: str) -> datasets.Imagenette:
             f"{folder}/{split} holds {len(images)} images instead of {IMAGENETTE_IMAGES[split]}: "
             "its extraction was interrupted; remove the folder and start again"
         )
+    images.targets = [label for _, label in images._samples]  # as other data sets of torchvision have them
     return images
 
 

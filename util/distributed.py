@@ -99,6 +99,15 @@ def gather_rows(value: Tensor) -> Tensor:
     return torch.cat([part[:n] for part, n in zip(gather_tensors(padded), lengths, strict=True)])
 
 
+def gather_objects(value: object) -> list:
+    """The value of every rank, in rank order, on every rank: plain data and tensors on the CPU, of any size."""
+    if world_size() == 1:
+        return [value]
+    parts = [None] * world_size()
+    dist.all_gather_object(parts, value)
+    return parts
+
+
 def average_gradients(parameters: list[Tensor]) -> None:
     """Replace each gradient by its mean over ranks, in one exchange."""
     if world_size() == 1:

@@ -50,6 +50,11 @@ def draw_attention(results: Sequence[dict], metrics: Sequence[str], target: Path
         axis.remove()
     handles["uniform attention"] = Line2D([], [], **REFERENCE)
     figure.legend(handles.values(), handles, loc="outside upper center", ncols=min(len(handles), 6), frameon=False)
+    save_figure(figure, target)
+
+
+def save_figure(figure: Figure, target: Path) -> None:
+    """Write a figure whole; the format follows the target's suffix."""
     with atomic_path(target) as temporary:
         figure.savefig(temporary, format=Path(target).suffix.removeprefix(".") or "png", dpi=160)
 
@@ -85,3 +90,18 @@ def draw_panel(axis: Axes, name: str, results: Sequence[dict], handles: dict[str
     axis.grid(axis="y", linewidth=0.4, alpha=0.6)
     if metric["unit"] != "nats":
         axis.set_ylim(bottom=0)
+
+
+def draw_token_maps(tsne: dict, label: str, target: Path) -> None:
+    """The t-SNE of tsne.json: a panel per block, a point per patch token, a colour per class."""
+    maps, classes = tsne["maps"], list(dict.fromkeys(tsne["classes"]))
+    figure = Figure(figsize=(3.6 * len(maps), 3.9), layout="constrained")
+    axes = figure.subplots(1, len(maps), squeeze=False)[0]
+    for axis, one in zip(axes, maps, strict=True):
+        for points, name in zip(one["points"], tsne["classes"], strict=True):
+            axis.scatter(*zip(*points, strict=True), s=2, color=COLOURS[classes.index(name) % len(COLOURS)])
+        axis.set_title(f"block {one['block'] + 1}", fontsize=11)
+        axis.set_xticks([])
+        axis.set_yticks([])
+    figure.suptitle(f"{label}: patch tokens of {len(tsne['classes'])} images, t-SNE", fontsize=11)
+    save_figure(figure, target)

@@ -1,0 +1,208 @@
+"""Sums over attention rows (and columns) without an attention matrix: one definition, three ways to compute it.
+
+Letters: B images, N tokens (prefix first), P prefix tokens ([cls], then registers), M patches on a grid, H heads,
+d head width. Query i meets key j with the logit s_ij; p_ij is the softmax of s_ij over the patch keys j alone.
+
+"explicit" states the definitions, some queries at a time. "fused" makes the same sums out of calls of fused attention
+on the CPU. "triton" is one kernel on CUDA (attention_triton.py). Memory is O(N d) in the last two, and no epsilon is
+added anywhere.
+"""
+
+import importlib.util
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Grid = tuple[int, int]  # rows and columns of patches
+QUERY_CHUNK = 64  # queries per explicit step: N x 64 logits of a head fit in a CPU's cache
+
+# The rounding of the logits limits float32: errors (nats, or relative for probabilities) measured at d = 64 grow with
+# the largest logit, by up to 6e-7 times it where q is parallel to k. Heads beyond this value are reduced in float64.
+FLOAT32_LOGITS = 12.0
+
+
+class Sums(NamedTuple):
+    """What is summed up for every query or key, up to one shift per query that is common to all its logits."""
+
+    own: Tensor  # (B,H,N) s_ii
+    prefix: Tensor  # (B,H,N,P) s_ij of the prefix keys
+    patches: Tensor  # (B,H,N) log-sum-exp of s_ij over the patch keys
+    patch_entropy: Tensor  # (B,H,N) nats; - sum_j p_ij ln p_ij
+    distance: Tensor | None = None  # (B,H,M) of the patch queries, in patches; sum_j p_ij |r_i - r_j|
+    received: Tensor | None = None  # (B,H,M) of the patch keys; sum of p_ij over the patch queries i
+
+
+def patch_distances(grid: Grid, device: torch.device | str = "cpu") -> Tensor:
+    """(M,M) Euclidean distances between the patches of a row-major grid, in patches; float64."""
+    axes = (torch.arange(side, dtype=torch.float64, device=device) for side in grid)
+    centres = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 1)
+    return torch.cdist(centres, centres, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+def explicit_sums(
+    q: Tensor, k: Tensor, scale: float, logit_bias: Tensor | None, num_prefix: int, grid: Grid,
+    distance: bool = False, received: bool = False,
+) -> Sums:  # fmt: skip
+    """The definitions, on the logits of some queries at a time."""
+    distances = patch_distances(grid, q.device).to(q.dtype) if distance else None
+    chunks, columns = [], None
+    for start in range(0, q.shape[2], QUERY_CHUNK):
+        queries = slice(start, start + QUERY_CHUNK)
+        logits = q[:, :, queries] @ k.transpose(-2, -1) * scale
+        if logit_bias is not None:
+            logits = logits + logit_bias[:, queries].to(logits.dtype)
+        own = logits.diagonal(offset=start, dim1=-2, dim2=-1)
+        prefix, patches = logits.split([num_prefix, logits.shape[-1] - num_prefix], dim=-1)
+        lse = patches.logsumexp(-1)
+        attention = (patches - lse[..., None]).exp()
+        entropy = torch.special.entr(attention).sum(-1)
+        of_patches = attention[:, :, max(num_prefix - start, 0) :]
+        reach = None
+        if distance:
+            first = max(start - num_prefix, 0)
+            reach = (of_patches * distances[first : first + of_patches.shape[2]]).sum(-1)
+        if received:
+            columns = of_patches.sum(2) if columns is None else columns + of_patches.sum(2)
+        # a view would keep the chunk's logits alive
+        chunks.append(Sums(own.clone(), prefix.clone(), lse, entropy, reach))
+    parts = zip(*chunks, strict=True)
+    joined = [None if part[0] is None else torch.cat(part, dim=2) for part in parts]
+    return Sums(*joined)._replace(received=columns)
+
+
+def fused_sums(
+    q: Tensor, k: Tensor, scale: float, logit_bias: Tensor | None, num_prefix: int, grid: Grid,
+    distance: bool = False, received: bool = False,
+) -> Sums:  # fmt: skip
+    """The same from fused attention over the patch keys, which returns lse_i and sum_j p_ij v_j for any values v.
+
+    With the keys as values,  entropy_i = lse_i - sum_j p_ij s_ij = lse_i - scale q_i . sum_j p_ij k_j - sum_j p_ij b_ij
+    (b the logit bias). With the roles exchanged and -lse_i added to the logits of query i, now a key, the log-sum-exp
+    that is returned for key j is the logarithm of sum_i p_ij.
+    """
+    patches = k[:, :, num_prefix:]
+    own, prefix = (q * k).sum(-1) * scale, q @ k[:, :, :num_prefix].transpose(-2, -1) * scale
+    bias = None
+    if logit_bias is not None:
+        bias = logit_bias.to(q.dtype)
+        own, prefix = own + bias.diagonal(dim1=-2, dim2=-1), prefix + bias[:, :, :num_prefix]
+        bias = bias[:, :, num_prefix:]
+    mean_key, lse = fused_attention(q, patches, patches, scale, bias)
+    entropy = lse - (q * mean_key).sum(-1) * scale
+    if bias is not None:
+        entropy = entropy - expectation(q, patches, scale, bias, bias)
+
+    reach = columns = None
+    queries, bias = q[:, :, num_prefix:], None if bias is None else bias[:, num_prefix:]
+    if distance:
+        reach = expectation(queries, patches, scale, bias, patch_distances(grid).to(q.dtype)[None])
+    if received:
+        shifts = -lse[:, :, None, num_prefix:]
+        if bias is None:
+            columns = fused_attention(patches, queries, queries, scale, shifts)[1].exp()
+        else:  # one image at a time, so that the sum of bias and shifts is no larger than the bias
+            images = (
+                fused_attention(keys, image, image, scale, bias.transpose(-2, -1) + shift)[1].exp()
+                for keys, image, shift in zip(patches.split(1), queries.split(1), shifts.split(1), strict=True)
+            )
+            columns = torch.cat(list(images))
+    # rounding can leave the entropy of a one-hot row at -1e-7
+    return Sums(own, prefix, lse, entropy.clamp(min=0), reach, columns)
+
+
+def fused_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(B,H,Q,d), (B,H,K,d), (B,H,K,d), addition to the logits -> mean value (B,H,Q,d), log-sum-exp (B,H,Q)."""
+    if mask is not None:
+        mask = mask.expand(*q.shape[:3], k.shape[2])
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask, scale=scale)
+
+
+def expectation(q: Tensor, k: Tensor, scale: float, bias: Tensor | None, values: Tensor) -> Tensor:
+    """sum_j p_ij v_ij for values (1 or H,Q,K) that differ by query: (B,H,Q).
+
+    The values of d queries are the columns of the d-wide value vectors of one fused call, whose output has what is
+    wanted on its diagonal: in all, the arithmetic of one attention, and nothing of the size of its matrix.
+    """
+    length, width = q.shape[2:]
+    columns = F.pad(values.transpose(-2, -1), (0, -length % width))  # the kernel wants d columns
+    parts = []
+    for start in range(0, length, width):
+        queries = q[:, :, start : start + width]
+        mask = None if bias is None else bias[:, start : start + width]
+        v = columns[:, :, start : start + width].expand(*k.shape[:2], -1, -1)
+        parts.append(fused_attention(queries, k, v, scale, mask)[0].diagonal(dim1=-2, dim2=-1))
+    return torch.cat(parts, dim=-1)
+
+
+def triton_sums(*operands, **wanted) -> Sums:
+    """The same from one pass of a Triton kernel over the keys."""
+    from attention_triton import attention_sums  # needs triton, which comes with PyTorch for CUDA only
+
+    return attention_sums(*operands, **wanted)
+
+
+REDUCTIONS: dict[str, Callable[..., Sums]] = {"explicit": explicit_sums, "fused": fused_sums, "triton": triton_sums}
+
+
+def choose_reduction(reduction: str, device: torch.device) -> str:
+    """The reduction on a device: "auto" is the fastest there. ValueError for one that cannot run."""
+    has_triton = importlib.util.find_spec("triton") is not None
+    fastest = "fused" if device.type == "cpu" else "triton" if device.type == "cuda" and has_triton else "explicit"
+    if reduction not in ("auto", "explicit", fastest):
+        raise ValueError(
+            f"--reduction {reduction} does not run on {device.type}"
+            f"{'' if has_triton or reduction != 'triton' else ' without triton'}: use auto or explicit"
+        )
+    return fastest if reduction == "auto" else reduction
+
+
+def attention_sums(
+    q: Tensor, k: Tensor, scale: float, logit_bias: Tensor | None, num_prefix: int, grid: Grid,
+    distance: bool = False, received: bool = False, reduction: str = "auto",
+) -> Sums:  # fmt: skip
+    """Queries and keys (B,H,N,d) -> Sums in float64, as exact as their type deserves.
+
+    All reductions accumulate in float32 or better. Of float32 (and wider) inputs, heads of an image whose logits are so
+    large that float32 would err by more than 1e-5 (nats, or relative for probabilities) are reduced in float64; float16
+    and bfloat16 inputs have lost more than that already. Autocast around the caller is ignored.
+    Raises ValueError for a reduction that does not run on the device of the inputs.
+    """
+    reduction = choose_reduction(reduction, q.device)
+    with torch.autocast(q.device.type, enabled=False):
+        if reduction == "triton":  # which converts as it loads
+            sums = triton_sums(q, k, scale, logit_bias, num_prefix, grid, distance=distance, received=received)
+        else:
+            dtype = torch.promote_types(q.dtype, torch.float32)
+            wide_q, wide_k = q.to(dtype), k.to(dtype)
+            # One vector taken from all keys shifts a row's logits by one number, which softmax does not see. Without
+            # the mean patch key, logits are small where they differ little, however large their common part is.
+            wide_k = wide_k - wide_k[:, :, num_prefix:].mean(2, keepdim=True)
+            operands = (wide_q, wide_k, scale, logit_bias, num_prefix, grid, distance, received)
+            sums = REDUCTIONS[reduction](*operands)
+        sums = Sums(*(None if part is None else part.double() for part in sums))
+        if q.dtype == torch.float32:
+            refine(sums, q, k, scale, logit_bias, num_prefix, grid, distance, received, reduction)
+    return sums
+
+
+def refine(sums: Sums, q, k, scale, logit_bias, num_prefix, grid, distance, received, reduction) -> None:
+    """Replace in place what float32 cannot say exactly, heads of an image with large logits, by the same in float64."""
+    largest = sums.patches.abs().amax(-1)  # a log-sum-exp is no smaller than the largest logit
+    for logits in (sums.own, sums.prefix.flatten(2)):
+        if logits.shape[-1]:
+            largest = torch.maximum(largest, logits.abs().amax(-1))
+    inexact = ~(largest <= FLOAT32_LOGITS)  # NaN is not exact either
+    if not inexact.any():
+        return
+    in_float64 = REDUCTIONS["explicit" if reduction == "triton" else reduction]
+    for head in inexact.any(0).nonzero().flatten().tolist():
+        images = inexact[:, head].nonzero().flatten()
+        pair = (tokens[images, head : head + 1].double() for tokens in (q, k))
+        bias = None if logit_bias is None else logit_bias[head : head + 1].double()
+        exact = in_float64(*pair, scale, bias, num_prefix, grid, distance, received)
+        for part, replacement in zip(sums, exact, strict=True):
+            if part is not None:
+                part[images, head] = replacement[:, 0]

@@ -1,0 +1,54 @@
+"""Moments over images, streaming: exact for any split into batches or processes."""
+
+from torch import Tensor
+
+
+class Moments:
+    """Mean and second moment over images of K numbers, streaming in float64.
+
+    The result does not depend on how the images are split into batches or ranks (to rounding, about 1e-15 relative).
+    Source: Chan, Golub, LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances", 1979.
+    """
+
+    def __init__(self, count: int = 0, mean: Tensor | float = 0.0, squares: Tensor | float = 0.0):
+        self.count = count
+        self.mean = mean  # (K,)
+        self.squares = squares  # (K,) sums of squared deviations from the mean
+
+    @staticmethod
+    def squared(deviations: Tensor) -> Tensor:
+        """What the second moment sums up over the images: (B,K) -> (K,)."""
+        return deviations.square().sum(0)
+
+    def update(self, values: Tensor) -> None:
+        """Add one batch of at least one image, (B,K)."""
+        values = values.double()
+        mean = values.mean(0)
+        self.merge(type(self)(len(values), mean, self.squared(values - mean)))
+
+    def merge(self, other: "Moments") -> None:
+        """Add the images that another has seen; either may have seen none."""
+        count = self.count + other.count
+        if other.count == 0:
+            return
+        delta = other.mean - self.mean
+        self.mean = self.mean + delta * (other.count / count)
+        between = self.squared(delta[None]) * (self.count * other.count / count)
+        self.squares = self.squares + other.squares + between
+        self.count = count
+
+    def std(self) -> Tensor:
+        """(K,) over the images (population)."""
+        return (self.squares / self.count).sqrt()
+
+
+class Covariance(Moments):
+    """The same with the covariances of the K numbers: `squares` is (K,K)."""
+
+    @staticmethod
+    def squared(deviations: Tensor) -> Tensor:
+        return deviations.T @ deviations
+
+    def matrix(self) -> Tensor:
+        """(K,K) covariance over the images (population)."""
+        return self.squares / self.count
