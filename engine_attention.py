@@ -60,20 +60,20 @@ class Recorder:
         records = {place: record for place, record in observed.items() if not METRICS[place[0]].over_images}
         for place, vectors in observed.items():
             if place not in records:
-                self.covariances.setdefault(place, Covariance()).update(vectors)
+                self.covariances.setdefault(place, Covariance()).update(vectors.cpu())
         if records:
             self.widths = {place: record.shape[1] for place, record in records.items()}
-            self.moments.update(torch.cat(list(records.values()), dim=1))
+            self.moments.update(torch.cat(list(records.values()), dim=1).cpu())
 
-    def all_reduce(self) -> None:
-        """Merge the images of all ranks in the order of the ranks: the same bits everywhere, and in every run."""
-        ranks: list[Recorder] = gather_objects(self)
-        self.__init__()
-        for rank in ranks:
-            self.widths = self.widths or rank.widths
-            self.moments.merge(rank.moments)
+    def all_ranks(self) -> "Recorder":
+        """Of all images: ranks are merged in their order, which gives the same bits everywhere and in every run."""
+        total = Recorder()
+        for rank in gather_objects(self):
+            total.widths = total.widths or rank.widths
+            total.moments.merge(rank.moments)
             for place, covariance in rank.covariances.items():
-                self.covariances.setdefault(place, Covariance()).merge(covariance)
+                total.covariances.setdefault(place, Covariance()).merge(covariance)
+        return total
 
     def results(self) -> dict[Place, dict]:
         """count, mean and std over the images of the summary, and of each number per axis, as JSON has them."""
@@ -128,5 +128,4 @@ def measure(
         recorder.add(observed)
         seen += len(images)
         bar.set_postfix_str(f"{seen / (time.perf_counter() - start):.0f} images/s")
-    recorder.all_reduce()
-    return recorder.results()
+    return recorder.all_ranks().results()
