@@ -125,11 +125,11 @@ def tiles(B: int, H: int, N: int, element_size: int) -> Iterator[tuple[slice, sl
         )
 
 
-def triton_sums(*operands, **wanted) -> Sums:
+def triton_sums(*operands) -> Sums:
     """The same from one pass of a Triton kernel over the keys."""
     from attention_triton import attention_sums  # needs triton, which comes with PyTorch for CUDA only
 
-    return attention_sums(*operands, **wanted)
+    return attention_sums(*operands)
 
 
 REDUCTIONS: dict[str, Callable[..., Sums]] = {"explicit": explicit_sums, "tiled": tiled_sums, "triton": triton_sums}
@@ -159,17 +159,18 @@ def attention_sums(
     Raises ValueError for a reduction that does not run on the device of the inputs.
     """
     reduction = choose_reduction(reduction, q.device)
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    if reduction == "triton" and dtype == torch.float64:
+        reduction = "explicit"  # the kernel has no float64
     with torch.autocast(q.device.type, enabled=False):
-        if reduction == "triton":  # which converts as it loads
-            sums = triton_sums(q, k, scale, logit_bias, num_prefix, grid, distance=distance, received=received)
-        else:
-            dtype = torch.promote_types(q.dtype, torch.float32)
+        wide_q, wide_k = q, k
+        if reduction != "triton" or q.dtype == torch.float32:  # the kernel converts half precision as it loads
             wide_q, wide_k = q.to(dtype), k.to(dtype)
             # One vector taken from all keys shifts a row's logits by one number, which softmax does not see. Without
             # the mean patch key, logits are small where they differ little, however large their common part is.
             wide_k = wide_k - wide_k[:, :, num_prefix:].mean(2, keepdim=True)
-            operands = (wide_q, wide_k, scale, logit_bias, num_prefix, grid, distance, received)
-            sums = REDUCTIONS[reduction](*operands)
+        operands = (wide_q, wide_k, scale, logit_bias, num_prefix, grid, distance, received)
+        sums = REDUCTIONS[reduction](*operands)
         sums = Sums(*(None if part is None else part.double() for part in sums))
         if q.dtype == torch.float32:
             refine(sums, q, k, scale, logit_bias, num_prefix, grid, distance, received, reduction)

@@ -67,8 +67,9 @@ def reduce_attention(
     probabilities), however large the logits; "auto" takes the fastest of the device. wanted: optional fields to
     compute; "distance" needs the sizes. ValueError for a reduction that does not run on the device.
     """
+    grid = sizes.grid if sizes else (1, trace.q.shape[2] - num_prefix)
     sums = attention_sums(
-        trace.q, trace.k, trace.scale, trace.logit_bias, num_prefix, sizes.grid if sizes else (1, 1),
+        trace.q, trace.k, trace.scale, trace.logit_bias, num_prefix, grid,
         distance="distance" in wanted, received="received" in wanted, reduction=reduction,
     )  # fmt: skip
     lse = torch.cat([sums.patches[..., None], sums.prefix], dim=-1).logsumexp(-1)

@@ -7,23 +7,12 @@ Both kernels hold BLOCK rows and pass over the columns, STEP at a time: rows are
 way round for what a key receives. WIDTH is d padded to a power of two.
 """
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-
-class Sums(NamedTuple):
-    """What a block's attention amounts to, in float32. A query with no patch key (all -inf) has 0 for sums over p."""
-
-    own: Tensor  # (B,H,N) s_ii
-    prefix: Tensor  # (B,H,N,P) s_ij of the prefix keys
-    patches: Tensor  # (B,H,N) log-sum-exp of s_ij over the patch keys
-    patch_entropy: Tensor  # (B,H,N) nats, -sum_j p_ij ln p_ij
-    distance: Tensor | None  # (B,H,M) in patches, of the patch queries: sum_j p_ij |r_i - r_j|, r = (row, column)
-    received: Tensor | None  # (B,H,M) of the patch keys: sum of p_ij over the patch queries
+from attention_reductions import Sums
 
 
 @triton.jit
@@ -163,7 +152,9 @@ def attention_sums(
     distance: bool = False,
     received: bool = False,
 ) -> Sums:
-    """Queries and keys (B,H,N,d), strided as they come, and a bias (H,N,N) or None -> Sums, without gradients.
+    """Queries and keys (B,H,N,d), strided as they come, and a bias (H,N,N) or None -> Sums without gradients.
+
+    A query whose patch logits are all -inf has 0 for sums over p.
 
     Inputs are float32, bfloat16 or float16; sums are float32 throughout and rounding of the logits is their largest
     error, about 1e-7 times the largest logit. grid: rows and columns of patches, row-major after the prefix.

@@ -22,9 +22,8 @@ def applicable(names: Collection[str], backbone: VisionTransformer) -> dict[str,
     absent |= {"registers"} if not backbone.num_registers else set()
     found = {name: METRICS[name] for name in METRICS if name in names and not absent & set(METRICS[name].needs)}
     if not found:
-        raise ValueError(
-            f"--metrics {' '.join(names)}: not for an encoder without {' and '.join(sorted(absent))} tokens"
-        )
+        missing = " and ".join(f"no {'[cls]' if token == 'cls' else 'register'} token" for token in sorted(absent))
+        raise ValueError(f"--metrics {' '.join(names)}: this encoder has {missing}")
     return found
 
 

@@ -14,8 +14,9 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main_analyze_attention
-from attention_stats import METRICS, REFERENCES, reduce_attention
-from main_analyze_attention import get_args_parser
+from attention_stats import GROUPS, METRICS, REFERENCES, Sizes, reduce_attention
+from engine_attention import applicable, measure
+from main_analyze_attention import get_args_parser, images_of_few_classes
 from models_vit import build_vit
 from util.arguments import parse, run_main
 from util.checkpoints import save_encoder
@@ -25,6 +26,9 @@ from util.seeding import seeded
 ROOT = Path(__file__).resolve().parent.parent
 IMAGES = 37  # odd, so that no batch size and no number of processes divides it
 FLAGS = ["--model", "vit_demo_patch8", "--input_size", "32", "--amp", "float32", "--device", "cpu"]
+FLAGS += ["--metrics", "all"]
+SIZES = Sizes(tokens=17, patches=16, registers=0, grid=(4, 4), patch_size=8)
+WITHOUT_REGISTERS = [name for name, metric in METRICS.items() if "registers" not in metric.needs]
 
 
 @pytest.fixture(scope="module")
@@ -51,14 +55,18 @@ def result(images, tmp_path_factory) -> dict:
 
 
 def numbers(result: dict) -> dict[str, np.ndarray]:
-    """{metric: (blocks, numbers of a block)}"""
+    """{metric: (blocks, numbers of a block)}, of tokens also what enters the first block"""
+
+    def flat(block: dict) -> list[float]:
+        lists = (value if isinstance(value, list) else [value] for key, value in block.items() if key != "block")
+        return [number for values in lists for number in values if number is not None]
+
     return {
-        name: np.array([
-            [block["count"], block["mean"], block["std"], *block["mean_per_head"], *block["std_per_head"]]
-            for block in metric["blocks"]
-        ])
+        name: np.array(
+            [flat(block) for block in [metric[key] for key in ("embedding",) if key in metric] + metric["blocks"]]
+        )
         for name, metric in result["metrics"].items()
-    }  # fmt: skip
+    }
 
 
 def assert_same_numbers(result: dict, expected: dict) -> None:
@@ -99,34 +107,84 @@ def test_numbers_are_means_and_deviations_over_the_images(images, result):
     with seeded("weights", 0):
         model = build_vit("vit_demo_patch8").eval()
     transform = eval_transform(32)
-    values = {name: [] for name in METRICS}
+    names = [name for name in WITHOUT_REGISTERS if not METRICS[name].over_images]
+    values = {name: [] for name in names}
     with torch.no_grad():
         for image, _ in build_dataset("image_folder", images, "val"):
             for step in model.trace(transform(image)[None]):
-                reduced = reduce_attention(step, 1, True, "explicit")
-                for name, metric in METRICS.items():
-                    values[name].append(metric.compute(reduced)[0].double().numpy())
+                reduced = reduce_attention(
+                    step, 1, True, "explicit", ("cls_attention", "distance", "received"), sizes=SIZES
+                )
+                patches = step.out[:, 1:].unflatten(1, (4, 4))
+                for name in names:
+                    metric = METRICS[name]
+                    values[name].append(metric.record(patches if metric.of_tokens else reduced)[0].double().numpy())
     for name, found in values.items():
-        per_head = np.array(found).reshape(IMAGES, model.depth, -1)
-        average = per_head.mean(2)
+        record = np.array(found).reshape(IMAGES, model.depth, -1)
+        axis = METRICS[name].axis
         for index, block in enumerate(result["metrics"][name]["blocks"]):
             assert (block["block"], block["count"]) == (index, IMAGES)
-            np.testing.assert_allclose(block["mean"], average[:, index].mean(), rtol=1e-5)
-            np.testing.assert_allclose(block["std"], average[:, index].std(), rtol=1e-3, atol=1e-6)
-            np.testing.assert_allclose(block["mean_per_head"], per_head[:, index].mean(0), rtol=1e-5)
+            mean, std = record[:, index].mean(0), record[:, index].std(0)
+            np.testing.assert_allclose(block["mean"], mean[0], rtol=1e-5)
+            np.testing.assert_allclose(block["std"], std[0], rtol=1e-3, atol=1e-6)
+            assert (axis is None) == (not any(key.startswith("mean_per") for key in block))
+            if axis is not None:
+                np.testing.assert_allclose(block[f"mean_per_{axis}"], mean[1:], rtol=1e-5, atol=1e-9)
+
+
+def test_image_level_spectrum_is_that_of_the_mean_tokens_of_all_images(images, result):
+    with seeded("weights", 0):
+        model = build_vit("vit_demo_patch8").eval()
+    with torch.no_grad():
+        batch = torch.stack([eval_transform(32)(image) for image, _ in build_dataset("image_folder", images, "val")])
+        steps = list(model.trace(batch))
+    metric = result["metrics"]["image_log_singular_values"]
+    tokens = [steps[0].x, *(step.out for step in steps)]
+    for block, stream in zip([metric["embedding"], *metric["blocks"]], tokens, strict=True):
+        means = stream[:, 1:].double().mean(1).numpy()
+        spectrum = np.log(np.linalg.svd(np.cov(means.T, bias=True), compute_uv=False)[: IMAGES - 1])
+        np.testing.assert_allclose(block["mean_per_rank"], spectrum, atol=1e-4)
+        assert block["count"] == IMAGES and block["std"] is None
 
 
 def test_result_says_what_was_measured(result):
     assert (result["images"], result["patches"], result["tokens"], result["heads"]) == (IMAGES, 16, 17, 4)
     assert result["random_weights"] and result["encoder"]["sha256"] is None
     assert {"command", "commit", "versions", "legend", "amp", "reduction"} <= result.keys()
-    assert list(result["metrics"]) == list(METRICS)
-    for name, metric in METRICS.items():
-        found = result["metrics"][name]
-        assert (found["unit"], found["definition"]) == (metric.unit, metric.definition)
-        for bound in ("upper", "uniform"):
+    assert list(result["metrics"]) == WITHOUT_REGISTERS
+    for name, found in result["metrics"].items():
+        metric = METRICS[name]
+        assert (found["unit"], found["definition"], found["axis"]) == (metric.unit, metric.definition, metric.axis)
+        for bound in ("lower", "upper", "uniform"):
             expected = getattr(metric, bound)
-            assert found[bound] == (expected and {"name": expected, "value": REFERENCES[expected](17, 16)})
+            assert found[bound] == (expected and {"name": expected, "value": REFERENCES[expected](SIZES)})
+
+
+def test_default_is_the_attention_flow_and_metrics_can_be_chosen_by_name_or_group(images, tmp_path):
+    argv = ["--data_path", str(images)]
+    assert main_analyze_attention.chosen_metrics(parse(get_args_parser(), argv).metrics) == list(GROUPS["flow"])
+    found = analyse(images, tmp_path, "--num_images", "2", "--metrics", "patch_patch_distance", "paper")
+    assert list(found["random_weights"]["metrics"]) == [
+        name for name in METRICS if name in (*GROUPS["paper"], "patch_patch_distance")
+    ]
+
+
+def test_token_map_holds_a_point_per_patch_of_eighteen_images(images, tmp_path):
+    analyse(images, tmp_path, "--num_images", "2", "--metrics", "cls_patch_entropy", "--tsne_blocks", "0", "5")
+    tsne = json.loads((tmp_path / "random_weights" / "tsne.json").read_text())
+    assert [one["block"] for one in tsne["maps"]] == [0, 5]
+    assert all(np.array(one["points"]).shape == (18, 16, 2) for one in tsne["maps"])
+    assert sorted(tsne["classes"]) == ["class0"] * 6 + ["class1"] * 6 + ["class2"] * 6
+    assert (tmp_path / "random_weights" / "tsne.png").exists()
+
+
+def test_images_of_the_token_map_are_of_few_classes_and_a_function_of_the_seed():
+    targets = [index % 5 for index in range(50)]
+    chosen = images_of_few_classes(targets, seed=0)
+    assert chosen == images_of_few_classes(targets, seed=0) != images_of_few_classes(targets, seed=1)
+    assert [len({targets[index] for index in chosen}), len(set(chosen))] == [3, 18]
+    assert len(images_of_few_classes(list(range(30)), seed=0)) == 18  # one image of each class
+    assert len(images_of_few_classes([0, 1, 1], seed=0)) == 3
 
 
 def test_several_encoders_share_a_figure_that_their_results_redraw(images, tmp_path, monkeypatch):
@@ -142,7 +200,7 @@ def test_several_encoders_share_a_figure_that_their_results_redraw(images, tmp_p
 
     board = EventAccumulator(str(out / "random"))
     board.Reload()
-    drawn = {name: [(event.step, event.value) for event in board.Scalars(name)] for name in METRICS}
+    drawn = {name: [(event.step, event.value) for event in board.Scalars(name)] for name in WITHOUT_REGISTERS}
     for name, metric in results["random"]["metrics"].items():
         assert drawn[name] == [(block["block"], pytest.approx(block["mean"])) for block in metric["blocks"]]
 
@@ -155,7 +213,7 @@ def test_several_encoders_share_a_figure_that_their_results_redraw(images, tmp_p
 
 def test_encoders_without_cls_have_the_metrics_of_patches_alone(images, tmp_path):
     found = analyse(images, tmp_path, "--no_cls_token", "--num_images", "3")["random_weights"]
-    assert set(found["metrics"]) == {name for name, metric in METRICS.items() if not metric.needs_cls}
+    assert set(found["metrics"]) == {name for name in WITHOUT_REGISTERS if "cls" not in METRICS[name].needs}
     assert found["tokens"] == found["patches"] and (tmp_path / "attention.png").exists()
 
 
@@ -170,7 +228,8 @@ def test_overflow_stops_the_analysis_at_the_first_batch():
     model.blocks[0].mlp.fc2.bias.data[0] = float("inf")
     batches = [Sample(torch.zeros(2, 3, 64, 64), torch.zeros(2), torch.arange(2), torch.zeros(2, 0)), None]
     with pytest.raises(FloatingPointError, match=r"not finite in .*; use another --amp"):
-        main_analyze_attention.measure(model, batches, torch.float32, "auto", torch.device("cpu"))
+        metrics = applicable(["patch_patch_entropy"], model)
+        measure(model, batches, metrics, SIZES._replace(grid=(8, 8)), torch.float32, "auto", torch.device("cpu"))
 
 
 def test_folder_without_splits_is_analysed_whole(images, tmp_path, result):
@@ -190,6 +249,10 @@ def test_folder_without_splits_is_analysed_whole(images, tmp_path, result):
         (["--finetune", "", ""], "encoders share a name"),
         (["--finetune", "", "", "--label", "a", "b", "--family", "mae", "mae", "mae"], "3 values for 2 encoders"),
         (["--input_size", "36"], "not divisible by the patch size"),
+        (["--metrics", "entropy"], "--metrics entropy: choose from the groups paper, flow, park, all"),
+        (["--no_cls_token", "--metrics", "cls_patch_entropy"], "this encoder has no [cls] token and no register token"),
+        (["--tsne_blocks", "6"], "block 6 does not exist"),
+        (["--reduction", "triton"], "--reduction triton does not run on cpu"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -67,7 +67,7 @@ def draw_panel(axis: Axes, name: str, results: Sequence[dict], handles: dict[str
             continue
         metric = result["metrics"][name]
         colour, dash = COLOURS[number % len(COLOURS)], DASHES[number // len(COLOURS) % len(DASHES)]
-        mean, std = ([block[key] for block in metric["blocks"]] for key in ("mean", "std"))
+        mean, std = ([block[key] or 0 for block in metric["blocks"]] for key in ("mean", "std"))
         blocks = range(1, len(mean) + 1)
         (line,) = axis.plot(blocks, mean, dash, color=colour, marker="o", markersize=3, linewidth=1.6)
         low, high = ([m + sign * s for m, s in zip(mean, std, strict=True)] for sign in (-1, 1))
