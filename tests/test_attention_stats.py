@@ -9,13 +9,13 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import attention_reductions
-from attention_reductions import FLOAT32_LOGITS, MIN_TILE_ROWS, REDUCTIONS, TILE_BYTES, choose_reduction, tiles
+from attention_reductions import FLOAT32_LOGITS, REDUCTIONS, TILE_BYTES, choose_reduction, tiles
 from attention_stats import GROUPS, METRICS, PAPER_METRICS, REFERENCES, Reduced, Sizes, reduce_attention
 from models_vit import BlockTrace, attention_from_cls, build_vit
 
 B, H, D_HEAD, M = 2, 3, 64, 70  # M is no multiple of the query chunk
 GRID, PATCH = (7, 10), 16  # of M patches
-ON_CPU = ("explicit", "tiled")
+ON_CPU = ("explicit", "tiled", "fused")
 WANTED = {need for metric in METRICS.values() for need in metric.needs}
 ATTENTION_METRICS = {name: metric for name, metric in METRICS.items() if not metric.of_tokens}
 
@@ -248,21 +248,20 @@ def test_half_precision_inputs_lose_nothing_in_the_reduction(reduction, dtype):
     assert (ours - exact).abs().max() <= 2 * (low - exact).abs().max()
 
 
-@pytest.mark.parametrize("tile_bytes", [1, 4 * 75 * 80, 4 * 75 * 75 * 4])
+@pytest.mark.parametrize("heads_together", [1, 2, 3, 4, 6])
 @pytest.mark.parametrize("case", ["registers", "bias", "no prefix", "registers without cls"])
-def test_tiles_of_queries_heads_and_images_give_the_same_sums(case, tile_bytes, monkeypatch):
-    monkeypatch.setattr(attention_reductions, "TILE_BYTES", tile_bytes)
-    monkeypatch.setattr(attention_reductions, "MIN_TILE_ROWS", 3)
+def test_tiles_of_any_number_of_heads_give_the_same_sums(case, heads_together, monkeypatch):
     trace, num_prefix, has_cls = CASES[case]
+    monkeypatch.setattr(attention_reductions, "TILE_BYTES", 4 * (num_prefix + M) ** 2 * heads_together)
     assert_metrics_match(reduced_by("tiled", trace, num_prefix, has_cls), trace, num_prefix, has_cls, 1e-5)
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 5), (3, 4, 50), (2, 12, 197), (64, 3, 17), (1, 2, 4097)])
-def test_tiles_cover_every_query_once_within_their_size(shape):
-    count = torch.zeros(shape, dtype=torch.int64)
-    for tile in tiles(*shape, element_size=4):
+@pytest.mark.parametrize(("B", "H", "N"), [(1, 1, 5), (3, 4, 50), (2, 12, 197), (64, 3, 17), (5, 16, 724)])
+def test_tiles_cover_every_head_once_within_their_size(B, H, N):
+    count = torch.zeros(B, H, dtype=torch.int64)
+    for tile in tiles(B, H, head_bytes=4 * N * N):
         count[tile] += 1
-        assert count[tile].numel() * shape[2] * 4 <= max(TILE_BYTES, MIN_TILE_ROWS * shape[2] * 4)
+        assert count[tile].numel() * 4 * N * N <= TILE_BYTES
     assert (count == 1).all()
 
 
@@ -322,7 +321,8 @@ def test_only_heads_with_large_logits_are_reduced_again_in_float64(monkeypatch):
 
 def test_automatic_choice_is_the_fastest_of_the_device_and_others_are_refused_with_the_reason():
     cpu = torch.device("cpu")
-    assert [choose_reduction(name, cpu) for name in ("auto", "tiled", "explicit")] == ["tiled", "tiled", "explicit"]
+    assert [choose_reduction("auto", cpu, tokens) for tokens in (197, 724, 725, 4097)] == ["tiled"] * 2 + ["fused"] * 2
+    assert [choose_reduction(name, cpu, 197) for name in ON_CPU] == list(ON_CPU)
     assert choose_reduction("auto", torch.device("mps")) == "explicit"
     with pytest.raises(ValueError, match="--reduction triton does not run on cpu: use auto or explicit"):
         choose_reduction("triton", cpu)
@@ -354,11 +354,11 @@ class LargestStorage(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("reduction", ON_CPU)
-def test_no_attention_matrix_is_built_or_kept(reduction):
+@pytest.mark.parametrize(("reduction", "wanted"), [("explicit", {"received"}), ("auto", {"received", "cls_attention"})])
+def test_no_attention_matrix_of_a_long_sequence_is_built_or_kept(reduction, wanted):
     q, k = torch.randn(2, 1, 1, 4097, 16) / 2
     with LargestStorage() as largest:
-        reduced = reduce_attention(make_trace(q, k), 1, True, reduction, {"received"})
+        reduced = reduce_attention(make_trace(q, k), 1, True, reduction, wanted)
     assert largest.bytes < 4 * 4097**2 / 10
     assert all(values.untyped_storage().nbytes() < 100_000 for values in reduced.patches)
 
