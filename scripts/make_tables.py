@@ -99,7 +99,7 @@ def entropy_row(result: dict, record: dict | None) -> Row:
     name = label if published in (None, label) else f"{published} ({label})"
     difference = DASH
     if record is not None and not obstacles:
-        difference = " / ".join(f"{value - record['value']:+.2f}" for value in values)
+        difference = " / ".join(f"{round(value - record['value'], 2) + 0:+.2f}" for value in values)
     return Row(
         (
             name, model_name(result), f"{patches}", f"{result['images']:,}" if has_cls else DASH,

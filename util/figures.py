@@ -58,13 +58,13 @@ def draw_attention(results: Sequence[dict], metrics: Sequence[str], target: Path
     """
     keys = [(result["label"], model_name(result)) for result in results]
     if twice := [key for key in keys if keys.count(key) > 1]:
-        raise ValueError(f"two results are called {twice[0][0]!r} ({twice[0][1]}): draw them apart, or relabel one")
+        raise ValueError(f"two results are both called {twice[0][0]!r} ({twice[0][1]}): draw them apart, or rename one")
     labels, models = (list(dict.fromkeys(names)) for names in zip(*keys, strict=True))
     columns = math.ceil(len(metrics) / math.ceil(len(metrics) / 4))  # of five, three and two
     chunks = [metrics[start : start + columns] for start in range(0, len(metrics), columns)]
     rows = [(model, chunk) for chunk in chunks for model in models]
     width = WIDTH if columns > 2 else WIDTH * (columns + 1) / 4
-    figure = Figure(figsize=(width, 1.7 * len(rows) + 0.3), layout="constrained")
+    figure = Figure(figsize=(width, 1.7 * len(rows) + 0.1), layout="constrained")
     axes = figure.subplots(len(rows), columns, squeeze=False)
     handles = {}  # of the legend, by what it says
     for line, (model, chunk) in zip(axes, rows, strict=True):
@@ -77,10 +77,9 @@ def draw_attention(results: Sequence[dict], metrics: Sequence[str], target: Path
             axis.remove()
     named = [word for word in (*labels, *LEGEND.values()) if word in handles]
     entry = 0.45 + 0.055 * max(map(len, named), default=0)  # inches
-    figure.legend(
-        [handles[word] for word in named], named, loc="outside upper center", frameon=False,
-        ncols=max(1, min(len(named), int(figure.get_figwidth() / entry))),
-    )  # fmt: skip
+    count = max(1, min(len(named), int(width / entry)))
+    figure.set_figheight(figure.get_figheight() + 0.15 * math.ceil(len(named) / count))
+    figure.legend([handles[word] for word in named], named, loc="outside upper center", frameon=False, ncols=count)
     save_figure(figure, target)
 
 
