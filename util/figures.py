@@ -157,8 +157,13 @@ def draw_references(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def encoder_panels(results: Sequence[dict], metrics: Sequence[str], height: float) -> tuple[Figure, dict]:
-    """A figure, and {metric: [(axis, result)]}: a row of panels per metric, more where encoders are many."""
+def encoder_panels(
+    results: Sequence[dict], metrics: Sequence[str], height: float, labels: float
+) -> tuple[Figure, dict[str, list[tuple[Axes, dict]]]]:
+    """A figure, and {metric: [(axis, result)]}: a row of panels per metric, more where encoders are many.
+
+    height: of a row, in inches; labels: what the labels of its vertical axis take, in points.
+    """
     columns = min(len(results), 8)
     chunks = [results[start : start + columns] for start in range(0, len(results), columns)]
     rows = [(name, chunk) for name in metrics for chunk in chunks]
@@ -177,14 +182,14 @@ def encoder_panels(results: Sequence[dict], metrics: Sequence[str], height: floa
                 mark_empty(axis)
         for axis in line[len(chunk) :]:
             axis.remove()
-        name_row(line[0], "\n".join(wrap(title(name), 18)), 28)
+        name_row(line[0], "\n".join(wrap(title(name), 18)), labels)
     return figure, panels
 
 
 @rc_context(STYLE)
 def draw_heads(results: Sequence[dict], metrics: Sequence[str], target: Path) -> None:
     """Heat maps, block x head: means over the images; a row per metric with a scale of its own, a panel per encoder."""
-    figure, panels = encoder_panels(results, metrics, height=1.3)
+    figure, panels = encoder_panels(results, metrics, height=1.3, labels=27)
     for name, row in panels.items():
         cells = [(axis, result) for axis, result in row if name in result["metrics"]]
         maps = [column(entries(result["metrics"][name])[1], "mean_per_head") for _, result in cells]
@@ -209,7 +214,7 @@ def draw_spectra(results: Sequence[dict], metrics: Sequence[str], target: Path) 
     The embedding is dashed; colours run from it to the last block. Frequencies are those of the grid's diagonal, as a
     fraction of pi (of half a cycle per patch).
     """
-    figure, panels = encoder_panels(results, metrics, height=1.6)
+    figure, panels = encoder_panels(results, metrics, height=1.6, labels=38)
     for name, row in panels.items():
         cells = [(axis, result) for axis, result in row if name in result["metrics"]]
         drawn = []
