@@ -121,7 +121,7 @@ def fused_sums(
     q: Tensor, k: Tensor, scale: float, logit_bias: Tensor | None, num_prefix: int, grid: Grid,
     distance: bool = False, received: bool = False,
 ) -> Sums:  # fmt: skip
-    """The same in O(N d) memory, from fused attention over the patch keys: it returns lse_i, and sum_j p_ij v_j for any v.
+    """The same in O(N d) memory, from fused attention over the patch keys: it returns lse_i and sum_j p_ij v_j.
 
     With the keys as values,  entropy_i = lse_i - sum_j p_ij s_ij = lse_i - scale q_i . sum_j p_ij k_j - sum_j p_ij b_ij
     (b the logit bias). With the roles exchanged and -lse_i added to the logits of query i, now a key, the log-sum-exp

@@ -4,8 +4,9 @@
         --finetune mae_vit_base_patch16 dino_vit_base_patch16 --label MAE DINO --output_dir attention
 
 For every encoder, `<output_dir>/<label>/attention.json` holds each metric of attention_stats.METRICS that --metrics
-names, in each block: mean and standard deviation over the images, of its summary and of each head. `attention.png` and
-`attention.pdf` draw them. Under torchrun the images are shared among the processes, each taken once.
+names, in each block: mean and standard deviation over the images, of its summary and of each head. util.figures.FIGURES
+draws them: attention (the paper's four), park, heads, spectra. Under torchrun the images are shared among the
+processes, each taken once.
 """
 
 import argparse
@@ -36,7 +37,7 @@ from util.arguments import (
 from util.checkpoints import Encoder
 from util.datasets import EvaluationBatches, KeyedDataset, build_dataset, build_loader, eval_transform
 from util.distributed import barrier, distributed
-from util.figures import draw_attention, draw_token_maps
+from util.figures import draw_figures, draw_token_maps
 from util.progress import log, setup_logging
 from util.run_folder import RunFolder, provenance
 from util.seeding import seeded, stable_seed
@@ -262,12 +263,7 @@ def save(args: argparse.Namespace, results: list[dict]) -> None:
             own.write("tsne.json", tsne)
             draw_token_maps(tsne, result["label"], folder.path / name / "tsne.png")
     if folder.path is not None:
-        measured = {name for result in results for name in result["metrics"]}
-        for suffix in ("png", "pdf"):
-            for group in ("paper", "park"):
-                if panels := [name for name in GROUPS[group] if name in measured]:
-                    name = "attention" if group == "paper" else group
-                    draw_attention(results, panels, folder.path / f"{name}.{suffix}")
+        draw_figures(results, folder.path)
 
 
 def table(result: dict) -> str:

@@ -1,4 +1,9 @@
-"""Redraw the attention figure from result files: python scripts/plot_attention.py A/attention.json B/attention.json."""
+"""Figures from result files alone: python scripts/plot_attention.py RESULT.json ... [--kind heads] [--output FILE]
+
+Results are the attention.json of main_analyze_attention.py, of any runs. Kinds: "attention" (the paper's four metrics)
+and "park" (Park et al.'s) are lines over the blocks, a row per architecture, a colour per label; "heads" are heat maps,
+block x head; "spectra" are profiles over frequency and rank, a line per depth. --metrics shows others in the same way.
+"""
 
 import argparse
 import sys
@@ -6,19 +11,27 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from attention_stats import METRICS, PAPER_METRICS
+from attention_stats import GROUPS, METRICS
 from util.arguments import Parser, run_main
-from util.figures import draw_attention, load_attention
+from util.figures import FIGURES
+from util.plotting import choose_metrics, load_attention
 
 
 def main(args: argparse.Namespace) -> None:
-    draw_attention([load_attention(path) for path in args.results], args.metrics, args.output)
+    results = [load_attention(path) for path in args.results]
+    kind = FIGURES[args.kind]
+    words = args.metrics or [kind.metrics]
+    metrics = choose_metrics(words, results, kind.axes)
+    if not metrics:
+        raise ValueError(f"--kind {args.kind} --metrics {' '.join(words)}: nothing of that was measured")
+    kind.draw(results, metrics, args.output or Path(f"{args.kind}.png"))
 
 
 if __name__ == "__main__":
     parser = Parser(__doc__)
-    parser.add_argument("results", nargs="+", type=Path, help="attention.json of an encoder; one line each")
-    parser.add_argument("--output", type=Path, default=Path("attention.png"), help="png, pdf or svg, by its suffix")
-    parser.add_argument("--metrics", nargs="+", default=PAPER_METRICS, choices=METRICS, metavar="METRIC",
-                        help=f"panels: {', '.join(METRICS)} (default: the paper's four)")  # fmt: skip
+    parser.add_argument("results", nargs="+", type=Path, metavar="RESULT", help="attention.json of an encoder")
+    parser.add_argument("--kind", default="attention", choices=FIGURES)
+    parser.add_argument("--metrics", nargs="+", default=None, metavar="METRIC",
+                        help=f"groups ({', '.join(GROUPS)}) or {', '.join(METRICS)} (default: the kind's)")  # fmt: skip
+    parser.add_argument("--output", type=Path, default=None, help="png, pdf or svg, by its suffix (default: KIND.png)")
     run_main(main, parser.parse_args())

@@ -11,19 +11,18 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import numpy as np
 import torch
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 from torch import Tensor
-from torch.nn.functional import interpolate
 
 import main_linprobe
 from models_vit import VisionTransformer
 from probes import ProbeBank
 from util.arguments import Parser, build_encoder, parse, run_main
 from util.datasets import KeyedDataset, build_splits, eval_transform
-from util.files import atomic_path
+from util.plotting import STYLE, add_scale, draw_map, save_figure, visible
 from util.run_folder import RunFolder
 from util.seeding import stable_seed
 
@@ -60,28 +59,23 @@ def maps_of(backbone: VisionTransformer, bank: ProbeBank, images: Tensor) -> dic
     return found
 
 
-def draw(pictures: Tensor, columns: dict[str, Tensor], target: Path) -> None:
-    """pictures (B,3,h,w) in [0,1]; columns {title: (B,h,w) maps in multiples of uniform}; one row per image."""
+@rc_context(STYLE)
+def draw(pictures: np.ndarray, columns: dict[str, Tensor], target: Path) -> None:
+    """pictures (B,h,w,3); columns {title: (B,rows,columns) maps in multiples of uniform}; one row per image."""
     top = max(float(column.quantile(0.995)) for column in columns.values())
     rows, count = len(pictures), 1 + len(columns)
-    figure = Figure(figsize=(1.7 * count + 0.6, 1.7 * rows + 0.3), layout="constrained")
+    figure = Figure(figsize=(1.3 * count + 0.6, 1.3 * rows + 0.3), layout="constrained")
     axes = figure.subplots(rows, count, squeeze=False)
     for row in range(rows):
-        picture = pictures[row].permute(1, 2, 0).numpy()
-        axes[row, 0].imshow(picture)
+        axes[row, 0].imshow(pictures[row])
         for axis, column in zip(axes[row, 1:], columns.values(), strict=True):
-            axis.imshow(picture.mean(2), cmap="gray", vmin=-0.2, vmax=1.4)
-            weight = column[row].numpy()
-            # the picture shows through where there is little weight
-            axis.imshow(weight, cmap="inferno", alpha=(weight / top).clip(0, 1) ** 0.5, vmin=0, vmax=top)
+            draw_map(axis, pictures[row], column[row].numpy(), top)
     for axis, title in zip(axes[0], ["image", *columns], strict=True):
-        axis.set_title(title, fontsize=10)
+        axis.set_title(title)
     for axis in axes.flat:
         axis.axis("off")
-    scale = ScalarMappable(Normalize(0, top), "inferno")
-    figure.colorbar(scale, ax=axes, shrink=0.6, label="weight / uniform weight")
-    with atomic_path(target) as temporary:
-        figure.savefig(temporary, format=target.suffix.removeprefix(".") or "png", dpi=130)
+    add_scale(figure, top, more=any(float(column.max()) > top for column in columns.values()))
+    save_figure(figure, target)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -92,14 +86,10 @@ def main(args: argparse.Namespace) -> None:
         generator = torch.Generator().manual_seed(stable_seed("maps", args.seed))
         chosen = torch.randperm(len(images), generator=generator)[: args.images].tolist()
         batch = torch.stack([images[0, index].image for index in chosen])
-        size = batch.shape[-2:]
-        grid = [side // backbone.patch_size for side in size]
+        grid = [side // backbone.patch_size for side in batch.shape[-2:]]
         for name, weights in maps_of(backbone, bank, batch).items():
-            relative = (weights * weights.shape[1]).unflatten(1, grid)[:, None]
-            columns[f"{label or Path(folder).name}: {name}"] = interpolate(relative, tuple(size))[:, 0]
-        normalise = images.transform.transforms[-1]
-        mean, std = (torch.tensor(values)[:, None, None] for values in (normalise.mean, normalise.std))
-        pictures = (batch * std + mean).clamp(0, 1)
+            columns[f"{label or Path(folder).name}: {name}"] = (weights * weights.shape[1]).unflatten(1, grid)
+        pictures = visible(batch, images.transform)
     draw(pictures, columns, args.output)
 
 

@@ -1,0 +1,169 @@
+"""Where encoders look: python scripts/show_attention.py IMAGE ... --finetune WEIGHTS ... --output_dir DIR
+
+One PNG per image, a row per encoder: the image as the encoder sees it, the [cls] attention of one block averaged over
+heads, and each head's. Maps are normalised over the patches and drawn over the image on one scale, in multiples of the
+uniform weight 1/M. Captions: H, the entropy over the patches in nats (at most ln M); self, the token's attention to
+itself.
+With --query ROW COLUMN the maps are those of a patch; encoders without [cls] have no others.
+"""
+
+import argparse
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from PIL import Image
+from torch import Tensor
+
+from attention_stats import entropy
+from main_analyze_attention import encoder_labels, load, one_encoder_each
+from models_vit import VisionTransformer, attention_from_cls
+from util.arguments import PRECISIONS, Parser, add_encoder_arguments, run_main
+from util.datasets import eval_transform
+from util.plotting import STYLE, WIDTH, add_scale, draw_map, save_figure, visible
+
+
+class Maps(NamedTuple):
+    """What one encoder makes of one image."""
+
+    label: str
+    picture: np.ndarray  # (h,w,3) in [0,1]
+    heads: Tensor  # (H,rows,columns), each of sum 1, float64
+    to_self: Tensor  # (H,) attention of the query to itself, softmax over all N keys
+
+
+def read_image(path: Path) -> Image.Image:
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except Exception as error:  # decoders raise anything
+        raise ValueError(f"cannot read image {path}: {error}") from error
+
+
+def check_wanted(label: str, backbone: VisionTransformer, size: int, block: int, query: Sequence[int] | None) -> None:
+    """ValueError for a block or patch that an encoder has not, and for [cls] where there is none."""
+    if not -backbone.depth <= block < backbone.depth:
+        raise ValueError(f"--block {block}: {label} has blocks 0 to {backbone.depth - 1} (-1 is the last)")
+    if query is None and not backbone.has_cls:
+        raise ValueError(f"{label} has no [cls] token: --query ROW COLUMN shows the attention of one of its patches")
+    side = size // backbone.patch_size
+    if query is not None and not all(0 <= place < side for place in query):
+        raise ValueError(f"--query {query[0]} {query[1]}: {label} has {side} x {side} patches, counted from 0")
+
+
+@torch.no_grad()
+def attention_of(
+    backbone: VisionTransformer, image: Tensor, block: int, query: Sequence[int] | None, amp: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """(3,h,w) -> maps (H,rows,columns) of sum 1 and (H,) self-attention, float64, of [cls] or of the query patch.
+
+    One row of the attention is computed. For what check_wanted accepts.
+    """
+    grid = tuple(side // backbone.patch_size for side in image.shape[1:])
+    prefix = backbone.num_prefix_tokens
+    token = 0 if query is None else prefix + query[0] * grid[1] + query[1]
+    with torch.autocast("cpu", dtype=amp, enabled=amp != torch.float32):
+        for step in backbone.trace(image[None]):
+            if step.index == block % backbone.depth:
+                break
+    # attention_from_cls takes the first query there is
+    bias = None if step.logit_bias is None else step.logit_bias[:, token:]
+    row = attention_from_cls(step._replace(q=step.q[:, :, token:], logit_bias=bias), 0)[0].double()
+    patches = row[:, prefix:]
+    return (patches / patches.sum(1, keepdim=True)).unflatten(1, grid), row[:, token]
+
+
+@rc_context(STYLE)
+def draw(rows: Sequence[Maps], query: Sequence[int] | None, heading: str, target: Path) -> None:
+    """One image: two lines of cells per encoder. Heads are counted from 1."""
+    per_line = max(math.ceil(len(maps.heads) / 2) for maps in rows)
+    columns = 4 + per_line
+    cell = min(0.95, max(0.6, (WIDTH - 0.7) / columns))  # inches; the image and the mean map take two by two
+    figure = Figure(figsize=(cell * columns + 0.7, (2 * cell + 0.65) * len(rows) + 0.4), layout="constrained")
+    grid = figure.add_gridspec(2 * len(rows), columns)
+    # what is brighter than nearly everything has the brightest colour, lest one patch darken all others
+    relative = [maps.heads * maps.heads[0].numel() for maps in rows]
+    top = max(2.0, *(float(values.flatten().quantile(0.995)) for values in relative))
+    for number, (maps, values) in enumerate(zip(rows, relative, strict=True)):
+        line = 2 * number
+        first = figure.add_subplot(grid[line : line + 2, 0:2])
+        first.imshow(maps.picture)
+        first.set_title(maps.label)
+        mean = figure.add_subplot(grid[line : line + 2, 2:4])
+        axes = [mean]
+        for head in range(len(values)):
+            place = (line + head // per_line, 4 + head % per_line)
+            axes.append(figure.add_subplot(grid[place]))
+        # the entropy of the mean map, and the mean of self-attention
+        shown = torch.cat([values.mean(0, keepdim=True), values])
+        to_self = torch.cat([maps.to_self.mean()[None], maps.to_self])
+        for index, (axis, weights, own) in enumerate(zip(axes, shown, to_self, strict=True)):
+            draw_map(axis, maps.picture, weights.numpy(), top)
+            H = float(entropy(weights.flatten()))
+            lines = (f"head {index}", f"H {H:.2f}", f"self {own:.2f}")
+            text = "\n".join(lines) if index else f"mean over heads\n{', '.join(lines[1:])}"
+            axis.set_title(text, fontsize=5.5 if index else 7, linespacing=1.1)
+        M = values[0].numel()
+        mean.set_xlabel(f"ln M = {math.log(M):.2f}", fontsize=6)
+        for axis in (first, *axes):
+            axis.set(xticks=[], yticks=[])
+            axis.spines[:].set_visible(False)
+            if query is not None:
+                mark_query(axis, query, maps.picture.shape[0] / values.shape[1])
+    add_scale(figure, top, more=any(float(values.max()) > top for values in relative))
+    figure.suptitle(heading, fontsize=8)
+    save_figure(figure, target)
+
+
+def mark_query(axis: Axes, query: Sequence[int], side: float) -> None:
+    corner = (query[1] * side - 0.5, query[0] * side - 0.5)
+    for colour, width in (("black", 1.8), ("#00E5FF", 0.9)):  # seen on any ground
+        axis.add_patch(Rectangle(corner, side, side, fill=False, edgecolor=colour, linewidth=width))
+
+
+def main(args: argparse.Namespace) -> None:
+    images = {path: read_image(path) for path in args.images}  # before any encoder is loaded
+    names = [path.stem for path in images]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"several images are called {twice[0]}: show them in different --output_dir")
+    labels = encoder_labels(args)
+    encoders = [load(one) for one in one_encoder_each(args)]
+    for label, (encoder, size) in zip(labels, encoders, strict=True):
+        check_wanted(label, encoder.backbone, size, args.block, args.query)
+    try:
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--output_dir {args.output_dir} cannot be made: {error.strerror}") from error
+    what = "[cls]" if args.query is None else f"the patch in row {args.query[0]}, column {args.query[1]} (from 0)"
+    for path, image in images.items():
+        rows = []
+        for label, (encoder, size) in zip(labels, encoders, strict=True):
+            transform = eval_transform(size, encoder.mean, encoder.std)
+            seen = transform(image)
+            heads, to_self = attention_of(encoder.backbone, seen, args.block, args.query, PRECISIONS[args.amp])
+            rows.append(Maps(label, visible(seen, transform), heads, to_self))
+        which = "last block" if args.block == -1 else f"block {args.block} (from 0; negative: from the end)"
+        draw(rows, args.query, f"Attention of {what}, {which}: {path.name}", args.output_dir / f"{path.stem}.png")
+
+
+if __name__ == "__main__":
+    parser = Parser(__doc__)
+    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
+    add_encoder_arguments(parser, several=True)
+    parser.add_argument("--label", nargs="+", default=None, help="names of the encoders (default: of their files)")
+    parser.add_argument("--block", type=int, default=-1, help="counted from 0; negative: from the end")
+    parser.add_argument("--query", nargs=2, type=int, default=None, metavar=("ROW", "COLUMN"),
+                        help="a patch, counted from 0 from the upper left; without it, [cls]")  # fmt: skip
+    parser.add_argument("--output_dir", required=True, type=Path, help="of IMAGE_NAME.png")
+    parser.add_argument("--seed", type=int, default=0, help="of random weights, where --finetune is empty")
+    run_main(main, parser.parse_args())

@@ -1,0 +1,101 @@
+"""Maps of single images are rows of the attention matrix, drawn over what the encoder sees."""
+
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from models_vit import build_vit
+from util.datasets import eval_transform
+from util.plotting import visible
+
+SCRIPT = str(Path(__file__).resolve().parent.parent / "scripts" / "show_attention.py")
+attention_of = runpy.run_path(SCRIPT)["attention_of"]
+
+
+@pytest.mark.parametrize(
+    ("options", "query", "token"),
+    [
+        ({}, None, 0),
+        ({}, (2, 1), 1 + 9),
+        ({"reg_tokens": 3}, (3, 3), 4 + 15),
+        ({"rel_pos_bias": True}, None, 0),
+        ({"rel_pos_bias": True}, (0, 2), 1 + 2),
+        ({"class_token": False, "reg_tokens": 4, "rope": True, "pos_embed": "none"}, (1, 0), 4 + 4),
+    ],
+    ids=["cls", "patch", "registers", "bias, cls", "bias, patch", "no cls"],
+)
+def test_map_is_the_row_of_the_full_attention(tiny, options, query, token):
+    torch.manual_seed(0)
+    model = build_vit(tiny, **options).eval()
+    for block in model.blocks:
+        block.attn.qkv.weight.data *= 3  # far from uniform
+        if block.attn.rel_pos_bias is not None:
+            block.attn.rel_pos_bias.relative_position_bias_table.data.normal_()
+    image = torch.randn(3, 32, 32)
+    step = list(model.trace(image[None]))[1]
+    logits = step.q.double() @ step.k.double().mT * step.scale
+    if step.logit_bias is not None:
+        logits = logits + step.logit_bias.double()
+    row = logits.softmax(-1)[0, :, token]
+    patches = row[:, model.num_prefix_tokens :]
+    for block in (1, -2):
+        maps, to_self = attention_of(model, image, block, query, torch.float32)
+        expected = (patches / patches.sum(1, keepdim=True)).unflatten(1, (4, 4))
+        torch.testing.assert_close(maps, expected, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(to_self, row[:, token], rtol=1e-5, atol=1e-7)
+
+
+def test_picture_is_what_the_encoder_sees(image_folder):
+    image = Image.open(next(image_folder.rglob("*.png"))).convert("RGB")
+    transform = eval_transform(32, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
+    plain = eval_transform(32, (0, 0, 0), (1, 1, 1))
+    np.testing.assert_allclose(visible(transform(image), transform), plain(image).permute(1, 2, 0), atol=1e-6)
+
+
+def show(monkeypatch, capsys, *words):
+    """Exit code and standard error."""
+    monkeypatch.setattr(sys, "argv", ["show_attention.py", *map(str, words)])
+    try:
+        runpy.run_path(SCRIPT, run_name="__main__")
+        return 0, capsys.readouterr().err
+    except SystemExit as stopped:
+        return stopped.code, capsys.readouterr().err
+
+
+def test_one_picture_per_image_and_the_same_each_time(tiny, image_folder, tmp_path, monkeypatch, capsys):
+    images = sorted(image_folder.glob("val/red/*.png"))[:2]
+    for folder in ("a", "b"):
+        flags = ["--model", tiny, "--finetune", "", "", "--label", "one", "two", "--query", 1, 2]
+        assert show(monkeypatch, capsys, *images, *flags, "--input_size", 32, "--output_dir", tmp_path / folder)[0] == 0
+    for image in images:
+        assert (tmp_path / "a" / image.name).read_bytes() == (tmp_path / "b" / image.name).read_bytes()
+    assert len(list((tmp_path / "a").iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["broken.png"], "cannot read image broken.png"),
+        (["missing.png"], "cannot read image missing.png"),
+        (["a/x.png", "b/x.png"], "several images are called x"),
+        (["a/x.png", "--no_cls_token"], "no [cls] token: --query ROW COLUMN shows"),
+        (["a/x.png", "--query", "4", "0"], "has 4 x 4 patches, counted from 0"),
+        (["a/x.png", "--block", "3"], "has blocks 0 to 2"),
+        (["a/x.png", "--finetune", "nothing.pth"], "no such file"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_mistakes_are_one_line(tiny, tmp_path, monkeypatch, capsys, words, message):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("a", "b"):
+        Path(folder).mkdir()
+        Image.new("RGB", (40, 40)).save(f"{folder}/x.png")
+    Path("broken.png").write_bytes(b"no image")
+    monkeypatch.setattr("util.progress.log.disabled", True)
+    code, error = show(monkeypatch, capsys, *words, "--model", tiny, "--input_size", "32", "--output_dir", "out")
+    assert code == 2 and message in error and error.count("\n") == 1 and not Path("out").exists()
