@@ -40,11 +40,11 @@ class Sums(NamedTuple):
     received: Tensor | None = None  # (B,H,M) of the patch keys; sum of p_ij over the patch queries i
 
 
-def patch_distances(grid: Grid, device: torch.device | str = "cpu") -> Tensor:
-    """(M,M) Euclidean distances between the patches of a row-major grid, in patches; float64."""
+def patch_distances(grid: Grid, rows: slice = slice(None), device: torch.device | str = "cpu") -> Tensor:
+    """(m,M) Euclidean distances from the patches `rows` of a row-major grid to all, in patches; float64."""
     axes = (torch.arange(side, dtype=torch.float64, device=device) for side in grid)
     centres = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 1)
-    return torch.cdist(centres, centres, compute_mode="donot_use_mm_for_euclid_dist")
+    return torch.cdist(centres[rows], centres, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 def explicit_sums(
@@ -52,7 +52,6 @@ def explicit_sums(
     distance: bool = False, received: bool = False,
 ) -> Sums:  # fmt: skip
     """The definitions, on the logits of some queries at a time."""
-    distances = patch_distances(grid, q.device).to(q.dtype) if distance else None
     chunks, columns = [], None
     for start in range(0, q.shape[2], QUERY_CHUNK):
         queries = slice(start, start + QUERY_CHUNK)
@@ -68,7 +67,8 @@ def explicit_sums(
         reach = None
         if distance:
             first = max(start - num_prefix, 0)
-            reach = (of_patches * distances[first : first + of_patches.shape[2]]).sum(-1)
+            rows = slice(first, first + of_patches.shape[2])
+            reach = (of_patches * patch_distances(grid, rows, q.device).to(q.dtype)).sum(-1)
         if received:
             columns = of_patches.sum(2) if columns is None else columns + of_patches.sum(2)
         # a view would keep the chunk's logits alive
@@ -87,7 +87,7 @@ def tiled_sums(
     With p the softmax of a row,  lse = s_ij - ln p_ij  for any j, best for the largest, and entropy = lse - sum p s.
     """
     B, H, N = q.shape[:3]
-    distances = patch_distances(grid, q.device).to(q.dtype) if distance else None
+    distances = patch_distances(grid, device=q.device).to(q.dtype) if distance else None
     q, keys = q * scale, k.transpose(-2, -1)
     own, patches, patch_entropy = (q.new_empty(B, H, N) for _ in range(3))
     prefix = q.new_empty(B, H, N, num_prefix)
@@ -133,26 +133,21 @@ def fused_sums(
     if logit_bias is not None:
         bias = logit_bias.to(q.dtype)
         own, prefix = own + bias.diagonal(dim1=-2, dim2=-1), prefix + bias[:, :, :num_prefix]
-        bias = bias[:, :, num_prefix:]
+        bias = bias_to_patches = bias[:, :, num_prefix:]
     mean_key, lse = fused_attention(q, patches, patches, scale, bias)
     entropy = lse - (q * mean_key).sum(-1) * scale
     if bias is not None:
-        entropy = entropy - expectation(q, patches, scale, bias, bias)
+        entropy = entropy - expectation(q, patches, scale, bias, lambda rows: bias_to_patches[:, rows])
 
     reach = columns = None
     queries, bias = q[:, :, num_prefix:], None if bias is None else bias[:, num_prefix:]
     if distance:
-        reach = expectation(queries, patches, scale, bias, patch_distances(grid).to(q.dtype)[None])
+        reach = expectation(queries, patches, scale, bias, lambda rows: patch_distances(grid, rows)[None])
     if received:
-        shifts = -lse[:, :, None, num_prefix:]
-        if bias is None:
-            columns = fused_attention(patches, queries, queries, scale, shifts)[1].exp()
-        else:  # one image at a time, so that the sum of bias and shifts is no larger than the bias
-            images = (
-                fused_attention(keys, image, image, scale, bias.transpose(-2, -1) + shift)[1].exp()
-                for keys, image, shift in zip(patches.split(1), queries.split(1), shifts.split(1), strict=True)
-            )
-            columns = torch.cat(list(images))
+        # the shift of query i is one more channel of it, and a 1 of every key: as a mask it would be of size N x N
+        shifted = torch.cat([queries, -lse[:, :, num_prefix:, None] / scale], dim=-1)
+        keys = F.pad(patches, (0, 1), value=1.0)
+        columns = fused_attention(keys, shifted, shifted, scale, None if bias is None else bias.mT)[1].exp()
     # rounding can leave the entropy of a one-hot row at -1e-7
     return Sums(own, prefix, lse, entropy.clamp(min=0), reach, columns)
 
@@ -164,20 +159,20 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor 
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask, scale=scale)
 
 
-def expectation(q: Tensor, k: Tensor, scale: float, bias: Tensor | None, values: Tensor) -> Tensor:
-    """sum_j p_ij v_ij for values (1 or H,Q,K) that differ by query: (B,H,Q).
+def expectation(q: Tensor, k: Tensor, scale: float, bias: Tensor | None, values: Callable[[slice], Tensor]) -> Tensor:
+    """sum_j p_ij v_ij for values that differ by query, `values(queries)` (1 or H,q,K): (B,H,Q).
 
     The values of d queries are the columns of the d-wide value vectors of one fused call, whose output has what is
     wanted on its diagonal: in all, the arithmetic of one attention, and nothing of the size of its matrix.
     """
     length, width = q.shape[2:]
-    columns = F.pad(values.transpose(-2, -1), (0, -length % width))  # the kernel wants d columns
     parts = []
     for start in range(0, length, width):
-        queries = q[:, :, start : start + width]
-        mask = None if bias is None else bias[:, start : start + width]
-        v = columns[:, :, start : start + width].expand(*k.shape[:2], -1, -1)
-        parts.append(fused_attention(queries, k, v, scale, mask)[0].diagonal(dim1=-2, dim2=-1))
+        rows = slice(start, start + width)
+        columns = values(rows).transpose(-2, -1).to(q.dtype)
+        columns = F.pad(columns, (0, width - columns.shape[-1])).expand(*k.shape[:2], -1, -1)  # the kernel wants d
+        mask = None if bias is None else bias[:, rows]
+        parts.append(fused_attention(q[:, :, rows], k, columns, scale, mask)[0].diagonal(dim1=-2, dim2=-1))
     return torch.cat(parts, dim=-1)
 
 

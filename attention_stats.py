@@ -9,13 +9,13 @@ attention and 1 - A_i0 would cancel. No epsilon is added anywhere.
 """
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from attention_reductions import Grid, attention_sums, patch_distances
+from attention_reductions import Grid, attention_sums
 from models_vit import BlockTrace, attention_from_cls
 from token_stats import log_amplitude, log_singular_values
 
@@ -122,7 +122,14 @@ def farthest(sizes: Sizes) -> float:
 
 
 def mean_distance(sizes: Sizes) -> float:
-    return float(patch_distances(sizes.grid).mean()) * sizes.patch_size
+    """Of all ordered pairs of patches, a patch and itself included."""
+    rows, columns = sizes.grid
+    total = sum(
+        (rows - abs(down)) * (columns - abs(across)) * math.hypot(down, across)
+        for down in range(1 - rows, rows)
+        for across in range(1 - columns, columns)
+    )
+    return total / sizes.patches**2 * sizes.patch_size
 
 
 REFERENCES: dict[str, Callable[[Sizes], float]] = {  # by the name that figures print
@@ -252,3 +259,11 @@ GROUPS = {
     "park": PARK_METRICS,
     "all": tuple(METRICS),
 }
+
+
+def metric_names(words: Sequence[str]) -> list[str]:
+    """Metrics by name or group, in the order of the words; ValueError for what is neither."""
+    if unknown := [word for word in words if word not in GROUPS and word not in METRICS]:
+        raise ValueError(f"--metrics {' '.join(unknown)}: choose from the groups {', '.join(GROUPS)}, or by name from "
+                         f"{', '.join(METRICS)}")  # fmt: skip
+    return list(dict.fromkeys(name for word in words for name in GROUPS.get(word, (word,))))

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from attention_reductions import REDUCTIONS, choose_reduction
-from attention_stats import GROUPS, LEGEND, METRICS, REFERENCES, Sizes
+from attention_stats import GROUPS, LEGEND, METRICS, REFERENCES, Sizes, metric_names
 from engine_attention import Place, applicable, measure
 from models_vit import VisionTransformer
 from token_stats import embed_tokens
@@ -65,7 +65,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> None:
-    names = chosen_metrics(args.metrics)
+    names = metric_names(args.metrics)
     with distributed(args.device, args.dist_url) as world:
         setup_logging()
 
@@ -111,15 +111,6 @@ def main(args: argparse.Namespace) -> None:
 
         # ---- results
         save(args, results)
-
-
-def chosen_metrics(words: Sequence[str]) -> list[str]:
-    """Metrics by name or group, in the order of METRICS; ValueError for what is neither."""
-    if unknown := [word for word in words if word not in GROUPS and word not in METRICS]:
-        raise ValueError(f"--metrics {' '.join(unknown)}: choose from the groups {', '.join(GROUPS)}, or by name from "
-                         f"{', '.join(METRICS)}")  # fmt: skip
-    named = {name for word in words for name in GROUPS.get(word, (word,))}
-    return [name for name in METRICS if name in named]
 
 
 def analysed_images(args: argparse.Namespace) -> torch.utils.data.Dataset:

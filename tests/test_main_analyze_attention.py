@@ -14,7 +14,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main_analyze_attention
-from attention_stats import GROUPS, METRICS, REFERENCES, Sizes, reduce_attention
+from attention_stats import GROUPS, METRICS, REFERENCES, Sizes, metric_names, reduce_attention
 from engine_attention import applicable, measure
 from main_analyze_attention import get_args_parser, images_of_few_classes
 from models_vit import build_vit
@@ -162,7 +162,7 @@ def test_result_says_what_was_measured(result):
 
 def test_default_is_the_attention_flow_and_metrics_can_be_chosen_by_name_or_group(images, tmp_path):
     argv = ["--data_path", str(images)]
-    assert main_analyze_attention.chosen_metrics(parse(get_args_parser(), argv).metrics) == list(GROUPS["flow"])
+    assert metric_names(parse(get_args_parser(), argv).metrics) == list(GROUPS["flow"])
     found = analyse(images, tmp_path, "--num_images", "2", "--metrics", "patch_patch_distance", "paper")
     assert list(found["random_weights"]["metrics"]) == [
         name for name in METRICS if name in (*GROUPS["paper"], "patch_patch_distance")

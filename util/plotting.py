@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torchvision.transforms import Compose
 
-from attention_stats import GROUPS, METRICS
+from attention_stats import METRICS, metric_names
 from util.files import atomic_path
 
 WIDTH = 6.9  # inches: both columns of a CVPR page
@@ -64,13 +64,10 @@ def choose_metrics(words: Sequence[str], results: Sequence[dict], axes: Collecti
     axes: what a figure can draw, of Metric.axis. Empty where nothing is left. ValueError for an unknown word, and for a
     metric that no result has.
     """
-    if unknown := [word for word in words if word not in GROUPS and word not in METRICS]:
-        raise ValueError(f"--metrics {' '.join(unknown)}: choose from the groups {', '.join(GROUPS)}, or by name from "
-                         f"{', '.join(METRICS)}")  # fmt: skip
+    named = metric_names(words)
     measured = {name for result in results for name in result["metrics"]}
     if missing := [word for word in words if word in METRICS and word not in measured]:
         raise ValueError(f"--metrics {' '.join(missing)}: not measured: there are {', '.join(sorted(measured))}")
-    named = dict.fromkeys(name for word in words for name in GROUPS.get(word, (word,)))
     return [name for name in named if name in measured and METRICS[name].axis in axes]
 
 
