@@ -11,10 +11,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from util.arguments import Parser, run_main
 from util.catalogue import CATALOGUE, PUBLICATIONS
-from util.files import write_atomically
+from util.files import keep_table
 
-BEGIN = "<!-- encoders: python scripts/list_encoders.py --write README.md -->\n"
-END = "<!-- end of encoders -->\n"
+COMMAND = "python scripts/list_encoders.py --write"
 
 
 def plain(names: list[str]) -> str:
@@ -40,15 +39,6 @@ def markdown(names: list[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def page_with_table(page: str, table: str) -> str:
-    """The page with the table between its markers. ValueError where it has none."""
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise ValueError(f"the page has no lines {BEGIN.strip()} and {END.strip()}: put them where the table goes")
-    return before + begin + table + end + after
-
-
 def main(args: Namespace) -> None:
     names = [name for name in CATALOGUE if all(word in name for word in args.words)]
     path = args.write or args.check
@@ -57,12 +47,7 @@ def main(args: Namespace) -> None:
             raise ValueError(f"no encoder's name holds {' and '.join(args.words)}: without words, all are listed")
         print(markdown(names) if args.markdown else plain(names), end="")
         return
-    page = path.read_text()
-    new = page_with_table(page, markdown(list(CATALOGUE)))
-    if args.write:
-        write_atomically(path, new.encode())
-    elif new != page:
-        raise ValueError(f"{path} is behind the catalogue: python scripts/list_encoders.py --write {path}")
+    keep_table(path, "encoders", COMMAND, markdown(list(CATALOGUE)), write=args.write is not None)
 
 
 if __name__ == "__main__":

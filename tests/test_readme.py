@@ -11,7 +11,7 @@ import submitit_linprobe
 from util.arguments import parse
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", ROOT / "demo" / "README.md"]
+PAGES = [ROOT / "README.md", ROOT / "demo" / "README.md", ROOT / "docs" / "attention.md"]
 README = PAGES[0].read_text()
 
 
@@ -20,7 +20,7 @@ def commands(text: str) -> list[str]:
     return [line.split("#")[0].strip() for line in blocks.splitlines() if line.split("#")[0].strip()]
 
 
-@pytest.mark.parametrize("command", commands(README))
+@pytest.mark.parametrize("command", [command for page in PAGES for command in commands(page.read_text())])
 def test_command_is_understood(command):
     words = shlex.split(command)
     program = next(word for word in words if word.endswith((".py", ".sh")))

@@ -54,3 +54,21 @@ def write_json(target: Path, value: object) -> None:
 def sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def keep_table(page: Path, name: str, command: str, table: str, write: bool) -> None:
+    """Write a generated table into a Markdown page, or (write=False) raise ValueError where the page has another.
+
+    Its place is between the lines `<!-- name: command PAGE -->` and `<!-- end of name -->`.
+    """
+    begin, end = f"<!-- {name}: {command} {page.name} -->\n", f"<!-- end of {name} -->\n"
+    text = page.read_text()
+    before, found_begin, rest = text.partition(begin)
+    _, found_end, after = rest.partition(end)
+    if not (found_begin and found_end):
+        raise ValueError(f"{page} has no lines {begin.strip()} and {end.strip()}: put them where the table goes")
+    new = before + begin + table + end + after
+    if write:
+        write_atomically(page, new.encode())
+    elif new != text:
+        raise ValueError(f"{page}: the table of {name} is out of date: {command} {page}")
