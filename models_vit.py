@@ -5,7 +5,7 @@ Letters: B images, N tokens (prefix first), P prefix tokens ([cls], then registe
 D width, d = D / H head width, L blocks. Blocks are counted from 0.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -280,10 +280,10 @@ class VisionTransformer(nn.Module):
     def has_cls(self) -> bool:
         return self.cls_token is not None
 
-    def compile_blocks(self) -> None:
-        """Compile each block where it stands; blocks of one kind share the code, which takes a minute to make."""
+    def compile_blocks(self, backend: str | Callable = "inductor") -> None:
+        """Compile each block where it stands; all share the code, which takes some twenty seconds to make."""
         for block in self.blocks:
-            block.compile()
+            block.compile(backend=backend)
 
     def check_blocks(self, blocks: Sequence[int]) -> None:
         for block in blocks:

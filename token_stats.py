@@ -31,9 +31,14 @@ def log_amplitude(tokens: Tensor) -> Tensor:
 
 
 def log_spectrum(covariance: Tensor, rank: int) -> Tensor:
-    """Logarithms of the `rank` largest singular values of covariances (...,K,K), largest first; float64."""
-    values = torch.linalg.eigvalsh(covariance.double()).flip(-1)[..., :rank]
-    return values.clamp(min=torch.finfo(values.dtype).tiny).log()  # rounding can leave a zero at -1e-17
+    """Logarithms of the `rank` largest singular values of covariances (...,K,K), largest first; float64.
+
+    Singular values below the rounding of float32 tokens, 1.4e-14 of the largest, are given that value: what a constant
+    image leaves there is noise, and its logarithm would dominate a mean over images.
+    """
+    values = torch.linalg.eigvalsh(covariance.double()).flip(-1)
+    floor = values[..., :1] * torch.finfo(torch.float32).eps ** 2
+    return values[..., :rank].maximum(floor).clamp(min=torch.finfo(torch.float64).tiny).log()
 
 
 def log_singular_values(tokens: Tensor) -> Tensor:

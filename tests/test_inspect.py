@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import models_vit
-from scripts import inspect_checkpoint, list_encoders
+from scripts import inspect_checkpoint, list_encoders, list_metrics
 from util.catalogue import CATALOGUE
 from util.checkpoints import load_encoder
 from util.files import sha256
@@ -15,7 +15,11 @@ from util.files import sha256
 ROOT = Path(__file__).resolve().parent.parent
 
 
-# ---- list_encoders.py
+# ---- list_encoders.py, list_metrics.py
+
+
+def test_the_table_of_metrics_is_that_of_the_code():
+    list_metrics.main(argparse.Namespace(write=None, check=ROOT / "docs" / "attention.md"))
 
 
 def test_the_table_in_readme_is_the_catalogue():
@@ -25,9 +29,10 @@ def test_the_table_in_readme_is_the_catalogue():
 
 def test_a_page_that_is_behind_is_refused_and_can_be_renewed(tmp_path):
     page = tmp_path / "page.md"
-    page.write_text(f"before\n{list_encoders.BEGIN}| old |\n{list_encoders.END}after\n")
+    begin, end = f"<!-- encoders: {list_encoders.COMMAND} page.md -->\n", "<!-- end of encoders -->\n"
+    page.write_text(f"before\n{begin}| old |\n{end}after\n")
     args = argparse.Namespace(words=[], write=None, check=page, markdown=False)
-    with pytest.raises(ValueError, match="is behind the catalogue"):
+    with pytest.raises(ValueError, match="the table of encoders is out of date"):
         list_encoders.main(args)
     list_encoders.main(argparse.Namespace(words=[], write=page, check=None, markdown=False))
     list_encoders.main(args)
@@ -35,7 +40,7 @@ def test_a_page_that_is_behind_is_refused_and_can_be_renewed(tmp_path):
     assert text.startswith("before\n") and text.endswith("after\n") and "| old |" not in text
     assert text.count("\n| `") == len(CATALOGUE)
     page.write_text("no markers")
-    with pytest.raises(ValueError, match="the page has no lines"):
+    with pytest.raises(ValueError, match="has no lines"):
         list_encoders.main(args)
 
 

@@ -1,5 +1,6 @@
 """The encoder against timm's, and what its trace promises. Letters as in models_vit."""
 
+import copy
 import functools
 import itertools
 
@@ -9,6 +10,7 @@ import torch
 from conftest import TINY
 from timm.models.vision_transformer import VisionTransformer as TimmViT
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 from models_vit import ARCHITECTURES, ClsClassifier, VisionTransformer, build_vit, default_input_size
 
@@ -197,3 +199,13 @@ def test_mistakes_are_named(mistake, message):
     with pytest.raises(ValueError) as error:
         mistake()
     assert message in str(error.value)
+
+
+def test_compiled_blocks_share_their_code_and_change_nothing(encoder, images):
+    compiled, counter = copy.deepcopy(encoder), CompileCounter()
+    compiled.compile_blocks(backend=counter)
+    for step, expected in zip(compiled.trace(images), encoder.trace(images), strict=True):
+        assert step.index == expected.index
+        torch.testing.assert_close(step.out, expected.out, atol=1e-12, rtol=0)
+    assert counter.frame_count == 1
+    assert compiled.state_dict().keys() == encoder.state_dict().keys()

@@ -39,8 +39,12 @@ def test_singular_values_are_those_of_the_covariance_over_tokens(patches, width)
     np.testing.assert_allclose(log_singular_values(tokens).numpy(), expected, atol=1e-9)
 
 
-def test_equal_tokens_have_finite_logarithms():
+def test_singular_values_that_are_rounding_are_floored():
     assert log_singular_values(torch.ones(1, 5, 3)).isfinite().all()
+    line = torch.arange(5.0)[:, None] * torch.ones(3)  # tokens on a line: one singular value
+    first, *others = log_singular_values(line[None])[0].tolist()
+    assert first == pytest.approx(np.log(2 * 3))
+    assert others == pytest.approx([first + 2 * np.log(2**-23)] * 2)
 
 
 def test_embedding_separates_clusters_and_is_a_function_of_the_seed():

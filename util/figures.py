@@ -222,7 +222,6 @@ def draw_spectra(results: Sequence[dict], metrics: Sequence[str], target: Path) 
             metric = result["metrics"][name]
             depths, found = entries(metric)
             profiles = column(found, f"mean_per_{metric['axis']}")
-            profiles[profiles < -700] = np.nan  # the logarithm of a singular value that is zero
             x = np.arange(1, profiles.shape[1] + 1)
             if metric["axis"] == "frequency":
                 x = np.arange(profiles.shape[1]) * 2 / math.isqrt(result["patches"])
