@@ -29,7 +29,7 @@ esac
 
 echo "--- attention flow of both encoders"
 rm -rf "$out/attention"
-python main_analyze_attention.py $data --num_workers "$workers" --batch_size 50 --output_dir "$out/attention" \
+python main_analyze_attention.py $data --num_workers "$workers" --batch_size 50 --metrics all --output_dir "$out/attention" \
     --finetune "${weights[@]}" --label "${labels[@]}"
 
 runs=()
