@@ -84,7 +84,7 @@ def tiled_sums(
 ) -> Sums:  # fmt: skip
     """The same, a few heads at a time, whose logits stay in the cache from the product to the last sum over them.
 
-    With p the softmax of a row,  lse = s_ij - ln p_ij  for any j, best for the largest, and entropy = lse - sum p s.
+    The log-sum-exp of a row is s_ij - ln p_ij for any j.
     """
     B, H, N = q.shape[:3]
     distances = patch_distances(grid, device=q.device).to(q.dtype) if distance else None
@@ -98,15 +98,15 @@ def tiled_sums(
             logits += logit_bias[tile[1]]
         own[tile] = logits.diagonal(dim1=-2, dim2=-1)
         prefix[tile], to_patches = logits[..., :num_prefix], logits[..., num_prefix:]
-        p = to_patches.softmax(-1)
-        patches[tile] = to_patches.amax(-1) - p.amax(-1).log_()
+        log_p = to_patches.log_softmax(-1)
+        patches[tile] = to_patches[..., 0] - log_p[..., 0]
+        p = log_p.exp()
         if distance:
             reach[tile] = torch.linalg.vecdot(p[:, :, num_prefix:], distances)
         if received:
             columns[tile] = p[:, :, num_prefix:].sum(2)
-        patch_entropy[tile] = patches[tile] - p.mul_(to_patches).sum(-1)
-    # rounding can leave the entropy of a one-hot row at -1e-7
-    return Sums(own, prefix, patches, patch_entropy.clamp_(min=0), reach, columns)
+        patch_entropy[tile] = p.mul_(log_p).sum(-1).neg_()
+    return Sums(own, prefix, patches, patch_entropy, reach, columns)
 
 
 def tiles(B: int, H: int, head_bytes: int) -> Iterator[tuple[slice, slice]]:
