@@ -139,8 +139,10 @@ def test_diverged_probe_is_reported_and_its_neighbour_goes_on(command, tmp_path,
     recipe = ["--blr", "20", "3e39", "--optimizer", "sgd", "--momentum", "0.9", "--epochs", "2"]
     probes = run([*command, *recipe])["probes"]
     healthy, lost = probes["cls/block5/blr20.0/seed0"], probes["cls/block5/blr3e+39/seed0"]
-    assert healthy["last"]["loss"] is not None and lost["last"]["loss"] is None
-    assert "diverged: cls/block5/blr3e+39/seed0" in capsys.readouterr().out
+    assert healthy["diverged_at"] is None and lost["diverged_at"] == {"epoch": 0, "step": 2}
+    assert "cls/block5/blr3e+39/seed0 diverged in epoch 0, step 2" in capsys.readouterr().out
+    for state in states(tmp_path / "run", epoch=1)["probes"].values():
+        assert all(value.isfinite().all() for value in state.values())
 
 
 def test_a_finished_run_is_not_written_over(command):
