@@ -201,7 +201,7 @@ class RunFolder:
             except AnotherRun:
                 raise
             except ValueError as error:
-                log.warning("%s; trying the checkpoint before it", error)
+                log.warning("%s; trying the checkpoint before it", " ".join(str(error).split()))
         if self.checkpoints():
             raise ValueError(f"no checkpoint of {self.read_path} can be read: remove them to start the run anew")
         return None, None
