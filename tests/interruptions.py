@@ -1,6 +1,7 @@
 """Helpers of what tests interruptions: short runs of the three programs, stopped and compared."""
 
 import contextlib
+import importlib
 import json
 import os
 import signal
@@ -13,13 +14,15 @@ from pathlib import Path
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from util.arguments import parse, run_main
+
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 CLOCK = {"images_per_second", "data_wait", "seconds", "waited"}  # what depends on it, and nothing else may
 PROGRAMS = {
     "main_linprobe": ["--cls_features", "cls", "abmilp", "--blr", "1", "20", "--final_norm"],
     "main_pretrain": ["--norm_pix_loss"],
-    "main_finetune": ["--drop_path", "0.3", "--aa", "rand-m9-mstd0.5-inc1"],
+    "main_finetune": ["--clip_grad", "1", "--drop_path", "0.3", "--aa", "rand-m9-mstd0.5-inc1"],
 }  # every one with all the randomness that its recipe has
 
 
@@ -30,6 +33,17 @@ def flags(program: str, data: Path, weights: Path | None) -> list[str]:
         "--epochs", "3", "--warmup_epochs", "1", "--amp", "float32", "--device", "cpu", "--num_workers", "0",
     ]  # fmt: skip
     return words if program == "main_pretrain" else [*words, "--finetune", str(weights)]
+
+
+def run(program: str, command: list[str], folder: Path, *more: object) -> int:
+    """The exit code of a program that runs in this process."""
+    module = importlib.import_module(program)
+    try:
+        args = parse(module.get_args_parser(), [*command, "--output_dir", str(folder), *map(str, more)])
+        run_main(module.main, args)
+    except SystemExit as stop:
+        return stop.code
+    return 0
 
 
 def start(program: str, *words: object, processes: int = 1, restarts: int = 0) -> subprocess.Popen:

@@ -8,11 +8,10 @@ import time
 
 import pytest
 import torch
-from interruptions import PROGRAMS, differences, flags, outcome, scalars
+from interruptions import PROGRAMS, differences, flags, outcome, run, scalars
 
 from models_vit import build_vit
 from util import distributed, signals
-from util.arguments import parse, run_main
 from util.checkpoints import save_encoder
 from util.datasets import KeyedDataset
 from util.run_folder import load_checkpoint, sealed
@@ -34,17 +33,6 @@ def commands(image_folder, weights):
         program: [*flags(program, image_folder, weights), "--batch_size", "4", "--accum_iter", "2"]
         for program in PROGRAMS
     }
-
-
-def run(program, command, folder, *more):
-    """The exit code of a program."""
-    module = importlib.import_module(program)
-    try:
-        args = parse(module.get_args_parser(), [*command, "--output_dir", str(folder), *map(str, more)])
-        run_main(module.main, args)
-    except SystemExit as stop:
-        return stop.code
-    return 0
 
 
 @pytest.fixture(scope="module")

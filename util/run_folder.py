@@ -71,7 +71,7 @@ class RunFolder:
     def start(self, record: dict[str, Any], name: str = "args.json", purge_step: int | None = None) -> None:
         """Write what was asked, with its provenance, and open TensorBoard. ValueError where that is not possible.
 
-        purge_step: of a resumed run, the first step whose figures are made anew: TensorBoard forgets those it has.
+        purge_step: the first step whose figures are made now: TensorBoard forgets those that it has from there on.
         """
         self.write(name, record)
         if self.path is not None:

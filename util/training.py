@@ -285,7 +285,7 @@ class Training:
 
     def start(self, record: dict[str, Any]) -> None:
         """Open the records of the run: what was asked, and TensorBoard from where the run stands."""
-        self.folder.start(record, purge_step=self.steps_done if self.saved is not None else None)
+        self.folder.start(record, purge_step=self.steps_done)  # from 0, too: a run killed before its first checkpoint
         if self.done == 0:
             self.folder.scalars(self.last_scalars, self.steps_done)  # they share their step with what is purged
 
