@@ -3,11 +3,14 @@
 import contextlib
 import importlib
 import json
+import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,8 +24,8 @@ ENVIRONMENT = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
 CLOCK = {"images_per_second", "data_wait", "seconds", "waited"}  # what depends on it, and nothing else may
 PROGRAMS = {
     "main_linprobe": ["--cls_features", "cls", "abmilp", "--blr", "1", "20", "--final_norm"],
-    "main_pretrain": ["--norm_pix_loss"],
-    "main_finetune": ["--clip_grad", "1", "--drop_path", "0.3", "--aa", "rand-m9-mstd0.5-inc1"],
+    "main_pretrain": ["--lr", "2e-3"],
+    "main_finetune": ["--lr", "2e-3", "--clip_grad", "1", "--drop_path", "0.3", "--aa", "rand-m9-mstd0.5-inc1"],
 }  # every one with all the randomness that its recipe has
 
 
@@ -56,6 +59,45 @@ def start(program: str, *words: object, processes: int = 1, restarts: int = 0) -
     )  # fmt: skip
 
 
+def launch(program: str, argv: list[str], output: Path, environment: dict[str, str] | None = None) -> int:
+    """Run a program in a fork of this process, which has imported everything already; its process id."""
+    child = os.fork()
+    if child:
+        return child
+    code = 70
+    try:
+        os.environ.update(environment or {})
+        handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(handle, 1)
+        os.dup2(handle, 2)
+        module = importlib.import_module(program)
+        run_main(module.main, parse(module.get_args_parser(), argv))
+        code = 0
+    except SystemExit as stop:
+        code = stop.code
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def finish(child: int) -> int:
+    """Its exit code; minus the signal's number where a signal ended it."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def in_processes(processes: int, program: str, argv: list[str], output: Path) -> list[int]:
+    """Exit codes of a program in several processes, as torchrun starts them but without its cost."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ranks = [launch(program, argv, output, {**common, "RANK": str(rank)}) for rank in range(processes)]
+    return [finish(child) for child in ranks]
+
+
 def wait_until(condition: Callable[[], bool], process: subprocess.Popen, seconds: float = 120) -> None:
     """AssertionError where the process ends, or the time, before the condition holds."""
     end = time.monotonic() + seconds
@@ -83,6 +125,8 @@ def without_clock(value: object) -> object:
 
 def differences(one: object, two: object, place: str = "") -> list[str]:
     """Where two states are not the same to the bit."""
+    if type(one) is not type(two):
+        return [f"{place}: {type(one).__name__} and {type(two).__name__}"]
     if isinstance(one, torch.Tensor):
         same = one.shape == two.shape and one.dtype == two.dtype and torch.equal(one.nan_to_num(), two.nan_to_num())
         return [] if same else [place]
@@ -100,6 +144,7 @@ def differences(one: object, two: object, place: str = "") -> list[str]:
 
 def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
     """What TensorBoard shows of a run: {tag: its steps and values}."""
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it tells of every purge
     board = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
     return {tag: [(event.step, event.value) for event in board.Scalars(tag)] for tag in board.Tags()["scalars"]}
 
@@ -121,3 +166,11 @@ def outcome(folder: Path) -> dict:
     if (folder / "encoder.safetensors").exists():
         found["encoder"] = (folder / "encoder.safetensors").read_bytes()
     return found
+
+
+if __name__ == "__main__":  # [processes, program, arguments, file for the output], as JSON, any number of them
+    torch.set_num_threads(1)
+    for job in map(json.loads, sys.argv[1:]):
+        codes = in_processes(*job)
+        if any(codes):
+            sys.exit(f"{job}: {codes}\n{Path(job[-1]).read_text()}")

@@ -15,46 +15,15 @@ import signal
 import sys
 import tempfile
 import time
-import traceback
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from interruptions import PROGRAMS, ROOT, differences, outcome
+from interruptions import PROGRAMS, ROOT, differences, finish, launch, outcome
 
-from util.arguments import parse, run_main
 from util.demo_data import generate
 from util.signals import EXIT_STOPPED
-
-
-def launch(program: str, argv: list[str], output: Path) -> int:
-    """Run a program in a fork of this process, which has imported everything already; its process id."""
-    child = os.fork()
-    if child:
-        return child
-    code = 70
-    try:
-        os.setsid()
-        handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(handle, 1)
-        os.dup2(handle, 2)
-        module = importlib.import_module(program)
-        run_main(module.main, parse(module.get_args_parser(), argv))
-        code = 0
-    except SystemExit as stop:
-        code = stop.code
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-
-
-def finish(child: int) -> int:
-    """Its exit code; minus the signal's number where a signal ended it."""
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def ended(child: int) -> bool:
@@ -84,7 +53,11 @@ def sweep(program: str, number: int, kills: int, base: list[str], reference: Pat
         argv = [*base, "--num_workers", str(workers), "--resume", "auto"]
         if workers not in took:
             start = time.monotonic()
-            finish(launch(program, [*argv, "--output_dir", str(work / f"{number}-{workers}")], work / "output"))
+            finish(
+                launch(
+                    program, [*argv, "--output_dir", str(work / f"{program}-{number}-whole-{workers}")], work / "output"
+                )
+            )
             took[workers] = time.monotonic() - start
         folder = work / f"{program}-{number}-{index}"
         argv += ["--output_dir", str(folder)]

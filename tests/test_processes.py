@@ -1,13 +1,16 @@
 """Runs of several processes, and processes that die: all of them stop together, say why once, and can go on."""
 
+import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from interruptions import PROGRAMS, differences, end, flags, outcome, run, start, wait_until
+from interruptions import ENVIRONMENT, PROGRAMS, differences, end, flags, outcome, run, start, wait_until
 
 from models_vit import build_vit
 from util.checkpoints import save_encoder
@@ -55,18 +58,31 @@ def test_all_processes_stop_at_the_same_step_and_another_number_of_them_goes_on(
     compare(one, other)
 
 
+@pytest.fixture(scope="module")
+def worlds(commands, tmp_path_factory):
+    """Folders of runs with the same effective batch: <program>-<number of processes>."""
+    folder, jobs = tmp_path_factory.mktemp("worlds"), []
+    for program in PROGRAMS:
+        for processes in (1, 2, 4):
+            split = ["--accum_iter", str(4 // processes), "--batch_size", "2", "--epochs", "2"]
+            argv = [*commands[program], *split, "--output_dir", str(folder / f"{program}-{processes}")]
+            if processes > 1:
+                jobs.append(json.dumps([processes, program, argv, str(folder / "output")]))
+            else:
+                assert run(program, argv[:-2], folder / f"{program}-1") == 0
+    program = Path(__file__).parent / "interruptions.py"
+    done = subprocess.run(
+        [sys.executable, program, *jobs], env=ENVIRONMENT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_one_two_and_four_processes_make_the_same_run(program, commands, tmp_path):
-    split = {processes: ["--accum_iter", 4 // processes, "--batch_size", 2, "--epochs", 2] for processes in (1, 2, 4)}
-    assert run(program, commands[program], tmp_path / "1", *split[1]) == 0
+def test_one_two_and_four_processes_make_the_same_run(program, worlds):
+    one = outcome(worlds / f"{program}-1")
     for processes in (2, 4):
-        words = [*commands[program], *split[processes], "--output_dir", tmp_path / str(processes)]
-        code, _, error = end(start(program, *words, processes=processes))
-        assert code == 0, error
-    one = outcome(tmp_path / "1")
-    one = outcome(folders[1])
-    for processes in (2, 4):
-        other = outcome(tmp_path / str(processes))
+        other = outcome(worlds / f"{program}-{processes}")
         for part in ("log", "results"):
             compare(one.get(part), other.get(part))
         compare(one["checkpoint"], other["checkpoint"])

@@ -1,5 +1,6 @@
 """A run that is stopped, killed or moved, and resumed, is the uninterrupted run to the bit."""
 
+import contextlib
 import importlib
 import json
 import signal
@@ -184,6 +185,21 @@ def test_a_second_interrupt_stops_at_once_and_two_of_one_press_are_one(monkeypat
     assert signals.requested() == 0
 
 
+def test_a_request_that_compiled_code_takes_for_an_error_is_honoured_all_the_same():
+    def compiled():
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except BaseException:
+            raise ValueError("could not determine the shape of a storage") from None
+
+    for context in (contextlib.nullcontext(), signals.deferred(False)):
+        with pytest.raises(signals.Stopped), signals.listening(), context:
+            compiled()
+    with pytest.raises(ValueError, match="disk full"), signals.listening(), signals.deferred():
+        signal.raise_signal(signal.SIGTERM)
+        raise ValueError("disk full")
+
+
 def test_a_run_that_has_ended_is_not_stopped(commands, tmp_path, monkeypatch):
     """A signal behind the last step that matters changes nothing but costs nothing either."""
     encoder = importlib.import_module("util.run_folder")
@@ -238,6 +254,8 @@ BAD = {
     "wrong momentum": (changed(misshapen_momentum), "exp_avg of the optimizer is (3,)"),
     "no parameters": (changed(lambda s: s.update(optimizer=None)), "does not fit this run"),
     "wrong sums": (changed(lambda s: s.update(loss_sum=torch.zeros(5))), "it counts 5 losses"),
+    "no arguments": (changed(lambda s: s.update(args=None)), "does not fit this run"),
+    "no evaluations": (changed(lambda s: s.update(history=["x"])), "does not fit this run"),
     "wrong place": (changed(lambda s: s.update(epoch=7)), "it stands at step None of epoch 7"),
 }
 

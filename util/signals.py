@@ -34,6 +34,7 @@ class Stopped(BaseException):
 _requested = 0  # number of the first signal
 _last_interrupt = float("-inf")
 _deferred = False
+_thrown = False  # Stopped was raised where a signal found the program, and has not been seen since
 _listener: int | None = None  # process that listens; its children have other business
 
 
@@ -51,11 +52,12 @@ def check() -> None:
 @contextlib.contextmanager
 def listening() -> Iterator[None]:
     """Take the signals for requests to stop, until the block ends."""
-    global _requested, _deferred, _listener, _last_interrupt
-    _requested, _deferred, _listener, _last_interrupt = 0, False, os.getpid(), float("-inf")
+    global _requested, _deferred, _thrown, _listener, _last_interrupt
+    _requested, _deferred, _thrown, _listener, _last_interrupt = 0, False, False, os.getpid(), float("-inf")
     before = {number: signal.signal(number, _receive) for number in SIGNALS}
     try:
-        yield
+        with _found_again():
+            yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -63,7 +65,7 @@ def listening() -> Iterator[None]:
 
 
 def _receive(number: int, frame: object) -> None:
-    global _requested, _last_interrupt
+    global _requested, _thrown, _last_interrupt
     if os.getpid() != _listener:
         return
     if number == signal.SIGINT:
@@ -73,6 +75,23 @@ def _receive(number: int, frame: object) -> None:
         _last_interrupt = now
     _requested = _requested or number
     if not _deferred:
+        _thrown = True
+        check()
+
+
+@contextlib.contextmanager
+def _found_again() -> Iterator[None]:
+    """Compiled code that a signal interrupts may take Stopped for an error of its own, and raise that instead."""
+    global _thrown
+    try:
+        yield
+    except Stopped:
+        _thrown = False
+        raise
+    except Exception:
+        if not _thrown:
+            raise
+        _thrown = False
         check()
 
 
@@ -82,9 +101,12 @@ def deferred(defer: bool = True) -> Iterator[None]:
     global _deferred
     before, _deferred = _deferred, defer
     try:
-        if not defer:
+        if defer:
+            yield
+        else:
             check()
-        yield
+            with _found_again():
+                yield
     finally:
         _deferred = before
 

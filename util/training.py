@@ -21,7 +21,7 @@ from util.arguments import check_resumed, plain
 from util.datasets import GlobalBatches, Loader, Sample, Watched
 from util.distributed import GradientMean, agree, barrier, rank, world_size
 from util.progress import log
-from util.run_folder import RunFolder
+from util.run_folder import AnotherRun, RunFolder
 
 # what loading a state of wrong content raises, inside of torch too
 MISFITS = (RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError)
@@ -224,6 +224,7 @@ class Training:
         """
         with signals.deferred():
             try:
+                signals.check()
                 yield
             except signals.Stopped as stop:
                 stop.told = self._save_for_later()
@@ -250,7 +251,6 @@ class Training:
             if self.done is None:
                 self.epoch, self.done = self.epoch + 1, 0
             self.saved = (self.epoch, self.done)
-            self.last_scalars = state["scalars"]
 
     def _restore(self, state: dict, evaluate_only: bool) -> None:
         """Take over a checkpoint, but for its place. ValueError where it does not fit, AnotherRun where that is meant
@@ -259,12 +259,14 @@ class Training:
         missing = {"step", name, "optimizer", "history", "loss_sum", "diverged_at", "scalars"} - state.keys()
         if missing:
             raise ValueError(f"not a checkpoint of {self.method.program} (no {', '.join(sorted(missing))})")
-        if not evaluate_only:
-            check_resumed(self.args, self.facts, state)
         try:
+            if not evaluate_only:
+                check_resumed(self.args, self.facts, state)
             self.method.load(state[name])
             if not evaluate_only:
                 self._restore_progress(state)
+        except AnotherRun:
+            raise
         except MISFITS as error:
             raise ValueError(f"the checkpoint does not fit this run: {error}") from error
 
@@ -281,7 +283,10 @@ class Training:
             raise ValueError(f"it stands at step {state['step']} of epoch {state['epoch']}")
         self.loss_sum, self.diverged_at = loss_sum.to(self.loss_sum), diverged_at.to(self.diverged_at)
         self.seconds, self.waited = float(state["seconds"]), float(state["waited"])
+        if not all(isinstance(entry["epoch"], int) and isinstance(entry["test"], dict) for entry in state["history"]):
+            raise ValueError("its history is not one of evaluations")
         self.history = list(state["history"])
+        self.last_scalars = {name: float(value) for name, value in state["scalars"].items()}
 
     def start(self, record: dict[str, Any]) -> None:
         """Open the records of the run: what was asked, and TensorBoard from where the run stands."""
