@@ -114,6 +114,7 @@ MISTAKES = {
     "mask": (["--mask_ratio", "1"], "--mask_ratio 1.0: a share between 0 and 1"),
     "checkpoint": (["--resume", "absent.pth"], "there is no file absent.pth"),
     "data set": (["--dataset", "imagenet"], "unknown data set 'imagenet': choose one of image_folder"),
+    "classes": (["--nb_classes", "10"], "--nb_classes 10: pretraining looks at no labels; leave it out"),
     "device": (["--device", "gpu"], "--device gpu: write cuda, cpu or auto"),
 }
 

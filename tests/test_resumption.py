@@ -256,6 +256,7 @@ BAD = {
     "wrong sums": (changed(lambda s: s.update(loss_sum=torch.zeros(5))), "it counts 5 losses"),
     "no arguments": (changed(lambda s: s.update(args=None)), "does not fit this run"),
     "no evaluations": (changed(lambda s: s.update(history=["x"])), "does not fit this run"),
+    "no place": (changed(lambda s: s.update(step=[])), "it stands at step [] of epoch 1"),
     "wrong place": (changed(lambda s: s.update(epoch=7)), "it stands at step None of epoch 7"),
 }
 
@@ -360,6 +361,41 @@ def test_a_read_only_folder_is_one_line(small_disk, commands, capsys):
         assert run("main_linprobe", commands["main_linprobe"], small_disk / "run", *more) == 2
         error = capsys.readouterr().err
         assert "Read-only file system" in error and error.count("\n") == 1
+
+
+# ---- divergence, and what a loader does
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_run_that_diverges_is_one_line_and_the_checkpoint_before_stays(
+    program, commands, whole, tmp_path, monkeypatch, capsys
+):
+    """No checkpoint holds what the step without a finite loss left."""
+    method = importlib.import_module(f"engine_{program[5:]}")
+    method = getattr(method, {"main_linprobe": "Probing", "main_pretrain": "Pretraining"}.get(program, "FineTuning"))
+    losses, calls = method.losses, []
+
+    def poisoned(self, *args):
+        calls.append(1)
+        return losses(self, *args) * (torch.nan if len(calls) == 9 else 1.0)  # in the fifth optimizer step
+
+    with monkeypatch.context() as patch:
+        patch.setattr(method, "losses", poisoned)
+        assert run(program, commands[program], tmp_path, "--save_every_steps", 2) == 1
+    error = capsys.readouterr().err
+    assert "diverged: the loss or its gradient is not finite in epoch 1, step 1; lower --blr" in error
+    assert error.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.glob("*.pth")) == ["checkpoint-0.pth", "checkpoint-1-1.pth"]
+    assert run(program, commands[program], tmp_path, "--resume", "auto") == 0
+    assert differences(outcome(tmp_path), whole(program)) == []
+
+
+def test_a_slow_loader_is_seen_in_the_log(commands, tmp_path, monkeypatch, capsys):
+    get = KeyedDataset.__getitem__
+    monkeypatch.setattr(KeyedDataset, "__getitem__", lambda data, key: (time.sleep(0.03), get(data, key))[1])
+    assert run("main_linprobe", commands["main_linprobe"], tmp_path, "--epochs", 1) == 0
+    assert json.loads((tmp_path / "log.txt").read_text())["data_wait"] > 0.5
+    assert " % of the time waiting for data" in capsys.readouterr().out
 
 
 # ---- the weights behind a run

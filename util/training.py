@@ -271,6 +271,7 @@ class Training:
             raise ValueError(f"the checkpoint does not fit this run: {error}") from error
 
     def _restore_progress(self, state: dict) -> None:
+        steps = self.batches.steps
         self.optimizer.load_state_dict(state["optimizer"])
         for parameter, kept in self.optimizer.state.items():
             for key, value in kept.items():  # torch does not look
@@ -279,13 +280,15 @@ class Training:
         loss_sum, diverged_at = state["loss_sum"], torch.tensor(state["diverged_at"])
         if loss_sum.shape != self.loss_sum.shape or diverged_at.shape != self.diverged_at.shape:
             raise ValueError(f"it counts {len(loss_sum)} losses, this run has {len(self.loss_sum)}")
-        if not (0 <= state["epoch"] < self.args.epochs and 0 <= (state["step"] or 0) <= self.batches.steps):
-            raise ValueError(f"it stands at step {state['step']} of epoch {state['epoch']}")
+        epoch, step, history = state["epoch"], state["step"], state["history"]
+        if not (0 <= epoch < self.args.epochs and (step is None or (type(step) is int and 0 < step <= steps))):
+            raise ValueError(f"it stands at step {step} of epoch {epoch}")
         self.loss_sum, self.diverged_at = loss_sum.to(self.loss_sum), diverged_at.to(self.diverged_at)
         self.seconds, self.waited = float(state["seconds"]), float(state["waited"])
-        if not all(isinstance(entry["epoch"], int) and isinstance(entry["test"], dict) for entry in state["history"]):
-            raise ValueError("its history is not one of evaluations")
-        self.history = list(state["history"])
+        evaluated = [entry["epoch"] for entry in history if isinstance(entry["test"], dict)]
+        if len(evaluated) < len(history) or (state["scalars"] and evaluated[-1:] != [epoch]):
+            raise ValueError(f"its history is of the epochs {evaluated}")
+        self.history = list(history)
         self.last_scalars = {name: float(value) for name, value in state["scalars"].items()}
 
     def start(self, record: dict[str, Any]) -> None:
