@@ -10,9 +10,11 @@ The run folder ends with `encoder.safetensors` (family mae_ft: encoder and head)
 import argparse
 import functools
 import time
+from collections.abc import Callable
 
 import torch
-from timm.data import Mixup, create_transform
+from PIL import Image, ImageOps
+from timm.data import Mixup, auto_augment, create_transform
 
 from engine_finetune import FineTuning, evaluate
 from models_vit import ClsClassifier
@@ -28,6 +30,7 @@ from util.arguments import (
     plain,
     run_main,
 )
+from util.checkpoints import Encoder
 from util.datasets import (
     EvaluationBatches,
     GlobalBatches,
@@ -95,11 +98,7 @@ def main(args: argparse.Namespace) -> None:
             model = ClsClassifier(encoder.backbone.requires_grad_(True), num_classes).to(world.device)
 
         # ---- data
-        augment = create_transform(
-            size, is_training=True, scale=(args.crop_scale, 1.0), color_jitter=args.color_jitter,
-            auto_augment=args.aa or None, interpolation="bicubic", re_prob=args.reprob, re_mode="pixel",
-            mean=encoder.mean, std=encoder.std,
-        )  # fmt: skip
+        augment = augmentation(args, size, encoder)
         mixup = None
         if mixes(args):
             mixup = Mixup(args.mixup, args.cutmix, label_smoothing=args.smoothing, num_classes=num_classes)
@@ -147,6 +146,24 @@ def main(args: argparse.Namespace) -> None:
             folder.write("results.json", results)
         barrier()
         folder.close()
+
+
+def augmentation(args: argparse.Namespace, size: int, encoder: Encoder) -> Callable[[Image.Image], torch.Tensor]:
+    """RandAugment, or colour jitter, and random erasing, as timm has them."""
+    for name in ("Posterize", "PosterizeIncreasing", "PosterizeOriginal"):
+        auto_augment.NAME_TO_OP[name] = posterize
+    return create_transform(
+        size, is_training=True, scale=(args.crop_scale, 1.0), color_jitter=args.color_jitter,
+        auto_augment=args.aa or None, interpolation="bicubic", re_prob=args.reprob, re_mode="pixel",
+        mean=encoder.mean, std=encoder.std,
+    )  # fmt: skip
+
+
+def posterize(image: Image.Image, bits: int, **_: object) -> Image.Image:
+    """timm's operation also at 0 bits, which its noise on the magnitude asks for: Pillow has come to refuse them."""
+    if bits >= 8:
+        return image
+    return ImageOps.posterize(image, bits) if bits > 0 else Image.new(image.mode, image.size)
 
 
 def mixes(args: argparse.Namespace) -> bool:

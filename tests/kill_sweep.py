@@ -65,14 +65,14 @@ def sweep(program: str, number: int, kills: int, base: list[str], reference: Pat
         interrupt(child, number, folder, took[workers], index % 2 == 1, draw)
         code = finish(child)
         found = {
-            "kills": code != 0,
+            "kills": code != 0,  # by the signal itself where the program did not listen yet
             "no checkpoint yet": not any(folder.glob("checkpoint-*.pth")),
             "half-written file": any(folder.glob(".*.tmp")),
             "within an epoch": len(list(folder.glob("checkpoint-*-*.pth"))) > 0,
         }
         again = finish(launch(program, argv, work / "output"))
         wrong = differences(outcome(folder), expected)
-        found["identical"] = not wrong and again == 0 and code in (0, -signal.SIGKILL, EXIT_STOPPED)
+        found["identical"] = not wrong and again == 0 and code in (0, -number, EXIT_STOPPED)
         row = rows.setdefault(workers, dict.fromkeys(("runs", *found), 0))
         row["runs"] += 1
         for name, value in found.items():

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 
 import main_finetune
 from models_vit import build_vit
@@ -87,6 +88,17 @@ def test_every_regulariser_has_its_effect(command, tmp_path):
         run(tmp_path / str(index), command, *PLAIN, *fixed, *flags)
         losses.append(log(tmp_path / str(index))[0]["loss"])
     assert len(set(losses)) == len(choices)
+
+
+def test_randaugment_may_posterize_to_nothing(command):
+    """A magnitude of 10, which the noise of the default policy reaches, leaves no bit."""
+    args = parse(main_finetune.get_args_parser(), [*command, "--aa", "rand-m10-n8-inc1"])
+    encoder = load_encoder("", "vit_demo_patch8", img_size=32)
+    augment = main_finetune.augmentation(args, 32, encoder)
+    picture = Image.effect_noise((32, 32), 80).convert("RGB")
+    assert all(augment(picture).isfinite().all() for _ in range(40))
+    assert main_finetune.posterize(picture, 0).getextrema() == ((0, 0),) * 3
+    assert main_finetune.posterize(picture, 8) is picture
 
 
 def test_every_epoch_draws_anew(command, tmp_path):
