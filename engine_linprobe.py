@@ -1,22 +1,20 @@
-"""One training epoch and one exact evaluation of a bank of probes on a frozen backbone.
+"""What a micro-step of a bank of probes on a frozen backbone computes, and the exact evaluation of the bank.
 
 Letters: B images, S probes, K classes.
 """
 
-import time
-from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 from models_vit import Features, VisionTransformer
 from probes import ProbeBank
-from util.distributed import average_gradients, world_size
-from util.progress import progress
+from util.datasets import Sample, Watched
 from util.scores import Scores, count, total
+from util.training import all_finite
 
 
 class FrozenTokens(NamedTuple):
@@ -47,59 +45,57 @@ class FrozenTokens(NamedTuple):
         }
 
 
-def train_one_epoch(
-    bank: ProbeBank,
-    tokens: FrozenTokens,
-    loader: Iterable,
-    optimizer: torch.optim.Optimizer,
-    schedule: Callable[[float, float], float],
-    epoch: int,
-    accum_iter: int,
-    device: torch.device,
-    on_step: Callable[[int, Tensor], None] = lambda step, losses: None,
-) -> dict:
-    """Train every probe of the bank on one epoch of Sample batches.
+class Probing:
+    """A bank of probes and its optimizer (a group per probe), as a util.training.Method.
 
-    schedule: (fractional epoch, peak rate of a probe) -> rate, set before every optimizer step. on_step: called after
-    every optimizer step with its number over the run and the (S,) losses. Losses are summed over probes, so no probe's
-    gradient depends on its neighbours. Returns mean loss per probe (list of S), images per second over all processes,
-    and the share of time spent waiting for data.
+    Losses are summed over probes, so no probe's gradient depends on its neighbours. A probe whose loss, gradient or
+    new weights are not finite keeps the weights, statistics and momentum that it had before that step, for good.
     """
-    bank.train()
-    tokens.backbone.eval()
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    micro_steps = len(loader)
-    epoch_loss = pending = torch.zeros(len(bank.specs), device=device, dtype=torch.float64)
-    start = asked = time.perf_counter()
-    images_seen, waited = 0, 0.0
-    for micro_step, sample in enumerate(progress(loader, f"epoch {epoch}", micro_steps)):
-        waited += time.perf_counter() - asked
-        if micro_step % accum_iter == 0:
-            for group in optimizer.param_groups:
-                group["lr"] = schedule(epoch + micro_step / micro_steps, group["peak_lr"])
-        images = sample.image.to(device, non_blocking=True)
-        labels = sample.label.to(device, non_blocking=True)
-        losses = torch.stack([F.cross_entropy(logits, labels) for logits in bank(tokens(images))])
-        (losses.sum() / accum_iter).backward()
-        pending = pending + losses.detach().double() / accum_iter
-        images_seen += len(images)
-        if (micro_step + 1) % accum_iter == 0:
-            average_gradients(parameters)
-            bank.commit_statistics()
-            optimizer.step()
-            optimizer.zero_grad()
-            on_step((epoch * micro_steps + micro_step) // accum_iter, pending)
-            epoch_loss = epoch_loss + pending
-            pending = torch.zeros_like(pending)
-        asked = time.perf_counter()
-    if world_size() > 1:
-        dist.all_reduce(epoch_loss)
-    seconds = time.perf_counter() - start
-    return {
-        "train_loss": (epoch_loss / (micro_steps // accum_iter) / world_size()).tolist(),
-        "images_per_second": images_seen * world_size() / seconds,
-        "data_wait": waited / seconds,
-    }
+
+    program, state_name = "main_linprobe.py", "probes"
+
+    def __init__(self, bank: ProbeBank, tokens: FrozenTokens, optimizer: torch.optim.Optimizer, device: torch.device):
+        self.bank, self.tokens, self.optimizer, self.device = bank, tokens, optimizer, device
+        self.names = tuple(spec.name for spec in bank.specs)
+        self.groups = [list(probe.parameters()) for probe in bank.probes]
+
+    def train(self) -> None:
+        self.bank.train()
+        self.tokens.backbone.eval()
+
+    def losses(self, sample: Sample, words: tuple) -> Tensor:
+        labels = sample.label.to(self.device, non_blocking=True)
+        logits = self.bank(self.tokens(sample.image.to(self.device, non_blocking=True)))
+        return torch.stack([F.cross_entropy(one, labels) for one in logits])
+
+    @torch.no_grad()
+    def step(self, alive: Tensor) -> Tensor:
+        # undone rather than left out: whether a probe is alive is known on the GPU alone, and not waited for
+        before = [{key: tensor.clone() for key, tensor in self._tensors(i).items()} for i in range(len(self.groups))]
+        self.bank.commit_statistics()
+        self.optimizer.step()
+        alive = alive & torch.stack([all_finite(group) for group in self.groups])
+        for i, kept in enumerate(before):
+            for key, tensor in self._tensors(i).items():
+                # momentum that the first step makes was nothing before
+                tensor.copy_(torch.where(alive[i], tensor, kept.get(key, torch.zeros_like(tensor))))
+        return alive
+
+    def _tensors(self, index: int) -> dict[Any, Tensor]:
+        """All that a probe's step changes: parameters, buffers, state of the optimizer."""
+        probe = self.bank.probes[index]
+        found: dict[Any, Tensor] = {**dict(probe.named_parameters()), **dict(probe.named_buffers())}
+        for name, parameter in probe.named_parameters():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                if isinstance(value, Tensor):
+                    found[name, key] = value
+        return found
+
+    def state(self) -> dict[str, Any]:
+        return self.bank.probe_states()
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.bank.load_probe_states(state)
 
 
 @torch.no_grad()
@@ -108,7 +104,7 @@ def evaluate(bank: ProbeBank, tokens: FrozenTokens, loader: Iterable, device: to
     bank.eval()
     tokens.backbone.eval()
     counts = torch.zeros(len(bank.specs), 4, device=device, dtype=torch.float64)
-    for sample in progress(loader, "test", len(loader)):
+    for sample in Watched(loader, "test", agree=True):
         labels = sample.label.to(device, non_blocking=True)
         logits = bank(tokens(sample.image.to(device, non_blocking=True)))
         counts += torch.stack([count(probe_logits, labels) for probe_logits in logits])

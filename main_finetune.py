@@ -10,11 +10,13 @@ The run folder ends with `encoder.safetensors` (family mae_ft: encoder and head)
 import argparse
 import functools
 import time
+from collections.abc import Callable
 
 import torch
-from timm.data import Mixup, create_transform
+from PIL import Image, ImageOps
+from timm.data import Mixup, auto_augment, create_transform
 
-from engine_finetune import evaluate, train_one_epoch
+from engine_finetune import FineTuning, evaluate
 from models_vit import ClsClassifier
 from util.arguments import (
     PRECISIONS,
@@ -23,13 +25,12 @@ from util.arguments import (
     add_encoder_arguments,
     add_run_arguments,
     build_encoder,
-    check_resumed,
     check_training,
     parse,
     plain,
     run_main,
 )
-from util.checkpoints import save_encoder
+from util.checkpoints import Encoder
 from util.datasets import (
     EvaluationBatches,
     GlobalBatches,
@@ -39,11 +40,13 @@ from util.datasets import (
     eval_transform,
 )
 from util.distributed import barrier, distributed
+from util.files import digest
 from util.lr_sched import lr_at, scaled_lr
 from util.optim import layer_decay_groups
-from util.progress import log, setup_logging
+from util.progress import log, setup_logging, throughput
 from util.run_folder import RunFolder, provenance
 from util.seeding import seeded
+from util.training import Training
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -83,21 +86,19 @@ def main(args: argparse.Namespace) -> None:
     with distributed(args.device, args.dist_url) as world:
         setup_logging()
         folder = RunFolder(args.output_dir, args.log_dir)
-        state = folder.find_checkpoint(args.resume, evaluate_only=args.eval)
+        if not args.eval:
+            folder.refuse_overwriting(args.resume)
 
         # ---- encoder with a fresh head, all of it trained
         train_images, test_images, num_classes = build_splits(args.dataset, args.data_path, args.nb_classes)
         batches = GlobalBatches(len(train_images), args.batch_size, args.accum_iter, args.seed)
         with seeded("weights", args.seed):
             encoder, size = build_encoder(args, drop_path=args.drop_path)
+            facts = {"weights": digest(encoder.backbone.state_dict())}
             model = ClsClassifier(encoder.backbone.requires_grad_(True), num_classes).to(world.device)
 
         # ---- data
-        augment = create_transform(
-            size, is_training=True, scale=(args.crop_scale, 1.0), color_jitter=args.color_jitter,
-            auto_augment=args.aa or None, interpolation="bicubic", re_prob=args.reprob, re_mode="pixel",
-            mean=encoder.mean, std=encoder.std,
-        )  # fmt: skip
+        augment = augmentation(args, size, encoder)
         mixup = None
         if mixes(args):
             mixup = Mixup(args.mixup, args.cutmix, label_smoothing=args.smoothing, num_classes=num_classes)
@@ -111,58 +112,58 @@ def main(args: argparse.Namespace) -> None:
         # ---- optimiser: AdamW (0.9, 0.999), rates decaying from the head down
         lr = args.lr if args.lr is not None else scaled_lr(args.blr, batches.effective)
         groups = layer_decay_groups(model, encoder.backbone.depth, args.weight_decay, args.layer_decay)
-        optimizer = torch.optim.AdamW(groups, lr=lr, fused=True)
-        lr_of = functools.partial(
-            lr_at, lr=lr, epochs=args.epochs, warmup_epochs=args.warmup_epochs, min_lr=args.min_lr
-        )
-        first_epoch, history = 0, []
-        if state is not None:
-            first_epoch, history = restore(model, optimizer, state)
-            if not args.eval:
-                check_resumed(args, batches.effective, state)
+        optimizer = torch.optim.AdamW([{**group, "peak_lr": lr} for group in groups], lr=lr, fused=True)
+        schedule = functools.partial(lr_at, epochs=args.epochs, warmup_epochs=args.warmup_epochs, min_lr=args.min_lr)
         amp = PRECISIONS[args.amp]
+        tuning = FineTuning(model, optimizer, world.device, amp, args.smoothing, mixup, args.clip_grad)
+        training = Training(args, tuning, optimizer, schedule, train_loader, batches, folder, facts)
+        training.resume(args.resume, evaluate_only=args.eval)
         if args.eval:
             scores = evaluate(model, test_loader, world.device, amp)
             log.info("top-1 %.2f, top-5 %.2f, loss %.4f on %d images", *scores)
             return
+
+        # ---- epochs
         run = {
             "args": plain(args), "encoder": encoder.record, "lr": lr, "effective_batch": batches.effective,
             "n_train": len(train_images), "n_test": len(test_images), "classes": num_classes,
             **provenance(world.device),
         }  # fmt: skip
-        folder.start(run)
-        trained = model
-        if world.size > 1:
-            ids = [world.device.index] if world.device.type == "cuda" else None
-            trained = torch.nn.parallel.DistributedDataParallel(model, device_ids=ids)
-
-        def on_step(step: int, loss: torch.Tensor, rate: float) -> None:
-            if step % 20 == 0:  # reading a loss waits for the GPU
-                folder.scalars({"train_loss": float(loss), "lr": rate}, step)
-
-        # ---- epochs
+        training.start(run)
         start = time.time()
-        for epoch in range(first_epoch, args.epochs):
-            batches.epoch = epoch
-            stats = train_one_epoch(
-                trained, train_loader, optimizer, lr_of, epoch, args.accum_iter, world.device, amp, args.seed,
-                args.smoothing, mixup, args.clip_grad, on_step,
-            )  # fmt: skip
-            scores = evaluate(model, test_loader, world.device, amp)
-            history.append({"epoch": epoch, **stats, "test": scores._asdict()})
-            folder.scalars({"test_top1": scores.top1}, epoch + 1)
-            folder.log_line(history[-1])
-            log.info("epoch %d: loss %.4f, top-1 %.2f", epoch, stats["loss"], scores.top1)
-            folder.save_checkpoint(epoch, {
-                "model": model.published_state_dict(), "optimizer": optimizer.state_dict(), "history": history,
-                "args": plain(args), "effective_batch": batches.effective,
-            })  # fmt: skip
-        if folder.path is not None:
+        with training.stoppable():
+            for epoch in training.epochs():
+                stats = training.train_one_epoch()
+                scores = evaluate(model, test_loader, world.device, amp)
+                training.history.append({**stats.record(epoch), "test": scores._asdict()})
+                folder.log_line(training.history[-1])
+                words = throughput(*stats[2:])
+                log.info("epoch %d: loss %.4f, top-1 %.2f, %s", epoch, stats.losses[0], scores.top1, words)
+                training.end_epoch({"test_top1": scores.top1})
             metadata = {"family": "mae_ft", "model": args.model, "input_size": str(size), "epochs": str(args.epochs)}
-            save_encoder(folder.path / "encoder.safetensors", model.published_state_dict(), metadata)
-        folder.write("results.json", {"last": history[-1], "seconds": time.time() - start, **run})
+            folder.save_encoder(model.published_state_dict(), metadata)
+            results = {"last": training.history[-1], "seconds": time.time() - start, **run}
+            folder.write("results.json", results)
         barrier()
         folder.close()
+
+
+def augmentation(args: argparse.Namespace, size: int, encoder: Encoder) -> Callable[[Image.Image], torch.Tensor]:
+    """RandAugment, or colour jitter, and random erasing, as timm has them."""
+    for name in ("Posterize", "PosterizeIncreasing", "PosterizeOriginal"):
+        auto_augment.NAME_TO_OP[name] = posterize
+    return create_transform(
+        size, is_training=True, scale=(args.crop_scale, 1.0), color_jitter=args.color_jitter,
+        auto_augment=args.aa or None, interpolation="bicubic", re_prob=args.reprob, re_mode="pixel",
+        mean=encoder.mean, std=encoder.std,
+    )  # fmt: skip
+
+
+def posterize(image: Image.Image, bits: int, **_: object) -> Image.Image:
+    """timm's operation also at 0 bits, which its noise on the magnitude asks for: Pillow has come to refuse them."""
+    if bits >= 8:
+        return image
+    return ImageOps.posterize(image, bits) if bits > 0 else Image.new(image.mode, image.size)
 
 
 def mixes(args: argparse.Namespace) -> bool:
@@ -178,19 +179,6 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError("--amp float16 would need a loss scaler to train; use bfloat16")
     if mixes(args) and args.batch_size % 2 and not args.eval:
         raise ValueError(f"--batch_size {args.batch_size}: mixup and cutmix pair images, so it must be even")
-
-
-def restore(model: ClsClassifier, optimizer: torch.optim.Optimizer, state: dict) -> tuple[int, list[dict]]:
-    """Continue from a checkpoint of this program: next epoch and the figures so far."""
-    missing = {"epoch", "model", "optimizer", "history"} - state.keys()
-    if missing:
-        raise ValueError(f"--resume: not a checkpoint of main_finetune.py (no {', '.join(sorted(missing))})")
-    try:
-        model.load_published_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-    except (RuntimeError, ValueError) as error:
-        raise ValueError(f"--resume: the checkpoint does not fit this run: {error}") from error
-    return state["epoch"] + 1, state["history"]
 
 
 if __name__ == "__main__":

@@ -9,14 +9,13 @@ The bank is the product of --cls_features, --return_block, --blr and --seeds. De
 import argparse
 import functools
 import itertools
-import math
 import time
 
 import torch
 
 from abmilp import ACTIVATIONS
 from aggregation import AGGREGATIONS, check_aggregation
-from engine_linprobe import FrozenTokens, evaluate, train_one_epoch
+from engine_linprobe import FrozenTokens, Probing, evaluate
 from models_vit import VisionTransformer
 from probes import ProbeBank, ProbeSpec
 from util.arguments import (
@@ -26,7 +25,6 @@ from util.arguments import (
     add_encoder_arguments,
     add_run_arguments,
     build_encoder,
-    check_resumed,
     check_training,
     parse,
     plain,
@@ -42,11 +40,14 @@ from util.datasets import (
     train_transform,
 )
 from util.distributed import distributed
+from util.files import digest
 from util.lars import LARS
 from util.lr_sched import lr_at, scaled_lr
-from util.progress import log, setup_logging
+from util.progress import log, setup_logging, throughput
 from util.run_folder import RunFolder, provenance
 from util.scores import Scores
+from util.seeding import seeded
+from util.training import Training
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -134,12 +135,14 @@ def main(args: argparse.Namespace) -> None:
     with distributed(args.device, args.dist_url) as world:
         setup_logging()
         folder = RunFolder(args.output_dir + args.suffix if args.output_dir else "", args.log_dir)
-        state = folder.find_checkpoint(args.resume, evaluate_only=args.eval)
+        if not args.eval:
+            folder.refuse_overwriting(args.resume)
 
         # ---- a frozen encoder and a bank of probes on its tokens
         train_images, test_images, num_classes = build_splits(args.dataset, args.data_path, args.nb_classes)
         batches = GlobalBatches(len(train_images), args.batch_size, args.accum_iter, args.seed)
-        encoder, size = build_encoder(args)
+        with seeded("weights", args.seed):
+            encoder, size = build_encoder(args)
         backbone = encoder.backbone.to(world.device)
         if args.final_norm and isinstance(backbone.norm, torch.nn.Identity):
             raise ValueError(f"--final_norm: encoders of family {encoder.record['family']} have no last norm")
@@ -163,9 +166,10 @@ def main(args: argparse.Namespace) -> None:
         lrs = [args.lr if args.lr is not None else scaled_lr(spec.blr, batches.effective) for spec in specs]
         optimizer = build_optimizer(args, bank.parameter_groups(lrs))
         schedule = functools.partial(lr_at, epochs=args.epochs, warmup_epochs=args.warmup_epochs, min_lr=args.min_lr)
-        history, first_epoch = restore(bank, optimizer, state) if state is not None else ([], args.start_epoch)
-        if state is not None and not args.eval:
-            check_resumed(args, batches.effective, state)
+        probing = Probing(bank, tokens, optimizer, world.device)
+        facts = {"weights": digest(backbone.state_dict())}
+        training = Training(args, probing, optimizer, schedule, train_loader, batches, folder, facts)
+        training.resume(args.resume, evaluate_only=args.eval)
         if args.eval:
             report(evaluate(bank, tokens, test_loader, world.device), specs)
             return
@@ -177,37 +181,29 @@ def main(args: argparse.Namespace) -> None:
             "n_train": len(train_images), "n_test": len(test_images), "classes": num_classes,
             **provenance(world.device),
         }  # fmt: skip
-        folder.start(run)
+        training.start(run)
         log.info(
             "%d probes on %s; %d training images, %d steps of %d per epoch, lr %s", len(specs), args.model,
             len(train_images), batches.steps, batches.effective, ", ".join(f"{lr:g}" for lr in sorted(set(lrs))),
         )  # fmt: skip
-        every = max(1, batches.steps // 20)
-
-        def on_step(step: int, losses: torch.Tensor) -> None:
-            if step % every == 0:  # reading losses waits for the GPU
-                named = {f"train_loss/{spec.name}": loss for spec, loss in zip(specs, losses.tolist(), strict=True)}
-                folder.scalars({**named, "lr": optimizer.param_groups[0]["lr"]}, step)
-
         start = time.time()
-        for epoch in range(first_epoch, args.epochs):
-            batches.epoch = epoch
-            stats = train_one_epoch(
-                bank, tokens, train_loader, optimizer, schedule, epoch, args.accum_iter, world.device, on_step
-            )
-            check_divergence(specs, stats["train_loss"], epoch)
-            record = {"epoch": epoch, **stats}
-            if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
-                scores = evaluate(bank, tokens, test_loader, world.device)
-                record["test"] = {spec.name: score._asdict() for spec, score in zip(specs, scores, strict=True)}
-                history.append({"epoch": epoch, "test": record["test"]})
-            tell(record, folder)
-            folder.save_checkpoint(epoch, {
-                "probes": bank.probe_states(), "optimizer": optimizer.state_dict(), "history": history,
-                "args": plain(args), "effective_batch": batches.effective,
-            })  # fmt: skip
-        results = summary(specs, bank, history)
-        folder.write("results.json", {"probes": results, "seconds": time.time() - start, **run})
+        with training.stoppable():
+            for epoch in training.epochs():
+                stats = training.train_one_epoch()
+                record = {
+                    "epoch": epoch, "train_loss": stats.losses, "images_per_second": stats.images_per_second,
+                    "data_wait": stats.data_wait,
+                }  # fmt: skip
+                if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
+                    scores = evaluate(bank, tokens, test_loader, world.device)
+                    record["test"] = {spec.name: score._asdict() for spec, score in zip(specs, scores, strict=True)}
+                    training.history.append({"epoch": epoch, "test": record["test"]})
+                tell(record)
+                folder.log_line(record)
+                tested = record.get("test", {}).items()
+                training.end_epoch({f"test_top1/{name}": score["top1"] for name, score in tested})
+            results = summary(specs, bank, training.history, training.diverged())
+            folder.write("results.json", {"probes": results, "seconds": time.time() - start, **run})
         for name, result in results.items():
             log.info(
                 "%s: top-1 %.2f (%s epoch; last %.2f, best %.2f at epoch %d)", name, result[args.report]["top1"],
@@ -237,26 +233,13 @@ def settle(args: argparse.Namespace) -> None:
         raise ValueError("--eval needs the probes: name their checkpoint with --resume")
 
 
-def check_divergence(specs: list[ProbeSpec], losses: list[float], epoch: int) -> None:
-    """Warn of probes whose loss is not finite; their neighbours are unharmed. FloatingPointError where all are."""
-    lost = [spec.name for spec, loss in zip(specs, losses, strict=True) if not math.isfinite(loss)]
-    if len(lost) == len(specs):
-        raise FloatingPointError(f"every probe diverged by epoch {epoch}: lower --blr")
-    if lost:
-        log.warning("epoch %d: diverged: %s", epoch, ", ".join(lost))
-
-
-def tell(record: dict, folder: RunFolder) -> None:
-    """An epoch's figures to the log, log.txt and TensorBoard."""
-    words = (
-        f"{record['images_per_second']:.0f} images/s, {100 * record['data_wait']:.0f} % of the time waiting for data"
-    )
+def tell(record: dict) -> None:
+    """An epoch's figures to the log."""
+    words = throughput(record["images_per_second"], record["data_wait"])
     if "test" in record:
-        folder.scalars({f"test_top1/{name}": score["top1"] for name, score in record["test"].items()}, record["epoch"])
         best = max(record["test"], key=lambda name: record["test"][name]["top1"])
         words = f"top-1 up to {record['test'][best]['top1']:.2f} ({best}), {words}"
     log.info("epoch %d: %s", record["epoch"], words)
-    folder.log_line(record)
 
 
 def build_optimizer(args: argparse.Namespace, groups: list[dict]) -> torch.optim.Optimizer:
@@ -265,24 +248,20 @@ def build_optimizer(args: argparse.Namespace, groups: list[dict]) -> torch.optim
     return torch.optim.SGD(groups, weight_decay=args.weight_decay, momentum=args.momentum)
 
 
-def restore(bank: ProbeBank, optimizer: torch.optim.Optimizer, state: dict) -> tuple[list[dict], int]:
-    """Continue from a checkpoint of this program: evaluations so far and the next epoch."""
-    missing = {"epoch", "probes", "optimizer", "history"} - state.keys()
-    if missing:
-        raise ValueError(f"--resume: not a checkpoint of linear probes (no {', '.join(sorted(missing))})")
-    bank.load_probe_states(state["probes"])
-    optimizer.load_state_dict(state["optimizer"])
-    return state["history"], state["epoch"] + 1
+def summary(
+    specs: list[ProbeSpec], bank: ProbeBank, history: list[dict], diverged: dict[str, dict | None]
+) -> dict[str, dict]:
+    """{probe name: what it is, its scores at the last epoch, and at the epoch that is best on the test set}.
 
-
-def summary(specs: list[ProbeSpec], bank: ProbeBank, history: list[dict]) -> dict[str, dict]:
-    """{probe name: what it is, its scores at the last epoch, and at the epoch that is best on the test set}."""
+    diverged: {probe name: the epoch and step after which it did not change any more, or None}.
+    """
     results = {}
     for spec, probe in zip(specs, bank.probes, strict=True):
         scores = [{"epoch": entry["epoch"], **entry["test"][spec.name]} for entry in history]
         results[spec.name] = {
             "aggregation": spec.aggregation, "head": spec.head, "block": spec.block, "blr": spec.blr, "seed": spec.seed,
             "parameters": sum(p.numel() for p in probe.parameters()),
+            "diverged_at": diverged[spec.name],
             "last": scores[-1], "best": max(scores, key=lambda score: score["top1"]),
         }  # fmt: skip
     return results

@@ -12,7 +12,7 @@ import time
 
 import torch
 
-from engine_pretrain import train_one_epoch
+from engine_pretrain import Pretraining
 from models_mae import DECODERS, MaskedAutoencoder
 from models_vit import build_vit, default_input_size
 from util.arguments import (
@@ -20,25 +20,24 @@ from util.arguments import (
     Parser,
     add_data_arguments,
     add_run_arguments,
-    check_resumed,
     check_training,
     parse,
     plain,
     run_main,
 )
-from util.checkpoints import save_encoder
 from util.datasets import GlobalBatches, KeyedDataset, build_dataset, build_loader, train_transform
 from util.distributed import barrier, distributed
 from util.lr_sched import lr_at, scaled_lr
 from util.optim import weight_decay_groups
-from util.progress import log, setup_logging
+from util.progress import log, setup_logging, throughput
 from util.run_folder import RunFolder, provenance
 from util.seeding import seeded
+from util.training import Training
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = Parser(__doc__)
-    add_data_arguments(parser)
+    add_data_arguments(parser, labels=False)
     model = parser.add_argument_group("model")
     model.add_argument("--model", default="vit_small_patch16", metavar="MODEL", type=encoder_name,
                        help="encoder architecture, by name")  # fmt: skip
@@ -68,10 +67,12 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError(f"there is no decoder for {args.model}: choose one of {', '.join(DECODERS)}")
     if not 0 < args.mask_ratio < 1:
         raise ValueError(f"--mask_ratio {args.mask_ratio}: a share between 0 and 1 of the patches, to be predicted")
+    if args.nb_classes is not None:
+        raise ValueError(f"--nb_classes {args.nb_classes}: pretraining looks at no labels; leave it out")
     with distributed(args.device, args.dist_url) as world:
         setup_logging()
         folder = RunFolder(args.output_dir, args.log_dir)
-        state = folder.find_checkpoint(args.resume)
+        folder.refuse_overwriting(args.resume)
 
         # ---- network
         images = build_dataset(args.dataset, args.data_path, "train")
@@ -91,48 +92,30 @@ def main(args: argparse.Namespace) -> None:
 
         # ---- optimiser: AdamW (0.9, 0.95), weight decay on matrices only, warm-up and half-cosine per step
         lr = args.lr if args.lr is not None else scaled_lr(args.blr, batches.effective)
-        groups = weight_decay_groups(model, args.weight_decay)
+        groups = [{**group, "peak_lr": lr} for group in weight_decay_groups(model, args.weight_decay)]
         optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
-        lr_of = functools.partial(
-            lr_at, lr=lr, epochs=args.epochs, warmup_epochs=args.warmup_epochs, min_lr=args.min_lr
-        )
-        first_epoch = 0
-        if state is not None:
-            restore(model, optimizer, state)
-            check_resumed(args, batches.effective, state)
-            first_epoch = state["epoch"] + 1
-        folder.start({"args": plain(args), "lr": lr, "effective_batch": batches.effective, **provenance(world.device)})
+        schedule = functools.partial(lr_at, epochs=args.epochs, warmup_epochs=args.warmup_epochs, min_lr=args.min_lr)
+        pretraining = Pretraining(model, optimizer, args.mask_ratio, world.device, PRECISIONS[args.amp])
+        training = Training(args, pretraining, optimizer, schedule, loader, batches, folder)
+        training.resume(args.resume)
+
+        # ---- epochs
+        run = {"args": plain(args), "lr": lr, "effective_batch": batches.effective, **provenance(world.device)}
+        training.start(run)
         log.info(
             "%s, %.1f M parameters; %d images, %d steps of %d per epoch, lr %.2e",
             args.model, sum(p.numel() for p in model.parameters()) / 1e6, len(dataset), batches.steps,
             batches.effective, lr,
         )  # fmt: skip
-        trained = model
-        if world.size > 1:
-            ids = [world.device.index] if world.device.type == "cuda" else None
-            trained = torch.nn.parallel.DistributedDataParallel(model, device_ids=ids)
-
-        def on_step(step: int, loss: torch.Tensor, rate: float) -> None:
-            if step % 20 == 0:  # reading a loss waits for the GPU
-                folder.scalars({"train_loss": float(loss), "lr": rate}, step)
-
-        # ---- epochs
         start = time.time()
-        for epoch in range(first_epoch, args.epochs):
-            batches.epoch = epoch
-            stats = train_one_epoch(
-                trained, loader, optimizer, lr_of, epoch, args.accum_iter, args.mask_ratio, world.device,
-                PRECISIONS[args.amp], on_step,
-            )  # fmt: skip
-            folder.log_line({"epoch": epoch, **stats})
-            log.info("epoch %d: loss %.4f, %.0f images/s", epoch, stats["loss"], stats["images_per_second"])
-            folder.save_checkpoint(epoch, {
-                "model": model.published_state_dict(), "optimizer": optimizer.state_dict(), "args": plain(args),
-                "effective_batch": batches.effective,
-            })  # fmt: skip
-        if folder.path is not None:
+        with training.stoppable():
+            for epoch in training.epochs():
+                stats = training.train_one_epoch()
+                folder.log_line(stats.record(epoch))
+                log.info("epoch %d: loss %.4f, %s", epoch, stats.losses[0], throughput(*stats[2:]))
+                training.end_epoch()
             metadata = {"family": "mae", "model": args.model, "input_size": str(size), "epochs": str(args.epochs)}
-            save_encoder(folder.path / "encoder.safetensors", encoder.state_dict(), metadata)
+            folder.save_encoder(encoder.state_dict(), metadata)
         barrier()
         folder.close()
         log.info("pretraining took %.0f s", time.time() - start)
@@ -141,18 +124,6 @@ def main(args: argparse.Namespace) -> None:
 def encoder_name(model: str) -> str:
     """MAE's commands name the autoencoder, mae_vit_base_patch16; this is its encoder."""
     return model.removeprefix("mae_")
-
-
-def restore(model: MaskedAutoencoder, optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Continue from a checkpoint of this program; ValueError where it is of another program or model."""
-    missing = {"model", "optimizer"} - state.keys()
-    if missing:
-        raise ValueError(f"--resume: not a checkpoint of main_pretrain.py (no {', '.join(sorted(missing))})")
-    try:
-        model.load_published_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-    except (RuntimeError, ValueError) as error:
-        raise ValueError(f"--resume: the checkpoint does not fit this run: {error}") from error
 
 
 if __name__ == "__main__":

@@ -3,13 +3,16 @@
 import argparse
 import json
 import shlex
+import signal
 from pathlib import Path
 
 import pytest
 
 import main_finetune
 import main_pretrain
+from util import signals
 from util.arguments import build_encoder, check_training, parse, plain, run_main
+from util.distributed import PeerLost
 
 PARSER = main_finetune.get_args_parser
 
@@ -78,6 +81,7 @@ def test_maes_published_commands_are_understood():
     [
         (["--epochs", "0", "--warmup_epochs", "0"], "--epochs 0: it takes at least one"),
         (["--epochs", "3"], "--warmup_epochs 5 must lie between 0 and --epochs 3"),
+        (["--save_every_steps", "-1"], "--save_every_steps -1: write how often, or 0 for never"),
         (["--input_size", "40"], "--input_size 40 is not divisible by the patch size 16 of vit_base_patch16"),
         (["--input_size", "-32"], "--input_size -32 is not divisible by"),
         (["--model", "vit_bas"], "unknown model 'vit_bas': choose one of vit_demo_patch8"),
@@ -111,3 +115,20 @@ def test_other_errors_keep_their_traceback():
 
     with pytest.raises(KeyError):
         run_main(main, argparse.Namespace())
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ValueError("a\nmistake"), 2), (FloatingPointError("it diverged"), 1), (KeyboardInterrupt(), 130),
+        (signals.Stopped(signal.SIGTERM), 85), (RuntimeError("DataLoader worker (pid 7) is killed by signal"), 1),
+        (PeerLost("another process is gone"), 1),
+    ],
+)  # fmt: skip
+def test_the_exit_code_says_what_happened_in_one_line(error, code, capsys):
+    def main(args):
+        raise error
+
+    with pytest.raises(SystemExit) as stopped:
+        run_main(main, argparse.Namespace())
+    assert stopped.value.code == code and capsys.readouterr().err.count("\n") == 1

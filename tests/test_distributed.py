@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from util.distributed import average_gradients, distributed, gather_rows, mean_over_ranks
+from util.distributed import GradientMean, agree, distributed, from_main, gather_rows
 
 TWO_PROCESSES = """
 import torch
@@ -16,10 +16,12 @@ with distributed("cpu") as world:
     rows = gather_rows(10 * r + torch.arange(3 + r)[:, None])
     assert rows.tolist() == [[0], [1], [2], [10], [11], [12], [13]]
     assert gather_rows(torch.zeros(2 * r, 4)).shape == (2, 4)
-    assert mean_over_ranks(torch.tensor(float(r))) == 0.5
+    assert agree(r, 5 - r) == [1, 5] and from_main({"rank": r}) == {"rank": 0}
     first, unused, second = (torch.nn.Parameter(torch.zeros(shape)) for shape in ((2, 2), 3, ()))
     first.grad, second.grad = torch.full((2, 2), float(r)), torch.tensor(4.0 * r)
-    average_gradients([first, unused, second])
+    mean = GradientMean([first, unused, second], micro_steps=1)
+    mean.add(torch.tensor([r, 3.0]))
+    assert mean.take().tolist() == [0.5, 3]
     assert (first.grad == 0.5).all() and unused.grad is None and second.grad == 2
     barrier()
 assert world_size() == 1
@@ -35,8 +37,24 @@ def test_two_processes_exchange_what_they_should(run_program, tmp_path):
 def test_one_process_needs_no_exchange():
     rows, parameter = torch.arange(3), torch.nn.Parameter(torch.zeros(1))
     parameter.grad = torch.ones(1)
-    average_gradients([parameter])
-    assert gather_rows(rows) is rows and mean_over_ranks(torch.tensor(2.0)) == 2 and parameter.grad == 1
+    mean = GradientMean([parameter], micro_steps=1)
+    mean.add(torch.tensor([2.0]))
+    assert mean.take() == 2 and parameter.grad == 1
+    assert gather_rows(rows) is rows and agree(7) == [7] and from_main(rows) is rows
+
+
+def test_a_mean_gradient_does_not_depend_on_the_split_of_the_batch():
+    parameter = torch.nn.Parameter(torch.zeros(1000))
+    chunks = torch.randn(8, 1000) * torch.logspace(-6, 6, 8)[:, None]
+    means = []
+    for order in (range(8), [0, 2, 4, 6, 1, 3, 5, 7]):  # as one process takes the chunks, and as two do
+        mean = GradientMean([parameter], micro_steps=8)
+        for index in order:
+            parameter.grad = chunks[index].clone()
+            mean.add(torch.zeros(1))
+        mean.take()
+        means.append(parameter.grad)
+    assert means[0].equal(means[1])
 
 
 @pytest.mark.parametrize("device", ["gpu", "tpu:0", ""])

@@ -4,8 +4,9 @@ import json
 import os
 
 import pytest
+import torch
 
-from util.files import atomic_path, sha256, write_atomically, write_json
+from util.files import atomic_path, digest, sha256, write_atomically, write_json
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -45,3 +46,17 @@ def test_json_holds_standard_numbers_only(tmp_path):
 def test_sha256_of_a_known_file(tmp_path):
     (tmp_path / "abc").write_bytes(b"abc")
     assert sha256(tmp_path / "abc").startswith("ba7816bf8f01cfea")
+
+
+def test_a_digest_tells_contents_apart_and_nothing_else():
+    state = {"a": torch.arange(6.0), "b": [1, 2.5, None, "x", True], "c": {"d": torch.ones(2, dtype=torch.bfloat16)}}
+    same = {"a": torch.arange(12.0)[::2].div(2), "b": (1, 2.5, None, "x", True), "c": dict(state["c"])}
+    assert digest(state) == digest(same)
+    others = [
+        {**state, "a": torch.arange(6)}, {**state, "a": torch.arange(6.0)[None]}, {**state, "b": [1, 2.5, None, "x"]},
+        {**state, "a": torch.arange(6.0).nextafter(torch.ones(()))}, {"b": state["b"], **state, "e": None},
+        {"a": state["a"], "c": state["c"], "b": state["b"]}, {**state, "c": {"d": torch.tensor(1.0)}},
+    ]  # fmt: skip
+    assert len({digest(other) for other in [state, *others]}) == 1 + len(others)
+    with pytest.raises(TypeError, match="no digest of a set"):
+        digest({"a": {1}})

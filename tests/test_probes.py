@@ -1,18 +1,21 @@
 """A bank of probes: each is the probe alone, and the recipe is the published one by value."""
 
 import copy
+from argparse import Namespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from engine_linprobe import train_one_epoch
+from engine_linprobe import Probing
 from models_vit import Features, VisionTransformer
 from probes import ProbeBank, ProbeNorm, ProbeSpec
 from util.datasets import Sample
 from util.lars import LARS
 from util.lr_sched import lr_at
+from util.run_folder import RunFolder
+from util.training import Training
 
 TINY = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
 SPECS = [ProbeSpec(head, 1, 0.1, seed) for head in ("cls", "pos", "abmilp") for seed in (0, 1)]
@@ -31,10 +34,10 @@ def batches(backbone):
     return [(backbone(torch.randn(32, 3, 16, 16), blocks=[0, 1]), torch.randint(5, (32,))) for _ in range(24)]
 
 
-def train(specs, backbone, batches, lrs, accum_iter=1, epochs=2):
+def train(specs, backbone, batches, lrs, accum_iter=1, epochs=2, kind=LARS, after_step=lambda training: None):
     """The engine on tokens made beforehand."""
     bank = ProbeBank(specs, backbone, (2, 2), 5)
-    optimizer = LARS(bank.parameter_groups(lrs))
+    optimizer = kind(bank.parameter_groups(lrs), momentum=0.9)
     loader = [Sample(torch.full((32, 1), float(i)), labels, None, None) for i, (_, labels) in enumerate(batches)]
 
     class Tokens:
@@ -43,11 +46,17 @@ def train(specs, backbone, batches, lrs, accum_iter=1, epochs=2):
         def __call__(self, images):
             return batches[int(images[0, 0])][0]
 
-    for epoch in range(epochs):
-        train_one_epoch(
-            bank, Tokens(), loader, optimizer, lambda t, lr: lr_at(t, lr, epochs, 1), epoch, accum_iter,
-            torch.device("cpu"),
-        )  # fmt: skip
+    args = Namespace(epochs=epochs, seed=0, save_every_minutes=0, save_every_steps=0)
+    order = Namespace(accum_iter=accum_iter, steps=len(batches) // accum_iter, effective=32 * accum_iter)
+    probing = Probing(bank, Tokens(), optimizer, torch.device("cpu"))
+    training = Training(
+        args, probing, optimizer, lambda t, lr: lr_at(t, lr, epochs, 1), loader, order, RunFolder("")
+    )  # fmt: skip
+    update = training._update
+    training._update = lambda losses: (update(losses), after_step(training))
+    for _ in training.epochs():
+        training.train_one_epoch()
+        training.end_epoch()
     return bank
 
 
@@ -71,11 +80,53 @@ def test_probe_in_a_bank_is_the_probe_alone(backbone, batches, accum_iter):
         torch.testing.assert_close(together[spec.name], alone, rtol=1e-6, atol=1e-7)
 
 
-def test_diverging_neighbour_changes_nothing(backbone, batches):
-    alone = train(SPECS[:1], backbone, batches, [3.0]).probe_states()
-    beside = train(SPECS[:2], backbone, batches, [3.0, 1e30]).probe_states()
-    assert not beside[SPECS[1].name]["classifier.weight"].isfinite().all()
-    torch.testing.assert_close(beside[SPECS[0].name], alone[SPECS[0].name], rtol=1e-6, atol=1e-7)
+@pytest.mark.parametrize("kind", [LARS, torch.optim.SGD])
+@pytest.mark.parametrize("what", ["rate", "loss", "gradient"])
+def test_a_probe_that_diverges_stays_as_it_was_and_its_neighbours_are_themselves_alone(
+    backbone, batches, kind, what, monkeypatch
+):
+    """A rate that overflows the weights, a loss and a gradient that are not finite, in one probe out of three."""
+    lost, states, moments, places = SPECS[1], [], [], []
+    aggregate, calls = ProbeNorm.forward, []
+
+    def poisoned(norm, x):
+        """Finite in the forward pass of the 8th step; not finite behind it."""
+        calls.append(norm)
+        if what != "rate" and len(calls) > 1 and norm is calls[1] and calls.count(norm) == 8:
+            x = x * torch.ones((), requires_grad=True)
+            if what == "loss":
+                x = x * torch.nan
+            else:
+                x.register_hook(lambda gradient: gradient * torch.inf)
+        return aggregate(norm, x)
+
+    def snapshot(training):
+        probing = training.method
+        states.append(copy.deepcopy(probing.state()[lost.name]))
+        found = [probing.optimizer.state[p]["momentum_buffer"].clone() for p in probing.groups[1]]
+        moments.append(found)
+        places.append(training.diverged()[lost.name])
+
+    specs = [ProbeSpec("cls", 1, 0.1, 0), lost, ProbeSpec("abmilp", 1, 0.1, 0)]
+    if what == "gradient":  # of a head that has one behind its norm
+        specs[1] = lost = ProbeSpec("abmilp", 1, 0.1, 1)
+    monkeypatch.setattr(ProbeNorm, "forward", poisoned)
+    rates = [0.5, 1e38 if what == "rate" else 0.5, 0.5]
+    together = train(specs, backbone, batches, rates, kind=kind, after_step=snapshot).probe_states()
+    monkeypatch.undo()
+    step = next(i for i, place in enumerate(places) if place)
+    assert places[-1] == {"epoch": 0, "step": step} and (what == "rate" or step == 7)
+    for state, moment in zip(states[step:], moments[step:], strict=True):  # weights, statistics and momentum
+        assert all(value.isfinite().all() and value.equal(states[step - 1][key]) for key, value in state.items())
+        assert all(value.equal(before) for value, before in zip(moment, moments[step - 1], strict=True))
+    for spec in (specs[0], specs[2]):
+        alone = train([spec], backbone, batches, [0.5], kind=kind).probe_states()[spec.name]
+        assert all(value.equal(together[spec.name][key]) for key, value in alone.items())
+
+
+def test_a_bank_that_diverged_altogether_ends(backbone, batches):
+    with pytest.raises(FloatingPointError, match=r"every one of the probes diverged: .* in epoch 0, step \d+; lower"):
+        train(SPECS[:2], backbone, batches, [1e38, 1e38])
 
 
 def test_initial_weights_depend_on_the_spec_alone(backbone):

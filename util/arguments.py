@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
@@ -10,9 +11,12 @@ from typing import NoReturn
 import torch
 
 from models_vit import architecture, default_input_size
+from util import signals
 from util.checkpoints import FAMILIES, Encoder, load_encoder
-from util.datasets import DATASETS
+from util.datasets import DATASETS, DeadWorker
+from util.distributed import PeerLost, said_first
 from util.progress import log
+from util.run_folder import AnotherRun
 
 PRECISIONS = {
     "bfloat16": torch.bfloat16,
@@ -70,11 +74,13 @@ def add_encoder_arguments(parser: argparse.ArgumentParser, several: bool = False
     )
 
 
-def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+def add_data_arguments(parser: argparse.ArgumentParser, labels: bool = True) -> None:
+    """labels: whether the program uses them; otherwise it has no --nb_classes to offer."""
     group = parser.add_argument_group("data")
     group.add_argument("--data_path", required=True, type=Path, help="folder of the data set")
     group.add_argument("--dataset", default="image_folder", help=f"its kind: {', '.join(DATASETS)}")
-    group.add_argument("--nb_classes", default=None, type=int, help="checked against the data (default: the data's)")
+    told = "checked against the data (default: the data's)" if labels else argparse.SUPPRESS
+    group.add_argument("--nb_classes", default=None, type=int, help=told)
     group.add_argument("--num_workers", default=10, type=int)
     group.add_argument("--pin_mem", action=argparse.BooleanOptionalAction, default=True)
     group.add_argument("--no_pin_mem", dest="pin_mem", action="store_false", help=argparse.SUPPRESS)  # MAE's spelling
@@ -91,6 +97,10 @@ def add_run_arguments(parser: argparse.ArgumentParser, resumable: bool = True) -
     group.add_argument("--seed", default=0, type=int, help="of data order and augmentation, and of new weights")
     if resumable:
         group.add_argument("--resume", default="", help='checkpoint to continue from, or "auto": the run\'s newest')
+        group.add_argument("--save_every_minutes", default=30.0, type=float, metavar="MINUTES",
+                           help="checkpoint within an epoch, too; 0: not by the clock")  # fmt: skip
+        group.add_argument("--save_every_steps", default=0, type=int, metavar="STEPS",
+                           help="checkpoint after so many optimizer steps, too; 0: not by their number")  # fmt: skip
     group.add_argument("--dist_url", default="env://", help="rendezvous of the processes (torchrun sets it up)")
     group.add_argument("--args_from", default=None, type=Path, metavar="FILE", help="replay a run's args.json")
     # torchrun describes the processes in the environment; commands written for MAE may still name them
@@ -137,27 +147,33 @@ def check_training(args: argparse.Namespace) -> None:
         raise ValueError(f"--epochs {args.epochs}: it takes at least one")
     if not 0 <= args.warmup_epochs <= args.epochs:
         raise ValueError(f"--warmup_epochs {args.warmup_epochs} must lie between 0 and --epochs {args.epochs}")
+    for name in ("save_every_minutes", "save_every_steps"):
+        if getattr(args, name) < 0:
+            raise ValueError(f"--{name} {getattr(args, name)}: write how often, or 0 for never")
 
 
-# what may change when a run is resumed: where it runs and what it reports, not what it computes
+# what may change when a run is resumed: where it runs and what it reports, not what it computes (the weights behind
+# --finetune are compared themselves, so that a file may move)
 FREE = {
     "output_dir", "log_dir", "resume", "device", "num_workers", "pin_mem", "dataloader_affinity_hack", "dist_url",
     "world_size", "local_rank", "args_from", "data_path", "accum_iter", "eval", "eval_every", "report", "dist_eval",
-    "suffix", "offline",
+    "suffix", "offline", "finetune", "save_every_minutes", "save_every_steps",
 }  # fmt: skip
 
 
-def check_resumed(args: argparse.Namespace, effective_batch: int, state: dict) -> None:
-    """Refuse to continue a run with another method; ValueError names what differs. state: of its checkpoint."""
-    now = {**plain(args), "effective batch": effective_batch}
-    before = {**state.get("args", {}), "effective batch": state.get("effective_batch", effective_batch)}
+def check_resumed(args: argparse.Namespace, facts: dict, state: dict) -> None:
+    """Refuse to continue a run with another method; AnotherRun names what differs. state: of its checkpoint.
+
+    facts: what else has to be alike, such as the effective batch; what only one side knows is not compared.
+    """
+    now, before = {**plain(args), **facts}, {**state.get("args", {}), **state.get("facts", {})}
     changed = [
         f"{name} was {before[name]}, is {now[name]}"
         for name in now
         if name in before and name not in FREE and before[name] != now[name]
     ]
     if changed:
-        raise ValueError(f"--resume: this is another run ({'; '.join(changed)}): name another --output_dir")
+        raise AnotherRun(f"--resume: this is another run ({'; '.join(changed)}): name another --output_dir")
 
 
 def build_encoder(args: argparse.Namespace, **options) -> tuple[Encoder, int]:
@@ -175,9 +191,39 @@ def build_encoder(args: argparse.Namespace, **options) -> tuple[Encoder, int]:
 
 
 def run_main(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
-    """Run a program; a user's mistake (ValueError) becomes one line on standard error and exit code 2."""
+    """Run a program; what its user can mend is one line on standard error, and the exit code says what happened.
+
+    2: a mistake in the arguments, the files or the disk (ValueError). 1: a run that diverged, lost a loader's worker or
+    another process. signals.EXIT_STOPPED: stopped as requested. 130: Ctrl-C where nothing listens to it any more.
+    """
+    threading.excepthook = _quiet_about_disks
     try:
-        main(args)
+        with signals.listening():
+            main(args)
     except ValueError as error:
-        print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        fail(error, 2)
+    except (FloatingPointError, DeadWorker, PeerLost) as error:
+        fail(error, 1)
+    except signals.Stopped as stop:
+        fail(stop, signals.EXIT_STOPPED)
+    except KeyboardInterrupt:
+        fail(KeyboardInterrupt("interrupted"), signals.EXIT_INTERRUPTED)
+    except RuntimeError as error:  # PyTorch tells of a killed worker wherever the program is just then
+        if "DataLoader worker" not in str(error):
+            raise
+        fail(error, 1)
+
+
+def fail(error: BaseException, code: int) -> NoReturn:
+    """One line, from the first process that has this to say, and the end."""
+    signals.kill_children()
+    line = f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}"
+    if said_first(line):
+        print(line, file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+def _quiet_about_disks(problem: threading.ExceptHookArgs) -> None:
+    """TensorBoard writes from a thread, whose trouble with the disk the next write reports as the program's own."""
+    if not isinstance(problem.exc_value, OSError):
+        threading.__excepthook__(problem)

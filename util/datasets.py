@@ -1,6 +1,7 @@
 """Data sets, transforms and loaders. Order and augmentation are functions of (seed, epoch, sample index) alone."""
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,8 +12,9 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets, transforms
 from torchvision.transforms import InterpolationMode
 
-from util import distributed
+from util import distributed, signals
 from util.crop import RandomResizedCrop
+from util.progress import progress
 from util.seeding import seeded, stable_seed
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -180,6 +182,7 @@ class GlobalBatches:
         self.seed, self.shuffle = seed, shuffle
         self.rank, self.world = distributed.rank(), distributed.world_size()
         self.epoch = 0
+        self.first_step = 0  # optimizer steps of the epoch that are done already, and not loaded again
         if min(batch_size, accum_iter) < 1:
             raise ValueError(f"--batch_size {batch_size} and --accum_iter {accum_iter} must be positive")
         if self.steps == 0:
@@ -198,7 +201,7 @@ class GlobalBatches:
         return self.length // self.effective
 
     def __len__(self) -> int:
-        return self.steps * self.accum_iter
+        return (self.steps - self.first_step) * self.accum_iter
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         order = torch.arange(self.length)
@@ -206,7 +209,7 @@ class GlobalBatches:
             generator = torch.Generator().manual_seed(stable_seed("order", self.seed, self.epoch))
             order = torch.randperm(self.length, generator=generator)
         chunks = order[: self.steps * self.effective].view(-1, self.world, self.batch_size)[:, self.rank]
-        for chunk in chunks.tolist():
+        for chunk in chunks[self.first_step * self.accum_iter :].tolist():
             yield [(self.epoch, index) for index in chunk]
 
 
@@ -215,6 +218,7 @@ class EvaluationBatches:
 
     def __init__(self, length: int, batch_size: int, indices: list[int] | None = None):
         everything = range(length) if indices is None else indices
+        self.rounds = -(-len(everything) // (batch_size * distributed.world_size()))  # batches of the busiest rank
         self.mine = list(everything)[distributed.rank() :: distributed.world_size()]
         self.batch_size = batch_size
 
@@ -231,11 +235,19 @@ def _use_all_cores(worker_id: int) -> None:
     os.sched_setaffinity(0, range(os.cpu_count()))
 
 
+class Loader(DataLoader):
+    """A DataLoader whose workers never see the signals that ask its program to stop."""
+
+    def __iter__(self) -> Iterator:
+        with signals.blocked():
+            return super().__iter__()
+
+
 def build_loader(
     dataset: KeyedDataset, batches: Any, num_workers: int, pin_memory: bool = False, affinity_hack: bool = False
-) -> DataLoader:
+) -> Loader:
     """Loader of Sample batches in the order of `batches` (GlobalBatches or EvaluationBatches)."""
-    return DataLoader(
+    return Loader(
         dataset,
         batch_sampler=batches,
         num_workers=num_workers,
@@ -243,3 +255,40 @@ def build_loader(
         persistent_workers=num_workers > 0,
         worker_init_fn=_use_all_cores if affinity_hack else None,
     )
+
+
+class DeadWorker(RuntimeError):
+    """A loader's worker has ended without being asked to."""
+
+
+class Watched:
+    """The batches of a loader, behind a progress bar, ending at once where the program is asked to stop.
+
+    A single process ends while it waits for data, too; several look at each other before every batch of an
+    evaluation (agree = True), and otherwise leave it to the caller to agree on when to stop. `waited` is the time in
+    seconds that was spent waiting for data. DeadWorker where a worker of the loader was killed.
+    """
+
+    def __init__(self, loader: Any, description: str, agree: bool = False):
+        self.loader, self.description, self.agree = loader, description, agree
+        self.waited = 0.0
+
+    def __iter__(self) -> Iterator[Sample]:
+        alone = distributed.world_size() == 1
+        batches = getattr(self.loader, "batch_sampler", None)
+        rounds = batches.rounds if self.agree and not alone else len(self.loader)
+        iterator = iter(self.loader)
+        for _ in progress(range(rounds), self.description, rounds):
+            start = time.perf_counter()
+            if self.agree and (number := distributed.agree(signals.requested())[0]):
+                raise signals.Stopped(number)
+            try:
+                with signals.deferred(not alone):
+                    sample = next(iterator, None)
+            except RuntimeError as error:
+                if "DataLoader worker" not in str(error):
+                    raise
+                raise DeadWorker(" ".join(str(error).split())) from error
+            self.waited += time.perf_counter() - start
+            if sample is not None:
+                yield sample

@@ -4,11 +4,13 @@ import contextlib
 import os
 from collections.abc import Iterator
 from datetime import timedelta
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+_control: dist.ProcessGroup | None = None  # of the CPUs, where the default group is of GPUs
 
 
 class World(NamedTuple):
@@ -41,13 +43,45 @@ def distributed(device: str, dist_url: str = "env://") -> Iterator[World]:
     if use_cuda:
         target = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
         torch.cuda.set_device(target)
-    dist.init_process_group(
-        "nccl" if use_cuda else "gloo", init_method=dist_url, rank=rank, world_size=size, timeout=timedelta(minutes=30)
-    )
+    global _control
     try:
+        store, rank, size = next(dist.rendezvous(dist_url, rank, size, timeout=timedelta(minutes=30)))
+        # torchrun may keep its store when it restarts a run, with the addresses of processes that are gone
+        store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        backend, timeout = "nccl" if use_cuda else "gloo", timedelta(minutes=30)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+        # words between the processes go from CPU to CPU: reading them from a GPU would stop it
+        _control = dist.new_group(backend="gloo") if use_cuda else None
         yield World(rank, size, target)
-    finally:
-        dist.destroy_process_group()
+    except RuntimeError as error:
+        if not _peer_is_gone(error):
+            raise
+        raise PeerLost(f"rank {rank} stops because another process is gone: see the first error") from error
+    dist.destroy_process_group()  # not after an error: the others may be gone, and it would wait for them
+
+
+class PeerLost(RuntimeError):
+    """Another process of the run has ended; its own error tells why."""
+
+
+def _peer_is_gone(error: RuntimeError) -> bool:
+    words = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused")
+    return isinstance(error, dist.DistNetworkError) or any(word in str(error) for word in words)
+
+
+def said_first(line: str) -> bool:
+    """Whether no other process of this run has said the same before: all of them see a user's mistake.
+
+    Asks torchrun's store, which is there before the process group and after it; without one, everybody may speak.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return True
+    try:
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=5))
+        return store.add(f"said {os.environ.get('TORCHELASTIC_RESTART_COUNT')} {line}", 1) == 1
+    except (KeyError, ValueError, RuntimeError):
+        return True
 
 
 def rank() -> int:
@@ -60,7 +94,7 @@ def world_size() -> int:
 
 def barrier() -> None:
     if dist.is_initialized():
-        dist.barrier()
+        dist.barrier(group=_control)
 
 
 @contextlib.contextmanager
@@ -73,11 +107,22 @@ def main_process_first() -> Iterator[None]:
         barrier()
 
 
-def mean_over_ranks(value: Tensor) -> Tensor:
-    """The mean of every rank's `value`, on every rank."""
-    if world_size() > 1:
-        dist.all_reduce(value)
-    return value / world_size()
+def agree(*values: int) -> list[int]:
+    """The greatest of every rank's values, on every rank. One exchange between CPUs: no GPU waits for it."""
+    if world_size() == 1:
+        return list(values)
+    shared = torch.tensor(values)
+    dist.all_reduce(shared, op=dist.ReduceOp.MAX, group=_control)
+    return shared.tolist()
+
+
+def from_main(value: Any) -> Any:
+    """Rank 0's `value`, of plain data, on every rank."""
+    if world_size() == 1:
+        return value
+    parts = [value]
+    dist.broadcast_object_list(parts, src=0, group=_control)
+    return parts[0]
 
 
 def gather_tensors(value: Tensor) -> list[Tensor]:
@@ -108,13 +153,40 @@ def gather_objects(value: object) -> list:
     return parts
 
 
-def average_gradients(parameters: list[Tensor]) -> None:
-    """Replace each gradient by its mean over ranks, in one exchange."""
-    if world_size() == 1:
-        return
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    flat = torch.cat([g.flatten() for g in gradients])
-    dist.all_reduce(flat)
-    flat /= world_size()
-    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-        gradient.copy_(part.view_as(gradient))
+class GradientMean:
+    """The mean gradient of an effective batch, over micro-steps and ranks: summed in double precision, rounded once.
+
+    The rounded mean does not depend on how the batch is split into micro-steps and ranks (but for one value in about
+    10^8, on the edge between two float32 numbers), where sums in float32 do, and Adam makes steps of full length out
+    of that difference wherever a gradient is zero but for rounding. One exchange per optimizer step, 8 bytes a
+    parameter; a batch of one chunk costs nothing. Letters: S losses.
+    """
+
+    def __init__(self, parameters: list[Tensor], micro_steps: int):
+        self.parameters, self.micro_steps = parameters, micro_steps
+        self.total: Tensor | None = None  # (S + number of values,) losses, then gradients
+        self.trained: list[Tensor] = []  # the parameters that have a gradient
+
+    def add(self, losses: Tensor) -> None:
+        """Take up the gradients of a micro-step, which the parameters lose, and its losses (S,)."""
+        losses = losses.detach().double()
+        if self.micro_steps * world_size() > 1:
+            self.trained = [p for p in self.parameters if p.grad is not None]
+            losses = torch.cat([losses, *(p.grad.flatten() for p in self.trained)])  # promotes to double
+            for parameter in self.parameters:
+                parameter.grad = None
+        self.total = losses if self.total is None else self.total.add_(losses)
+
+    def take(self) -> Tensor:
+        """Give the parameters their mean gradients. Returns the mean losses (S,) in double, alike on all ranks."""
+        total, self.total = self.total, None
+        if self.micro_steps * world_size() == 1:
+            return total
+        if world_size() > 1:
+            dist.all_reduce(total)
+        total /= self.micro_steps * world_size()
+        sizes = [p.numel() for p in self.trained]
+        losses, *gradients = total.split([len(total) - sum(sizes), *sizes])
+        for parameter, gradient in zip(self.trained, gradients, strict=True):
+            parameter.grad = gradient.view_as(parameter).to(parameter.dtype)
+        return losses

@@ -5,9 +5,13 @@ import hashlib
 import json
 import math
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 
 @contextlib.contextmanager
@@ -25,8 +29,33 @@ def atomic_path(target: Path) -> Iterator[Path]:
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)  # mkstemp makes files private; results are for the group
         temporary.replace(target)
+        flush_folder(target.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def flush_folder(folder: Path) -> None:
+    """Bring the names in a folder to the disk: a renamed file survives a power cut only when its folder does."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def remove_leftovers(folder: Path, names: str) -> None:
+    """Remove what killed processes left of files of `folder` whose names fit the regular expression `names`."""
+    for path in folder.glob(".*.tmp"):
+        if re.fullmatch(rf"\.({names})\.\w{{8}}\.tmp", path.name):  # as atomic_path names them
+            path.unlink(missing_ok=True)
+
+
+def disk_error(error: BaseException) -> OSError | None:
+    """The trouble with a file behind an error: torch's writer reports a full disk as a position that it expected."""
+    seen: BaseException | None = error
+    while seen is not None and not isinstance(seen, OSError):
+        seen = seen.__cause__ or seen.__context__
+    return seen
 
 
 def write_atomically(target: Path, data: bytes) -> None:
@@ -49,6 +78,36 @@ def to_json(value: object, indent: int | None = None) -> str:
 
 def write_json(target: Path, value: object) -> None:
     write_atomically(target, (to_json(value, indent=2) + "\n").encode())
+
+
+def digest(value: object) -> str:
+    """sha256 of nested dicts, lists, tuples, numbers, strings and tensors: of their content, wherever it lies.
+
+    Lists and tuples are alike, and so are the kinds of dict. TypeError for anything else.
+    """
+    total = hashlib.sha256()
+
+    def feed(item: object) -> None:
+        if isinstance(item, Tensor):
+            data = item.detach().cpu().contiguous().reshape(-1)
+            total.update(f"tensor {item.dtype} {tuple(item.shape)};".encode())
+            total.update(data.view(torch.uint8).numpy().data)
+        elif isinstance(item, dict):
+            total.update(f"dict {len(item)};".encode())
+            for key, inner in item.items():
+                feed(key)
+                feed(inner)
+        elif isinstance(item, list | tuple):
+            total.update(f"list {len(item)};".encode())
+            for inner in item:
+                feed(inner)
+        elif item is None or type(item) in (bool, int, float, str):
+            total.update(f"{type(item).__name__} {item!r};".encode())
+        else:
+            raise TypeError(f"no digest of a {type(item).__name__}")
+
+    feed(value)
+    return total.hexdigest()
 
 
 def sha256(path: Path) -> str:

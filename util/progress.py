@@ -21,3 +21,8 @@ def progress(iterable: Iterable, description: str, total: int | None = None, uni
     """`iterable` with a bar on rank 0 when standard error is a terminal."""
     quiet = distributed.rank() != 0 or not sys.stderr.isatty()
     return tqdm(iterable, desc=description, total=total, unit=unit, disable=quiet, dynamic_ncols=True, leave=False)
+
+
+def throughput(images_per_second: float, data_wait: float) -> str:
+    """An epoch's speed in words; data_wait: share of the time spent waiting for the loader, where more workers help."""
+    return f"{images_per_second:.0f} images/s, {100 * data_wait:.0f} % of the time waiting for data"

@@ -4,9 +4,12 @@ import contextlib
 import json
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +17,18 @@ import numpy
 import timm
 import torch
 import torchvision
+from safetensors import SafetensorError
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from util import distributed
-from util.files import atomic_path, to_json, write_atomically, write_json
+from util.checkpoints import save_encoder
+from util.files import atomic_path, digest, disk_error, remove_leftovers, to_json, write_atomically, write_json
 from util.progress import log
 from util.safe_load import load_plain
 
 ROOT = Path(__file__).resolve().parent.parent
+FILES = r"(args|results)\.json|log\.txt|encoder\.safetensors|checkpoint-\d+(-\d+)?\.pth"  # of a run, as a pattern
 
 
 def provenance(device: torch.device) -> dict[str, Any]:
@@ -60,24 +67,44 @@ class RunFolder:
         self.board: SummaryWriter | None = None
         self.read_path = Path(path) if path else None
         self.log_dir = Path(log_dir) if log_dir else self.path
+        self.kept: list[Path] = []  # checkpoints that this process wrote or read, oldest first
 
-    def start(self, record: dict[str, Any], name: str = "args.json") -> None:
-        """Write what was asked, with its provenance, and open TensorBoard. ValueError where that is not possible."""
+    def start(self, record: dict[str, Any], name: str = "args.json", purge_step: int | None = None) -> None:
+        """Write what was asked, with its provenance, and open TensorBoard. ValueError where that is not possible.
+
+        purge_step: the first step whose figures are made now: TensorBoard forgets those that it has from there on.
+        """
         self.write(name, record)
         if self.path is not None:
-            try:
-                self.board = SummaryWriter(log_dir=str(self.log_dir))
-            except OSError as error:
-                raise ValueError(f"--log_dir {self.log_dir} cannot be written: {error}") from error
+            remove_leftovers(self.path, FILES)
+            with self._writing("--log_dir", self.log_dir):
+                wait_for_a_later_name(self.log_dir)
+                self.board = SummaryWriter(log_dir=str(self.log_dir), purge_step=purge_step)
 
     def write(self, name: str, value: Any) -> None:
         """Write JSON into the folder, made if need be. ValueError where that is not possible."""
         if self.path is not None:
-            try:
+            with self._writing():
                 self.path.mkdir(parents=True, exist_ok=True)
                 write_json(self.path / name, value)
-            except OSError as error:
-                raise ValueError(f"--output_dir {self.path} cannot be written: {error}") from error
+
+    def save_encoder(self, state: dict[str, Tensor], metadata: dict[str, str]) -> None:
+        """Write encoder.safetensors, which every program takes as --finetune. ValueError where that is not possible."""
+        if self.path is not None:
+            with self._writing():
+                save_encoder(self.path / "encoder.safetensors", state, metadata)
+
+    @contextlib.contextmanager
+    def _writing(self, flag: str = "--output_dir", path: Path | None = None) -> Iterator[None]:
+        """A disk that is full or may not be written is the user's to mend: ValueError, one line."""
+        try:
+            yield
+        except (OSError, RuntimeError, SafetensorError) as error:
+            trouble = disk_error(error)
+            if trouble is None and not isinstance(error, SafetensorError):
+                raise
+            kept = f"; {self.kept[-1]} is whole" if self.kept else ""
+            raise ValueError(f"{flag} {path or self.path} cannot be written: {trouble or error}{kept}") from error
 
     def log_line(self, record: dict[str, Any]) -> None:
         """One line of JSON in log.txt (an epoch's figures, MAE's convention), in place of this epoch's and later ones.
@@ -88,20 +115,23 @@ class RunFolder:
             return
         log_file = self.path / "log.txt"
         earlier = []
-        for line in log_file.read_text().splitlines() if log_file.exists() else []:
-            with contextlib.suppress(json.JSONDecodeError):
-                if json.loads(line)["epoch"] < record["epoch"]:
-                    earlier.append(line)
-        write_atomically(log_file, "".join(f"{line}\n" for line in [*earlier, to_json(record)]).encode())
+        with self._writing():
+            for line in log_file.read_text(errors="replace").splitlines() if log_file.exists() else []:
+                with contextlib.suppress(json.JSONDecodeError, KeyError, TypeError):
+                    if json.loads(line)["epoch"] < record["epoch"]:
+                        earlier.append(line)
+            write_atomically(log_file, "".join(f"{line}\n" for line in [*earlier, to_json(record)]).encode())
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         if self.board is not None:
-            for name, value in values.items():
-                self.board.add_scalar(name, value, step)
+            with self._writing("--log_dir", self.log_dir):
+                for name, value in values.items():
+                    self.board.add_scalar(name, value, step)
 
     def close(self) -> None:
         if self.board is not None:
-            self.board.close()
+            with self._writing("--log_dir", self.log_dir):
+                self.board.close()
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
@@ -109,51 +139,79 @@ class RunFolder:
         """Checkpoints of this folder, newest first."""
         if self.read_path is None:
             return []
-        found = [path for path in self.read_path.glob("checkpoint-*.pth") if _epoch_of(path) is not None]
-        return sorted(found, key=_epoch_of, reverse=True)
+        found = [path for path in self.read_path.glob("checkpoint-*.pth") if _position(path) is not None]
+        return sorted(found, key=_position, reverse=True)
 
-    def save_checkpoint(self, epoch: int, state: dict[str, Any], keep: int = 2) -> None:
-        """Write checkpoint-<epoch>.pth whole, then remove all but it and the `keep` - 1 before it.
+    def save_checkpoint(self, epoch: int, state: dict[str, Any], keep: int = 2, step: int | None = None) -> None:
+        """Write checkpoint-<epoch>.pth, or checkpoint-<epoch>-<step>.pth after `step` optimizer steps of the epoch,
+        whole; then remove all but it and the `keep` - 1 before it. ValueError where that is not possible.
 
-        Later ones are left from before an earlier epoch was resumed: "auto" must not take them for this run's.
+        Later ones are left from before an earlier state was resumed, and "auto" must not take them for this run's;
+        unread ones may be damaged, and do not count among those kept.
         """
         if self.path is None:
             return
-        with atomic_path(self.path / f"checkpoint-{epoch}.pth") as temporary:
-            torch.save({"epoch": epoch, **state}, temporary)
-        known = self.checkpoints()
-        current = [_epoch_of(path) for path in known].index(epoch)
-        for old in known[:current] + known[current + keep :]:
-            old.unlink()
+        target = self.path / (f"checkpoint-{epoch}.pth" if step is None else f"checkpoint-{epoch}-{step}.pth")
+        with self._writing():
+            if self.board is not None:
+                self.board.flush()  # what happened before this state is on record, too
+            with atomic_path(target) as temporary, open(temporary, "wb") as file:
+                torch.save(sealed({"epoch": epoch, "step": step, **state}), file)
+            earlier = [path for path in self.kept if path != target and _position(path) < _position(target)]
+            self.kept = [*earlier, target][-keep:]
+            for path in self.checkpoints():
+                if path not in self.kept:
+                    path.unlink(missing_ok=True)
 
-    def find_checkpoint(self, resume: str, evaluate_only: bool = False) -> dict[str, Any] | None:
-        """The state to resume from: a path, "auto" for the newest readable one of this folder, "" for a fresh start.
+    def find_checkpoint(
+        self,
+        resume: str,
+        evaluate_only: bool = False,
+        restore: Callable[[dict[str, Any]], None] = lambda state: None,
+    ) -> dict[str, Any] | None:
+        """The state to resume from: a path, "auto" for the newest good one of this folder, "" for a fresh start.
 
-        None for a fresh start, which "auto" is where there is no checkpoint yet. ValueError where no checkpoint of the
-        run can be read, and, unless evaluate_only, for what would write over another run.
+        restore: takes the state over; its ValueError says that it does not fit, and "auto" then goes on to the one
+        before; AnotherRun is final. None for a fresh start, which "auto" is where there is no checkpoint yet.
+        ValueError where no checkpoint of the run is good, and, unless evaluate_only, for what would write over another
+        run. Rank 0 chooses, the others take the same file.
         """
-        if resume == "auto":
-            return self._newest_checkpoint()
         if not evaluate_only:
-            self._refuse_overwriting(resume)
-        return load_checkpoint(Path(resume)) if resume else None
+            self.refuse_overwriting(resume)
+        chosen, error = None, None
+        if distributed.rank() == 0:
+            try:
+                chosen, state = self._newest_good(restore) if resume == "auto" else _load(resume, restore)
+            except ValueError as problem:
+                error = problem
+        chosen, text = distributed.from_main((chosen, error and str(error)))
+        if text is not None:
+            raise error or ValueError(text)
+        if chosen is None:
+            return None
+        if distributed.rank() != 0:
+            _, state = _load(chosen, restore)
+        if self.read_path is not None and Path(chosen).resolve().parent == self.read_path.resolve():
+            self.kept = [self.read_path / Path(chosen).name]
+        log.info("%s from %s", "evaluating" if evaluate_only else "resuming", chosen)
+        return state
 
-    def _newest_checkpoint(self) -> dict[str, Any] | None:
+    def _newest_good(self, restore: Callable[[dict[str, Any]], None]) -> tuple[str | None, dict[str, Any] | None]:
         for path in self.checkpoints():
             try:
-                state = load_checkpoint(path)
+                return _load(str(path), restore)
+            except AnotherRun:
+                raise
             except ValueError as error:
-                log.warning("%s; trying the checkpoint before it", error)
-                continue
-            log.info("resuming from %s", path)
-            return state
+                log.warning("%s; trying the checkpoint before it", " ".join(str(error).split()))
         if self.checkpoints():
             raise ValueError(f"no checkpoint of {self.read_path} can be read: remove them to start the run anew")
-        return None
+        return None, None
 
-    def _refuse_overwriting(self, resume: str) -> None:
-        """A run may continue in its own folder only."""
-        if self.read_path is None or (resume and Path(resume).resolve().parent == self.read_path.resolve()):
+    def refuse_overwriting(self, resume: str) -> None:
+        """A run may continue in its own folder only; ValueError."""
+        own = resume == "auto" or (resume and Path(resume).resolve().parent == Path(self.read_path or "").resolve())
+        if self.read_path is None or own:
             return
         for trace in (*self.checkpoints(), self.read_path / "log.txt"):
             if trace.exists():
@@ -163,15 +221,56 @@ class RunFolder:
                 )
 
 
-def _epoch_of(path: Path) -> int | None:
-    """5 for checkpoint-5.pth; None for other names."""
-    number = path.stem.removeprefix("checkpoint-")
-    return int(number) if number.isdecimal() else None
+def wait_for_a_later_name(log_dir: Path) -> None:
+    """TensorBoard reads its files in the order of their names, which begin with the second of their start: a run that
+    is resumed within a second would come before what it continues."""
+    seconds = [path.name.split(".")[3] for path in log_dir.glob("events.out.tfevents.*")]
+    ahead = max((int(second) + 1 for second in seconds if second.isdecimal()), default=0) - time.time()
+    if 0 < ahead <= 1:
+        time.sleep(ahead)
+
+
+class AnotherRun(ValueError):
+    """A good checkpoint, of a run with other settings: no older one would help."""
+
+
+def _position(path: Path) -> tuple[int, float] | None:
+    """(5, infinity) for checkpoint-5.pth, (5, 120) for checkpoint-5-120.pth; None for other names."""
+    match = re.fullmatch(r"checkpoint-(\d+)(?:-(\d+))?\.pth", path.name)
+    return match and (int(match[1]), float(match[2] or "inf"))
+
+
+def _load(path: str, restore: Callable[[dict[str, Any]], None]) -> tuple[str | None, dict[str, Any] | None]:
+    if not path:
+        return None, None
+    state = load_checkpoint(Path(path))
+    try:
+        restore(state)
+    except AnotherRun:
+        raise
+    except ValueError as error:
+        raise ValueError(f"--resume: {path}: {error}") from error
+    return path, state
+
+
+def sealed(state: dict[str, Any]) -> dict[str, Any]:
+    """The state with the digest of its content, by which load_checkpoint knows it: torch reads damaged bytes as they
+    are, without a look at the checksums that a zip file has."""
+    return {**state, "sha256": digest(state)}
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """The state that RunFolder.save_checkpoint wrote. ValueError for any other file."""
+    """The state that RunFolder.save_checkpoint wrote. ValueError for any other file, and for a damaged one."""
     state = load_plain(path)
     if not (isinstance(state, dict) and isinstance(state.get("epoch"), int)):
         raise ValueError(f"{path} is not the checkpoint of a run: it names no epoch")
+    seal = state.pop("sha256", None)
+    if seal is None:
+        raise ValueError(f"{path} is not the checkpoint of a run: it has no sha256 of its content")
+    try:
+        whole = seal == digest(state)
+    except TypeError:
+        whole = False
+    if not whole:
+        raise ValueError(f"{path} is damaged: its content is not what was saved")
     return state

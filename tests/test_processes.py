@@ -1,0 +1,168 @@
+"""Runs of several processes, and processes that die: all of them stop together, say why once, and can go on."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from interruptions import ENVIRONMENT, PROGRAMS, differences, end, flags, outcome, run, start, wait_until
+
+from models_vit import build_vit
+from util.checkpoints import save_encoder
+from util.signals import EXIT_STOPPED
+
+
+@pytest.fixture(scope="module")
+def commands(image_folder, tmp_path_factory):
+    """{program: flags of a run with batches of 4 images}, 8 to an optimizer step."""
+    torch.manual_seed(0)
+    weights = tmp_path_factory.mktemp("weights") / "encoder.safetensors"
+    save_encoder(weights, build_vit("vit_demo_patch8", img_size=32).state_dict(), {"family": "mae"})
+    return {program: [*flags(program, image_folder, weights), "--batch_size", "4"] for program in PROGRAMS}
+
+
+def children(pid: int) -> list[int]:
+    """Processes that another one has started, oldest first."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def told(process, text):
+    """Lines of a program, up to the one that has the text."""
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if text in line:
+            return lines
+    raise AssertionError("".join(lines) + process.stderr.read())
+
+
+def test_all_processes_stop_at_the_same_step_and_another_number_of_them_goes_on(commands, tmp_path):
+    """A signal to one of two; then one process ends what they began, as it would have from the start."""
+    command = [*commands["main_pretrain"], "--epochs", "12"]
+    two = start("main_pretrain", *command, "--output_dir", tmp_path / "run", processes=2)
+    told(two, "epoch 0:")
+    os.kill(children(two.pid)[-1], signal.SIGUSR1)
+    code, _, error = end(two)
+    assert code == 1  # torchrun's own
+    assert error.count("main_pretrain.py: stopped by SIGUSR1: saved after") == 1
+    assert f"exitcode  : {EXIT_STOPPED}" in error
+    command += ["--accum_iter", "2"]
+    for folder in ("run", "whole"):
+        assert run("main_pretrain", command, tmp_path / folder, "--resume", "auto") == 0
+    one, other = (outcome(tmp_path / folder)["checkpoint"]["model"] for folder in ("run", "whole"))
+    compare(one, other)
+
+
+@pytest.fixture(scope="module")
+def worlds(commands, tmp_path_factory):
+    """Folders of runs with the same effective batch: <program>-<number of processes>."""
+    folder, jobs = tmp_path_factory.mktemp("worlds"), []
+    for program in PROGRAMS:
+        for processes in (1, 2, 4):
+            split = ["--accum_iter", str(4 // processes), "--batch_size", "2", "--epochs", "2"]
+            argv = [*commands[program], *split, "--output_dir", str(folder / f"{program}-{processes}")]
+            if processes > 1:
+                jobs.append(json.dumps([processes, program, argv, str(folder / "output")]))
+            else:
+                assert run(program, argv[:-2], folder / f"{program}-1") == 0
+    program = Path(__file__).parent / "interruptions.py"
+    done = subprocess.run(
+        [sys.executable, program, *jobs], env=ENVIRONMENT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_one_two_and_four_processes_make_the_same_run(program, worlds):
+    one = outcome(worlds / f"{program}-1")
+    for processes in (2, 4):
+        other = outcome(worlds / f"{program}-{processes}")
+        for part in ("log", "results"):
+            compare(one.get(part), other.get(part))
+        compare(one["checkpoint"], other["checkpoint"])
+
+
+def compare(one, two):
+    """Equal within 1e-6: tensors in norm, numbers relatively, counts and percentages exactly."""
+    if isinstance(one, dict):
+        assert one.keys() == two.keys()
+        for key in one:
+            compare(one[key], two[key])
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(two)
+        for a, b in zip(one, two, strict=True):
+            compare(a, b)
+    elif isinstance(one, torch.Tensor):
+        assert (one - two).double().norm() <= 1e-6 * one.double().norm()
+    elif isinstance(one, float):
+        assert one == pytest.approx(two, rel=1e-6, nan_ok=True)
+    else:
+        assert one == two
+
+
+def test_a_process_that_dies_takes_the_others_along_and_a_restart_brings_the_run_back(commands, tmp_path):
+    command = [*commands["main_linprobe"], "--epochs", "3", "--save_every_steps", "2", "--resume", "auto"]
+    assert run("main_linprobe", command, tmp_path / "whole", "--accum_iter", "2") == 0
+    process = start("main_linprobe", *command, "--output_dir", tmp_path / "run", processes=2, restarts=1)
+    wait_until(lambda: any((tmp_path / "run").glob("checkpoint-*.pth")), process)
+    began = time.monotonic()
+    os.kill(children(process.pid)[-1], signal.SIGKILL)
+    code, _, error = end(process)
+    assert code == 0, error
+    assert time.monotonic() - began < 60
+    assert differences(outcome(tmp_path / "run"), outcome(tmp_path / "whole")) == []
+
+
+def test_the_error_of_the_process_that_failed_is_on_the_screen_once(commands, image_folder, tmp_path):
+    broken = tmp_path / "data"
+    for split in ("train", "val"):
+        for path in (image_folder / split).rglob("*.png"):
+            copy = broken / path.relative_to(image_folder)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(path.read_bytes())
+    bad = next((broken / "train").rglob("*.png"))
+    bad.write_bytes(b"no image")
+    command = [*commands["main_linprobe"], "--data_path", broken, "--output_dir", tmp_path / "run"]
+    began = time.monotonic()
+    code, _, error = end(start("main_linprobe", *command, processes=2))
+    assert code == 1 and time.monotonic() - began < 60
+    assert error.count(f"main_linprobe.py: cannot read image {bad}") == 1
+    assert "Traceback" not in error.split("torch/distributed")[0], error
+
+
+def test_a_mistake_is_told_once_by_however_many_processes(commands, tmp_path):
+    command = [*commands["main_pretrain"], "--output_dir", tmp_path / "run", "--data_path", "absent"]
+    code, _, error = end(start("main_pretrain", *command, processes=2))
+    assert code == 1 and error.count("main_pretrain.py: --data_path absent: there is no such folder") == 1
+
+
+# ---- one process and its workers
+
+
+def test_interrupts_reach_the_program_and_not_its_workers(commands, tmp_path):
+    """Ctrl-C signals the whole group: the first saves, and the workers live until it has."""
+    command = [*commands["main_linprobe"], "--epochs", "500", "--num_workers", "2", "--output_dir", tmp_path / "run"]
+    process = start("main_linprobe", *command)
+    told(process, "epoch 1:")
+    workers = children(process.pid)
+    assert len(workers) >= 2
+    os.killpg(process.pid, signal.SIGINT)
+    code, _, error = end(process)
+    assert code == EXIT_STOPPED and "stopped by SIGINT: saved after" in error and error.count("\n") == 1
+    assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
+
+
+def test_a_killed_worker_is_one_line(commands, tmp_path):
+    command = [*commands["main_linprobe"], "--epochs", "500", "--num_workers", "2", "--output_dir", tmp_path / "run"]
+    process = start("main_linprobe", *command)
+    told(process, "epoch 1:")
+    os.kill(children(process.pid)[-1], signal.SIGKILL)
+    code, _, error = end(process, 60)
+    assert code == 1 and error.count("\n") == 1 and "DataLoader worker" in error, error
+    assert any((tmp_path / "run").glob("checkpoint-*.pth"))
