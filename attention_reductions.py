@@ -84,29 +84,32 @@ def tiled_sums(
 ) -> Sums:  # fmt: skip
     """The same, a few heads at a time, whose logits stay in the cache from the product to the last sum over them.
 
-    The log-sum-exp of a row is s_ij - ln p_ij for any j.
+    With p the softmax of a row,  lse = s_ij - ln p_ij  for any j, best for the largest, and entropy = lse - sum p s.
     """
-    B, H, N = q.shape[:3]
+    (B, H, N), P = q.shape[:3], num_prefix
     distances = patch_distances(grid, device=q.device).to(q.dtype) if distance else None
     q, keys = q * scale, k.transpose(-2, -1)
     own, patches, patch_entropy = (q.new_empty(B, H, N) for _ in range(3))
-    prefix = q.new_empty(B, H, N, num_prefix)
-    reach, columns = (q.new_empty(B, H, N - num_prefix) if wanted else None for wanted in (distance, received))
+    prefix = q.new_empty(B, H, N, P)
+    reach, columns = (q.new_empty(B, H, N - P) if wanted else None for wanted in (distance, received))
     for tile in tiles(B, H, N * N * q.element_size()):
-        logits = q[tile] @ keys[tile]
+        # two products, so that the one the softmax reads is contiguous
+        to_prefix, to_patches = q[tile] @ keys[tile][..., :P], q[tile] @ keys[tile][..., P:]
         if logit_bias is not None:
-            logits += logit_bias[tile[1]]
-        own[tile] = logits.diagonal(dim1=-2, dim2=-1)
-        prefix[tile], to_patches = logits[..., :num_prefix], logits[..., num_prefix:]
-        log_p = to_patches.log_softmax(-1)
-        patches[tile] = to_patches[..., 0] - log_p[..., 0]
-        p = log_p.exp()
+            to_prefix += logit_bias[tile[1], :, :P]
+            to_patches += logit_bias[tile[1], :, P:]
+        prefix[tile] = to_prefix
+        own[tile][..., :P] = to_prefix.diagonal(dim1=-2, dim2=-1)
+        own[tile][..., P:] = to_patches[:, :, P:].diagonal(dim1=-2, dim2=-1)
+        p = to_patches.softmax(-1)
+        patches[tile] = to_patches.amax(-1) - p.amax(-1).log_()
         if distance:
-            reach[tile] = torch.linalg.vecdot(p[:, :, num_prefix:], distances)
+            reach[tile] = torch.linalg.vecdot(p[:, :, P:], distances)
         if received:
-            columns[tile] = p[:, :, num_prefix:].sum(2)
-        patch_entropy[tile] = p.mul_(log_p).sum(-1).neg_()
-    return Sums(own, prefix, patches, patch_entropy, reach, columns)
+            columns[tile] = p[:, :, P:].sum(2)
+        patch_entropy[tile] = patches[tile] - p.mul_(to_patches).sum(-1)
+    # rounding can leave the entropy of a one-hot row at -1e-7
+    return Sums(own, prefix, patches, patch_entropy.clamp_(min=0), reach, columns)
 
 
 def tiles(B: int, H: int, head_bytes: int) -> Iterator[tuple[slice, slice]]:
