@@ -1,7 +1,8 @@
 """What things cost, as ratios of what was measured in one run on one machine: python scripts/benchmark.py analysis
 
-Every repeat runs all contestants once, in turn, so that a machine whose speed drifts treats them alike; the figure of
-each is its median over the repeats. Rows are appended to --output, with hardware, versions and the command.
+Every repeat runs all contestants once, in turn, so that a machine whose speed drifts treats them alike. Times are
+medians over the repeats, ratios the medians of each repeat's own ratio. Rows are appended to --output, with hardware,
+versions and the command.
 """
 
 import argparse
@@ -36,6 +37,10 @@ class Timing(NamedTuple):
     @property
     def median(self) -> float:
         return statistics.median(self.seconds)
+
+    def speed_of(self, other: "Timing") -> float:
+        """How many times as fast as the other: the median over the repeats."""
+        return statistics.median(theirs / mine for mine, theirs in zip(self.seconds, other.seconds, strict=True))
 
 
 def race(contestants: dict[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, Timing]:
@@ -140,7 +145,7 @@ def report(timings: dict[str, Timing], images: int, args: argparse.Namespace, de
     run = provenance(device)
     rows = []
     for name, timing in timings.items():
-        ratios = {other: timings[other].median / timing.median for other in timings if other != name}
+        ratios = {other: timing.speed_of(timings[other]) for other in timings if other != name}
         log.info(
             "%-34s %8.1f ms (%.1f to %.1f) %8.1f images/s;  speed %s", name, 1e3 * timing.median,
             1e3 * min(timing.seconds), 1e3 * max(timing.seconds), images / timing.median,
@@ -150,7 +155,7 @@ def report(timings: dict[str, Timing], images: int, args: argparse.Namespace, de
             "benchmark": args.benchmark, "contestant": name, "median_s": f"{timing.median:.6f}",
             "min_s": f"{min(timing.seconds):.6f}", "max_s": f"{max(timing.seconds):.6f}", "repeats": args.repeats,
             "images_per_second": f"{images / timing.median:.2f}",
-            "speed_of_first": f"{next(iter(timings.values())).median / timing.median:.4f}",
+            "speed_of_first": f"{timing.speed_of(next(iter(timings.values()))):.4f}",
             "model": args.model, "input_size": args.input_size, "batch_size": args.batch_size, "amp": args.amp,
             "device": run["device"], "threads": run["threads"], "torch": run["versions"]["torch"],
             "commit": run["commit"], "dirty": run["dirty"], "command": run["command"],
