@@ -32,8 +32,8 @@ from util.arguments import Parser, check_resumed, parse, run_main
 from util.catalogue import CATALOGUE, fetch_weights
 from util.checkpoints import known_family
 from util.datasets import DATASETS
-from util.jobs import GONE, Task, code_files, is_resumable, state_of, take_snapshot
-from util.run_folder import ROOT, AnotherRun, RunFolder, git
+from util.jobs import GONE, Task, is_resumable, state_of, take_snapshot
+from util.run_folder import ROOT, AnotherRun, RunFolder
 
 PROGRAMS = sorted(path.stem for path in ROOT.glob("main_*.py"))
 WARNING = 120  # seconds between SLURM's signal and the end of a job's time
@@ -241,11 +241,6 @@ def submit(args: argparse.Namespace, planned: list[Planned]) -> list[submitit.Jo
     if not args.no_snapshot:
         code = take_snapshot(args.job_dir.resolve() / "code")
         print(f"code: {code}")
-        known = code_files()
-        strangers = [path for path in (git("ls-files", "--others", "--exclude-standard", "*.py") or "").splitlines()
-                     if Path(path) not in known]  # fmt: skip
-        if strangers:
-            print(f"not in this copy, because git does not know them: {', '.join(strangers)}")
     executor = build_executor(args, code)
     folder = args.job_dir.resolve() / "jobs"
     folder.mkdir(parents=True, exist_ok=True)

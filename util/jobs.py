@@ -13,6 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 from types import TracebackType
+from typing import NoReturn
 
 import submitit
 from submitit.core.utils import JobPaths
@@ -64,7 +65,7 @@ class Task:
             run_main(module.main, args)
         except SystemExit as end:
             if isinstance(end.__cause__, signals.Stopped):
-                come_back(job, end.__cause__.number)
+                come_back(job, end.__cause__)
             if end.code:
                 raise JobFailed(str(end.__cause__ or f"exit code {end.code}")) from None
 
@@ -84,7 +85,7 @@ def _quiet_about_failures(kind: type, error: BaseException, trace: TracebackType
         sys.__excepthook__(kind, error, trace)
 
 
-def come_back(job: submitit.JobEnvironment, number: int) -> None:
+def come_back(job: submitit.JobEnvironment, stop: signals.Stopped) -> NoReturn:
     """End a process that was asked to stop, with its job put back into the queue where that is what the signal meant.
 
     Pre-emption and the user's scancel both come as SIGTERM. But SLURM calls a job that it cancels, or puts back by
@@ -93,19 +94,29 @@ def come_back(job: submitit.JobEnvironment, number: int) -> None:
     """
     on_slurm = job.name() == "slurm"
     wanted = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2) if on_slurm else (signal.SIGUSR2,)
-    if number not in wanted or (on_slurm and state_of(job.job_id) not in ("RUNNING", None)):
-        sys.exit(signals.EXIT_STOPPED)
+    known = state_of(job.job_id) if on_slurm else "RUNNING"
+    if stop.number not in wanted:
+        _leave(job, "ended")
+    if known not in ("RUNNING", None):
+        _leave(job, f"{known} already: SLURM goes on with it")
     if job.global_rank != 0:
         if on_slurm:  # where a process that ends takes the others along
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(REQUEUE_WAIT)
-        sys.exit(signals.EXIT_STOPPED)
-    if _a_process_failed(job):  # SLURM ends the others with the signals of a pre-emption
-        sys.exit(signals.EXIT_STOPPED)
+        _leave(job)
+    if _a_process_failed(job):  # SLURM ends the others with the signal of a pre-emption
+        _leave(job, "ended, because another of its processes has failed")
+    print(f"job {job.job_id} goes back into the queue", file=sys.stderr)
     try:
         signal.raise_signal(getattr(signal, f"SIG{job.USR_SIG}"))  # submitit's handler: checkpoint, requeue, exit
     except (subprocess.SubprocessError, OSError) as error:
-        print(f"the job cannot be put back into the queue ({error}): submit it again to go on", file=sys.stderr)
+        _leave(job, f"cannot go back into the queue ({error}): submit it again to go on")
+    _leave(job)
+
+
+def _leave(job: submitit.JobEnvironment, why: str = "") -> NoReturn:
+    if why and job.global_rank == 0:
+        print(f"job {job.job_id}: {why}", file=sys.stderr)
     sys.exit(signals.EXIT_STOPPED)
 
 
@@ -135,17 +146,17 @@ def _a_process_failed(job: submitit.JobEnvironment) -> bool:
 
 
 def code_files() -> list[Path]:
-    """The modules that programs are made of, relative to the root: those that git knows, or all of them without git."""
-    listed = git("ls-files", "-z", "*.py", ":!tests")
-    if listed:
-        return sorted(Path(name) for name in listed.split("\0") if name and (ROOT / name).is_file())
-    return sorted(path.relative_to(ROOT) for pattern in ("*.py", "util/*.py") for path in ROOT.glob(pattern))
+    """The modules that programs are made of, relative to the root: those that git knows, and new ones beside them."""
+    # not whatever git does not know: run folders, with older copies, may lie here too
+    new = {path.relative_to(ROOT) for pattern in ("*.py", "util/*.py") for path in ROOT.glob(pattern)}
+    known = git("ls-files", "-z", "*.py", ":!tests") or ""
+    return sorted(new | {Path(name) for name in known.split("\0") if name and (ROOT / name).is_file()})
 
 
 def take_snapshot(folder: Path, write: bool = True) -> Path:
     """Copy the code that runs now into folder/<digest of its content>, where it is not there yet; that path.
 
-    Committed files and what was changed in them since; files that git does not know are left out.
+    Committed modules and what was changed in them since; no data, no results, no history.
     """
     contents = {str(path): (ROOT / path).read_bytes() for path in code_files()}
     contents[SNAPSHOT_RECORD] = to_json(code_version()).encode()
