@@ -10,7 +10,9 @@ in the folder where they were submitted.
 """
 
 import argparse
+import contextlib
 import importlib
+import io
 import itertools
 import json
 import os
@@ -42,6 +44,7 @@ ENDED = {
     "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE", "PREEMPTED",
     "STOPPED", GONE,
 }  # fmt: skip
+OTHERS = re.compile(r"submitit |srun: |slurmstepd|\d\d:\d\d:\d\d Submitted job triggered")  # in a job's log
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -246,7 +249,8 @@ def submit(args: argparse.Namespace, planned: list[Planned]) -> list[submitit.Jo
     folder.mkdir(parents=True, exist_ok=True)
     before = set(folder.iterdir())
     try:
-        jobs = executor.submit_array([Task(args.main, job.argv) for job in planned])
+        with contextlib.redirect_stderr(io.StringIO()):  # submitit prints the error that it raises
+            jobs = executor.submit_array([Task(args.main, job.argv) for job in planned])
     except FailedJobError as error:
         for path in set(folder.iterdir()) - before:
             path.unlink()
@@ -307,11 +311,12 @@ def wait(jobs: list[submitit.Job]) -> bool:
 
 def failure(job: submitit.Job, lines: int = 5) -> str:
     """What the process that failed has said last."""
-    log = next((log for outcome, _, log in results(job) if outcome == "error"), job.paths.stdout)
-    text = log.read_text(errors="replace").splitlines() if log.exists() else []
-    # submitit's own words are about submitit
-    text = [line for line in text if line.strip() and not line.startswith("submitit ")][-lines:]
-    return "\n".join([f"the last lines of {log}:", *(f"    {line}" for line in text)])
+    found = [log for outcome, _, log in results(job) if outcome == "error"]
+    log = next(iter([*found, job.paths.stdout]))
+    text = [line for line in (log.read_text(errors="replace").splitlines() if log.exists() else []) if line.strip()]
+    if found:  # the program has told its error; what others say of its end only hides it
+        text = [line for line in text if not OTHERS.match(line)]
+    return "\n".join([f"the last lines of {log}:", *(f"    {line}" for line in text[-lines:])])
 
 
 def main(args: argparse.Namespace) -> None:

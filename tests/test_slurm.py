@@ -82,11 +82,6 @@ def shown(slurm, job, field):
     return re.search(rf"\b{field}=(\S+)", call(slurm, "scontrol", "show", "job", job).stdout)[1]
 
 
-def told(folder, text):
-    """How often the processes have said so, in all of their logs."""
-    return sum(log.read_text().count(text) for log in (folder / "jobs").glob("*_log.out"))
-
-
 def until(condition, log, seconds=90):
     end = time.monotonic() + seconds
     while not condition():
@@ -120,8 +115,9 @@ def test_a_job_that_is_preempted_twice_ends_with_the_result_of_the_uninterrupted
         interrupt(slurm, job, folder, lambda: preempt(slurm))
     log = folder / "jobs" / f"{job}_0_log.out"
     until(lambda: shown(slurm, job, "JobState") == "COMPLETED", log)
-    assert told(folder, "stopped by SIGTERM: saved after") == 2 and told(folder, "resuming from") == 2
-    assert told(folder, "SLURM goes on with it") == 2
+    text = log.read_text()
+    assert text.count("stopped by SIGTERM: saved after") == 2 and text.count("resuming from") == 2, text
+    assert text.count("SLURM goes on with it") == 2, text
     assert differences(outcome(folder), whole) == []
 
 
@@ -129,15 +125,23 @@ def test_a_timeout_and_a_preemption_with_grace_requeue_the_job_themselves(slurm,
     """SLURM only warns the job, which has to put itself back: submitit does, once it is saved."""
     folder = tmp_path / "run"
     _, job = launch(slurm, folder, "--tasks_per_node", 2, "--partition", "patient", *command)
-    limit = ["scontrol", "update", f"JobId={job}"]
-    interrupt(slurm, job, folder, lambda: call(slurm, *limit, "TimeLimit=1"))
-    call(slurm, *limit, "TimeLimit=60")
+
+    def time_out():
+        """SLURM looks every 30 seconds; the run stands still meanwhile, or it would be over."""
+        call(slurm, "scancel", "--signal", "STOP", job)
+        call(slurm, "scontrol", "update", f"JobId={job}", "TimeLimit=1")
+        time.sleep(35)
+        call(slurm, "scancel", "--signal", "CONT", job)
+
+    interrupt(slurm, job, folder, time_out)
+    call(slurm, "scontrol", "update", f"JobId={job}", "TimeLimit=60")
     interrupt(slurm, job, folder, lambda: preempt(slurm))
     log = folder / "jobs" / f"{job}_0_log.out"
     until(lambda: shown(slurm, job, "JobState") == "COMPLETED", log)
+    text = log.read_text()
     for signal in ("SIGUSR2", "SIGTERM"):
-        assert told(folder, f"stopped by {signal}: saved after") == 1
-    assert told(folder, "goes back into the queue") == 2
+        assert text.count(f"stopped by {signal}: saved after") == 1, text
+    assert text.count("goes back into the queue") == 2 and text.count("resuming from") == 2, text
     assert differences(outcome(folder), whole) == []
 
 
@@ -148,7 +152,7 @@ def test_a_cancelled_job_is_saved_and_does_not_come_back(slurm, command, tmp_pat
     until(lambda: epochs(folder) > 0, log)
     call(slurm, "scancel", job)
     until(lambda: shown(slurm, job, "JobState") == "CANCELLED", log)
-    assert told(folder, "stopped by SIGTERM: saved after") == 1
+    assert log.read_text().count("stopped by SIGTERM: saved after") == 1
     assert shown(slurm, job, "Restarts") == "0"
 
 

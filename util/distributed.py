@@ -100,9 +100,10 @@ def _peer_is_gone(error: RuntimeError) -> bool:
 def said_first(line: str) -> bool:
     """Whether no other process of this run has said the same before: all of them see a user's mistake.
 
-    Asks torchrun's store, which is there before the process group and after it; without one, everybody may speak.
+    Asks torchrun's store, which is there before the process group and after it; without one, everybody may speak: in
+    jobs, to a log of its own.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if "TORCHELASTIC_RESTART_COUNT" not in os.environ or int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return True
     try:
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])

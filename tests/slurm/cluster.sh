@@ -70,9 +70,11 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 SchedulerParameters=sched_interval=1,bf_interval=1,batch_sched_delay=0
 KillWait=20
+# a test that sets a time limit need not be quicker than it
+OverTimeLimit=30
 # as many tasks as tests want, whatever the machine has
 SlurmdParameters=config_overrides
-NodeName=$node NodeAddr=127.0.0.1 CPUs=4 State=UNKNOWN
+NodeName=$node NodeAddr=127.0.0.1 CPUs=4 RealMemory=4000 State=UNKNOWN
 PartitionName=DEFAULT Nodes=$node MaxTime=INFINITE State=UP
 PartitionName=low Default=YES PriorityTier=1 PreemptMode=REQUEUE
 PartitionName=patient PriorityTier=1 PreemptMode=REQUEUE GraceTime=60
