@@ -62,13 +62,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> None:
-    check_training(args)
-    if args.model not in DECODERS:
-        raise ValueError(f"there is no decoder for {args.model}: choose one of {', '.join(DECODERS)}")
-    if not 0 < args.mask_ratio < 1:
-        raise ValueError(f"--mask_ratio {args.mask_ratio}: a share between 0 and 1 of the patches, to be predicted")
-    if args.nb_classes is not None:
-        raise ValueError(f"--nb_classes {args.nb_classes}: pretraining looks at no labels; leave it out")
+    check(args)
     with distributed(args.device, args.dist_url) as world:
         setup_logging()
         folder = RunFolder(args.output_dir, args.log_dir)
@@ -119,6 +113,17 @@ def main(args: argparse.Namespace) -> None:
         barrier()
         folder.close()
         log.info("pretraining took %.0f s", time.time() - start)
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse what the arguments alone show to be impossible; ValueError."""
+    check_training(args)
+    if args.model not in DECODERS:
+        raise ValueError(f"there is no decoder for {args.model}: choose one of {', '.join(DECODERS)}")
+    if not 0 < args.mask_ratio < 1:
+        raise ValueError(f"--mask_ratio {args.mask_ratio}: a share between 0 and 1 of the patches, to be predicted")
+    if args.nb_classes is not None:
+        raise ValueError(f"--nb_classes {args.nb_classes}: pretraining looks at no labels; leave it out")
 
 
 def encoder_name(model: str) -> str:

@@ -199,7 +199,7 @@ def test_launched_job_continues_the_run_on_two_processes(command, tmp_path):
     index = command.index("--output_dir")
     launcher = [
         sys.executable, "submitit_linprobe.py", "--job_dir", command[index + 1], "--cluster", "local", "--ngpus", "0",
-        "--ntasks", "2", "--cpus_per_task", "1", "--wait", *command[:index],
+        "--tasks_per_node", "2", "--cpus_per_task", "1", "--wait", *command[:index],
     ]  # fmt: skip
     result = subprocess.run(launcher, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr

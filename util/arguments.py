@@ -220,7 +220,7 @@ def fail(error: BaseException, code: int) -> NoReturn:
     line = f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}"
     if said_first(line):
         print(line, file=sys.stderr, flush=True)
-    sys.exit(code)
+    raise SystemExit(code) from error
 
 
 def _quiet_about_disks(problem: threading.ExceptHookArgs) -> None:

@@ -52,13 +52,7 @@ def load_encoder(
         record = {"model": model, "source": None, "family": None, "sha256": None}
         return Encoder(backbone.eval().requires_grad_(False), IMAGENET_MEAN, IMAGENET_STD, record)
 
-    if finetune in CATALOGUE:
-        entry = CATALOGUE[finetune]
-        if entry.model != model:
-            raise ValueError(f"--finetune {finetune} is no {model}: write --model {entry.model}")
-        family = family or entry.family
-    if family is not None and family not in FAMILIES:
-        raise ValueError(f"unknown family {family!r}: choose one of {', '.join(FAMILIES)}")
+    family = known_family(finetune, model, family)
     with main_process_first():  # what it downloads, the others find
         path = fetch_weights(finetune, offline)
         timm_model = load_timm(finetune, offline) if path is None else None
@@ -91,6 +85,18 @@ def load_encoder(
 # ---------------------------------------------------------------------------------------------------------------------
 # from a name to the content of a file
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def known_family(finetune: str, model: str, family: str | None) -> str | None:
+    """The family that the arguments name, or the catalogue does. ValueError where they do not go together."""
+    if finetune in CATALOGUE:
+        entry = CATALOGUE[finetune]
+        if entry.model != model:
+            raise ValueError(f"--finetune {finetune} is no {model}: write --model {entry.model}")
+        family = family or entry.family
+    if family is not None and family not in FAMILIES:
+        raise ValueError(f"unknown family {family!r}: choose one of {', '.join(FAMILIES)}")
+    return family
 
 
 def load_timm(name: str, offline: bool = False) -> tuple[State, tuple[float, ...], tuple[float, ...]]:

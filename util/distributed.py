@@ -1,8 +1,9 @@
-"""One process or many: set-up from torchrun's environment, and the few collectives that this project needs."""
+"""One process or many: set-up from torchrun's or SLURM's environment, and the few collectives that are needed."""
 
 import contextlib
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -23,11 +24,38 @@ class World(NamedTuple):
         return self.rank == 0
 
 
+def slurm_rendezvous(environment: Mapping[str, str]) -> dict[str, str]:
+    """What torchrun would have set for a process that srun has started with others; {} for any other process.
+
+    SLURM_PROCID and SLURM_NTASKS are there in a batch script and in the shell of salloc, too, where one process runs;
+    only a step has a number of tasks. A terminal (srun --pty) belongs to a user, who starts programs one by one.
+    """
+    size = int(environment.get("SLURM_STEP_NUM_TASKS", 1))
+    if size == 1 or "SLURM_PTY_PORT" in environment:
+        return {}
+    # the first of "gpu[03-05,7]-a,login1" is gpu03-a; on a single node, its name need not be known to any resolver
+    first = re.sub(r"\[([^],-]+)[^]]*]", r"\1", environment["SLURM_STEP_NODELIST"]).split(",")[0]
+    job, step = int(environment["SLURM_JOB_ID"]), int(environment.get("SLURM_STEP_ID", 0))
+    return {
+        "MASTER_ADDR": "127.0.0.1" if environment.get("SLURM_STEP_NUM_NODES") == "1" else first,
+        "MASTER_PORT": str(rendezvous_port(job, step)),
+        "RANK": environment["SLURM_PROCID"],
+        "WORLD_SIZE": str(size),
+        "LOCAL_RANK": environment["SLURM_LOCALID"],
+    }
+
+
+def rendezvous_port(job: int, step: int = 0) -> int:
+    """A port that all processes of a job know, and jobs that share a node do not share: below those that the system
+    gives away (32768 on Linux)."""
+    return 10000 + (job + 997 * step) % 20000
+
+
 @contextlib.contextmanager
 def distributed(device: str, dist_url: str = "env://") -> Iterator[World]:
     """Join the process group that torchrun or SLURM describes (NCCL on GPUs, gloo on CPUs); leave it at the end.
 
-    device: "cuda", "cpu", or "auto" for CUDA where there is one. Without RANK in the environment: one process.
+    device: "cuda", "cpu", or "auto" for CUDA where there is one. Where neither has started several, one process.
     Raises ValueError for another device, and where CUDA is asked for and there is none.
     """
     if device.partition(":")[0] not in ("auto", "cuda", "cpu"):
@@ -35,6 +63,8 @@ def distributed(device: str, dist_url: str = "env://") -> Iterator[World]:
     use_cuda = torch.cuda.is_available() if device == "auto" else device.startswith("cuda")
     if use_cuda and not torch.cuda.is_available():
         raise ValueError(f"--device {device}: this machine shows no CUDA device to PyTorch; use --device cpu")
+    if "RANK" not in os.environ:
+        os.environ.update(slurm_rendezvous(os.environ))
     if "RANK" not in os.environ:
         yield World(0, 1, torch.device((device if ":" in device else "cuda") if use_cuda else "cpu"))
         return
@@ -72,9 +102,10 @@ def _peer_is_gone(error: RuntimeError) -> bool:
 def said_first(line: str) -> bool:
     """Whether no other process of this run has said the same before: all of them see a user's mistake.
 
-    Asks torchrun's store, which is there before the process group and after it; without one, everybody may speak.
+    Asks torchrun's store, which is there before the process group and after it; without one, everybody may speak: in
+    jobs, to a log of its own.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if "TORCHELASTIC_RESTART_COUNT" not in os.environ or int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return True
     try:
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])

@@ -28,24 +28,33 @@ from util.progress import log
 from util.safe_load import load_plain
 
 ROOT = Path(__file__).resolve().parent.parent
+SNAPSHOT_RECORD = "snapshot.json"  # in a copy of the code that util.jobs has made
 FILES = r"(args|results)\.json|log\.txt|encoder\.safetensors|checkpoint-\d+(-\d+)?\.pth"  # of a run, as a pattern
+
+
+def git(*command: str) -> str | None:
+    """What git says about the code that runs; None without git, or outside of a checkout."""
+    try:
+        result = subprocess.run(["git", "-C", ROOT, *command], capture_output=True, text=True, check=False)
+    except FileNotFoundError:  # a machine without git
+        return None
+    return result.stdout.strip() if result.returncode == 0 else None
+
+
+def code_version() -> dict[str, Any]:
+    """Commit of the code that runs, and whether it was changed since; of a job's snapshot, as it was when taken."""
+    if (ROOT / SNAPSHOT_RECORD).exists():
+        return json.loads((ROOT / SNAPSHOT_RECORD).read_text())
+    status = git("status", "--porcelain")
+    return {"commit": git("rev-parse", "HEAD"), "dirty": None if status is None else bool(status)}
 
 
 def provenance(device: torch.device) -> dict[str, Any]:
     """Where a number comes from: command, commit, versions, hardware."""
 
-    def git(*command: str) -> str | None:
-        try:
-            result = subprocess.run(["git", "-C", ROOT, *command], capture_output=True, text=True, check=False)
-        except FileNotFoundError:  # a machine without git
-            return None
-        return result.stdout.strip() if result.returncode == 0 else None
-
-    status = git("status", "--porcelain")
     return {
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "commit": git("rev-parse", "HEAD"),
-        "dirty": None if status is None else bool(status),
+        **code_version(),
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
