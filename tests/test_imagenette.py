@@ -11,8 +11,7 @@ import pytest
 from PIL import Image
 from torchvision.datasets import Imagenette
 
-import util.datasets
-from util.datasets import build_splits
+from util.datasets import DATASETS, build_splits
 
 
 @pytest.fixture
@@ -36,7 +35,8 @@ def archive(tmp_path, monkeypatch):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     address = f"http://127.0.0.1:{server.server_port}/{path.name}"
     monkeypatch.setitem(Imagenette._ARCHIVES, "320px", (address, md5))
-    monkeypatch.setattr(util.datasets, "IMAGENETTE_IMAGES", {"train": 20, "val": 20})
+    entry = DATASETS["imagenette"]._replace(images={"train": 20, "val": 20})
+    monkeypatch.setitem(DATASETS, "imagenette", entry)
     yield path
     server.shutdown()
     server.server_close()
@@ -53,12 +53,12 @@ def test_imagenette_is_downloaded_once(archive, tmp_path):
 def test_interrupted_extraction_is_refused(archive, tmp_path):
     build_splits("imagenette", tmp_path / "data", None)
     next((tmp_path / "data").rglob("*_1.JPEG")).unlink()
-    with pytest.raises(ValueError, match="19 images instead of 20: its extraction was interrupted"):
+    with pytest.raises(ValueError, match="19 train images instead of 20: 1 are missing"):
         build_splits("imagenette", tmp_path / "data", None)
 
 
 def test_missing_network_is_one_line(archive, tmp_path):
     archive.unlink()
-    with pytest.raises(ValueError, match="Imagenette cannot be read or downloaded") as error:
+    with pytest.raises(ValueError, match="imagenette2-320/train is not there, and http") as error:
         build_splits("imagenette", tmp_path / "data", None)
     assert "\n" not in str(error.value)
