@@ -111,7 +111,7 @@ class MultiLabelTally:
 
 def multilabel_scores(logits: Tensor, labels: Tensor) -> MultiLabelScores:
     """(n,K) logits and (n,K) zeros and ones of all images -> their scores, NaN where a logit is."""
-    present = labels.any(0)
+    present = (labels > 0).any(0)
     precisions = average_precision(logits, labels)[present]
     matches = labels.gather(1, logits.argmax(1, keepdim=True)).double().mean()
     right = ((logits > 0) == (labels > 0)).double().mean()
