@@ -1,11 +1,8 @@
 """The quickstart's real data set, downloaded from an archive made here."""
 
-import functools
 import hashlib
-import http.server
 import io
 import tarfile
-import threading
 
 import pytest
 from PIL import Image
@@ -15,7 +12,7 @@ from util.datasets import DATASETS, build_splits
 
 
 @pytest.fixture
-def archive(tmp_path, monkeypatch):
+def archive(tmp_path, monkeypatch, serve):
     """An archive of two images per class and split, in the published layout, served on this machine."""
     path = tmp_path / "server" / "imagenette2-320.tgz"
     path.parent.mkdir()
@@ -29,17 +26,11 @@ def archive(tmp_path, monkeypatch):
                     member.size = len(picture.getvalue())
                     tar.addfile(member, io.BytesIO(picture.getvalue()))
     md5 = hashlib.md5(path.read_bytes()).hexdigest()
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=path.parent)
-    monkeypatch.setattr(http.server.SimpleHTTPRequestHandler, "log_message", lambda *words: None)
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    address = f"http://127.0.0.1:{server.server_port}/{path.name}"
+    address = f"{serve(path.parent)}/{path.name}"
     monkeypatch.setitem(Imagenette._ARCHIVES, "320px", (address, md5))
     entry = DATASETS["imagenette"]._replace(images={"train": 20, "val": 20})
     monkeypatch.setitem(DATASETS, "imagenette", entry)
-    yield path
-    server.shutdown()
-    server.server_close()
+    return path
 
 
 def test_imagenette_is_downloaded_once(archive, tmp_path):

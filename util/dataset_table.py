@@ -103,7 +103,7 @@ def _imagenet1pct(root: Path, split: str, allow_subset: bool) -> Dataset:
         return _imagenet1k(root, split, allow_subset)
     source, train = root / "1percent.txt", root / "train"
     if not train.is_dir():
-        raise ValueError("no 'train' folder in it")
+        raise ValueError("no 'train' folder in it" if root.is_dir() else "there is no such folder")
     names = read_lines(source)
     classes = sorted(folder.name for folder in train.iterdir() if folder.is_dir())
     numbers = {wnid: number for number, wnid in enumerate(classes)}
