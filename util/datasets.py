@@ -135,6 +135,8 @@ class KeyedDataset(Dataset):
         why it cannot be read: there is no such file, no permission, a broken disk."""
         try:
             return self.dataset[index]
+        except MemoryError:
+            raise
         except Exception as error:  # decoders raise anything: OSError without a number, SyntaxError, struct.error
             kind = DamagedImage if getattr(error, "errno", None) is None else UnreadableImage
             raise kind(f"cannot read image {path_of(self.dataset, index)}: {error}") from error
