@@ -9,9 +9,9 @@ from torch import Tensor
 from attention_stats import METRICS, Metric, Sizes, reduce_attention
 from models_vit import BlockTrace, VisionTransformer
 from token_stats import log_spectrum
+from util.datasets import Watched
 from util.distributed import gather_objects
 from util.moments import Covariance, Moments
-from util.progress import progress
 
 Place = tuple[str, int]  # a metric, and the block (of tokens: the number of blocks before them)
 
@@ -115,7 +115,7 @@ def measure(
     """
     recorder = Recorder()
     seen, start = 0, time.perf_counter()
-    for sample in (bar := progress(loader, description, len(loader))):
+    for sample in (watched := Watched(loader, description, agree=True)):
         images = sample.image.to(device, non_blocking=True)
         observed = {}
         with torch.autocast(device.type, dtype=amp, enabled=amp != torch.float32):
@@ -126,5 +126,5 @@ def measure(
             raise FloatingPointError(f"{description}: activations are not finite in {amp}; use another --amp")
         recorder.add(observed)
         seen += len(images)
-        bar.set_postfix_str(f"{seen / (time.perf_counter() - start):.0f} images/s")
+        watched.bar.set_postfix_str(f"{seen / (time.perf_counter() - start):.0f} images/s")
     return recorder.all_ranks().results()

@@ -35,7 +35,7 @@ from util.arguments import (
     run_main,
 )
 from util.checkpoints import Encoder
-from util.datasets import EvaluationBatches, KeyedDataset, build_dataset, build_loader, eval_transform
+from util.datasets import DATASETS, EvaluationBatches, KeyedDataset, build_dataset, build_loader, eval_transform
 from util.distributed import barrier, distributed
 from util.figures import draw_figures, draw_token_maps
 from util.progress import log, setup_logging
@@ -72,6 +72,8 @@ def main(args: argparse.Namespace) -> None:
         # ---- images and frozen encoders; every mistake in the arguments shows here
         choose_reduction(args.reduction, world.device)
         images = analysed_images(args)
+        if args.tsne_blocks and DATASETS[args.dataset].multi_label:
+            raise ValueError(f"--tsne_blocks shows classes, but images of --dataset {args.dataset} have several")
         chosen = subset(len(images), args.num_images, args.seed)
         labels = encoder_labels(args)
         encoders = [load(one) for one in one_encoder_each(args)]
@@ -92,7 +94,8 @@ def main(args: argparse.Namespace) -> None:
             backbone = encoder.backbone.to(world.device).eval()
             if args.compile:
                 backbone.compile_blocks()
-            dataset = KeyedDataset(images, eval_transform(size, encoder.mean, encoder.std), args.seed)
+            pixels = eval_transform(size, encoder.mean, encoder.std)
+            dataset = KeyedDataset(images, pixels, args.seed, on_bad_image=args.on_bad_image)
             batches = EvaluationBatches(len(images), args.batch_size, chosen)
             pin = args.pin_mem and world.device.type == "cuda"
             loader = build_loader(dataset, batches, args.num_workers, pin, args.dataloader_affinity_hack)
@@ -117,7 +120,7 @@ def analysed_images(args: argparse.Namespace) -> torch.utils.data.Dataset:
     """The validation images of a data set, or all of a plain folder of class folders."""
     splits = (args.data_path / "train", args.data_path / "val")
     is_plain = args.dataset == "image_folder" and not any(split.exists() for split in splits)
-    return build_dataset(args.dataset, args.data_path, "." if is_plain else "val")
+    return build_dataset(args.dataset, args.data_path, "." if is_plain else "val", args.allow_subset)
 
 
 def subset(length: int, num_images: int | None, seed: int) -> list[int]:
@@ -210,8 +213,9 @@ def token_map(
     backbone: VisionTransformer, dataset: KeyedDataset, blocks: Sequence[int], seed: int, device: torch.device
 ) -> dict:
     """t-SNE of the patch tokens of 18 images after each of the blocks, in float32 (Park et al. 2023)."""
-    chosen = images_of_few_classes(dataset.dataset.targets, seed)
-    images = torch.stack([dataset[0, index].image for index in chosen]).to(device)
+    samples = [dataset[0, index] for index in images_of_few_classes(dataset.dataset.targets, seed)]
+    chosen = [sample.index for sample in samples if sample.valid]
+    images = torch.stack([sample.image for sample in samples if sample.valid]).to(device)
     maps = []
     for block, features in backbone(images, blocks).items():
         log.info("t-SNE of the tokens after block %d", block)

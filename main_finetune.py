@@ -32,6 +32,7 @@ from util.arguments import (
 )
 from util.checkpoints import Encoder
 from util.datasets import (
+    DATASETS,
     EvaluationBatches,
     GlobalBatches,
     KeyedDataset,
@@ -90,7 +91,9 @@ def main(args: argparse.Namespace) -> None:
             folder.refuse_overwriting(args.resume)
 
         # ---- encoder with a fresh head, all of it trained
-        train_images, test_images, num_classes = build_splits(args.dataset, args.data_path, args.nb_classes)
+        train_images, test_images, num_classes = build_splits(
+            args.dataset, args.data_path, args.nb_classes, args.allow_subset
+        )
         batches = GlobalBatches(len(train_images), args.batch_size, args.accum_iter, args.seed)
         with seeded("weights", args.seed):
             encoder, size = build_encoder(args, drop_path=args.drop_path)
@@ -103,9 +106,10 @@ def main(args: argparse.Namespace) -> None:
         if mixes(args):
             mixup = Mixup(args.mixup, args.cutmix, label_smoothing=args.smoothing, num_classes=num_classes)
         pin = args.pin_mem and world.device.type == "cuda"
-        train_set = KeyedDataset(train_images, augment, args.seed)
+        train_set = KeyedDataset(train_images, augment, args.seed, on_bad_image=args.on_bad_image, train=True)
         train_loader = build_loader(train_set, batches, args.num_workers, pin, args.dataloader_affinity_hack)
-        test_set = KeyedDataset(test_images, eval_transform(size, encoder.mean, encoder.std), args.seed)
+        pixels = eval_transform(size, encoder.mean, encoder.std)
+        test_set = KeyedDataset(test_images, pixels, args.seed, on_bad_image=args.on_bad_image)
         test_batches = EvaluationBatches(len(test_set), args.batch_size)
         test_loader = build_loader(test_set, test_batches, args.num_workers, pin, args.dataloader_affinity_hack)
 
@@ -173,6 +177,8 @@ def mixes(args: argparse.Namespace) -> bool:
 def check(args: argparse.Namespace) -> None:
     """Refuse what the arguments alone show to be impossible; ValueError."""
     check_training(args)
+    if args.dataset in DATASETS and DATASETS[args.dataset].multi_label:
+        raise ValueError(f"--dataset {args.dataset} has several labels an image: main_linprobe.py takes it, not this")
     if args.eval and not args.resume:
         raise ValueError("--eval needs a classifier: name its checkpoint with --resume")
     if args.amp == "float16" and not args.eval:

@@ -69,7 +69,7 @@ def main(args: argparse.Namespace) -> None:
         folder.refuse_overwriting(args.resume)
 
         # ---- network
-        images = build_dataset(args.dataset, args.data_path, "train")
+        images = build_dataset(args.dataset, args.data_path, "train", args.allow_subset)
         batches = GlobalBatches(len(images), args.batch_size, args.accum_iter, args.seed)
         size = args.input_size or default_input_size(args.model)
         with seeded("weights", args.seed):
@@ -80,7 +80,7 @@ def main(args: argparse.Namespace) -> None:
         # ---- data: torchvision's crop, as in MAE (its probes draw theirs differently)
         augment = train_transform(size, scale=(args.crop_scale, 1.0), crop="torchvision")
         patches = encoder.grid_size[0] * encoder.grid_size[1]
-        dataset = KeyedDataset(images, augment, args.seed, noise=patches)
+        dataset = KeyedDataset(images, augment, args.seed, patches, args.on_bad_image, train=True)
         pin = args.pin_mem and world.device.type == "cuda"
         loader = build_loader(dataset, batches, args.num_workers, pin, args.dataloader_affinity_hack)
 

@@ -33,7 +33,7 @@ def load_run(folder: Path) -> tuple[argparse.Namespace, VisionTransformer, Probe
     state = RunFolder(folder).find_checkpoint("auto")
     if state is None:
         raise ValueError(f"{folder} holds no checkpoint: is it the --output_dir of main_linprobe.py?")
-    _, images, num_classes = build_splits(args.dataset, args.data_path, args.nb_classes)
+    _, images, num_classes = build_splits(args.dataset, args.data_path, args.nb_classes, args.allow_subset)
     encoder, size = build_encoder(args)
     backbone = encoder.backbone
     specs = main_linprobe.probe_specs(args, backbone)

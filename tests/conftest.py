@@ -1,8 +1,11 @@
 """What several tests share: a tiny encoder and image folder, and the programs started as their users start them."""
 
+import functools
+import http.server
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -55,3 +58,21 @@ def run_program():
         )
 
     return run
+
+
+@pytest.fixture
+def serve(monkeypatch):
+    """Serve a folder over HTTP on this machine: serve(folder) -> address."""
+    servers = []
+    monkeypatch.setattr(http.server.SimpleHTTPRequestHandler, "log_message", lambda *words: None)
+
+    def start(folder: Path) -> str:
+        handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=folder)
+        servers.append(http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler))
+        threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
+        return f"http://127.0.0.1:{servers[-1].server_port}"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()

@@ -175,7 +175,7 @@ def test_a_folder_without_images_is_named(tmp_path, prepare, message):
 
 
 def test_an_unknown_data_set_is_refused_with_those_there_are(tmp_path):
-    with pytest.raises(ValueError, match=r"unknown data set 'imagenet': choose one of image_folder, imagenette"):
+    with pytest.raises(ValueError, match=r"unknown data set 'imagenet': choose one of image_folder, imagenet1k, "):
         build_dataset("imagenet", tmp_path, "train")
 
 

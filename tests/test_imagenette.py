@@ -1,22 +1,18 @@
 """The quickstart's real data set, downloaded from an archive made here."""
 
-import functools
 import hashlib
-import http.server
 import io
 import tarfile
-import threading
 
 import pytest
 from PIL import Image
 from torchvision.datasets import Imagenette
 
-import util.datasets
-from util.datasets import build_splits
+from util.datasets import DATASETS, build_splits
 
 
 @pytest.fixture
-def archive(tmp_path, monkeypatch):
+def archive(tmp_path, monkeypatch, serve):
     """An archive of two images per class and split, in the published layout, served on this machine."""
     path = tmp_path / "server" / "imagenette2-320.tgz"
     path.parent.mkdir()
@@ -30,16 +26,11 @@ def archive(tmp_path, monkeypatch):
                     member.size = len(picture.getvalue())
                     tar.addfile(member, io.BytesIO(picture.getvalue()))
     md5 = hashlib.md5(path.read_bytes()).hexdigest()
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=path.parent)
-    monkeypatch.setattr(http.server.SimpleHTTPRequestHandler, "log_message", lambda *words: None)
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    address = f"http://127.0.0.1:{server.server_port}/{path.name}"
+    address = f"{serve(path.parent)}/{path.name}"
     monkeypatch.setitem(Imagenette._ARCHIVES, "320px", (address, md5))
-    monkeypatch.setattr(util.datasets, "IMAGENETTE_IMAGES", {"train": 20, "val": 20})
-    yield path
-    server.shutdown()
-    server.server_close()
+    entry = DATASETS["imagenette"]._replace(images={"train": 20, "val": 20})
+    monkeypatch.setitem(DATASETS, "imagenette", entry)
+    return path
 
 
 def test_imagenette_is_downloaded_once(archive, tmp_path):
@@ -53,12 +44,12 @@ def test_imagenette_is_downloaded_once(archive, tmp_path):
 def test_interrupted_extraction_is_refused(archive, tmp_path):
     build_splits("imagenette", tmp_path / "data", None)
     next((tmp_path / "data").rglob("*_1.JPEG")).unlink()
-    with pytest.raises(ValueError, match="19 images instead of 20: its extraction was interrupted"):
+    with pytest.raises(ValueError, match="19 train images instead of 20: 1 are missing"):
         build_splits("imagenette", tmp_path / "data", None)
 
 
 def test_missing_network_is_one_line(archive, tmp_path):
     archive.unlink()
-    with pytest.raises(ValueError, match="Imagenette cannot be read or downloaded") as error:
+    with pytest.raises(ValueError, match="imagenette2-320/train is not there, and http") as error:
         build_splits("imagenette", tmp_path / "data", None)
     assert "\n" not in str(error.value)

@@ -3,6 +3,7 @@
 import json
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -230,6 +231,23 @@ def test_overflow_stops_the_analysis_at_the_first_batch():
     with pytest.raises(FloatingPointError, match=r"not finite in .*; use another --amp"):
         metrics = applicable(["patch_patch_entropy"], model)
         measure(model, batches, metrics, SIZES._replace(grid=(8, 8)), torch.float32, "auto", torch.device("cpu"))
+
+
+def test_damaged_images_are_left_out_when_asked(images, tmp_path):
+    shutil.copytree(images, tmp_path / "images")
+    (tmp_path / "images" / "val" / "class0" / "0.png").write_text("no image")
+    flags = ["--metrics", "cls_patch_entropy", "--batch_size", "1"]
+    with pytest.raises(ValueError, match=r"cannot read image .*class0/0.png"):
+        analyse(tmp_path / "images", tmp_path / "stopped", *flags)
+    found = analyse(tmp_path / "images", tmp_path / "run", *flags, "--on_bad_image", "skip")["random_weights"]
+    assert {block["count"] for block in found["metrics"]["cls_patch_entropy"]["blocks"]} == {IMAGES - 1}
+
+
+def test_token_map_of_images_of_several_labels_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(main_analyze_attention, "analysed_images", lambda args: [None])
+    words = ["--data_path", str(tmp_path), "--dataset", "coco", "--tsne_blocks", "0", *FLAGS]
+    with pytest.raises(ValueError, match="--tsne_blocks shows classes, but images of --dataset coco have several"):
+        main_analyze_attention.main(parse(get_args_parser(), words))
 
 
 def test_folder_without_splits_is_analysed_whole(images, tmp_path, result):

@@ -1,6 +1,7 @@
 """main_finetune as its users run it: end to end, interrupted, on two processes, evaluated, with mistakes."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -64,6 +65,19 @@ def test_a_run_learns_and_leaves_a_classifier_and_its_records(command, tmp_path)
     assert results["last"]["test"] == lines[-1]["test"] and results["n_train"] == 24 and results["classes"] == 3
     encoder = load_encoder(str(tmp_path / "run" / "encoder.safetensors"), "vit_demo_patch8")
     assert encoder.record["family"] == "mae_ft"
+
+
+def test_damaged_images_are_skipped_when_asked_and_not_counted(command, image_folder, tmp_path):
+    images = tmp_path / "images"
+    shutil.copytree(image_folder, images)
+    for split in ("train", "val"):
+        next((images / split / "red").iterdir()).write_text("no image")
+    command = [*command, "--data_path", str(images), *PLAIN, "--epochs", "1", "--warmup_epochs", "0"]
+    with pytest.raises(ValueError, match=r"cannot read image .*train/red"):
+        run(tmp_path / "stopped", command)
+    run(tmp_path / "run", command, "--on_bad_image", "skip")
+    (line,) = log(tmp_path / "run")
+    assert line["test"]["n"] == 6
 
 
 def test_every_layer_moves_at_its_own_rate_positions_included(command, pretrained, tmp_path):
@@ -162,6 +176,7 @@ MISTAKES = {
     "weights": (["--finetune", "absent.pth"], "--finetune absent.pth: no such file"),
     "other weights": (["--model", "vit_tiny_patch16"], "is not a vit_tiny_patch16 of family mae: missing blocks.10"),
     "odd batch": (["--batch_size", "7"], "--batch_size 7: mixup and cutmix pair images, so it must be even"),
+    "several labels": (["--dataset", "coco"], "--dataset coco has several labels an image"),
     "float16": (["--amp", "float16"], "--amp float16 would need a loss scaler to train; use bfloat16"),
     "nothing to evaluate": (["--eval"], "--eval needs a classifier: name its checkpoint with --resume"),
     "no [cls]": (["--no_cls_token", "--finetune", ""], "fine-tuning on [cls] needs an encoder with a [cls] token"),

@@ -1,6 +1,7 @@
 """main_pretrain as its users run it: end to end, interrupted, on two processes, with mistakes."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -46,6 +47,17 @@ def test_a_run_learns_and_leaves_an_encoder_and_its_records(command, tmp_path):
     assert encoder.record["family"] == "mae" and encoder.backbone.grid_size == (4, 4)
     record = json.loads((tmp_path / "run" / "args.json").read_text())
     assert record["args"]["epochs"] == 6 and record["effective_batch"] == 8 and "commit" in record
+
+
+def test_damaged_images_are_skipped_when_asked(command, image_folder, tmp_path):
+    images = tmp_path / "images"
+    shutil.copytree(image_folder, images)
+    next((images / "train" / "red").iterdir()).write_text("no image")
+    command = [*command, "--data_path", str(images), "--epochs", "1", "--warmup_epochs", "0"]
+    with pytest.raises(ValueError, match=r"cannot read image .*train/red"):
+        run(tmp_path / "stopped", command)
+    run(tmp_path / "run", command, "--on_bad_image", "skip")
+    assert len(log(tmp_path / "run")) == 1
 
 
 @pytest.mark.parametrize("workers", ["0", "1"])

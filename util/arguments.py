@@ -13,7 +13,7 @@ import torch
 from models_vit import architecture, default_input_size
 from util import signals
 from util.checkpoints import FAMILIES, Encoder, load_encoder
-from util.datasets import DATASETS, DeadWorker
+from util.datasets import DATASETS, ON_BAD_IMAGE, DeadWorker
 from util.distributed import PeerLost, said_first
 from util.progress import log
 from util.run_folder import AnotherRun
@@ -79,6 +79,9 @@ def add_data_arguments(parser: argparse.ArgumentParser, labels: bool = True) -> 
     group = parser.add_argument_group("data")
     group.add_argument("--data_path", required=True, type=Path, help="folder of the data set")
     group.add_argument("--dataset", default="image_folder", help=f"its kind: {', '.join(DATASETS)}")
+    group.add_argument("--allow_subset", action="store_true", help="take fewer images than the data set officially has")
+    group.add_argument("--on_bad_image", choices=ON_BAD_IMAGE, default="error",
+                       help="of a damaged image: stop, or train on the next one and test without it")  # fmt: skip
     told = "checked against the data (default: the data's)" if labels else argparse.SUPPRESS
     group.add_argument("--nb_classes", default=None, type=int, help=told)
     group.add_argument("--num_workers", default=10, type=int)

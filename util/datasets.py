@@ -1,96 +1,30 @@
-"""Data sets, transforms and loaders. Order and augmentation are functions of (seed, epoch, sample index) alone."""
+"""Transforms, samples and loaders. Order and augmentation are functions of (seed, epoch, sample index) alone."""
 
+import contextlib
 import os
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision import datasets, transforms
+from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
 from util import distributed, signals
 from util.crop import RandomResizedCrop
-from util.progress import progress
+
+# the data sets themselves, for whoever also makes samples of them
+from util.dataset_table import DATASETS, build_dataset, build_splits  # noqa: F401
+from util.images import DamagedImage, UnreadableImage, path_of
+from util.progress import log, progress
 from util.seeding import seeded, stable_seed
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 BICUBIC = InterpolationMode.BICUBIC
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# data sets
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class DatasetEntry(NamedTuple):
-    """Where a data set's images come from: build(root, split) -> data set of (PIL image, label) with `.classes`."""
-
-    build: Callable[[Path, str], Dataset]
-    description: str
-
-
-def _image_folder(root: Path, split: str) -> datasets.ImageFolder:
-    folder = root / split
-    if not root.is_dir():
-        raise ValueError(f"--data_path {root}: there is no such folder")
-    if not folder.is_dir():
-        raise ValueError(f"--data_path {root}: no {split!r} folder in it (expected train/<class>/ and val/<class>/)")
-    try:
-        return datasets.ImageFolder(folder)
-    except FileNotFoundError as error:
-        raise ValueError(f"{folder} is not an image folder: {error}") from error
-
-
-IMAGENETTE_IMAGES = {"train": 9469, "val": 3925}
-
-
-def _imagenette(root: Path, split: str) -> datasets.Imagenette:
-    folder = root / "imagenette2-320"
-    with distributed.main_process_first():
-        try:
-            images = datasets.Imagenette(root, split=split, size="320px", download=not folder.is_dir())
-        except (OSError, RuntimeError) as error:
-            raise ValueError(f"--data_path {root}: Imagenette cannot be read or downloaded: {error}") from error
-    if len(images) != IMAGENETTE_IMAGES[split]:
-        raise ValueError(
-            f"{folder}/{split} holds {len(images)} images instead of {IMAGENETTE_IMAGES[split]}: "
-            "its extraction was interrupted; remove the folder and start again"
-        )
-    images.targets = [label for _, label in images._samples]  # as other data sets of torchvision have them
-    return images
-
-
-DATASETS = {
-    "image_folder": DatasetEntry(_image_folder, "train/<class>/* and val/<class>/*, as ImageNet-1k is usually kept"),
-    "imagenette": DatasetEntry(_imagenette, "ten ImageNet classes, 9,469 + 3,925 images, 320 px; downloaded if absent"),
-}
-
-
-def build_dataset(name: str, root: Path, split: str) -> Dataset:
-    """Images without transform, by the name of an entry of DATASETS. ValueError says what is missing."""
-    if name not in DATASETS:
-        raise ValueError(f"unknown data set {name!r}: choose one of {', '.join(DATASETS)}")
-    return DATASETS[name].build(Path(root), split)
-
-
-def build_splits(name: str, root: Path, nb_classes: int | None) -> tuple[Dataset, Dataset, int]:
-    """Training set, test set and class count; ValueError where the splits or `nb_classes` disagree."""
-    train, val = build_dataset(name, root, "train"), build_dataset(name, root, "val")
-    if train.classes != val.classes:
-        odd = sorted(set(map(str, train.classes)) ^ set(map(str, val.classes)))
-        raise ValueError(
-            f"{root}: train has {len(train.classes)} classes and val {len(val.classes)}; "
-            f"in one only: {', '.join(odd[:5])}{' ...' if len(odd) > 5 else ''}"
-        )
-    if nb_classes is not None and nb_classes != len(train.classes):
-        raise ValueError(
-            f"--nb_classes {nb_classes}, but {root} has {len(train.classes)} classes: correct it or leave it out"
-        )
-    return train, val, len(train.classes)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -126,42 +60,96 @@ def eval_transform(
     ])  # fmt: skip
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# samples
+# ---------------------------------------------------------------------------------------------------------------------
+
+
 class Sample(NamedTuple):
     image: Tensor  # (3,h,w) normalised
-    label: int
+    # the class; or (K,) zeros and ones in uint8, which no loss takes for anything else: convert them with .float()
+    label: int | np.ndarray
     index: int  # position in the data set
     noise: Tensor  # (M,) uniform, drawn after the augmentation; empty unless asked for
+    # False where the image is damaged: another one stands in for it in training, and evaluation must not count it
+    valid: bool = True
+
+    def readable(self) -> "Sample":
+        """Of a batch: the samples whose image could be read, perhaps none."""
+        if self.valid is True or self.valid.all():
+            return self
+        return Sample(*(field[self.valid] for field in self))
 
 
-class UnreadableImage(ValueError):
-    """An image that cannot be decoded. A loader's worker hands its exceptions on with the traceback in their text; this
-    one keeps only its own words."""
-
-    def __init__(self, text: str):
-        super().__init__(text[max(text.rfind("cannot read image"), 0) :].strip())
+ON_BAD_IMAGE = ("error", "skip")
+MAX_BAD_IN_A_ROW = 1000  # then it is the disk or the folder, not an image
 
 
 class KeyedDataset(Dataset):
     """A data set whose item (epoch, index) is augmented with randomness from (seed, epoch, index) and nothing else.
 
     So a sample looks the same whichever worker or rank makes it. noise: uniform numbers to draw beside the image.
+
+    on_bad_image: what becomes of an image that cannot be decoded. "error": DamagedImage names it. "skip": its sample
+    has valid = False and keeps its index; with train = True, image and label are those of the next index of `indices`
+    (default: the whole data set) that can be read, else the image is zeros and the label is its own. Either way every
+    batch has its size, so that ranks stay in step. Files that are not there or not accessible are errors always.
     """
 
-    def __init__(self, dataset: Dataset, transform: Callable, seed: int, noise: int = 0):
+    def __init__(
+        self,
+        dataset: Dataset,
+        transform: Callable,
+        seed: int,
+        noise: int = 0,
+        on_bad_image: str = "error",
+        train: bool = False,
+        indices: Sequence[int] | None = None,
+    ):
+        if on_bad_image not in ON_BAD_IMAGE:
+            raise ValueError(f"--on_bad_image {on_bad_image}: choose from {', '.join(ON_BAD_IMAGE)}")
         self.dataset, self.transform, self.seed, self.noise = dataset, transform, seed, noise
+        self.on_bad_image, self.train = on_bad_image, train
+        self.indices = None if indices is None else np.sort(np.asarray(indices))
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         epoch, index = key
+        image, valid = None, True
         try:
-            image, label = self.dataset[index]
-        except Exception as error:  # decoders raise anything: OSError, SyntaxError, struct.error
-            path = self.dataset.samples[index][0] if hasattr(self.dataset, "samples") else f"number {index}"
-            raise UnreadableImage(f"cannot read image {path}: {error}") from error
+            image, label = self.read(index)
+        except DamagedImage:
+            if self.on_bad_image == "error":
+                raise
+            valid, label = False, self.dataset.targets[index]
+            if self.train:
+                image, label = self.stand_in(index)
         with seeded("sample", self.seed, epoch, index):
-            return Sample(self.transform(image), label, index, torch.rand(self.noise))
+            view = self.transform(Image.new("RGB", (8, 8)) if image is None else image)
+            view = torch.zeros_like(view) if image is None else view
+            return Sample(view, label, index, torch.rand(self.noise), valid)
+
+    def read(self, index: int) -> tuple[Image.Image, int | np.ndarray]:
+        """An image in RGB and its label. DamagedImage where it cannot be decoded; UnreadableImage where the system says
+        why it cannot be read: there is no such file, no permission, a broken disk."""
+        try:
+            return self.dataset[index]
+        except MemoryError:
+            raise
+        except Exception as error:  # decoders raise anything: OSError without a number, SyntaxError, struct.error
+            kind = DamagedImage if getattr(error, "errno", None) is None else UnreadableImage
+            raise kind(f"cannot read image {path_of(self.dataset, index)}: {error}") from error
+
+    def stand_in(self, index: int) -> tuple[Image.Image, int | np.ndarray]:
+        """The next image after `index` that can be read, from the end of the data set back to its beginning."""
+        candidates = range(len(self)) if self.indices is None else self.indices
+        start = int(np.searchsorted(candidates, index)) if self.indices is not None else index
+        for step in range(1, min(len(candidates), MAX_BAD_IN_A_ROW + 1)):
+            with contextlib.suppress(DamagedImage):
+                return self.read(int(candidates[(start + step) % len(candidates)]))
+        raise UnreadableImage(f"cannot read image {path_of(self.dataset, index)}, nor any that could stand in for it")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -236,11 +224,35 @@ def _use_all_cores(worker_id: int) -> None:
 
 
 class Loader(DataLoader):
-    """A DataLoader whose workers never see the signals that ask its program to stop."""
+    """A loader of Sample batches, whose workers never see the signals that ask its program to stop.
 
-    def __iter__(self) -> Iterator:
+    Where damaged images are skipped, it counts them, and batches of a data set that is not for training come without
+    them; a batch of nothing else is None.
+
+    When a pass ends, all ranks exchange what they found: each must go through its batches to the end. `damaged` is then
+    the indices of the damaged images of all ranks, and new ones are logged.
+    """
+
+    damaged: tuple[int, ...] = ()
+
+    def __iter__(self) -> Iterator[Sample]:
         with signals.blocked():
-            return super().__iter__()
+            batches = super().__iter__()
+        if self.dataset.on_bad_image == "error":
+            yield from batches
+            return
+        found: set[int] = set()
+        for batch in batches:
+            found.update(batch.index[~batch.valid].tolist())
+            kept = batch if self.dataset.train else batch.readable()
+            yield kept if len(kept.index) else None
+        everywhere = sorted(set().union(*distributed.gather_objects(found)))
+        if distributed.rank() == 0 and not set(everywhere) <= set(self.damaged):
+            fate = "replaced by the next" if self.dataset.train else "left out"
+            paths = ", ".join(path_of(self.dataset.dataset, index) for index in everywhere[:5])
+            more = ", ..." if len(everywhere) > 5 else ""
+            log.warning("%d images could not be read and were %s: %s%s", len(everywhere), fate, paths, more)
+        self.damaged = tuple(everywhere)
 
 
 def build_loader(
@@ -278,7 +290,8 @@ class Watched:
         batches = getattr(self.loader, "batch_sampler", None)
         rounds = batches.rounds if self.agree and not alone else len(self.loader)
         iterator = iter(self.loader)
-        for _ in progress(range(rounds), self.description, rounds):
+        self.bar = progress(range(rounds), self.description, rounds)
+        for _ in self.bar:
             start = time.perf_counter()
             if self.agree and (number := distributed.agree(signals.requested())[0]):
                 raise signals.Stopped(number)
@@ -292,3 +305,4 @@ class Watched:
             self.waited += time.perf_counter() - start
             if sample is not None:
                 yield sample
+        next(iterator, None)  # the loader has something to do when a pass ends

@@ -1,0 +1,408 @@
+"""Every data set, from miniature copies in the layout that its authors distribute, and what is said of damaged ones."""
+
+import hashlib
+import shutil
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torchvision.datasets
+from miniatures import ARRAYS, CLASSES, MINIATURES, make_pets, write
+from scipy.io import savemat
+
+from util.dataset_table import DATASETS, build_dataset, build_splits
+
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
+
+
+@pytest.fixture
+def miniature(tmp_path, monkeypatch):
+    """Make the miniature of a data set and have its counts stand for the official ones."""
+
+    def make(name, **options):
+        train, val = MINIATURES[name](tmp_path, **options)
+        expect(monkeypatch, name, CLASSES.get(name, 2), len(train), len(val))
+        return tmp_path, train, val
+
+    return make
+
+
+def expect(monkeypatch, name, classes, train, val):
+    monkeypatch.setitem(
+        DATASETS, name, DATASETS[name]._replace(classes=classes, images={"train": train, "val": val})
+    )  # fmt: skip
+
+
+def content(images):
+    return [(Path(path).name, np.asarray(target).tolist()) for path, target in images.samples]
+
+
+@pytest.mark.parametrize("name", MINIATURES)
+def test_images_and_labels_are_those_of_the_official_lists(miniature, name):
+    root, train, val = miniature(name)
+    images, test_images, classes = build_splits(name, root, None)
+    assert (content(images), content(test_images), classes) == (list(train), list(val), CLASSES.get(name, 2))
+    for split in (images, test_images):
+        assert len(split.targets) == len(split)
+        image, label = split[0]
+        assert image.mode == "RGB" and np.array_equal(label, split.targets[0])
+    if DATASETS[name].multi_label:
+        assert images.targets.dtype == np.uint8 and images.targets.shape == (len(images), classes)
+    else:
+        assert all(type(target) is int for target in images.targets)
+
+
+@pytest.mark.parametrize("name", ["cub200", "stanford_cars", "oxford_pets", "food101", "nus_wide"])
+def test_the_folder_itself_is_as_good_as_the_one_around_it(miniature, name):
+    root, train, _ = miniature(name)
+    (folder,) = root.iterdir()
+    assert content(build_dataset(name, folder, "train")) == list(train)
+
+
+@pytest.mark.parametrize("flat", ["kaggle", "devkit"])
+def test_flat_validation_images_take_their_labels_from_either_list(miniature, flat):
+    root, train, val = miniature("imagenet1k", flat=flat)
+    images, test_images, _ = build_splits("imagenet1k", root, 3)
+    assert (content(images), content(test_images)) == (train, val)
+
+
+def test_classes_have_their_names(miniature):
+    names = {name: build_dataset(name, miniature(name)[0], "val").classes for name in ("oxford_pets", "coco", "cub200")}
+    assert names["oxford_pets"] == ["Abyssinian", "American Bulldog"]
+    assert names["coco"] == ["person", "car", "toothbrush"]
+    assert names["cub200"][0] == "001.Black_footed_Albatross"
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_lists_are_read_as_torchvision_reads_them(miniature, split):
+    for name, theirs, part in (
+        ("stanford_cars", torchvision.datasets.StanfordCars, {"train": "train", "val": "test"}),
+        ("oxford_pets", torchvision.datasets.OxfordIIITPet, {"train": "trainval", "val": "test"}),
+        ("food101", torchvision.datasets.Food101, {"train": "train", "val": "test"}),
+    ):
+        root, *_ = miniature(name)
+        ours, reference = build_dataset(name, root, split), theirs(root, split=part[split])
+        assert ours.classes == reference.classes
+        for index in range(len(reference)):
+            assert ours[index][1] == reference[index][1]
+            np.testing.assert_array_equal(ours[index][0], reference[index][0])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# arrays, and what is downloaded
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def array(tmp_path, monkeypatch):
+    def make(name):
+        folder, pixels, labels, cut = ARRAYS[name][0](tmp_path)
+        expect(monkeypatch, name, ARRAYS[name][1], cut, len(labels) - cut)
+        return folder, pixels, labels, cut
+
+    return make
+
+
+@pytest.mark.parametrize("name", ARRAYS)
+def test_binary_records_are_images_and_labels(array, name):
+    folder, pixels, labels, cut = array(name)
+    for root in (folder.parent, folder):
+        train, val, _ = build_splits(name, root, None)
+        assert (train.targets, val.targets) == (labels[:cut], labels[cut:])
+        for images, expected in ((train, pixels[:cut]), (val, pixels[cut:])):
+            shown = [np.asarray(images[index][0]) for index in range(len(images))]
+            np.testing.assert_array_equal(shown, expected.transpose(0, 2, 3, 1))
+
+
+def test_stl10_is_read_as_torchvision_reads_it(array, monkeypatch):
+    folder, *_ = array("stl10")
+    monkeypatch.setattr(torchvision.datasets.STL10, "_check_integrity", lambda self: True)
+    reference = torchvision.datasets.STL10(folder.parent, "train")
+    ours = build_dataset("stl10", folder.parent, "train")
+    assert ours.classes == reference.classes
+    for mine, theirs in zip(ours, reference, strict=False):
+        np.testing.assert_array_equal(mine[0], theirs[0])
+        assert mine[1] == theirs[1]
+
+
+@pytest.mark.parametrize("name", ARRAYS)
+def test_damaged_binary_files_are_named(array, name):
+    folder, *_ = array(name)
+    path = next(path for path in sorted(folder.iterdir()) if path.name.startswith(("test.", "test_b", "test_X")))
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=rf"{path} has [\d,]+ bytes, which is no whole number of records"):
+        build_dataset(name, folder.parent, "val")
+
+
+@pytest.mark.parametrize(("name", "part", "at"), [("cifar10", "test_batch.bin", 0), ("cifar100", "test.bin", 1),
+                                                  ("stl10", "test_y.bin", 0)])  # fmt: skip
+def test_label_out_of_range_in_a_binary_file_is_named(array, name, part, at):
+    folder, *_ = array(name)
+    data = bytearray((folder / part).read_bytes())
+    data[at] = 200
+    (folder / part).write_bytes(data)
+    with pytest.raises(ValueError, match=rf"{folder / part}: label 200 of entry 1 is not between"):
+        build_dataset(name, folder.parent, "val")
+
+
+def test_archives_are_downloaded_once_and_their_hash_is_checked(tmp_path, monkeypatch, serve):
+    make_pets(tmp_path / "made")
+    address, resources = serve(tmp_path / "server"), []
+    for part in ("images", "annotations"):
+        archive = tmp_path / "server" / f"{part}.tar.gz"
+        archive.parent.mkdir(exist_ok=True)
+        with tarfile.open(archive, "w:gz") as tar:
+            tar.add(tmp_path / "made" / "oxford-iiit-pet" / part, arcname=part)
+        resources.append((f"{address}/{archive.name}", hashlib.md5(archive.read_bytes()).hexdigest()))
+    expect(monkeypatch, "oxford_pets", 2, 3, 2)
+    theirs = torchvision.datasets.OxfordIIITPet
+    monkeypatch.setattr(theirs, "_RESOURCES", resources)
+    build_splits("oxford_pets", tmp_path / "data", 2)
+    monkeypatch.setattr(theirs, "_RESOURCES", [(resources[0][0], "0" * 32), resources[1]])
+    with pytest.raises(
+        ValueError, match=r"images is not there, and http.* cannot be downloaded: File not found or corr"
+    ):
+        build_splits("oxford_pets", tmp_path / "other", 2)
+    shutil.rmtree(tmp_path / "server")
+    build_splits("oxford_pets", tmp_path / "data", 2)
+    with pytest.raises(
+        ValueError, match=r"images is not there, and http.* cannot be downloaded: HTTP Error 404"
+    ) as error:
+        build_splits("oxford_pets", tmp_path / "elsewhere", 2)
+    assert "\n" not in str(error.value)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# mistakes
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [name for name in DATASETS if name not in ("image_folder", "imagenette")])
+def test_absent_data_set_is_one_line_that_says_where_to_get_it(tmp_path, monkeypatch, name):
+    def refuse(*_, **__):
+        raise OSError("no network")
+
+    monkeypatch.setattr("util.dataset_files.download_and_extract_archive", refuse)
+    with pytest.raises(ValueError) as error:
+        build_dataset(name, tmp_path, "train")
+    words = str(error.value)
+    assert words.startswith(f"--dataset {name} --data_path {tmp_path}: ") and "\n" not in words
+    assert words.endswith(f"; it comes from {DATASETS[name].source}") and "https://" in words
+    with pytest.raises(ValueError, match=r"there is no such folder|cannot be downloaded"):
+        build_dataset(name, tmp_path / "absent", "train")
+
+
+@pytest.mark.parametrize("name", MINIATURES)
+def test_other_counts_than_the_official_ones_are_refused_unless_a_subset_is_asked_for(miniature, name, monkeypatch):
+    root, train, val = miniature(name)
+    expect(monkeypatch, name, CLASSES.get(name, 2), 5000, len(val))
+    words = f"{len(train)} train images instead of 5,000: {5000 - len(train):,} are missing, .*--allow_subset"
+    with pytest.raises(ValueError, match=words):
+        build_dataset(name, root, "train")
+    assert len(build_dataset(name, root, "train", allow_subset=True)) == len(train)
+    expect(monkeypatch, name, 7, 5000, len(val))
+    with pytest.raises(ValueError, match=rf"the train split has {CLASSES.get(name, 2)} classes instead of 7"):
+        build_dataset(name, root, "train", allow_subset=True)
+    expect(monkeypatch, name, CLASSES.get(name, 2), 1, len(val))
+    with pytest.raises(ValueError, match="too many"):
+        build_dataset(name, root, "train")
+
+
+def drop_last_image(root, name):
+    path = Path(build_dataset(name, root, "train").samples[-1][0])
+    path.unlink()
+    return path
+
+
+@pytest.mark.parametrize("name", [name for name in MINIATURES if name != "imagenet1k"])
+def test_listed_images_that_are_not_there_are_named_or_left_out(miniature, name):
+    root, train, _ = miniature(name)
+    path = drop_last_image(root, name)
+    with pytest.raises(
+        ValueError, match=rf"1 of the {len(train)} images that .* names are not there, the first {path}"
+    ):
+        build_dataset(name, root, "train")
+    left = build_dataset(name, root, "train", allow_subset=True)
+    assert content(left) == list(train)[:-1] and len(left.targets) == len(train) - 1
+    for remaining in root.rglob("*.jp*g"):
+        remaining.unlink()
+    for remaining in root.rglob("*.JPEG"):
+        remaining.unlink()
+    with pytest.raises(ValueError, match="are not there, the first"):
+        build_dataset(name, root, "train", allow_subset=True)
+
+
+LISTS = [
+    ("imagenet1pct", "1percent.txt"), ("cub200", "CUB_200_2011/train_test_split.txt"),
+    ("cub200", "CUB_200_2011/classes.txt"), ("stanford_cars", "stanford_cars/devkit/cars_train_annos.mat"),
+    ("stanford_cars", "stanford_cars/devkit/cars_meta.mat"),
+    ("oxford_pets", "oxford-iiit-pet/annotations/trainval.txt"),
+    ("food101", "food-101/meta/train.json"), ("coco", "annotations/instances_train2017.json"),
+    ("nus_wide", "NUS-WIDE/ImageList/TrainImagelist.txt"),
+    ("nus_wide", "NUS-WIDE/Groundtruth/TrainTestLabels/Labels_animal_Train.txt"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "path"), LISTS)
+@pytest.mark.parametrize("damage", ["remove", "empty", "binary", "text"])
+def test_damaged_and_missing_lists_are_named_in_one_line(miniature, name, path, damage):
+    root, *_ = miniature(name)
+    path = root / path
+    if damage == "remove":
+        path.unlink()
+    else:
+        path.write_bytes({"empty": b"", "binary": bytes(range(128, 256)), "text": b"404\nNot Found\n\n"}[damage])
+    with pytest.raises(ValueError) as error:
+        build_dataset(name, root, "train")
+    found_otherwise = damage == "remove" and path.name == "cars_meta.mat"  # by which the folder is known
+    assert found_otherwise or str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def change(path, old, new):
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+CUB, PETS = "CUB_200_2011/image_class_labels.txt", "oxford-iiit-pet/annotations/trainval.txt"
+COCO, ZEBRA = "annotations/instances_train2017.json", "NUS-WIDE/Groundtruth/TrainTestLabels/Labels_zebra_Train.txt"
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "old", "new", "message"),
+    [
+        ("cub200", CUB, "1 1\n", "1 4\n", "label 4 of entry 1 is not between 1 and 3"),
+        ("cub200", CUB, "2 1\n", "2 one\n", "line 2: '2 one' is not of the form int int"),
+        ("cub200", CUB, "2 1\n", "", "9 entries, but .* 8: they do not belong"),
+        ("cub200", CUB, "2 1\n", "77 1\n", "number the images differently"),
+        ("oxford_pets", PETS, "_2 1 1 1", "_2 0 1 1", "label 0 of entry 1 is not"),
+        ("oxford_pets", PETS, "_2 1 1 1", "_2 1 1", "line 1: .* form str int int"),
+        ("food101", "food-101/meta/train.json", '["waffles/9"]', "9", "does not map classes to lists"),
+        ("coco", COCO, '"category_id": 90', '"category_id": 91', "category 91, one of"),
+        ("coco", COCO, '"image_id": 9,', '"image_id": 10,', "box 1 is of image 10"),
+        ("coco", COCO, '"categories"', '"kinds"', "is not a file of COCO's boxes"),
+        ("nus_wide", ZEBRA, "1\n", "2\n", "neither 0 nor 1"),
+        ("nus_wide", ZEBRA, "1\n", "", "3 entries, but .* 2"),
+        ("imagenet1pct", "1percent.txt", "n02058221_8", "n99999999_8", "are no folders of .*train, like n99999999"),
+        ("imagenet1pct", "1percent.txt", "n02058221_8", "n01440764_0", "names 1 images twice"),
+    ],
+)  # fmt: skip
+def test_what_a_list_says_wrong_is_said_with_its_path(miniature, name, path, old, new, message):
+    root, *_ = miniature(name)
+    change(root / path, old, new)
+    with pytest.raises(ValueError, match=message) as error:
+        build_dataset(name, root, "train")
+    assert path in str(error.value) and "\n" not in str(error.value)
+
+
+def test_labels_of_cars_out_of_range_and_test_annotations_without_labels_are_refused(miniature):
+    root, *_ = miniature("stanford_cars")
+    folder = root / "stanford_cars"
+    kinds = [("class", "i4"), ("fname", "O")]
+    rows = np.array([(3, "00001.jpg"), (1, "00002.jpg")], dtype=kinds)
+    savemat(folder / "cars_test_annos_withlabels.mat", {"annotations": rows})
+    with pytest.raises(ValueError, match=r"cars_test_annos_withlabels.mat: label 3 of entry 1 is not between 1 and 2"):
+        build_dataset("stanford_cars", root, "val")
+    unlabelled = np.array([("00001.jpg",), ("00002.jpg",)], dtype=kinds[1:])
+    savemat(folder / "cars_test_annos_withlabels.mat", {"annotations": unlabelled})
+    with pytest.raises(ValueError, match="'annotations' has no class"):
+        build_dataset("stanford_cars", root, "val")
+
+
+def test_empty_class_folder_is_named(miniature):
+    root, *_ = miniature("imagenet1k")
+    (root / "train" / "n00000000").mkdir()
+    with pytest.raises(ValueError, match=r"train is not an image folder: .*n00000000"):
+        build_dataset("imagenet1k", root, "train")
+
+
+def test_flat_validation_without_labels_says_what_to_put_where(miniature):
+    root, *_ = miniature("imagenet1k", flat="kaggle")
+    (root / "LOC_val_solution.csv").unlink()
+    with pytest.raises(
+        ValueError, match=rf"{root}/val is flat.*put LOC_val_solution.csv or ILSVRC2012_devkit_t12 into"
+    ):
+        build_dataset("imagenet1k", root, "val")
+    write(root / "LOC_val_solution.csv", "ImageId,PredictionString", "nonsense")
+    with pytest.raises(ValueError, match=r"is not Kaggle's LOC_val_solution.csv"):
+        build_dataset("imagenet1k", root, "val")
+
+
+def test_splits_of_other_classes_are_refused(miniature):
+    root, *_ = miniature("food101")
+    change(root / "food-101/meta/test.json", '"waffles"', '"tacos"')
+    with pytest.raises(ValueError, match="in one only: tacos, waffles"):
+        build_splits("food101", root, None)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the table itself, and real images
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_official_counts_are_the_papers():
+    """PAPER.md, section 9, restated: classes, images for training and for testing, protocol."""
+    official = {
+        "imagenet1k": (1000, 1_281_167, 50_000, "P-LP"), "imagenet1pct": (1000, 12_811, 50_000, "P-SGD"),
+        "food101": (101, 75_750, 25_250, "P-LP"), "nus_wide": (81, 161_789, 107_859, "P-LP"),
+        "coco": (80, 118_287, 5_000, "P-LP"), "cub200": (200, 5_994, 5_794, "P-SGD"),
+        "stanford_cars": (196, 8_144, 8_041, "P-SGD"), "oxford_pets": (37, 3_680, 3_669, "P-SGD"),
+    }  # fmt: skip
+    found = {
+        name: (entry.classes, entry.images["train"], entry.images["val"], entry.protocol)
+        for name, entry in DATASETS.items()
+        if entry.protocol
+    }
+    assert found == official
+    assert [name for name, entry in DATASETS.items() if entry.multi_label] == [
+        "nus_wide", "nus_wide_labelled", "coco", "coco2014",
+    ]  # fmt: skip
+
+
+def readme_row(name):
+    entry = DATASETS[name]
+    images = "any" if entry.images is None else f"{entry.images['train']:,} / {entry.images['val']:,}"
+    return f"| `{name}` | {entry.description} | {entry.classes or 'any'} | {images} | {entry.protocol or '–'} |"
+
+
+def test_readme_lists_every_data_set():
+    rows = [readme_row(name) for name in DATASETS]
+    assert "\n".join(rows) in README, "README's table is behind DATASETS; its rows are:\n" + "\n".join(rows)
+
+
+needs_coco = pytest.mark.skipif(not (DATA / "coco256").is_dir(), reason="no shared/data/coco256 here")
+
+
+@needs_coco
+def test_real_sample_of_coco_is_refused_as_coco_and_taken_as_a_subset():
+    with pytest.raises(ValueError, match="128 train images instead of 118,287: 118,159 are missing"):
+        build_dataset("coco", DATA / "coco256", "train")
+    train, val, classes = build_splits("coco", DATA / "coco256", 80, allow_subset=True)
+    assert (len(train), len(val), classes) == (128, 128, 80)
+    assert train.classes[:2] == ["person", "bicycle"] and train.classes[-1] == "toothbrush"
+    assert [train.classes[k] for k in np.flatnonzero(train.targets[0])] == ["bowl", "orange", "broccoli"]  # a lunch
+    assert train.targets.any(0).sum() > 50 and val[5][0].mode == "RGB"
+
+
+@pytest.mark.skipif(not (DATA / "imagenet_sample").is_dir(), reason="no shared/data/imagenet_sample here")
+def test_real_sample_of_imagenet_has_its_thousand_classes():
+    images = build_dataset("imagenet1k", DATA / "imagenet_sample", "val", allow_subset=True)
+    assert (len(images), len(images.classes), images.classes[0]) == (1000, 1000, "n01440764")
+    with pytest.raises(ValueError, match="1,000 val images instead of 50,000: 49,000 are missing"):
+        build_dataset("imagenet1k", DATA / "imagenet_sample", "val")
+
+
+@pytest.mark.skipif(not (DATA / "tiny_imagenet").is_dir(), reason="no shared/data/tiny_imagenet here")
+def test_list_of_one_percent_takes_its_images_from_real_folders(tmp_path, monkeypatch):
+    folders = sorted((DATA / "tiny_imagenet" / "train").iterdir())
+    names = [path.name for folder in folders[:20] for path in sorted(folder.iterdir())[:2]]
+    for split in ("train", "val"):
+        (tmp_path / split).symlink_to(DATA / "tiny_imagenet" / split)
+    write(tmp_path / "1percent.txt", *names)
+    expect(monkeypatch, "imagenet1pct", 200, 40, 4000)
+    train, val, classes = build_splits("imagenet1pct", tmp_path, 200)
+    assert (len(train), len(val), classes) == (40, 4000, 200)
+    assert [Path(path).parent.name for path, _ in train.samples] == [train.classes[k] for k in train.targets]

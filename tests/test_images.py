@@ -1,0 +1,273 @@
+"""Decoding, and damaged images: refused with their path, or skipped with every batch and every rank in step."""
+
+import json
+import logging
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageFile
+
+from util import distributed
+from util.datasets import (
+    EvaluationBatches,
+    GlobalBatches,
+    KeyedDataset,
+    Loader,
+    build_dataset,
+    build_loader,
+    eval_transform,
+    train_transform,
+)
+from util.images import DamagedImage, UnreadableImage, read_rgb
+
+NOISE = np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8)
+
+
+def save_cmyk(path):
+    Image.fromarray(NOISE).convert("CMYK").save(path, "JPEG")
+
+
+def save_gray(path):
+    Image.fromarray(NOISE).convert("L").save(path, "JPEG")
+
+
+def save_palette_with_transparency(path):
+    image = Image.fromarray(NOISE).quantize(16)
+    image.info["transparency"] = 3
+    image.save(path, "PNG", transparency=3)
+
+
+def save_rgba(path):
+    Image.fromarray(np.dstack([NOISE, NOISE[..., 0]])).save(path, "PNG")
+
+
+def save_gray_alpha(path):
+    Image.fromarray(NOISE).convert("LA").save(path, "PNG")
+
+
+def save_bilevel(path):
+    Image.fromarray(NOISE).convert("1").save(path, "PNG")
+
+
+def save_webp(path):
+    Image.fromarray(NOISE).save(path, "WEBP")
+
+
+@pytest.mark.filterwarnings("ignore:Palette images")
+@pytest.mark.parametrize(
+    "save",
+    [save_cmyk, save_gray, save_palette_with_transparency, save_rgba, save_gray_alpha, save_bilevel, save_webp],
+)
+def test_every_8_bit_image_is_what_pil_converts_it_to(tmp_path, save):
+    save(tmp_path / "image.jpg")  # the content decides, not the name
+    image = read_rgb(tmp_path / "image.jpg")
+    assert image.mode == "RGB"
+    np.testing.assert_array_equal(image, Image.open(tmp_path / "image.jpg").convert("RGB"))
+
+
+def save_png(path, values):
+    Image.fromarray(values).save(path, "PNG")
+
+
+def save_tiff(path, values):
+    Image.fromarray(values).save(path, "TIFF")
+
+
+def save_pgm(path, values):
+    path.write_bytes(b"P5 32 16 65535\n" + values.astype(">u2").tobytes())
+
+
+@pytest.mark.parametrize("save", [save_png, save_tiff, save_pgm])
+def test_16_bits_of_gray_keep_their_high_byte(tmp_path, save):
+    values = (np.arange(512) * 128).reshape(16, 32).astype(np.uint16)
+    save(tmp_path / "image", values)
+    expected = np.repeat((values >> 8).astype(np.uint8)[..., None], 3, axis=2)
+    np.testing.assert_array_equal(read_rgb(tmp_path / "image"), expected)
+    assert (np.asarray(Image.open(tmp_path / "image").convert("RGB")) == 255).mean() > 0.9  # what PIL makes of it
+
+
+def test_16_bits_of_colour_keep_their_high_byte(tmp_path):
+    values = (np.arange(512) * 128).reshape(16, 32).astype(">u2")
+    (tmp_path / "image").write_bytes(b"P6 32 16 65535\n" + np.repeat(values[..., None], 3, axis=2).tobytes())
+    np.testing.assert_allclose(np.asarray(read_rgb(tmp_path / "image"))[..., 0], values >> 8, atol=1)
+
+
+def test_exif_orientation_is_ignored_as_in_torchvision(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown rotated by 90 degrees
+    Image.fromarray(NOISE).save(tmp_path / "image.jpg", exif=exif)
+    assert read_rgb(tmp_path / "image.jpg").size == (32, 24)
+
+
+# ---- damaged
+
+
+def cut_jpeg(path):
+    Image.fromarray(NOISE).resize((64, 64)).save(path, "JPEG")
+    path.write_bytes(path.read_bytes()[:1200])
+
+
+def damage_header(path):
+    Image.fromarray(NOISE).save(path, "JPEG")
+    path.write_bytes(bytes(30) + path.read_bytes()[30:])
+
+
+def write_text(path):
+    path.write_text("<html>404 Not Found</html>")
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Ten images of two classes for each split, of which `spoil` damages some."""
+    for split in ("train", "val"):
+        for number in range(10):
+            path = tmp_path / split / ("cat", "dog")[number // 5] / f"{number}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (24, 24), (25 * number,) * 3).save(path)
+    return tmp_path
+
+
+def spoil(folder, *numbers, damage=write_text):
+    for number in numbers:
+        for split in ("train", "val"):
+            damage(folder / split / ("cat", "dog")[number // 5] / f"{number}.jpg")
+
+
+def pass_over(folder, split, workers=0, batch_size=5, seed=0, **options):
+    train = split == "train"
+    images = build_dataset("image_folder", folder, split)
+    transform = train_transform(16) if train else eval_transform(16)
+    dataset = KeyedDataset(images, transform, seed, on_bad_image="skip", train=train, **options)
+    batches = GlobalBatches(10, batch_size, 1, seed=0) if train else EvaluationBatches(10, batch_size)
+    return build_loader(dataset, batches, workers)
+
+
+@pytest.mark.parametrize(
+    ("damage", "workers"), [(cut_jpeg, 0), (damage_header, 0), (write_text, 0), (empty, 0), (cut_jpeg, 1)]
+)
+def test_damaged_image_is_one_line_with_its_path(folder, damage, workers):
+    assert not ImageFile.LOAD_TRUNCATED_IMAGES
+    spoil(folder, 7, damage=damage)
+    dataset = KeyedDataset(build_dataset("image_folder", folder, "val"), eval_transform(16), seed=0)
+    with pytest.raises(DamagedImage, match=rf"^cannot read image {folder}/val/dog/7.jpg: [^\n]+$"):
+        list(build_loader(dataset, EvaluationBatches(10, 4), workers))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_training_replaces_a_damaged_image_by_the_next_in_its_place(folder, workers):
+    whole = [sample for batch in pass_over(folder, "train") for sample in zip(*batch, strict=True)]
+    spoil(folder, 4, 5)
+    batches = list(pass_over(folder, "train", workers))
+    assert [len(batch.image) for batch in batches] == [5, 5]
+    for (image, label, index, _, valid), expected in zip(
+        (sample for batch in batches for sample in zip(*batch, strict=True)), whole, strict=True
+    ):
+        assert index == expected[2] and valid == (index not in (4, 5))
+        if valid:
+            assert image.equal(expected[0]) and label == expected[1]
+        else:  # image 6, of the other class than 4, in one colour
+            assert label == 1 and image[0].unique().numel() == 1
+            torch.testing.assert_close(image[0, 0, 0], torch.tensor((150 / 255 - 0.485) / 0.229), atol=0.01, rtol=0)
+
+
+def test_the_end_of_the_data_set_goes_on_at_its_beginning_and_only_given_indices_stand_in(folder):
+    spoil(folder, 2, 9)
+    images = build_dataset("image_folder", folder, "train")
+    brightness = {number: 25 * number for number in range(10)}
+
+    def level(image):
+        return torch.tensor(image.getpixel((9, 9))[0])
+
+    def shown(index, **options):
+        dataset = KeyedDataset(
+            images, lambda image: torch.tensor(image.getpixel((9, 9))[0]), 0, 0, "skip", True, **options
+        )
+        return int(dataset[0, index].image)
+
+    assert shown(9) == brightness[0]
+    assert shown(9, indices=[9, 5, 3]) == brightness[3]
+    assert shown(2, indices=[2, 9, 7]) == brightness[7]
+
+
+def test_evaluation_leaves_damaged_images_out(folder):
+    expected = torch.cat([batch.image for batch in pass_over(folder, "val")])
+    spoil(folder, 0, 1, 2, 3, 4, 8)  # the first batch as a whole
+    loader = pass_over(folder, "val")
+    (batch,) = loader
+    assert batch.index.tolist() == [5, 6, 7, 9] and batch.label.tolist() == [1, 1, 1, 1] and batch.valid.all()
+    for image, index in zip(batch.image, batch.index.tolist(), strict=True):
+        assert image.equal(expected[index])
+    assert loader.damaged == (0, 1, 2, 3, 4, 8)
+
+
+def test_damaged_images_of_all_ranks_are_counted_once_and_logged_once(folder, monkeypatch, caplog):
+    spoil(folder, 1, 2)
+    monkeypatch.setattr(distributed, "gather_objects", lambda found: [found, {2, 6}])
+    loader = pass_over(folder, "val")
+    with caplog.at_level(logging.WARNING, "beyond_cls"):
+        list(loader), list(loader)
+    assert loader.damaged == (1, 2, 6)
+    (record,) = caplog.records
+    assert record.getMessage().startswith(f"3 images could not be read and were left out: {folder}/val/cat/1.jpg, ")
+
+
+PROGRAM = """
+import json
+import sys
+from util.datasets import EvaluationBatches, GlobalBatches, KeyedDataset, build_dataset, build_loader, eval_transform
+from util.distributed import distributed, gather_objects
+
+with distributed("cpu") as world:
+    found = []
+    for split in ("train", "val"):
+        images = build_dataset("image_folder", sys.argv[1], split)
+        dataset = KeyedDataset(images, eval_transform(16), 0, on_bad_image="skip", train=split == "train")
+        batches = GlobalBatches(10, 2, 1, seed=0) if split == "train" else EvaluationBatches(10, 2)
+        loader = build_loader(dataset, batches, 0)
+        found.append((gather_objects([batch.index.tolist() for batch in loader]), loader.damaged))
+    if world.rank == 0:
+        print(json.dumps(found))
+"""
+
+
+def test_ranks_stay_in_step_whatever_is_damaged(folder, tmp_path, run_program):
+    spoil(folder, 0, 2, 4, 6, 8, 9)  # of the test set, rank 0 has none left
+    (tmp_path / "program.py").write_text(PROGRAM)
+    done = run_program(tmp_path / "program.py", folder, processes=2)
+    assert done.returncode == 0, done.stderr
+    (train, damaged), (test, also_damaged) = json.loads(done.stdout.splitlines()[-1])
+    assert [[len(batch) for batch in rank] for rank in train] == [[2, 2], [2, 2]]
+    assert test == [[], [[1, 3], [5, 7]]]
+    seen = {index for rank in train for batch in rank for index in batch}
+    assert also_damaged == [0, 2, 4, 6, 8, 9] and set(damaged) == seen & set(also_damaged)
+
+
+def test_a_missing_file_is_an_error_even_where_damaged_ones_are_skipped(folder):
+    for split in ("train", "val"):
+        loader = pass_over(folder, split)
+        (folder / split / "cat" / "3.jpg").unlink()
+        with pytest.raises(UnreadableImage, match=rf"^cannot read image {folder}/{split}/cat/3.jpg: .*No such file"):
+            list(loader)
+
+
+def test_nothing_but_damaged_images_is_an_error(folder):
+    spoil(folder, *range(10))
+    with pytest.raises(UnreadableImage, match="nor any that could stand in for it"):
+        list(pass_over(folder, "train"))
+    assert list(pass_over(folder, "val")) == []
+
+
+def test_unknown_way_with_damaged_images_is_refused(folder):
+    with pytest.raises(ValueError, match="--on_bad_image ignore: choose from error, skip"):
+        KeyedDataset(build_dataset("image_folder", folder, "val"), eval_transform(16), 0, on_bad_image="ignore")
+
+
+def test_loader_without_skipping_gives_every_batch_as_it_is(folder):
+    dataset = KeyedDataset(build_dataset("image_folder", folder, "val"), eval_transform(16), 0)
+    loader = build_loader(dataset, EvaluationBatches(10, 4), 0)
+    assert isinstance(loader, Loader) and [len(batch.image) for batch in loader] == [4, 4, 2]

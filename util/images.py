@@ -1,0 +1,70 @@
+"""Images by their place in a data set: decoded to RGB the same way everywhere, from files or from arrays.
+
+EXIF orientation is ignored, as torchvision's data sets ignore it: published accuracies were measured so.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from torch.utils.data import Dataset
+
+
+class UnreadableImage(ValueError):
+    """An image that cannot be read. A loader's worker hands its exceptions on with the traceback in their text; this
+    one keeps only its own words."""
+
+    def __init__(self, text: str):
+        super().__init__(text[max(text.rfind("cannot read image"), 0) :].strip())
+
+
+class DamagedImage(UnreadableImage):
+    """An image whose file can be read and is no image, or not a whole one: what --on_bad_image is about."""
+
+
+def read_rgb(path: str | Path) -> Image.Image:
+    """The image of a file in RGB, 8 bits a channel. What PIL raises where it cannot be decoded, whole.
+
+    As PIL's convert("RGB"): CMYK and palettes become colours, grey is repeated, transparency is dropped. Except for
+    16 bits of grey, all but the darkest 256 levels of which PIL would make white: they keep their high byte, which is
+    how PIL reads 16 bits of colour.
+    """
+    with Image.open(path) as image:
+        if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+            high = np.asarray(image).astype(np.int64) >> 8
+            return Image.fromarray(high.clip(0, 255).astype(np.uint8)).convert("RGB")
+        return image.convert("RGB")
+
+
+class FileImages(Dataset):
+    """Images in files. Items are (PIL image, label), a label being a class or a (K,) uint8 row of zeros and ones."""
+
+    def __init__(self, paths: Sequence[str | Path], targets: list[int] | np.ndarray, classes: list[str]):
+        self.samples = list(zip(map(str, paths), targets, strict=True))  # as torchvision's ImageFolder has them
+        self.targets, self.classes = targets, classes
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int | np.ndarray]:
+        path, target = self.samples[index]
+        return read_rgb(path), target
+
+
+class ArrayImages(Dataset):
+    """Images in an array (n,h,w,3) uint8, perhaps mapped from a file. Items are (PIL image, label)."""
+
+    def __init__(self, pixels: np.ndarray, targets: list[int], classes: list[str]):
+        self.pixels, self.targets, self.classes = pixels, targets, classes
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return Image.fromarray(np.ascontiguousarray(self.pixels[index])), self.targets[index]
+
+
+def path_of(images: Dataset, index: int) -> str:
+    """Where an image of a data set is: its file, or its number where it has none."""
+    return images.samples[index][0] if hasattr(images, "samples") else f"number {index}"
