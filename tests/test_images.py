@@ -198,7 +198,7 @@ def test_evaluation_leaves_damaged_images_out(folder):
     expected = torch.cat([batch.image for batch in pass_over(folder, "val")])
     spoil(folder, 0, 1, 2, 3, 4, 8)  # the first batch as a whole
     loader = pass_over(folder, "val")
-    (batch,) = loader
+    (batch,) = (batch for batch in loader if batch is not None)
     assert batch.index.tolist() == [5, 6, 7, 9] and batch.label.tolist() == [1, 1, 1, 1] and batch.valid.all()
     for image, index in zip(batch.image, batch.index.tolist(), strict=True):
         assert image.equal(expected[index])
@@ -229,7 +229,7 @@ with distributed("cpu") as world:
         dataset = KeyedDataset(images, eval_transform(16), 0, on_bad_image="skip", train=split == "train")
         batches = GlobalBatches(10, 2, 1, seed=0) if split == "train" else EvaluationBatches(10, 2)
         loader = build_loader(dataset, batches, 0)
-        found.append((gather_objects([batch.index.tolist() for batch in loader]), loader.damaged))
+        found.append((gather_objects([batch.index.tolist() for batch in loader if batch is not None]), loader.damaged))
     if world.rank == 0:
         print(json.dumps(found))
 """
@@ -259,7 +259,7 @@ def test_nothing_but_damaged_images_is_an_error(folder):
     spoil(folder, *range(10))
     with pytest.raises(UnreadableImage, match="nor any that could stand in for it"):
         list(pass_over(folder, "train"))
-    assert list(pass_over(folder, "val")) == []
+    assert set(pass_over(folder, "val")) == {None}
 
 
 def test_unknown_way_with_damaged_images_is_refused(folder):
