@@ -25,7 +25,9 @@ from torch import Tensor, nn
 import main_analyze_attention
 import main_linprobe
 import models_vit
-from main_analyze_attention import measure
+from attention_stats import METRICS
+from engine_attention import applicable, measure
+from main_analyze_attention import sizes_of
 from models_vit import VisionTransformer, build_vit
 from probes import ProbeBank, ProbeSpec
 from util.arguments import parse
@@ -715,12 +717,20 @@ class Batch(NamedTuple):
     image: Tensor
 
 
+def analysed(backbone, amp, reduction):
+    """Everything that there is to measure of two pictures."""
+    sizes = sizes_of(backbone, TINY.grid * backbone.patch_size)
+    metrics = applicable(list(METRICS), backbone)
+    return measure(backbone, [Batch(pictures())], metrics, sizes, amp, reduction, torch.device("cpu"))
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_analysis_and_probes_take_every_family(name, file):
     backbone = load_encoder(file(published(name).content), "tiny", family=name).backbone
-    moments = measure(backbone, [Batch(pictures())], torch.float32, "auto", torch.device("cpu"))
-    assert ("cls_self_attention" in moments) == backbone.has_cls
-    assert all(len(blocks) == TINY.depth and blocks[0].count == 2 for blocks in moments.values())
+    found = analysed(backbone, torch.float32, "auto")
+    assert (("cls_self_attention", 0) in found) == backbone.has_cls
+    assert (("patch_register_attention", 0) in found) == (backbone.num_registers > 0)
+    assert all((metric, TINY.depth - 1) in found and entry["count"] == 2 for (metric, _), entry in found.items())
 
     heads = [*(("cls", "both") if backbone.has_cls else ()), "pos", "abmilp"]
     specs = [ProbeSpec(head, block, 0.1, 0) for head in heads for block in range(TINY.depth)]
@@ -744,12 +754,17 @@ def test_both_programs_take_every_family(name, file, image_folder, capsys):
     assert "abmilp/block1/blr0.1/seed0: top-1" in printed and ("cls/block1" in printed) == has_cls
 
 
-def test_both_reductions_and_bfloat16_take_rotary_and_relative_positions(file):
+def test_all_reductions_and_bfloat16_take_rotary_and_relative_positions(file):
     for name in ("capi", "simmim"):
         backbone = load_encoder(file(published(name).content), "tiny", family=name).backbone
-        exact, rough = (
-            measure(backbone, [Batch(pictures())], precision, "explicit", torch.device("cpu"))
-            for precision in (torch.float32, torch.bfloat16)
-        )
-        for metric, blocks in exact.items():
-            torch.testing.assert_close(rough[metric][0].mean, blocks[0].mean, rtol=0.05, atol=0.05)
+        exact = analysed(backbone, torch.float32, "explicit")
+        for reduction in ("tiled", "fused"):
+            assert_near(analysed(backbone, torch.float32, reduction), exact, 1e-5)
+        rough = analysed(backbone, torch.bfloat16, "explicit")
+        of_attention = {place: entry for place, entry in rough.items() if not METRICS[place[0]].of_tokens}
+        assert_near(of_attention, exact, 0.05)
+
+
+def assert_near(found, expected, tolerance):
+    for place, entry in found.items():
+        assert entry["mean"] == pytest.approx(expected[place]["mean"], rel=tolerance, abs=tolerance), place
