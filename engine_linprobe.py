@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models_vit import Features, VisionTransformer
+from pooling import Needs
 from probes import ProbeBank
 from util.distributed import average_gradients, world_size
 from util.progress import progress
@@ -23,18 +24,22 @@ class FrozenTokens(NamedTuple):
     """A frozen backbone with the way its tokens are read; calling it gives float32 tokens, outside of autograd.
 
     final_norm: normalise the tokens with the backbone's last norm (MAE's probe does, the paper's does not).
+    needs: what is read beside the tokens; oracle: images -> (B,M), called where `needs` names it.
     """
 
     backbone: VisionTransformer
     blocks: tuple[int, ...]
     amp: torch.dtype
     final_norm: bool = False
+    needs: Needs = Needs()
+    oracle: Callable[[Tensor], Tensor] | None = None
 
     # no_grad, not inference_mode: the probes keep the tokens for their backward pass
     @torch.no_grad()
     def __call__(self, images: Tensor) -> dict[int, Features]:
         with torch.autocast(images.device.type, dtype=self.amp, enabled=self.amp != torch.float32):
-            features = self.backbone(images, self.blocks)
+            features = self.backbone(images, self.blocks, self.needs.cls_attention, self.needs.cells)
+        attention = self.oracle(images) if self.needs.oracle else None
 
         def prepare(tokens: Tensor | None) -> Tensor | None:
             if tokens is None:
@@ -42,7 +47,9 @@ class FrozenTokens(NamedTuple):
             return self.backbone.norm(tokens.float()) if self.final_norm else tokens.float()
 
         return {
-            block: Features(prepare(f.cls), prepare(f.registers), prepare(f.patches), f.cls_attention)
+            block: f._replace(
+                cls=prepare(f.cls), registers=prepare(f.registers), patches=prepare(f.patches), oracle=attention
+            )
             for block, f in features.items()
         }
 

@@ -4,6 +4,7 @@ A probe is aggregation -> BatchNorm1d without affine -> Linear. Letters: B image
 K classes, S probes.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aggregation import Tokens, check_aggregation
+from aggregation import Value, check_aggregation, head_name
 from models_vit import Features, VisionTransformer
+from pooling import Needs, Tokens
 from util.distributed import gather_tensors
 from util.seeding import seeded
 
@@ -25,16 +27,21 @@ class ProbeSpec:
     block: int  # 0-based
     blr: float  # base learning rate; the rate is blr x effective batch / 256
     seed: int  # of the initial weights
-    options: tuple[tuple[str, str | int], ...] = ()  # of the aggregation
+    options: tuple[tuple[str, Value], ...] = ()  # of the aggregation; from aggregation.parse_head
+    optimizer: str = "lars"  # or "sgd"
+    lr: float | None = None  # the rate itself, where it is given instead of blr
 
     @property
     def head(self) -> str:
-        """The aggregation with its options, such as abmilp or abmilp:depth=2,activation=tanh."""
-        return self.aggregation + ":" * bool(self.options) + ",".join(f"{key}={value}" for key, value in self.options)
+        """The aggregation with its options, such as abmilp, abmilp:depth=2,act=tanh or ap12."""
+        return head_name(self.aggregation, self.options)
 
     @property
     def name(self) -> str:
-        return f"{self.head}/block{self.block}/blr{self.blr!r}/seed{self.seed}"
+        rate = f"blr{self.blr!r}" if self.lr is None else f"lr{self.lr!r}"
+        # LARS is the recipe's and goes without saying, like an option at its default
+        optimizer = "" if self.optimizer == "lars" else f"{self.optimizer}/"
+        return f"{self.head}/block{self.block}/{optimizer}{rate}/seed{self.seed}"
 
 
 class ProbeNorm(nn.BatchNorm1d):
@@ -80,8 +87,8 @@ class Probe(nn.Module):
         # the learning rate is not among the words, so that rates are compared from equal starts
         with seeded("probe", spec.head, spec.block, spec.seed):
             self.aggregation = entry.build(tokens, **dict(spec.options))
-            self.norm = ProbeNorm(tokens.width * entry.width)
-            self.classifier = nn.Linear(tokens.width * entry.width, num_classes)
+            self.norm = ProbeNorm(self.aggregation.width)
+            self.classifier = nn.Linear(self.aggregation.width, num_classes)
             if init == "trunc_normal":
                 nn.init.trunc_normal_(self.classifier.weight, std=0.01)
                 nn.init.zeros_(self.classifier.bias)
@@ -99,8 +106,9 @@ class ProbeBank(nn.Module):
         init: str = "default",
     ):  # fmt: skip
         super().__init__()
-        if len({spec.name for spec in specs}) != len(specs):
-            raise ValueError(f"a probe is asked for twice: {', '.join(spec.name for spec in specs)}")
+        names = [spec.name for spec in specs]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"a probe is asked for twice: {', '.join(twice)}")
         backbone.check_blocks(sorted({spec.block for spec in specs}))
         self.specs = tuple(specs)
         tokens = Tokens(backbone.embed_dim, grid, backbone.num_prefix_tokens)
@@ -109,6 +117,11 @@ class ProbeBank(nn.Module):
     @property
     def blocks(self) -> tuple[int, ...]:
         return tuple(sorted({spec.block for spec in self.specs}))
+
+    @property
+    def needs(self) -> Needs:
+        """What the probes read beside the tokens."""
+        return functools.reduce(Needs.union, (probe.aggregation.needs for probe in self.probes))
 
     def forward(self, features: dict[int, Features]) -> list[Tensor]:
         """{block: Features} -> logits (B,K) of every probe, in the order of `specs`."""
