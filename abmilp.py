@@ -111,10 +111,8 @@ class AbMILP(TokenPool):
         return len(self.score) == 1 and self.self_attention is None
 
     def columns(self) -> Columns:
-        last = self.score[-1]
-        if self.positions is None:
-            return Columns(last.weight.T, last.bias[None])
-        return Columns(last.weight.T, last(self.positions[0]))
+        weight = self.score[-1].weight.T
+        return Columns(weight, None if self.positions is None else self.positions[0] @ weight)
 
     def project(self, pooled: Tensor) -> Tensor:
         return pooled.flatten(1)

@@ -51,10 +51,10 @@ class AttentivePool(TokenPool):
         return Pooled(vector, weights[:, 0, 0] if self.heads == 1 else weights[:, :, 0])
 
     def columns(self) -> Columns:
-        # q_h . (Wk_h (gamma x^ + beta)) = (gamma * Wk_h^T q_h) . x^ + beta . Wk_h^T q_h
+        # q_h . (Wk_h (gamma x^ + beta)) = (gamma * Wk_h^T q_h) . x^ + what is equal for all tokens
         q = self.q(self.norm_q(self.query)).view(self.heads, 1, -1)
         back = (q @ self.k.weight.unflatten(0, (self.heads, -1))).squeeze(1) * self.head_width**-0.5  # (H,D)
-        return Columns((back * self.norm_k.weight).T, (back @ self.norm_k.bias)[None])
+        return Columns((back * self.norm_k.weight).T)
 
     def project(self, pooled: Tensor) -> Tensor:
         values = pooled * self.norm_v.weight + self.norm_v.bias  # the weights sum to 1
@@ -94,7 +94,7 @@ class EfficientPool(TokenPool):
         return Pooled(vector, weights[:, 0] if self.queries == 1 else weights)
 
     def columns(self) -> Columns:
-        return Columns(self.query[0].T * self.scale, self.query.new_zeros(1, self.queries))
+        return Columns(self.query[0].T * self.scale)
 
     def project(self, pooled: Tensor) -> Tensor:
         parts = pooled.transpose(0, 1) @ self.v.weight.unflatten(0, (self.queries, -1)).transpose(1, 2)  # (H,B,d)

@@ -38,10 +38,14 @@ class Needs(NamedTuple):
 
 
 class Columns(NamedTuple):
-    """Learned queries that are the same for every image: scores are tokens @ weight + offset."""
+    """Learned queries that are the same for every image: scores are tokens @ weight + offset.
+
+    What is equal for all tokens drops out of the softmax and is left out: in the definitions such parameters (AbMILP's
+    last bias, the bias of LNk) follow the rounding of a gradient that is zero, here they stay where they are.
+    """
 
     weight: Tensor  # (D,C)
-    offset: Tensor  # (1,C), or (M,C) where it depends on the token's position
+    offset: Tensor | None = None  # (M,C), where scores depend on the token's position
 
 
 class Pooling(nn.Module):

@@ -57,5 +57,5 @@ class LARS(torch.optim.Optimizer):
                     u = u.add_(g) if ratio is None else u.addcmul_(g, ratio)
                 else:
                     u = g if ratio is None else g * ratio
-                w.sub_(u, alpha=group["lr"])
+                w.add_(u, alpha=-group["lr"])  # the bits of sub_, which took half of the step on a CPU
         return loss
