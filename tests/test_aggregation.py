@@ -1,6 +1,8 @@
 """Every head of AGGREGATIONS: by other people's implementations, by hand in float64, by counts; and their names."""
 
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from fixed_pooling import central_cells
 from models_vit import Features, VisionTransformer
 from pooling import Tokens
 
+ROOT = Path(__file__).resolve().parent.parent
 D, GRID, HEADS = 16, (3, 3), 4
 # one word per entry, at options that fit 16 channels and 9 patches, and words for what options change
 WORDS = {name: name for name in AGGREGATIONS} | {"ap": "ap4", "ep": "ep8"}
@@ -272,3 +275,10 @@ def test_a_head_that_cannot_be_is_refused_in_one_line(word, message):
     with pytest.raises(ValueError, match=message) as error:
         build(word)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", AGGREGATIONS)
+def test_readme_lists_every_head_with_its_options(name):
+    lines = (ROOT / "README.md").read_text().partition("### Heads")[2].splitlines()
+    (row,) = [line for line in lines if re.match(rf"\|[^|]*`{name}\d*`", line)]
+    assert all(f"`{option}`" in row for option in AGGREGATIONS[name].options if option != AGGREGATIONS[name].number)
