@@ -160,10 +160,13 @@ def parse_head(word: str, flags: dict[str, Value]) -> tuple[str, tuple[tuple[str
             given[key] = entry.options[key].read(value)
         except ValueError as error:
             raise ValueError(f"--cls_features {word}: {key}={value}: {error}") from None
-    values = {
-        key: given.get(key, flags.get(option.flag or f"{name}_{key}", option.default))
-        for key, option in entry.options.items()
-    }
+    values = {}
+    for key, option in entry.options.items():
+        flag = option.flag or f"{name}_{key}"
+        try:
+            values[key] = given[key] if key in given else option.read(str(flags.get(flag, option.default)))
+        except ValueError as error:
+            raise ValueError(f"--{flag} {flags[flag]}: {error}") from None
     for key in given:
         if entry.options[key].idle(values):
             others = ", ".join(f"{other}={values[other]}" for other in values if other != key)

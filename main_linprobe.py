@@ -126,10 +126,12 @@ def probe_specs(args: argparse.Namespace, backbone: VisionTransformer) -> list[P
         check_aggregation(aggregation, backbone.has_cls)
     blocks = args.return_block if args.return_block is not None else [backbone.depth - 1]
     backbone.check_blocks(blocks)
+    # runs of the time when there could be one optimizer saved a word
+    optimizers = [args.optimizer] if isinstance(args.optimizer, str) else args.optimizer
     return [
         ProbeSpec(aggregation, block, blr, seed, options, optimizer, args.lr)
         for (aggregation, options), block, optimizer, blr, seed in itertools.product(
-            heads, blocks, args.optimizer, args.blr, args.seeds or [args.seed]
+            heads, blocks, optimizers, args.blr, args.seeds or [args.seed]
         )
     ]
 

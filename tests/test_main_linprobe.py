@@ -161,7 +161,7 @@ def test_a_finished_run_is_not_written_over(command):
         (["--cls_features", "mean"], "unknown --cls_features 'mean'"),
         (["--cls_features", "abmilp:depth=0"], "--cls_features abmilp:depth=0: depth=0: write a number from 1 on"),
         (["--cls_features", "cls", "cls"], "asked for twice: cls/block5/blr20.0/seed0"),
-        (["--optimizer", "adam"], "invalid choice: 'adam'"),
+        (["--cls_features", "abmilp", "--abmilp_branches", "0"], "--abmilp_branches 0: write a number from 1 on"),
         (
             ["--cls_features", "dino", "--oracle", "", "--oracle_model", "vit_tiny_patch16"],
             "its patches have 16 pixels",
