@@ -3,7 +3,7 @@
 Letters: B images, S probes, K classes.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models_vit import Features, VisionTransformer
+from pooling import Needs
 from probes import ProbeBank
 from util.datasets import Sample, Watched
-from util.scores import Scores, count, total
+from util.scores import MultiLabelScores, MultiLabelTally, Scores, count, total
 from util.training import all_finite
 
 
@@ -21,18 +22,22 @@ class FrozenTokens(NamedTuple):
     """A frozen backbone with the way its tokens are read; calling it gives float32 tokens, outside of autograd.
 
     final_norm: normalise the tokens with the backbone's last norm (MAE's probe does, the paper's does not).
+    needs: what is read beside the tokens; oracle: images -> (B,M), called where `needs` names it.
     """
 
     backbone: VisionTransformer
     blocks: tuple[int, ...]
     amp: torch.dtype
     final_norm: bool = False
+    needs: Needs = Needs()
+    oracle: Callable[[Tensor], Tensor] | None = None
 
     # no_grad, not inference_mode: the probes keep the tokens for their backward pass
     @torch.no_grad()
     def __call__(self, images: Tensor) -> dict[int, Features]:
         with torch.autocast(images.device.type, dtype=self.amp, enabled=self.amp != torch.float32):
-            features = self.backbone(images, self.blocks)
+            features = self.backbone(images, self.blocks, self.needs.cls_attention, self.needs.cells)
+        attention = self.oracle(images) if self.needs.oracle else None
 
         def prepare(tokens: Tensor | None) -> Tensor | None:
             if tokens is None:
@@ -40,7 +45,9 @@ class FrozenTokens(NamedTuple):
             return self.backbone.norm(tokens.float()) if self.final_norm else tokens.float()
 
         return {
-            block: Features(prepare(f.cls), prepare(f.registers), prepare(f.patches), f.cls_attention)
+            block: f._replace(
+                cls=prepare(f.cls), registers=prepare(f.registers), patches=prepare(f.patches), oracle=attention
+            )
             for block, f in features.items()
         }
 
@@ -54,8 +61,13 @@ class Probing:
 
     program, state_name = "main_linprobe.py", "probes"
 
-    def __init__(self, bank: ProbeBank, tokens: FrozenTokens, optimizer: torch.optim.Optimizer, device: torch.device):
+    def __init__(
+        self, bank: ProbeBank, tokens: FrozenTokens, optimizer: torch.optim.Optimizer, device: torch.device,
+        multi_label: bool = False,
+    ):  # fmt: skip
+        """multi_label: labels are (B,K) zeros and ones, and the loss is binary cross-entropy, mean over all B x K."""
         self.bank, self.tokens, self.optimizer, self.device = bank, tokens, optimizer, device
+        self.loss = binary_cross_entropy if multi_label else F.cross_entropy
         self.names = tuple(spec.name for spec in bank.specs)
         self.groups = [list(probe.parameters()) for probe in bank.probes]
 
@@ -66,7 +78,7 @@ class Probing:
     def losses(self, sample: Sample, words: tuple) -> Tensor:
         labels = sample.label.to(self.device, non_blocking=True)
         logits = self.bank(self.tokens(sample.image.to(self.device, non_blocking=True)))
-        return torch.stack([F.cross_entropy(one, labels) for one in logits])
+        return torch.stack([self.loss(one, labels) for one in logits])
 
     @torch.no_grad()
     def step(self, alive: Tensor) -> Tensor:
@@ -98,14 +110,27 @@ class Probing:
         self.bank.load_probe_states(state)
 
 
+def binary_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
+
+
 @torch.no_grad()
-def evaluate(bank: ProbeBank, tokens: FrozenTokens, loader: Iterable, device: torch.device) -> list[Scores]:
-    """Scores of every probe, in the order of `bank.specs`; each sample counts once, over all processes."""
+def evaluate(
+    bank: ProbeBank, tokens: FrozenTokens, loader: Iterable, device: torch.device, multi_label_classes: int = 0
+) -> list[Scores] | list[MultiLabelScores]:
+    """Scores of every probe, in the order of `bank.specs`; each sample counts once, over all processes.
+
+    multi_label_classes: K, where images have any number of the labels.
+    """
     bank.eval()
     tokens.backbone.eval()
     counts = torch.zeros(len(bank.specs), 4, device=device, dtype=torch.float64)
+    tally = MultiLabelTally(len(bank.specs), multi_label_classes) if multi_label_classes else None
     for sample in Watched(loader, "test", agree=True):
         labels = sample.label.to(device, non_blocking=True)
         logits = bank(tokens(sample.image.to(device, non_blocking=True)))
+        if tally is not None:
+            tally.update(logits, labels)
+            continue
         counts += torch.stack([count(probe_logits, labels) for probe_logits in logits])
-    return total(counts)
+    return total(counts) if tally is None else tally.compute(device)

@@ -3,7 +3,8 @@
     torchrun --nproc_per_node 4 main_linprobe.py --model vit_base_patch16 --finetune mae_pretrain_vit_base.pth \\
         --cls_features cls pos abmilp --batch_size 2048 --accum_iter 2 --data_path $IMAGENET --output_dir runs/mae_b
 
-The bank is the product of --cls_features, --return_block, --blr and --seeds. Defaults are the paper's recipe (B.2).
+The bank is the product of --cls_features, --return_block, --optimizer, --blr and --seeds. Defaults are the paper's
+recipe (B.2).
 """
 
 import argparse
@@ -13,10 +14,10 @@ import time
 
 import torch
 
-from abmilp import ACTIVATIONS
-from aggregation import AGGREGATIONS, check_aggregation
+from aggregation import AGGREGATIONS, check_aggregation, option_flags, parse_head
 from engine_linprobe import FrozenTokens, Probing, evaluate
 from models_vit import VisionTransformer
+from oracle import build_oracle
 from probes import ProbeBank, ProbeSpec
 from util.arguments import (
     PRECISIONS,
@@ -31,6 +32,7 @@ from util.arguments import (
     run_main,
 )
 from util.datasets import (
+    DATASETS,
     EvaluationBatches,
     GlobalBatches,
     KeyedDataset,
@@ -45,9 +47,14 @@ from util.lars import LARS
 from util.lr_sched import lr_at, scaled_lr
 from util.progress import log, setup_logging, throughput
 from util.run_folder import RunFolder, provenance
-from util.scores import Scores
+from util.scores import MULTILABEL_METRICS, MultiLabelScores, Scores
 from util.seeding import seeded
 from util.training import Training
+
+MOMENTUM_RULES = {  # momentum: the paper's, and that of its code's SGD
+    "lars": {"momentum": 0.9},
+    "sgd": {"momentum": 0.0, "trust_coefficient": None},
+}
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -57,20 +64,22 @@ def get_args_parser() -> argparse.ArgumentParser:
 
     probe = parser.add_argument_group("probes")
     probe.add_argument("--cls_features", nargs="+", default=None, metavar="HEAD",
-                       help=f"aggregations to probe: {', '.join(AGGREGATIONS)} (default: cls)")  # fmt: skip
+                       help=f"aggregations to probe: {', '.join(AGGREGATIONS)} (default: cls); with options as in "
+                       "abmilp:depth=2,act=tanh, ap12, ca2")  # fmt: skip
     probe.add_argument("--return_block", nargs="+", type=int, default=None, metavar="BLOCK",
                        help="blocks to probe, counted from 0 (default: the last)")  # fmt: skip
     probe.add_argument("--seeds", nargs="+", type=int, default=None, help="of initial weights (default: --seed)")
-    probe.add_argument("--abmilp_depth", type=int, default=1, help="layers of the score")
-    probe.add_argument(
-        "--abmilp_act", choices=list(ACTIVATIONS), default="relu", help="between the layers of the score"
-    )
-    probe.add_argument("--abmilp_sa", choices=["none", "map", "both"], default="none",
-                       help="self-attention first: scores, or scores and values, come from it")  # fmt: skip
-    probe.add_argument(
-        "--abmilp_cond", choices=["none", "pe"], default="none", help="add positions to the score's input"
-    )
-    probe.add_argument("--abmilp_content", choices=["patch", "all"], default="patch", help="tokens to pool")
+    for flag, option in option_flags().items():
+        words = not isinstance(option.allowed, int)
+        probe.add_argument(
+            f"--{flag}", default=option.default, type=str if words else int, choices=option.allowed if words else None,
+            metavar=None if words else "N", help=f"{option.help}; of heads that do not say {flag.split('_')[-1]}=",
+        )  # fmt: skip
+    probe.add_argument("--oracle", default="dino_vit_base_patch16", metavar="WEIGHTS",
+                       help="encoder whose [cls] attention the head dino takes; as --finetune")  # fmt: skip
+    probe.add_argument("--oracle_model", default="vit_base_patch16", metavar="MODEL", help="its architecture")
+    probe.add_argument("--oracle_family", default=None, help="format of its file (default: detected)")
+    probe.add_argument("--oracle_checkpoint_key", default=None, help="entry of its file that holds the weights")
     probe.add_argument("--final_norm", action="store_true", help="probe tokens after the encoder's last norm")
     probe.add_argument("--init", choices=["default", "trunc_normal"], default="default",
                        help="of the classifier: PyTorch's, or MAE's (std 0.01)")  # fmt: skip
@@ -83,7 +92,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     recipe.add_argument("--accum_iter", default=1, type=int, help="micro-steps per optimizer step")
     recipe.add_argument("--epochs", default=90, type=int)
     recipe.add_argument("--warmup_epochs", default=10, type=int)
-    recipe.add_argument("--optimizer", choices=["lars", "sgd"], default="lars")
+    recipe.add_argument("--optimizer", nargs="+", choices=list(MOMENTUM_RULES), default=["lars"])
     recipe.add_argument("--momentum", default=None, type=float, help="default: 0.9 for LARS, 0 for SGD (paper's code)")
     recipe.add_argument("--weight_decay", default=0.0, type=float)
     recipe.add_argument(
@@ -102,6 +111,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--eval_every", default=1, type=int, help="epochs between evaluations; the last is always evaluated"
     )
+    run.add_argument("--multilabel_metric", choices=MULTILABEL_METRICS, default="map",
+                     help="what counts where images have several labels")  # fmt: skip
     run.add_argument("--report", choices=["last", "best"], default="last", help="epoch whose top-1 the summary prints")
     run.add_argument(
         "--dist_eval", action="store_true", help="accepted for MAE's commands: evaluation is always shared"
@@ -113,21 +124,20 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def probe_specs(args: argparse.Namespace, backbone: VisionTransformer) -> list[ProbeSpec]:
     """The bank that the arguments ask for. ValueError for what does not exist or does not fit the encoder."""
-    options = {
-        "depth": args.abmilp_depth, "activation": args.abmilp_act, "self_attention": args.abmilp_sa,
-        "condition": args.abmilp_cond, "content": args.abmilp_content,
-    }  # fmt: skip
-    defaults = {"depth": 1, "activation": "relu", "self_attention": "none", "condition": "none", "content": "patch"}
-    if args.abmilp_depth == 1:
-        options["activation"] = "relu"  # no layer to apply it to: not part of the head's name
-    chosen = tuple((key, value) for key, value in options.items() if value != defaults[key])
+    flags = {flag: vars(args)[flag] for flag in option_flags()}
+    heads = [parse_head(word, flags) for word in args.cls_features]
+    for aggregation, _ in heads:
+        check_aggregation(aggregation, backbone.has_cls)
     blocks = args.return_block if args.return_block is not None else [backbone.depth - 1]
     backbone.check_blocks(blocks)
-    specs = []
-    for head, block, blr, seed in itertools.product(args.cls_features, blocks, args.blr, args.seeds or [args.seed]):
-        entry = check_aggregation(head, backbone.has_cls)
-        specs.append(ProbeSpec(head, block, blr, seed, tuple(o for o in chosen if o[0] in entry.options)))
-    return specs
+    # runs of the time when there could be one optimizer saved a word
+    optimizers = [args.optimizer] if isinstance(args.optimizer, str) else args.optimizer
+    return [
+        ProbeSpec(aggregation, block, blr, seed, options, optimizer, args.lr)
+        for (aggregation, options), block, optimizer, blr, seed in itertools.product(
+            heads, blocks, optimizers, args.blr, args.seeds or [args.seed]
+        )
+    ]
 
 
 def main(args: argparse.Namespace) -> None:
@@ -139,7 +149,11 @@ def main(args: argparse.Namespace) -> None:
             folder.refuse_overwriting(args.resume)
 
         # ---- a frozen encoder and a bank of probes on its tokens
-        train_images, test_images, num_classes = build_splits(args.dataset, args.data_path, args.nb_classes)
+        train_images, test_images, num_classes = build_splits(
+            args.dataset, args.data_path, args.nb_classes, args.allow_subset
+        )
+        multi_label = DATASETS[args.dataset].multi_label
+        headline = args.multilabel_metric if multi_label else "top1"
         batches = GlobalBatches(len(train_images), args.batch_size, args.accum_iter, args.seed)
         with seeded("weights", args.seed):
             encoder, size = build_encoder(args)
@@ -149,7 +163,9 @@ def main(args: argparse.Namespace) -> None:
         specs = probe_specs(args, backbone)
         grid = (size // backbone.patch_size, size // backbone.patch_size)
         bank = ProbeBank(specs, backbone, grid, num_classes, args.init).to(world.device)
-        tokens = FrozenTokens(backbone, bank.blocks, PRECISIONS[args.amp], args.final_norm)
+        amp = PRECISIONS[args.amp]
+        oracle = build_oracle(args, encoder, size, amp).to(world.device) if bank.needs.oracle else None
+        tokens = FrozenTokens(backbone, bank.blocks, amp, args.final_norm, bank.needs, oracle)
 
         # ---- data: order and augmentation depend on (seed, epoch, sample) alone
         augment = train_transform(size, encoder.mean, encoder.std, crop=args.crop, hflip=not args.no_hflip)
@@ -159,19 +175,23 @@ def main(args: argparse.Namespace) -> None:
             build_loader, num_workers=args.num_workers, pin_memory=args.pin_mem and world.device.type == "cuda",
             affinity_hack=args.dataloader_affinity_hack,
         )  # fmt: skip
-        train_loader = loader(KeyedDataset(train_images, augment, args.seed), batches)
-        test_loader = loader(KeyedDataset(test_images, pixels, args.seed), test_batches)
+        train_set = KeyedDataset(train_images, augment, args.seed, on_bad_image=args.on_bad_image, train=True)
+        test_set = KeyedDataset(test_images, pixels, args.seed, on_bad_image=args.on_bad_image)
+        train_loader, test_loader = loader(train_set, batches), loader(test_set, test_batches)
+        evaluated = functools.partial(
+            evaluate, bank, tokens, test_loader, world.device, num_classes if multi_label else 0
+        )
 
         # ---- recipe: LARS, rate per probe, warm-up and half-cosine per optimizer step
         lrs = [args.lr if args.lr is not None else scaled_lr(spec.blr, batches.effective) for spec in specs]
-        optimizer = build_optimizer(args, bank.parameter_groups(lrs))
+        optimizer = build_optimizer(args, specs, bank.parameter_groups(lrs))
         schedule = functools.partial(lr_at, epochs=args.epochs, warmup_epochs=args.warmup_epochs, min_lr=args.min_lr)
-        probing = Probing(bank, tokens, optimizer, world.device)
+        probing = Probing(bank, tokens, optimizer, world.device, multi_label)
         facts = {"weights": digest(backbone.state_dict())}
         training = Training(args, probing, optimizer, schedule, train_loader, batches, folder, facts)
         training.resume(args.resume, evaluate_only=args.eval)
         if args.eval:
-            report(evaluate(bank, tokens, test_loader, world.device), specs)
+            report(evaluated(), specs)
             return
 
         # ---- epochs
@@ -179,7 +199,7 @@ def main(args: argparse.Namespace) -> None:
             "args": plain(args), "encoder": encoder.record, "effective_batch": batches.effective,
             "steps_per_epoch": batches.steps, "lr": dict(zip([spec.name for spec in specs], lrs, strict=True)),
             "n_train": len(train_images), "n_test": len(test_images), "classes": num_classes,
-            **provenance(world.device),
+            "oracle": oracle and oracle.record, **provenance(world.device),
         }  # fmt: skip
         training.start(run)
         log.info(
@@ -195,19 +215,20 @@ def main(args: argparse.Namespace) -> None:
                     "data_wait": stats.data_wait,
                 }  # fmt: skip
                 if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
-                    scores = evaluate(bank, tokens, test_loader, world.device)
+                    scores = evaluated()
                     record["test"] = {spec.name: score._asdict() for spec, score in zip(specs, scores, strict=True)}
                     training.history.append({"epoch": epoch, "test": record["test"]})
-                tell(record)
+                tell(record, headline)
                 folder.log_line(record)
                 tested = record.get("test", {}).items()
-                training.end_epoch({f"test_top1/{name}": score["top1"] for name, score in tested})
-            results = summary(specs, bank, training.history, training.diverged())
+                training.end_epoch({f"test_{headline}/{name}": score[headline] for name, score in tested})
+            results = summary(specs, bank, training.history, training.diverged(), headline)
             folder.write("results.json", {"probes": results, "seconds": time.time() - start, **run})
         for name, result in results.items():
             log.info(
-                "%s: top-1 %.2f (%s epoch; last %.2f, best %.2f at epoch %d)", name, result[args.report]["top1"],
-                args.report, result["last"]["top1"], result["best"]["top1"], result["best"]["epoch"],
+                "%s: %s %.2f (%s epoch; last %.2f, best %.2f at epoch %d)", name, spoken(headline),
+                result[args.report][headline], args.report, result["last"][headline], result["best"][headline],
+                result["best"]["epoch"],
             )  # fmt: skip
         folder.close()
 
@@ -225,31 +246,36 @@ def settle(args: argparse.Namespace) -> None:
             raise ValueError("--cls_token is MAE's probe of [cls]: leave out --cls_features or --cls_token")
         args.final_norm, args.init = True, "trunc_normal"
     args.cls_features = args.cls_features or ["cls"]
-    if args.momentum is None:
-        args.momentum = 0.9 if args.optimizer == "lars" else 0.0
     if args.lr is not None and len(args.blr) > 1:
         raise ValueError(f"--lr {args.lr} sets one rate, --blr {args.blr} several: leave out one of them")
     if args.eval and not args.resume:
         raise ValueError("--eval needs the probes: name their checkpoint with --resume")
 
 
-def tell(record: dict) -> None:
+def spoken(headline: str) -> str:
+    return {"top1": "top-1", "top5": "top-5", "map": "mAP"}.get(headline, headline)
+
+
+def tell(record: dict, headline: str) -> None:
     """An epoch's figures to the log."""
     words = throughput(record["images_per_second"], record["data_wait"])
     if "test" in record:
-        best = max(record["test"], key=lambda name: record["test"][name]["top1"])
-        words = f"top-1 up to {record['test'][best]['top1']:.2f} ({best}), {words}"
+        best = max(record["test"], key=lambda name: record["test"][name][headline])
+        words = f"{spoken(headline)} up to {record['test'][best][headline]:.2f} ({best}), {words}"
     log.info("epoch %d: %s", record["epoch"], words)
 
 
-def build_optimizer(args: argparse.Namespace, groups: list[dict]) -> torch.optim.Optimizer:
-    if args.optimizer == "lars":
-        return LARS(groups, weight_decay=args.weight_decay, momentum=args.momentum)
-    return torch.optim.SGD(groups, weight_decay=args.weight_decay, momentum=args.momentum)
+def build_optimizer(args: argparse.Namespace, specs: list[ProbeSpec], groups: list[dict]) -> LARS:
+    """One optimizer; each probe's group follows the rule of its own kind."""
+    for spec, group in zip(specs, groups, strict=True):
+        group |= MOMENTUM_RULES[spec.optimizer]
+        if args.momentum is not None:
+            group["momentum"] = args.momentum
+    return LARS(groups, weight_decay=args.weight_decay)
 
 
 def summary(
-    specs: list[ProbeSpec], bank: ProbeBank, history: list[dict], diverged: dict[str, dict | None]
+    specs: list[ProbeSpec], bank: ProbeBank, history: list[dict], diverged: dict[str, dict | None], headline: str
 ) -> dict[str, dict]:
     """{probe name: what it is, its scores at the last epoch, and at the epoch that is best on the test set}.
 
@@ -260,16 +286,19 @@ def summary(
         scores = [{"epoch": entry["epoch"], **entry["test"][spec.name]} for entry in history]
         results[spec.name] = {
             "aggregation": spec.aggregation, "head": spec.head, "block": spec.block, "blr": spec.blr, "seed": spec.seed,
+            "optimizer": spec.optimizer,
             "parameters": sum(p.numel() for p in probe.parameters()),
             "diverged_at": diverged[spec.name],
-            "last": scores[-1], "best": max(scores, key=lambda score: score["top1"]),
+            "last": scores[-1], "best": max(scores, key=lambda score: score[headline]),
         }  # fmt: skip
     return results
 
 
-def report(scores: list[Scores], specs: list[ProbeSpec]) -> None:
+def report(scores: list[Scores] | list[MultiLabelScores], specs: list[ProbeSpec]) -> None:
     for spec, score in zip(specs, scores, strict=True):
-        log.info("%s: top-1 %.2f, top-5 %.2f, loss %.4f on %d images", spec.name, *score)
+        rates = score._fields[: score._fields.index("loss")]  # in percent
+        percents = ", ".join(f"{spoken(name)} {getattr(score, name):.2f}" for name in rates)
+        log.info("%s: %s, loss %.4f on %d images", spec.name, percents, score.loss, score.n)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ Letters: B images, N tokens (prefix first), P prefix tokens ([cls], then registe
 D width, d = D / H head width, L blocks. Blocks are counted from 0.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -58,6 +58,8 @@ class Features(NamedTuple):
     registers: Tensor  # (B,R,D)
     patches: Tensor  # (B,M,D), row-major grid
     cls_attention: Tensor | None  # (B,H,M) [cls] row of the attention, softmax over all N keys; only when asked for
+    patch_attention: dict[int, Tensor] | None = None  # {patch: (B,H,M) its row}; only when asked for
+    oracle: Tensor | None = None  # (B,M) attention from elsewhere; no model makes it
 
 
 class PatchEmbed(nn.Module):
@@ -323,8 +325,9 @@ class VisionTransformer(nn.Module):
         return self.trace_tokens(torch.cat(self.embed(images), dim=1), grid)
 
     def forward(
-        self, images: Tensor, blocks: Sequence[int] | None = None, cls_attention: bool = False
-    ) -> dict[int, Features]:
+        self, images: Tensor, blocks: Sequence[int] | None = None, cls_attention: bool = False,
+        patch_attention: Collection[int] = (),
+    ) -> dict[int, Features]:  # fmt: skip
         """Images (B,3,h,w) -> {block: Features} for the chosen blocks (default: the last), before the final norm.
 
         Blocks after the last chosen one are not computed. Raises ValueError for a block that does not exist.
@@ -334,13 +337,13 @@ class VisionTransformer(nn.Module):
         features = {}
         for step in self.trace(images):
             if step.index in wanted:
-                features[step.index] = self.split(step, cls_attention)
+                features[step.index] = self.split(step, cls_attention, patch_attention)
             if step.index == max(wanted):
                 break
         return features
 
-    def split(self, step: BlockTrace, cls_attention: bool = False) -> Features:
-        """The tokens that leave a block, by kind; with the [cls] row of its attention if asked for."""
+    def split(self, step: BlockTrace, cls_attention: bool = False, patch_attention: Collection[int] = ()) -> Features:
+        """The tokens that leave a block, by kind; with the rows of its attention that are asked for."""
         prefix = self.num_prefix_tokens
         attention = None
         if cls_attention:
@@ -352,20 +355,27 @@ class VisionTransformer(nn.Module):
             registers=step.out[:, prefix - self.num_registers : prefix],
             patches=step.out[:, prefix:],
             cls_attention=attention,
+            patch_attention={i: attention_row(step, prefix + i, prefix) for i in patch_attention} or None,
         )
 
 
-def attention_from_cls(step: BlockTrace, num_prefix: int) -> Tensor:
-    """(B,H,M) the [cls] row of a block's attention over the patches, softmax over all N keys.
+def attention_row(step: BlockTrace, query: int, num_prefix: int) -> Tensor:
+    """(B,H,M) the attention of token `query` over the patches, softmax over all N keys.
 
     In float32 or better, whatever the caller's autocast.
     """
     dtype = torch.promote_types(step.q.dtype, torch.float32)
     with torch.autocast(step.q.device.type, enabled=False):
-        logits = (step.q[:, :, 0:1].to(dtype) @ step.k.to(dtype).transpose(-2, -1)).squeeze(2) * step.scale
+        row = step.q[:, :, query : query + 1].to(dtype) @ step.k.to(dtype).transpose(-2, -1)
+        logits = row.squeeze(2) * step.scale
         if step.logit_bias is not None:
-            logits = logits + step.logit_bias[:, 0]
+            logits = logits + step.logit_bias[:, query]
         return logits.softmax(-1)[..., num_prefix:]
+
+
+def attention_from_cls(step: BlockTrace, num_prefix: int) -> Tensor:
+    """(B,H,M) the [cls] row of a block's attention over the patches."""
+    return attention_row(step, 0, num_prefix)
 
 
 class ClsClassifier(nn.Module):

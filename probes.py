@@ -4,6 +4,7 @@ A probe is aggregation -> BatchNorm1d without affine -> Linear. Letters: B image
 K classes, S probes.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,10 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aggregation import Tokens, check_aggregation
+from aggregation import Value, check_aggregation, head_name
+from folding import pool_together
 from models_vit import Features, VisionTransformer
+from pooling import Needs, Pooling, Tokens, select
 from util.distributed import gather_tensors
 from util.seeding import seeded
+
+BN_EPS = 1e-6  # MAE's linear probe
 
 
 @dataclass(frozen=True)
@@ -25,16 +30,21 @@ class ProbeSpec:
     block: int  # 0-based
     blr: float  # base learning rate; the rate is blr x effective batch / 256
     seed: int  # of the initial weights
-    options: tuple[tuple[str, str | int], ...] = ()  # of the aggregation
+    options: tuple[tuple[str, Value], ...] = ()  # of the aggregation; from aggregation.parse_head
+    optimizer: str = "lars"  # or "sgd"
+    lr: float | None = None  # the rate itself, where it is given instead of blr
 
     @property
     def head(self) -> str:
-        """The aggregation with its options, such as abmilp or abmilp:depth=2,activation=tanh."""
-        return self.aggregation + ":" * bool(self.options) + ",".join(f"{key}={value}" for key, value in self.options)
+        """The aggregation with its options, such as abmilp, abmilp:depth=2,act=tanh or ap12."""
+        return head_name(self.aggregation, self.options)
 
     @property
     def name(self) -> str:
-        return f"{self.head}/block{self.block}/blr{self.blr!r}/seed{self.seed}"
+        rate = f"blr{self.blr!r}" if self.lr is None else f"lr{self.lr!r}"
+        # LARS is the recipe's and goes without saying, like an option at its default
+        optimizer = "" if self.optimizer == "lars" else f"{self.optimizer}/"
+        return f"{self.head}/block{self.block}/{optimizer}{rate}/seed{self.seed}"
 
 
 class ProbeNorm(nn.BatchNorm1d):
@@ -46,18 +56,15 @@ class ProbeNorm(nn.BatchNorm1d):
     """
 
     def __init__(self, width: int):
-        super().__init__(width, eps=1e-6, momentum=0.1, affine=False)  # MAE's linear probe
+        super().__init__(width, eps=BN_EPS, momentum=0.1, affine=False)
         self.pending: list[Tensor] = []  # (2,D') mean and unbiased variance of each micro-batch since the last commit
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return F.batch_norm(x, self.running_mean, self.running_var, training=False, eps=self.eps)
-        if len(x) < 2:
-            raise ValueError("batch normalisation needs at least two images in a micro-batch: raise --batch_size")
-        with torch.no_grad():
-            variance, mean = torch.var_mean(x, dim=0)
-            self.pending.append(torch.stack([mean, variance]))
-        return F.batch_norm(x, None, None, training=True, eps=self.eps)
+        (normalised,), (statistics,) = normalise([x])
+        self.pending.append(statistics)
+        return normalised
 
     @torch.no_grad()
     def commit(self, statistics: Tensor) -> None:
@@ -66,6 +73,21 @@ class ProbeNorm(nn.BatchNorm1d):
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance, self.momentum)
             self.num_batches_tracked += 1
+
+
+def normalise(vectors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Batch normalisation without affine of several (B,D') in one call, and each one's (2,D') batch statistics.
+
+    The statistics are the mean and the unbiased variance. ValueError for fewer than two images.
+    """
+    joined = torch.cat(vectors, dim=1) if len(vectors) > 1 else vectors[0]  # channels do not know of each other
+    if len(joined) < 2:
+        raise ValueError("batch normalisation needs at least two images in a micro-batch: raise --batch_size")
+    with torch.no_grad():
+        variance, mean = torch.var_mean(joined, dim=0)
+    widths = [vector.shape[1] for vector in vectors]
+    normalised = F.batch_norm(joined, None, None, training=True, eps=BN_EPS)
+    return list(normalised.split(widths, dim=1)), list(torch.stack([mean, variance]).split(widths, dim=1))
 
 
 class Probe(nn.Module):
@@ -80,8 +102,8 @@ class Probe(nn.Module):
         # the learning rate is not among the words, so that rates are compared from equal starts
         with seeded("probe", spec.head, spec.block, spec.seed):
             self.aggregation = entry.build(tokens, **dict(spec.options))
-            self.norm = ProbeNorm(tokens.width * entry.width)
-            self.classifier = nn.Linear(tokens.width * entry.width, num_classes)
+            self.norm = ProbeNorm(self.aggregation.width)
+            self.classifier = nn.Linear(self.aggregation.width, num_classes)
             if init == "trunc_normal":
                 nn.init.trunc_normal_(self.classifier.weight, std=0.01)
                 nn.init.zeros_(self.classifier.bias)
@@ -99,20 +121,74 @@ class ProbeBank(nn.Module):
         init: str = "default",
     ):  # fmt: skip
         super().__init__()
-        if len({spec.name for spec in specs}) != len(specs):
-            raise ValueError(f"a probe is asked for twice: {', '.join(spec.name for spec in specs)}")
+        names = [spec.name for spec in specs]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"a probe is asked for twice: {', '.join(twice)}")
         backbone.check_blocks(sorted({spec.block for spec in specs}))
         self.specs = tuple(specs)
         tokens = Tokens(backbone.embed_dim, grid, backbone.num_prefix_tokens)
         self.probes = nn.ModuleList(Probe(spec, tokens, backbone.has_cls, num_classes, init) for spec in specs)
+        self._plan()
+
+    def _plan(self) -> None:
+        """Which probes share a vector (_distinct: one probe of each; _row: the vector of each probe), and which
+        vectors are pooled together (_folded)."""
+        rows: dict[tuple, int] = {}
+        self._distinct, self._row, self._folded = [], [], {}
+        for index, (spec, probe) in enumerate(zip(self.specs, self.probes, strict=True)):
+            trained = any(True for _ in probe.aggregation.parameters())
+            key = (index,) if trained else (spec.head, spec.block)
+            if key not in rows:
+                rows[key] = len(self._distinct)
+                self._distinct.append(index)
+                pool = getattr(probe.aggregation, "pool", None)
+                if pool is not None and pool.folds:
+                    together = spec.block, probe.aggregation.content, pool.normalised
+                    self._folded.setdefault(together, []).append(rows[key])
+            self._row.append(rows[key])
 
     @property
     def blocks(self) -> tuple[int, ...]:
         return tuple(sorted({spec.block for spec in self.specs}))
 
+    @property
+    def needs(self) -> Needs:
+        """What the probes read beside the tokens."""
+        return functools.reduce(Needs.union, (probe.aggregation.needs for probe in self.probes))
+
     def forward(self, features: dict[int, Features]) -> list[Tensor]:
-        """{block: Features} -> logits (B,K) of every probe, in the order of `specs`."""
-        return [probe(features[spec.block]) for spec, probe in zip(self.specs, self.probes, strict=True)]
+        """{block: Features} -> logits (B,K) of every probe, in the order of `specs`.
+
+        What Probe.forward defines, computed together: see pool. Nothing is ever mixed across probes, so that one that
+        holds NaN or infinity leaves the others' numbers as they are.
+        """
+        vectors = self.pool(features)
+        if not self.training:
+            return [
+                probe.classifier(probe.norm(vectors[row])) for row, probe in zip(self._row, self.probes, strict=True)
+            ]
+        normalised, statistics = normalise([vectors[row] for row in range(len(vectors))])
+        logits = []
+        for row, probe in zip(self._row, self.probes, strict=True):
+            probe.norm.pending.append(statistics[row])
+            logits.append(probe.classifier(normalised[row]))
+        return logits
+
+    def pool(self, features: dict[int, Features]) -> list[Tensor]:
+        """The vectors (B,D') of the bank's distinct poolings: those without parameters are computed once for all."""
+        vectors = [None] * len(self._distinct)
+        for (block, content, normalised), rows in self._folded.items():
+            pools = [self._aggregation(row).pool for row in rows]
+            tokens = select(features[block], content)
+            for row, vector in zip(rows, pool_together(pools, tokens, normalised), strict=True):
+                vectors[row] = vector
+        return [
+            self._aggregation(row)(features[self.specs[self._distinct[row]].block]).vector if vector is None else vector
+            for row, vector in enumerate(vectors)
+        ]
+
+    def _aggregation(self, row: int) -> Pooling:
+        return self.probes[self._distinct[row]].aggregation
 
     def commit_statistics(self) -> None:
         """Bring every probe's running statistics up to date, alike on all ranks; call once per optimizer step."""

@@ -3,11 +3,14 @@
 Every repeat runs all contestants once, in turn, so that a machine whose speed drifts treats them alike. Times are
 medians over the repeats, ratios the medians of each repeat's own ratio. Rows are appended to --output, with hardware,
 versions and the command.
+--peak_memory: of each contestant too; on a CPU by running it once more, in a process of its own.
 """
 
 import argparse
 import csv
+import math
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -17,13 +20,18 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from aggregation import parse_head
 from attention_stats import PAPER_METRICS
 from engine_attention import Recorder, applicable, observe
+from engine_linprobe import FrozenTokens
 from main_analyze_attention import sizes_of
 from models_vit import VisionTransformer, build_vit
+from probes import ProbeBank, ProbeSpec
 from util.arguments import PRECISIONS, Parser, run_main
+from util.lars import LARS
 from util.progress import log, progress, setup_logging
 from util.run_folder import provenance
 from util.seeding import seeded
@@ -33,6 +41,7 @@ class Timing(NamedTuple):
     """Seconds of one run of a contestant: one per repeat."""
 
     seconds: list[float]
+    peak_mib: float = float("nan")  # of the device's memory, or of the whole process on a CPU
 
     @property
     def median(self) -> float:
@@ -43,20 +52,32 @@ class Timing(NamedTuple):
         return statistics.median(theirs / mine for mine, theirs in zip(self.seconds, other.seconds, strict=True))
 
 
-def race(contestants: dict[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, Timing]:
-    """Time each contestant `repeats` times, in turn, after one run of each that does not count."""
-    seconds = {name: [] for name in contestants}
+def race(
+    contestants: dict[str, Callable[[], object]], device: torch.device, args: argparse.Namespace
+) -> dict[str, Timing]:
+    """Time each contestant args.repeats times, in turn, after one run of each that does not count."""
+    if args.only is not None:
+        if args.only not in contestants:
+            raise ValueError(f"--only {args.only}: choose one of {', '.join(contestants)}")
+        contestants = {args.only: contestants[args.only]}
+    seconds, repeats = {name: [] for name in contestants}, args.repeats
+    peaks = dict.fromkeys(contestants, float("nan"))
     for repeat in progress(range(repeats + 1), "repeats", repeats + 1, unit="repeat"):
         for name, contestant in contestants.items():
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
+                torch.cuda.reset_peak_memory_stats(device)
             start = time.perf_counter()
             contestant()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             if repeat > 0:
                 seconds[name].append(time.perf_counter() - start)
-    return {name: Timing(times) for name, times in seconds.items()}
+            if device.type == "cuda":
+                peaks[name] = torch.cuda.max_memory_allocated(device) / 2**20
+    if args.peak_memory and args.only is None and device.type != "cuda":
+        peaks = {name: peak_of(name) for name in contestants}
+    return {name: Timing(times, peaks[name]) for name, times in seconds.items()}
 
 
 def published_statistics(attention: Tensor, update: Tensor, tokens: Tensor) -> list[Tensor]:
@@ -134,10 +155,86 @@ def analysis(args: argparse.Namespace, device: torch.device) -> dict[str, Timing
         "published forward and statistics": published,
     }
     with torch.no_grad():
-        return race(contestants, args.repeats, device)
+        return race(contestants, device, args)
 
 
-BENCHMARKS = {"analysis": analysis}
+# one by one: heads that fold into columns, and those that transform every token
+HEADS = (
+    "pos", "abmilp", "ap1", "ap12", "ep32", "abmilp:depth=2", "abmilp:depth=3", "abmilp:depth=4",
+    "abmilp:depth=2,act=gated", "abmilp:sa=map", "abmilp:sa=both", "abmilp:sa=residual,depth=2,act=tanh",
+)  # fmt: skip
+
+
+def training_step(
+    backbone: VisionTransformer, words: list[tuple[str, float, int]], images: Tensor, labels: Tensor, amp: torch.dtype
+) -> Callable[[], Tensor]:
+    """The step of a bank of (head, blr, seed) on the last block: frozen forward, probes, their gradients, LARS."""
+    specs = []
+    for word, blr, seed in words:
+        name, options = parse_head(word, {})
+        specs.append(ProbeSpec(name, backbone.depth - 1, blr, seed, options))
+    side = images.shape[-1] // backbone.patch_size
+    bank = ProbeBank(specs, backbone, (side, side), CLASSES).to(images.device).train()
+    tokens = FrozenTokens(backbone, bank.blocks, amp, needs=bank.needs)
+    optimizer = LARS(bank.parameter_groups([64 * spec.blr for spec in specs]))  # the rates of a batch of 16,384
+
+    def step() -> Tensor:
+        losses = torch.stack([F.cross_entropy(logits, labels) for logits in bank(tokens(images))])
+        losses.sum().backward()
+        bank.commit_statistics()
+        optimizer.step()
+        optimizer.zero_grad()
+        return losses.detach()
+
+    return step
+
+
+def probing(
+    args: argparse.Namespace, device: torch.device, banks: dict[str, list[tuple[str, float, int]]]
+) -> dict[str, Timing]:
+    """The frozen forward, and the training steps of one [cls] probe and of each bank {name: (head, blr, seed)}."""
+    size = args.input_size
+    with seeded("benchmark", 0):
+        backbone = build_vit(args.model, img_size=size).to(device).eval().requires_grad_(False)
+        images = torch.randn(args.batch_size, 3, size, size).to(device)
+        labels = torch.randint(CLASSES, (args.batch_size,)).to(device)
+    amp = PRECISIONS[args.amp]
+    if args.compile:
+        backbone.compile_blocks()
+
+    @torch.no_grad()
+    def plain() -> Tensor:
+        with torch.autocast(device.type, dtype=amp, enabled=amp != torch.float32):
+            return backbone(images)[backbone.depth - 1].patches
+
+    contestants = {"plain forward": plain}
+    for name, words in {"[cls] probe": [("cls", 0.1, 0)], **banks}.items():
+        if args.only in (None, name):  # the memory of one is measured without the others
+            contestants[name] = training_step(backbone, words, images, labels, amp)
+    return race(contestants, device, args)
+
+
+def probe(args: argparse.Namespace, device: torch.device) -> dict[str, Timing]:
+    """One probe of each kind."""
+    return probing(args, device, {f"{head} probe": [(head, 0.1, 0)] for head in HEADS})
+
+
+def bank(args: argparse.Namespace, device: torch.device) -> dict[str, Timing]:
+    """64 single-query probes, over rates and seeds."""
+    heads, rates = ("cls", "pos", "abmilp", "ap1", "ap12"), (0.05, 0.1, 0.2, 0.4)
+    words = [(heads[i % 5], rates[i // 5 % 4], i // 20) for i in range(64)]
+    return probing(args, device, {"bank of 64 probes": words})
+
+
+BENCHMARKS = {"analysis": analysis, "probe": probe, "bank": bank}
+CLASSES = 1000  # ImageNet's
+
+
+def peak_of(name: str) -> float:
+    """MiB that a process of its own needs to run one contestant."""
+    words = [sys.executable, __file__, *sys.argv[1:], "--only", name, "--repeats", "1"]
+    output = subprocess.run(words, check=True, capture_output=True, text=True).stdout
+    return float(output.rsplit("peak MiB ", 1)[1])
 
 
 def report(timings: dict[str, Timing], images: int, args: argparse.Namespace, device: torch.device) -> None:
@@ -145,10 +242,11 @@ def report(timings: dict[str, Timing], images: int, args: argparse.Namespace, de
     run = provenance(device)
     rows = []
     for name, timing in timings.items():
-        ratios = {other: timing.speed_of(timings[other]) for other in timings if other != name}
+        ratios = {other: timing.speed_of(timings[other]) for other in list(timings)[:5] if other != name}
         log.info(
-            "%-34s %8.1f ms (%.1f to %.1f) %8.1f images/s;  speed %s", name, 1e3 * timing.median,
+            "%-34s %8.1f ms (%.1f to %.1f) %8.1f images/s%s;  speed %s", name, 1e3 * timing.median,
             1e3 * min(timing.seconds), 1e3 * max(timing.seconds), images / timing.median,
+            "" if math.isnan(timing.peak_mib) else f", {timing.peak_mib:.0f} MiB",
             ", ".join(f"{ratio:.3f} x {other}" for other, ratio in ratios.items()),
         )  # fmt: skip
         rows.append({
@@ -156,6 +254,7 @@ def report(timings: dict[str, Timing], images: int, args: argparse.Namespace, de
             "min_s": f"{min(timing.seconds):.6f}", "max_s": f"{max(timing.seconds):.6f}", "repeats": args.repeats,
             "images_per_second": f"{images / timing.median:.2f}",
             "speed_of_first": f"{timing.speed_of(next(iter(timings.values()))):.4f}",
+            "peak_mib": f"{timing.peak_mib:.0f}",
             "model": args.model, "input_size": args.input_size, "batch_size": args.batch_size, "amp": args.amp,
             "device": run["device"], "threads": run["threads"], "torch": run["versions"]["torch"],
             "commit": run["commit"], "dirty": run["dirty"], "command": run["command"],
@@ -178,6 +277,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch_size", default=16, type=int)
     parser.add_argument("--repeats", default=10, type=int)
     parser.add_argument("--amp", default="bfloat16", choices=list(PRECISIONS), help="precision of the encoder")
+    parser.add_argument("--only", default=None, metavar="CONTESTANT", help="run one contestant alone")
+    parser.add_argument("--peak_memory", action="store_true", help="measure memory on a CPU too")
     parser.add_argument("--compile", action="store_true", help="compile the encoder's blocks")
     parser.add_argument("--sharpen", default=1.0, type=float, help="factor on all attention logits")
     parser.add_argument("--device", default="auto", help="cuda, cpu, or auto: CUDA where there is one")
@@ -192,6 +293,10 @@ def main(args: argparse.Namespace) -> None:
     has_cuda = torch.cuda.is_available()
     device = torch.device(args.device if args.device != "auto" else "cuda" if has_cuda else "cpu")
     report(BENCHMARKS[args.benchmark](args, device), args.batch_size, args, device)
+    if args.only is not None:
+        # not getrusage: it counts what the process that started this one held
+        status = Path("/proc/self/status").read_text()
+        print("peak MiB", int(status.split("VmHWM:")[1].split()[0]) / 2**10)
 
 
 if __name__ == "__main__":

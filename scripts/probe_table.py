@@ -31,11 +31,12 @@ def scores(run: dict, epoch: str = "last") -> dict[str, list[float]]:
     """{head: top-1 of each seed}. ValueError where a head has several blocks or rates: they are not seeds."""
     found: dict[str, dict[tuple, list[float]]] = {}
     for probe in run["probes"].values():
-        found.setdefault(probe["head"], {}).setdefault((probe["block"], probe["blr"]), []).append(probe[epoch]["top1"])
+        setting = probe["block"], probe["blr"], probe.get("optimizer", "lars")
+        found.setdefault(probe["head"], {}).setdefault(setting, []).append(probe[epoch]["top1"])
     for head, settings in found.items():
         if len(settings) > 1:
             raise ValueError(
-                f"{head} was probed at several (block, blr), {list(settings)}: this table averages seeds only"
+                f"{head} was probed at several (block, blr, optimizer): {list(settings)}; this table averages seeds"
             )
     return {head: next(iter(settings.values())) for head, settings in found.items()}
 

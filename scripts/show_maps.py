@@ -54,7 +54,10 @@ def maps_of(backbone: VisionTransformer, bank: ProbeBank, images: Tensor) -> dic
     if not probes:
         raise ValueError("the run has no abmilp probe: its --cls_features must name abmilp")
     M = features[max(bank.blocks)].patches.shape[1]
-    weights = torch.stack([probe.aggregation(features[spec.block]).weights[:, -M:] for spec, probe in probes]).mean(0)
+    weights = torch.stack([  # of several branches, the mean
+        probe.aggregation(features[spec.block]).weights[..., -M:].reshape(len(images), -1, M).mean(1)
+        for spec, probe in probes
+    ]).mean(0)  # fmt: skip
     found["AbMILP"] = weights / weights.sum(1, keepdim=True)
     return found
 

@@ -5,8 +5,9 @@ import torch
 from torch import nn
 
 from abmilp import AbMILP
-from aggregation import AGGREGATIONS, Tokens
+from aggregation import AGGREGATIONS
 from models_vit import Features
+from pooling import Tokens
 from util.pos_embed import sincos_pos_embed
 
 
@@ -19,11 +20,11 @@ def softmax(scores):
     return exponentials / exponentials.sum(1, keepdim=True)
 
 
-@pytest.mark.parametrize("activation", ["relu", "gelu", "tanh"])
+@pytest.mark.parametrize("act", ["relu", "gelu", "tanh"])
 @pytest.mark.parametrize("depth", [1, 2, 4])
-def test_scores_and_weighted_sum_are_the_formulas(depth, activation):
-    pool, x = AbMILP(16, depth=depth, activation=activation).double(), tokens()
-    function = {"relu": torch.relu, "gelu": nn.functional.gelu, "tanh": torch.tanh}[activation]
+def test_scores_and_weighted_sum_are_the_formulas(depth, act):
+    pool, x = AbMILP(16, depth=depth, act=act).double(), tokens()
+    function = {"relu": torch.relu, "gelu": nn.functional.gelu, "tanh": torch.tanh}[act]
     hidden = x
     linears = [layer for layer in pool.score if isinstance(layer, nn.Linear)]
     for layer in linears[:-1]:
@@ -47,7 +48,7 @@ def test_gradient_of_depth_1_is_the_derivative_of_the_softmax():
 
 @pytest.mark.parametrize("mode", ["map", "both"])
 def test_self_attention_has_one_head_and_no_residual(mode):
-    pool, x = AbMILP(16, self_attention=mode).double(), tokens()
+    pool, x = AbMILP(16, sa=mode).double(), tokens()
     q, k, v = (x @ pool.self_attention.qkv.weight.T).split(16, dim=-1)
     mixed = (q @ k.transpose(1, 2) / 16**0.5).softmax(-1) @ v
     mixed = mixed @ pool.self_attention.proj.weight.T + pool.self_attention.proj.bias
@@ -58,7 +59,7 @@ def test_self_attention_has_one_head_and_no_residual(mode):
 
 
 def test_positions_enter_the_scores_only_and_are_never_trained():
-    pool, x = AbMILP(16, condition="pe", grid=(3, 3)).double(), tokens()
+    pool, x = AbMILP(16, cond="pe", grid=(3, 3)).double(), tokens()
     weights = softmax(((x + sincos_pos_embed(16, (3, 3), 0)) @ pool.score[0].weight.T)[..., 0])
     vector, found = pool(x)
     torch.testing.assert_close(found, weights)
@@ -73,7 +74,10 @@ def test_positions_enter_the_scores_only_and_are_never_trained():
         ({"depth": 2}, 591_361),
         ({"depth": 3}, 1_181_953),
         ({"depth": 4}, 1_772_545),
-        ({"self_attention": "both"}, 2_360_833),
+        ({"sa": "both"}, 2_360_833),
+        ({"depth": 2, "act": "gated"}, 2 * 590_592 + 769),
+        ({"depth": 2, "hidden": 128}, 768 * 128 + 128 + 129),
+        ({"branches": 4}, 4 * 769),
     ],
 )
 def test_parameter_counts_are_the_papers(options, parameters):
@@ -85,16 +89,38 @@ def test_depth_zero_is_refused():
         AbMILP(16, depth=0)
 
 
-@pytest.mark.parametrize("name", AGGREGATIONS)
-def test_every_aggregation_gives_its_width_and_weights_that_sum_to_one(name):
-    entry, x = AGGREGATIONS[name], tokens().float()
-    features = Features(cls=x[:, 0], registers=x[:, 1:1], patches=x, cls_attention=None)
-    vector, weights = entry.build(Tokens(16, (3, 3), 1))(features)
-    assert vector.shape == (3, 16 * entry.width)
-    if weights is not None:
-        torch.testing.assert_close(weights.sum(1), torch.ones(3))
-    if entry.needs_cls:
-        assert not torch.equal(vector, entry.build(Tokens(16, (3, 3), 1))(features._replace(cls=x[:, 1])).vector)
+def test_gated_attention_is_the_formula_of_ilse_et_al():
+    pool, x = AbMILP(16, depth=2, act="gated", hidden=6).double(), tokens()
+    gate, last = pool.score
+    hidden = torch.tanh(x @ gate.V.weight.T + gate.V.bias) * torch.sigmoid(x @ gate.U.weight.T + gate.U.bias)
+    weights = softmax((hidden @ last.weight.T)[..., 0])
+    vector, found = pool(x)
+    torch.testing.assert_close(found, weights)
+    torch.testing.assert_close(vector, (weights[..., None] * x).sum(1))
+
+
+def test_branches_are_abmilps_side_by_side():
+    pool, x = AbMILP(16, branches=3).double(), tokens()
+    vector, weights = pool(x)
+    assert weights.shape == (3, 3, 9)
+    for i in range(3):
+        one = AbMILP(16).double()
+        one.score[0].load_state_dict({key: value[i : i + 1] for key, value in pool.score[0].state_dict().items()})
+        torch.testing.assert_close(vector[:, 16 * i : 16 * i + 16], one(x).vector)
+        torch.testing.assert_close(weights[:, i], one(x).weights)
+
+
+def test_residual_self_attention_is_unscaled_and_starts_as_nothing():
+    pool, x = AbMILP(16, depth=2, act="tanh", sa="residual").double(), tokens()
+    plain = AbMILP(16, depth=2, act="tanh").double()
+    plain.score.load_state_dict(pool.score.state_dict())
+    torch.testing.assert_close(pool(x), plain(x))
+    attention = pool.self_attention
+    attention.gamma.data.fill_(0.7)
+    q, k, v = (x @ layer.weight.T + layer.bias for layer in (attention.query, attention.key, attention.value))
+    assert q.shape == k.shape == (3, 9, 2)
+    mixed = x + 0.7 * (q @ k.transpose(1, 2)).softmax(-1) @ v
+    torch.testing.assert_close(pool(x), plain(mixed))
 
 
 def test_content_all_pools_every_token_in_order():

@@ -68,6 +68,24 @@ def test_a_restored_optimizer_continues_to_the_bit():
     assert second.equal(whole)
 
 
+@pytest.mark.parametrize(("momentum", "weight_decay"), [(0.0, 0.0), (0.9, 0.1)])
+def test_a_group_without_trust_coefficient_is_torchs_sgd_beside_one_of_lars(momentum, weight_decay):
+    def train(make):
+        torch.manual_seed(0)
+        parameters = [torch.nn.Parameter(torch.randn(4, 3)), torch.nn.Parameter(torch.randn(3))]
+        optimizer = make(parameters)
+        for _ in range(5):
+            for parameter in parameters:
+                parameter.grad = torch.randn_like(parameter)
+            optimizer.step()
+        return parameters
+
+    options = {"lr": 0.3, "momentum": momentum, "weight_decay": weight_decay}
+    beside = {"params": [torch.nn.Parameter(torch.ones(2, 2))], "lr": 6.4}
+    ours = train(lambda parameters: LARS([beside, {"params": parameters, "trust_coefficient": None, **options}]))
+    torch.testing.assert_close(ours, train(lambda parameters: torch.optim.SGD(parameters, **options)))
+
+
 def test_a_parameter_without_gradient_stays():
     w = torch.nn.Parameter(torch.ones(2, 2))
     LARS([w], lr=1.0, weight_decay=0.1).step()

@@ -119,9 +119,9 @@ def test_saved_arguments_replay_the_run(command, tmp_path):
 def test_diverged_probe_is_reported_and_its_neighbour_goes_on(command, tmp_path, capsys):
     recipe = ["--blr", "20", "3e39", "--optimizer", "sgd", "--momentum", "0.9", "--epochs", "2"]
     probes = run([*command, *recipe])["probes"]
-    healthy, lost = probes["cls/block5/blr20.0/seed0"], probes["cls/block5/blr3e+39/seed0"]
+    healthy, lost = probes["cls/block5/sgd/blr20.0/seed0"], probes["cls/block5/sgd/blr3e+39/seed0"]
     assert healthy["diverged_at"] is None and lost["diverged_at"] == {"epoch": 0, "step": 2}
-    assert "cls/block5/blr3e+39/seed0 diverged in epoch 0, step 2" in capsys.readouterr().out
+    assert "cls/block5/sgd/blr3e+39/seed0 diverged in epoch 0, step 2" in capsys.readouterr().out
     for state in states(tmp_path / "run", epoch=1)["probes"].values():
         assert all(value.isfinite().all() for value in state.values())
 
@@ -142,6 +142,13 @@ def test_a_finished_run_is_not_written_over(command):
         (["--finetune", "nothing.pth"], "--finetune nothing.pth: no such file"),
         (["--return_block", "6"], "block 6 does not exist: this encoder has blocks 0 to 5"),
         (["--cls_features", "mean"], "unknown --cls_features 'mean'"),
+        (["--cls_features", "abmilp:depth=0"], "--cls_features abmilp:depth=0: depth=0: write a number from 1 on"),
+        (["--cls_features", "cls", "cls"], "asked for twice: cls/block5/blr20.0/seed0"),
+        (["--cls_features", "abmilp", "--abmilp_branches", "0"], "--abmilp_branches 0: write a number from 1 on"),
+        (
+            ["--cls_features", "dino", "--oracle", "", "--oracle_model", "vit_tiny_patch16"],
+            "its patches have 16 pixels",
+        ),
         (
             ["--no_cls_token", "--finetune", "", "--cls_features", "cls"],
             "this encoder has no [cls] token; probe pos or",
@@ -164,6 +171,42 @@ def test_a_mistake_is_one_line_and_exit_code_2(command, mistake, message, capsys
     assert not (tmp_path / "run" / "args.json").exists()
 
 
+def test_the_bank_is_the_product_of_what_several_flags_say(command, tmp_path):
+    results = run([
+        *command, "--cls_features", "cls", "abmilp:depth=2,act=tanh", "ap4", "attn-lcte", "ca2", "--epochs", "1",
+        "--warmup_epochs", "0", "--return_block", "0", "5", "--optimizer", "lars", "sgd", "--blr", "0.1", "2",
+        "--seeds", "0", "1", "--abmilp_content", "all",
+    ])  # fmt: skip
+    heads = ["cls", "abmilp:depth=2,act=tanh,content=all", "ap4", "attn-lcte", "ca2"]
+    assert list(results["probes"]) == [
+        f"{head}/block{block}/{optimizer}blr{blr}/seed{seed}"
+        for head in heads for block in (0, 5) for optimizer in ("", "sgd/") for blr in (0.1, 2.0) for seed in (0, 1)
+    ]  # fmt: skip
+    lost = [name for name, probe in results["probes"].items() if probe["last"]["loss"] is None]
+    assert not lost
+    state = states(tmp_path / "run", 0)["optimizer"]
+    assert {(group["trust_coefficient"], group["momentum"]) for group in state["param_groups"]} == {
+        (1e-3, 0.9), (None, 0.0)
+    }  # fmt: skip
+
+
+def test_a_rate_that_is_given_is_the_probes_name(command):
+    (name,) = run([*command, "--epochs", "1", "--warmup_epochs", "0", "--lr", "0.3"])["probes"]
+    assert name == "cls/block5/lr0.3/seed0"
+
+
+def test_an_oracle_is_read_for_the_head_that_asks_for_it_alone(command, weights, tmp_path):
+    missing = [*command, "--oracle", "nowhere.pth", "--epochs", "1", "--warmup_epochs", "0"]
+    assert run(missing)["oracle"] is None
+    command[command.index("--output_dir") + 1] = str(tmp_path / "oracle")
+    own = ["--cls_features", "dino", "attn-mn", "--oracle", str(weights), "--oracle_model", "vit_demo_patch8"]
+    results = run([*command, *own])
+    assert results["oracle"]["sha256"] == results["encoder"]["sha256"]
+    assert min(probe["last"]["top1"] for probe in results["probes"].values()) > 70
+    with pytest.raises(ValueError, match=r"--oracle: --finetune nowhere\.pth: no such file"):
+        run([*missing, "--cls_features", "dino", "--output_dir", str(tmp_path / "lost")])
+
+
 def test_beyond_cls_command_means_the_papers_probe():
     """The command of the published README, but for the torchrun in front."""
     args = parse(main_linprobe.get_args_parser(), shlex.split(
@@ -175,7 +218,9 @@ def test_beyond_cls_command_means_the_papers_probe():
     main_linprobe.settle(args)
     (spec,) = main_linprobe.probe_specs(args, build_vit("vit_base_patch16"))
     assert (spec.head, spec.block, spec.blr) == ("abmilp", 11, 0.1)
-    assert not args.final_norm and args.init == "default" and args.momentum == 0.9 and args.warmup_epochs == 10
+    assert not args.final_norm and args.init == "default" and args.warmup_epochs == 10
+    optimizer = main_linprobe.build_optimizer(args, [spec], [{"params": [torch.zeros(1)]}])
+    assert (spec.optimizer, optimizer.param_groups[0]["momentum"]) == ("lars", 0.9)
 
 
 def test_mae_command_means_maes_probe():
@@ -189,7 +234,7 @@ def test_mae_command_means_maes_probe():
     main_linprobe.settle(args)
     assert (launcher.nodes, submitit_linprobe.gpus_per_node(launcher)) == (4, 8)
     assert args.cls_features == ["cls"] and args.final_norm and args.init == "trunc_normal"
-    assert (args.batch_size, args.epochs, args.blr, args.optimizer) == (512, 90, [0.1], "lars")
+    assert (args.batch_size, args.epochs, args.blr, args.optimizer) == (512, 90, [0.1], ["lars"])
 
 
 def test_launched_job_continues_the_run_on_two_processes(command, tmp_path):

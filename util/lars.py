@@ -1,4 +1,4 @@
-"""LARS as in the linear probes of MoCo v3 and MAE."""
+"""LARS as in the linear probes of MoCo v3 and MAE, and SGD with momentum by the same rule."""
 
 from collections.abc import Callable, Iterable
 
@@ -14,6 +14,8 @@ class LARS(torch.optim.Optimizer):
       always:                            u <- momentum u + g,  w <- w - lr u
     So biases and other vectors get plain momentum steps, and matrices are scaled at weight decay 0 too. (Libraries
     differ: several skip the scaling without weight decay, or scale vectors as well.)
+    A group whose trust_coefficient is None is trained by SGD with momentum instead, torch.optim.SGD's: nothing is
+    scaled, and vectors decay like matrices.
     Source: You et al., "Large batch training of convolutional networks", 2017; paper, B.2.
     """
 
@@ -23,7 +25,7 @@ class LARS(torch.optim.Optimizer):
         lr: float = 0.0,
         weight_decay: float = 0.0,
         momentum: float = 0.9,
-        trust_coefficient: float = 1e-3,  # You et al.; MoCo v3 and MAE use the same
+        trust_coefficient: float | None = 1e-3,  # You et al.; MoCo v3 and MAE use the same
     ):
         super().__init__(params, {
             "lr": lr, "weight_decay": weight_decay, "momentum": momentum, "trust_coefficient": trust_coefficient,
@@ -36,20 +38,24 @@ class LARS(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
+            trust, momentum, decay = group["trust_coefficient"], group["momentum"], group["weight_decay"]
             for w in group["params"]:
                 if w.grad is None:
                     continue
-                g = w.grad
-                if w.ndim > 1:
-                    g = g.add(w, alpha=group["weight_decay"])
+                g, ratio = w.grad, None
+                if decay and (w.ndim > 1 or trust is None):
+                    g = g.add(w, alpha=decay)
+                if w.ndim > 1 and trust is not None:
                     w_norm, g_norm = w.norm(), g.norm()
-                    ratio = group["trust_coefficient"] * w_norm / g_norm
                     # chosen on the device: reading the norms would stop the GPU once per tensor
-                    g = g * torch.where((w_norm > 0) & (g_norm > 0), ratio, torch.ones_like(ratio))
-                state = self.state[w]
-                if "momentum_buffer" not in state:
-                    state["momentum_buffer"] = torch.zeros_like(w)
-                u = state["momentum_buffer"]
-                u.mul_(group["momentum"]).add_(g)
-                w.sub_(u, alpha=group["lr"])
+                    ratio = torch.where((w_norm > 0) & (g_norm > 0), trust * w_norm / g_norm, torch.ones_like(w_norm))
+                if momentum:
+                    state = self.state[w]
+                    if "momentum_buffer" not in state:
+                        state["momentum_buffer"] = torch.zeros_like(w)
+                    u = state["momentum_buffer"].mul_(momentum)
+                    u = u.add_(g) if ratio is None else u.addcmul_(g, ratio)
+                else:
+                    u = g if ratio is None else g * ratio
+                w.add_(u, alpha=-group["lr"])  # the bits of sub_, which took half of the step on a CPU
         return loss

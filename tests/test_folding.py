@@ -1,0 +1,169 @@
+"""A bank computed together is its probes one by one: numbers, gradients, training, neighbours that diverge."""
+
+import copy
+import functools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from aggregation import AGGREGATIONS, parse_head
+from folding import pool_together
+from models_vit import Features, VisionTransformer
+from pooling import NORM_EPS, Tokens, select
+from probes import ProbeBank, ProbeSpec
+from util.lars import LARS
+
+TINY = {"img_size": 24, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2, "reg_tokens": 1}
+FOLDING = ["abmilp", "ap1", "ap4", "ap3", "ep8", "abmilp:branches=3", "abmilp:cond=pe", "ep2:shrink=2"]
+WORDS = [*FOLDING, *(f"{word}{',' if ':' in word else ':'}content=all" for word in FOLDING)]
+MIXED = [
+    "cls", "pos", "both", "attn-mn", "attn-lcte", "ca2", "cp1", "dino", "abmilp", "ap1", "ap4", "ep8",
+    "abmilp:content=all", "ap4:content=all", "abmilp:depth=2,act=tanh", "abmilp:sa=both",
+]  # fmt: skip
+
+
+def build(word, dtype=torch.float64):
+    torch.manual_seed(len(word))
+    name, options = parse_head(word, {})
+    head = AGGREGATIONS[name].build(Tokens(16, (3, 3), 2), **dict(options)).to(dtype)
+    for parameter in head.parameters():
+        parameter.data += 0.5 * torch.randn_like(parameter)
+    return head
+
+
+def make_features(generator, B=32, dtype=torch.float32):
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    rows = {i: normal(B, 2, 9).softmax(-1) for i in range(-1, 9)}
+    return Features(normal(B, 16), normal(B, 1, 16), 3 * normal(B, 9, 16) + 1, rows[-1], rows, rows[0].mean(1))
+
+
+def together(heads, features, coefficients):
+    """Vectors and gradients of heads that fold, by pool_together in groups as in a bank."""
+    vectors = {}
+    for content in ("patch", "all"):
+        for normalised in (False, True):
+            group = [w for w, head in heads.items() if (head.content, head.pool.normalised) == (content, normalised)]
+            pools = [heads[word].pool for word in group]
+            vectors |= dict(zip(group, pool_together(pools, select(features, content), normalised), strict=True))
+    return {word: gradients(heads[word], vectors[word], coefficients[word]) for word in heads}
+
+
+def gradients(head, vector, coefficient):
+    """The vector, then each parameter's gradient; zero where the vector does not depend on it."""
+    total, parameters = (vector * coefficient.to(vector.dtype)).sum(), list(head.parameters())
+    found = torch.autograd.grad(total, parameters, retain_graph=True, materialize_grads=True)
+    return [vector.detach(), *found]
+
+
+def test_folded_poolings_and_their_gradients_are_those_of_the_definitions():
+    """In float64 to a few units in the last place; in float32 as near to float64 as the definition, within 1e-6."""
+    heads = {word: build(word) for word in WORDS}
+    f = make_features(torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert all(head.pool.folds for head in heads.values())
+    coefficients = {word: torch.randn(32, head.width, dtype=torch.float64) for word, head in heads.items()}
+    exact = {word: gradients(head, head(f).vector, coefficients[word]) for word, head in heads.items()}
+    # of a head, as gradients that cancel to zero keep the rounding of their terms
+    scale = {word: max(t.abs().max() for t in tensors) for word, tensors in exact.items()}
+    for word, found in together(heads, f, coefficients).items():
+        for ours, definition in zip(found, exact[word], strict=True):
+            assert (ours - definition).abs().max() < 5e-15 * scale[word], word
+    single = Features(*(None if t is None else t.float() for t in f[:4]))
+    floats = {word: copy.deepcopy(head).float() for word, head in heads.items()}
+    folded = together(floats, single, coefficients)
+    for word, head in floats.items():
+        plain = gradients(head, head(single).vector, coefficients[word])
+        for ours, naive, truth in zip(folded[word], plain, exact[word], strict=True):
+            error, usual = ((t.double() - truth).abs().max() for t in (ours, naive))
+            assert error <= 2 * usual + 1e-6 * scale[word], word
+
+
+@pytest.fixture(scope="module")
+def backbone():
+    torch.manual_seed(0)
+    return VisionTransformer(**TINY).eval().requires_grad_(False)
+
+
+def specs_of(words, seed=0, optimizer="lars"):
+    specs = []
+    for word in words:
+        name, options = parse_head(word, {})
+        specs.append(ProbeSpec(name, 1, 0.1, seed, options, optimizer))
+    return specs
+
+
+@functools.cache
+def batches(dtype):
+    """Features and labels of 100 steps."""
+    generator = torch.Generator().manual_seed(1)
+    return [(make_features(generator, dtype=dtype), torch.randint(5, (32,), generator=generator)) for _ in range(100)]
+
+
+def train(specs, backbone, rates, dtype=torch.float32, steps=100, spoil=None, folded=True):
+    """The bank after `steps` optimizer steps; spoil: (spec, step) whose probe gets NaN for weights at that step.
+
+    folded: computed together, else each probe by its own definition.
+    """
+    bank = ProbeBank(specs, backbone, (3, 3), 5).to(dtype)
+    groups = bank.parameter_groups(rates)
+    for spec, group in zip(specs, groups, strict=True):
+        group["trust_coefficient"] = 1e-3 if spec.optimizer == "lars" else None
+    optimizer = LARS(groups)
+    for step, (features, labels) in enumerate(batches(dtype)[:steps]):
+        logits = bank({1: features}) if folded else [probe(features) for probe in bank.probes]
+        torch.stack([F.cross_entropy(one, labels) for one in logits]).sum().backward()
+        bank.commit_statistics()
+        optimizer.step()
+        optimizer.zero_grad()
+        if spoil is not None and step == spoil[1]:
+            for parameter in bank.probes[specs.index(spoil[0])].parameters():
+                parameter.data.fill_(float("nan"))
+    return bank
+
+
+def distance(state, truth):
+    return max(((state[key].double() - truth[key]).abs().max() / (1 + truth[key].abs().max())).item() for key in truth)
+
+
+def test_each_probe_of_a_mixed_bank_ends_where_it_ends_alone(backbone):
+    """After 100 steps, by its own definition, within what float32 costs it there against float64."""
+    specs = [*specs_of(MIXED), *specs_of(["cls", "ap4"], seed=1), *specs_of(["cls", "abmilp", "ap1"], optimizer="sgd")]
+    rates = [2.0 if spec.optimizer == "lars" else 0.02 for spec in specs]
+    bank = train(specs, backbone, rates).probe_states()
+    exact = train(specs, backbone, rates, torch.float64, folded=False).probe_states()
+    for spec, rate in zip(specs, rates, strict=True):
+        alone = train([spec], backbone, [rate], folded=False).probe_states()[spec.name]
+        alone = {key: value.double() for key, value in alone.items()}
+        usual = distance(alone, exact[spec.name])
+        assert usual < 1e-2
+        assert distance(bank[spec.name], alone) <= 3 * usual + 1e-6, spec
+
+
+def test_modules_alone_and_the_bank_score_alike(backbone):
+    bank = train(specs_of(MIXED), backbone, [2.0] * len(MIXED), steps=3).eval()
+    features = make_features(torch.Generator().manual_seed(5))
+    for probe, logits in zip(bank.probes, bank({1: features}), strict=True):
+        torch.testing.assert_close(logits, probe(features), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("lost", ["abmilp", "ap1", "ap4:content=all", "cls", "abmilp:sa=both"])
+def test_a_neighbour_that_turns_to_nan_changes_no_bit_of_the_others(backbone, lost):
+    specs = specs_of(MIXED)
+    spoiled = specs[MIXED.index(lost)]
+    healthy = train(specs, backbone, [2.0] * len(specs), steps=8).probe_states()
+    beside = train(specs, backbone, [2.0] * len(specs), steps=8, spoil=(spoiled, 3)).probe_states()
+    assert beside[spoiled.name]["classifier.weight"].isnan().any()
+    for name in healthy.keys() - {spoiled.name}:
+        assert all(torch.equal(healthy[name][key], beside[name][key]) for key in healthy[name]), name
+
+
+def test_poolings_without_parameters_are_computed_once_for_all_seeds_and_rates(backbone):
+    specs = [ProbeSpec(name, 1, rate, seed) for name in ("cls", "pos") for rate in (0.1, 0.2) for seed in (0, 1)]
+    bank = ProbeBank([*specs, *specs_of(["abmilp"])], backbone, (3, 3), 5)
+    assert len(bank.pool({1: make_features(torch.Generator().manual_seed(0))})) == 3
+
+
+def test_tokens_are_normalised_as_the_definitions_layer_norms_do():
+    assert {norm.eps for norm in build("ap4").pool.modules() if isinstance(norm, torch.nn.LayerNorm)} == {NORM_EPS}
