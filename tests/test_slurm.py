@@ -64,7 +64,7 @@ def whole(slurm, command, tmp_path_factory):
 
 def call(slurm, *words, check=True):
     done = subprocess.run(
-        list(map(str, words)), cwd=ROOT, env=slurm, capture_output=True, text=True, timeout=120, check=False
+        list(map(str, words)), cwd=ROOT, env=slurm, capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0 or not check, done.stdout + done.stderr
     return done
@@ -82,7 +82,7 @@ def shown(slurm, job, field):
     return re.search(rf"\b{field}=(\S+)", call(slurm, "scontrol", "show", "job", job).stdout)[1]
 
 
-def until(condition, log, seconds=90):
+def until(condition, log, seconds=240):
     end = time.monotonic() + seconds
     while not condition():
         text = log.read_text() if log.exists() else "no log"
