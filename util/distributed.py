@@ -74,12 +74,14 @@ def distributed(device: str, dist_url: str = "env://") -> Iterator[World]:
         target = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
         torch.cuda.set_device(target)
     global _control
-    dist.init_process_group(
-        "nccl" if use_cuda else "gloo", init_method=dist_url, rank=rank, world_size=size, timeout=timedelta(minutes=30)
-    )
-    # words between the processes go from CPU to CPU: reading them from a GPU would stop it
-    _control = dist.new_group(backend="gloo") if use_cuda else None
     try:
+        store, rank, size = next(dist.rendezvous(dist_url, rank, size, timeout=timedelta(minutes=30)))
+        # torchrun may keep its store when it restarts a run, with the addresses of processes that are gone
+        store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        backend, timeout = "nccl" if use_cuda else "gloo", timedelta(minutes=30)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+        # words between the processes go from CPU to CPU: reading them from a GPU would stop it
+        _control = dist.new_group(backend="gloo") if use_cuda else None
         yield World(rank, size, target)
     except RuntimeError as error:
         if not _peer_is_gone(error):

@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,7 @@ class RunFolder:
         if self.path is not None:
             remove_leftovers(self.path, FILES)
             with self._writing("--log_dir", self.log_dir):
+                wait_for_a_later_name(self.log_dir)
                 self.board = SummaryWriter(log_dir=str(self.log_dir), purge_step=purge_step)
 
     def write(self, name: str, value: Any) -> None:
@@ -226,6 +228,15 @@ class RunFolder:
                     f"--output_dir {self.read_path} already holds a run ({trace.name}): continue it with "
                     "--resume auto, or name another folder"
                 )
+
+
+def wait_for_a_later_name(log_dir: Path) -> None:
+    """TensorBoard reads its files in the order of their names, which begin with the second of their start: a run that
+    is resumed within a second would come before what it continues."""
+    seconds = [path.name.split(".")[3] for path in log_dir.glob("events.out.tfevents.*")]
+    ahead = max((int(second) + 1 for second in seconds if second.isdecimal()), default=0) - time.time()
+    if 0 < ahead <= 1:
+        time.sleep(ahead)
 
 
 class AnotherRun(ValueError):
