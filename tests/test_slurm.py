@@ -130,8 +130,11 @@ def test_a_timeout_and_a_preemption_with_grace_requeue_the_job_themselves(slurm,
         """SLURM looks every 30 seconds; the run stands still meanwhile, or it would be over."""
         call(slurm, "scancel", "--signal", "STOP", job)
         call(slurm, "scontrol", "update", f"JobId={job}", "TimeLimit=1")
-        time.sleep(35)
-        call(slurm, "scancel", "--signal", "CONT", job)
+        end = time.monotonic() + 35
+        while time.monotonic() < end and shown(slurm, job, "Restarts") == "0":
+            time.sleep(0.5)
+        if shown(slurm, job, "Restarts") == "0":
+            call(slurm, "scancel", "--signal", "CONT", job, check=False)
 
     interrupt(slurm, job, folder, time_out)
     call(slurm, "scontrol", "update", f"JobId={job}", "TimeLimit=60")

@@ -63,6 +63,8 @@ class Task:
             if (self.restarted or int(os.environ.get("SLURM_RESTART_COUNT", 0))) and not is_resumable(parser):
                 _forget_beginnings(args.output_dir, job)
             run_main(module.main, args)
+            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+                signal.signal(number, signal.SIG_IGN)  # nothing is left to stop, and Python's end would be a failure
         except SystemExit as end:
             if isinstance(end.__cause__, signals.Stopped):
                 come_back(job, end.__cause__)
@@ -110,7 +112,8 @@ def come_back(job: submitit.JobEnvironment, stop: signals.Stopped) -> NoReturn:
     try:
         signal.raise_signal(getattr(signal, f"SIG{job.USR_SIG}"))  # submitit's handler: checkpoint, requeue, exit
     except (subprocess.SubprocessError, OSError) as error:
-        _leave(job, f"cannot go back into the queue ({error}): submit it again to go on")
+        if state_of(job.job_id) == "RUNNING":  # else it is there, and scontrol was ended together with the job
+            _leave(job, f"cannot go back into the queue ({error}): submit it again to go on")
     _leave(job)
 
 
