@@ -34,8 +34,9 @@ from util.arguments import Parser, check_resumed, parse, run_main
 from util.catalogue import CATALOGUE, fetch_weights
 from util.checkpoints import known_family
 from util.datasets import DATASETS
-from util.jobs import GONE, Task, is_resumable, state_of, take_snapshot
+from util.jobs import GONE, Task, is_resumable, state_of
 from util.run_folder import ROOT, AnotherRun, RunFolder
+from util.snapshot import take_snapshot
 
 PROGRAMS = sorted(path.stem for path in ROOT.glob("main_*.py"))
 WARNING = 120  # seconds between SLURM's signal and the end of a job's time

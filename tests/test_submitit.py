@@ -3,13 +3,14 @@
 import json
 import signal
 import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
 import submitit
 
 import submitit_linprobe as launcher
-from util import jobs, signals
+from util import jobs, run_folder, signals, snapshot
 from util.distributed import rendezvous_port, slurm_rendezvous
 from util.run_folder import RunFolder
 from util.signals import EXIT_STOPPED
@@ -127,19 +128,19 @@ def test_a_snapshot_is_the_code_as_it_is_now_and_is_made_once(tmp_path, monkeypa
         subprocess.run([*git, *command], check=True)
     (root / "main_a.py").write_text("changed since")
     (root / "util" / "new.py").write_text("git does not know it")
-    for module in ("util.jobs.ROOT", "util.run_folder.ROOT"):
+    for module in ("util.snapshot.ROOT", "util.run_folder.ROOT"):
         monkeypatch.setattr(module, root)
-    copy = jobs.take_snapshot(tmp_path / "code")
+    copy = snapshot.take_snapshot(tmp_path / "code")
     found = {str(path.relative_to(copy)) for path in copy.rglob("*") if path.is_file()}
     assert found == {"main_a.py", "util/b.py", "util/new.py", "snapshot.json"}
     assert (copy / "main_a.py").read_text() == "changed since"
     record = json.loads((copy / "snapshot.json").read_text())
     assert record["dirty"] is True and len(record["commit"]) == 40
-    assert jobs.take_snapshot(tmp_path / "code") == copy
+    assert snapshot.take_snapshot(tmp_path / "code") == copy
     (root / "main_a.py").write_text("changed again")
-    assert jobs.take_snapshot(tmp_path / "code") != copy and (copy / "main_a.py").read_text() == "changed since"
+    assert snapshot.take_snapshot(tmp_path / "code") != copy and (copy / "main_a.py").read_text() == "changed since"
     monkeypatch.setattr("util.run_folder.ROOT", copy)
-    assert jobs.code_version() == record  # what a run from the copy says of itself
+    assert run_folder.code_version() == record  # what a run from the copy says of itself
 
 
 # ---- processes
@@ -173,6 +174,11 @@ def test_processes_of_srun_find_each_other():
 )
 def test_one_process_in_an_allocation_waits_for_no_others(environment):
     assert slurm_rendezvous(environment) == {}
+
+
+def test_the_task_is_read_before_signals_are_taken_so_it_imports_little():
+    code = "import sys, util.jobs; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=run_folder.ROOT, check=False).returncode == 0
 
 
 # ---- the end of a job
