@@ -30,12 +30,14 @@ import torch
 from submitit.core.utils import FailedJobError, pickle_load
 
 from models_vit import architecture
+from util import signals
 from util.arguments import Parser, check_resumed, parse, run_main
 from util.catalogue import CATALOGUE, fetch_weights
 from util.checkpoints import known_family
 from util.datasets import DATASETS
-from util.jobs import GONE, Task, is_resumable, state_of, take_snapshot
+from util.jobs import GONE, Task, is_resumable, state_of
 from util.run_folder import ROOT, AnotherRun, RunFolder
+from util.snapshot import take_snapshot
 
 PROGRAMS = sorted(path.stem for path in ROOT.glob("main_*.py"))
 WARNING = 120  # seconds between SLURM's signal and the end of a job's time
@@ -305,7 +307,12 @@ def wait(jobs: list[submitit.Job]) -> bool:
                     print(failure(job), file=sys.stderr)
         if ENDED.issuperset(states.values()):
             return set(states.values()) == {"COMPLETED"}
-        time.sleep(pause)
+        try:
+            time.sleep(pause)
+        except signals.Stopped as stop:
+            if isinstance(jobs[0], submitit.SlurmJob):
+                stop.told = "the jobs go on"
+            raise
         pause = min(1.2 * pause, 30 if isinstance(jobs[0], submitit.SlurmJob) else 1)
 
 

@@ -64,7 +64,7 @@ def whole(slurm, command, tmp_path_factory):
 
 def call(slurm, *words, check=True):
     done = subprocess.run(
-        list(map(str, words)), cwd=ROOT, env=slurm, capture_output=True, text=True, timeout=120, check=False
+        list(map(str, words)), cwd=ROOT, env=slurm, capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0 or not check, done.stdout + done.stderr
     return done
@@ -82,7 +82,7 @@ def shown(slurm, job, field):
     return re.search(rf"\b{field}=(\S+)", call(slurm, "scontrol", "show", "job", job).stdout)[1]
 
 
-def until(condition, log, seconds=90):
+def until(condition, log, seconds=240):
     end = time.monotonic() + seconds
     while not condition():
         text = log.read_text() if log.exists() else "no log"
@@ -130,8 +130,11 @@ def test_a_timeout_and_a_preemption_with_grace_requeue_the_job_themselves(slurm,
         """SLURM looks every 30 seconds; the run stands still meanwhile, or it would be over."""
         call(slurm, "scancel", "--signal", "STOP", job)
         call(slurm, "scontrol", "update", f"JobId={job}", "TimeLimit=1")
-        time.sleep(35)
-        call(slurm, "scancel", "--signal", "CONT", job)
+        end = time.monotonic() + 35
+        while time.monotonic() < end and shown(slurm, job, "Restarts") == "0":
+            time.sleep(0.5)
+        if shown(slurm, job, "Restarts") == "0":
+            call(slurm, "scancel", "--signal", "CONT", job, check=False)
 
     interrupt(slurm, job, folder, time_out)
     call(slurm, "scontrol", "update", f"JobId={job}", "TimeLimit=60")

@@ -1,15 +1,14 @@
-"""A job: what each of its processes runs, the copy of the code that it runs, and how it comes back after a stop."""
+"""A job: what each of its processes runs, and how it comes back after a stop.
+
+Little is imported here: submitit takes no signals before it has read the Task, and they would end the job.
+"""
 
 import dataclasses
-import hashlib
 import importlib
-import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from types import TracebackType
@@ -20,10 +19,6 @@ from submitit.core.utils import JobPaths
 from submitit.helpers import DelayedSubmission
 
 from util import signals
-from util.arguments import parse, run_main
-from util.distributed import rendezvous_port
-from util.files import to_json
-from util.run_folder import ROOT, SNAPSHOT_RECORD, code_version, git
 
 GONE = "GONE"  # from the queue
 REQUEUE_WAIT = 60  # seconds that processes leave their first one to put the job back, which ends them
@@ -47,6 +42,9 @@ class Task:
         return DelayedSubmission(dataclasses.replace(self, restarted=True))
 
     def __call__(self) -> None:
+        from util.arguments import parse, run_main
+        from util.distributed import rendezvous_port
+
         job = submitit.JobEnvironment()
         job.paths.result_pickle.unlink(missing_ok=True)  # of an earlier start
         if job.name() == "local" and job.num_tasks > 1:  # on SLURM, util.distributed knows
@@ -63,6 +61,8 @@ class Task:
             if (self.restarted or int(os.environ.get("SLURM_RESTART_COUNT", 0))) and not is_resumable(parser):
                 _forget_beginnings(args.output_dir, job)
             run_main(module.main, args)
+            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+                signal.signal(number, signal.SIG_IGN)  # nothing is left to stop, and Python's end would be a failure
         except SystemExit as end:
             if isinstance(end.__cause__, signals.Stopped):
                 come_back(job, end.__cause__)
@@ -110,7 +110,8 @@ def come_back(job: submitit.JobEnvironment, stop: signals.Stopped) -> NoReturn:
     try:
         signal.raise_signal(getattr(signal, f"SIG{job.USR_SIG}"))  # submitit's handler: checkpoint, requeue, exit
     except (subprocess.SubprocessError, OSError) as error:
-        _leave(job, f"cannot go back into the queue ({error}): submit it again to go on")
+        if state_of(job.job_id) == "RUNNING":  # else it is there, and scontrol was ended together with the job
+            _leave(job, f"cannot go back into the queue ({error}): submit it again to go on")
     _leave(job)
 
 
@@ -138,40 +139,3 @@ def _a_process_failed(job: submitit.JobEnvironment) -> bool:
     folder = os.environ["SUBMITIT_FOLDER"]
     ranks = range(job.num_tasks)
     return any(JobPaths(folder, job_id=job.job_id, task_id=rank).result_pickle.exists() for rank in ranks)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# snapshot
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def code_files() -> list[Path]:
-    """The modules that programs are made of, relative to the root: those that git knows, and new ones beside them."""
-    # not whatever git does not know: run folders, with older copies, may lie here too
-    new = {path.relative_to(ROOT) for pattern in ("*.py", "util/*.py") for path in ROOT.glob(pattern)}
-    known = git("ls-files", "-z", "*.py", ":!tests") or ""
-    return sorted(new | {Path(name) for name in known.split("\0") if name and (ROOT / name).is_file()})
-
-
-def take_snapshot(folder: Path, write: bool = True) -> Path:
-    """Copy the code that runs now into folder/<digest of its content>, where it is not there yet; that path.
-
-    Committed modules and what was changed in them since; no data, no results, no history.
-    """
-    contents = {str(path): (ROOT / path).read_bytes() for path in code_files()}
-    contents[SNAPSHOT_RECORD] = to_json(code_version()).encode()
-    digest = hashlib.sha256(json.dumps([(n, hashlib.sha256(c).hexdigest()) for n, c in contents.items()]).encode())
-    target = folder / digest.hexdigest()[:12]
-    if write and not target.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=".code-", dir=folder))
-        for name, content in contents.items():
-            path = temporary / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content)
-        temporary.chmod(0o755)
-        try:
-            temporary.rename(target)
-        except OSError:  # another submission was faster
-            shutil.rmtree(temporary)
-    return target
