@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from miniatures import make_coco
 from PIL import Image
 
 import main_linprobe
@@ -17,6 +18,7 @@ import submitit_linprobe
 from models_vit import build_vit
 from util.arguments import parse, run_main
 from util.checkpoints import save_encoder
+from util.datasets import DATASETS
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -252,3 +254,32 @@ def test_launched_job_continues_the_run_on_two_processes(command, tmp_path):
     assert resumed["processes"] == 2
     for name, probe in whole["probes"].items():
         assert resumed["probes"][name]["last"]["top1"] == probe["last"]["top1"]
+
+
+def test_images_of_several_labels_are_scored_by_mean_average_precision(weights, tmp_path, monkeypatch):
+    images = tmp_path / "coco"
+    make_coco(images)
+    monkeypatch.setitem(DATASETS, "coco", DATASETS["coco"]._replace(classes=3))
+    argv = [
+        "--model", "vit_demo_patch8", "--finetune", str(weights), "--data_path", str(images), "--dataset", "coco",
+        "--allow_subset", "--input_size", "32", "--amp", "float32", "--device", "cpu", "--num_workers", "0",
+        "--batch_size", "2", "--epochs", "2", "--warmup_epochs", "0", "--output_dir", str(tmp_path / "run"),
+    ]  # fmt: skip
+    results = run(argv)
+    (probe,) = results["probes"].values()
+    assert results["classes"] == 3 and probe["last"]["classes"] == 1
+    assert {"map", "any_match", "label_accuracy", "loss", "n", "classes"} <= probe["last"].keys()
+    assert probe["last"]["loss"] == pytest.approx(0.69, abs=0.3)  # a new classifier's binary cross-entropy is near ln 2
+
+
+def test_damaged_images_are_left_out_of_the_score_where_that_is_asked_for(command, data, tmp_path, caplog):
+    copy = tmp_path / "data"
+    shutil.copytree(data, copy)
+    for number in (4, 7):
+        (copy / "val" / f"class{number % 2}" / f"{number:03d}.png").write_bytes(b"not an image")
+    argv = [str(copy) if word == str(data) else word for word in command]
+    with pytest.raises(ValueError, match=r"cannot read image .*00[47]\.png"):
+        run(argv)
+    argv[argv.index("--output_dir") + 1] = str(tmp_path / "skipping")
+    (probe,) = run([*argv, "--on_bad_image", "skip"])["probes"].values()
+    assert probe["last"]["n"] == 99
