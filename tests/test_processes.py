@@ -1,6 +1,7 @@
 """Runs of several processes, and processes that die: all of them stop together, say why once, and can go on."""
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import torch
 from interruptions import ENVIRONMENT, PROGRAMS, differences, end, flags, outcome, run, start, wait_until
 
 from models_vit import build_vit
+from util import signals
 from util.checkpoints import save_encoder
 from util.signals import EXIT_STOPPED
 
@@ -166,3 +168,14 @@ def test_a_killed_worker_is_one_line(commands, tmp_path):
     code, _, error = end(process, 60)
     assert code == 1 and error.count("\n") == 1 and "DataLoader worker" in error, error
     assert any((tmp_path / "run").glob("checkpoint-*.pth"))
+
+
+def test_children_of_a_program_that_listens_can_be_terminated():
+    """multiprocessing.Pool waits for ever where its workers do not end on SIGTERM."""
+    with signals.listening():
+        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        child.start()
+        child.terminate()
+        child.join(30)
+        assert child.exitcode == -signal.SIGTERM
+        assert not signals.requested()

@@ -66,7 +66,9 @@ def listening() -> Iterator[None]:
 
 def _receive(number: int, frame: object) -> None:
     global _requested, _thrown, _last_interrupt
-    if os.getpid() != _listener:
+    if os.getpid() != _listener:  # a child: to it, the signal is what it is to any program; Pool.terminate relies on it
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
         return
     if number == signal.SIGINT:
         now = time.monotonic()
