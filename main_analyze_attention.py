@@ -71,6 +71,8 @@ def main(args: argparse.Namespace) -> None:
 
         # ---- images and frozen encoders; every mistake in the arguments shows here
         choose_reduction(args.reduction, world.device)
+        if args.batch_size < 1:
+            raise ValueError(f"--batch_size {args.batch_size}: it takes at least one image")
         images = analysed_images(args)
         if args.tsne_blocks and DATASETS[args.dataset].multi_label:
             raise ValueError(f"--tsne_blocks shows classes, but images of --dataset {args.dataset} have several")
@@ -83,7 +85,7 @@ def main(args: argparse.Namespace) -> None:
 
         run = {"args": plain(args), "encoders": [encoder.record for encoder, _ in encoders], **provenance(world.device)}
         folder = RunFolder(args.output_dir)
-        if folder.path is not None and (folder.path / "args.json").exists():
+        if folder.path is not None and any(folder.path.glob("*/attention.json")):
             raise ValueError(f"--output_dir {args.output_dir} already holds results: name another folder, or remove it")
         barrier()  # no rank writes before rank 0 has looked
         folder.write("args.json", run)

@@ -23,7 +23,11 @@ def main(args: argparse.Namespace) -> None:
     words = args.metrics or [kind.metrics]
     metrics = choose_metrics(words, results, kind.axes)
     if not metrics:
-        raise ValueError(f"--kind {args.kind} --metrics {' '.join(words)}: nothing of that was measured")
+        measured = ", ".join(sorted({name for result in results for name in result["metrics"]}))
+        raise ValueError(f"--kind {args.kind}: nothing of {', '.join(words)} was measured; there are {measured}")
+    for path, result in zip(args.results, results, strict=True):
+        if not set(metrics) & set(result["metrics"]):
+            raise ValueError(f"{path} measures none of {', '.join(metrics)}: leave it out, or choose other --metrics")
     kind.draw(results, metrics, args.output or Path(f"{args.kind}.png"))
 
 

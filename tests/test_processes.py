@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from interruptions import ENVIRONMENT, PROGRAMS, differences, end, flags, outcome, run, start, wait_until
+from PIL import Image
 
 from models_vit import build_vit
 from util import signals
@@ -173,9 +174,35 @@ def test_a_killed_worker_is_one_line(commands, tmp_path):
 def test_children_of_a_program_that_listens_can_be_terminated():
     """multiprocessing.Pool waits for ever where its workers do not end on SIGTERM."""
     with signals.listening():
-        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        ours, its = multiprocessing.Pipe()
+        child = multiprocessing.get_context("fork").Process(target=lambda: (its.send("awake"), time.sleep(60)))
         child.start()
+        ours.recv()  # Python forgets what arrives while a child starts
         child.terminate()
         child.join(30)
         assert child.exitcode == -signal.SIGTERM
         assert not signals.requested()
+
+
+LEFT_OPEN = """
+from util import signals
+from util.datasets import EvaluationBatches, KeyedDataset, build_dataset, build_loader, eval_transform
+import sys
+with signals.listening():
+    images = KeyedDataset(build_dataset("image_folder", sys.argv[1], "val"), eval_transform(16), 0)
+    loader = build_loader(images, EvaluationBatches(len(images), 2), num_workers=2)
+    loader.itself = loader  # still there when the program ends
+    print(len(list(loader)), len(list(loader)))
+"""
+
+
+def test_a_program_ends_although_workers_of_its_loader_still_run(tmp_path):
+    for name in "ab":
+        path = tmp_path / "val" / name / "0.png"
+        path.parent.mkdir(parents=True)
+        Image.new("RGB", (20, 20)).save(path)
+    command = [sys.executable, "-c", LEFT_OPEN, str(tmp_path)]
+    result = subprocess.run(
+        command, cwd=Path(__file__).resolve().parent.parent, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (0, "1 1\n", "")

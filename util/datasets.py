@@ -234,10 +234,15 @@ class Loader(DataLoader):
     """
 
     damaged: tuple[int, ...] = ()
+    known_workers: Sequence | None = None
 
-    def __iter__(self) -> Iterator[Sample]:
+    def __iter__(self) -> Iterator[Sample | None]:
         with signals.blocked():
             batches = super().__iter__()
+        workers = getattr(batches, "_workers", ())
+        if workers and workers is not self.known_workers:
+            self.known_workers = workers
+            signals.kill_at_exit(workers)
         if self.dataset.on_bad_image == "error":
             yield from batches
             return

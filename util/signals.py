@@ -6,10 +6,11 @@ program at once, by the exception `Stopped`; inside, it waits until the program 
 
 import contextlib
 import multiprocessing
+import multiprocessing.util
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 EXIT_STOPPED = 85  # stopped as requested, to be continued with --resume auto
 EXIT_INTERRUPTED = 130  # a second Ctrl-C: what shells report of a program that Ctrl-C ended
@@ -126,11 +127,23 @@ def blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+def kill_at_exit(workers: Sequence[multiprocessing.Process]) -> None:
+    """Have processes that were started `blocked` killed when the program ends, where they still run.
+
+    Python would send them SIGTERM, which they do not see, and wait for them for ever.
+    """
+    multiprocessing.util.Finalize(None, _kill, args=(tuple(workers),), exitpriority=100)
+
+
+def _kill(processes: Sequence[multiprocessing.Process]) -> None:
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch raises an error where a worker is killed
+    for process in processes:
+        process.kill()
+
+
 def kill_children() -> None:
     """End loader workers that may be busy for long, and do not listen: nothing waits for them any more."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch raises an error where a worker is killed
-    for child in multiprocessing.active_children():
-        child.kill()
+    _kill(multiprocessing.active_children())
 
 
 def quit_at_once(code: int) -> None:
