@@ -49,16 +49,13 @@ class Columns(NamedTuple):
 
 
 class Pooling(nn.Module):
-    """Tokens of a block -> one vector per image. `width` is the vector's."""
+    """Tokens of a block -> one vector per image: `forward` takes Features, returns Pooled. `width` is the vector's."""
 
     needs = Needs()
 
     def __init__(self, width: int):
         super().__init__()
         self.width = width
-
-    def forward(self, features: Features) -> Pooled:
-        raise NotImplementedError
 
 
 class TokenPool(nn.Module):
