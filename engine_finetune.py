@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from models_vit import ClsClassifier
 from util.datasets import Sample, Watched
-from util.scores import Scores, count, total
+from util.scores import Scores, Tally
 from util.seeding import seeded, stable_seed
 
 
@@ -70,9 +70,9 @@ class FineTuning:
 def evaluate(model: nn.Module, loader: Iterable, device: torch.device, amp: torch.dtype) -> Scores:
     """Scores of a classifier; each sample counts once, over all processes."""
     model.eval()
-    counts = torch.zeros(1, 4, device=device, dtype=torch.float64)
+    tally = Tally(1, model.head.out_features, device)
     for sample in Watched(loader, "test", agree=True):
         with torch.autocast(device.type, dtype=amp, enabled=amp != torch.float32):
             logits = model(sample.image.to(device, non_blocking=True))
-        counts += count(logits, sample.label.to(device, non_blocking=True))
-    return total(counts)[0]
+        tally.update([logits], sample.label.to(device, non_blocking=True))
+    return tally.compute()[0]

@@ -3,19 +3,24 @@
 Letters: B images, S probes, K classes.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from models_vit import Features, VisionTransformer
 from pooling import Needs
 from probes import ProbeBank
 from util.datasets import Sample, Watched
-from util.scores import MultiLabelScores, MultiLabelTally, Scores, count, total
+from util.predictions import PredictionKeeper
+from util.scores import MultiLabelScores, MultiLabelTally, Scores, Tally
 from util.training import all_finite
+
+# what a bank takes: the tokens of its blocks, or the vectors that they pool to
+Read = dict[int, Features] | list[Tensor]
 
 
 class FrozenTokens(NamedTuple):
@@ -63,11 +68,14 @@ class Probing:
 
     def __init__(
         self, bank: ProbeBank, tokens: FrozenTokens, optimizer: torch.optim.Optimizer, device: torch.device,
-        multi_label: bool = False,
+        multi_label: bool = False, bn_group: int | None = None,
     ):  # fmt: skip
-        """multi_label: labels are (B,K) zeros and ones, and the loss is binary cross-entropy, mean over all B x K."""
+        """multi_label: labels are (B,K) zeros and ones, and the loss is binary cross-entropy, mean over all B x K.
+        bn_group: images that are normalised together, part of a micro-batch or several (default: a micro-batch)."""
         self.bank, self.tokens, self.optimizer, self.device = bank, tokens, optimizer, device
         self.loss = binary_cross_entropy if multi_label else F.cross_entropy
+        self.bn_group = bn_group
+        self.waiting: list[tuple[Read, Tensor]] = []  # tokens and labels of a group that is not complete
         self.names = tuple(spec.name for spec in bank.specs)
         self.groups = [list(probe.parameters()) for probe in bank.probes]
 
@@ -75,9 +83,17 @@ class Probing:
         self.bank.train()
         self.tokens.backbone.eval()
 
-    def losses(self, sample: Sample, words: tuple) -> Tensor:
+    def losses(self, sample: Sample, words: tuple) -> Tensor | None:
         labels = sample.label.to(self.device, non_blocking=True)
-        logits = self.bank(self.tokens(sample.image.to(self.device, non_blocking=True)))
+        read = self.tokens(sample.image.to(self.device, non_blocking=True))
+        bn_group = self.bn_group or len(labels)
+        if bn_group > len(labels):
+            self.waiting.append((read, labels))
+            if len(labels) * len(self.waiting) < bn_group:
+                return None
+            reads, all_labels = zip(*self.waiting, strict=True)
+            self.waiting, read, labels = [], together(reads), torch.cat(all_labels)
+        logits = self.bank(read, len(labels) // bn_group)
         return torch.stack([self.loss(one, labels) for one in logits])
 
     @torch.no_grad()
@@ -110,27 +126,47 @@ class Probing:
         self.bank.load_probe_states(state)
 
 
+def together(parts: Sequence[Read]) -> Read:
+    """What was read of several micro-batches, as one."""
+    return pytree.tree_map(lambda *same: None if same[0] is None else torch.cat(same), *parts)
+
+
 def binary_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
 
 
 @torch.no_grad()
 def evaluate(
-    bank: ProbeBank, tokens: FrozenTokens, loader: Iterable, device: torch.device, multi_label_classes: int = 0
-) -> list[Scores] | list[MultiLabelScores]:
-    """Scores of every probe, in the order of `bank.specs`; each sample counts once, over all processes.
+    bank: ProbeBank, tokens: FrozenTokens, loader: Iterable, device: torch.device, tally: Tally | MultiLabelTally,
+    keeper: PredictionKeeper | None = None,
+) -> list[Scores] | list[MultiLabelScores]:  # fmt: skip
+    """Scores of every probe, in the order of `bank.specs`, by a new `tally`; each sample counts once, over all ranks.
 
-    multi_label_classes: K, where images have any number of the labels.
+    keeper: takes up what every probe says of every image.
     """
     bank.eval()
     tokens.backbone.eval()
-    counts = torch.zeros(len(bank.specs), 4, device=device, dtype=torch.float64)
-    tally = MultiLabelTally(len(bank.specs), multi_label_classes) if multi_label_classes else None
     for sample in Watched(loader, "test", agree=True):
         labels = sample.label.to(device, non_blocking=True)
         logits = bank(tokens(sample.image.to(device, non_blocking=True)))
-        if tally is not None:
-            tally.update(logits, labels)
-            continue
-        counts += torch.stack([count(probe_logits, labels) for probe_logits in logits])
-    return total(counts) if tally is None else tally.compute(device)
+        tally.update(logits, labels)
+        if keeper is not None:
+            keeper.update(logits, labels, sample.index)
+    return tally.compute()
+
+
+@torch.no_grad()
+def pooled(
+    bank: ProbeBank, tokens: FrozenTokens, loader: Iterable, device: torch.device
+) -> tuple[list[Tensor], Tensor]:
+    """The vectors (b,D') of `bank.distinct` and the labels (b,), of the b images of this rank, on `device`."""
+    bank.eval()
+    tokens.backbone.eval()
+    vectors = [[torch.empty(0, width, device=device)] for width in bank.widths]
+    labels = [torch.empty(0, dtype=torch.int64, device=device)]
+    for sample in Watched(loader, "features", agree=True):
+        read = tokens(sample.image.to(device, non_blocking=True))
+        for kept, vector in zip(vectors, read if isinstance(read, list) else bank.pool(read), strict=True):
+            kept.append(vector)
+        labels.append(sample.label.to(device))
+    return [torch.cat(kept) for kept in vectors], torch.cat(labels)

@@ -8,14 +8,18 @@ recipe (B.2).
 """
 
 import argparse
+import dataclasses
 import functools
 import itertools
 import time
+from pathlib import Path
 
 import torch
 
 from aggregation import AGGREGATIONS, check_aggregation, option_flags, parse_head
-from engine_linprobe import FrozenTokens, Probing, evaluate
+from engine_linprobe import FrozenTokens, Probing, evaluate, pooled
+from feature_cache import CachedTokens, FeatureCache, Part
+from knn import knn_scores
 from models_vit import VisionTransformer
 from oracle import build_oracle
 from probes import ProbeBank, ProbeSpec
@@ -39,15 +43,19 @@ from util.datasets import (
     build_loader,
     build_splits,
     eval_transform,
+    hold_out,
     train_transform,
 )
 from util.distributed import distributed
 from util.files import digest
+from util.images import fingerprint
 from util.lars import LARS
 from util.lr_sched import lr_at, scaled_lr
-from util.progress import log, setup_logging, throughput
+from util.predictions import FILE, PredictionKeeper
+from util.probe_results import leader, summary, tell, tell_scores
+from util.progress import log, setup_logging
 from util.run_folder import RunFolder, provenance
-from util.scores import MULTILABEL_METRICS, MultiLabelScores, Scores
+from util.scores import MULTILABEL_METRICS, MultiLabelTally, Tally
 from util.seeding import seeded
 from util.training import Training
 
@@ -88,8 +96,11 @@ def get_args_parser() -> argparse.ArgumentParser:
     probe.add_argument("--global_pool", action="store_true", help=argparse.SUPPRESS)  # MAE's; refused with the reason
 
     recipe = parser.add_argument_group("recipe")
-    recipe.add_argument("--batch_size", default=512, type=int, help="images per process and micro-step, one BN batch")
+    recipe.add_argument("--batch_size", default=512, type=int, help="images per process and micro-step")
     recipe.add_argument("--accum_iter", default=1, type=int, help="micro-steps per optimizer step")
+    recipe.add_argument("--bn_group", default=None, type=int, metavar="N",
+                        help="images that are normalised together, a part of --batch_size or several of them (paper: "
+                        "2048; default: --batch_size)")  # fmt: skip
     recipe.add_argument("--epochs", default=90, type=int)
     recipe.add_argument("--warmup_epochs", default=10, type=int)
     recipe.add_argument("--optimizer", nargs="+", choices=list(MOMENTUM_RULES), default=["lars"])
@@ -100,10 +111,14 @@ def get_args_parser() -> argparse.ArgumentParser:
     )
     recipe.add_argument("--lr", default=None, type=float, help="absolute rate (overrides --blr)")
     recipe.add_argument("--min_lr", default=0.0, type=float)
-    recipe.add_argument(
-        "--crop", choices=["mae", "torchvision"], default="mae", help="random crop: one draw, or up to ten"
-    )
+    recipe.add_argument("--crop", choices=["mae", "torchvision", "center"], default="mae",
+                        help="random crop of one draw, or of up to ten; center: no augmentation")  # fmt: skip
     recipe.add_argument("--no_hflip", action="store_true", help="no horizontal flips")
+    recipe.add_argument("--cache_views", default=0, type=int, metavar="V",
+                        help="keep what the encoder makes of V augmented views of each training image, and of the test "
+                        "images, instead of computing it each epoch; 0: do not")  # fmt: skip
+    recipe.add_argument("--cache_dir", default=None, type=Path, metavar="FOLDER",
+                        help="keep it in a file there, for later runs too (default: in memory)")  # fmt: skip
 
     add_run_arguments(parser)
     run = parser.add_argument_group("evaluation")
@@ -111,6 +126,15 @@ def get_args_parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--eval_every", default=1, type=int, help="epochs between evaluations; the last is always evaluated"
     )
+    run.add_argument("--val_fraction", default=0.0, type=float, metavar="SHARE",
+                     help="of the training images, held out of training: rates are chosen on them, and the test set is "
+                     "used once")  # fmt: skip
+    run.add_argument("--save_predictions", action="store_true",
+                     help="write what every probe says of every test image, for scripts/compare_probes.py")  # fmt: skip
+    run.add_argument("--knn", nargs="+", type=int, default=[], metavar="K",
+                     help="classify by K nearest neighbours, too, as DINO does (there: 10 20 100 200)")  # fmt: skip
+    run.add_argument("--per_class", action="store_true",
+                     help="what counts is the mean over classes of their accuracies")  # fmt: skip
     run.add_argument("--multilabel_metric", choices=MULTILABEL_METRICS, default="map",
                      help="what counts where images have several labels")  # fmt: skip
     run.add_argument("--report", choices=["last", "best"], default="last", help="epoch whose top-1 the summary prints")
@@ -122,10 +146,15 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def chosen_heads(args: argparse.Namespace) -> list[tuple[str, tuple]]:
+    """--cls_features, read: aggregations and their options. ValueError for what does not exist."""
+    flags = {flag: vars(args)[flag] for flag in option_flags()}
+    return [parse_head(word, flags) for word in args.cls_features]
+
+
 def probe_specs(args: argparse.Namespace, backbone: VisionTransformer) -> list[ProbeSpec]:
     """The bank that the arguments ask for. ValueError for what does not exist or does not fit the encoder."""
-    flags = {flag: vars(args)[flag] for flag in option_flags()}
-    heads = [parse_head(word, flags) for word in args.cls_features]
+    heads = chosen_heads(args)
     for aggregation, _ in heads:
         check_aggregation(aggregation, backbone.has_cls)
     blocks = args.return_block if args.return_block is not None else [backbone.depth - 1]
@@ -148,13 +177,18 @@ def main(args: argparse.Namespace) -> None:
         if not args.eval:
             folder.refuse_overwriting(args.resume)
 
-        # ---- a frozen encoder and a bank of probes on its tokens
+        # ---- images with labels; some of those for training are held out where rates are chosen on them
         train_images, test_images, num_classes = build_splits(
             args.dataset, args.data_path, args.nb_classes, args.allow_subset
         )
+        kept, held_out = hold_out(train_images.targets, args.val_fraction, args.seed)
         multi_label = DATASETS[args.dataset].multi_label
-        headline = args.multilabel_metric if multi_label else "top1"
-        batches = GlobalBatches(len(train_images), args.batch_size, args.accum_iter, args.seed)
+        headline = choose_metric(args, multi_label)
+        batches = GlobalBatches(
+            len(train_images), args.batch_size, args.accum_iter, args.seed, indices=kept, group=args.bn_group
+        )
+
+        # ---- a frozen encoder and a bank of probes on its tokens
         with seeded("weights", args.seed):
             encoder, size = build_encoder(args)
         backbone = encoder.backbone.to(world.device)
@@ -165,72 +199,100 @@ def main(args: argparse.Namespace) -> None:
         bank = ProbeBank(specs, backbone, grid, num_classes, args.init).to(world.device)
         amp = PRECISIONS[args.amp]
         oracle = build_oracle(args, encoder, size, amp).to(world.device) if bank.needs.oracle else None
-        tokens = FrozenTokens(backbone, bank.blocks, amp, args.final_norm, bank.needs, oracle)
+        frozen = FrozenTokens(backbone, bank.blocks, amp, args.final_norm, bank.needs, oracle)
+        facts = {"weights": digest(backbone.state_dict()), "training images": fingerprint(train_images)}
 
         # ---- data: order and augmentation depend on (seed, epoch, sample) alone
         augment = train_transform(size, encoder.mean, encoder.std, crop=args.crop, hflip=not args.no_hflip)
         pixels = eval_transform(size, encoder.mean, encoder.std)
-        test_batches = EvaluationBatches(len(test_images), args.batch_size)
-        loader = functools.partial(
-            build_loader, num_workers=args.num_workers, pin_memory=args.pin_mem and world.device.type == "cuda",
-            affinity_hack=args.dataloader_affinity_hack,
-        )  # fmt: skip
-        train_set = KeyedDataset(train_images, augment, args.seed, on_bad_image=args.on_bad_image, train=True)
-        test_set = KeyedDataset(test_images, pixels, args.seed, on_bad_image=args.on_bad_image)
-        train_loader, test_loader = loader(train_set, batches), loader(test_set, test_batches)
-        evaluated = functools.partial(
-            evaluate, bank, tokens, test_loader, world.device, num_classes if multi_label else 0
-        )
+        keyed = functools.partial(KeyedDataset, seed=args.seed, on_bad_image=args.on_bad_image)
+        parts = {
+            "train": Part(keyed(train_images, augment, train=True, indices=kept), kept, args.cache_views),
+            "test": Part(keyed(test_images, pixels), range(len(test_images))),
+        }
+        if held_out:
+            parts["val"] = Part(keyed(train_images, pixels), held_out)
+        orders = {name: EvaluationBatches(len(p.dataset), args.batch_size, p.indices) for name, p in parts.items()}
+        orders["train"] = batches
+        loading = {
+            "num_workers": args.num_workers, "pin_memory": args.pin_mem and world.device.type == "cuda",
+            "affinity_hack": args.dataloader_affinity_hack,
+        }  # fmt: skip
+        tokens, loaders = frozen, {n: build_loader(p.dataset, orders[n], **loading) for n, p in parts.items()}
+        if args.cache_views and not args.eval:
+            cache = FeatureCache(
+                CachedTokens(frozen, bank, size, world.device), parts, args.cache_dir,
+                {**facts, "test images": fingerprint(test_images), "oracle": oracle and oracle.record["sha256"],
+                 "held out": held_out, "pixels": [size, encoder.mean, encoder.std],
+                 **{name: plain(args)[name] for name in CACHE_DEPENDS_ON}},
+            )  # fmt: skip
+            cache.fill(world.device, args.batch_size, **loading)
+            tokens, loaders = cache.tokens, {name: cache.loader(name, orders[name]) for name in parts}
+        tally = functools.partial(MultiLabelTally if multi_label else Tally, len(specs), num_classes, world.device)
+
+        def score(part: str, keeper: PredictionKeeper | None = None) -> dict[str, dict]:
+            scores = evaluate(bank, tokens, loaders[part], world.device, tally(), keeper)
+            return {spec.name: score._asdict() for spec, score in zip(specs, scores, strict=True)}
 
         # ---- recipe: LARS, rate per probe, warm-up and half-cosine per optimizer step
         lrs = [args.lr if args.lr is not None else scaled_lr(spec.blr, batches.effective) for spec in specs]
         optimizer = build_optimizer(args, specs, bank.parameter_groups(lrs))
         schedule = functools.partial(lr_at, epochs=args.epochs, warmup_epochs=args.warmup_epochs, min_lr=args.min_lr)
-        probing = Probing(bank, tokens, optimizer, world.device, multi_label)
-        facts = {"weights": digest(backbone.state_dict())}
-        training = Training(args, probing, optimizer, schedule, train_loader, batches, folder, facts)
+        probing = Probing(bank, tokens, optimizer, world.device, multi_label, args.bn_group)
+        training = Training(args, probing, optimizer, schedule, loaders["train"], batches, folder, facts)
         training.resume(args.resume, evaluate_only=args.eval)
+        keeper = PredictionKeeper(probing.names, multi_label, world.device) if args.save_predictions else None
+        run = {
+            "args": plain(args), "encoder": encoder.record, "effective_batch": batches.effective,
+            "bn_group": args.bn_group or args.batch_size, "steps_per_epoch": batches.steps,
+            "lr": dict(zip(probing.names, lrs, strict=True)), "n_train": len(kept), "n_val": len(held_out),
+            "n_test": len(test_images), "classes": num_classes, "headline": headline,
+            "test_images": fingerprint(test_images), "oracle": oracle and oracle.record, **provenance(world.device),
+        }  # fmt: skip
         if args.eval:
-            report(evaluated(), specs)
+            tell_scores(score("test", keeper))
+            write_predictions(folder, keeper, specs, run)
             return
 
         # ---- epochs
-        run = {
-            "args": plain(args), "encoder": encoder.record, "effective_batch": batches.effective,
-            "steps_per_epoch": batches.steps, "lr": dict(zip([spec.name for spec in specs], lrs, strict=True)),
-            "n_train": len(train_images), "n_test": len(test_images), "classes": num_classes,
-            "oracle": oracle and oracle.record, **provenance(world.device),
-        }  # fmt: skip
         training.start(run)
         log.info(
-            "%d probes on %s; %d training images, %d steps of %d per epoch, lr %s", len(specs), args.model,
-            len(train_images), batches.steps, batches.effective, ", ".join(f"{lr:g}" for lr in sorted(set(lrs))),
+            "%d probes on %s; %d training images, %d steps of %d per epoch, normalised in groups of %d, lr %s",
+            len(specs), args.model, len(kept), batches.steps, batches.effective, run["bn_group"],
+            ", ".join(f"{lr:g}" for lr in sorted(set(lrs))),
         )  # fmt: skip
-        start = time.time()
+        start, watched = time.time(), "val" if held_out else "test"
         with training.stoppable():
             for epoch in training.epochs():
                 stats = training.train_one_epoch()
                 record = {
                     "epoch": epoch, "train_loss": stats.losses, "images_per_second": stats.images_per_second,
-                    "data_wait": stats.data_wait,
+                    "data_wait": stats.data_wait, "memory_gib": stats.memory_gib,
                 }  # fmt: skip
                 if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
-                    scores = evaluated()
-                    record["test"] = {spec.name: score._asdict() for spec, score in zip(specs, scores, strict=True)}
-                    training.history.append({"epoch": epoch, "test": record["test"]})
-                tell(record, headline)
+                    record[watched] = score(watched)
+                    training.history.append({"epoch": epoch, watched: record[watched]})
+                log.info("epoch %d: %s%s", epoch, leader(record.get(watched), headline), stats.speed())
                 folder.log_line(record)
-                tested = record.get("test", {}).items()
-                training.end_epoch({f"test_{headline}/{name}": score[headline] for name, score in tested})
-            results = summary(specs, bank, training.history, training.diverged(), headline)
+                figures = record.get(watched, {}).items()
+                training.end_epoch({f"{watched}_{headline}/{name}": scores[headline] for name, scores in figures})
+
+            # ---- results: the last epoch's
+            final = score("test", keeper) if held_out or keeper else training.history[-1]["test"]
+            write_predictions(folder, keeper, specs, run)
+            results = summary(bank, training.history, training.diverged(), watched, headline, final)
+            if args.knn:
+                run["knn"] = neighbours(bank, frozen, parts, world.device, args, num_classes, **loading)
             folder.write("results.json", {"probes": results, "seconds": time.time() - start, **run})
-        for name, result in results.items():
-            log.info(
-                "%s: %s %.2f (%s epoch; last %.2f, best %.2f at epoch %d)", name, spoken(headline),
-                result[args.report][headline], args.report, result["last"][headline], result["best"][headline],
-                result["best"]["epoch"],
-            )  # fmt: skip
+        tell(results, headline, args.report)
         folder.close()
+
+
+# arguments that decide what the encoder makes of the images
+CACHE_DEPENDS_ON = (
+    "model", "return_block", "cls_features", "amp", "final_norm", "crop", "no_hflip", "seed", "on_bad_image",
+    *option_flags(),
+)  # fmt: skip
 
 
 def settle(args: argparse.Namespace) -> None:
@@ -246,23 +308,37 @@ def settle(args: argparse.Namespace) -> None:
             raise ValueError("--cls_token is MAE's probe of [cls]: leave out --cls_features or --cls_token")
         args.final_norm, args.init = True, "trunc_normal"
     args.cls_features = args.cls_features or ["cls"]
+    chosen_heads(args)
     if args.lr is not None and len(args.blr) > 1:
         raise ValueError(f"--lr {args.lr} sets one rate, --blr {args.blr} several: leave out one of them")
     if args.eval and not args.resume:
         raise ValueError("--eval needs the probes: name their checkpoint with --resume")
+    if not 0 <= args.val_fraction < 1:
+        raise ValueError(f"--val_fraction {args.val_fraction}: write a share from 0 up to, but not, 1")
+    if args.val_fraction and args.report == "best":
+        raise ValueError("--report best is the epoch that is best on the test set, which --val_fraction uses once")
+    if not 0 <= args.cache_views <= args.epochs:
+        raise ValueError(
+            f"--cache_views {args.cache_views}: an epoch takes one view, and there are --epochs {args.epochs}"
+        )
+    if args.crop == "center" and args.cache_views > 1:
+        raise ValueError(f"--cache_views {args.cache_views}: without augmentation (--crop center) all views are one")
+    if args.cache_dir is not None and not args.cache_views:
+        raise ValueError("--cache_dir names where --cache_views V are kept: say how many")
+    if args.save_predictions and not args.output_dir:
+        raise ValueError("--save_predictions needs an --output_dir to write to")
+    if min(args.knn, default=1) < 1:
+        raise ValueError(f"--knn {min(args.knn)}: it takes at least one neighbour")
 
 
-def spoken(headline: str) -> str:
-    return {"top1": "top-1", "top5": "top-5", "map": "mAP"}.get(headline, headline)
-
-
-def tell(record: dict, headline: str) -> None:
-    """An epoch's figures to the log."""
-    words = throughput(record["images_per_second"], record["data_wait"])
-    if "test" in record:
-        best = max(record["test"], key=lambda name: record["test"][name][headline])
-        words = f"{spoken(headline)} up to {record['test'][best][headline]:.2f} ({best}), {words}"
-    log.info("epoch %d: %s", record["epoch"], words)
+def choose_metric(args: argparse.Namespace, multi_label: bool) -> str:
+    """The score that counts; ValueError for flags of the other kind of data set."""
+    if not multi_label:
+        return "per_class" if args.per_class else "top1"
+    for flag in ("per_class", "knn"):
+        if getattr(args, flag):
+            raise ValueError(f"--{flag} is for images of one label, and those of --dataset {args.dataset} have several")
+    return args.multilabel_metric
 
 
 def build_optimizer(args: argparse.Namespace, specs: list[ProbeSpec], groups: list[dict]) -> LARS:
@@ -274,31 +350,35 @@ def build_optimizer(args: argparse.Namespace, specs: list[ProbeSpec], groups: li
     return LARS(groups, weight_decay=args.weight_decay)
 
 
-def summary(
-    specs: list[ProbeSpec], bank: ProbeBank, history: list[dict], diverged: dict[str, dict | None], headline: str
-) -> dict[str, dict]:
-    """{probe name: what it is, its scores at the last epoch, and at the epoch that is best on the test set}.
+def neighbours(
+    bank: ProbeBank, tokens: FrozenTokens, parts: dict[str, Part], device: torch.device, args: argparse.Namespace,
+    num_classes: int, **loading,
+) -> dict[str, dict]:  # fmt: skip
+    """{vector: {k: its scores}} of k-NN classification on the vectors that the probes read; nothing is augmented."""
+    plain_train = Part(KeyedDataset(parts["train"].dataset.dataset, parts["test"].dataset.transform, args.seed,
+                                    on_bad_image=args.on_bad_image), parts["train"].indices)  # fmt: skip
+    (train, train_labels), (test, test_labels) = (
+        pooled(bank, tokens, build_loader(
+            part.dataset, EvaluationBatches(len(part.dataset), args.batch_size, part.indices), **loading
+        ), device)
+        for part in (plain_train, parts["test"])
+    )  # fmt: skip
+    found = {}
+    for spec, learned, ours, theirs in zip(bank.distinct, bank.learned, train, test, strict=True):
+        name = spec.name if learned else f"{spec.head}/block{spec.block}"
+        found[name] = knn_scores(ours, train_labels, theirs, test_labels, args.knn, num_classes)
+        log.info("%s: k-NN top-1 %s", name, ", ".join(f"{s['top1']:.2f} (k = {k})" for k, s in found[name].items()))
+    return found
 
-    diverged: {probe name: the epoch and step after which it did not change any more, or None}.
-    """
-    results = {}
-    for spec, probe in zip(specs, bank.probes, strict=True):
-        scores = [{"epoch": entry["epoch"], **entry["test"][spec.name]} for entry in history]
-        results[spec.name] = {
-            "aggregation": spec.aggregation, "head": spec.head, "block": spec.block, "blr": spec.blr, "seed": spec.seed,
-            "optimizer": spec.optimizer,
-            "parameters": sum(p.numel() for p in probe.parameters()),
-            "diverged_at": diverged[spec.name],
-            "last": scores[-1], "best": max(scores, key=lambda score: score[headline]),
-        }  # fmt: skip
-    return results
 
-
-def report(scores: list[Scores] | list[MultiLabelScores], specs: list[ProbeSpec]) -> None:
-    for spec, score in zip(specs, scores, strict=True):
-        rates = score._fields[: score._fields.index("loss")]  # in percent
-        percents = ", ".join(f"{spoken(name)} {getattr(score, name):.2f}" for name in rates)
-        log.info("%s: %s, loss %.4f on %d images", spec.name, percents, score.loss, score.n)
+def write_predictions(folder: RunFolder, keeper: PredictionKeeper | None, specs: list[ProbeSpec], run: dict) -> None:
+    """predictions.safetensors, where they were kept."""
+    if keeper is None:
+        return
+    probes = {spec.name: {"head": spec.head, **dataclasses.asdict(spec)} for spec in specs}
+    known = "headline", "test_images", "classes", "encoder", "command", "commit", "dirty"
+    tensors, metadata = keeper.gather({"probes": probes, **{name: run[name] for name in known}})
+    folder.save_tensors(FILE, tensors, metadata)
 
 
 if __name__ == "__main__":

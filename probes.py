@@ -50,14 +50,15 @@ class ProbeSpec:
 class ProbeNorm(nn.BatchNorm1d):
     """BatchNorm1d without affine whose running statistics do not depend on how a batch is split over ranks.
 
-    Training normalises each micro-batch by its own statistics, as nn.BatchNorm1d does, and remembers them; `commit`
-    then updates the running ones, micro-batch by micro-batch in the order of the data, over all ranks. One process
-    gets nn.BatchNorm1d's values, and other world sizes the same ones.
+    Training normalises each group of images (a micro-batch, if nothing else is said) by its own statistics, as
+    nn.BatchNorm1d does, and remembers them; `commit` then updates the running ones, group by group in the order of the
+    data, over all ranks. One process gets nn.BatchNorm1d's values, and other world sizes the same ones.
     """
 
     def __init__(self, width: int):
         super().__init__(width, eps=BN_EPS, momentum=0.1, affine=False)
-        self.pending: list[Tensor] = []  # (2,D') mean and unbiased variance of each micro-batch since the last commit
+        # (G,2,D') of each forward pass since the last commit: mean and unbiased variance of its G groups of images
+        self.pending: list[Tensor] = []
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
@@ -68,26 +69,33 @@ class ProbeNorm(nn.BatchNorm1d):
 
     @torch.no_grad()
     def commit(self, statistics: Tensor) -> None:
-        """statistics (micro-batches, 2, D'), in the order of the data."""
+        """statistics (groups, 2, D'), in the order of the data."""
         for mean, variance in statistics:
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance, self.momentum)
             self.num_batches_tracked += 1
 
 
-def normalise(vectors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """Batch normalisation without affine of several (B,D') in one call, and each one's (2,D') batch statistics.
+def normalise(vectors: Sequence[Tensor], groups: int = 1) -> tuple[list[Tensor], list[Tensor]]:
+    """Batch normalisation without affine of several (B,D') in one call, and each one's (G,2,D') batch statistics.
 
-    The statistics are the mean and the unbiased variance. ValueError for fewer than two images.
+    groups: G, into which the images are cut, in their order; each is normalised by itself. The statistics are the mean
+    and the unbiased variance. ValueError for groups of fewer than two images.
     """
     joined = torch.cat(vectors, dim=1) if len(vectors) > 1 else vectors[0]  # channels do not know of each other
-    if len(joined) < 2:
-        raise ValueError("batch normalisation needs at least two images in a micro-batch: raise --batch_size")
+    images, width = joined.shape
+    if images // groups < 2:
+        raise ValueError("batch normalisation needs at least two images: raise --batch_size or --bn_group")
+    if groups > 1:  # as channels, which do not know of each other either
+        joined = joined.view(groups, -1, width).transpose(0, 1).flatten(1)
     with torch.no_grad():
         variance, mean = torch.var_mean(joined, dim=0)
-    widths = [vector.shape[1] for vector in vectors]
     normalised = F.batch_norm(joined, None, None, training=True, eps=BN_EPS)
-    return list(normalised.split(widths, dim=1)), list(torch.stack([mean, variance]).split(widths, dim=1))
+    if groups > 1:
+        normalised = normalised.unflatten(1, (groups, width)).transpose(0, 1).flatten(0, 1)
+    widths = [vector.shape[1] for vector in vectors]
+    statistics = torch.stack([mean, variance]).unflatten(1, (groups, width)).transpose(0, 1)
+    return list(normalised.split(widths, dim=1)), list(statistics.split(widths, dim=2))
 
 
 class Probe(nn.Module):
@@ -148,6 +156,21 @@ class ProbeBank(nn.Module):
             self._row.append(rows[key])
 
     @property
+    def distinct(self) -> tuple[ProbeSpec, ...]:
+        """A probe for each of the vectors that `pool` returns: the first of those that share it."""
+        return tuple(self.specs[index] for index in self._distinct)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """D' of each of the vectors that `pool` returns."""
+        return tuple(self._aggregation(row).width for row in range(len(self._distinct)))
+
+    @property
+    def learned(self) -> tuple[bool, ...]:
+        """Whether each of the vectors that `pool` returns has parameters, so that it changes as its probe trains."""
+        return tuple(any(True for _ in self._aggregation(row).parameters()) for row in range(len(self._distinct)))
+
+    @property
     def blocks(self) -> tuple[int, ...]:
         return tuple(sorted({spec.block for spec in self.specs}))
 
@@ -156,18 +179,19 @@ class ProbeBank(nn.Module):
         """What the probes read beside the tokens."""
         return functools.reduce(Needs.union, (probe.aggregation.needs for probe in self.probes))
 
-    def forward(self, features: dict[int, Features]) -> list[Tensor]:
+    def forward(self, features: dict[int, Features] | list[Tensor], groups: int = 1) -> list[Tensor]:
         """{block: Features} -> logits (B,K) of every probe, in the order of `specs`.
 
-        What Probe.forward defines, computed together: see pool. Nothing is ever mixed across probes, so that one that
-        holds NaN or infinity leaves the others' numbers as they are.
+        What Probe.forward defines, computed together: see pool, whose vectors may stand for the features. Nothing is
+        ever mixed across probes, so that one that holds NaN or infinity leaves the others' numbers as they are.
+        groups: of images, each a batch of its own for the normalisation in training.
         """
-        vectors = self.pool(features)
+        vectors = features if isinstance(features, list) else self.pool(features)
         if not self.training:
             return [
                 probe.classifier(probe.norm(vectors[row])) for row, probe in zip(self._row, self.probes, strict=True)
             ]
-        normalised, statistics = normalise([vectors[row] for row in range(len(vectors))])
+        normalised, statistics = normalise(vectors, groups)
         logits = []
         for row, probe in zip(self._row, self.probes, strict=True):
             probe.norm.pending.append(statistics[row])
@@ -193,8 +217,8 @@ class ProbeBank(nn.Module):
     def commit_statistics(self) -> None:
         """Bring every probe's running statistics up to date, alike on all ranks; call once per optimizer step."""
         norms = [probe.norm for probe in self.probes]
-        local = torch.cat([torch.stack(norm.pending).flatten(1) for norm in norms], dim=1)  # (A, sum of 2 D')
-        everywhere = torch.stack(gather_tensors(local), dim=1).flatten(0, 1)  # micro-step first, then rank: data order
+        local = torch.cat([torch.stack(norm.pending).flatten(2) for norm in norms], dim=2)  # (A, G, sum of 2 D')
+        everywhere = torch.stack(gather_tensors(local), dim=1).flatten(0, 2)  # micro-step, rank, group: data order
         widths = [2 * norm.num_features for norm in norms]
         for norm, statistics in zip(norms, everywhere.split(widths, dim=1), strict=True):
             norm.commit(statistics.unflatten(1, (2, -1)))

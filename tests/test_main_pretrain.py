@@ -35,7 +35,7 @@ def log(folder):
     """The lines of log.txt without what depends on the clock."""
     lines = [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
     for line in lines:
-        assert line.pop("images_per_second") > 0 and 0 <= line.pop("data_wait") <= 1
+        assert line.pop("images_per_second") > 0 and 0 <= line.pop("data_wait") <= 1 and line.pop("memory_gib") > 0
     return lines
 
 

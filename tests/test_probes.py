@@ -47,7 +47,7 @@ def train(specs, backbone, batches, lrs, accum_iter=1, epochs=2, kind=LARS, afte
             return batches[int(images[0, 0])][0]
 
     args = Namespace(epochs=epochs, seed=0, save_every_minutes=0, save_every_steps=0)
-    order = Namespace(accum_iter=accum_iter, steps=len(batches) // accum_iter, effective=32 * accum_iter)
+    order = Namespace(accum_iter=accum_iter, joined=1, steps=len(batches) // accum_iter, effective=32 * accum_iter)
     probing = Probing(bank, Tokens(), optimizer, torch.device("cpu"))
     training = Training(
         args, probing, optimizer, lambda t, lr: lr_at(t, lr, epochs, 1), loader, order, RunFolder("")
@@ -65,7 +65,7 @@ def test_norm_without_affine_equals_batchnorm1d():
     for _ in range(5):
         x = torch.randn(8, 6) * 3 + 1
         torch.testing.assert_close(ours(x), theirs(x))
-        ours.commit(torch.stack(ours.pending))
+        ours.commit(torch.cat(ours.pending))
         ours.pending.clear()
     torch.testing.assert_close(ours.state_dict(), theirs.state_dict())
     torch.testing.assert_close(ours.eval()(x), theirs.eval()(x))
@@ -89,9 +89,9 @@ def test_a_probe_that_diverges_stays_as_it_was_and_its_neighbours_do_not_notice(
     lost, states, moments, places = SPECS[1], [], [], []
     forward, calls = ProbeBank.forward, []
 
-    def poisoned(bank, features):
+    def poisoned(bank, features, groups=1):
         """Finite in the forward pass of the 8th step; not finite behind it."""
-        logits = forward(bank, features)
+        logits = forward(bank, features, groups)
         calls.append(bank)
         if what == "loss" and len(calls) == 8:
             logits[1] = logits[1] * torch.nan

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from sklearn.metrics import average_precision_score
+from sklearn.metrics import average_precision_score, balanced_accuracy_score
 
-from util.scores import MultiLabelTally, average_precision, count, multilabel_scores, total
+from util.scores import MultiLabelTally, Tally, average_precision, multilabel_scores
 
 RNG = np.random.default_rng(0)
 
@@ -121,7 +121,7 @@ def test_no_image_at_all_is_refused():
     with pytest.raises(ValueError, match="no image to evaluate on"):
         MultiLabelTally(1, 4).compute()
     with pytest.raises(ValueError, match="no image to evaluate on"):
-        total(torch.zeros(2, 4, dtype=torch.float64))
+        Tally(2, 4).compute()
 
 
 def test_labels_of_several_classes_cannot_be_taken_for_probabilities():
@@ -161,9 +161,16 @@ def test_two_ranks_score_to_the_same_bits_as_one(tmp_path, run_program):
 
 
 def test_single_label_scores_are_the_definitions():
-    logits, labels = random_logits(40, 7), torch.from_numpy(RNG.integers(0, 7, 40))
-    (found,) = total(sum(count(*part) for part in zip(logits.split(9), labels.split(9), strict=True))[None])
+    logits, labels = random_logits(40, 7), torch.from_numpy(RNG.integers(0, 6, 40))  # the last class has no image
+    tally = Tally(2, 7)
+    for part in torch.randperm(40).split(9):
+        tally.update([logits[part], -logits[part]], labels[part])
+    found, reverse = tally.compute()
     ranks = (logits > logits.gather(1, labels[:, None])).sum(1)
     assert found.top1 == pytest.approx(100 * (ranks < 1).double().mean().item())
     assert found.top5 == pytest.approx(100 * (ranks < 5).double().mean().item())
     assert found.loss == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-6) and found.n == 40
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # guesses of a class without images
+        assert found.per_class == pytest.approx(100 * balanced_accuracy_score(labels, logits.argmax(1)))
+    assert reverse.top1 == pytest.approx(100 * (ranks == 6).double().mean().item())

@@ -40,7 +40,12 @@ def train_transform(
     crop: str = "mae",
     hflip: bool = True,
 ) -> transforms.Compose:
-    """The recipe's augmentation: random crop to input_size, horizontal flip, normalisation (paper, B.2)."""
+    """The recipe's augmentation: random crop to input_size, horizontal flip, normalisation (paper, B.2).
+
+    crop: "mae" draws once, "torchvision" up to ten times; "center" is no augmentation: eval_transform.
+    """
+    if crop == "center":
+        return eval_transform(input_size, mean, std)
     cropper = {"mae": RandomResizedCrop, "torchvision": transforms.RandomResizedCrop}[crop]
     steps = [cropper(input_size, scale=scale, interpolation=BICUBIC)]
     if hflip:
@@ -163,10 +168,17 @@ class GlobalBatches:
     An epoch is one permutation, a function of (seed, epoch). It is cut into effective batches of
     batch_size x accum_iter x world; the chunk that rank r takes in micro-step a is number a x world + r. So any split
     of the same effective batch into ranks and micro-steps sees the same chunks. An incomplete last batch is dropped.
+
+    indices: the samples to take, where that is not the whole data set. group: images that have to be on one rank, in
+    micro-steps that follow each other; ValueError where an effective batch does not consist of such groups.
     """
 
-    def __init__(self, length: int, batch_size: int, accum_iter: int, seed: int, shuffle: bool = True):
-        self.length, self.batch_size, self.accum_iter = length, batch_size, accum_iter
+    def __init__(
+        self, length: int, batch_size: int, accum_iter: int, seed: int, shuffle: bool = True,
+        indices: Sequence[int] | None = None, group: int | None = None,
+    ):  # fmt: skip
+        self.indices = torch.arange(length) if indices is None else torch.as_tensor(indices)
+        self.length, self.batch_size, self.accum_iter = len(self.indices), batch_size, accum_iter
         self.seed, self.shuffle = seed, shuffle
         self.rank, self.world = distributed.rank(), distributed.world_size()
         self.epoch = 0
@@ -176,8 +188,9 @@ class GlobalBatches:
         if self.steps == 0:
             raise ValueError(
                 f"an effective batch of {self.effective} (batch_size {batch_size} x accum_iter {accum_iter} x "
-                f"{self.world} processes) is larger than the {length} training images: lower --batch_size"
+                f"{self.world} processes) is larger than the {self.length} training images: lower --batch_size"
             )
+        self.joined = _micro_steps_of_a_group(group or batch_size, batch_size, accum_iter)
 
     @property
     def effective(self) -> int:
@@ -192,30 +205,68 @@ class GlobalBatches:
         return (self.steps - self.first_step) * self.accum_iter
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        order = torch.arange(self.length)
+        order = self.indices
         if self.shuffle:
             generator = torch.Generator().manual_seed(stable_seed("order", self.seed, self.epoch))
-            order = torch.randperm(self.length, generator=generator)
-        chunks = order[: self.steps * self.effective].view(-1, self.world, self.batch_size)[:, self.rank]
+            order = order[torch.randperm(self.length, generator=generator)]
+        order = order[: self.steps * self.effective]
+        chunks = order.view(-1, self.world, self.joined, self.batch_size)[:, self.rank].flatten(0, 1)
         for chunk in chunks[self.first_step * self.accum_iter :].tolist():
             yield [(self.epoch, index) for index in chunk]
 
 
-class EvaluationBatches:
-    """Every sample exactly once over all ranks: rank r takes number r, r + world, ... of `indices`."""
+def _micro_steps_of_a_group(group: int, batch_size: int, accum_iter: int) -> int:
+    """How many micro-steps of batch_size make a group of images: one, or several."""
+    if group < 1 or (group % batch_size and batch_size % group):
+        raise ValueError(f"--bn_group {group} and --batch_size {batch_size}: one must be a multiple of the other")
+    joined = max(1, group // batch_size)
+    if accum_iter % joined:
+        raise ValueError(
+            f"--bn_group {group} takes {joined} micro-steps of --batch_size {batch_size}: --accum_iter {accum_iter} "
+            f"must be a multiple of {joined}"
+        )
+    return joined
 
-    def __init__(self, length: int, batch_size: int, indices: list[int] | None = None):
+
+class EvaluationBatches:
+    """Every sample exactly once over all ranks: rank r takes number r, r + world, ... of `indices`.
+
+    epoch: whose augmentation samples get, where their data set has one.
+    """
+
+    def __init__(self, length: int, batch_size: int, indices: Sequence[int] | None = None, epoch: int = 0):
         everything = range(length) if indices is None else indices
         self.rounds = -(-len(everything) // (batch_size * distributed.world_size()))  # batches of the busiest rank
         self.mine = list(everything)[distributed.rank() :: distributed.world_size()]
-        self.batch_size = batch_size
+        self.batch_size, self.epoch = batch_size, epoch
 
     def __len__(self) -> int:
         return -(-len(self.mine) // self.batch_size)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for start in range(0, len(self.mine), self.batch_size):
-            yield [(0, index) for index in self.mine[start : start + self.batch_size]]
+            yield [(self.epoch, index) for index in self.mine[start : start + self.batch_size]]
+
+
+def hold_out(targets: Sequence[int] | np.ndarray, fraction: float, seed: int) -> tuple[Sequence[int], Sequence[int]]:
+    """Indices (kept, held out) of a training set, a function of the seed; in every class that fraction is held out.
+
+    At least one image of a class that has two; where images have several labels, the fraction of all images. Nothing
+    is held out for a fraction of 0. ValueError where a part would be empty otherwise.
+    """
+    if not fraction:
+        return range(len(targets)), []
+    targets = np.asarray(targets)
+    held = np.zeros(len(targets), dtype=bool)
+    with seeded("held out", seed):
+        order = np.random.permutation(len(targets))
+        groups = [order] if targets.ndim > 1 else [order[targets[order] == label] for label in np.unique(targets)]
+    for group in groups:
+        count = max(round(fraction * len(group)), min(1, len(group) - 1))
+        held[group[:count]] = True
+    if held.all() or not held.any():
+        raise ValueError(f"--val_fraction {fraction} of {len(targets)} training images leaves a part without images")
+    return np.flatnonzero(~held).tolist(), np.flatnonzero(held).tolist()
 
 
 def _use_all_cores(worker_id: int) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import platform
 import re
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
@@ -121,6 +122,18 @@ def rank() -> int:
 
 def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def processes_here() -> int:
+    """Processes of this run on this machine; each must call it."""
+    return gather_objects(platform.node()).count(platform.node())
+
+
+def sum_on_cpu(value: Tensor) -> None:
+    """Replace a tensor on the CPU, of any size, by its sum over ranks."""
+    if world_size() > 1:
+        for part in value.view(-1).split(2**26):
+            dist.all_reduce(part, group=_control)
 
 
 def barrier() -> None:

@@ -1,9 +1,11 @@
 """Progress bars on a terminal, silence in log files; one logger for everything else."""
 
 import logging
+import resource
 import sys
 from collections.abc import Iterable
 
+import torch
 from tqdm import tqdm
 
 from util import distributed
@@ -23,6 +25,20 @@ def progress(iterable: Iterable, description: str, total: int | None = None, uni
     return tqdm(iterable, desc=description, total=total, unit=unit, disable=quiet, dynamic_ncols=True, leave=False)
 
 
-def throughput(images_per_second: float, data_wait: float) -> str:
-    """An epoch's speed in words; data_wait: share of the time spent waiting for the loader, where more workers help."""
-    return f"{images_per_second:.0f} images/s, {100 * data_wait:.0f} % of the time waiting for data"
+LOADER_BOUND = 0.3  # share of the time
+
+
+def throughput(images_per_second: float, data_wait: float, memory_gib: float) -> str:
+    """An epoch's speed in words; data_wait: share of the time spent waiting for the loader."""
+    words = f"{images_per_second:.0f} images/s, {100 * data_wait:.0f} % of the time waiting for data"
+    if data_wait > LOADER_BOUND:
+        words += " (the loader is the bottleneck: more --num_workers, or smaller images on disk)"
+    return f"{words}, {memory_gib:.1f} GiB at most"
+
+
+def peak_memory(device: torch.device) -> float:
+    """GiB that this process has taken at most so far: of the GPU's memory, or of the machine's where there is none."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1 if sys.platform == "darwin" else 1024) / 2**30

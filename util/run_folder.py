@@ -29,7 +29,8 @@ from util.safe_load import load_plain
 
 ROOT = Path(__file__).resolve().parent.parent
 SNAPSHOT_RECORD = "snapshot.json"  # in a copy of the code that util.jobs has made
-FILES = r"(args|results)\.json|log\.txt|encoder\.safetensors|checkpoint-\d+(-\d+)?\.pth"  # of a run, as a pattern
+# of a run, as a pattern
+FILES = r"(args|results)\.json|log\.txt|(encoder|predictions)\.safetensors|checkpoint-\d+(-\d+)?\.pth"
 
 
 def git(*command: str) -> str | None:
@@ -99,9 +100,14 @@ class RunFolder:
 
     def save_encoder(self, state: dict[str, Tensor], metadata: dict[str, str]) -> None:
         """Write encoder.safetensors, which every program takes as --finetune. ValueError where that is not possible."""
+        self.save_tensors("encoder.safetensors", state, metadata)
+
+    def save_tensors(self, name: str, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+        """Write tensors as a safetensors file. ValueError where that is not possible."""
         if self.path is not None:
             with self._writing():
-                save_encoder(self.path / "encoder.safetensors", state, metadata)
+                self.path.mkdir(parents=True, exist_ok=True)
+                save_encoder(self.path / name, tensors, metadata)
 
     @contextlib.contextmanager
     def _writing(self, flag: str = "--output_dir", path: Path | None = None) -> Iterator[None]:

@@ -24,22 +24,50 @@ class Scores(NamedTuple):
     top5: float  # percent; 100 where there are five classes or fewer
     loss: float  # mean cross-entropy, nats
     n: int
+    per_class: float  # percent: mean over the classes that have an image of their own top-1
 
 
-def count(logits: Tensor, labels: Tensor) -> Tensor:
-    """(B,K), (B,) -> (4,) float64: images right at the first guess and within five, summed loss, number of images."""
-    hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
-    loss = F.cross_entropy(logits.float(), labels, reduction="none").double().sum()
-    return torch.stack([hits[:, 0].sum(), hits.sum(), loss, loss.new_tensor(len(labels))]).double()
+class Tally:
+    """Running counts of S classifiers on the images of this rank."""
+
+    def __init__(self, classifiers: int, classes: int, device: torch.device | str = "cpu"):
+        self.counts = torch.zeros(classifiers, 2, device=device, dtype=torch.float64)  # right within five, summed loss
+        self.right = torch.zeros(classifiers, classes, device=device, dtype=torch.float64)  # at the first guess
+        self.images = torch.zeros(classes, device=device, dtype=torch.float64)
+
+    def update(self, logits: list[Tensor], labels: Tensor) -> None:
+        """S of (B,K), and (B,) classes."""
+        ones = torch.ones_like(labels, dtype=torch.float64)
+        self.images.index_add_(0, labels, ones)
+        for i, one in enumerate(logits):
+            hits = one.topk(min(5, one.shape[1])).indices == labels[:, None]
+            self.right[i].index_add_(0, labels, hits[:, 0].double())
+            losses = F.cross_entropy(one.float(), labels, reduction="none").double()
+            self.counts[i] += torch.stack([hits.sum().double(), losses.sum()])
+
+    def compute(self) -> list[Scores]:
+        """Scores of each classifier over the images of all ranks; each rank must call it.
+
+        ValueError where there is no image.
+        """
+        parts = [self.counts, self.right, self.images]
+        if world_size() > 1:
+            for part in parts:
+                dist.all_reduce(part)
+        counts, right, images = (part.cpu() for part in parts)
+        n = int(images.sum())
+        if not n:
+            raise ValueError("there is no image to evaluate on: none could be read")
+        present = images > 0
+        per_class = (right[:, present] / images[present]).mean(1)
+        shares = torch.stack([right.sum(1), counts[:, 0]], dim=1) / n
+        return [
+            Scores(*(100 * share).tolist(), loss.item() / n, n, 100 * mean.item())
+            for share, mean, loss in zip(shares, per_class, counts[:, 1], strict=True)
+        ]
 
 
-def total(counts: Tensor) -> list[Scores]:
-    """(S,4) counts of S classifiers on this rank -> their Scores over all ranks. ValueError where there is no image."""
-    if world_size() > 1:
-        dist.all_reduce(counts)
-    if not counts[:, 3].all():
-        raise ValueError("there is no image to evaluate on: none could be read")
-    return [Scores(100 * top1 / n, 100 * top5 / n, loss / n, int(n)) for top1, top5, loss, n in counts.tolist()]
+SINGLE_LABEL_METRICS = ("top1", "per_class")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -87,7 +115,9 @@ class MultiLabelTally:
     The memory is 4 n K S bytes over all ranks, and 4 n K beside it while scores are computed.
     """
 
-    def __init__(self, classifiers: int, classes: int):
+    def __init__(self, classifiers: int, classes: int, device: torch.device | str = "cpu"):
+        """device: where ranks exchange tensors (a GPU under NCCL)."""
+        self.device = device
         self.logits = [[torch.empty(0, classes)] for _ in range(classifiers)]
         self.labels = [torch.empty(0, classes, dtype=torch.uint8)]
 
@@ -97,15 +127,15 @@ class MultiLabelTally:
             kept.append(one.float().cpu())
         self.labels.append(labels.to("cpu", torch.uint8))
 
-    def compute(self, device: torch.device | str = "cpu") -> list[MultiLabelScores]:
+    def compute(self) -> list[MultiLabelScores]:
         """Scores of each classifier over the images of all ranks, the same bits on any number; each rank must call it.
 
-        device: where ranks exchange tensors (a GPU under NCCL). ValueError where there is no image.
+        ValueError where there is no image.
         """
-        labels = gather_rows(torch.cat(self.labels).to(device)).cpu()
+        labels = gather_rows(torch.cat(self.labels).to(self.device)).cpu()
         if not len(labels):
             raise ValueError("there is no image to evaluate on: none could be read")
-        gathered = (gather_rows(torch.cat(kept).to(device)).cpu() for kept in self.logits)  # one at a time
+        gathered = (gather_rows(torch.cat(kept).to(self.device)).cpu() for kept in self.logits)  # one at a time
         return [multilabel_scores(logits, labels) for logits in gathered]
 
 

@@ -20,7 +20,7 @@ from util import signals
 from util.arguments import check_resumed, plain
 from util.datasets import GlobalBatches, Loader, Sample, Watched
 from util.distributed import GradientMean, agree, barrier, rank, world_size
-from util.progress import log
+from util.progress import log, peak_memory, throughput
 from util.run_folder import AnotherRun, RunFolder
 
 # what loading a state of wrong content raises, inside of torch too
@@ -39,8 +39,11 @@ class Method(Protocol):
     def train(self) -> None:
         """Before an epoch: modes of the modules."""
 
-    def losses(self, sample: Sample, words: tuple) -> Tensor:
-        """Losses (S,) of a micro-batch, to be differentiated. What it draws, it draws from util.seeding's `words`."""
+    def losses(self, sample: Sample, words: tuple) -> Tensor | None:
+        """Losses (S,) of a micro-batch, to be differentiated. What it draws, it draws from util.seeding's `words`.
+
+        None where it waits for the micro-batches that follow: the last of GlobalBatches' `joined` ones has the losses.
+        """
 
     def step(self, alive: Tensor) -> Tensor:
         """The optimizer step, after the exchange of gradients. Which of the `alive` (S,) losses still are."""
@@ -59,12 +62,17 @@ class EpochStats(NamedTuple):
     lr: float  # of the last step
     images_per_second: float
     data_wait: float  # share of the time that this process waited for its loader
+    memory_gib: float  # taken by this process so far, at most
+
+    def speed(self) -> str:
+        """In words, for the log."""
+        return throughput(self.images_per_second, self.data_wait, self.memory_gib)
 
     def record(self, epoch: int) -> dict[str, float]:
         """The line of log.txt of a run with one loss."""
         return {
             "epoch": epoch, "loss": self.losses[0], "lr": self.lr, "images_per_second": self.images_per_second,
-            "data_wait": self.data_wait,
+            "data_wait": self.data_wait, "memory_gib": self.memory_gib,
         }  # fmt: skip
 
 
@@ -118,15 +126,16 @@ class Training:
         self.method.train()
         self.batches.epoch, self.batches.first_step = self.epoch, self.done
         watched = Watched(self.loader, f"epoch {self.epoch}")
-        mean = GradientMean([p for group in self.method.groups for p in group], accum_iter)
+        mean = GradientMean([p for group in self.method.groups for p in group], accum_iter // self.batches.joined)
         start, earlier, waited = time.perf_counter(), self.seconds, self.waited
         for micro_step, sample in enumerate(watched, start=self.done * accum_iter):
             if micro_step % accum_iter == 0:
                 self._set_rates(self.epoch + self.done / steps)
             chunk = micro_step * world_size() + rank()  # counted as by GlobalBatches: alike for any split
             losses = self.method.losses(sample, (self.args.seed, self.epoch, chunk))
-            losses.sum().backward()
-            mean.add(losses)
+            if losses is not None:
+                losses.sum().backward()
+                mean.add(losses)
             if (micro_step + 1) % accum_iter == 0:
                 self._update(mean.take())
                 self.seconds, self.waited = earlier + time.perf_counter() - start, waited + watched.waited
@@ -137,6 +146,7 @@ class Training:
             self.schedule(self.epoch + (steps - 1) / steps, self.optimizer.param_groups[0]["peak_lr"]),
             steps * self.batches.effective / self.seconds,
             self.waited / self.seconds,
+            peak_memory(self.method.device),
         )
 
     def end_epoch(self, scalars: dict[str, float] | None = None) -> None:
@@ -285,7 +295,7 @@ class Training:
             raise ValueError(f"it stands at step {step} of epoch {epoch}")
         self.loss_sum, self.diverged_at = loss_sum.to(self.loss_sum), diverged_at.to(self.diverged_at)
         self.seconds, self.waited = float(state["seconds"]), float(state["waited"])
-        evaluated = [entry["epoch"] for entry in history if isinstance(entry["test"], dict)]
+        evaluated = [entry["epoch"] for entry in history if isinstance(entry.get("test", entry.get("val")), dict)]
         if len(evaluated) < len(history) or (state["scalars"] and evaluated[-1:] != [epoch]):
             raise ValueError(f"its history is of the epochs {evaluated}")
         self.history = list(history)
