@@ -182,7 +182,7 @@ class FeatureCache:
                 try:
                     self.file.parent.mkdir(parents=True, exist_ok=True)
                     self._marker.unlink(missing_ok=True)
-                    with open(self.file, "wb") as file:
+                    with open(self.file, "ab") as file:  # not "wb": another run may be writing the same rows to it
                         # the blocks are taken now: a full disk behind a map would end the program without a word
                         take = getattr(os, "posix_fallocate", lambda handle, start, size: os.truncate(handle, size))
                         take(file.fileno(), 0, self.shape[0] * self.shape[1] * VALUE)

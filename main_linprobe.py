@@ -182,6 +182,8 @@ def main(args: argparse.Namespace) -> None:
             args.dataset, args.data_path, args.nb_classes, args.allow_subset
         )
         kept, held_out = hold_out(train_images.targets, args.val_fraction, args.seed)
+        if max(args.knn, default=0) > len(kept):
+            raise ValueError(f"--knn {max(args.knn)}: there are {len(kept)} training images; name fewer neighbours")
         multi_label = DATASETS[args.dataset].multi_label
         headline = choose_metric(args, multi_label)
         batches = GlobalBatches(
@@ -313,6 +315,8 @@ def settle(args: argparse.Namespace) -> None:
         raise ValueError(f"--lr {args.lr} sets one rate, --blr {args.blr} several: leave out one of them")
     if args.eval and not args.resume:
         raise ValueError("--eval needs the probes: name their checkpoint with --resume")
+    if (args.bn_group or args.batch_size) < 2:
+        raise ValueError("batch normalisation needs at least two images: raise --batch_size or --bn_group")
     if not 0 <= args.val_fraction < 1:
         raise ValueError(f"--val_fraction {args.val_fraction}: write a share from 0 up to, but not, 1")
     if args.val_fraction and args.report == "best":

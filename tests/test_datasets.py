@@ -18,6 +18,7 @@ from util.datasets import (
     build_loader,
     build_splits,
     eval_transform,
+    hold_out,
     train_transform,
 )
 
@@ -226,3 +227,30 @@ def test_an_image_that_cannot_be_read_is_named_in_one_line(tmp_path, damage, wor
         list(build_loader(dataset, EvaluationBatches(1, 1), workers))
     assert str(error.value).startswith(f"cannot read image {path}: ")
     assert "\n" not in str(error.value)
+
+
+def test_held_out_images_are_a_fraction_of_every_class_and_a_function_of_the_seed():
+    targets = np.repeat(np.arange(6), [40, 20, 10, 3, 2, 1])
+    kept, held = hold_out(targets, 0.1, seed=0)
+    assert sorted([*kept, *held]) == list(range(76))
+    assert np.bincount(targets[held], minlength=6).tolist() == [4, 2, 1, 1, 1, 0]
+    assert hold_out(targets, 0.1, seed=0) == (kept, held) != hold_out(targets, 0.1, seed=1)
+    several = (np.random.default_rng(0).random((30, 4)) < 0.3).astype(np.uint8)
+    assert len(hold_out(several, 0.2, seed=0)[1]) == 6
+    with pytest.raises(ValueError, match="leaves a part without images"):
+        hold_out([0, 1, 2], 0.1, seed=0)
+
+
+def test_groups_of_images_are_the_same_however_batches_are_split(monkeypatch):
+    def groups(batch_size, accum_iter, world):
+        found = []
+        for rank in range(world):
+            monkeypatch.setattr("util.distributed.rank", lambda rank=rank: rank)
+            monkeypatch.setattr("util.distributed.world_size", lambda: world)
+            batches = GlobalBatches(101, batch_size, accum_iter, seed=0, group=8, indices=range(1, 101))
+            flat = [index for batch in batches for _, index in batch]
+            found += [(place // (batches.accum_iter * batch_size), frozenset(flat[place : place + 8]))
+                      for place in range(0, len(flat), 8)]  # fmt: skip
+        return sorted(found, key=lambda pair: (pair[0], min(pair[1])))
+
+    assert groups(16, 2, 1) == groups(8, 4, 1) == groups(4, 8, 1) == groups(4, 2, 4) == groups(8, 2, 2)

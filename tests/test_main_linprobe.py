@@ -19,6 +19,8 @@ from models_vit import build_vit
 from util.arguments import parse, run_main
 from util.checkpoints import save_encoder
 from util.datasets import DATASETS
+from util.predictions import FILE, read_predictions
+from util.scores import multilabel_scores
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -162,6 +164,16 @@ def test_a_finished_run_is_not_written_over(command):
         (["--eval"], "--eval needs the probes"),
         (["--lr", "1", "--blr", "1", "2"], "--lr 1.0 sets one rate, --blr [1.0, 2.0] several"),
         (["--family", "imagenet"], "unknown family 'imagenet': choose one of mae, mae_ft"),
+        (["--bn_group", "24"], "--bn_group 24 and --batch_size 16: one must be a multiple of the other"),
+        (["--bn_group", "32"], "takes 2 micro-steps of --batch_size 16: --accum_iter 1 must be a multiple of 2"),
+        (["--bn_group", "1"], "batch normalisation needs at least two images: raise --batch_size or --bn_group"),
+        (["--val_fraction", "1"], "--val_fraction 1.0: write a share from 0 up to, but not, 1"),
+        (["--val_fraction", "0.1", "--report", "best"], "is the epoch that is best on the test set"),
+        (["--cache_views", "4"], "--cache_views 4: an epoch takes one view, and there are --epochs 3"),
+        (["--cache_views", "2", "--crop", "center"], "without augmentation (--crop center) all views are one"),
+        (["--cache_dir", "cache"], "--cache_dir names where --cache_views V are kept: say how many"),
+        (["--knn", "10", "0"], "--knn 0: it takes at least one neighbour"),
+        (["--knn", "65"], "--knn 65: there are 64 training images"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(command, mistake, message, capsys, tmp_path):
@@ -171,6 +183,47 @@ def test_a_mistake_is_one_line_and_exit_code_2(command, mistake, message, capsys
     assert exit_info.value.code == 2
     assert message in error and error.count("\n") == 1
     assert not (tmp_path / "run" / "args.json").exists()
+
+
+def test_held_out_images_choose_the_rate_and_the_test_set_is_used_once(command, tmp_path):
+    words = ["--cls_features", "cls", "pos", "--blr", "0.001", "20", "--seeds", "0", "1", "--val_fraction", "0.25"]
+    results = run([*command, *words, "--batch_size", "8", "--save_predictions", "--knn", "3"])
+    probes = results["probes"]
+    assert (results["n_train"], results["n_val"], results["n_test"]) == (48, 16, 101)
+    for head in ("cls", "pos"):
+        mean = {
+            rate: sum(probes[f"{head}/block5/blr{rate}/seed{seed}"]["val"]["last"]["top1"] for seed in (0, 1))
+            for rate in ("0.001", "20.0")
+        }
+        for rate, probe in ((name.split("/")[2], probe) for name, probe in probes.items() if name.startswith(head)):
+            assert probe["chosen"] == (rate == "blr" + max(mean, key=mean.get))
+    for probe in probes.values():
+        assert probe["last"]["n"] == 101 and "best" not in probe
+        assert probe["val"]["last"]["n"] == 16 and probe["val"]["best"]["top1"] >= probe["val"]["last"]["top1"]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.txt").read_text().splitlines()]
+    assert all("val" in line and "test" not in line for line in lines)
+    assert results["knn"].keys() == {"cls/block5", "pos/block5"}
+
+    kept = read_predictions(tmp_path / "run")
+    assert kept.index.equal(torch.arange(101)) and list(kept.said) == list(probes)
+    for name, probe in probes.items():
+        hits = kept.said[name] == kept.labels[:, None]
+        assert 100 * hits[:, 0].double().mean().item() == pytest.approx(probe["last"]["top1"])
+        assert kept.losses[name].mean().item() == pytest.approx(probe["last"]["loss"], rel=1e-6)
+
+    # the same from the checkpoint, on its own; and resumed after its end, everything again
+    before, predictions = (tmp_path / "run" / "results.json").read_text(), tmp_path / "run" / FILE
+    predictions.unlink()
+    again = run([*command, *words, "--batch_size", "8", "--save_predictions", "--knn", "3", "--resume", "auto"])
+    assert again["probes"] == json.loads(before)["probes"]
+    for name, said in read_predictions(tmp_path / "run").said.items():
+        assert said.equal(kept.said[name])
+
+
+def test_images_of_one_label_can_be_scored_by_class(command, tmp_path):
+    results = run([*command, "--per_class", "--epochs", "1", "--warmup_epochs", "0", "--batch_size", "64"])
+    (probe,) = results["probes"].values()
+    assert results["headline"] == "per_class" and 0 <= probe["last"]["per_class"] <= 100
 
 
 def test_the_bank_is_the_product_of_what_several_flags_say(command, tmp_path):
@@ -265,8 +318,15 @@ def test_images_of_several_labels_are_scored_by_mean_average_precision(weights, 
         "--allow_subset", "--input_size", "32", "--amp", "float32", "--device", "cpu", "--num_workers", "0",
         "--batch_size", "2", "--epochs", "2", "--warmup_epochs", "0", "--output_dir", str(tmp_path / "run"),
     ]  # fmt: skip
-    results = run(argv)
+    for flag in (["--per_class"], ["--knn", "1"]):
+        with pytest.raises(ValueError, match=r"is for images of one label, and those of --dataset coco have several"):
+            run([*argv, *flag])
+    results = run([*argv, "--save_predictions"])
     (probe,) = results["probes"].values()
+    kept = read_predictions(tmp_path / "run")
+    (logits,), (losses,) = kept.said.values(), kept.losses.values()
+    assert multilabel_scores(logits, kept.labels).map == pytest.approx(probe["last"]["map"])
+    assert losses.mean().item() == pytest.approx(probe["last"]["loss"], rel=1e-6)
     assert results["classes"] == 3 and probe["last"]["classes"] == 1
     assert {"map", "any_match", "label_accuracy", "loss", "n", "classes"} <= probe["last"].keys()
     assert probe["last"]["loss"] == pytest.approx(0.69, abs=0.3)  # a new classifier's binary cross-entropy is near ln 2

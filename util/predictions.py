@@ -79,6 +79,6 @@ def read_predictions(path: Path) -> Predictions:
     tensors, metadata = load_plain_or_safetensors(path), safetensors_metadata(path)
     if metadata.get("sha256") != digest(dict(sorted(tensors.items()))):
         raise ValueError(f"{path} holds no predictions of main_linprobe.py, or damaged ones")
-    said = {name.removeprefix("said/"): value for name, value in tensors.items() if name.startswith("said/")}
-    losses = {name: tensors[f"loss/{name}"] for name in said}
-    return Predictions(tensors["index"], tensors["labels"], said, losses, json.loads(metadata["facts"]))
+    facts = json.loads(metadata["facts"])
+    said, losses = ({name: tensors[f"{kind}/{name}"] for name in facts["probes"]} for kind in ("said", "loss"))
+    return Predictions(tensors["index"], tensors["labels"], said, losses, facts)

@@ -32,7 +32,7 @@ def throughput(images_per_second: float, data_wait: float, memory_gib: float) ->
     """An epoch's speed in words; data_wait: share of the time spent waiting for the loader."""
     words = f"{images_per_second:.0f} images/s, {100 * data_wait:.0f} % of the time waiting for data"
     if data_wait > LOADER_BOUND:
-        words += " (the loader is the bottleneck: more --num_workers, or smaller images on disk)"
+        words += " (loader-bound)"
     return f"{words}, {memory_gib:.1f} GiB at most"
 
 

@@ -1,0 +1,215 @@
+"""Probes compared on the same test images: python scripts/compare_probes.py [LABEL=]RUN ... [--baseline PROBE]
+
+RUN is the --output_dir of main_linprobe.py --save_predictions. Probes that differ in nothing but their seed are one
+row: the mean of their scores, its standard deviation over seeds, and two confidence intervals of it: over test images
+(other images of the same kind) and over seeds (other initial weights). Runs of one label, such as those of several
+--seed, join their seeds. Then the difference to the baseline, image by image and seed by seed.
+
+Intervals are Student's, paired where two probes are compared; those over images of scores that are no mean over images
+(map, per_class) are percentiles of a bootstrap that resamples images, alike for all probes.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+from scipy import stats
+from torch import Tensor
+
+from util.arguments import Parser, run_main
+from util.files import write_atomically, write_json
+from util.predictions import Predictions, read_predictions
+from util.progress import progress
+from util.scores import average_precision
+
+
+class Interval(NamedTuple):
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return "–" if np.isnan(self.low) else f"{self.low:.2f} to {self.high:.2f}"
+
+
+class Row(NamedTuple):
+    """A probe of several seeds. Scores in percent."""
+
+    name: str
+    each: list[float]  # of each seed
+    over_images: Interval
+    over_seeds: Interval
+    difference: float = 0.0  # to the baseline
+    difference_over_images: Interval = Interval(np.nan, np.nan)
+    difference_over_seeds: Interval = Interval(np.nan, np.nan)  # where both have the same seeds
+
+    @property
+    def mean(self) -> float:
+        return float(np.mean(self.each))
+
+
+def top1(said: Tensor, labels: Tensor) -> Tensor:
+    """(n,) hits"""
+    return (said[:, 0] == labels).double()
+
+
+def any_match(said: Tensor, labels: Tensor) -> Tensor:
+    return labels.gather(1, said.argmax(1, keepdim=True))[:, 0].double()
+
+
+def label_accuracy(said: Tensor, labels: Tensor) -> Tensor:
+    return ((said > 0) == (labels > 0)).double().mean(1)
+
+
+def mean_average_precision(said: Tensor, labels: Tensor) -> float:
+    return average_precision(said, labels)[(labels > 0).any(0)].mean().item()
+
+
+def per_class(said: Tensor, labels: Tensor) -> float:
+    hits, counts = (torch.bincount(labels, weights=weights) for weights in (top1(said, labels), None))
+    return (hits / counts)[counts > 0].mean().item()
+
+
+BY_IMAGE = {"top1": top1, "any_match": any_match, "label_accuracy": label_accuracy}  # scores that are means over images
+OF_ALL = {"map": mean_average_precision, "per_class": per_class}
+
+
+def student(values: np.ndarray, confidence: float) -> Interval:
+    """Of the mean of values (k,); nothing for a single one."""
+    if len(values) < 2:
+        return Interval(np.nan, np.nan)
+    half = stats.t.ppf((1 + confidence) / 2, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
+    return Interval(float(values.mean() - half), float(values.mean() + half))
+
+
+def labelled(words: list[str]) -> list[tuple[str, Predictions]]:
+    """Predictions of [LABEL=]RUN words. ValueError where they are not of the same images and the same score."""
+    if twice := [word for word in words if words.count(word) > 1]:
+        raise ValueError(f"{twice[0]} is named twice: its seeds would count twice")
+    runs = []
+    for word in words:
+        label, _, path = word.rpartition("=")
+        runs.append((label or Path(path).name, read_predictions(Path(path))))
+    first = runs[0][1]
+    for word, (_, run) in zip(words, runs, strict=True):
+        if run.facts["test_images"] != first.facts["test_images"] or not torch.equal(run.index, first.index):
+            raise ValueError(f"{word} was tested on other images than {words[0]}: compare runs of one test set")
+        if run.facts["headline"] != first.facts["headline"]:
+            raise ValueError(f"{word} counts {run.facts['headline']}, {words[0]} {first.facts['headline']}")
+    return runs
+
+
+def grouped(runs: list[tuple[str, Predictions]]) -> dict[str, dict[tuple, Tensor]]:
+    """{row: {seed: what was said}}; a seed is a run's place among those of its label, and the probe's own."""
+    several, rows, place = len({label for label, _ in runs}) > 1, {}, {}
+    for label, run in runs:
+        place[label] = place.get(label, -1) + 1
+        for name, said in run.said.items():
+            row = f"{label}: " * several + name.rpartition("/seed")[0]
+            rows.setdefault(row, {})[place[label], run.facts["probes"][name]["seed"]] = said
+    return rows
+
+
+def compare(
+    rows: dict[str, dict[tuple, Tensor]],
+    labels: Tensor,
+    headline: str,
+    baseline: str,
+    confidence: float,
+    resamples: int,
+) -> list[Row]:
+    """A Row for each; see the head of this file."""
+    if headline in BY_IMAGE:
+        hits = {
+            n: {s: 100 * BY_IMAGE[headline](t, labels).numpy() for s, t in seeds.items()} for n, seeds in rows.items()
+        }
+        each = {name: {seed: float(values.mean()) for seed, values in seeds.items()} for name, seeds in hits.items()}
+        by_image = {name: np.mean(list(seeds.values()), axis=0) for name, seeds in hits.items()}
+
+        def over_images(name: str, less: str | None = None) -> Interval:
+            return student(by_image[name] - (by_image[less] if less else 0), confidence)
+    else:
+        score: Callable[[Tensor, Tensor], float] = OF_ALL[headline]
+        each = {name: {seed: 100 * score(said, labels) for seed, said in seeds.items()} for name, seeds in rows.items()}
+        random, drawn = np.random.default_rng(0), {name: [] for name in rows}
+        for _ in progress(range(resamples), "bootstrap", resamples, unit="resample"):
+            chosen = torch.from_numpy(random.integers(0, len(labels), len(labels)))
+            for name, seeds in rows.items():
+                drawn[name].append(np.mean([100 * score(said[chosen], labels[chosen]) for said in seeds.values()]))
+
+        def over_images(name: str, less: str | None = None) -> Interval:
+            values = np.array(drawn[name]) - (np.array(drawn[less]) if less else 0)
+            return Interval(*(float(v) for v in np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])))
+
+    found = []
+    for name, scores in each.items():
+        values, base = np.array(list(scores.values())), each[baseline]
+        row = Row(name, values.tolist(), over_images(name), student(values, confidence))
+        if name != baseline:
+            pairs = (
+                np.array([scores[seed] - base[seed] for seed in scores]) if scores.keys() == base.keys() else values[:0]
+            )
+            row = row._replace(
+                difference=row.mean - float(np.mean(list(base.values()))),
+                difference_over_images=over_images(name, baseline), difference_over_seeds=student(pairs, confidence),
+            )  # fmt: skip
+        found.append(row)
+    return found
+
+
+def table(rows: list[Row], headline: str, baseline: str, confidence: float, n: int) -> str:
+    share = f"{100 * confidence:g} %"
+    lines = [
+        f"| probe | seeds | {headline} | std | {share}, images | {share}, seeds | difference | {share}, images | "
+        f"{share}, seeds |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        std = f"{np.std(row.each, ddof=1):.2f}" if len(row.each) > 1 else "–"
+        words = [row.name, str(len(row.each)), f"{row.mean:.2f}", std, str(row.over_images), str(row.over_seeds)]
+        is_base = row.name == baseline
+        words += ["–" if is_base else f"{row.difference:+.2f}", str(row.difference_over_images)]
+        lines.append("| " + " | ".join([*words, str(row.difference_over_seeds)]) + " |")
+    return "\n".join([*lines, "", f"{headline} in percent on {n:,} test images; differences to {baseline}", ""])
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = Parser(__doc__)
+    parser.add_argument("runs", nargs="+", metavar="[LABEL=]RUN", help="folders of main_linprobe.py --save_predictions")
+    parser.add_argument("--baseline", default=None, metavar="PROBE", help="row of the differences (default: the first)")
+    parser.add_argument("--confidence", default=0.95, type=float, help="of the intervals")
+    parser.add_argument("--resamples", default=1000, type=int, help="of the bootstrap")
+    parser.add_argument(
+        "--output", default=None, type=Path, metavar="FILE", help="write the table, or .json, there too"
+    )
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    if not 0 < args.confidence < 1 or args.resamples < 1:
+        raise ValueError(
+            f"--confidence {args.confidence} must lie between 0 and 1, --resamples {args.resamples} above 0"
+        )
+    runs = labelled(args.runs)
+    first, rows = runs[0][1], grouped(runs)
+    baseline = args.baseline or next(iter(rows))
+    if baseline not in rows:
+        raise ValueError(f"--baseline {baseline}: choose one of {', '.join(rows)}")
+    headline = first.facts["headline"]
+    found = compare(rows, first.labels, headline, baseline, args.confidence, args.resamples)
+    text = table(found, headline, baseline, args.confidence, len(first.labels))
+    print(text)
+    if args.output is not None and args.output.suffix == ".json":
+        write_json(args.output, {"metric": headline, "baseline": baseline, "confidence": args.confidence,
+                                 "n": len(first.labels), "probes": [row._asdict() for row in found]})  # fmt: skip
+    elif args.output is not None:
+        write_atomically(args.output, text.encode())
+
+
+if __name__ == "__main__":
+    run_main(main, get_args_parser().parse_args())

@@ -1,0 +1,143 @@
+"""Training from kept features: the run without them, where each epoch has its view; what does not fit is refused."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from miniatures import make_coco
+from PIL import Image
+
+import feature_cache
+import main_linprobe
+from models_vit import build_vit
+from util.arguments import parse
+from util.checkpoints import save_encoder
+from util.datasets import DATASETS
+
+EPOCHS = 3
+
+
+@pytest.fixture
+def command(image_folder, tiny, tmp_path):
+    torch.manual_seed(0)
+    save_encoder(tmp_path / "encoder.safetensors", build_vit(tiny).state_dict(), {"family": "mae"})
+    return [
+        "--model", tiny, "--finetune", str(tmp_path / "encoder.safetensors"), "--data_path", str(image_folder),
+        "--amp", "float32", "--device", "cpu", "--num_workers", "0", "--epochs", str(EPOCHS), "--warmup_epochs", "1",
+        "--blr", "40", "--batch_size", "6", "--accum_iter", "2",
+    ]  # fmt: skip
+
+
+def run(command, folder, *words):
+    main_linprobe.main(parse(main_linprobe.get_args_parser(), [*command, *words, "--output_dir", str(folder)]))
+    state = torch.load(folder / f"checkpoint-{EPOCHS - 1}.pth", weights_only=True)["probes"]
+    return state, json.loads((folder / "results.json").read_text())["probes"]
+
+
+def assert_same(found, expected, tolerance=1e-5):
+    for name, state in expected[0].items():
+        for key in state:
+            if "score.0.bias" not in key:
+                torch.testing.assert_close(found[0][name][key], state[key], rtol=tolerance, atol=tolerance)
+        assert found[1][name]["last"] == pytest.approx(expected[1][name]["last"], rel=tolerance)
+
+
+HEADS = {
+    "vectors": ["--cls_features", "cls", "both", "attn-lcte", "ca2", "cp1"],
+    "tokens": ["--cls_features", "cls", "abmilp:content=all", "ap2", "attn-mn", "ca1", "--return_block", "0", "2"],
+}
+
+
+@pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
+@pytest.mark.parametrize("place", ["memory", "file"])
+def test_a_view_for_each_epoch_is_the_run_without_a_cache(command, heads, place, tmp_path):
+    words = ["--cache_dir", str(tmp_path / "cache")] if place == "file" else []
+    expected = run(command, tmp_path / "plain", *heads)
+    assert_same(run(command, tmp_path / "kept", *heads, "--cache_views", str(EPOCHS), *words), expected)
+    if place == "file":
+        files = sorted((tmp_path / "cache").iterdir())
+        times = [path.stat().st_mtime_ns for path in files]
+        assert_same(run(command, tmp_path / "again", *heads, "--cache_views", str(EPOCHS), *words), expected)
+        assert [path.stat().st_mtime_ns for path in files] == times
+
+
+def test_without_augmentation_one_view_is_all(command, tmp_path):
+    expected = run(command, tmp_path / "plain", "--crop", "center", "--val_fraction", "0.3", "--bn_group", "12")
+    words = ["--crop", "center", "--val_fraction", "0.3", "--bn_group", "12", "--cache_views", "1"]
+    assert_same(run(command, tmp_path / "kept", *words), expected)
+
+
+def test_a_file_serves_the_same_features_alone(command, tmp_path):
+    """Another seed, crop, precision, head or block is another file."""
+    words = ["--cache_views", "1", "--cache_dir", str(tmp_path / "cache"), "--cls_features"]
+    for number, change in enumerate((["cls"], ["cls", "--seed", "1"], ["cls", "--crop", "center"], ["pos"],
+                                     ["cls", "--return_block", "0"], ["cls", "--amp", "bfloat16"])):  # fmt: skip
+        run(command, tmp_path / str(number), *words, *change)
+        assert len(list((tmp_path / "cache").glob("*.f32"))) == number + 1
+
+
+def test_damaged_images_are_skipped_as_without_a_cache(command, image_folder, tmp_path):
+    copy = tmp_path / "data"
+    shutil.copytree(image_folder, copy)
+    for path in (copy / "train" / "red" / "00.png", copy / "val" / "green" / "01.png"):
+        path.write_bytes(b"not an image")
+    words = ["--data_path", str(copy), "--on_bad_image", "skip"]
+    expected = run(command, tmp_path / "plain", *words)
+    assert next(iter(expected[1].values()))["last"]["n"] == 6
+    assert_same(run(command, tmp_path / "kept", *words, "--cache_views", str(EPOCHS)), expected)
+
+
+def test_images_of_several_labels_are_kept_with_them(command, tmp_path, monkeypatch):
+    make_coco(tmp_path / "coco")
+    monkeypatch.setitem(DATASETS, "coco", DATASETS["coco"]._replace(classes=3))
+    words = ["--data_path", str(tmp_path / "coco"), "--dataset", "coco", "--allow_subset", "--batch_size", "3",
+             "--accum_iter", "1"]  # fmt: skip
+    expected = run(command, tmp_path / "plain", *words)
+    # three images that hardly differ: their normalisation makes much of the encoder's rounding
+    assert_same(run(command, tmp_path / "kept", *words, "--cache_views", str(EPOCHS)), expected, 1e-3)
+
+
+def test_what_does_not_fit_is_refused_with_the_arithmetic(command, tmp_path, monkeypatch):
+    words = [*command, "--cls_features", "abmilp", "--cache_views", "3", "--output_dir", str(tmp_path / "run")]
+    arithmetic = r"\(24 train images x 3 views \+ 7 test images\) x 544 values x 4 bytes = 0\.00 GiB, and {} has 0\.00"
+    monkeypatch.setattr(feature_cache, "free_memory", lambda: 170_000)
+    with pytest.raises(ValueError, match=arithmetic.format("memory")):
+        main_linprobe.main(parse(main_linprobe.get_args_parser(), words))
+    monkeypatch.setattr(feature_cache, "free_disk", lambda folder: 170_000)
+    with pytest.raises(ValueError, match=arithmetic.format(".*cache")):
+        main_linprobe.main(parse(main_linprobe.get_args_parser(), [*words, "--cache_dir", str(tmp_path / "cache")]))
+    assert not (tmp_path / "cache").exists()
+    assert feature_cache.free_disk(tmp_path / "not" / "there") > 0
+
+
+@pytest.fixture
+def demo(tmp_path):
+    """Flags for programs that know no miniature models."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 24), ("val", 9)):
+        for index in range(count):
+            path = tmp_path / "images" / split / f"class{index % 3}" / f"{index:02d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(0, 255, (20, 20, 3), dtype=np.uint8)).save(path)
+    return [
+        "--model", "vit_demo_patch8", "--data_path", tmp_path / "images", "--input_size", "16", "--amp", "float32",
+        "--device", "cpu", "--num_workers", "0", "--epochs", EPOCHS, "--warmup_epochs", "1", "--blr", "40",
+        "--batch_size", "6", "--cls_features", "cls", "abmilp", "--knn", "3",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("place", [[], ["--cache_dir", "cache"]], ids=["memory", "file"])
+def test_two_processes_share_the_work_and_the_features(demo, place, tmp_path, run_program):
+    words = [tmp_path / word if word == "cache" else word for word in place]
+    expected = run([str(word) for word in demo], tmp_path / "one", "--accum_iter", "2")
+    done = run_program(
+        "main_linprobe.py", *demo, "--cache_views", EPOCHS, *words, "--output_dir", tmp_path / "two", processes=2
+    )
+    assert done.returncode == 0, done.stderr
+    state = torch.load(tmp_path / "two" / f"checkpoint-{EPOCHS - 1}.pth", weights_only=True)["probes"]
+    results, alone = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("two", "one"))
+    assert_same((state, results["probes"]), expected)
+    assert results["knn"].keys() == alone["knn"].keys()
+    assert results["knn"]["cls/block5"] == alone["knn"]["cls/block5"]

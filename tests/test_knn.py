@@ -1,0 +1,87 @@
+"""k-nearest neighbours: scikit-learn's, DINO's protocol in a loop, and alike on any number of processes."""
+
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from sklearn.neighbors import KNeighborsClassifier
+
+from knn import knn_scores
+
+
+def blobs(n, classes=7, width=12, seed=0):
+    random = torch.Generator().manual_seed(seed)
+    labels = torch.randint(classes, (n,), generator=random)
+    centres = torch.randn(classes, width, generator=torch.Generator().manual_seed(99))
+    return centres[labels] + 1.5 * torch.randn(n, width, generator=random), labels
+
+
+def test_votes_are_sklearns():
+    (train, labels), (test, answers) = blobs(300), blobs(90, seed=1)
+    found = knn_scores(train, labels, test, answers, [1, 10, 40], 7)
+    for k, scores in found.items():
+        judge = KNeighborsClassifier(
+            k, metric="cosine", weights=lambda distance: torch.exp((1 - torch.from_numpy(distance)) / 0.07).numpy()
+        )
+        judge.fit(train.numpy(), labels.numpy())
+        assert scores["top1"] == pytest.approx(100 * judge.score(test.numpy(), answers.numpy()), abs=1e-9)
+
+
+def test_votes_are_those_of_the_protocol_in_a_loop():
+    (train, labels), (test, answers) = blobs(60), blobs(25, seed=1)
+    hits, near = 0, 0
+    for image, answer in zip(F.normalize(test), answers, strict=True):
+        similarity = F.normalize(train) @ image
+        votes = [0.0] * 7
+        for index in similarity.argsort(descending=True)[:20].tolist():
+            votes[labels[index]] += math.exp(similarity[index] / 0.07)
+        order = sorted(range(7), key=lambda label: -votes[label])
+        hits, near = hits + (order[0] == answer), near + (answer in order[:5])
+    assert knn_scores(train, labels, test, answers, [20], 7)[20] == pytest.approx({
+        "top1": 100 * int(hits) / 25, "top5": 100 * int(near) / 25
+    })  # fmt: skip
+
+
+def test_length_of_vectors_does_not_count():
+    (train, labels), (test, answers) = blobs(80), blobs(30, seed=1)
+    scaled = train * torch.rand(80, 1).add(0.1)
+    expected = knn_scores(train, labels, test, answers, [5], 7)
+    assert knn_scores(scaled, labels, 3 * test, answers, [5], 7) == expected
+
+
+def test_more_neighbours_than_images_are_refused():
+    train, labels = blobs(9)
+    with pytest.raises(ValueError, match="--knn 10: there are 9 training images"):
+        knn_scores(train, labels, train, labels, [1, 10], 7)
+
+
+PROGRAM = """
+import json
+import sys
+
+import torch
+
+sys.path.insert(0, "tests")
+from knn import knn_scores
+from test_knn import blobs
+from util.distributed import distributed
+
+with distributed("cpu") as world:
+    (train, labels), (test, answers) = blobs(41), blobs(17, seed=1)
+    mine = slice(world.rank, None, world.size)
+    few = slice(0, 38) if world.rank == 0 else slice(38, None)  # a rank with fewer images than neighbours
+    few = few if world.size > 1 else slice(None)
+    scores = [knn_scores(train[own], labels[own], test[mine], answers[mine], [3, 9], 7) for own in (mine, few)]
+    if world.rank == 0:
+        print(json.dumps(scores))
+"""
+
+
+def test_two_ranks_find_the_neighbours_of_one(tmp_path, run_program):
+    (tmp_path / "program.py").write_text(PROGRAM)
+    runs = [run_program(tmp_path / "program.py", processes=processes) for processes in (1, 2)]
+    assert all(run.returncode == 0 for run in runs), [run.stderr for run in runs]
+    (one, same), (shared, lonely) = (json.loads(run.stdout.splitlines()[-1]) for run in runs)
+    assert one == same == shared == lonely
