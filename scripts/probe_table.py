@@ -1,10 +1,13 @@
 """Table of probing runs: python scripts/probe_table.py LABEL=RUN ... [--output table.md]
 
-One row per run (its results.json), one column per head; top-1 on the test set, mean +- standard deviation over seeds.
+One column per head, one row per run (its results.json), and per block, optimizer and rate where it has several; the
+score that the run counts on the test set, mean +- standard deviation over seeds. Where held-out images have chosen the
+rates, these alone.
 """
 
 import argparse
 import json
+import math
 import statistics
 import sys
 from pathlib import Path
@@ -13,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from util.arguments import Parser, run_main
 from util.files import write_atomically
+from util.probe_results import spoken
 
 
 def labelled_runs(words: list[str]) -> dict[str, dict]:
@@ -27,23 +31,39 @@ def labelled_runs(words: list[str]) -> dict[str, dict]:
     return runs
 
 
-def scores(run: dict, epoch: str = "last") -> dict[str, list[float]]:
-    """{head: top-1 of each seed}. ValueError where a head has several blocks or rates: they are not seeds."""
-    found: dict[str, dict[tuple, list[float]]] = {}
-    for probe in run["probes"].values():
-        setting = probe["block"], probe["blr"], probe.get("optimizer", "lars")
-        found.setdefault(probe["head"], {}).setdefault(setting, []).append(probe[epoch]["top1"])
-    for head, settings in found.items():
-        if len(settings) > 1:
-            raise ValueError(
-                f"{head} was probed at several (block, blr, optimizer): {list(settings)}; this table averages seeds"
-            )
-    return {head: next(iter(settings.values())) for head, settings in found.items()}
+def settings(run: dict, epoch: str) -> dict[str, dict[str, list[float]]]:
+    """{block, optimizer and rate, where the run has several: {head: score of each seed}}.
+
+    Where held-out images have chosen optimizer and rate for each head, those alone, in one row for each block.
+    """
+    probes = [probe for probe in run["probes"].values() if probe.get("chosen", True)]
+
+    def words(probe: dict) -> list[str]:
+        rate = f"lr {probe['lr']:g}" if probe.get("lr") is not None else f"blr {probe['blr']:g}"
+        rules = [] if "chosen" in probe else [probe.get("optimizer", "lars"), rate]
+        return [f"block {probe['block']}", *rules]
+
+    several = [len(set(column)) > 1 for column in zip(*map(words, probes), strict=True)]
+    found: dict[str, dict[str, list[float]]] = {}
+    for probe in probes:
+        name = ", ".join(word for word, told in zip(words(probe), several, strict=True) if told)
+        score = probe[epoch][run.get("headline", "top1")]
+        found.setdefault(name, {}).setdefault(probe["head"], []).append(math.nan if score is None else score)
+    return found
 
 
-def table(runs: dict[str, dict]) -> str:
-    """Markdown: encoder x head."""
-    rows = {label: scores(run) for label, run in runs.items()}
+def table(runs: dict[str, dict], epoch: str = "last") -> str:
+    """Markdown: encoder (and block, optimizer, rate) x head. ValueError for runs that do not count the same."""
+    headlines = {run.get("headline", "top1") for run in runs.values()}
+    if len(headlines) > 1:
+        raise ValueError(f"these runs count different scores: {', '.join(sorted(headlines))}; make a table of each")
+    if epoch == "best" and any("val" in probe for run in runs.values() for probe in run["probes"].values()):
+        raise ValueError("--report best is the epoch that is best on the test set: a run with --val_fraction has none")
+    rows = {
+        f"{label}, {name}" if name else label: row
+        for label, run in runs.items()
+        for name, row in settings(run, epoch).items()
+    }
     heads = list(dict.fromkeys(head for row in rows.values() for head in row))
     lines = ["| encoder | " + " | ".join(heads) + " |", "|---|" + "---|" * len(heads)]
     for label, row in rows.items():
@@ -55,13 +75,15 @@ def table(runs: dict[str, dict]) -> str:
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
     run = next(iter(runs.values()))
     seeds = max(len(values) for row in rows.values() for values in row.values())
-    lines += ["", f"top-1 (%), last epoch, mean ± std over {seeds} seeds of the probe; {run['n_train']} training and "
-              f"{run['n_test']} test images, {run['args']['epochs']} epochs"]  # fmt: skip
+    chosen = any("chosen" in probe for probe in run["probes"].values())
+    lines += ["", f"{spoken(headlines.pop())} (%), {epoch} epoch, mean ± std over {seeds} seeds of the probe; "
+              f"{run['n_train']} training and {run['n_test']} test images, {run['args']['epochs']} epochs"
+              + f"; rates chosen on {run.get('n_val')} held-out images" * chosen]  # fmt: skip
     return "\n".join(lines) + "\n"
 
 
 def main(args: argparse.Namespace) -> None:
-    text = table(labelled_runs(args.runs))
+    text = table(labelled_runs(args.runs), args.report)
     print(text)
     if args.output:
         write_atomically(args.output, text.encode())
@@ -70,5 +92,6 @@ def main(args: argparse.Namespace) -> None:
 if __name__ == "__main__":
     parser = Parser(__doc__)
     parser.add_argument("runs", nargs="+", metavar="LABEL=RUN")
+    parser.add_argument("--report", choices=["last", "best"], default="last", help="epoch whose scores are shown")
     parser.add_argument("--output", type=Path)
     run_main(main, parser.parse_args())

@@ -44,6 +44,25 @@ def test_table_averages_seeds_of_each_head(run, tmp_path):
     assert "20 training and 10 test images, 1 epochs" in (tmp_path / "table.md").read_text()
 
 
+def test_table_has_a_row_for_each_setting_or_for_those_that_were_chosen(run, tmp_path):
+    results = json.loads((run / "results.json").read_text())
+    first, probes = next(iter(results["probes"].values())), {}
+    for block, blr, top1 in ((0, 0.1, 1.0), (0, 2.0, 2.0), (5, 0.1, 3.0), (5, 2.0, 4.0)):
+        for seed in (0, 1):
+            setting = {"block": block, "blr": blr, "seed": seed, "last": {"top1": top1}}
+            probes[f"cls/block{block}/blr{blr}/seed{seed}"] = {**first, **setting}
+    (tmp_path / "results.json").write_text(json.dumps({**results, "probes": probes}))
+    done = script("probe_table.py", f"mine={tmp_path}")
+    assert "| mine, block 0, blr 2 | 2.0 ± 0.0 |" in done.stdout and done.stdout.count("| mine") == 4
+    for probe in probes.values():
+        probe |= {"chosen": probe["last"]["top1"] in (1.0, 4.0), "val": {}}
+    (tmp_path / "results.json").write_text(json.dumps({**results, "probes": probes, "n_val": 5}))
+    done = script("probe_table.py", f"mine={tmp_path}")
+    assert "| mine, block 0 | 1.0 ± 0.0 |\n| mine, block 5 | 4.0 ± 0.0 |" in done.stdout
+    assert "rates chosen on 5 held-out images" in done.stdout
+    assert "has none" in script("probe_table.py", f"mine={tmp_path}", "--report", "best").stderr
+
+
 def test_maps_are_drawn(run, tmp_path):
     done = script("show_maps.py", f"mine={run}", "--images", "2", "--output", tmp_path / "maps.png")
     assert done.returncode == 0, done.stderr
