@@ -11,7 +11,7 @@ import submitit_linprobe
 from util.arguments import parse
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", ROOT / "demo" / "README.md", ROOT / "docs" / "attention.md"]
+PAGES = [ROOT / "README.md", ROOT / "demo" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 README = PAGES[0].read_text()
 
 
@@ -33,7 +33,7 @@ def test_command_is_understood(command):
         parse(importlib.import_module(program.removesuffix(".py")).get_args_parser(), argv)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.parent.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
         assert target.startswith("https://") or (page.parent / target).exists(), target
