@@ -138,15 +138,15 @@ def binary_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 @torch.no_grad()
 def evaluate(
     bank: ProbeBank, tokens: FrozenTokens, loader: Iterable, device: torch.device, tally: Tally | MultiLabelTally,
-    keeper: PredictionKeeper | None = None,
+    keeper: PredictionKeeper | None = None, name: str = "test",
 ) -> list[Scores] | list[MultiLabelScores]:  # fmt: skip
     """Scores of every probe, in the order of `bank.specs`, by a new `tally`; each sample counts once, over all ranks.
 
-    keeper: takes up what every probe says of every image.
+    keeper: takes up what every probe says of every image. name: of the images, for the progress bar.
     """
     bank.eval()
     tokens.backbone.eval()
-    for sample in Watched(loader, "test", agree=True):
+    for sample in Watched(loader, name, agree=True):
         labels = sample.label.to(device, non_blocking=True)
         logits = bank(tokens(sample.image.to(device, non_blocking=True)))
         tally.update(logits, labels)

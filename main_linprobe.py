@@ -226,6 +226,7 @@ def main(args: argparse.Namespace) -> None:
                 CachedTokens(frozen, bank, size, world.device), parts, args.cache_dir,
                 {**facts, "test images": fingerprint(test_images), "oracle": oracle and oracle.record["sha256"],
                  "held out": held_out, "pixels": [size, encoder.mean, encoder.std],
+                 "family": encoder.record["family"],
                  **{name: plain(args)[name] for name in CACHE_DEPENDS_ON}},
             )  # fmt: skip
             cache.fill(world.device, args.batch_size, **loading)
@@ -233,7 +234,7 @@ def main(args: argparse.Namespace) -> None:
         tally = functools.partial(MultiLabelTally if multi_label else Tally, len(specs), num_classes, world.device)
 
         def score(part: str, keeper: PredictionKeeper | None = None) -> dict[str, dict]:
-            scores = evaluate(bank, tokens, loaders[part], world.device, tally(), keeper)
+            scores = evaluate(bank, tokens, loaders[part], world.device, tally(), keeper, part)
             return {spec.name: score._asdict() for spec, score in zip(specs, scores, strict=True)}
 
         # ---- recipe: LARS, rate per probe, warm-up and half-cosine per optimizer step
@@ -292,8 +293,8 @@ def main(args: argparse.Namespace) -> None:
 
 # arguments that decide what the encoder makes of the images
 CACHE_DEPENDS_ON = (
-    "model", "return_block", "cls_features", "amp", "final_norm", "crop", "no_hflip", "seed", "on_bad_image",
-    *option_flags(),
+    "model", "num_heads", "no_cls_token", "return_block", "cls_features", "amp", "final_norm", "crop", "no_hflip", "seed",
+    "on_bad_image", *option_flags(),
 )  # fmt: skip
 
 

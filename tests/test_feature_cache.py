@@ -63,6 +63,16 @@ def test_a_view_for_each_epoch_is_the_run_without_a_cache(command, heads, place,
         assert [path.stat().st_mtime_ns for path in files] == times
 
 
+@pytest.mark.parametrize("place", [[], ["--cache_dir", "cache"]], ids=["memory", "file"])
+def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(command, place, tmp_path):
+    words = ["--cls_features", "abmilp", "--cache_views", "2", *(place and [place[0], str(tmp_path / "cache")])]
+    expected, _ = run(command, tmp_path / "run", *words)
+    (tmp_path / "run" / f"checkpoint-{EPOCHS - 1}.pth").unlink()
+    again, _ = run(command, tmp_path / "run", *words, "--resume", "auto")
+    for name, state in expected.items():
+        assert all(value.equal(again[name][key]) for key, value in state.items())
+
+
 def test_without_augmentation_one_view_is_all(command, tmp_path):
     expected = run(command, tmp_path / "plain", "--crop", "center", "--val_fraction", "0.3", "--bn_group", "12")
     words = ["--crop", "center", "--val_fraction", "0.3", "--bn_group", "12", "--cache_views", "1"]
