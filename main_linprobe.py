@@ -293,8 +293,8 @@ def main(args: argparse.Namespace) -> None:
 
 # arguments that decide what the encoder makes of the images
 CACHE_DEPENDS_ON = (
-    "model", "num_heads", "no_cls_token", "return_block", "cls_features", "amp", "final_norm", "crop", "no_hflip", "seed",
-    "on_bad_image", *option_flags(),
+    "model", "num_heads", "no_cls_token", "return_block", "cls_features", "amp", "final_norm", "crop", "no_hflip",
+    "seed", "on_bad_image", *option_flags(),
 )  # fmt: skip
 
 
