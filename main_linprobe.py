@@ -244,7 +244,9 @@ def main(args: argparse.Namespace) -> None:
         probing = Probing(bank, tokens, optimizer, world.device, multi_label, args.bn_group)
         training = Training(args, probing, optimizer, schedule, loaders["train"], batches, folder, facts)
         training.resume(args.resume, evaluate_only=args.eval)
-        keeper = PredictionKeeper(probing.names, multi_label, world.device) if args.save_predictions else None
+        keeper = (
+            PredictionKeeper(probing.names, num_classes, multi_label, world.device) if args.save_predictions else None
+        )
         run = {
             "args": plain(args), "encoder": encoder.record, "effective_batch": batches.effective,
             "bn_group": args.bn_group or args.batch_size, "steps_per_epoch": batches.steps,
@@ -260,9 +262,10 @@ def main(args: argparse.Namespace) -> None:
         # ---- epochs
         training.start(run)
         log.info(
-            "%d probes on %s; %d training images, %d steps of %d per epoch, normalised in groups of %d, lr %s",
+            "%d probes on %s; %d training images, %d steps of %d per epoch, normalised in groups of %d, lr %s%s",
             len(specs), args.model, len(kept), batches.steps, batches.effective, run["bn_group"],
             ", ".join(f"{lr:g}" for lr in sorted(set(lrs))),
+            "" if args.lr is not None else f" (blr x {batches.effective} / 256)",
         )  # fmt: skip
         start, watched = time.time(), "val" if held_out else "test"
         with training.stoppable():

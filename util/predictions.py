@@ -32,12 +32,14 @@ class Predictions(NamedTuple):
 
 
 class PredictionKeeper:
-    """Collects what classifiers say of the batches of this rank."""
+    """Collects what classifiers say of the batches of this rank, perhaps of none."""
 
-    def __init__(self, names: Sequence[str], multi_label: bool, device: torch.device):
+    def __init__(self, names: Sequence[str], classes: int, multi_label: bool, device: torch.device):
         self.names, self.multi_label, self.device = tuple(names), multi_label, device
-        self.index, self.labels = [], []
-        self.said, self.losses = [[] for _ in names], [[] for _ in names]
+        self.index = [torch.empty(0, dtype=torch.int64)]
+        self.labels = [torch.empty(0, classes, dtype=torch.uint8) if multi_label else self.index[0]]
+        said = torch.empty(0, classes) if multi_label else torch.empty(0, min(5, classes), dtype=torch.int32)
+        self.said, self.losses = [[said] for _ in names], [[torch.empty(0)] for _ in names]
 
     def update(self, logits: list[Tensor], labels: Tensor, index: Tensor) -> None:
         """Logits (B,K) of each classifier, the labels and the positions (B,) of their images."""
@@ -66,8 +68,6 @@ class PredictionKeeper:
         return found, {"sha256": digest(dict(sorted(found.items()))), "facts": to_json(facts)}
 
     def _everywhere(self, parts: list[Tensor]) -> Tensor:
-        if not parts:
-            raise ValueError("there is no image to evaluate on: none could be read")
         return gather_rows(torch.cat(parts).to(self.device)).cpu()
 
 
