@@ -189,7 +189,7 @@ def test_tokens_are_those_before_the_final_norm_of_the_published_encoder():
 
 def test_after_the_final_norm_the_cls_token_is_that_of_maes_linear_probe():
     frozen = FrozenTokens(encoder().float(), (2,), torch.float32, final_norm=True)
-    close(few(frozen(images().float())[2].cls), ORIGINAL["mae"], rtol=1e-4, atol=1e-5)
+    close(few(frozen(images().float())[2].cls), ORIGINAL["mae"], rtol=1e-5, atol=1e-5)
 
 
 def simmim() -> VisionTransformer:
@@ -211,7 +211,7 @@ STATISTICS = (
 @pytest.mark.parametrize("reduction", [name for name in REDUCTIONS if name != "triton"])
 @pytest.mark.parametrize(("model", "name"), [(encoder, "statistics"), (simmim, "simmim")])
 def test_attention_statistics_are_the_published_ones_but_for_their_epsilons(model, name, reduction):
-    """Theirs divide by a sum of attention + 1e-6 and take ln(p + 1e-6), which lowers entropies by up to M x 1e-6."""
+    """Theirs divide by a sum of attention + 1e-6 and take ln(p + 1e-6), which lowers entropies by about M x 1e-6."""
     theirs = np.asarray(ORIGINAL[name]["attention"])  # (image, block, head, statistic)
     magnitudes = np.asarray(ORIGINAL[name]["magnitudes"])  # (image, block, [cls] or patches)
     for trace in model().trace(images()):
@@ -219,10 +219,10 @@ def test_attention_statistics_are_the_published_ones_but_for_their_epsilons(mode
         for index, metric in enumerate(STATISTICS):
             ours, published = METRICS[metric].compute(reduced).numpy(), theirs[:, trace.index, :, index]
             if metric.endswith("entropy"):
-                assert (np.abs(ours - published) < 1.5e-6 * NUM_PATCHES).all(), metric
+                assert (np.abs(ours - published) < 1.2e-6 * NUM_PATCHES).all(), metric
                 assert (ours > published).all(), metric
             else:
-                close(ours, published, rtol=2e-5 if metric.endswith("relative") else DIGITS)
+                close(ours, published, rtol=2e-6 if metric.endswith("relative") else DIGITS)
         for index, metric in enumerate(("cls_update_ratio", "patch_update_ratio")):
             close(METRICS[metric].compute(reduced)[:, 0], magnitudes[:, trace.index, index], rtol=2e-6)
     close(few(trace.out[:, 0]), ORIGINAL[name]["cls"])
