@@ -1,4 +1,7 @@
-"""AbMILP by its formula, in float64, and by the parameter counts of the paper."""
+"""AbMILP: what the published code lacks, gradients, and the parameter counts of the paper.
+
+test_fidelity.py has the published values.
+"""
 
 import pytest
 import torch
@@ -8,7 +11,6 @@ from abmilp import AbMILP
 from aggregation import AGGREGATIONS
 from models_vit import Features
 from pooling import Tokens
-from util.pos_embed import sincos_pos_embed
 
 
 def tokens(B=3, M=9, D=16):
@@ -20,15 +22,13 @@ def softmax(scores):
     return exponentials / exponentials.sum(1, keepdim=True)
 
 
-@pytest.mark.parametrize("act", ["relu", "gelu", "tanh"])
-@pytest.mark.parametrize("depth", [1, 2, 4])
-def test_scores_and_weighted_sum_are_the_formulas(depth, act):
-    pool, x = AbMILP(16, depth=depth, act=act).double(), tokens()
-    function = {"relu": torch.relu, "gelu": nn.functional.gelu, "tanh": torch.tanh}[act]
+@pytest.mark.parametrize("depth", [2, 4])
+def test_gelu_which_the_published_code_lacks_is_the_exact_one(depth):
+    pool, x = AbMILP(16, depth=depth, act="gelu").double(), tokens()
     hidden = x
     linears = [layer for layer in pool.score if isinstance(layer, nn.Linear)]
     for layer in linears[:-1]:
-        hidden = function(hidden @ layer.weight.T + layer.bias)
+        hidden = nn.functional.gelu(hidden @ layer.weight.T + layer.bias)
     weights = softmax((hidden @ linears[-1].weight.T)[..., 0])  # the last bias drops out of the softmax
     vector, found = pool(x)
     torch.testing.assert_close(found, weights)
@@ -46,24 +46,8 @@ def test_gradient_of_depth_1_is_the_derivative_of_the_softmax():
     torch.testing.assert_close(pool.score[0].bias.grad, torch.zeros(1, dtype=torch.float64), atol=1e-12, rtol=0)
 
 
-@pytest.mark.parametrize("mode", ["map", "both"])
-def test_self_attention_has_one_head_and_no_residual(mode):
-    pool, x = AbMILP(16, sa=mode).double(), tokens()
-    q, k, v = (x @ pool.self_attention.qkv.weight.T).split(16, dim=-1)
-    mixed = (q @ k.transpose(1, 2) / 16**0.5).softmax(-1) @ v
-    mixed = mixed @ pool.self_attention.proj.weight.T + pool.self_attention.proj.bias
-    weights = softmax((mixed @ pool.score[0].weight.T)[..., 0])
-    vector, found = pool(x)
-    torch.testing.assert_close(found, weights)
-    torch.testing.assert_close(vector, (weights[..., None] * (mixed if mode == "both" else x)).sum(1))
-
-
-def test_positions_enter_the_scores_only_and_are_never_trained():
-    pool, x = AbMILP(16, cond="pe", grid=(3, 3)).double(), tokens()
-    weights = softmax(((x + sincos_pos_embed(16, (3, 3), 0)) @ pool.score[0].weight.T)[..., 0])
-    vector, found = pool(x)
-    torch.testing.assert_close(found, weights)
-    torch.testing.assert_close(vector, (weights[..., None] * x).sum(1))
+def test_positions_are_never_trained():
+    pool = AbMILP(16, cond="pe", grid=(3, 3))
     assert len(list(pool.parameters())) == 2 and set(pool.state_dict()) == {"score.0.weight", "score.0.bias"}
 
 
@@ -89,16 +73,6 @@ def test_depth_zero_is_refused():
         AbMILP(16, depth=0)
 
 
-def test_gated_attention_is_the_formula_of_ilse_et_al():
-    pool, x = AbMILP(16, depth=2, act="gated", hidden=6).double(), tokens()
-    gate, last = pool.score
-    hidden = torch.tanh(x @ gate.V.weight.T + gate.V.bias) * torch.sigmoid(x @ gate.U.weight.T + gate.U.bias)
-    weights = softmax((hidden @ last.weight.T)[..., 0])
-    vector, found = pool(x)
-    torch.testing.assert_close(found, weights)
-    torch.testing.assert_close(vector, (weights[..., None] * x).sum(1))
-
-
 def test_branches_are_abmilps_side_by_side():
     pool, x = AbMILP(16, branches=3).double(), tokens()
     vector, weights = pool(x)
@@ -110,17 +84,11 @@ def test_branches_are_abmilps_side_by_side():
         torch.testing.assert_close(weights[:, i], one(x).weights)
 
 
-def test_residual_self_attention_is_unscaled_and_starts_as_nothing():
+def test_residual_self_attention_starts_as_nothing():
     pool, x = AbMILP(16, depth=2, act="tanh", sa="residual").double(), tokens()
     plain = AbMILP(16, depth=2, act="tanh").double()
     plain.score.load_state_dict(pool.score.state_dict())
     torch.testing.assert_close(pool(x), plain(x))
-    attention = pool.self_attention
-    attention.gamma.data.fill_(0.7)
-    q, k, v = (x @ layer.weight.T + layer.bias for layer in (attention.query, attention.key, attention.value))
-    assert q.shape == k.shape == (3, 9, 2)
-    mixed = x + 0.7 * (q @ k.transpose(1, 2)).softmax(-1) @ v
-    torch.testing.assert_close(pool(x), plain(mixed))
 
 
 def test_content_all_pools_every_token_in_order():

@@ -1,4 +1,4 @@
-"""The sine-cosine table against Hugging Face's, and the resampling of tables against timm's."""
+"""The sine-cosine table of oblong grids, and the resampling of tables. test_fidelity.py has the published table."""
 
 import pytest
 import torch
@@ -8,8 +8,8 @@ from transformers.models.vit_mae.modeling_vit_mae import build_2d_sinusoidal_pos
 from util.pos_embed import resample_pos_embed, sincos_pos_embed
 
 
-@pytest.mark.parametrize(("width", "grid"), [(768, (14, 14)), (1280, (16, 16)), (192, (14, 14)), (16, (2, 3))])
-def test_table_is_hugging_faces_with_the_column_first(width, grid):
+@pytest.mark.parametrize(("width", "grid"), [(192, (14, 7)), (16, (2, 3))])
+def test_table_of_an_oblong_grid_is_hugging_faces_with_the_column_first(width, grid):
     row_first = build_2d_sinusoidal_position_embedding(*grid, width)
     column_first = row_first.roll(width // 2, dims=-1)  # the order in MAE's weights
     table = sincos_pos_embed(width, grid, num_prefix=2)

@@ -11,7 +11,9 @@ import submitit_linprobe
 from util.arguments import parse
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", ROOT / "demo" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    ROOT / "README.md", ROOT / "REPRODUCTION.md", ROOT / "demo" / "README.md", *sorted((ROOT / "docs").glob("*.md")),
+]  # fmt: skip
 README = PAGES[0].read_text()
 
 
@@ -31,6 +33,25 @@ def test_command_is_understood(command):
         program = f"{launcher.main}.py"
     if program.startswith("main_"):
         parse(importlib.import_module(program.removesuffix(".py")).get_args_parser(), argv)
+
+
+ALTERNATIVES = re.findall(r"`((?:main_\w+\.py )?--[^`]+)`", (ROOT / "REPRODUCTION.md").read_text())
+
+
+@pytest.mark.parametrize("words", sorted(set(ALTERNATIVES)))
+def test_flags_of_the_page_on_reproduction_exist_and_take_what_it_says(words):
+    """Of main_linprobe.py where no program is named; a flag alone may be one that takes a value."""
+    program, *argv = words.split() if words.startswith("main_") else ["main_linprobe.py", *words.split()]
+    if not (ROOT / program).exists():
+        pytest.skip(f"{program} is not there yet")
+    main = importlib.import_module(program.removesuffix(".py"))
+    parser = main.get_args_parser()
+    if len(argv) == 1:
+        assert argv[0] in parser._option_string_actions
+        return
+    args = parse(parser, [*argv, "--data_path", "images"])
+    if program == "main_linprobe.py":
+        main.settle(args)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
