@@ -29,7 +29,9 @@ from util.safe_load import load_plain
 
 ROOT = Path(__file__).resolve().parent.parent
 SNAPSHOT_RECORD = "snapshot.json"  # in a copy of the code that util.jobs has made
-FILES = r"(args|results)\.json|log\.txt|encoder\.safetensors|checkpoint-\d+(-\d+)?\.pth"  # of a run, as a pattern
+FILES = (  # of a run, as a pattern
+    r"(args|results)\.json|log\.txt|encoder\.safetensors|checkpoint-\d+(-\d+)?\.pth|reconstruction\.png"
+)
 
 
 def git(*command: str) -> str | None:
@@ -136,6 +138,12 @@ class RunFolder:
             with self._writing("--log_dir", self.log_dir):
                 for name, value in values.items():
                     self.board.add_scalar(name, value, step)
+
+    def image(self, name: str, pixels: numpy.ndarray, step: int) -> None:
+        """pixels: (h,w,3) in [0,1]."""
+        if self.board is not None:
+            with self._writing("--log_dir", self.log_dir):
+                self.board.add_image(name, pixels, step, dataformats="HWC")
 
     def close(self) -> None:
         if self.board is not None:
