@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from engine_pretrain import Pretraining
 from models_mae import DECODERS, MaskedAutoencoder
-from models_vit import build_vit, default_input_size
+from models_vit import architecture, build_vit, default_input_size
 from util.arguments import (
     PRECISIONS,
     Parser,
@@ -150,6 +150,9 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"there is no decoder for {args.model}: choose one of {', '.join(DECODERS)}")
     if not 0 < args.mask_ratio < 1:
         raise ValueError(f"--mask_ratio {args.mask_ratio}: a share between 0 and 1 of the patches, to be predicted")
+    patches = ((args.input_size or default_input_size(args.model)) // architecture(args.model)["patch_size"]) ** 2
+    if int(patches * (1 - args.mask_ratio)) == 0:
+        raise ValueError(f"--mask_ratio {args.mask_ratio} leaves none of the {patches} patches to be seen: lower it")
     if args.figure_every < 0:
         raise ValueError(f"--figure_every {args.figure_every}: write how often, or 0 for once, at the end")
     if args.nb_classes is not None:
