@@ -15,6 +15,7 @@ from util.datasets import GlobalBatches, KeyedDataset, Sample, build_dataset, bu
 from util.distributed import GradientMean
 from util.optim import weight_decay_groups
 from util.seeding import seeded
+from util.training import all_finite
 
 MASK_RATIO = 0.75
 RATE = 1e-4  # any: it costs the same
@@ -61,7 +62,8 @@ def pretraining_steps(args: argparse.Namespace, device: torch.device) -> dict[st
             losses = method.losses(sample, ())
             losses.sum().backward()
             mean.add(losses)
-            method.step(mean.take())
+            losses = mean.take()
+            method.step(losses.isfinite() & all_finite([p.grad for p in method.groups[0]]))
             method.optimizer.zero_grad()
             return losses
 

@@ -167,29 +167,31 @@ def test_predictions_do_not_depend_on_the_order_of_the_patches_in_the_decoder():
     torch.testing.assert_close(model.predict(decoded[:, -12:]), result.prediction[:, mixed], atol=1e-5, rtol=0)
 
 
-def test_gradients_on_a_cpu_are_closer_to_the_truth_than_bfloat16():
-    """Attention is differentiated in float32; the network around it in bfloat16, as asked."""
+@pytest.mark.parametrize("biased", [False, True])
+def test_attention_that_is_trained_in_bfloat16_on_a_cpu_is_the_same_function(biased):
+    """Output and gradients err at most twice as much as PyTorch's own plain products, both against float64."""
     torch.manual_seed(0)
     q, k, v, upstream = (torch.randn(2, 3, 20, 16, dtype=torch.bfloat16) for _ in range(4))
+    bias = torch.randn(3, 20, 20) if biased else None
 
-    def gradients(attention, dtype):
+    def results(attention, dtype):
         parts = [part.to(dtype).requires_grad_() for part in (q, k, v)]
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-            found = attention(*parts, None, 0.25)
+            found = attention(*parts, bias, 0.25)
         assert found.dtype == dtype
-        return torch.autograd.grad(found, parts, upstream.to(dtype))
+        return found, *torch.autograd.grad(found, parts, upstream.to(dtype))
 
-    def fused(q, k, v, bias, scale):
-        return nn.functional.scaled_dot_product_attention(q, k, v, scale=scale)
+    def plain(q, k, v, bias, scale):
+        bias = None if bias is None else bias.to(q.dtype)
+        with nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH):
+            return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
 
-    truth, ours, plain = (
-        gradients(*words) for words in ((attend, torch.float64), (attend, torch.bfloat16), (fused, torch.bfloat16))
+    truth, ours, theirs = (
+        results(*words) for words in ((plain, torch.float64), (attend, torch.bfloat16), (plain, torch.bfloat16))
     )
-
-    def error(found):
-        return sum((one - other).double().norm().item() for one, other in zip(found, truth, strict=True))
-
-    assert error(ours) <= error(plain)
+    for exact, mine, other in zip(truth, ours, theirs, strict=True):
+        assert mine.shape == exact.shape
+        assert (mine - exact).norm() <= max(2 * (other - exact).norm(), 0.01 * exact.norm())
 
 
 def test_pixels_return_from_their_normalised_form():
