@@ -255,10 +255,10 @@ def report(timings: dict[str, Timing], images: int, args: argparse.Namespace, de
     for name, timing in timings.items():
         ratios = {other: timing.speed_of(timings[other]) for other in list(timings)[:5] if other != name}
         log.info(
-            "%-34s %8.1f ms (%.1f to %.1f) %8.1f images/s%s;  speed %s", name, 1e3 * timing.median,
+            "%-34s %8.1f ms (%.1f to %.1f) %8.1f images/s%s%s", name, 1e3 * timing.median,
             1e3 * min(timing.seconds), 1e3 * max(timing.seconds), images / timing.median,
             "" if math.isnan(timing.peak_mib) else f", {timing.peak_mib:.0f} MiB",
-            ", ".join(f"{ratio:.3f} x {other}" for other, ratio in ratios.items()),
+            ";  speed " * bool(ratios) + ", ".join(f"{ratio:.3f} x {other}" for other, ratio in ratios.items()),
         )  # fmt: skip
         rows.append({
             "benchmark": args.benchmark, "contestant": name, "median_s": f"{timing.median:.6f}",
