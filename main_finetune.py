@@ -12,6 +12,7 @@ import argparse
 import functools
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from PIL import Image, ImageOps
@@ -31,7 +32,7 @@ from util.arguments import (
     plain,
     run_main,
 )
-from util.checkpoints import Encoder
+from util.checkpoints import Encoder, load_plain_or_safetensors
 from util.datasets import (
     DATASETS,
     EvaluationBatches,
@@ -81,7 +82,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     reg.add_argument("--cutmix", default=1.0, type=float)
     add_run_arguments(parser)
     run = parser.add_argument_group("evaluation")
-    run.add_argument("--eval", action="store_true", help="evaluate the classifier of --resume and stop")
+    run.add_argument("--eval", action="store_true",
+                     help="evaluate the classifier of --resume and stop; it may be a published file, too")  # fmt: skip
     run.add_argument("--dist_eval", action="store_true", help="for MAE's commands: evaluation is always shared")
     return parser
 
@@ -95,6 +97,9 @@ def main(args: argparse.Namespace) -> None:
             folder.refuse_overwriting(args.resume)
 
         # ---- encoder with a fresh head, all of it trained
+        published = published_classifier(args.resume) if args.eval else None
+        if published is not None:
+            args.finetune = args.resume
         train_images, test_images, num_classes = build_splits(
             args.dataset, args.data_path, args.nb_classes, args.allow_subset
         )
@@ -102,7 +107,8 @@ def main(args: argparse.Namespace) -> None:
         with seeded("weights", args.seed):
             encoder, size = build_encoder(args, drop_path=args.drop_path)
             facts = {"weights": digest(encoder.backbone.state_dict())}
-            model = Classifier(encoder.backbone.requires_grad_(True), num_classes, args.global_pool).to(world.device)
+            pooled = args.global_pool or (published is not None and "fc_norm.weight" in published)
+            model = Classifier(encoder.backbone.requires_grad_(True), num_classes, pooled).to(world.device)
         if args.compile:
             encoder.backbone.compile_blocks()
 
@@ -127,7 +133,10 @@ def main(args: argparse.Namespace) -> None:
         amp = PRECISIONS[args.amp]
         tuning = FineTuning(model, optimizer, world.device, amp, args.smoothing, mixup, args.clip_grad)
         training = Training(args, tuning, optimizer, schedule, train_loader, batches, folder, facts)
-        training.resume(args.resume, evaluate_only=args.eval)
+        if published is None:
+            training.resume(args.resume, evaluate_only=args.eval)
+        else:
+            take_over(model, published, args.resume)
         if args.eval:
             scores = evaluate(model, test_loader, world.device, amp)
             log.info("top-1 %.2f, top-5 %.2f, loss %.4f on %d images", *scores)
@@ -175,6 +184,27 @@ def posterize(image: Image.Image, bits: int, **_: object) -> Image.Image:
     if bits >= 8:
         return image
     return ImageOps.posterize(image, bits) if bits > 0 else Image.new(image.mode, image.size)
+
+
+def published_classifier(path: str) -> dict[str, torch.Tensor] | None:
+    """Weights of a file of an encoder with its head, MAE's or an encoder.safetensors; None for a run's checkpoint."""
+    if not Path(path).is_file():
+        return None
+    content = load_plain_or_safetensors(Path(path))
+    if "sha256" in content:
+        return None
+    weights = content.get("model", content)
+    if not isinstance(weights, dict) or "head.weight" not in weights:
+        raise ValueError(f"--resume {path} holds no classifier: it has no head.weight")
+    return weights
+
+
+def take_over(model: Classifier, weights: dict[str, torch.Tensor], path: str) -> None:
+    """Load what published_classifier has found. ValueError where it does not cover the model exactly."""
+    try:
+        model.load_published_state_dict(weights)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise ValueError(f"--resume {path} does not fit --model and --data_path: {error}") from error
 
 
 def mixes(args: argparse.Namespace) -> bool:

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 import main_finetune
+from models_finetune import Classifier
 from models_vit import VisionTransformer, build_vit
 from util.arguments import parse, run_main
 from util.checkpoints import load_encoder, save_encoder
@@ -194,6 +195,36 @@ def test_evaluation_alone_repeats_the_last_scores_and_writes_nothing(command, tm
         expected = "top-1 {top1:.2f}, top-5 {top5:.2f}, loss {loss:.4f} on {n} images".format(**last)
         assert capsys.readouterr().out.splitlines()[-1].endswith(expected)
     assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("pool", [[], ["--global_pool"]], ids=["cls", "mean"])
+def test_published_classifiers_are_evaluated_as_maes_command_asks(command, tmp_path, capsys, pool):
+    """Files of weights alone: which pooling they are for, they show themselves."""
+    run(tmp_path / "run", command, *PLAIN, *pool, "--epochs", "1")
+    expected = capsys.readouterr().out.splitlines()[-1]
+    top1 = expected.split("top-1 ")[1].split(",")[0]
+    encoder = tmp_path / "run" / "encoder.safetensors"
+    torch.save({"model": safetensors.torch.load_file(encoder)}, tmp_path / "mae_finetuned.pth")
+    for path in (encoder, tmp_path / "mae_finetuned.pth"):
+        run(tmp_path / "none", command, "--finetune", "", "--eval", "--resume", str(path))
+        assert f"top-1 {top1}," in capsys.readouterr().out.splitlines()[-1]
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state.pop("head.weight"), "holds no classifier: it has no head.weight"),
+        (lambda state: state.pop("norm.bias"), "missing norm.bias"),
+        (lambda state: state.update({"head.weight": torch.zeros(5, 128)}), "size mismatch for head.weight"),
+    ],
+)
+def test_other_files_are_not_evaluated(command, tmp_path, capsys, change, message):
+    state = Classifier(build_vit("vit_demo_patch8", img_size=32), 3).published_state_dict()
+    change(state)
+    torch.save({"model": state}, tmp_path / "other.pth")
+    words = [*command, "--eval", "--resume", str(tmp_path / "other.pth"), "--output_dir", ""]
+    assert message in mistake(words, capsys)
 
 
 def test_a_diverging_run_stops_and_keeps_no_checkpoint_of_it(command, tmp_path):
