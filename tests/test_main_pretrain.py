@@ -48,6 +48,10 @@ def test_a_run_learns_and_leaves_an_encoder_and_its_records(command, tmp_path):
     assert len(losses) == 6 and losses[-1] < 0.95 * losses[0]
     encoder = load_encoder(str(tmp_path / "run" / "encoder.safetensors"), "vit_demo_patch8")
     assert encoder.record["family"] == "mae" and encoder.backbone.grid_size == (4, 4)
+    checkpoint = load_encoder(str(tmp_path / "run" / "checkpoint-5.pth"), "vit_demo_patch8")
+    assert checkpoint.record["family"] == "mae"
+    for name, value in checkpoint.backbone.state_dict().items():
+        assert value.equal(encoder.backbone.state_dict()[name]), name
     record = json.loads((tmp_path / "run" / "args.json").read_text())
     assert record["args"]["epochs"] == 6 and record["effective_batch"] == 8 and "commit" in record
 

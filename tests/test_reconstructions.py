@@ -60,6 +60,9 @@ def test_figures_are_written_with_a_row_per_image(model, sample, tmp_path):
     assert Image.open(tmp_path / "one.png").size[0] > 800
     assert tiled(np.arange(2 * 4 * 2 * 2 * 3).reshape(2, 4, 2, 2, 3)).shape == (4, 8, 3)
     assert (tiled(pictures)[:, 32:64] == pictures[0, 1]).all()
+    framed = tiled(pictures, gap=2)
+    assert framed.shape == (32, 4 * 34 - 2, 3) and (framed[:, 34:66] == pictures[0, 1]).all()
+    assert (framed[:, 32:34] == 1).all()
 
 
 def test_a_damaged_image_is_replaced(image_folder, tmp_path):

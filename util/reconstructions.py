@@ -51,23 +51,26 @@ def reconstruct(
     return np.nan_to_num(pictures, nan=GREY)
 
 
-def tiled(pictures: np.ndarray) -> np.ndarray:
-    """(n,4,h,w,3) -> one image (n h, 4 w, 3), a row per image."""
+def tiled(pictures: np.ndarray, gap: int = 0) -> np.ndarray:
+    """(n,4,h,w,3) -> one image, a row for each of the n, with so many white pixels between the pictures."""
     n, columns, h, w, _ = pictures.shape
-    return pictures.transpose(0, 2, 1, 3, 4).reshape(n * h, columns * w, 3)
+    framed = np.ones((n, columns, h + gap, w + gap, 3))
+    framed[:, :, :h, :w] = pictures
+    image = framed.transpose(0, 2, 1, 3, 4).reshape(n * (h + gap), columns * (w + gap), 3)
+    return image[: len(image) - gap, : image.shape[1] - gap]
 
 
 @rc_context(STYLE)
 def draw_reconstructions(pictures: np.ndarray, target: Path) -> None:
-    """A row per image, the COLUMNS named above."""
-    n, columns, h, w, _ = pictures.shape
-    side = WIDTH / 6
-    figure = Figure(figsize=(side * columns, side * n * h / w + 0.2), layout="constrained")
-    axes = figure.subplots(n, columns, squeeze=False)
-    for row, line in zip(pictures, axes, strict=True):
-        for picture, axis in zip(row, line, strict=True):
-            axis.imshow(picture, interpolation="nearest")
-            axis.set_axis_off()
-    for axis, name in zip(axes[0], COLUMNS, strict=True):
-        axis.set_title(name)
+    """A row per image, under the names of the COLUMNS."""
+    image = tiled(pictures, gap=max(1, pictures.shape[3] // 32))
+    width, head = 0.67 * WIDTH, 0.2  # inches, of the figure and of the names
+    height = width * image.shape[0] / image.shape[1]
+    figure = Figure(figsize=(width, height + head))
+    axis = figure.add_axes((0, 0, 1, height / (height + head)))
+    axis.imshow(image, interpolation="nearest", aspect="auto")
+    axis.set_axis_off()
+    for index, name in enumerate(COLUMNS):
+        axis.annotate(name, ((index + 0.5) / len(COLUMNS), 1), xycoords="axes fraction", xytext=(0, 3),
+                      textcoords="offset points", ha="center")  # fmt: skip
     save_figure(figure, target)
