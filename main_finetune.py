@@ -4,20 +4,22 @@
         --batch_size 128 --data_path $IMAGENET --output_dir runs/mae_ft_base
 
 The run folder ends with `encoder.safetensors` (family mae_ft: encoder and head), which every other main takes as
---finetune. Defaults are the paper's recipe for ViT-B (B.1). Source: He et al., 2022, appendix A.
+--finetune. --global_pool classifies on the mean patch instead, as MAE's published models do (family mae_ft_mean).
+Defaults are the paper's recipe for ViT-B (B.1). Source: He et al., 2022, appendix A.
 """
 
 import argparse
 import functools
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from PIL import Image, ImageOps
 from timm.data import Mixup, auto_augment, create_transform
 
 from engine_finetune import FineTuning, evaluate
-from models_vit import ClsClassifier
+from models_finetune import Classifier
 from util.arguments import (
     PRECISIONS,
     Parser,
@@ -30,7 +32,7 @@ from util.arguments import (
     plain,
     run_main,
 )
-from util.checkpoints import Encoder
+from util.checkpoints import Encoder, load_plain_or_safetensors
 from util.datasets import (
     DATASETS,
     EvaluationBatches,
@@ -53,6 +55,9 @@ from util.training import Training
 def get_args_parser() -> argparse.ArgumentParser:
     parser = Parser(__doc__)
     add_encoder_arguments(parser)
+    head = parser.add_argument_group("classifier")
+    head.add_argument("--global_pool", action="store_true", help="classify on the mean patch, not on [cls]")
+    head.add_argument("--cls_token", action="store_true", help="for MAE's commands: [cls], which is the default here")
     add_data_arguments(parser)
     optim = parser.add_argument_group("optimisation")
     optim.add_argument("--batch_size", default=64, type=int, help="images per process and micro-step")
@@ -65,6 +70,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     optim.add_argument("--layer_decay", default=0.65, type=float, help="rate of a block relative to the one above it")
     optim.add_argument("--weight_decay", default=0.05, type=float)
     optim.add_argument("--clip_grad", default=None, type=float, metavar="NORM")
+    optim.add_argument("--compile", action="store_true", help="compile the encoder's blocks: for long runs on a GPU")
     reg = parser.add_argument_group("regularisation")
     reg.add_argument("--drop_path", default=0.1, type=float, help="stochastic depth of the last block")
     reg.add_argument("--crop_scale", default=0.08, type=float, help="smallest share of the image that a crop covers")
@@ -74,10 +80,10 @@ def get_args_parser() -> argparse.ArgumentParser:
     reg.add_argument("--smoothing", default=0.1, type=float, help="label smoothing")
     reg.add_argument("--mixup", default=0.8, type=float)
     reg.add_argument("--cutmix", default=1.0, type=float)
-    reg.add_argument("--cls_token", action="store_true", help="for MAE's commands: [cls] is always what is fine-tuned")
     add_run_arguments(parser)
     run = parser.add_argument_group("evaluation")
-    run.add_argument("--eval", action="store_true", help="evaluate the classifier of --resume and stop")
+    run.add_argument("--eval", action="store_true",
+                     help="evaluate the classifier of --resume and stop; it may be a published file, too")  # fmt: skip
     run.add_argument("--dist_eval", action="store_true", help="for MAE's commands: evaluation is always shared")
     return parser
 
@@ -91,6 +97,9 @@ def main(args: argparse.Namespace) -> None:
             folder.refuse_overwriting(args.resume)
 
         # ---- encoder with a fresh head, all of it trained
+        published = published_classifier(args.resume) if args.eval else None
+        if published is not None:
+            args.finetune = args.resume
         train_images, test_images, num_classes = build_splits(
             args.dataset, args.data_path, args.nb_classes, args.allow_subset
         )
@@ -98,7 +107,10 @@ def main(args: argparse.Namespace) -> None:
         with seeded("weights", args.seed):
             encoder, size = build_encoder(args, drop_path=args.drop_path)
             facts = {"weights": digest(encoder.backbone.state_dict())}
-            model = ClsClassifier(encoder.backbone.requires_grad_(True), num_classes).to(world.device)
+            pooled = args.global_pool or (published is not None and "fc_norm.weight" in published)
+            model = Classifier(encoder.backbone.requires_grad_(True), num_classes, pooled).to(world.device)
+        if args.compile:
+            encoder.backbone.compile_blocks()
 
         # ---- data
         augment = augmentation(args, size, encoder)
@@ -121,7 +133,10 @@ def main(args: argparse.Namespace) -> None:
         amp = PRECISIONS[args.amp]
         tuning = FineTuning(model, optimizer, world.device, amp, args.smoothing, mixup, args.clip_grad)
         training = Training(args, tuning, optimizer, schedule, train_loader, batches, folder, facts)
-        training.resume(args.resume, evaluate_only=args.eval)
+        if published is None:
+            training.resume(args.resume, evaluate_only=args.eval)
+        else:
+            take_over(model, published, args.resume)
         if args.eval:
             scores = evaluate(model, test_loader, world.device, amp)
             log.info("top-1 %.2f, top-5 %.2f, loss %.4f on %d images", *scores)
@@ -144,7 +159,8 @@ def main(args: argparse.Namespace) -> None:
                 words = throughput(*stats[2:])
                 log.info("epoch %d: loss %.4f, top-1 %.2f, %s", epoch, stats.losses[0], scores.top1, words)
                 training.end_epoch({"test_top1": scores.top1})
-            metadata = {"family": "mae_ft", "model": args.model, "input_size": str(size), "epochs": str(args.epochs)}
+            metadata = {"family": model.family, "model": args.model, "input_size": str(size)}
+            metadata["epochs"] = str(args.epochs)
             folder.save_encoder(model.published_state_dict(), metadata)
             results = {"last": training.history[-1], "seconds": time.time() - start, **run}
             folder.write("results.json", results)
@@ -170,6 +186,27 @@ def posterize(image: Image.Image, bits: int, **_: object) -> Image.Image:
     return ImageOps.posterize(image, bits) if bits > 0 else Image.new(image.mode, image.size)
 
 
+def published_classifier(path: str) -> dict[str, torch.Tensor] | None:
+    """Weights of a file of an encoder with its head, MAE's or an encoder.safetensors; None for a run's checkpoint."""
+    if not Path(path).is_file():
+        return None
+    content = load_plain_or_safetensors(Path(path))
+    if "sha256" in content:
+        return None
+    weights = content.get("model", content)
+    if not isinstance(weights, dict) or "head.weight" not in weights:
+        raise ValueError(f"--resume {path} holds no classifier: it has no head.weight")
+    return weights
+
+
+def take_over(model: Classifier, weights: dict[str, torch.Tensor], path: str) -> None:
+    """Load what published_classifier has found. ValueError where it does not cover the model exactly."""
+    try:
+        model.load_published_state_dict(weights)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise ValueError(f"--resume {path} does not fit --model and --data_path: {error}") from error
+
+
 def mixes(args: argparse.Namespace) -> bool:
     return args.mixup > 0 or args.cutmix > 0
 
@@ -183,6 +220,8 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError("--eval needs a classifier: name its checkpoint with --resume")
     if args.amp == "float16" and not args.eval:
         raise ValueError("--amp float16 would need a loss scaler to train; use bfloat16")
+    if args.global_pool and args.cls_token:
+        raise ValueError("--global_pool and --cls_token: the classifier reads the mean patch or [cls]; choose one")
     if mixes(args) and args.batch_size % 2 and not args.eval:
         raise ValueError(f"--batch_size {args.batch_size}: mixup and cutmix pair images, so it must be even")
 

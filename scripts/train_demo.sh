@@ -23,4 +23,5 @@ if [ "${2:-}" = --install ]; then
         cp "$out/$name/args.json" "demo/$name.args.json"
         cp "$out/$name/log.txt" "demo/$name.log.txt"
     done
+    cp "$out/mae/reconstruction.png" demo/mae.reconstruction.png
 fi

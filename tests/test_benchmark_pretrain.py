@@ -1,0 +1,56 @@
+"""Contestants of the pretraining benchmark do the same work."""
+
+import argparse
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "scripts"))
+
+from benchmark_pretrain import hugging_face_twin, loading, pretraining_steps
+
+from models_mae import MaskedAutoencoder
+from models_vit import build_vit
+
+
+def settings(**options):
+    return argparse.Namespace(**{
+        "model": "vit_demo_patch8", "input_size": 32, "batch_size": 2, "amp": "bfloat16", "compile": False,
+        "only": None, "data_path": None, "dataset": "image_folder", **options,
+    })  # fmt: skip
+
+
+def test_twins_have_the_same_parameters():
+    """Of ViT-B and its published decoder."""
+    with torch.device("meta"):
+        model = MaskedAutoencoder(build_vit("vit_base_patch16"))
+        twin = hugging_face_twin(model, "sdpa")
+    assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in twin.parameters())
+    assert len(model.decoder_blocks) == len(twin.decoder.decoder_layers) == 8
+
+
+def test_steps_train():
+    steps = pretraining_steps(settings(), torch.device("cpu"))
+    assert list(steps) == ["pretraining step", "Hugging Face, sdpa", "Hugging Face, eager"]
+    for name, step in steps.items():
+        losses = [float(step()) for _ in range(8)]
+        assert losses[-1] < losses[0], name
+
+
+def test_only_the_chosen_contestant_is_built():
+    assert list(pretraining_steps(settings(only="Hugging Face, sdpa"), torch.device("cpu"))) == ["Hugging Face, sdpa"]
+
+
+def test_a_model_without_decoder_is_refused():
+    with pytest.raises(ValueError, match="there is no decoder for vit_base_patch8"):
+        pretraining_steps(settings(model="vit_base_patch8"), torch.device("cpu"))
+
+
+def test_the_loader_goes_on_to_the_next_epoch(image_folder):
+    ((_, batch),) = loading(settings(data_path=image_folder, batch_size=10)).items()
+    images = [batch().image for _ in range(5)]  # two to an epoch
+    assert all(image.shape == (10, 3, 32, 32) for image in images) and not images[0].equal(images[2])
+    with pytest.raises(ValueError, match="name a data set with --data_path"):
+        loading(settings())
