@@ -5,6 +5,8 @@
 tests/slurm/cluster.sh installs it and starts it; without root, or where that fails, these tests are skipped.
 """
 
+import contextlib
+import io
 import os
 import re
 import subprocess
@@ -15,6 +17,8 @@ import time
 import pytest
 from interruptions import ENVIRONMENT, ROOT, differences, outcome
 
+import submitit_linprobe as launcher
+from util.arguments import run_main
 from util.demo_data import generate
 
 pytestmark = pytest.mark.slurm
@@ -71,9 +75,19 @@ def call(slurm, *words, check=True):
 
 
 def launch(slurm, folder, *words, check=True):
-    """Output of the launcher, and the job's number."""
-    launcher = [sys.executable, "submitit_linprobe.py", "--job_dir", folder, "--ngpus", 0, "--cpus_per_task", 1]
-    done = call(slurm, *launcher, *words, check=check)
+    """Output of the launcher, and the job's number. It runs in this process, which has imported everything already."""
+    argv = ["--job_dir", folder, "--ngpus", 0, "--cpus_per_task", 1, *words]
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.chdir(ROOT)
+        for name, value in slurm.items():
+            patch.setenv(name, value)
+        try:
+            run_main(launcher.main, launcher.command_line(list(map(str, argv))))
+        except SystemExit as end:
+            code = end.code
+    done = subprocess.CompletedProcess(argv, code, out.getvalue(), err.getvalue())
+    assert code == 0 or not check, done.stdout + done.stderr
     number = re.search(r"^job (\d+)", done.stdout, re.M)
     return done, number and number[1]
 

@@ -69,7 +69,7 @@ def read_rows(path: Path, *kinds: Callable[[str], Any]) -> list[tuple]:
 def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
 
 
