@@ -2,9 +2,10 @@
 
     OMP_NUM_THREADS=1 python tests/fuzz_files.py --checkpoints 500 --images 500 --lists 500
 
-Checkpoints and images go to main_linprobe itself: checkpoints by --resume FILE and, beside a good older one, by
---resume auto; images as one of the training images. Lists are what data sets come with, annotations and binary records
-too (LISTS); each goes to its reader. A program, not a test: it takes minutes. Exit code 1 where something is wrong.
+Checkpoints go to main_linprobe itself, by --resume FILE and, beside a good older one, by --resume auto. Images are one
+of the training images: of main_linprobe for one in ten, of what reads them for the others. Lists are what data sets
+come with, annotations and binary records too (LISTS); each goes to its reader. A program, not a test: it takes minutes.
+Exit code 1 where something is wrong.
 """
 
 import argparse
@@ -67,7 +68,9 @@ def insert(data: bytes, draw: random.Random, marker: Path) -> bytes:
 
 
 def swap_blocks(data: bytes, draw: random.Random, marker: Path) -> bytes:
-    size = max(1, min(draw.choice((64, 1024)), len(data) // 4))
+    if len(data) < 8:
+        return data[::-1]
+    size = min(draw.choice((64, 1024)), len(data) // 4)
     a, b = sorted(draw.sample(range(0, len(data) - size, size), 2))
     return data[:a] + data[b : b + size] + data[a + size : b] + data[a : a + size] + data[b + size :]
 
@@ -274,7 +277,12 @@ def fuzz_image(program: Program, kind: str, encoded: dict[str, bytes], draw: ran
     victim.unlink()
     damaged.write_bytes(IMAGES[kind](encoded[suffix], draw, work / "marker"))
     before = fingerprint(folder)
-    code, text = program(folder, other, "--epochs", "1")
+    if draw.random() < 0.1:
+        code, text = program(folder, other, "--epochs", "1")
+    else:  # a hundred times as fast
+        code = finish(read_in_child(functools.partial(read_data_set, "image_folder"), folder, work / "output"))
+        text = (work / "output").read_text()
+    assert code in (0, 2), f"exit code {code}: {text}"
     assert fingerprint(folder) == before, "an image was changed"
     damaged.unlink()
     victim.write_bytes(kept)

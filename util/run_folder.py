@@ -35,9 +35,7 @@ SNAPSHOT_RECORD = "snapshot.json"  # in a copy of the code that util.jobs has ma
 MISFITS = (RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError)
 LOCK = ".lock"
 # of a run, as a pattern
-FILES = (
-    r"(args|results|attention|tsne)\.json|log\.txt|encoder\.safetensors|checkpoint-\d+(-\d+)?\.pth|\w+\.(png|pdf)"
-)
+FILES = r"(args|results|attention|tsne)\.json|log\.txt|encoder\.safetensors|checkpoint-\d+(-\d+)?\.pth|\w+\.(png|pdf)"
 
 
 def git(*command: str) -> str | None:
@@ -264,10 +262,11 @@ class RunFolder:
 
 def wait_for_a_later_name(log_dir: Path) -> None:
     """TensorBoard reads its files in the order of their names, which begin with the second of their start: a run that
-    is resumed within a second would come before what it continues."""
+    is resumed within a second, or on a machine whose clock is some seconds behind, would come before what it
+    continues."""
     seconds = [path.name.split(".")[3] for path in log_dir.glob("events.out.tfevents.*")]
     ahead = max((int(second) + 1 for second in seconds if second.isdecimal()), default=0) - time.time()
-    if 0 < ahead <= 1:
+    if 0 < ahead <= 10:  # by more, the clock was set, and no waiting helps
         time.sleep(ahead)
 
 
