@@ -5,11 +5,12 @@ import fcntl
 import json
 import logging
 import os
+import time
 
 import pytest
 import torch
 
-from util.run_folder import RunFolder, provenance
+from util.run_folder import RunFolder, provenance, wait_for_a_later_name
 
 
 @pytest.fixture
@@ -166,6 +167,15 @@ def test_a_file_system_without_locks_does(tmp_path, monkeypatch):
 
     monkeypatch.setattr(fcntl, "lockf", no_locks)
     RunFolder(tmp_path).claim()
+
+
+@pytest.mark.parametrize(("ahead", "waits"), [(-5, False), (3, True), (3600, False)])
+def test_a_machine_whose_clock_is_seconds_behind_waits_for_its_turn_in_tensorboard(tmp_path, monkeypatch, ahead, waits):
+    slept = []
+    monkeypatch.setattr(time, "sleep", slept.append)
+    (tmp_path / f"events.out.tfevents.{int(time.time()) + ahead}.host.1.0").touch()
+    wait_for_a_later_name(tmp_path)
+    assert [ahead <= seconds <= ahead + 1 for seconds in slept] == [True] * waits
 
 
 def test_an_empty_path_keeps_nothing(tmp_path, monkeypatch):
