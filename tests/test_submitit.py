@@ -222,6 +222,18 @@ def test_a_job_goes_back_into_the_queue_where_slurm_only_warned_it(stopped, tmp_
     assert not stopped(signal.SIGTERM)  # another process failed, and SLURM ends the rest
 
 
+def test_a_question_that_the_signal_of_a_cancellation_ends_is_asked_again(tmp_path, monkeypatch):
+    """Else a job that its user has just cancelled would count as running, and be put back."""
+    (tmp_path / "squeue").write_text(
+        f"#!/bin/sh\n[ -e {tmp_path}/asked ] || {{ touch {tmp_path}/asked; kill $$; }}\necho COMPLETING\n"
+    )
+    (tmp_path / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    assert jobs.state_of("12") == "COMPLETING"
+    (tmp_path / "squeue").write_text("#!/bin/sh\nkill $$\n")
+    assert jobs.state_of("12") is None
+
+
 def test_what_goes_back_into_the_queue_is_the_same_again():
     task = jobs.Task("main_analyze_attention", ["--resume", "auto"])
     again = task.checkpoint()

@@ -20,6 +20,7 @@ from submitit.helpers import DelayedSubmission
 from util import signals
 
 GONE = "GONE"  # from the queue
+ATTEMPTS = 5  # to ask SLURM: what ends a job is sent several times within moments, and ends the messenger, too
 REQUEUE_WAIT = 60  # seconds that processes leave their first one to put the job back, which ends them
 
 
@@ -110,10 +111,13 @@ def state_of(job_id: str) -> str | None:
     """What SLURM calls a job of the queue, or one that has ended a moment ago; GONE where it knows none; None where it
     does not answer."""
     command = ["squeue", "--noheader", "--states=all", "--format=%T", "--jobs", job_id]
-    try:
-        told = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
+    for _ in range(ATTEMPTS):
+        try:
+            told = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        if told.returncode >= 0:
+            break
     if told.stdout.split():
         return told.stdout.split()[0]
     return GONE if told.returncode == 0 or "Invalid job id" in told.stderr else None
