@@ -9,6 +9,7 @@ import contextlib
 import io
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -74,6 +75,10 @@ def call(slurm, *words, check=True):
     return done
 
 
+def hangs(*_):
+    raise AssertionError("the launcher does not end")
+
+
 def launch(slurm, folder, *words, check=True):
     """Output of the launcher, and the job's number. It runs in this process, which has imported everything already."""
     argv = ["--job_dir", folder, "--ngpus", 0, "--cpus_per_task", 1, *words]
@@ -82,10 +87,15 @@ def launch(slurm, folder, *words, check=True):
         patch.chdir(ROOT)
         for name, value in slurm.items():
             patch.setenv(name, value)
+        before = signal.signal(signal.SIGALRM, hangs)
+        signal.alarm(300)
         try:
             run_main(launcher.main, launcher.command_line(list(map(str, argv))))
         except SystemExit as end:
             code = end.code
+        finally:
+            signal.alarm(0)
+            signal.signal(signal.SIGALRM, before)
     done = subprocess.CompletedProcess(argv, code, out.getvalue(), err.getvalue())
     assert code == 0 or not check, done.stdout + done.stderr
     number = re.search(r"^job (\d+)", done.stdout, re.M)
@@ -156,8 +166,8 @@ def test_a_timeout_and_a_preemption_with_grace_requeue_the_job_themselves(slurm,
     log = folder / "jobs" / f"{job}_0_log.out"
     until(lambda: shown(slurm, job, "JobState") == "COMPLETED", log)
     text = log.read_text()
-    for signal in ("SIGUSR2", "SIGTERM"):
-        assert text.count(f"stopped by {signal}: saved after") == 1, text
+    for name in ("SIGUSR2", "SIGTERM"):
+        assert text.count(f"stopped by {name}: saved after") == 1, text
     assert text.count("goes back into the queue") == 2 and text.count("resuming from") == 2, text
     assert differences(outcome(folder), whole) == []
 
