@@ -1,18 +1,26 @@
-"""Damaged and hostile checkpoints and images: never a traceback, never code executed, nothing written over.
+"""Damaged and hostile files: never a traceback, never code executed, nothing written over.
 
-    OMP_NUM_THREADS=1 python tests/fuzz_files.py --checkpoints 500 --images 500
+    OMP_NUM_THREADS=1 python tests/fuzz_files.py --checkpoints 500 --images 500 --lists 500
 
-Every file goes to main_linprobe itself: checkpoints by --resume FILE and, beside a good older one, by --resume auto;
-images as one of the training images. A program, not a test: it takes minutes. Exit code 1 where something is wrong.
+Checkpoints go to main_linprobe itself, by --resume FILE and, beside a good older one, by --resume auto. Images are one
+of the training images: of main_linprobe for one in ten, of what reads them for the others. Lists are what data sets
+come with, annotations and binary records too (LISTS); each goes to its reader. A program, not a test: it takes minutes.
+Exit code 1 where something is wrong.
 """
 
 import argparse
+import functools
 import hashlib
 import io
+import json
+import os
 import random
+import re
 import shutil
+import signal
 import sys
 import tempfile
+import traceback
 import zipfile
 from collections import Counter
 from collections.abc import Callable
@@ -23,9 +31,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 from interruptions import ROOT, differences, finish, launch, outcome
+from miniatures import ARRAYS, CLASSES, MINIATURES
 from PIL import Image
 from test_safe_loading import RAW, attacks
 
+from util.datasets import DATASETS, KeyedDataset, build_dataset, eval_transform
 from util.demo_data import generate
 from util.run_folder import load_checkpoint, sealed
 
@@ -58,7 +68,9 @@ def insert(data: bytes, draw: random.Random, marker: Path) -> bytes:
 
 
 def swap_blocks(data: bytes, draw: random.Random, marker: Path) -> bytes:
-    size = draw.choice((64, 1024))
+    if len(data) < 8:
+        return data[::-1]
+    size = min(draw.choice((64, 1024)), len(data) // 4)
     a, b = sorted(draw.sample(range(0, len(data) - size, size), 2))
     return data[:a] + data[b : b + size] + data[a + size : b] + data[a : a + size] + data[b + size :]
 
@@ -119,6 +131,46 @@ def wrong_entry(state: dict, draw: random.Random, marker: Path) -> dict:
     return sealed({**state, draw.choice(list(state)): wrong})
 
 
+def lines(change: Callable[[list[bytes], random.Random], None]) -> Mutation:
+    def mutate(data: bytes, draw: random.Random, marker: Path) -> bytes:
+        parts = data.splitlines(keepends=True)
+        change(parts, draw)
+        return b"".join(parts)
+
+    return mutate
+
+
+def drop_line(parts: list[bytes], draw: random.Random) -> None:
+    parts.pop(draw.randrange(len(parts)))
+
+
+def repeat_line(parts: list[bytes], draw: random.Random) -> None:
+    parts.insert(draw.randrange(len(parts)), draw.choice(parts))
+
+
+WORDS = ("", "-1", "0", "1.5", "9" * 20, "nan", "x", "é", "\0", "../..", "/", "[]", "{}", "null", "a" * 5000)
+
+
+def change_word(data: bytes, draw: random.Random, marker: Path) -> bytes:
+    found = draw.choice(list(re.finditer(rb"[\w.]+", data)) or [re.match(b"", data)])
+    return data[: found.start()] + draw.choice(WORDS).encode() + data[found.end() :]
+
+
+def change_node(data: bytes, draw: random.Random, marker: Path) -> bytes:
+    """One value, somewhere in a JSON file, becomes another kind of value; in other files, a word another word."""
+    try:
+        place = content = [json.loads(data)]
+    except ValueError:
+        return change_word(data, draw, marker)
+    while True:
+        key = draw.choice(list(place) if isinstance(place, dict) else range(len(place)))
+        if not (isinstance(place[key], dict | list) and place[key]) or (place is not content and draw.random() < 0.3):
+            break
+        place = place[key]
+    place[key] = draw.choice([None, True, -1, 10**30, 1e999, "x", "a\0b", "../x", "a" * 5000, [], {}, [[]], {"id": []}])
+    return json.dumps(content[0]).encode()
+
+
 CHECKPOINTS = {
     "bits flipped": flip, "cut off": cut, "block of zeros": zero, "bytes inserted": insert,
     "blocks swapped": swap_blocks,
@@ -126,11 +178,36 @@ CHECKPOINTS = {
     "entry of another kind, sealed": rewritten(wrong_entry), "pickled attack": rewritten(attack),
     "hostile opcodes": hostile_opcodes,
 }  # fmt: skip
+PICTURES = (".jpg", ".jpeg", ".png")
 IMAGES = {
     "bits flipped": flip, "cut off": cut, "block of zeros": zero, "bytes inserted": insert,
     "blocks swapped": swap_blocks,
     "noise": lambda data, draw, marker: data[: draw.choice((0, 4, 16))] + draw.randbytes(draw.choice((1, 100, 5000))),
 }  # fmt: skip
+LIST_MUTATIONS = {
+    "bits flipped": flip, "cut off": cut, "block of zeros": zero, "bytes inserted": insert,
+    "blocks swapped": swap_blocks, "line missing": lines(drop_line), "line repeated": lines(repeat_line),
+    "word changed": change_word, "value of another kind": change_node,
+    "nested": lambda data, draw, marker: b"[" * draw.choice((10, 100_000)) + data, "emptied": lambda *_: b"",
+}  # fmt: skip
+
+
+def read_data_set(name: str, root: Path) -> None:
+    for split in ("train", "val"):
+        images = KeyedDataset(build_dataset(name, root, split, allow_subset=True), eval_transform(32), 0)
+        for index in range(len(images)):
+            images[0, index]
+
+
+# what makes a small one in a folder, and what reads it from there: a ValueError is a clear answer, all else is a fault
+LISTS: dict[str, tuple[Callable[[Path], object], Callable[[Path], object]]] = {
+    name: (make, functools.partial(read_data_set, name))
+    for name, make in {**MINIATURES, **{name: make for name, (make, _) in ARRAYS.items()}}.items()
+    if name != "imagenet1k"  # which has lists only where its validation images lie in one folder
+}
+for flat in ("kaggle", "devkit"):
+    make = functools.partial(MINIATURES["imagenet1k"], flat=flat)
+    LISTS[f"imagenet1k, {flat}"] = (make, functools.partial(read_data_set, "imagenet1k"))
 
 
 # ---- what must hold
@@ -200,12 +277,57 @@ def fuzz_image(program: Program, kind: str, encoded: dict[str, bytes], draw: ran
     victim.unlink()
     damaged.write_bytes(IMAGES[kind](encoded[suffix], draw, work / "marker"))
     before = fingerprint(folder)
-    code, text = program(folder, other, "--epochs", "1")
+    if draw.random() < 0.1:
+        code, text = program(folder, other, "--epochs", "1")
+    else:  # a hundred times as fast
+        code = finish(read_in_child(functools.partial(read_data_set, "image_folder"), folder, work / "output"))
+        text = (work / "output").read_text()
+    assert code in (0, 2), f"exit code {code}: {text}"
     assert fingerprint(folder) == before, "an image was changed"
     damaged.unlink()
     victim.write_bytes(kept)
     assert code == 0 or f"cannot read image {damaged}" in text, text
     return "refused by name" if code else "decoded"
+
+
+def fuzz_list(kind: str, name: str, good: Path, draw: random.Random, work: Path) -> str:
+    """One damaged file of those beside the images."""
+    folder, output = work / "list", work / "output"
+    shutil.rmtree(folder, ignore_errors=True)
+    output.unlink(missing_ok=True)
+    shutil.copytree(good, folder)
+    chosen = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix.lower() not in PICTURES]
+    victim = draw.choice(chosen)
+    victim.write_bytes(LIST_MUTATIONS[kind](victim.read_bytes(), draw, work / "marker"))
+    before = fingerprint(folder)
+    code = finish(read_in_child(LISTS[name][1], folder, output))
+    text = output.read_text()
+    told = f"{victim.relative_to(work)}, exit code {code}: {text[-2000:]}"
+    assert fingerprint(folder) == before, f"a file was changed: {told}"
+    assert code in (0, 2), told
+    assert code == 0 or str(folder) in text, f"the path is not named: {told}"
+    assert not list(work.glob("marker*")), "code of the file was executed"
+    return "refused by name" if code else "read"
+
+
+def read_in_child(read: Callable[[Path], object], folder: Path, output: Path) -> int:
+    """Process id of a child that exits with 0, with 2 at a ValueError, and with 1 at anything else, saying why."""
+    if child := os.fork():
+        return child
+    code = 1
+    signal.alarm(60)
+    try:
+        with open(output, "w") as told:
+            try:
+                read(folder)
+                code = 0
+            except ValueError as error:
+                told.write(f"{error}\n")
+                code = 2
+            except BaseException:
+                traceback.print_exc(file=told)
+    finally:
+        os._exit(code)
 
 
 def encodings() -> dict[str, bytes]:
@@ -223,6 +345,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoints", type=int, default=500)
     parser.add_argument("--images", type=int, default=500)
+    parser.add_argument("--lists", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -236,7 +359,16 @@ def main() -> None:
         whole = outcome(good)
         shutil.copytree(work / "data", work / "images")
         encoded = encodings()
-        plan = (("checkpoint", CHECKPOINTS, args.checkpoints), ("image", IMAGES, args.images))
+        arrays = {name: classes for name, (_, classes) in ARRAYS.items()}
+        for name, classes in {**dict.fromkeys(MINIATURES, 2), **CLASSES, **arrays}.items():
+            DATASETS[name] = DATASETS[name]._replace(classes=classes)  # the miniature's stand for the official ones
+        for name, (make, _) in LISTS.items() if args.lists else ():
+            make(work / name)
+            assert finish(read_in_child(LISTS[name][1], work / name, work / "output")) == 0, name
+        plan = (
+            ("checkpoint", CHECKPOINTS, args.checkpoints), ("image", IMAGES, args.images),
+            ("list", LIST_MUTATIONS, args.lists),
+        )  # fmt: skip
         cases = [(what, list(kinds)[i % len(kinds)], i) for what, kinds, number in plan for i in range(number)]
         counts: Counter = Counter()
         for what, kind, index in cases:
@@ -244,8 +376,11 @@ def main() -> None:
             try:
                 if what == "checkpoint":
                     result = fuzz_checkpoint(program, kind, good, whole, draw, work)
-                else:
+                elif what == "image":
                     result = fuzz_image(program, kind, encoded, draw, work)
+                else:
+                    name = list(LISTS)[index % len(LISTS)]
+                    result = fuzz_list(kind, name, work / name, draw, work)
             except AssertionError as error:
                 failures += 1
                 result = "WRONG"

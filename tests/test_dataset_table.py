@@ -1,7 +1,9 @@
 """Every data set, from miniature copies in the layout that its authors distribute, and what is said of damaged ones."""
 
 import hashlib
+import os
 import shutil
+import signal
 import tarfile
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import torchvision.datasets
 from miniatures import ARRAYS, CLASSES, MINIATURES, make_pets, write
 from scipy.io import savemat
 
+from util.dataset_files import read_matlab
 from util.dataset_table import DATASETS, build_dataset, build_splits
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -284,6 +287,9 @@ COCO, ZEBRA = "annotations/instances_train2017.json", "NUS-WIDE/Groundtruth/Trai
         ("coco", COCO, '"category_id": 90', '"category_id": 91', "category 91, one of"),
         ("coco", COCO, '"image_id": 9,', '"image_id": 10,', "box 1 is of image 10"),
         ("coco", COCO, '"categories"', '"kinds"', "is not a file of COCO's boxes"),
+        ("coco", COCO, '"file_name"', '"name_of_file"', "is not a file of COCO's boxes: 'file_name'"),
+        ("coco", COCO, '"category_id": 90', '"category_id": [90]', "is not a file of COCO's boxes"),
+        ("coco", COCO, '{"images"', "[" * 100_000, "cannot be read: maximum recursion depth"),
         ("nus_wide", ZEBRA, "1\n", "2\n", "neither 0 nor 1"),
         ("nus_wide", ZEBRA, "1\n", "", "3 entries, but .* 2"),
         ("imagenet1pct", "1percent.txt", "n02058221_8", "n99999999_8", "are no folders of .*train, like n99999999"),
@@ -310,6 +316,13 @@ def test_labels_of_cars_out_of_range_and_test_annotations_without_labels_are_ref
     savemat(folder / "cars_test_annos_withlabels.mat", {"annotations": unlabelled})
     with pytest.raises(ValueError, match="'annotations' has no class"):
         build_dataset("stanford_cars", root, "val")
+
+
+def test_a_matlab_file_that_crashes_its_reader_is_named(tmp_path, monkeypatch):
+    """scipy's compiled reader does not survive every damaged file; here, it is asked to die as it did."""
+    monkeypatch.setattr("scipy.io.loadmat", lambda *args, **options: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(ValueError, match=r"cars_meta\.mat cannot be read: it is damaged, and crashes its reader"):
+        read_matlab(tmp_path / "cars_meta.mat", "class_names")
 
 
 def test_empty_class_folder_is_named(miniature):

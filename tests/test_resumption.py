@@ -348,7 +348,7 @@ def test_a_full_disk_is_one_line_and_the_last_good_checkpoint_stays(small_disk, 
     assert "No space left on device" in error and error.count("\n") == 1, error
     assert f"{folder / 'checkpoint-1.pth'} is whole" in error
     assert sorted(path.name for path in folder.glob("*.pth")) == ["checkpoint-0.pth", "checkpoint-1.pth"]
-    assert not any(folder.glob(".*"))
+    assert not any(folder.glob(".*.tmp"))
     load_checkpoint(folder / "checkpoint-1.pth")
     filler.unlink()
     assert run(program, commands[program], folder, "--resume", "auto") == 0

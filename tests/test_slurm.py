@@ -5,8 +5,11 @@
 tests/slurm/cluster.sh installs it and starts it; without root, or where that fails, these tests are skipped.
 """
 
+import contextlib
+import io
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -15,6 +18,8 @@ import time
 import pytest
 from interruptions import ENVIRONMENT, ROOT, differences, outcome
 
+import submitit_linprobe as launcher
+from util.arguments import run_main
 from util.demo_data import generate
 
 pytestmark = pytest.mark.slurm
@@ -70,10 +75,29 @@ def call(slurm, *words, check=True):
     return done
 
 
+def hangs(*_):
+    raise AssertionError("the launcher does not end")
+
+
 def launch(slurm, folder, *words, check=True):
-    """Output of the launcher, and the job's number."""
-    launcher = [sys.executable, "submitit_linprobe.py", "--job_dir", folder, "--ngpus", 0, "--cpus_per_task", 1]
-    done = call(slurm, *launcher, *words, check=check)
+    """Output of the launcher, and the job's number. It runs in this process, which has imported everything already."""
+    argv = ["--job_dir", folder, "--ngpus", 0, "--cpus_per_task", 1, *words]
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.chdir(ROOT)
+        for name, value in slurm.items():
+            patch.setenv(name, value)
+        before = signal.signal(signal.SIGALRM, hangs)
+        signal.alarm(300)
+        try:
+            run_main(launcher.main, launcher.command_line(list(map(str, argv))))
+        except SystemExit as end:
+            code = end.code
+        finally:
+            signal.alarm(0)
+            signal.signal(signal.SIGALRM, before)
+    done = subprocess.CompletedProcess(argv, code, out.getvalue(), err.getvalue())
+    assert code == 0 or not check, done.stdout + done.stderr
     number = re.search(r"^job (\d+)", done.stdout, re.M)
     return done, number and number[1]
 
@@ -142,8 +166,8 @@ def test_a_timeout_and_a_preemption_with_grace_requeue_the_job_themselves(slurm,
     log = folder / "jobs" / f"{job}_0_log.out"
     until(lambda: shown(slurm, job, "JobState") == "COMPLETED", log)
     text = log.read_text()
-    for signal in ("SIGUSR2", "SIGTERM"):
-        assert text.count(f"stopped by {signal}: saved after") == 1, text
+    for name in ("SIGUSR2", "SIGTERM"):
+        assert text.count(f"stopped by {name}: saved after") == 1, text
     assert text.count("goes back into the queue") == 2 and text.count("resuming from") == 2, text
     assert differences(outcome(folder), whole) == []
 

@@ -1,8 +1,11 @@
 """The files that data sets come in: lists, labels, archives. Whatever is wrong is one ValueError with the path."""
 
+import concurrent.futures
 import json
+import multiprocessing
 import os
 from collections.abc import Callable, Iterable
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -69,22 +72,30 @@ def read_rows(path: Path, *kinds: Callable[[str], Any]) -> list[tuple]:
 def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
 
 
 def read_matlab(path: Path, name: str, *fields: str) -> np.ndarray:
     """A variable of a MATLAB file, as an array of at least one dimension. fields: what a structure must have."""
-    try:
-        content = scipy.io.loadmat(path, squeeze_me=True)
-    except Exception as error:  # scipy raises anything over bytes that are no MATLAB file
-        raise ValueError(f"{path} cannot be read: {error}") from error
-    if name not in content:
+    # scipy raises anything over bytes that are no MATLAB file, and over some of them, its process crashes: a child's
+    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as child:
+        try:
+            content = child.submit(_matlab_variable, path, name).result()
+        except BrokenProcessPool as error:
+            raise ValueError(f"{path} cannot be read: it is damaged, and crashes its reader") from error
+        except Exception as error:
+            raise ValueError(f"{path} cannot be read: {error}") from error
+    if content is None:
         raise ValueError(f"{path} has no variable {name!r}")
-    found = np.atleast_1d(content[name])
+    found = np.atleast_1d(content)
     if missing := [field for field in fields if field not in (found.dtype.names or ())]:
         raise ValueError(f"{path}: {name!r} has no {', '.join(missing)}")
     return found
+
+
+def _matlab_variable(path: Path, name: str) -> Any:
+    return scipy.io.loadmat(path, squeeze_me=True).get(name)
 
 
 def read_flags(path: Path) -> np.ndarray:

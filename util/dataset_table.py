@@ -198,20 +198,21 @@ def _coco(year: int, root: Path, split: str, allow_subset: bool) -> Dataset:
     source, name = folder / "annotations" / f"instances_{split}{year}.json", f"{split}{year}"
     content = read_json(source)
     try:
-        categories = sorted(content["categories"], key=lambda category: category["id"])
-        images = sorted(content["images"], key=lambda image: image["id"])
+        categories = sorted((category["id"], str(category["name"])) for category in content["categories"])
+        images = sorted((image["id"], folder / name / image["file_name"]) for image in content["images"])
         boxes = [(box["image_id"], box["category_id"]) for box in content["annotations"]]
+        rows = {image: row for row, (image, _) in enumerate(images)}
+        columns = {category: column for column, (category, _) in enumerate(categories)}
+        hash(tuple(boxes))  # lists and the like are no ids
     except (KeyError, TypeError) as error:
         raise ValueError(f"{source} is not a file of COCO's boxes: {error}") from error
-    rows = {image["id"]: row for row, image in enumerate(images)}
-    columns = {category["id"]: column for column, category in enumerate(categories)}
     targets = np.zeros((len(images), len(categories)), np.uint8)
     for number, (image, category) in enumerate(boxes, 1):
         if image not in rows or category not in columns:
             raise ValueError(f"{source}: box {number} is of image {image} and category {category}, one of them unknown")
         targets[rows[image], columns[category]] = 1
-    paths = [folder / name / image["file_name"] for image in images]
-    return listed_images(paths, targets, [category["name"] for category in categories], source, allow_subset)
+    paths = [path for _, path in images]
+    return listed_images(paths, targets, [name for _, name in categories], source, allow_subset)
 
 
 def _nus_wide(drop_unlabelled: bool, root: Path, split: str, allow_subset: bool) -> Dataset:
@@ -352,7 +353,7 @@ def build_dataset(name: str, root: Path, split: str, allow_subset: bool = False)
     try:
         images = entry.build(root, split, allow_subset)
         _check_counts(entry, images, split, allow_subset)
-    except ValueError as error:
+    except (ValueError, OSError) as error:  # of the system: a folder that may not be read
         source = f"; it comes from {entry.source}" if entry.source else ""
         asked = f"--data_path {root}" if name == "image_folder" else f"--dataset {name} --data_path {root}"
         raise ValueError(f"{asked}: {error}{source}") from error

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 from types import TracebackType
 from typing import NoReturn
 
@@ -21,6 +20,7 @@ from submitit.helpers import DelayedSubmission
 from util import signals
 
 GONE = "GONE"  # from the queue
+ATTEMPTS = 5  # to ask SLURM: what ends a job is sent several times within moments, and ends the messenger, too
 REQUEUE_WAIT = 60  # seconds that processes leave their first one to put the job back, which ends them
 
 
@@ -35,11 +35,10 @@ class Task:
 
     program: str
     argv: list[str]
-    restarted: bool = False
 
     def checkpoint(self) -> DelayedSubmission:
         """What submitit puts back into the queue: the same again, which resumes."""
-        return DelayedSubmission(dataclasses.replace(self, restarted=True))
+        return DelayedSubmission(self)
 
     def __call__(self) -> None:
         from util.arguments import parse, run_main
@@ -56,10 +55,7 @@ class Task:
         sys.excepthook = _quiet_about_failures
         try:
             module = importlib.import_module(self.program)
-            parser = module.get_args_parser()
-            args = parse(parser, self.argv)
-            if (self.restarted or int(os.environ.get("SLURM_RESTART_COUNT", 0))) and not is_resumable(parser):
-                _forget_beginnings(args.output_dir, job)
+            args = parse(module.get_args_parser(), self.argv)
             run_main(module.main, args)
             for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
                 signal.signal(number, signal.SIG_IGN)  # nothing is left to stop, and Python's end would be a failure
@@ -68,16 +64,6 @@ class Task:
                 come_back(job, end.__cause__)
             if end.code:
                 raise JobFailed(str(end.__cause__ or f"exit code {end.code}")) from None
-
-
-def is_resumable(parser: object) -> bool:
-    return any(action.dest == "resume" for action in parser._actions)
-
-
-def _forget_beginnings(output_dir: str, job: submitit.JobEnvironment) -> None:
-    """A program that cannot resume begins anew, in the folder that its first start has claimed with args.json."""
-    if output_dir and job.global_rank == 0:
-        Path(output_dir, "args.json").unlink(missing_ok=True)
 
 
 def _quiet_about_failures(kind: type, error: BaseException, trace: TracebackType | None) -> None:
@@ -125,10 +111,13 @@ def state_of(job_id: str) -> str | None:
     """What SLURM calls a job of the queue, or one that has ended a moment ago; GONE where it knows none; None where it
     does not answer."""
     command = ["squeue", "--noheader", "--states=all", "--format=%T", "--jobs", job_id]
-    try:
-        told = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
+    for _ in range(ATTEMPTS):
+        try:
+            told = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        if told.returncode >= 0:
+            break
     if told.stdout.split():
         return told.stdout.split()[0]
     return GONE if told.returncode == 0 or "Invalid job id" in told.stderr else None
