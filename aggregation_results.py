@@ -92,8 +92,11 @@ def over_seeds(result: dict) -> dict[str, dict]:
 def table(result: dict) -> str:
     """A line for each rule: mean and deviation over seeds."""
     shown = {"aggregation_entropy": "entropy", "top1": "top-1", "maxboxaccv2": "MaxBoxAccV2", "maxboxacc": "V1"}
-    lines = [f"{result['images'] or result['localization']['images']} images; uniform weights have "
-             f"{result['uniform_entropy']:.3f} nats", f"  {'':32}" + "".join(f"{title:>16}" for title in shown.values())]  # fmt: skip
+    images = result["images"] or result["localization"]["images"]
+    lines = [
+        f"{images:,} images; uniform weights have {result['uniform_entropy']:.3f} nats",
+        f"  {'':32}" + "".join(f"{title:>16}" for title in shown.values()),
+    ]
     for name, quantities in result["over_seeds"].items():
         cells = []
         for quantity in shown:

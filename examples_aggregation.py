@@ -77,7 +77,7 @@ def shown_rules(rules: Sequence[Rule]) -> list[Rule]:
 
 
 def compared_rules(rules: Sequence[Rule]) -> list[Rule]:
-    """The two rules whose boxes are drawn: mean [cls] attention, and what was learned; fewer where there are no such."""
+    """The two rules whose boxes are drawn: mean [cls] attention, and what was learned; else the first of the others."""
     cls = [rule for rule in rules if rule.head == "attn-mn"][:1]
     learned = [rule for kind in LEARNED for rule in rules if rule.probe is not None and rule.head.startswith(kind)]
     return [*cls, *(learned or [rule for rule in rules if rule not in cls])[: len(BOXES) - len(cls)]]

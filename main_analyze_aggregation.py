@@ -91,7 +91,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
     boxes = parser.add_argument_group("localisation")
     boxes.add_argument("--boxes", default=None, type=Path, metavar="SOURCE",
-                       help="true boxes: " + "; ".join(source.description for source in BOX_SOURCES.values()))  # fmt: skip
+                       help=f"true boxes: {'; '.join(one.description for one in BOX_SOURCES.values())}")  # fmt: skip
     boxes.add_argument("--box_format", choices=list(BOX_SOURCES), default=None, help="default: detected")
     boxes.add_argument("--boxes_only", action="store_true", help="localisation alone: no entropies, no divergences")
     boxes.add_argument("--loc_transform", choices=["resize", "crop"], default="resize",
@@ -101,7 +101,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     boxes.add_argument("--loc_map_heads", choices=["mean", "best"], default="mean",
                        help="of [cls] attention: the mean map; best: each head's, too, and which is best")  # fmt: skip
     boxes.add_argument("--loc_workers", default=None, type=int, metavar="N",
-                       help="processes that evaluate maps (default: a core each, shared among the ranks); 0: none")  # fmt: skip
+                       help="processes that evaluate maps (default: the cores, shared by ranks); 0: none")  # fmt: skip
     boxes.add_argument("--draw_threshold", default=None, type=float, metavar="T",
                        help="of the boxes in the figure (default: the best one at IoU 0.5)")  # fmt: skip
     add_run_arguments(parser, resumable=False)

@@ -34,8 +34,8 @@ class ProbeRun(NamedTuple):
         backbone: VisionTransformer = encoder.backbone
         if self.state["facts"].get("weights") != digest(backbone.state_dict()):
             raise ValueError(
-                f"--probes {self.folder} was trained on another encoder, {self.args.finetune or 'random weights'}: name "
-                "that one with --finetune, or leave --finetune out"
+                f"--probes {self.folder} was trained on another encoder, {self.args.finetune or 'random weights'}: "
+                "name that one with --finetune, or leave --finetune out"
             )
         try:
             classes = {len(probe["classifier.bias"]) for probe in self.state["probes"].values()}

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import wrap
 from typing import NamedTuple
 
 import numpy as np
@@ -21,16 +22,19 @@ TITLES = {  # of heads; others are called what they are
     "dino": "oracle's [cls]",
     "pos": "uniform",
 }
+PATTERNS = (
+    (r"^abmilp:?", "AbMILP "), (r" $", ""), (r"^ap1\b", "AP, 1 head"), (r"^ap(\d+)", r"AP, \1 heads"),
+    (r"^ca1$", "central patch"), (r"^ca(\d+)$", r"central \1 × \1"), (r"^attn-head", "[cls], head "),
+)  # fmt: skip
 TRUE, BOXES = "#1F77FF", ("#FF3B30", "#2ECC40")  # Fig. 8: truth blue, [cls] red, aggregation green
 
 
 def spoken(name: str) -> str:
     """A rule's name as figures have it: abmilp/seed0 is AbMILP, seed 0."""
     head, *parts = name.split("/")
-    word = re.sub(r"^abmilp", "AbMILP", re.sub(r"^ap(\d+)", r"AP, \1 head", TITLES.get(head, head)))
-    word = re.sub(
-        r"^ca(\d+)$", lambda side: "central patch" if side[1] == "1" else f"central {side[1]} × {side[1]}", word
-    )
+    word = TITLES.get(head, head)
+    for pattern, words in PATTERNS:
+        word = re.sub(pattern, words, word)
     return ", ".join([word, *(re.sub(r"^(seed|block)", r"\1 ", part) for part in parts)])
 
 
@@ -46,11 +50,12 @@ def draw_divergences(result: dict, folder: Path) -> None:
     names, matrix = [spoken(rule["name"]) for rule in rules], result["matrices"]["kl"]
     values = np.array(matrix["mean"], dtype=float)
     R = len(rules)
-    cell = min(0.62, 3.7 / R)  # inches
-    figure = Figure(figsize=(WIDTH, cell * R + 1.75), layout="constrained")
-    heat, bars = figure.subplots(1, 2, width_ratios=(cell * R, 1.3))
+    cell = min(0.5, 3.9 / R)  # inches
+    letters = 0.055 * max(map(len, names))  # of the names, in inches
+    figure = Figure(figsize=(WIDTH, 0.72 * cell * R + 0.65 * letters + 0.75), layout="constrained")
+    heat, bars = figure.subplots(1, 2, width_ratios=(cell * R, WIDTH - cell * R - letters - 0.9))
     top = max(float(np.nanmax(values)), 1e-9) if np.isfinite(values).any() else 1.0
-    image = heat.imshow(values, cmap="Blues", vmin=0, vmax=top)
+    image = heat.imshow(values, cmap="Blues", vmin=0, vmax=top, aspect="auto")
     starred = False
     for row, column in np.ndindex(R, R):
         value = values[row, column]
@@ -65,7 +70,7 @@ def draw_divergences(result: dict, folder: Path) -> None:
     heat.spines[:].set_visible(False)
     pair = matrix["definition"].split(",")[0].replace("||", "‖")
     heat.set_title(f"{pair}, nats", pad=6)
-    figure.colorbar(image, ax=heat, shrink=0.8, aspect=25, pad=0.02)
+    figure.colorbar(image, ax=heat, aspect=25, pad=0.02)
     draw_entropies(bars, rules, result["uniform_entropy"])
     bars.set_ylim(*heat.get_ylim())
     if starred:
@@ -97,10 +102,7 @@ def draw_entropies(axis: Axes, rules: Sequence[dict], uniform: float) -> None:
 @rc_context(STYLE)
 def draw_maps(pictures: Sequence[np.ndarray], columns: dict[str, np.ndarray], target: Path) -> None:
     """pictures (h,w,3); columns {rule: (images,rows,columns) maps in multiples of uniform}; a row for each image."""
-    large = {
-        name: [enlarge(one, picture.shape[:2]).clip(0) for one, picture in zip(maps, pictures, strict=True)]
-        for name, maps in columns.items()
-    }
+    large = {name: [smooth(one) for one in maps] for name, maps in columns.items()}
     values = np.concatenate([one.ravel() for maps in large.values() for one in maps])
     # what is brighter than nearly everything has the brightest colour, lest one patch darken all others
     top = max(2.0, float(np.nanquantile(values, 0.995)))
@@ -114,12 +116,18 @@ def draw_maps(pictures: Sequence[np.ndarray], columns: dict[str, np.ndarray], ta
         for axis, maps in zip(axes[row, 1:], large.values(), strict=True):
             draw_map(axis, picture, np.nan_to_num(maps[row]), top)
     for axis, name in zip(axes[0], ["image", *map(spoken, columns)], strict=True):
-        axis.set_title(name.replace(", ", ",\n"), fontsize=7)
+        axis.set_title("\n".join(wrap(name, int(side / 0.065))), fontsize=7)
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
         axis.spines[:].set_visible(False)
     add_scale(figure, top, more=bool(np.nanmax(values) > top))
     save_figure(figure, target)
+
+
+def smooth(weights: np.ndarray) -> np.ndarray:
+    """Weights (rows,columns) at the resolution of a print, by the interpolation of the evaluation, without its
+    overshooting below zero."""
+    return enlarge(weights, tuple(side * max(1, 224 // max(weights.shape)) for side in weights.shape)).clip(0)
 
 
 class Found(NamedTuple):
@@ -135,7 +143,7 @@ def draw_boxes(
     pictures: Sequence[np.ndarray], truths: Sequence[np.ndarray], found: dict[str, list[Found]],
     thresholds: dict[str, float], target: Path,
 ) -> None:  # fmt: skip
-    """A column for each image: its boxes together, and below for each rule its map with its box. thresholds: by rule."""
+    """A column for each image: its boxes together, and below of each rule its map and box. thresholds: of each."""
     count, rows = len(pictures), 1 + len(found)
     side = min(1.35, (WIDTH - 0.3) / count)
     figure = Figure(figsize=(side * count + 0.3, (side + 0.1) * rows + 0.35), layout="constrained")
@@ -146,8 +154,8 @@ def draw_boxes(
         first.imshow(picture)
         for line, (name, colour) in enumerate(zip(found, BOXES, strict=False), 1):
             axis, one = axes[line, column], found[name][column]
-            large = enlarge(one.weights, picture.shape[:2]).clip(0)
-            draw_map(axis, picture, np.nan_to_num(large), max(float(np.nan_to_num(large).max()), 1e-9))
+            large = np.nan_to_num(smooth(one.weights))
+            draw_map(axis, picture, large, max(float(large.max()), 1e-9))
             for place in (first, axis):
                 outline(place, one.box, colour)
             if one.overlap is not None:

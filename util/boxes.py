@@ -186,10 +186,11 @@ class ImageBoxes:
 
     def original(self, index: int) -> tuple[np.ndarray, Size]:
         """Boxes (m,4), and the size of the image that they belong to."""
-        annotation, path = self.annotations[index], self.images.samples[index][0]
+        annotation = self.annotations[index]
         boxes = np.array(annotation.boxes, np.int64)
         if annotation.size is not None:
             return boxes, annotation.size
+        path = self.images.samples[index][0]
         with Image.open(path) as image:
             size = image.size
         if (boxes[:, 2:] > size).any():
@@ -219,8 +220,8 @@ def read_boxes(
 ) -> ImageBoxes:
     """The boxes of the chosen images of a data set in the folder `root`.
 
-    kind: of BOX_SOURCES; None: the one that the file looks like. ValueError for a source that is none or is damaged, for
-    chosen images without a box, and for boxes of images that do not exist; allow_subset logs the last instead.
+    kind: of BOX_SOURCES; None: the one that the file looks like. ValueError for a source that is none or is damaged,
+    for chosen images without a box, and for boxes of images that do not exist; allow_subset logs the last instead.
     """
     path = Path(path)
     if not path.exists():

@@ -83,7 +83,7 @@ class FiniteMoments:
             self.count, self.infinite, self.mean, self.squares = other.count, other.infinite, other.mean, other.squares
             return
         count = self.count + other.count
-        share = other.count / count.clamp(min=1)
+        share = other.count / count.clamp(min=1).double()  # whole numbers would divide in float32
         delta = other.mean - self.mean
         self.squares = self.squares + other.squares + delta.square() * self.count * share
         self.mean = torch.where(other.count > 0, self.mean + delta * share, self.mean)
