@@ -41,7 +41,7 @@ def choose_examples(args: argparse.Namespace, images: Dataset, chosen: Sequence[
         found = []
         for path in args.images:
             try:
-                found.append(Example(str(path), known.get(os.path.abspath(path)), read_rgb(path)))
+                found.append(Example(path, known.get(os.path.abspath(path)), read_rgb(path)))
             except Exception as error:  # decoders raise anything
                 raise ValueError(f"--images {path}: cannot read image: {error}") from error
         return found

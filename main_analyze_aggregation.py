@@ -85,7 +85,7 @@ def get_args_parser() -> argparse.ArgumentParser:
                           help="cells are KL(row || column) or KL(column || row)")  # fmt: skip
     analysis.add_argument("--kl_eps", default=KL_FLOOR, type=float, metavar="EPS",
                           help="weights are raised to it first; 0: not at all")  # fmt: skip
-    analysis.add_argument("--images", nargs="+", default=[], type=Path, metavar="FILE",
+    analysis.add_argument("--images", nargs="+", default=[], metavar="FILE",
                           help="to show in the figures (default: a random choice)")  # fmt: skip
     analysis.add_argument("--num_examples", default=5, type=int, help="images to show, where --images names none")
 
