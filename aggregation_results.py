@@ -22,9 +22,13 @@ def describe(rules: Sequence[Rule], encoder: Encoder, size: int, run: ProbeRun |
     for rule in rules:
         same = [name for name, probe in settings.items() if (probe["head"], probe["block"]) == (rule.head, rule.block)]
         mine = [rule.probe] if rule.probe is not None else same
+        notes = [
+            f"diverged in epoch {at['epoch']}, step {at['step']}, and stayed as it was before"
+            for at in (scores[name]["diverged_at"] for name in mine if rule.probe is not None) if at
+        ]  # fmt: skip
         rows.append({
             "name": rule.name, "head": rule.head, "block": rule.block, "probe": rule.probe, "seed": rule.seed,
-            "notes": list(rule.notes), "scores": {name: scores[name] for name in mine},
+            "notes": [*rule.notes, *notes], "scores": {name: scores[name] for name in mine},
         })  # fmt: skip
     total = vectors.all_ranks()
     result = {

@@ -217,7 +217,7 @@ def find_oracle(
     if args.oracle is None:
         args = argparse.Namespace(**{**vars(args), **{name: vars(run.args)[name] for name in ORACLE_ARGUMENTS}})
     oracle = build_oracle(args, encoder, size, amp)
-    if needed and (run.results["oracle"] or {}).get("sha256") != oracle.record["sha256"]:
+    if needed and (run.results.get("oracle") or {}).get("sha256") != oracle.record["sha256"]:
         raise ValueError(f"--oracle {args.oracle}: a probe of {run.folder} was trained with another one: leave it out")
     return oracle
 

@@ -11,7 +11,7 @@ import submitit_linprobe
 from util.arguments import parse
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", ROOT / "demo" / "README.md", ROOT / "docs" / "attention.md"]
+PAGES = [ROOT / "README.md", ROOT / "demo" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 README = PAGES[0].read_text()
 
 
