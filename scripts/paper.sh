@@ -6,20 +6,24 @@
 # output_dir/paper, with --smoke output_dir/smoke). Runs that are there already are not repeated: remove what is to be
 # made anew. The protocol is the paper's (B.2): LARS, base rate 0.1, effective batch 16,384, 90 epochs, three seeds.
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 usage() {
     echo "usage: bash scripts/$(basename "$0") [--smoke | --slurm FLAG...]" >&2
-    sed -n '/^#   /s/^# //p' scripts/paper.sh >&2
+    sed -n '/^#   /s/^# //p' "$(dirname "${BASH_SOURCE[0]}")/paper.sh" >&2
     exit 2
 }
 
 mode=${1:-local}
 case "$mode" in
     local) ;;
-    --slurm) shift ;;
+    --slurm)
+        shift
+        case " $* " in *" --ngpus "* | *" --nodes "*) echo "--slurm: one node and 4 GPUs, the paper's, are set" >&2; exit 2 ;; esac
+        ;;
     --smoke) [ $# = 1 ] || usage ;;
     *) usage ;;
 esac
+[ "$mode" = --smoke ] || : "${IMAGENET:?name the folder of ImageNet-1k in IMAGENET, or try --smoke}"
+source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 if [ "$mode" = --smoke ]; then
     out=${OUT:-output_dir/smoke}
     BOXES=$out/data/boxes.csv
@@ -28,12 +32,14 @@ if [ "$mode" = --smoke ]; then
     recipe=(--batch_size 100 --accum_iter 2 --epochs 2 --warmup_epochs 0 --blr 30 --seeds 0 1)
     oracle=(--oracle demo/mae_ft.safetensors --oracle_model vit_demo_patch8)
 else
-    : "${IMAGENET:?name the folder of ImageNet-1k in IMAGENET, or try --smoke}"
     out=${OUT:-output_dir/paper} BOXES=${BOXES:-$IMAGENET/LOC_val_solution.csv}
     data=(--dataset imagenet1k --data_path "$IMAGENET" --num_workers 16)
     gpus=4
     [ "$mode" = --slurm ] || gpus=$(python -c 'import torch; print(max(1, torch.cuda.device_count()))')
-    [ $((8 % gpus)) = 0 ] || { echo "an effective batch of 8 x 2,048 is not divided by $gpus GPUs: show 1, 2, 4 or 8 of them with CUDA_VISIBLE_DEVICES" >&2; exit 2; }
+    [ $((8 % gpus)) = 0 ] || {
+        echo "$gpus GPUs do not divide 8 x 2,048 images: show 1, 2, 4 or 8 of them with CUDA_VISIBLE_DEVICES" >&2
+        exit 2
+    }
     recipe=(--batch_size 2048 --accum_iter $((8 / gpus)) --seeds 0 1 2)
     oracle=(--oracle dino_vit_base_patch16)
 fi
@@ -82,7 +88,7 @@ localise() {
     probe "$1"
     [ -f "$out/localization/$1/aggregation.json" ] ||
         program "$out/localization/$1" main_analyze_aggregation "${data[@]}" --probes "$out/probes/$1" \
-            --rules attn-mn --boxes "$BOXES" --boxes_only
+            --rules attn-mn --heads abmilp --boxes "$BOXES" --boxes_only
 }
 
 # publish FILE NAME: the file under the name that the paper has for it
