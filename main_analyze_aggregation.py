@@ -70,7 +70,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     rules.add_argument("--probes", default=None, type=Path, metavar="RUN",
                        help="run folder of main_linprobe.py; without --finetune, its encoder is taken")  # fmt: skip
     rules.add_argument("--heads", nargs="+", default=None, metavar="HEAD",
-                       help="of its probes, as --cls_features spells them (default: all that weigh patches)")  # fmt: skip
+                       help="of its probes, as for --cls_features (default: all that weigh patches)")  # fmt: skip
     rules.add_argument("--rules", nargs="+", default=None, metavar="HEAD",
                        help="heads without parameters, of the last block (default: those of "
                        f"{', '.join(DEFAULT_RULES)} that the encoder can follow; pos is uniform weights)")  # fmt: skip
