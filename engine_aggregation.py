@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aggregation import AGGREGATIONS, check_aggregation, head_name, parse_head
+from aggregation import AGGREGATIONS, check_aggregation, parse_head
 from aggregation_stats import VectorStats, normalised
 from engine_linprobe import FrozenTokens
 from fixed_pooling import FixedWeights
@@ -87,22 +87,14 @@ def default_rules(backbone: VisionTransformer, has_oracle: bool) -> tuple[list[s
     return usable, missing
 
 
-def probe_rules(bank: ProbeBank, last: int, heads: Sequence[str] | None = None) -> list[Rule]:
+def probe_rules(bank: ProbeBank, last: int) -> list[Rule]:
     """A rule for each probe that weighs patches; probes without parameters of a head and block share one.
 
     Its name is the probe's, without rate and optimizer where all have the same, and without block where that is the
-    last one of all. heads: which, as --cls_features spells them; all that weigh patches where it is None. ValueError
-    for one that no probe has, or that weighs none.
+    last one of all.
     """
-    weighing = [
-        (spec, probe) for spec, probe in zip(bank.specs, bank.probes, strict=True) if spec.aggregation not in UNWEIGHTED
-    ]
-    if heads is not None:
-        there, wanted = {spec.head for spec, _ in weighing}, {head_name(*parse_head(word, {})) for word in heads}
-        if absent := sorted(wanted - there):
-            known = ", ".join(sorted(there)) or "none"
-            raise ValueError(f"--heads {' '.join(absent)}: of the run's probes, these weigh patches: {known}")
-        weighing = [(spec, probe) for spec, probe in weighing if spec.head in wanted]
+    weighing = [(spec, probe) for spec, probe in zip(bank.specs, bank.probes, strict=True)
+                if spec.aggregation not in UNWEIGHTED]  # fmt: skip
     blocks, rates = ({getattr(spec, field) for spec, _ in weighing} for field in ("block", "blr"))
     optimizers = {spec.optimizer for spec, _ in weighing}
     rules: dict[str, Rule] = {}

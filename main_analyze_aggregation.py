@@ -21,6 +21,7 @@ from aggregation_results import describe, describe_boxes, over_seeds, table
 from aggregation_stats import KL_FLOOR
 from engine_aggregation import (
     DEFAULT_RULES,
+    UNWEIGHTED,
     Localization,
     Rule,
     Statistics,
@@ -69,8 +70,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     rules = parser.add_argument_group("rules")
     rules.add_argument("--probes", default=None, type=Path, metavar="RUN",
                        help="run folder of main_linprobe.py; without --finetune, its encoder is taken")  # fmt: skip
-    rules.add_argument("--heads", nargs="+", default=None, metavar="HEAD",
-                       help="of its probes, as for --cls_features (default: all that weigh patches)")  # fmt: skip
+    rules.add_argument("--probe_heads", nargs="+", default=None, metavar="HEAD",
+                       help="of the probes, these alone (default: all)")  # fmt: skip
     rules.add_argument("--rules", nargs="+", default=None, metavar="HEAD",
                        help="heads without parameters, of the last block (default: those of "
                        f"{', '.join(DEFAULT_RULES)} that the encoder can follow; pos is uniform weights)")  # fmt: skip
@@ -118,8 +119,8 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--kl_eps {args.kl_eps}: weights lie between 0 and 1, and so does what they are raised to")
     if args.num_examples < 0:
         raise ValueError(f"--num_examples {args.num_examples}: write how many, or 0 for no figures of images")
-    if args.heads is not None and args.probes is None:
-        raise ValueError("--heads chooses among the probes of a run: name it with --probes")
+    if args.probe_heads is not None and args.probes is None:
+        raise ValueError("--probe_heads chooses among the probes of a run: name it with --probes")
     if args.boxes is None:
         needing = {"--boxes_only": args.boxes_only, "--box_format": args.box_format,
                    "--draw_threshold": args.draw_threshold is not None,
@@ -239,10 +240,15 @@ def find_rules(
     rules = fixed_rules(words, encoder.backbone, tokens, has_oracle)
     if bank is not None:
         fixed = {(rule.head, rule.block) for rule in rules}
-        learned = probe_rules(bank, encoder.backbone.depth - 1, args.heads)
+        learned = probe_rules(bank, encoder.backbone.depth - 1)
+        if args.probe_heads is not None:
+            if unknown := sorted(set(args.probe_heads) - {rule.head for rule in learned}):
+                heads = ", ".join(dict.fromkeys(rule.head for rule in learned))
+                raise ValueError(f"--probe_heads {' '.join(unknown)}: {args.probes} weighs patches by {heads} only")
+            learned = [rule for rule in learned if rule.head in args.probe_heads]
         rules += [rule for rule in learned if rule.probe is not None or (rule.head, rule.block) not in fixed]
-        if unused := sorted({spec.head for spec in bank.specs} - {rule.head for rule in learned}):
-            log.info("probes that are left out: %s", ", ".join(unused))
+        if unweighted := sorted({spec.head for spec in bank.specs if spec.aggregation in UNWEIGHTED}):
+            log.info("probes without weights over the patches, left out: %s", ", ".join(unweighted))
     return rules
 
 

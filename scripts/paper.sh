@@ -88,7 +88,7 @@ localise() {
     probe "$1"
     [ -f "$out/localization/$1/aggregation.json" ] ||
         program "$out/localization/$1" main_analyze_aggregation "${data[@]}" --probes "$out/probes/$1" \
-            --rules attn-mn --heads abmilp --boxes "$BOXES" --boxes_only
+            --rules attn-mn --probe_heads abmilp --boxes "$BOXES" --boxes_only
 }
 
 # publish FILE NAME: the file under the name that the paper has for it

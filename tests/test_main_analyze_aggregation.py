@@ -196,13 +196,11 @@ def test_crop_gives_boxes_in_the_same_pass(data, probes, tmp_path, result, monke
 
 def test_probes_are_chosen_by_their_heads(data, probes, tmp_path):
     flags = ["--data_path", data, "--probes", probes, "--num_images", 2]
-    found = analyse(tmp_path / "out", *flags, "--heads", "abmilp:depth=1", "--rules", "pos")
+    found = analyse(tmp_path / "out", *flags, "--probe_heads", "abmilp", "--rules", "pos")
     assert [rule["name"] for rule in found["rules"]] == ["pos", "abmilp/seed0", "abmilp/seed1"]
     for head in ("cls", "ap3"):
-        with pytest.raises(
-            ValueError, match=f"--heads {head}: .* these weigh patches: abmilp, abmilp:content=all, ap2"
-        ):
-            analyse(tmp_path / head, *flags, "--heads", head)
+        with pytest.raises(ValueError, match=f"--probe_heads {head}: .* weighs patches by abmilp, ap2, "):
+            analyse(tmp_path / head, *flags, "--probe_heads", head)
 
 
 def test_boxes_alone(data, probes, tmp_path):
@@ -269,7 +267,7 @@ def test_overflow_stops_the_analysis(data, tmp_path):
     [
         (["--data_path", "/nowhere"], "there is no such folder"),
         (["--boxes", "/nowhere"], "--boxes /nowhere: there is no such file or folder"),
-        (["--heads", "abmilp"], "--heads chooses among the probes of a run: name it with --probes"),
+        (["--probe_heads", "abmilp"], "--probe_heads chooses among the probes of a run: name it with --probes"),
         (["--boxes_only"], "--boxes_only is about localisation: name the true boxes with --boxes"),
         (["--loc_map_heads", "best"], "--loc_map_heads best is about localisation"),
         (["--rules", "cls"], "--rules cls: the [cls] token; it weighs no patches"),
