@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
 
 from localization import enlarge
 from util.plotting import COLOURS, GREY, STYLE, WIDTH, add_scale, draw_map, save_figure
@@ -52,8 +53,10 @@ def draw_divergences(result: dict, folder: Path) -> None:
     R = len(rules)
     cell = min(0.5, 3.9 / R)  # inches
     letters = 0.055 * max(map(len, names))  # of the names, in inches
-    figure = Figure(figsize=(WIDTH, 0.72 * cell * R + 0.65 * letters + 0.75), layout="constrained")
-    heat, bars = figure.subplots(1, 2, width_ratios=(cell * R, WIDTH - cell * R - letters - 0.9))
+    room = max(1.1, min(2.2, WIDTH - cell * R - letters - 0.9))  # for the entropies
+    figure = Figure(figsize=(cell * R + letters + room + 0.9, 0.72 * cell * R + 0.65 * letters + 0.75),
+                    layout="constrained")  # fmt: skip
+    heat, bars = figure.subplots(1, 2, width_ratios=(cell * R, room))
     top = max(float(np.nanmax(values)), 1e-9) if np.isfinite(values).any() else 1.0
     image = heat.imshow(values, cmap="Blues", vmin=0, vmax=top, aspect="auto")
     starred = False
@@ -90,6 +93,7 @@ def draw_entropies(axis: Axes, rules: Sequence[dict], uniform: float) -> None:
     axis.annotate(f"ln M = {uniform:.2f}", (uniform, 1), xycoords=("data", "axes fraction"), xytext=(0, 2),
                   textcoords="offset points", ha="right", **GREY)  # fmt: skip
     axis.set(yticks=[], xlim=(0, uniform * 1.06))
+    axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     axis.set_xlabel("entropy, nats")
     axis.spines[["top", "right", "left"]].set_visible(False)
 
@@ -126,8 +130,9 @@ def draw_maps(pictures: Sequence[np.ndarray], columns: dict[str, np.ndarray], ta
 
 def smooth(weights: np.ndarray) -> np.ndarray:
     """Weights (rows,columns) at the resolution of a print, by the interpolation of the evaluation, without its
-    overshooting below zero."""
-    return enlarge(weights, tuple(side * max(1, 224 // max(weights.shape)) for side in weights.shape)).clip(0)
+    overshooting below the smallest of them."""
+    size = tuple(side * max(1, 224 // max(weights.shape)) for side in weights.shape)
+    return enlarge(weights, size).clip(weights.min())
 
 
 class Found(NamedTuple):
