@@ -1,5 +1,6 @@
 """Boxes from every format that they are published in, brought to the image that the encoder sees."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -179,6 +180,22 @@ def test_boxes_of_other_images_are_passed_over_when_asked(root, tmp_path):
     path = broken(tmp_path, root, "wsol", "00000002", "00000009")
     chosen = [index for index, (file, _) in enumerate(images.samples) if NAMES[1] not in file]
     read_boxes(path, None, images, root, chosen, allow_subset=True)
+
+
+def test_names_without_folders_must_tell_images_apart(root, tmp_path):
+    shutil.copy(root / path_in(root, NAMES[0]), root / "val" / "n00000001")
+    images = build_dataset("image_folder", root, "val")
+    with pytest.raises(
+        ValueError, match="names images without their folder, and two are called ILSVRC2012_val_00000001"
+    ):
+        read_boxes(write_wsol(tmp_path / "annotations", root), None, images, root, range(3))
+
+
+def test_tables_of_spreadsheets_are_read(root, tmp_path):
+    path = write_csv(tmp_path, root)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    images = build_dataset("image_folder", root, "val")
+    assert read_boxes(path, None, images, root, range(3)).original(0)[1] == (WIDTH, HEIGHT)
 
 
 def test_there_must_be_a_source(root, tmp_path):

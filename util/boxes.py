@@ -6,6 +6,7 @@ Boxes are x0, y0, x1, y1 in pixels of the image, inclusive, taken as they are wr
 import csv
 import os
 import xml.etree.ElementTree as ElementTree
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -128,7 +129,7 @@ CSV_NAMES, CSV_BOX = ("path", "file"), ("x0", "y0", "x1", "y1")
 
 def _csv_columns(path: Path) -> list[str]:
     try:
-        with open(path, newline="", encoding="utf-8") as file:
+        with open(path, newline="", encoding="utf-8-sig") as file:
             return next(csv.reader(file), [])
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
@@ -142,7 +143,7 @@ def _csv(path: Path) -> dict[str, Annotation]:
         raise ValueError(f"{path} has no column {', '.join(missing)}: its columns are {', '.join(columns) or 'none'}")
 
     def rows() -> Iterable[tuple[str, Sequence[str], str, Size | None]]:
-        with open(path, newline="", encoding="utf-8") as file:
+        with open(path, newline="", encoding="utf-8-sig") as file:
             for number, row in enumerate(csv.DictReader(file), 2):
                 place = f"{path}, line {number}"
                 try:
@@ -247,6 +248,9 @@ def read_boxes(
             strangers = sorted(strangers[index] for index in absent)
     else:
         keys = [Path(file).stem for file, _ in images.samples]
+        if len(set(keys)) < len(keys):
+            twice = next(key for key, count in Counter(keys).items() if count > 1)
+            raise ValueError(f"--boxes {path} ({kind}) names images without their folder, and two are called {twice}")
         strangers = sorted(annotations.keys() - set(keys))
     if strangers:
         words = f"{len(strangers):,} images that have boxes do not exist, the first {strangers[0]}"
