@@ -36,7 +36,7 @@ def spoken(name: str) -> str:
     word = TITLES.get(head, head)
     for pattern, words in PATTERNS:
         word = re.sub(pattern, words, word)
-    return ", ".join([word, *(re.sub(r"^(seed|block)", r"\1 ", part) for part in parts)])
+    return ", ".join([word, *(re.sub(r"^(seed|block)", "\\1\N{NO-BREAK SPACE}", part) for part in parts)])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
