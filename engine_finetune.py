@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models_vit import ClsClassifier
+from models_finetune import Classifier
 from util.datasets import Sample, Watched
 from util.scores import Scores, Tally
 from util.seeding import seeded, stable_seed
@@ -25,7 +25,7 @@ class FineTuning:
 
     def __init__(
         self,
-        model: ClsClassifier,
+        model: Classifier,
         optimizer: torch.optim.Optimizer,
         device: torch.device,
         amp: torch.dtype,

@@ -4,7 +4,8 @@
         --batch_size 128 --data_path $IMAGENET --output_dir runs/mae_ft_base
 
 The run folder ends with `encoder.safetensors` (family mae_ft: encoder and head), which every other main takes as
---finetune. Defaults are the paper's recipe for ViT-B (B.1). Source: He et al., 2022, appendix A.
+--finetune. --global_pool classifies on the mean patch instead, as MAE's published models do (family mae_ft_mean).
+Defaults are the paper's recipe for ViT-B (B.1). Source: He et al., 2022, appendix A.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from PIL import Image, ImageOps
 from timm.data import Mixup, auto_augment, create_transform
 
 from engine_finetune import FineTuning, evaluate
-from models_vit import ClsClassifier
+from models_finetune import Classifier
 from util.arguments import (
     PRECISIONS,
     Parser,
@@ -53,6 +54,9 @@ from util.training import Training
 def get_args_parser() -> argparse.ArgumentParser:
     parser = Parser(__doc__)
     add_encoder_arguments(parser)
+    head = parser.add_argument_group("classifier")
+    head.add_argument("--global_pool", action="store_true", help="classify on the mean patch, not on [cls]")
+    head.add_argument("--cls_token", action="store_true", help="for MAE's commands: [cls], which is the default here")
     add_data_arguments(parser)
     optim = parser.add_argument_group("optimisation")
     optim.add_argument("--batch_size", default=64, type=int, help="images per process and micro-step")
@@ -65,6 +69,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     optim.add_argument("--layer_decay", default=0.65, type=float, help="rate of a block relative to the one above it")
     optim.add_argument("--weight_decay", default=0.05, type=float)
     optim.add_argument("--clip_grad", default=None, type=float, metavar="NORM")
+    optim.add_argument("--compile", action="store_true", help="compile the encoder's blocks: for long runs on a GPU")
     reg = parser.add_argument_group("regularisation")
     reg.add_argument("--drop_path", default=0.1, type=float, help="stochastic depth of the last block")
     reg.add_argument("--crop_scale", default=0.08, type=float, help="smallest share of the image that a crop covers")
@@ -74,7 +79,6 @@ def get_args_parser() -> argparse.ArgumentParser:
     reg.add_argument("--smoothing", default=0.1, type=float, help="label smoothing")
     reg.add_argument("--mixup", default=0.8, type=float)
     reg.add_argument("--cutmix", default=1.0, type=float)
-    reg.add_argument("--cls_token", action="store_true", help="for MAE's commands: [cls] is always what is fine-tuned")
     add_run_arguments(parser)
     run = parser.add_argument_group("evaluation")
     run.add_argument("--eval", action="store_true", help="evaluate the classifier of --resume and stop")
@@ -98,7 +102,9 @@ def main(args: argparse.Namespace) -> None:
         with seeded("weights", args.seed):
             encoder, size = build_encoder(args, drop_path=args.drop_path)
             facts = {"weights": digest(encoder.backbone.state_dict())}
-            model = ClsClassifier(encoder.backbone.requires_grad_(True), num_classes).to(world.device)
+            model = Classifier(encoder.backbone.requires_grad_(True), num_classes, args.global_pool).to(world.device)
+        if args.compile:
+            encoder.backbone.compile_blocks()
 
         # ---- data
         augment = augmentation(args, size, encoder)
@@ -144,7 +150,8 @@ def main(args: argparse.Namespace) -> None:
                 words = throughput(*stats[2:])
                 log.info("epoch %d: loss %.4f, top-1 %.2f, %s", epoch, stats.losses[0], scores.top1, words)
                 training.end_epoch({"test_top1": scores.top1})
-            metadata = {"family": "mae_ft", "model": args.model, "input_size": str(size), "epochs": str(args.epochs)}
+            metadata = {"family": model.family, "model": args.model, "input_size": str(size)}
+            metadata["epochs"] = str(args.epochs)
             folder.save_encoder(model.published_state_dict(), metadata)
             results = {"last": training.history[-1], "seconds": time.time() - start, **run}
             folder.write("results.json", results)
@@ -183,6 +190,8 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError("--eval needs a classifier: name its checkpoint with --resume")
     if args.amp == "float16" and not args.eval:
         raise ValueError("--amp float16 would need a loss scaler to train; use bfloat16")
+    if args.global_pool and args.cls_token:
+        raise ValueError("--global_pool and --cls_token: the classifier reads the mean patch or [cls]; choose one")
     if mixes(args) and args.batch_size % 2 and not args.eval:
         raise ValueError(f"--batch_size {args.batch_size}: mixup and cutmix pair images, so it must be even")
 

@@ -3,7 +3,8 @@
     torchrun --nproc_per_node 8 main_pretrain.py --model vit_small_patch16 --data_path $IMAGENET --batch_size 512
 
 The run folder ends with `encoder.safetensors` (the encoder in MAE's published layout), which every other main takes
-as --finetune. Source: He et al., "Masked Autoencoders Are Scalable Vision Learners", CVPR 2022.
+as --finetune, and with `reconstruction.png`: image, masked, reconstruction.
+Source: He et al., "Masked Autoencoders Are Scalable Vision Learners", CVPR 2022.
 """
 
 import argparse
@@ -11,10 +12,11 @@ import functools
 import time
 
 import torch
+from torch.utils.data import Dataset
 
 from engine_pretrain import Pretraining
 from models_mae import DECODERS, MaskedAutoencoder
-from models_vit import build_vit, default_input_size
+from models_vit import architecture, build_vit, default_input_size
 from util.arguments import (
     PRECISIONS,
     Parser,
@@ -30,6 +32,7 @@ from util.distributed import barrier, distributed
 from util.lr_sched import lr_at, scaled_lr
 from util.optim import weight_decay_groups
 from util.progress import log, setup_logging, throughput
+from util.reconstructions import draw_reconstructions, examples, reconstruct, tiled
 from util.run_folder import RunFolder, provenance
 from util.seeding import seeded
 from util.training import Training
@@ -57,7 +60,12 @@ def get_args_parser() -> argparse.ArgumentParser:
     optim.add_argument("--weight_decay", default=0.05, type=float, help="on matrices; not on biases and norms")
     optim.add_argument("--amp", default="bfloat16", choices=["bfloat16", "float32", "none"],
                        help="precision of the network's products")  # fmt: skip
+    optim.add_argument("--compile", action="store_true",
+                       help="compile the blocks of encoder and decoder: for long runs on a GPU")  # fmt: skip
     add_run_arguments(parser)
+    figure = parser.add_argument_group("figure")
+    figure.add_argument("--figure_every", default=20, type=int, metavar="EPOCHS",
+                        help="draw reconstruction.png every so many epochs, too; 0: at the end only")  # fmt: skip
     return parser
 
 
@@ -76,6 +84,8 @@ def main(args: argparse.Namespace) -> None:
             encoder = build_vit(args.model, img_size=size)
             model = MaskedAutoencoder(encoder, **DECODERS[args.model], norm_pix_loss=args.norm_pix_loss)
         model.to(world.device)
+        if args.compile:
+            model.compile_blocks()
 
         # ---- data: torchvision's crop, as in MAE (its probes draw theirs differently)
         augment = train_transform(size, scale=(args.crop_scale, 1.0), crop="torchvision")
@@ -107,12 +117,30 @@ def main(args: argparse.Namespace) -> None:
                 stats = training.train_one_epoch()
                 folder.log_line(stats.record(epoch))
                 log.info("epoch %d: loss %.4f, %s", epoch, stats.losses[0], throughput(*stats[2:]))
+                if epoch + 1 == args.epochs or (args.figure_every and (epoch + 1) % args.figure_every == 0):
+                    record_reconstructions(folder, pretraining, images, args.seed, training.steps_done - 1)
                 training.end_epoch()
             metadata = {"family": "mae", "model": args.model, "input_size": str(size), "epochs": str(args.epochs)}
             folder.save_encoder(encoder.state_dict(), metadata)
         barrier()
         folder.close()
         log.info("pretraining took %.0f s", time.time() - start)
+
+
+def record_reconstructions(folder: RunFolder, pretraining: Pretraining, images: Dataset, seed: int, step: int) -> None:
+    """A few training images, masked and made whole again: reconstruction.png of the run folder, and TensorBoard.
+
+    step: the last one that is done.
+    """
+    if folder.path is None:
+        return
+    encoder = pretraining.model.encoder
+    rows, columns = encoder.grid_size
+    sample = examples(images, rows * encoder.patch_size, seed, rows * columns)
+    shown, noise = (part.to(pretraining.device) for part in (sample.image, sample.noise))
+    pictures = reconstruct(pretraining.model, shown, noise, pretraining.mask_ratio, pretraining.amp)
+    folder.image("reconstruction", tiled(pictures), step)
+    draw_reconstructions(pictures, folder.path / "reconstruction.png")
 
 
 def check(args: argparse.Namespace) -> None:
@@ -122,6 +150,11 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"there is no decoder for {args.model}: choose one of {', '.join(DECODERS)}")
     if not 0 < args.mask_ratio < 1:
         raise ValueError(f"--mask_ratio {args.mask_ratio}: a share between 0 and 1 of the patches, to be predicted")
+    patches = ((args.input_size or default_input_size(args.model)) // architecture(args.model)["patch_size"]) ** 2
+    if int(patches * (1 - args.mask_ratio)) == 0:
+        raise ValueError(f"--mask_ratio {args.mask_ratio} leaves none of the {patches} patches to be seen: lower it")
+    if args.figure_every < 0:
+        raise ValueError(f"--figure_every {args.figure_every}: write how often, or 0 for once, at the end")
     if args.nb_classes is not None:
         raise ValueError(f"--nb_classes {args.nb_classes}: pretraining looks at no labels; leave it out")
 

@@ -1,23 +1,31 @@
 """Masked autoencoder: MAE's decoder and loss around the encoder of models_vit.
 
-Letters as in models_vit; K visible (kept) patches, C = 3 p^2 values per patch, D' decoder width.
+Letters as in models_vit; K visible (kept) patches, W = M - K masked ones, C = 3 p^2 values per patch, D' decoder width.
+Nothing is computed twice or for nobody: the encoder embeds the visible patches alone, the decoder works on its tokens
+in the order visible, masked (attention does not mind; positions are looked up instead), and training predicts the
+masked patches alone.
 Source: He et al., "Masked Autoencoders Are Scalable Vision Learners", CVPR 2022, section 3.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 
 from models_vit import Block, VisionTransformer, init_weights
 from util.pos_embed import sincos_pos_embed
 
+EPS = 1e-6  # beside the variance of a patch's pixels, as published
+
 
 class Reconstruction(NamedTuple):
-    loss: Tensor  # scalar: mean squared error over masked patches
-    prediction: Tensor  # (B,M,C) in the space of the targets
-    mask: Tensor  # (B,M) 1 = masked, 0 = visible
+    loss: Tensor  # scalar: mean squared error over the masked patches
+    prediction: Tensor  # (B,W,C) of the masked patches, in the space of the targets
+    kept: Tensor  # (B,K) which patches were visible
+    masked: Tensor  # (B,W) which were not
 
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:
@@ -34,14 +42,29 @@ def unpatchify(patches: Tensor, patch_size: int, grid: tuple[int, int]) -> Tenso
 
 
 def random_masking(noise: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor]:
-    """noise (B,M), uniform -> indices of the kept patches (B,K), K = floor(M (1 - ratio)), and mask (B,M), 1 = masked.
+    """noise (B,M), uniform -> indices of the kept patches (B,K), K = floor(M (1 - ratio)), and of the masked (B,W).
 
     The K patches of lowest noise are kept, so the noise alone decides the mask.
     """
-    B, M = noise.shape
-    kept = noise.argsort(dim=1)[:, : int(M * (1 - mask_ratio))]
-    mask = torch.ones(B, M, device=noise.device).scatter(1, kept, 0.0)
-    return kept, mask
+    kept = int(noise.shape[1] * (1 - mask_ratio))
+    order = noise.argsort(dim=1)
+    return order[:, :kept], order[:, kept:]
+
+
+def take(tokens: Tensor, indices: Tensor) -> Tensor:
+    """(B,M,D), (B,n) -> (B,n,D): of each sample, the tokens that its indices name."""
+    return tokens.gather(1, indices[..., None].expand(-1, -1, tokens.shape[-1]))
+
+
+def normalised(patches: Tensor) -> Tensor:
+    """Pixels (...,C) less their patch's mean, over the root of its variance."""
+    mean, variance = patches.mean(-1, keepdim=True), patches.var(-1, keepdim=True)
+    return (patches - mean) / (variance + EPS).sqrt()
+
+
+def denormalised(values: Tensor, patches: Tensor) -> Tensor:
+    """The inverse of `normalised`: values (...,C) with mean and variance of the patches (...,C)."""
+    return values * (patches.var(-1, keepdim=True) + EPS).sqrt() + patches.mean(-1, keepdim=True)
 
 
 class MaskedAutoencoder(nn.Module):
@@ -74,41 +97,65 @@ class MaskedAutoencoder(nn.Module):
             module.apply(init_weights)
         nn.init.normal_(self.mask_token, std=0.02)
 
-    def encode(self, images: Tensor, kept: Tensor) -> Tensor:
-        """Visible patches kept (B,K) of images (B,3,h,w) -> tokens (B,P+K,D) after the final norm."""
-        prefix, patches = self.encoder.embed(images)
-        visible = patches.gather(1, kept[..., None].expand(-1, -1, patches.shape[-1]))
-        for step in self.encoder.trace_tokens(torch.cat([prefix, visible], dim=1)):
+    def compile_blocks(self, backend: str | Callable = "inductor") -> None:
+        """Compile each block of encoder and decoder where it stands; parameters keep their names."""
+        self.encoder.compile_blocks(backend)
+        for block in self.decoder_blocks:
+            block.compile(backend=backend)
+
+    def encode(self, patches: Tensor, kept: Tensor) -> Tensor:
+        """Pixels (B,M,C) of all patches, indices of the visible ones (B,K) -> tokens (B,P+K,D) after the final norm."""
+        embed = self.encoder.patch_embed.proj
+        weight = embed.weight.permute(0, 2, 3, 1).flatten(1)  # row, column, channel, as patchify has them
+        visible = F.linear(take(patches, kept), weight, embed.bias)
+        prefix, positions = self.encoder.prefix_and_positions(self.encoder.grid_size)
+        if positions is not None:
+            visible = visible + positions[0][kept]
+        tokens = self.encoder.norm_pre(torch.cat([prefix.expand(len(patches), -1, -1), visible], dim=1))
+        for step in self.encoder.trace_tokens(tokens):
             tokens = step.out
         return self.encoder.norm(tokens)
 
-    def decode(self, tokens: Tensor, kept: Tensor) -> Tensor:
-        """Tokens (B,P+K,D) of the visible patches -> predicted pixels of all patches (B,M,C)."""
-        prefix = self.encoder.num_prefix_tokens
-        tokens = self.decoder_embed(tokens)
-        visible = tokens[:, prefix:]
-        M = self.decoder_pos_embed.shape[1] - prefix
-        patches = self.mask_token.to(tokens.dtype).expand(len(tokens), M, -1)
-        patches = patches.scatter(1, kept[..., None].expand(-1, -1, visible.shape[-1]), visible)
-        tokens = torch.cat([tokens[:, :prefix], patches], dim=1) + self.decoder_pos_embed
+    def decode(self, tokens: Tensor, kept: Tensor, masked: Tensor) -> Tensor:
+        """The encoder's tokens (B,P+K,D) -> the decoder's (B,P+M,D'): prefix, visible patches, masked patches."""
+        prefix, table = self.encoder.num_prefix_tokens, self.decoder_pos_embed[0]
+        B, W = masked.shape
+        order = torch.cat([kept, masked], dim=1)
+        positions = torch.cat([table[:prefix].expand(B, -1, -1), table[prefix:][order]], dim=1)
+        tokens = torch.cat([self.decoder_embed(tokens), self.mask_token.expand(B, W, -1)], dim=1) + positions
         for block in self.decoder_blocks:
             tokens = block(tokens).out
-        return self.decoder_pred(self.decoder_norm(tokens))[:, prefix:]
+        return tokens
 
-    def targets(self, images: Tensor) -> Tensor:
-        """What the decoder has to predict: (B,M,C)."""
-        patches = patchify(images, self.encoder.patch_size)
-        if not self.norm_pix_loss:
-            return patches
-        mean, variance = patches.mean(-1, keepdim=True), patches.var(-1, keepdim=True)
-        return (patches - mean) / (variance + 1e-6).sqrt()
+    def predict(self, tokens: Tensor) -> Tensor:
+        """The decoder's tokens (B,n,D') -> what they say about the pixels of their patches (B,n,C)."""
+        return self.decoder_pred(self.decoder_norm(tokens))
+
+    def cut(self, images: Tensor) -> Tensor:
+        """Images -> their patches (B,M,C). ValueError for images of another size than the encoder was built for."""
+        size = tuple(side * self.encoder.patch_size for side in self.encoder.grid_size)
+        if images.shape[-2:] != size:
+            found = " x ".join(map(str, images.shape[-2:]))
+            raise ValueError(f"images of {found} pixels: this autoencoder was built for {size[0]} x {size[1]}")
+        return patchify(images, self.encoder.patch_size)
 
     def forward(self, images: Tensor, noise: Tensor, mask_ratio: float = 0.75) -> Reconstruction:
         """images (B,3,h,w), noise (B,M) uniform in [0,1), which decides the mask -> Reconstruction."""
-        kept, mask = random_masking(noise, mask_ratio)
-        prediction = self.decode(self.encode(images, kept), kept)
-        error = (prediction.float() - self.targets(images)).square().mean(-1)
-        return Reconstruction((error * mask).sum() / mask.sum(), prediction, mask)
+        patches = self.cut(images)
+        kept, masked = random_masking(noise, mask_ratio)
+        tokens = self.decode(self.encode(patches, kept), kept, masked)
+        prediction = self.predict(tokens[:, -masked.shape[1] :])
+        hidden = take(patches, masked)
+        targets = normalised(hidden) if self.norm_pix_loss else hidden
+        return Reconstruction((prediction.float() - targets).square().mean(), prediction, kept, masked)
+
+    def predict_all(self, images: Tensor, noise: Tensor, mask_ratio: float = 0.75) -> tuple[Tensor, Tensor]:
+        """Predictions of the visible patches too, (B,M,C) in row-major order, and the mask (B,M), 1 = masked."""
+        kept, masked = random_masking(noise, mask_ratio)
+        tokens = self.decode(self.encode(self.cut(images), kept), kept, masked)
+        places = torch.cat([kept, masked], dim=1).argsort(dim=1)
+        mask = torch.ones_like(noise).scatter(1, kept, 0.0)
+        return take(self.predict(tokens[:, self.encoder.num_prefix_tokens :]), places), mask
 
     def published_state_dict(self) -> dict[str, Tensor]:
         """Weights in MAE's published layout: encoder keys without prefix, `mask_token` and `decoder_*` beside them."""

@@ -133,13 +133,24 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, grid: Grid | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """(B,N,D) -> update (B,N,D), q (B,H,N,d), k (B,H,N,d), logit bias (H,N,N) where there is one."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = (part.transpose(1, 2) for part in self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2))
         if self.rope is not None:
             q, k = self.rope(q, grid), self.rope(k, grid)
         bias = None if self.rel_pos_bias is None else self.rel_pos_bias(grid)
-        mask = None if bias is None else bias.to(q.dtype)
-        heads = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scale)
-        return self.proj(heads.transpose(1, 2).flatten(2)), q, k, bias
+        return self.proj(attend(q, k, v, bias, self.scale).transpose(1, 2).flatten(2)), q, k, bias
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    """Values (B,H,N,d), averaged by the softmax of q k^T scale + bias (H,N,N).
+
+    On a CPU, what is to be differentiated is computed in float32: in bfloat16, the fused kernel takes longer.
+    """
+    if q.device.type == "cpu" and q.requires_grad and q.dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", enabled=False):
+            wide = (part.float() for part in (q, k, v))
+            return attend(*wide, bias, scale).to(q.dtype)
+    mask = None if bias is None else bias.to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
 
 
 class Mlp(nn.Module):
@@ -300,17 +311,23 @@ class VisionTransformer(nn.Module):
         Positions are resampled when the grid differs from the one the encoder was built for.
         """
         patches = self.patch_embed(images)
-        grid = tuple(patches.shape[-2:])
+        prefix, positions = self.prefix_and_positions(tuple(patches.shape[-2:]))
         patches = patches.flatten(2).transpose(1, 2)
-        tokens = [token for token in (self.cls_token, self.reg_token) if token is not None]
-        prefix = torch.cat(tokens, dim=1) if tokens else patches.new_zeros(1, 0, self.embed_dim)
-        if self.pos_embed is not None:
-            embedded = self.num_embedded_prefix
-            positions = resample_pos_embed(self.pos_embed, self.grid_size, grid, embedded, self.pos_resampling)
-            patches = patches + positions[:, embedded:]
-            if embedded:
-                prefix = prefix + positions[:, :embedded]
+        patches = patches if positions is None else patches + positions
         return self.norm_pre(prefix.expand(len(images), -1, -1)), self.norm_pre(patches)
+
+    def prefix_and_positions(self, grid: Grid) -> tuple[Tensor, Tensor | None]:
+        """Prefix tokens (1,P,D) with their positions, and what is added to the patches of a grid (1,M,D), if anything.
+
+        Both before the norm that some encoders have there.
+        """
+        tokens = [token for token in (self.cls_token, self.reg_token) if token is not None]
+        prefix = torch.cat(tokens, dim=1) if tokens else self.patch_embed.proj.weight.new_zeros(1, 0, self.embed_dim)
+        if self.pos_embed is None:
+            return prefix, None
+        embedded = self.num_embedded_prefix
+        positions = resample_pos_embed(self.pos_embed, self.grid_size, grid, embedded, self.pos_resampling)
+        return (prefix + positions[:, :embedded] if embedded else prefix), positions[:, embedded:]
 
     def trace_tokens(self, tokens: Tensor, grid: Grid | None = None) -> Iterator[BlockTrace]:
         """Run the blocks on embedded tokens (B,N,D), yielding each as it is computed; grid as in Block.forward."""
@@ -376,33 +393,6 @@ def attention_row(step: BlockTrace, query: int, num_prefix: int) -> Tensor:
 def attention_from_cls(step: BlockTrace, num_prefix: int) -> Tensor:
     """(B,H,M) the [cls] row of a block's attention over the patches."""
     return attention_row(step, 0, num_prefix)
-
-
-class ClsClassifier(nn.Module):
-    """Classification on the normalised [cls] token, for end-to-end fine-tuning (the paper's MAE-FT)."""
-
-    def __init__(self, backbone: VisionTransformer, num_classes: int):
-        super().__init__()
-        if not backbone.has_cls:
-            raise ValueError("fine-tuning on [cls] needs an encoder with a [cls] token: drop --no_cls_token")
-        self.backbone = backbone
-        self.head = nn.Linear(backbone.embed_dim, num_classes)
-        nn.init.trunc_normal_(self.head.weight, std=2e-5)  # MAE's fine-tuning: start from nearly uniform predictions
-        nn.init.zeros_(self.head.bias)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """(B,3,h,w) -> logits (B,K)."""
-        (features,) = self.backbone(images).values()
-        return self.head(self.backbone.norm(features.cls))
-
-    def published_state_dict(self) -> dict[str, Tensor]:
-        """Weights in the published layout: encoder keys as timm's, then `head.*`."""
-        return {key.removeprefix("backbone."): value for key, value in self.state_dict().items()}
-
-    def load_published_state_dict(self, state: dict[str, Tensor]) -> None:
-        """The inverse of published_state_dict; strict."""
-        names = {key.removeprefix("backbone."): key for key in self.state_dict()}
-        self.load_state_dict({names.get(key, key): value for key, value in state.items()}, strict=True)
 
 
 def init_weights(module: nn.Module) -> None:

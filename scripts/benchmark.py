@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import torch.nn.functional as F
+from benchmark_pretrain import loading, pretraining_steps
 from torch import Tensor
 
 from aggregation import parse_head
@@ -226,7 +227,17 @@ def bank(args: argparse.Namespace, device: torch.device) -> dict[str, Timing]:
     return probing(args, device, {"bank of 64 probes": words})
 
 
-BENCHMARKS = {"analysis": analysis, "probe": probe, "bank": bank}
+def pretrain(args: argparse.Namespace, device: torch.device) -> dict[str, Timing]:
+    """Whole training steps of MAE, ours and Hugging Face's."""
+    return race(pretraining_steps(args, device), device, args)
+
+
+def loader(args: argparse.Namespace, device: torch.device) -> dict[str, Timing]:
+    """What one core decodes and augments for pretraining."""
+    return race(loading(args), device, args)
+
+
+BENCHMARKS = {"analysis": analysis, "probe": probe, "bank": bank, "pretrain": pretrain, "loader": loader}
 CLASSES = 1000  # ImageNet's
 
 
@@ -282,6 +293,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--compile", action="store_true", help="compile the encoder's blocks")
     parser.add_argument("--sharpen", default=1.0, type=float, help="factor on all attention logits")
     parser.add_argument("--device", default="auto", help="cuda, cpu, or auto: CUDA where there is one")
+    parser.add_argument("--data_path", default=None, type=Path, help="of loader: folder of the data set")
+    parser.add_argument("--dataset", default="image_folder", help="of loader: its kind")
     parser.add_argument("--output", default=None, type=Path, metavar="CSV", help="append the figures to this file")
     return parser
 

@@ -11,8 +11,9 @@ from conftest import TINY
 from timm.models.vision_transformer import VisionTransformer as TimmViT
 from torch import nn
 
+from models_finetune import Classifier
 from models_mae import MaskedAutoencoder
-from models_vit import ClsClassifier, VisionTransformer
+from models_vit import VisionTransformer
 from util import checkpoints
 from util.checkpoints import load_encoder, save_encoder
 from util.datasets import IMAGENET_MEAN
@@ -47,7 +48,7 @@ def mae_file(source, tmp_path):
 
 PUBLISHED = {
     "mae": lambda vit: {"model": MaskedAutoencoder(vit, 24, 2, 2).published_state_dict(), "epoch": 3},
-    "mae_ft": lambda vit: {"model": ClsClassifier(vit, 5).published_state_dict(), "history": []},
+    "mae_ft": lambda vit: {"model": Classifier(vit, 5).published_state_dict(), "history": []},
     "dino": lambda vit: vit.state_dict(),
     "timm": lambda vit: {**vit.state_dict(), "head.weight": torch.zeros(5, 32), "head.bias": torch.zeros(5)},
 }

@@ -4,11 +4,12 @@ import json
 import shutil
 
 import pytest
+import safetensors.torch
 import torch
 from PIL import Image
 
 import main_finetune
-from models_vit import build_vit
+from models_vit import VisionTransformer, build_vit
 from util.arguments import parse, run_main
 from util.checkpoints import load_encoder, save_encoder
 from util.run_folder import load_checkpoint, sealed
@@ -65,6 +66,39 @@ def test_a_run_learns_and_leaves_a_classifier_and_its_records(command, tmp_path)
     assert results["last"]["test"] == lines[-1]["test"] and results["n_train"] == 24 and results["classes"] == 3
     encoder = load_encoder(str(tmp_path / "run" / "encoder.safetensors"), "vit_demo_patch8")
     assert encoder.record["family"] == "mae_ft"
+
+
+def test_a_classifier_of_the_mean_patch_loads_as_maes_published_ones_do(command, tmp_path):
+    run(tmp_path / "run", command, *PLAIN, "--epochs", "6", "--layer_decay", "1", "--global_pool")
+    assert log(tmp_path / "run")[-1]["test"]["top1"] == 100
+    path = tmp_path / "run" / "encoder.safetensors"
+    state = safetensors.torch.load_file(path)
+    assert {"fc_norm.weight", "head.weight"} < state.keys() and "norm.weight" not in state
+    encoder = load_encoder(str(path), "vit_demo_patch8")
+    assert encoder.record["family"] == "mae_ft_mean"
+    encoder = load_encoder(str(tmp_path / "run" / "checkpoint-5.pth"), "vit_demo_patch8")
+    assert encoder.record["family"] == "mae_ft_mean"
+
+
+def test_an_encoder_without_cls_is_fine_tuned_on_its_mean_patch(command, tmp_path):
+    run(tmp_path / "run", command, *PLAIN, "--finetune", "", "--no_cls_token", "--global_pool", "--epochs", "1")
+    assert len(log(tmp_path / "run")) == 1
+
+
+def test_compiled_fine_tuning_is_the_same_run(command, tmp_path, monkeypatch):
+    """Up to what the compiler's kernels round differently: here they are left to PyTorch."""
+    compiled = []
+
+    def spy(backbone):
+        compiled.append(backbone)
+        compile_blocks(backbone, backend="eager")
+
+    compile_blocks = VisionTransformer.compile_blocks
+    monkeypatch.setattr(VisionTransformer, "compile_blocks", spy)
+    for name, flags in (("plain", []), ("compiled", ["--compile"])):
+        run(tmp_path / name, command, *PLAIN, "--epochs", "1", "--warmup_epochs", "0", *flags)
+    assert len(compiled) == 1
+    assert weights(tmp_path / "compiled") == weights(tmp_path / "plain")
 
 
 def test_damaged_images_are_skipped_when_asked_and_not_counted(command, image_folder, tmp_path):
@@ -179,6 +213,7 @@ MISTAKES = {
     "several labels": (["--dataset", "coco"], "--dataset coco has several labels an image"),
     "float16": (["--amp", "float16"], "--amp float16 would need a loss scaler to train; use bfloat16"),
     "nothing to evaluate": (["--eval"], "--eval needs a classifier: name its checkpoint with --resume"),
+    "both heads": (["--global_pool", "--cls_token"], "the mean patch or [cls]; choose one"),
     "no [cls]": (["--no_cls_token", "--finetune", ""], "fine-tuning on [cls] needs an encoder with a [cls] token"),
 }
 

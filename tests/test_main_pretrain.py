@@ -5,8 +5,11 @@ import shutil
 
 import pytest
 import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main_pretrain
+from models_mae import MaskedAutoencoder
 from util.arguments import parse, run_main
 from util.checkpoints import load_encoder
 from util.run_folder import load_checkpoint, sealed
@@ -47,6 +50,42 @@ def test_a_run_learns_and_leaves_an_encoder_and_its_records(command, tmp_path):
     assert encoder.record["family"] == "mae" and encoder.backbone.grid_size == (4, 4)
     record = json.loads((tmp_path / "run" / "args.json").read_text())
     assert record["args"]["epochs"] == 6 and record["effective_batch"] == 8 and "commit" in record
+
+
+def pictures(folder):
+    """{step: height and width} of the figures that TensorBoard has."""
+    board = EventAccumulator(str(folder), size_guidance={"images": 0}).Reload()
+    return {event.step: (event.height, event.width) for event in board.Images("reconstruction")}
+
+
+@pytest.mark.parametrize(("every", "steps"), [("0", [8]), ("2", [5, 8])])
+def test_reconstructions_are_drawn_every_so_many_epochs_and_at_the_end(command, tmp_path, every, steps):
+    run(tmp_path / "run", command, "--figure_every", every)
+    assert Image.open(tmp_path / "run" / "reconstruction.png").size[0] > 800
+    assert pictures(tmp_path / "run") == dict.fromkeys(steps, (6 * 32, 4 * 32))
+
+
+def test_figures_change_nothing_of_the_run(command, tmp_path):
+    run(tmp_path / "none", command, "--figure_every", "0")
+    run(tmp_path / "many", command, "--figure_every", "1")
+    assert weights(tmp_path / "none") == weights(tmp_path / "many")
+
+
+def test_compiled_pretraining_is_the_same_run(command, tmp_path, monkeypatch):
+    """Up to what the compiler's kernels round differently: here they are left to PyTorch."""
+    compiled = []
+
+    def spy(model):
+        compiled.append(model)
+        compile_blocks(model, backend="eager")
+
+    compile_blocks = MaskedAutoencoder.compile_blocks
+    monkeypatch.setattr(MaskedAutoencoder, "compile_blocks", spy)
+    command = [*command, "--epochs", "1", "--warmup_epochs", "0"]
+    run(tmp_path / "plain", command)
+    run(tmp_path / "compiled", command, "--compile")
+    assert len(compiled) == 1
+    assert weights(tmp_path / "compiled") == weights(tmp_path / "plain")
 
 
 def test_damaged_images_are_skipped_when_asked(command, image_folder, tmp_path):
@@ -124,6 +163,8 @@ MISTAKES = {
     "unknown model": (["--model", "vit_bas"], "unknown model 'vit_bas': choose one of"),
     "batch": (["--batch_size", "13", "--accum_iter", "2"], "is larger than the 24 training images"),
     "mask": (["--mask_ratio", "1"], "--mask_ratio 1.0: a share between 0 and 1"),
+    "figures": (["--figure_every", "-1"], "--figure_every -1: write how often, or 0 for once, at the end"),
+    "nothing to see": (["--mask_ratio", "0.95"], "leaves none of the 16 patches to be seen"),
     "checkpoint": (["--resume", "absent.pth"], "there is no file absent.pth"),
     "data set": (["--dataset", "imagenet"], "unknown data set 'imagenet': choose one of image_folder"),
     "classes": (["--nb_classes", "10"], "--nb_classes 10: pretraining looks at no labels; leave it out"),

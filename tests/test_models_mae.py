@@ -10,8 +10,17 @@ from timm.models.vision_transformer import VisionTransformer as TimmViT
 from torch import nn
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
-from models_mae import DECODERS, MaskedAutoencoder, patchify, random_masking, unpatchify
-from models_vit import VisionTransformer, build_vit
+from models_mae import (
+    DECODERS,
+    MaskedAutoencoder,
+    denormalised,
+    normalised,
+    patchify,
+    random_masking,
+    take,
+    unpatchify,
+)
+from models_vit import VisionTransformer, attend, build_vit
 
 DECODER = {"decoder_embed_dim": 24, "decoder_depth": 2, "decoder_num_heads": 2}
 
@@ -63,15 +72,16 @@ def test_tokens_prediction_loss_and_gradients_equal_hugging_faces(mask_ratio, no
     theirs.load_state_dict(hugging_face_names(ours.published_state_dict()), strict=True)
     images, noise = torch.randn(4, 3, 32, 32), torch.rand(4, 16)
     result, expected = ours(images, noise, mask_ratio), theirs(images, noise=noise)
+    predictions, mask = ours.predict_all(images, noise, mask_ratio)
 
     def close(mine, other):
         torch.testing.assert_close(mine, other, atol=1e-5, rtol=0)
 
-    kept, _ = random_masking(noise, mask_ratio)
-    close(ours.encode(images, kept), theirs.vit(images, noise=noise).last_hidden_state)
-    close(result.prediction, expected.logits)
+    close(ours.encode(patchify(images, 8), result.kept), theirs.vit(images, noise=noise).last_hidden_state)
+    close(predictions, expected.logits)
+    close(result.prediction, take(expected.logits, result.masked))
     close(result.loss, expected.loss)
-    assert result.mask.equal(expected.mask)
+    assert mask.equal(expected.mask)
 
     result.loss.backward()
     expected.loss.backward()
@@ -103,36 +113,94 @@ def test_weights_return_from_their_published_layout():
 
 @pytest.mark.parametrize(("patches", "ratio", "kept"), [(196, 0.75, 49), (64, 0.75, 16), (50, 0.75, 12), (16, 0.5, 8)])
 def test_each_mask_keeps_exactly_its_share(patches, ratio, kept):
-    indices, mask = random_masking(torch.rand(100, patches), ratio)
-    assert indices.shape == (100, kept)
-    assert (mask.sum(1) == patches - kept).all()
-    assert (mask.gather(1, indices) == 0).all()
+    visible, masked = random_masking(torch.rand(100, patches), ratio)
+    assert visible.shape == (100, kept) and masked.shape == (100, patches - kept)
+    every = torch.arange(patches).expand(100, -1)
+    assert torch.cat([visible, masked], dim=1).sort(dim=1).values.equal(every)
 
 
 def test_masks_are_uniform():
     torch.manual_seed(0)
     draws, M, K = 20000, 16, 4
-    _, mask = random_masking(torch.rand(draws, M), 0.75)
+    visible, _ = random_masking(torch.rand(draws, M), 0.75)
     share = K / M
     # counts of drawing without replacement: negatively correlated, hence the factor (M - 1) / M
-    deviations = ((1 - mask).sum(0) - draws * share) ** 2 / (draws * share * (1 - share))
+    deviations = (visible.flatten().bincount(minlength=M) - draws * share) ** 2 / (draws * share * (1 - share))
     assert 0.001 < scipy.stats.chi2.sf(deviations.sum().item() * (M - 1) / M, M - 1) < 0.999
 
 
 def test_a_mask_depends_on_its_own_samples_noise_alone():
     noise = torch.rand(8, 16)
     order = torch.randperm(8)
-    _, mask = random_masking(noise, 0.75)
-    assert len(mask.unique(dim=0)) > 1
-    assert random_masking(noise[order], 0.75)[1].equal(mask[order])
+    kept, _ = random_masking(noise, 0.75)
+    assert len(kept.unique(dim=0)) > 1
+    assert random_masking(noise[order], 0.75)[0].equal(kept[order])
 
 
 def test_the_encoder_sees_the_kept_patches_only():
     model = build()
     images, noise = torch.randn(2, 3, 32, 32), torch.rand(2, 16)
-    kept, mask = random_masking(noise, 0.75)
-    hidden = unpatchify(mask[..., None].expand(-1, -1, 192), 8, (4, 4))
-    assert model.encode(images, kept).equal(model.encode(images + hidden, kept))
+    kept, masked = random_masking(noise, 0.75)
+    patches = patchify(images, 8)
+    other = patches.scatter_add(1, masked[..., None].expand(-1, -1, 192), torch.ones(2, 12, 192))
+    assert not other.equal(patches) and model.encode(patches, kept).equal(model.encode(other, kept))
+    patches[0, kept[0, 0], 0] += 1
+    assert not model.encode(patches, kept).equal(model.encode(other, kept))
+
+
+def test_the_encoder_embeds_visible_patches_as_it_does_whole_images():
+    torch.manual_seed(0)
+    model = MaskedAutoencoder(VisionTransformer(**TINY, reg_tokens=2, pre_norm=True, final_norm="none"), **DECODER)
+    images, everything = torch.randn(3, 3, 32, 32), torch.arange(16).expand(3, -1)
+    (features,) = model.encoder(images).values()
+    expected = torch.cat([features.cls[:, None], features.registers, features.patches], dim=1)
+    torch.testing.assert_close(model.encode(patchify(images, 8), everything), expected, atol=1e-5, rtol=0)
+
+
+def test_predictions_do_not_depend_on_the_order_of_the_patches_in_the_decoder():
+    model = build()
+    images, noise = torch.randn(2, 3, 32, 32), torch.rand(2, 16)
+    result = model(images, noise)
+    tokens = model.encode(patchify(images, 8), result.kept)
+    mixed = torch.randperm(12)
+    decoded = model.decode(tokens, result.kept, result.masked[:, mixed])
+    torch.testing.assert_close(model.predict(decoded[:, -12:]), result.prediction[:, mixed], atol=1e-5, rtol=0)
+
+
+def test_gradients_on_a_cpu_are_closer_to_the_truth_than_bfloat16():
+    """Attention is differentiated in float32; the network around it in bfloat16, as asked."""
+    torch.manual_seed(0)
+    q, k, v, upstream = (torch.randn(2, 3, 20, 16, dtype=torch.bfloat16) for _ in range(4))
+
+    def gradients(attention, dtype):
+        parts = [part.to(dtype).requires_grad_() for part in (q, k, v)]
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            found = attention(*parts, None, 0.25)
+        assert found.dtype == dtype
+        return torch.autograd.grad(found, parts, upstream.to(dtype))
+
+    def fused(q, k, v, bias, scale):
+        return nn.functional.scaled_dot_product_attention(q, k, v, scale=scale)
+
+    truth, ours, plain = (
+        gradients(*words) for words in ((attend, torch.float64), (attend, torch.bfloat16), (fused, torch.bfloat16))
+    )
+
+    def error(found):
+        return sum((one - other).double().norm().item() for one, other in zip(found, truth, strict=True))
+
+    assert error(ours) <= error(plain)
+
+
+def test_pixels_return_from_their_normalised_form():
+    patches = 3 + 2 * torch.randn(2, 5, 48)
+    torch.testing.assert_close(denormalised(normalised(patches), patches), patches)
+    assert normalised(torch.ones(1, 1, 48)).abs().max() == 0  # a patch of one colour
+
+
+def test_images_of_another_size_are_refused():
+    with pytest.raises(ValueError, match=r"images of 32 x 40 pixels: this autoencoder was built for 32 x 32"):
+        build()(torch.zeros(1, 3, 32, 40), torch.rand(1, 20))
 
 
 def test_patchify_is_row_major_and_unpatchify_its_inverse():
@@ -148,12 +216,15 @@ def test_every_decoder_fits_its_encoder(name):
     with torch.device("meta"):
         model = MaskedAutoencoder(build_vit(name), **DECODERS[name])
         patches = model.encoder.grid_size[0] ** 2
-        kept = torch.zeros(1, patches // 4, dtype=torch.long)
+        kept, masked = (torch.zeros(1, n, dtype=torch.long) for n in (patches // 4, patches - patches // 4))
         tokens = torch.zeros(1, 1 + patches // 4, model.encoder.embed_dim)
-        assert model.decode(tokens, kept).shape == (1, patches, 3 * model.encoder.patch_size**2)
+        decoded = model.predict(model.decode(tokens, kept, masked))
+        assert decoded.shape == (1, 1 + patches, 3 * model.encoder.patch_size**2)
 
 
-def test_the_papers_small_decoder_is_192_wide_with_8_blocks_of_16_heads():
-    assert DECODERS["vit_small_patch16"] == {
-        "decoder_embed_dim": 192, "decoder_depth": 8, "decoder_num_heads": 16
-    }  # fmt: skip
+@pytest.mark.parametrize(
+    ("model", "width"),
+    [("vit_small_patch16", 192), ("vit_base_patch16", 512), ("vit_large_patch16", 512), ("vit_huge_patch14", 512)],
+)
+def test_decoders_are_the_papers_192_wide_for_small_and_the_published_512_for_larger_encoders(model, width):
+    assert DECODERS[model] == {"decoder_embed_dim": width, "decoder_depth": 8, "decoder_num_heads": 16}

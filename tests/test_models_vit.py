@@ -12,7 +12,8 @@ from timm.models.vision_transformer import VisionTransformer as TimmViT
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
-from models_vit import ARCHITECTURES, ClsClassifier, VisionTransformer, build_vit, default_input_size
+from models_finetune import Classifier
+from models_vit import ARCHITECTURES, VisionTransformer, build_vit, default_input_size
 
 VARIANTS = {
     "plain": {},
@@ -29,7 +30,7 @@ VARIANTS = {
 def timm_twin(num_classes=0, **options):
     """timm's encoder of the same structure as VisionTransformer(**TINY, **options)."""
     options.pop("pos_embed", None)
-    pool = "token" if num_classes else ""
+    pool = options.pop("global_pool", "token" if num_classes else "")
     norm = functools.partial(nn.LayerNorm, eps=1e-6)
     return TimmViT(
         **TINY, num_classes=num_classes, global_pool=pool, dynamic_img_size=True, norm_layer=norm, **options
@@ -77,14 +78,29 @@ def test_every_block_equals_timms(options, size):
 
 def test_cls_classifier_equals_timms():
     torch.manual_seed(0)
-    ours, theirs = randomise(ClsClassifier(VisionTransformer(**TINY), 5)), timm_twin(num_classes=5)
+    ours, theirs = randomise(Classifier(VisionTransformer(**TINY), 5)), timm_twin(num_classes=5)
     theirs.load_state_dict(ours.published_state_dict(), strict=True)
     images = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(ours(images), theirs(images), atol=1e-5, rtol=0)
 
 
-def test_classifier_weights_return_from_their_published_layout():
-    ours, copy = (ClsClassifier(VisionTransformer(**TINY), 5) for _ in range(2))
+@pytest.mark.parametrize("class_token", [True, False])
+def test_mean_patch_classifier_equals_timms(class_token):
+    """timm's is what MAE's published fine-tuned models are: no norm of tokens, one behind their mean."""
+    torch.manual_seed(0)
+    ours = randomise(Classifier(VisionTransformer(**TINY, class_token=class_token), 5, global_pool=True))
+    theirs = timm_twin(num_classes=5, global_pool="avg", fc_norm=True, class_token=class_token)
+    theirs.load_state_dict(ours.published_state_dict(), strict=True)
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(ours(images), theirs(images), atol=1e-5, rtol=0)
+    ours.requires_grad_(True)(images).sum().backward()
+    without = {name for name, p in ours.named_parameters() if p.grad is None}
+    assert not without
+
+
+@pytest.mark.parametrize("global_pool", [False, True])
+def test_classifier_weights_return_from_their_published_layout(global_pool):
+    ours, copy = (Classifier(VisionTransformer(**TINY), 5, global_pool) for _ in range(2))
     copy.load_published_state_dict(ours.published_state_dict())
     for name, value in ours.state_dict().items():
         assert value.equal(copy.state_dict()[name]), name
@@ -188,7 +204,7 @@ def test_initial_weights_are_those_of_mae():
             lambda: VisionTransformer(**TINY)(torch.zeros(1, 3, 32, 36)),
             "32 x 36 pixels cannot be cut into patches of 8",
         ),
-        (lambda: ClsClassifier(VisionTransformer(**TINY, class_token=False), 5), "needs an encoder with a"),
+        (lambda: Classifier(VisionTransformer(**TINY, class_token=False), 5), "needs an encoder with a"),
         (
             lambda: VisionTransformer(**TINY, class_token=False)(torch.zeros(1, 3, 32, 32), cls_attention=True),
             "this encoder has no [cls] token",

@@ -5,8 +5,9 @@ import timm.optim
 import torch
 from conftest import TINY
 
+from models_finetune import Classifier
 from models_mae import MaskedAutoencoder
-from models_vit import ClsClassifier, VisionTransformer
+from models_vit import VisionTransformer
 from util.lr_sched import lr_at, scaled_lr
 from util.optim import layer_decay_groups, weight_decay_groups
 
@@ -44,7 +45,7 @@ def test_pretraining_decays_the_parameters_that_timm_decays():
 
 
 def test_fine_tuning_rates_fall_by_the_layer_and_tokens_biases_and_norms_are_not_decayed():
-    model = ClsClassifier(VisionTransformer(**TINY, reg_tokens=2).requires_grad_(True), 5)
+    model = Classifier(VisionTransformer(**TINY, reg_tokens=2).requires_grad_(True), 5)
     ours = settings(layer_decay_groups(model, depth=3, weight_decay=0.05, layer_decay=0.5), model)
     assert set(ours) == {name for name, _ in model.named_parameters()}
     layers = {

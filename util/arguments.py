@@ -162,7 +162,7 @@ FREE = {
     "output_dir", "log_dir", "resume", "device", "num_workers", "pin_mem", "dataloader_affinity_hack", "dist_url",
     "world_size", "local_rank", "args_from", "data_path", "accum_iter", "eval", "eval_every", "report", "dist_eval",
     "suffix", "save_predictions", "knn", "per_class", "cache_dir", "offline", "on_bad_image", "multilabel_metric",
-    "finetune", "save_every_minutes", "save_every_steps",
+    "finetune", "save_every_minutes", "save_every_steps", "figure_every",
 }  # fmt: skip
 
 

@@ -30,7 +30,9 @@ from util.safe_load import load_plain
 ROOT = Path(__file__).resolve().parent.parent
 SNAPSHOT_RECORD = "snapshot.json"  # in a copy of the code that util.jobs has made
 # of a run, as a pattern
-FILES = r"(args|results)\.json|log\.txt|(encoder|predictions)\.safetensors|checkpoint-\d+(-\d+)?\.pth"
+FILES = (
+    r"(args|results)\.json|log\.txt|(encoder|predictions)\.safetensors|checkpoint-\d+(-\d+)?\.pth|reconstruction\.png"
+)
 
 
 def git(*command: str) -> str | None:
@@ -142,6 +144,12 @@ class RunFolder:
             with self._writing("--log_dir", self.log_dir):
                 for name, value in values.items():
                     self.board.add_scalar(name, value, step)
+
+    def image(self, name: str, pixels: numpy.ndarray, step: int) -> None:
+        """pixels: (h,w,3) in [0,1]."""
+        if self.board is not None:
+            with self._writing("--log_dir", self.log_dir):
+                self.board.add_image(name, pixels, step, dataformats="HWC")
 
     def close(self) -> None:
         if self.board is not None:
