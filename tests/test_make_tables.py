@@ -1,4 +1,4 @@
-"""Table 3 as text: what is measured beside what the paper has, and never a silent comparison of unlike things."""
+"""Tables as text: what is measured beside what the paper has, and never a silent comparison of unlike things."""
 
 import json
 import runpy
@@ -24,14 +24,14 @@ def result(label, family, model, source=None, entropies=(5.0, 5.1), patches=196,
 
 @pytest.fixture
 def table(tmp_path, monkeypatch, capsys):
-    """Table 3 of results, as the program prints it."""
+    """Table 3, or another one, of results, as the program prints it."""
 
-    def run(*results, code=0, options=()):
+    def run(*results, code=0, options=(), which="3"):
         paths = []
         for number, one in enumerate(results):
             paths.append(tmp_path / f"{number}.json")
             paths[-1].write_text(json.dumps(one))
-        monkeypatch.setattr(sys, "argv", ["make_tables.py", *map(str, paths), "--table", "3", *options])
+        monkeypatch.setattr(sys, "argv", ["make_tables.py", *map(str, paths), "--table", which, *options])
         try:
             runpy.run_path(SCRIPT, run_name="__main__")
             assert code == 0
@@ -127,3 +127,72 @@ def test_mistakes_are_one_line(table, tmp_path):
     assert "is no attention.json" in error and error.count("\n") == 1
     error = table(result("MAE", "mae", "vit_base_patch16"), code=2, options=["--output", "/nowhere/table.md"])
     assert "/nowhere/table.md cannot be written" in error
+
+
+def aggregation(model="mae", arch="vit_base_patch16", images=50_000, **others):
+    def over(values):
+        return {quantity: {"mean": mean, "n": 3, "std": std} for quantity, (mean, std) in values.items()}
+
+    boxes = {"attn-mn": (53.36, None), "abmilp": (59.0, 0.25)}
+    values = {
+        "attn-mn": {"top1": (67.6, 0.1), "aggregation_entropy": (5.13, None)},
+        "abmilp": {"top1": (71.6, 0.14), "aggregation_entropy": (4.8, 0.01)},
+        "ap12": {"top1": (75.0, 0.2), "aggregation_entropy": (5.0, 0.02)},
+    }
+    for rule, box in boxes.items():
+        values[rule]["maxboxaccv2"] = box
+    return {
+        "encoder": {"model": arch, "source": f"{model}_{arch}", "family": model, "sha256": None},
+        "random_weights": False, "images": images, "input_size": 224, "uniform_entropy": 5.278, "rules": [],
+        "over_seeds": {rule: over(of_rule) for rule, of_rule in values.items()}, **others,
+    }  # fmt: skip
+
+
+def test_rules_stand_beside_the_papers(table):
+    text = table(aggregation(), which="6")
+    lines = [line for line in text.splitlines() if line.startswith("| MAE")]
+    assert lines == [
+        "| MAE | ViT-B/16 | mean [cls] attention | 67.6 ± 0.1 | 67.8 | -0.2 | 5.13 | 5.14 | -0.01 |",
+        "| MAE | ViT-B/16 | lowest-entropy [cls] attention | – | 66.3 | – | – | 4.77 | – |",
+        "| MAE | ViT-B/16 | central patch | – | 65.2 | – | – | 4.70 | – |",
+        "| MAE | ViT-B/16 | oracle's [cls] attention | – | 70.9 | – | – | 4.89 | – |",
+        "| MAE | ViT-B/16 | AbMILP | 71.6 ± 0.1 | 71.6 | +0.0 | 4.80 ± 0.01 | 4.80 | +0.00 |",
+        "| MAE | ViT-B/16 | ap12 | 75.0 ± 0.2 | – | – | 5.00 ± 0.02 | – | – |",
+    ]
+
+
+def test_localisation_stands_beside_the_papers_and_absent_encoders_are_dashes(table):
+    text = table(aggregation(), which="8")
+    assert "| MAE | ViT-B/16 | mean [cls] attention | 53.4 | 53.3 | +0.1 |" in text
+    assert "| MAE | ViT-B/16 | AbMILP | 59.0 ± 0.2 | 59.4 | -0.4 |" in text
+    assert "| BEiT-v2 | ViT-B/16 | AbMILP | – | 65.1 | – |" in text and "ap12" not in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "note"),
+    [
+        ({"images": 99}, "not comparable: other images than the 50,000"),
+        ({"localization": {"transform": "crop"}}, "not comparable: central crops"),
+        ({"probes": {"n_test": 1000}}, "not comparable: probes tested on 1,000 images"),
+        ({"input_size": 448}, "not comparable: images of 448 pixels"),
+    ],
+    ids=["images", "crop", "probes", "size"],
+)
+def test_what_was_localised_otherwise_is_marked_and_not_compared(table, changes, note):
+    text = table(aggregation(**changes), which="8")
+    assert row(text, "| MAE <sup>1</sup> | ViT-B/16 | AbMILP").endswith("| 59.4 | – |") and note in text
+
+
+def test_encoders_that_the_paper_did_not_aggregate_follow(table):
+    text = table(aggregation("dino"), which="8")
+    assert row(text, "| dino_vit_base_patch16 <sup>1</sup> | ViT-B/16 | AbMILP").endswith("| 59.0 ± 0.2 | – | – |")
+    assert "not in the paper's table" in text
+
+
+def test_tables_take_their_own_results(table):
+    error = table(result("MAE", "mae", "vit_base_patch16"), which="6", code=2)
+    assert "is no aggregation.json" in error and error.count("\n") == 1
+    without = aggregation()
+    for quantities in without["over_seeds"].values():
+        quantities.pop("maxboxaccv2", None)
+    assert "maxboxaccv2 was not measured" in table(without, which="8", code=2)

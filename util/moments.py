@@ -1,5 +1,6 @@
 """Moments over images, streaming: exact for any split into batches or processes."""
 
+import torch
 from torch import Tensor
 
 
@@ -52,3 +53,46 @@ class Covariance(Moments):
     def matrix(self) -> Tensor:
         """(K,K) covariance over the images (population)."""
         return self.squares / self.count
+
+
+class FiniteMoments:
+    """Mean and second moment of K numbers that not every image has: each over the images where it is finite.
+
+    NaN is left out; infinities are left out and counted. Exact for any split, as Moments.
+    """
+
+    def __init__(self, values: Tensor | None = None):
+        """values (B,K): of one batch."""
+        self.count = self.infinite = self.mean = self.squares = None  # (K,)
+        if values is not None:
+            values = values.double()
+            finite = values.isfinite()
+            self.count, self.infinite = finite.sum(0), values.isinf().sum(0)
+            some = self.count.clamp(min=1)
+            self.mean = torch.where(finite, values, 0.0).sum(0) / some
+            self.squares = torch.where(finite, values - self.mean, 0.0).square().sum(0)
+
+    def update(self, values: Tensor) -> None:
+        self.merge(FiniteMoments(values))
+
+    def merge(self, other: "FiniteMoments") -> None:
+        """Add the images that another has seen; either may have seen none."""
+        if other.count is None:
+            return
+        if self.count is None:
+            self.count, self.infinite, self.mean, self.squares = other.count, other.infinite, other.mean, other.squares
+            return
+        count = self.count + other.count
+        share = other.count / count.clamp(min=1).double()  # whole numbers would divide in float32
+        delta = other.mean - self.mean
+        self.squares = self.squares + other.squares + delta.square() * self.count * share
+        self.mean = torch.where(other.count > 0, self.mean + delta * share, self.mean)
+        self.count, self.infinite = count, self.infinite + other.infinite
+
+    def averages(self) -> Tensor:
+        """(K,) over the images that have the number; NaN where none has."""
+        return self.mean.where(self.count > 0, torch.nan)
+
+    def std(self) -> Tensor:
+        """(K,) over the same images (population)."""
+        return (self.squares / self.count.clamp(min=1)).sqrt().where(self.count > 0, torch.nan)

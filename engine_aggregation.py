@@ -1,0 +1,232 @@
+"""One pass of a frozen encoder over images: the vectors with which rules weigh its patches, and what is made of them.
+
+Letters: B images, R rules, M patches, H heads.
+"""
+
+import time
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from aggregation import AGGREGATIONS, check_aggregation, parse_head
+from aggregation_stats import VectorStats, normalised
+from engine_linprobe import FrozenTokens
+from fixed_pooling import FixedWeights
+from localization import Localizer, LostWorker, Tally
+from models_vit import Features, VisionTransformer
+from pooling import Needs, Pooling, Tokens
+from probes import ProbeBank
+from util.boxes import ImageBoxes
+from util.datasets import DeadWorker, Sample, Watched
+from util.distributed import gather_objects
+
+# what the default rules are, in the order of the paper's Table 6; beside them, uniform weights as the reference
+DEFAULT_RULES = ("attn-mn", "attn-lcte", "ca1", "dino", "pos")
+UNWEIGHTED = ("cls", "both")  # aggregations that weigh no patches
+
+
+class Rule(NamedTuple):
+    """One way to weigh the patches. `name` tells it from all others of an analysis."""
+
+    name: str
+    head: str  # as --cls_features spells it
+    block: int
+    pooling: Pooling
+    probe: str | None = None  # the name of the probe that has learned it
+    seed: int | None = None  # of that probe
+    notes: tuple[str, ...] = ()
+
+
+class ClsAttentionOfHead(FixedWeights):
+    """Weights: the [cls] attention of one head of the block."""
+
+    needs = Needs(cls_attention=True)
+
+    def __init__(self, tokens: Tokens, head: int):
+        super().__init__(tokens)
+        self.head = head
+
+    def raw(self, features: Features) -> Tensor:
+        return features.cls_attention[:, self.head]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# rules
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def fixed_rules(words: Sequence[str], backbone: VisionTransformer, tokens: Tokens, has_oracle: bool) -> list[Rule]:
+    """Rules without parameters, of the last block. ValueError for what learns, weighs nothing or lacks its source."""
+    rules = []
+    for word in words:
+        aggregation, options = parse_head(word, {})
+        check_aggregation(aggregation, backbone.has_cls)
+        if aggregation in UNWEIGHTED:
+            raise ValueError(f"--rules {word}: {AGGREGATIONS[aggregation].description}; it weighs no patches")
+        pooling = AGGREGATIONS[aggregation].build(tokens, **dict(options))
+        if any(True for _ in pooling.parameters()):
+            raise ValueError(f"--rules {word} has to be learned: name the run of a trained one with --probes")
+        if pooling.needs.oracle and not has_oracle:
+            raise ValueError(f"--rules {word} takes another encoder's attention: name it with --oracle")
+        rules.append(Rule(word, word, backbone.depth - 1, pooling))
+    if len({rule.name for rule in rules}) < len(rules):
+        raise ValueError(f"--rules {' '.join(words)} names a rule twice")
+    return rules
+
+
+def default_rules(backbone: VisionTransformer, has_oracle: bool) -> tuple[list[str], list[str]]:
+    """The words of DEFAULT_RULES that this encoder can follow, and those that it cannot."""
+    usable, missing = [], []
+    for word in DEFAULT_RULES:
+        aggregation, _ = parse_head(word, {})
+        lacking = AGGREGATIONS[aggregation].needs_cls and not backbone.has_cls
+        (missing if lacking or (aggregation == "dino" and not has_oracle) else usable).append(word)
+    return usable, missing
+
+
+def probe_rules(bank: ProbeBank, last: int) -> list[Rule]:
+    """A rule for each probe that weighs patches; probes without parameters of a head and block share one.
+
+    Its name is the probe's, without rate and optimizer where all have the same, and without block where that is the
+    last one of all.
+    """
+    weighing = [(spec, probe) for spec, probe in zip(bank.specs, bank.probes, strict=True)
+                if spec.aggregation not in UNWEIGHTED]  # fmt: skip
+    blocks, rates = ({getattr(spec, field) for spec, _ in weighing} for field in ("block", "blr"))
+    optimizers = {spec.optimizer for spec, _ in weighing}
+    rules: dict[str, Rule] = {}
+    for spec, probe in weighing:
+        learned = any(True for _ in probe.aggregation.parameters())
+        parts = [f"block{spec.block}"] if blocks != {last} else []
+        if learned:
+            parts += [spec.optimizer] if len(optimizers) > 1 else []
+            parts += [f"blr{spec.blr!r}"] if len(rates) > 1 else []
+            parts.append(f"seed{spec.seed}")
+        name = "/".join([spec.head, *parts])
+        own = (spec.name, spec.seed) if learned else (None, None)
+        if name not in rules:
+            rules[name] = Rule(name, spec.head, spec.block, probe.aggregation, *own, notes_on(probe.aggregation))
+    return list(rules.values())
+
+
+def notes_on(pooling: Pooling) -> tuple[str, ...]:
+    """What has to be said of a vector that is not the head's own."""
+    pool = getattr(pooling, "pool", None)
+    if pool is None:
+        return ()
+    queries = getattr(pool, "heads", getattr(pool, "queries", None)) or pool.score[-1].out_features
+    notes = [f"the mean of {queries} heads, queries or branches"] if queries > 1 else []
+    if pooling.content == "all":
+        notes.append("it weighs [cls] and registers, too: here, its weights on the patches alone, of sum 1")
+    return tuple(notes)
+
+
+def head_rules(backbone: VisionTransformer, tokens: Tokens) -> list[Rule]:
+    """The [cls] attention of each head of the last block; heads are counted from 1."""
+    return [
+        Rule(f"attn-head{head + 1}", f"attn-head{head + 1}", backbone.depth - 1, ClsAttentionOfHead(tokens, head))
+        for head in range(backbone.num_heads)
+    ]
+
+
+def needs_of(rules: Iterable[Rule]) -> Needs:
+    total = Needs()
+    for rule in rules:
+        total = total.union(rule.pooling.needs)
+    return total
+
+
+def vectors_of(rules: Sequence[Rule], features: dict[int, Features]) -> Tensor:
+    """Tokens by block -> (B,R,M) weights of sum 1, in float64; NaN where a rule has none for an image."""
+    patches = next(iter(features.values())).patches.shape[1]
+    return torch.stack(
+        [normalised(rule.pooling(features[rule.block]).weights, patches) for rule in rules], dim=1
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the pass
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Use(Protocol):
+    """Something that takes the vectors of a pass; `rules`: which of them, by number."""
+
+    rules: slice
+
+    def add(self, vectors: Tensor, indices: list[int]) -> None:
+        """One batch (B,R,M) on the CPU, of the images with these indices."""
+
+
+class Statistics:
+    """Entropies and divergences."""
+
+    def __init__(self, rules: slice, number: int, direction: str, floor: float):
+        self.rules, self.stats, self.total = rules, *(VectorStats(number, direction, floor) for _ in range(2))
+
+    def add(self, vectors: Tensor, indices: list[int]) -> None:
+        self.stats.update(vectors)
+
+    def all_ranks(self) -> VectorStats:
+        """Of all images: ranks are merged in their order, which gives the same bits in every run."""
+        for stats in gather_objects(self.stats):
+            self.total.merge(stats)
+        return self.total
+
+
+class Localization:
+    """Boxes. `left_out`: images whose boxes all lie outside of the crop; `boxes_out`: boxes that do."""
+
+    def __init__(self, rules: slice, localizer: Localizer, boxes: ImageBoxes, crop: bool, grid: tuple[int, int]):
+        self.rules, self.localizer, self.boxes, self.crop, self.grid = rules, localizer, boxes, crop, grid
+        self.left_out = self.boxes_out = 0
+
+    def truth(self, index: int) -> np.ndarray:
+        size = self.localizer.size[0]
+        return self.boxes.cropped(index, size) if self.crop else self.boxes.resized(index, size)
+
+    def add(self, vectors: Tensor, indices: list[int]) -> None:
+        truths = [self.truth(index) for index in indices]
+        if self.crop:
+            originally = sum(len(self.boxes.annotations[index].boxes) for index in indices)
+            self.boxes_out += originally - sum(map(len, truths))
+        kept = [number for number, truth in enumerate(truths) if len(truth)]
+        self.left_out += len(truths) - len(kept)
+        maps = vectors.unflatten(2, self.grid).numpy()
+        try:
+            self.localizer.add(maps[kept], [truths[number] for number in kept])
+        except LostWorker as error:
+            raise DeadWorker(str(error)) from error
+
+    def all_ranks(self) -> tuple[Tally, int, int]:
+        try:
+            mine = self.localizer.result()
+        except LostWorker as error:
+            raise DeadWorker(str(error)) from error
+        parts = gather_objects((mine, self.left_out, self.boxes_out))
+        total, left_out, boxes_out = parts[0]
+        for found, images, boxes in parts[1:]:
+            total, left_out, boxes_out = total + found, left_out + images, boxes_out + boxes
+        return total, left_out, boxes_out
+
+
+@torch.no_grad()
+def run_pass(
+    rules: Sequence[Rule], tokens: FrozenTokens, loader: Iterable[Sample], uses: Sequence[Use], device: torch.device,
+    description: str,
+) -> None:  # fmt: skip
+    """Give the vectors of every image of this process to all uses, once. FloatingPointError at the first batch whose
+    activations overflow."""
+    seen, start = 0, time.perf_counter()
+    for sample in (watched := Watched(loader, description, agree=True)):
+        features = tokens(sample.image.to(device, non_blocking=True))
+        if not all(found.patches.isfinite().all() for found in features.values()):
+            raise FloatingPointError(f"{description}: activations are not finite in {tokens.amp}; use another --amp")
+        vectors = vectors_of(rules, features).cpu()
+        for use in uses:
+            use.add(vectors[:, use.rules], sample.index.tolist())
+        seen += len(vectors)
+        watched.bar.set_postfix_str(f"{seen / (time.perf_counter() - start):.0f} images/s")

@@ -1,0 +1,215 @@
+"""Localisation by thresholded maps: MaxBoxAccV2, and MaxBoxAcc (V1), of Choe et al. 2020.
+
+A map of patch weights is enlarged to the image's size and cut at every threshold; the bounding rectangles of the
+contours are the predicted boxes. An image is found, at a threshold and an IoU, where some predicted box (V1: that of
+the largest contour) overlaps some true box by that IoU. MaxBoxAccV2 is the mean over the IoUs of the best share of
+images over the thresholds, which are chosen on all images together.
+Source: "Evaluating weakly supervised object localization methods right", CVPR 2020; conventions of their evaluation.
+
+Boxes are x0, y0, x1, y1 in pixels, inclusive. Letters: R maps of an image, T levels, n predicted boxes, m true boxes.
+Nothing here knows of PyTorch: worker processes import this module alone.
+"""
+
+import os
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
+from types import TracebackType
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+
+from util import signals
+
+IOUS = (0.3, 0.5, 0.7)
+TOP = 255  # largest value of a map in 8 bits
+IMAGES_PER_JOB = 4
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# one map
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def levels_of(step: float) -> np.ndarray:
+    """(T,) the different levels of thresholds 0, step, 2 step, ... below 1: a pixel is in where it exceeds its level.
+
+    Maps have 8 bits, so that thresholds are levels from 0 to 254, and a step of 0.001 is all of them.
+    """
+    if not 0 < step < 1:
+        raise ValueError(f"--loc_step {step}: thresholds lie between 0 and 1, and so does their distance")
+    return np.unique((np.arange(0, 1, step) * TOP).astype(np.int64))
+
+
+def enlarge(weights: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Weights (rows,columns) of the patches -> (h,w) by cubic interpolation, of any range; size: (h,w)."""
+    return cv2.resize(np.ascontiguousarray(weights, np.float64), size[::-1], interpolation=cv2.INTER_CUBIC)
+
+
+def score_map(weights: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Weights (rows,columns) -> (h,w) uint8 from 0 to 255; zeros where they are constant or not all finite."""
+    if not np.isfinite(weights).all():
+        return np.zeros(size, np.uint8)
+    enlarged = enlarge(weights, size)
+    if enlarged.min() == enlarged.max():
+        return np.zeros(size, np.uint8)
+    enlarged -= enlarged.min()
+    enlarged /= enlarged.max()
+    return (enlarged * TOP).astype(np.uint8)
+
+
+def boxes_at(scores: np.ndarray, level: int) -> tuple[np.ndarray, int]:
+    """The boxes (n,4) of what exceeds a level in a map (h,w) uint8, and which of them is of the largest contour.
+
+    Contours of holes count, too. Where nothing exceeds the level, the box is the first pixel.
+    """
+    contours, _ = cv2.findContours((scores > level).view(np.uint8), cv2.RETR_TREE, cv2.CHAIN_APPROX_SIMPLE)
+    if not contours:
+        return np.zeros((1, 4), np.int64), 0
+    boxes = np.array([cv2.boundingRect(contour) for contour in contours], np.int64)
+    boxes[:, 2:] = np.minimum(boxes[:, :2] + boxes[:, 2:], (scores.shape[1] - 1, scores.shape[0] - 1))
+    largest = 0 if len(contours) == 1 else int(np.argmax([cv2.contourArea(contour) for contour in contours]))
+    return boxes, largest
+
+
+def overlaps(boxes: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """Intersection over union (n,m) of boxes (n,4) and (m,4), all pixels counted, those on the border too."""
+
+    def area(box: np.ndarray) -> np.ndarray:
+        return (box[..., 2] - box[..., 0] + 1) * (box[..., 3] - box[..., 1] + 1)
+
+    boxes, truth = boxes[:, None], truth[None]
+    low, high = np.maximum(boxes[..., :2], truth[..., :2]), np.minimum(boxes[..., 2:], truth[..., 2:])
+    shared = (high - low + 1).clip(min=0).prod(-1)
+    return shared / (area(boxes) + area(truth) - shared)
+
+
+def best_overlaps(scores: np.ndarray, truth: np.ndarray, levels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The best IoU with any true box at each level (T,): of all contours (V2), and of the largest (V1)."""
+    present = np.bincount(scores.ravel(), minlength=TOP + 1) > 0
+    # levels with the same pixels above them are looked at once
+    _, first, of_level = np.unique(np.cumsum(present)[levels], return_index=True, return_inverse=True)
+    found = [boxes_at(scores, int(levels[index])) for index in first]
+    starts = np.cumsum([0, *(len(boxes) for boxes, _ in found)])[:-1]
+    best = overlaps(np.concatenate([boxes for boxes, _ in found]), truth).max(1)
+    largest = starts + [index for _, index in found]
+    return np.maximum.reduceat(best, starts)[of_level], best[largest][of_level]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# many images
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Tally(NamedTuple):
+    """How many images were found, per map, level and IoU: sums of integers, alike for any split of the images."""
+
+    images: int
+    found: np.ndarray  # (R,T,3) by any contour
+    found_v1: np.ndarray  # (R,T,3) by the largest
+    found_whole: np.ndarray  # (3,) by the whole image as a box: what there is to beat
+
+    def __add__(self, other: "Tally") -> "Tally":
+        return Tally(*(mine + theirs for mine, theirs in zip(self, other, strict=True)))
+
+
+def no_images(maps: int, levels: int) -> Tally:
+    counts = np.zeros((maps, levels, len(IOUS)), np.int64)
+    return Tally(0, counts, counts.copy(), np.zeros(len(IOUS), np.int64))
+
+
+def tally(maps: Sequence[np.ndarray], truths: Sequence[np.ndarray], size: tuple[int, int], levels: np.ndarray) -> Tally:
+    """maps: (R,rows,columns) of each image; truths: its boxes (m,4) in an image of `size` (h,w), at least one."""
+    total = no_images(len(maps[0]) if len(maps) else 0, len(levels))
+    whole = np.array([[0, 0, size[1] - 1, size[0] - 1]])
+    for of_image, truth in zip(maps, truths, strict=True):
+        best = [best_overlaps(score_map(one, size), truth, levels) for one in of_image]
+        found, found_v1 = (np.stack(parts)[..., None] >= IOUS for parts in zip(*best, strict=True))
+        total += Tally(1, found, found_v1, overlaps(whole, truth).max() >= IOUS)
+    return total
+
+
+def summary(total: Tally, number: int, levels: np.ndarray) -> dict:
+    """The accuracies of map `number` in percent, and the thresholds (of a map from 0 to 1) that give them."""
+    accuracy, accuracy_v1 = (100 * counts[number] / total.images for counts in (total.found, total.found_v1))
+    best, half = accuracy.argmax(0), IOUS.index(0.5)
+    return {
+        "maxboxaccv2": float(accuracy.max(0).mean()),
+        "boxaccv2": [
+            {"iou": iou, "max": float(accuracy[place, column]), "threshold": float(levels[place] / TOP)}
+            for column, (iou, place) in enumerate(zip(IOUS, best, strict=True))
+        ],
+        "maxboxacc": float(accuracy_v1[:, half].max()),
+        "threshold_v1": float(levels[accuracy_v1[:, half].argmax()] / TOP),
+        "found": total.found[number].tolist(),
+    }
+
+
+class LostWorker(RuntimeError):
+    """A process that evaluates maps has ended without being asked to."""
+
+
+class Localizer:
+    """Evaluates maps in worker processes, while the next ones are computed. workers = 0: in this process.
+
+    Use it as a context. Leaving it by an error ends the workers at once.
+    """
+
+    def __init__(self, maps: int, size: tuple[int, int], levels: np.ndarray, workers: int):
+        self.size, self.levels, self.workers = size, levels, workers
+        self.total = no_images(maps, len(levels))
+        self.jobs: deque[Future] = deque()
+        # not forked from here: this process has threads, and perhaps a GPU
+        context = get_context("forkserver")
+        self.pool = ProcessPoolExecutor(workers, context, initializer=_start_worker) if workers else None
+
+    def __enter__(self) -> "Localizer":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self.pool is not None:
+            processes = list((self.pool._processes or {}).values())
+            self.pool.shutdown(wait=kind is None, cancel_futures=True)
+            for process in processes if kind is not None else []:
+                process.kill()
+
+    def add(self, maps: np.ndarray, truths: Sequence[np.ndarray]) -> None:
+        """One batch: maps (B,R,rows,columns), and the true boxes of each image. Waits where workers are far behind."""
+        for start in range(0, len(maps), IMAGES_PER_JOB):
+            part = slice(start, start + IMAGES_PER_JOB)
+            if self.pool is None:
+                self.total += tally(maps[part], truths[part], self.size, self.levels)
+                continue
+            with signals.blocked():  # the workers that this may start
+                self.jobs.append(self._asked(tally, maps[part], truths[part], self.size, self.levels))
+            while len(self.jobs) > 8 * self.workers:
+                self._take()
+
+    def result(self) -> Tally:
+        """Of all that was added, when it is done."""
+        while self.jobs:
+            self._take()
+        return self.total
+
+    def _asked(self, *job: object) -> Future:
+        try:
+            return self.pool.submit(*job)
+        except BrokenProcessPool as error:
+            raise LostWorker("a process that evaluates boxes was killed: is there memory enough?") from error
+
+    def _take(self) -> None:
+        try:
+            self.total += self.jobs.popleft().result()
+        except BrokenProcessPool as error:
+            raise LostWorker("a process that evaluates boxes was killed: is there memory enough?") from error
+
+
+def _start_worker() -> None:
+    cv2.setNumThreads(1)  # the workers are as many as the cores
+
+
+def usable_cores() -> int:
+    return len(os.sched_getaffinity(0))

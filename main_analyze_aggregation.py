@@ -1,0 +1,246 @@
+"""What gets aggregated: how rules weigh the patches of one encoder, and whether that finds objects. Table 6, Figures 7
+to 9 and Table 8.
+
+    python main_analyze_aggregation.py --data_path $IMAGENET --probes runs/mae_base --oracle dino_vit_base_patch16 \\
+        --boxes $IMAGENET/LOC_val_solution.csv --output_dir runs/aggregation
+
+Rules are fixed ones (--rules) and the trained probes of a main_linprobe.py run (--probes), whose encoder is taken where
+--finetune names no other. `<output_dir>/aggregation.json` holds the entropy of each rule's vector, the divergences of
+each pair of rules, and with --boxes MaxBoxAccV2; figures: kl, maps, boxes. Under torchrun the images are shared among
+the processes, each taken once.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+from torchvision import transforms
+
+from aggregation_results import describe, describe_boxes, over_seeds, table
+from aggregation_stats import KL_FLOOR
+from engine_aggregation import (
+    DEFAULT_RULES,
+    Localization,
+    Rule,
+    Statistics,
+    default_rules,
+    fixed_rules,
+    head_rules,
+    needs_of,
+    probe_rules,
+    run_pass,
+)
+from engine_linprobe import FrozenTokens
+from examples_aggregation import draw_examples
+from localization import Localizer, levels_of, usable_cores
+from main_analyze_attention import analysed_images, subset
+from oracle import Oracle, build_oracle
+from pooling import Tokens
+from probe_run import ProbeRun, read_run
+from probes import ProbeBank
+from util.aggregation_figures import draw_divergences
+from util.arguments import (
+    PRECISIONS,
+    Parser,
+    add_data_arguments,
+    add_encoder_arguments,
+    add_run_arguments,
+    build_encoder,
+    parse,
+    plain,
+    run_main,
+)
+from util.boxes import BOX_SOURCES, read_boxes
+from util.checkpoints import Encoder
+from util.datasets import EvaluationBatches, KeyedDataset, build_loader, eval_transform
+from util.distributed import barrier, distributed, world_size
+from util.progress import log, setup_logging
+from util.run_folder import RunFolder, provenance
+from util.seeding import seeded
+
+ORACLE_ARGUMENTS = ("oracle", "oracle_model", "oracle_family", "oracle_checkpoint_key")
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = Parser(__doc__)
+    add_encoder_arguments(parser)
+    add_data_arguments(parser, labels=False)
+    rules = parser.add_argument_group("rules")
+    rules.add_argument("--probes", default=None, type=Path, metavar="RUN",
+                       help="run folder of main_linprobe.py; without --finetune, its encoder is taken")  # fmt: skip
+    rules.add_argument("--rules", nargs="+", default=None, metavar="HEAD",
+                       help="heads without parameters, of the last block (default: those of "
+                       f"{', '.join(DEFAULT_RULES)} that the encoder can follow; pos is uniform weights)")  # fmt: skip
+    rules.add_argument("--oracle", default=None, metavar="WEIGHTS",
+                       help="encoder whose [cls] attention the rule dino takes; as --finetune")  # fmt: skip
+    rules.add_argument("--oracle_model", default="vit_base_patch16", metavar="MODEL", help="its architecture")
+    rules.add_argument("--oracle_family", default=None, help="format of its file (default: detected)")
+    rules.add_argument("--oracle_checkpoint_key", default=None, help="entry of its file that holds the weights")
+
+    analysis = parser.add_argument_group("analysis")
+    analysis.add_argument("--num_images", default=None, type=int, help="a random subset of this size (default: all)")
+    analysis.add_argument("--batch_size", default=64, type=int, help="images per process")
+    analysis.add_argument("--kl_direction", choices=["row_col", "col_row"], default="row_col",
+                          help="cells are KL(row || column) or KL(column || row)")  # fmt: skip
+    analysis.add_argument("--kl_eps", default=KL_FLOOR, type=float, metavar="EPS",
+                          help="weights are raised to it first; 0: not at all")  # fmt: skip
+    analysis.add_argument("--images", nargs="+", default=[], metavar="FILE",
+                          help="to show in the figures (default: a random choice)")  # fmt: skip
+    analysis.add_argument("--num_examples", default=5, type=int, help="images to show, where --images names none")
+
+    boxes = parser.add_argument_group("localisation")
+    boxes.add_argument("--boxes", default=None, type=Path, metavar="SOURCE",
+                       help=f"true boxes: {'; '.join(one.description for one in BOX_SOURCES.values())}")  # fmt: skip
+    boxes.add_argument("--box_format", choices=list(BOX_SOURCES), default=None, help="default: detected")
+    boxes.add_argument("--boxes_only", action="store_true", help="localisation alone: no entropies, no divergences")
+    boxes.add_argument("--loc_transform", choices=["resize", "crop"], default="resize",
+                       help="the whole image stretched to a square, in a pass of its own; or the crop that the rest of "
+                       "the analysis sees, in the same pass, with the boxes cropped likewise")  # fmt: skip
+    boxes.add_argument("--loc_step", default=0.001, type=float, help="between thresholds from 0 to 1")
+    boxes.add_argument("--loc_map_heads", choices=["mean", "best"], default="mean",
+                       help="of [cls] attention: the mean map; best: each head's, too, and which is best")  # fmt: skip
+    boxes.add_argument("--loc_workers", default=None, type=int, metavar="N",
+                       help="processes that evaluate maps (default: the cores, shared by ranks); 0: none")  # fmt: skip
+    boxes.add_argument("--draw_threshold", default=None, type=float, metavar="T",
+                       help="of the boxes in the figure (default: the best one at IoU 0.5)")  # fmt: skip
+    add_run_arguments(parser, resumable=False)
+    return parser
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse contradictions before anything is read; ValueError."""
+    if args.batch_size < 1:
+        raise ValueError(f"--batch_size {args.batch_size}: it takes at least one image")
+    if not 0 <= args.kl_eps < 1:
+        raise ValueError(f"--kl_eps {args.kl_eps}: weights lie between 0 and 1, and so does what they are raised to")
+    if args.num_examples < 0:
+        raise ValueError(f"--num_examples {args.num_examples}: write how many, or 0 for no figures of images")
+    if args.boxes is None:
+        needing = {"--boxes_only": args.boxes_only, "--box_format": args.box_format,
+                   "--draw_threshold": args.draw_threshold is not None,
+                   "--loc_map_heads best": args.loc_map_heads == "best"}  # fmt: skip
+        if given := [flag for flag, value in needing.items() if value]:
+            raise ValueError(f"{given[0]} is about localisation: name the true boxes with --boxes")
+    if args.draw_threshold is not None and not 0 <= args.draw_threshold < 1:
+        raise ValueError(f"--draw_threshold {args.draw_threshold}: thresholds lie between 0 and 1")
+    if args.loc_workers is not None and args.loc_workers < 0:
+        raise ValueError(f"--loc_workers {args.loc_workers}: write how many processes, or 0 for none")
+    levels_of(args.loc_step)
+
+
+def main(args: argparse.Namespace) -> None:
+    check(args)
+    with distributed(args.device, args.dist_url) as world:
+        setup_logging()
+
+        # ---- images, frozen encoder, trained probes, rules; every mistake in the arguments shows here
+        images = analysed_images(args)
+        chosen = subset(len(images), args.num_images, args.seed)
+        run = read_run(args.probes) if args.probes is not None else None
+        asked = run.with_encoder(args) if run is not None and not args.finetune else args
+        with seeded("weights", asked.seed):
+            encoder, size = build_encoder(asked)
+        backbone, amp = encoder.backbone.to(world.device), PRECISIONS[args.amp]
+        grid = (size // backbone.patch_size, size // backbone.patch_size)
+        given = Tokens(backbone.embed_dim, grid, backbone.num_prefix_tokens)
+        bank = run.bank(encoder, grid) if run is not None else None
+        oracle = find_oracle(args, run, bank is not None and bank.needs.oracle, encoder, size, amp)
+        rules = find_rules(args, encoder, given, bank, oracle is not None)
+        heads = head_rules(backbone, given) if args.loc_map_heads == "best" else []
+        for rule in (*rules, *heads):
+            rule.pooling.to(world.device).eval()
+        everything = [*rules, *heads]
+        tokens = FrozenTokens(
+            backbone, tuple(sorted({rule.block for rule in rules})), amp, run is not None and run.args.final_norm,
+            needs_of(everything), oracle and oracle.to(world.device),
+        )  # fmt: skip
+        boxes = None
+        if args.boxes is not None:
+            boxes = read_boxes(args.boxes, args.box_format, images, args.data_path, chosen, args.allow_subset)
+        folder = RunFolder(args.output_dir)
+        if folder.path is not None and (folder.path / "aggregation.json").exists():
+            raise ValueError(f"--output_dir {args.output_dir} already holds results: name another folder, or remove it")
+        barrier()  # no rank writes before rank 0 has looked
+        record = {"args": plain(args), "encoder": encoder.record, "oracle": oracle and oracle.record,
+                  **provenance(world.device)}  # fmt: skip
+        folder.write("args.json", record)
+
+        # ---- one pass over the images, each once over all processes; another one where boxes need other pixels
+        pixels = {"crop": eval_transform(size, encoder.mean, encoder.std),
+                  "resize": stretch_transform(size, encoder.mean, encoder.std)}  # fmt: skip
+        levels = levels_of(args.loc_step)
+        workers = args.loc_workers if args.loc_workers is not None else max(1, usable_cores() // world_size())
+        start = time.perf_counter()
+        with Localizer(len(everything), (size, size), levels, workers if boxes is not None else 0) as localizer:
+            vectors = Statistics(slice(0, len(rules)), len(rules), args.kl_direction, args.kl_eps)
+            found = Localization(slice(0, len(everything)), localizer, boxes, args.loc_transform == "crop", grid)
+            uses = {"crop": [] if args.boxes_only else [vectors], "resize": []}
+            if boxes is not None:
+                uses[args.loc_transform].append(found)
+            for view, of_view in uses.items():
+                if of_view:
+                    dataset = KeyedDataset(images, pixels[view], args.seed, on_bad_image=args.on_bad_image)
+                    batches = EvaluationBatches(len(images), args.batch_size, chosen)
+                    pin = args.pin_mem and world.device.type == "cuda"
+                    loader = build_loader(dataset, batches, args.num_workers, pin, args.dataloader_affinity_hack)
+                    run_pass(
+                        everything, tokens, loader, of_view, world.device, "boxes" if view == "resize" else "rules"
+                    )
+            result = describe(rules, encoder, size, run, vectors)
+            if boxes is not None:
+                result["localization"] = describe_boxes(everything, heads, found, levels, args.boxes, args.loc_step)
+        result |= {"over_seeds": over_seeds(result), "seconds": time.perf_counter() - start, **record}
+
+        # ---- results
+        log.info("%s", table(result))
+        if folder.path is not None:
+            folder.write("aggregation.json", result)
+            if not args.boxes_only:
+                draw_divergences(result, folder.path)
+            draw_examples(args, result, rules, tokens, images, chosen, pixels, boxes, folder.path, world.device)
+
+
+def stretch_transform(size: int, mean: tuple[float, ...], std: tuple[float, ...]) -> transforms.Compose:
+    """The whole image, each side resized by its own factor: what wsolevaluation shows its networks, bilinear too."""
+    return transforms.Compose([
+        transforms.Resize((size, size)), transforms.ToTensor(), transforms.Normalize(mean, std),
+    ])  # fmt: skip
+
+
+def find_oracle(
+    args: argparse.Namespace, run: ProbeRun | None, needed: bool, encoder: Encoder, size: int, amp: torch.dtype
+) -> Oracle | None:
+    """The encoder of --oracle, or the one that a probe of the run was trained with. ValueError where both differ."""
+    if args.oracle is None and not needed:
+        return None
+    if args.oracle is None:
+        args = argparse.Namespace(**{**vars(args), **{name: vars(run.args)[name] for name in ORACLE_ARGUMENTS}})
+    oracle = build_oracle(args, encoder, size, amp)
+    if needed and (run.results["oracle"] or {}).get("sha256") != oracle.record["sha256"]:
+        raise ValueError(f"--oracle {args.oracle}: a probe of {run.folder} was trained with another one: leave it out")
+    return oracle
+
+
+def find_rules(
+    args: argparse.Namespace, encoder: Encoder, tokens: Tokens, bank: ProbeBank | None, has_oracle: bool
+) -> list[Rule]:  # fmt: skip
+    """The fixed rules, then those that probes have learned. ValueError where there is none."""
+    words, missing = args.rules, []
+    if words is None:
+        words, missing = default_rules(encoder.backbone, has_oracle)
+    if missing:
+        reasons = "no --oracle" if encoder.backbone.has_cls else "this encoder has no [cls] token, or no --oracle"
+        log.info("left out: %s (%s)", ", ".join(missing), reasons)
+    rules = fixed_rules(words, encoder.backbone, tokens, has_oracle)
+    if bank is not None:
+        fixed = {(rule.head, rule.block) for rule in rules}
+        learned = probe_rules(bank, encoder.backbone.depth - 1)
+        rules += [rule for rule in learned if rule.probe is not None or (rule.head, rule.block) not in fixed]
+        if unweighted := sorted({spec.head for spec in bank.specs} - {rule.head for rule in learned}):
+            log.info("probes without weights over the patches, left out: %s", ", ".join(unweighted))
+    return rules
+
+
+if __name__ == "__main__":
+    run_main(main, parse(get_args_parser()))

@@ -1,0 +1,209 @@
+"""Boxes from every format that they are published in, brought to the image that the encoder sees."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from torchvision.transforms.functional import center_crop, resize
+
+from util.boxes import BOX_SOURCES, Annotation, ImageBoxes, read_boxes
+from util.datasets import build_dataset
+from util.demo_data import generate
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+NAMES = [f"ILSVRC2012_val_{number:08d}" for number in (1, 2, 3)]
+BOXES = {NAMES[0]: [(10, 5, 59, 30)], NAMES[1]: [(0, 0, 79, 39), (3, 4, 5, 6)], NAMES[2]: [(79, 39, 80, 40)]}
+WIDTH, HEIGHT = 80, 40
+
+
+@pytest.fixture
+def root(tmp_path) -> Path:
+    """Three images of 80 x 40 pixels in two classes."""
+    for number, name in enumerate(NAMES):
+        folder = tmp_path / "data" / "val" / f"n{number % 2:08d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (WIDTH, HEIGHT), (number, 0, 0)).save(folder / f"{name}.JPEG")
+    return tmp_path / "data"
+
+
+def path_in(root: Path, name: str) -> str:
+    return next(root.glob(f"val/*/{name}.JPEG")).relative_to(root).as_posix()
+
+
+def write_xml(folder: Path, root: Path) -> Path:
+    folder.mkdir()
+    for name, boxes in BOXES.items():
+        objects = "".join(
+            f"<object><name>n0</name><bndbox><xmin>{a}</xmin><ymin>{b}</ymin><xmax>{c}</xmax><ymax>{d}</ymax></bndbox>"
+            "</object>" for a, b, c, d in boxes
+        )  # fmt: skip
+        size = f"<size><width>{WIDTH}</width><height>{HEIGHT}</height><depth>3</depth></size>"
+        (folder / f"{name}.xml").write_text(f"<annotation><filename>{name}</filename>{size}{objects}</annotation>")
+    return folder
+
+
+def write_kaggle(folder: Path, root: Path) -> Path:
+    folder.mkdir()
+    lines = [f"{name},{' '.join('n0 ' + ' '.join(map(str, box)) for box in boxes)} " for name, boxes in BOXES.items()]
+    (folder / "LOC_val_solution.csv").write_text("\n".join(["ImageId,PredictionString", *lines]) + "\n")
+    return folder / "LOC_val_solution.csv"
+
+
+def write_wsol(folder: Path, root: Path) -> Path:
+    folder.mkdir()
+    rows = [f"val/{name}.JPEG,{','.join(map(str, box))}" for name, boxes in BOXES.items() for box in boxes]
+    (folder / "localization.txt").write_text("\n".join(rows))
+    (folder / "image_sizes.txt").write_text("\n".join(f"val/{name}.JPEG,{WIDTH},{HEIGHT}" for name in BOXES))
+    return folder
+
+
+def write_csv(folder: Path, root: Path) -> Path:
+    rows = [f"{path_in(root, name)},{','.join(map(str, box))}" for name, boxes in BOXES.items() for box in boxes]
+    (root / "boxes.csv").write_text("\n".join(["path,x0,y0,x1,y1", *rows]) + "\n")
+    return root / "boxes.csv"
+
+
+def write_csv_elsewhere(folder: Path, root: Path) -> Path:
+    """Other columns beside those that are read, as Tiny ImageNet has them; not in the folder of the images."""
+    folder.mkdir()
+    rows = [f"val,{path_in(root, name)},a b,{WIDTH},{HEIGHT},{','.join(map(str, box))}"
+            for name, boxes in BOXES.items() for box in boxes]  # fmt: skip
+    (folder / "boxes.csv").write_text("\n".join(["split,file,words,w,h,x0,y0,x1,y1", *rows]) + "\n")
+    return folder / "boxes.csv"
+
+
+WRITERS = {
+    "imagenet-xml": write_xml, "imagenet-csv": write_kaggle, "wsol": write_wsol, "csv": write_csv,
+    "csv elsewhere": write_csv_elsewhere,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_every_source_gives_the_same_boxes(root, tmp_path, name):
+    path = WRITERS[name](tmp_path / "annotations", root)
+    images = build_dataset("image_folder", root, "val")
+    assert [kind for kind, source in BOX_SOURCES.items() if source.fits(path)] == [name.split()[0]]
+    boxes = read_boxes(path, None, images, root, range(3))
+    for index, (file, _) in enumerate(images.samples):
+        found, size = boxes.original(index)
+        assert found.tolist() == [list(box) for box in BOXES[Path(file).stem]] and size == (WIDTH, HEIGHT)
+
+
+def test_all_sources_are_tested():
+    assert {name.split()[0] for name in WRITERS} == BOX_SOURCES.keys()
+
+
+def test_resized_boxes_are_cut_off_to_whole_pixels(root, tmp_path):
+    images = build_dataset("image_folder", root, "val")
+    boxes = read_boxes(write_csv(tmp_path, root), None, images, root, range(3))
+    expected = {name: [[int(a * 224 / 80), int(b * 224 / 40), int(c * 224 / 80), int(d * 224 / 40)]
+                       for a, b, c, d in mine] for name, mine in BOXES.items()}  # fmt: skip
+    for index, (file, _) in enumerate(images.samples):
+        assert boxes.resized(index, 224).tolist() == expected[Path(file).stem]
+
+
+def test_cropped_boxes_are_where_the_pixels_go():
+    """A white rectangle is drawn, and found in what torchvision makes of the image."""
+    image = np.zeros((50, 90), np.uint8)
+    image[10:41, 30:71] = 255
+    seen = center_crop(resize(Image.fromarray(image), int(32 * 256 / 224)), 32)
+    rows, columns = np.nonzero(np.asarray(seen).max(1) > 127)[0], np.nonzero(np.asarray(seen).max(0) > 127)[0]
+    expected = [columns[0], rows[0], columns[-1], rows[-1]]
+    found = boxes_of_one((90, 50), [(30, 10, 70, 40)]).cropped(0, 32)[0]
+    assert np.abs(found - expected).max() <= 1
+
+
+def boxes_of_one(size, boxes):
+    return ImageBoxes(None, [Annotation(boxes, size)], Path("boxes.csv"))
+
+
+def test_boxes_outside_of_the_crop_are_left_out():
+    boxes = boxes_of_one((128, 64), [(0, 0, 10, 63), (40, 0, 127, 63)])
+    found = boxes.cropped(0, 56)  # resized to 128 x 64, of which columns 36 to 91 and rows 4 to 59 are left
+    assert found.tolist() == [[4, 0, 55, 55]]
+
+
+def test_box_of_an_image_of_another_size_is_refused(root, tmp_path):
+    (root / "boxes.csv").write_text(f"path,x0,y0,x1,y1\n{path_in(root, NAMES[0])},0,0,400,30\n")
+    images = build_dataset("image_folder", root, "val")
+    with pytest.raises(ValueError, match=r"a box of .*00000001.JPEG leaves the image, which has 80 x 40 pixels"):
+        read_boxes(root / "boxes.csv", None, images, root, [0]).resized(0, 224)
+
+
+def broken(tmp_path: Path, root: Path, name: str, old: str, new: str) -> Path:
+    path = WRITERS[name](tmp_path / "annotations", root)
+    files = sorted(path.glob("*")) if path.is_dir() else [path]
+    for file in files:
+        file.write_text(file.read_text().replace(old, new))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "message"),
+    [
+        ("csv", "x0,", "left,", r"is none of these: imagenet-xml, folder"),
+        ("csv", "path,", "image,", r"has no column path: its columns are image, x0, y0, x1, y1"),
+        ("csv", ",10,5,59,30", ",10,5,59", r"line 2: 10, 5, 59,  are not the four whole numbers of a box"),
+        ("csv", ",10,5,", ",10.5,5,", r"line 2: 10.5, 5, 59, 30 are not the four whole numbers"),
+        ("csv", ",10,5,59,", ",60,5,59,", r"line 2: 60, 5, 59, 30 is no box"),
+        ("csv", ",10,5,", ",-1,5,", r"line 2: -1, 5, 59, 30 is no box"),
+        ("csv elsewhere", ",80,40,", ",8,40,", r"leaves its image of 8 x 40 pixels"),
+        ("wsol", ",10,5,59,30", ",10,5,59", r"localization.txt, line 1: .*has not 5 columns|not the four"),
+        ("wsol", ",80,40", ",wide,40", r"image_sizes.txt, line 1: no width and height"),
+        ("imagenet-csv", "n0 10 5 59 30", "n0 10 5 59", r"line 2: .* is not of the form IMAGE,WNID X0 Y0 X1 Y1"),
+        ("imagenet-xml", "<xmin>10</xmin>", "", r"00000001.xml: , 5, 59, 30 are not the four whole numbers"),
+        ("imagenet-xml", "</annotation>", "", r"00000001.xml is no annotation with a size and boxes"),
+        ("csv", "00000002", "00000009", r"1 images that have boxes do not exist, the first val/n00000001/.*09"),
+        ("wsol", "00000002", "00000009", r"1 images that have boxes do not exist, the first ILSVRC2012_val_00000009"),
+    ],
+)  # fmt: skip
+def test_mistakes_say_where_they_are(root, tmp_path, name, old, new, message):
+    images = build_dataset("image_folder", root, "val")
+    with pytest.raises(ValueError, match=message):
+        read_boxes(broken(tmp_path, root, name, old, new), None, images, root, range(3))
+
+
+def test_images_without_a_box_are_named(root, tmp_path):
+    images = build_dataset("image_folder", root, "val")
+    path = write_csv(tmp_path, root)
+    path.write_text("\n".join(line for line in path.read_text().splitlines() if NAMES[2] not in line))
+    with pytest.raises(ValueError, match=r"1 of 3 images have no box, the first .*00000003.JPEG"):
+        read_boxes(path, None, images, root, range(3))
+    without = [index for index, (file, _) in enumerate(images.samples) if NAMES[2] not in file]
+    assert read_boxes(path, None, images, root, without).original(without[0])[0].shape == (1, 4)
+
+
+def test_boxes_of_other_images_are_passed_over_when_asked(root, tmp_path):
+    images = build_dataset("image_folder", root, "val")
+    path = broken(tmp_path, root, "wsol", "00000002", "00000009")
+    chosen = [index for index, (file, _) in enumerate(images.samples) if NAMES[1] not in file]
+    read_boxes(path, None, images, root, chosen, allow_subset=True)
+
+
+def test_there_must_be_a_source(root, tmp_path):
+    images = build_dataset("image_folder", root, "val")
+    with pytest.raises(ValueError, match="there is no such file or folder"):
+        read_boxes(tmp_path / "nowhere.csv", None, images, root, range(3))
+    with pytest.raises(ValueError, match="images of this data set are no files"):
+        read_boxes(write_csv(tmp_path, root), None, [], root, [])
+
+
+def test_demo_writes_what_is_read(tmp_path):
+    generate(tmp_path / "demo", 10, 10, workers=1)
+    images = build_dataset("image_folder", tmp_path / "demo", "val")
+    boxes = read_boxes(tmp_path / "demo" / "boxes.csv", None, images, tmp_path / "demo", range(10))
+    for index in range(10):
+        found, size = boxes.original(index)
+        assert found.shape == (1, 4) and size == (72, 72)
+    # boxes of the training images belong to files that are there
+    next((tmp_path / "demo" / "train").rglob("*.png")).unlink()
+    with pytest.raises(ValueError, match="1 images that have boxes do not exist"):
+        read_boxes(tmp_path / "demo" / "boxes.csv", None, images, tmp_path / "demo", range(10))
+
+
+@pytest.mark.skipif(not (SHARED / "imagenet_val_boxes").is_dir(), reason="no published boxes of ImageNet here")
+def test_published_boxes_of_imagenet_are_read_whole():
+    found = BOX_SOURCES["wsol"].read(SHARED / "imagenet_val_boxes")
+    assert len(found) == 50_000 and sum(len(one.boxes) for one in found.values()) == 80_477
+    assert found[NAMES[0]].boxes == [(111, 108, 441, 193)] and found[NAMES[0]].size == (500, 375)

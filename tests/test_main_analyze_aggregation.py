@@ -1,0 +1,315 @@
+"""The analysis of aggregation vectors: the numbers of its definitions however the work is split; what it refuses."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import main_analyze_aggregation
+import main_linprobe
+import models_vit
+from aggregation_stats import entropies, normalised
+from localization import best_overlaps, levels_of, score_map
+from main_analyze_aggregation import get_args_parser, stretch_transform
+from models_vit import build_vit
+from probe_run import read_run
+from util.arguments import build_encoder, parse, run_main
+from util.boxes import read_boxes
+from util.checkpoints import save_encoder
+from util.datasets import build_dataset, eval_transform
+from util.demo_data import generate
+from util.seeding import seeded
+
+TEST_IMAGES = 11  # no batch size and no number of processes divides it
+FLAGS = ["--amp", "float32", "--device", "cpu", "--num_workers", "0", "--loc_workers", "0", "--loc_step", "0.02"]
+FLAGS += ["--num_examples", "0"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("demo") / "data"
+    generate(folder, 20, TEST_IMAGES, workers=1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def probes(data, tmp_path_factory) -> Path:
+    """A finished run with probes of all kinds, on random weights."""
+    folder = tmp_path_factory.mktemp("probes") / "run"
+    argv = ["--model", "vit_demo_patch8", "--data_path", data, "--amp", "float32", "--num_workers", "0", "--seed", "3",
+            "--cls_features", "cls", "abmilp", "ap2", "abmilp:content=all", "attn-mn", "--seeds", "0", "1",
+            "--batch_size", "10", "--epochs", "1", "--warmup_epochs", "0", "--device", "cpu", "--blr", "30",
+            "--output_dir", folder]  # fmt: skip
+    main_linprobe.main(parse(main_linprobe.get_args_parser(), list(map(str, argv))))
+    return folder
+
+
+def analyse(output: Path, *flags: object) -> dict:
+    argv = ["--output_dir", output, *FLAGS, *flags]
+    main_analyze_aggregation.main(parse(get_args_parser(), list(map(str, argv))))
+    return json.loads((output / "aggregation.json").read_text())
+
+
+def inputs(data: Path, probes: Path) -> list[object]:
+    return ["--data_path", data, "--probes", probes, "--boxes", data / "boxes.csv"]
+
+
+@pytest.fixture(scope="module")
+def result(data, probes, tmp_path_factory) -> dict:
+    return analyse(tmp_path_factory.mktemp("out"), *inputs(data, probes), "--batch_size", 4)
+
+
+NAMES = ["attn-mn", "attn-lcte", "ca1", "pos", "abmilp/seed0", "abmilp/seed1", "ap2/seed0", "ap2/seed1",
+         "abmilp:content=all/seed0", "abmilp:content=all/seed1"]  # fmt: skip
+
+
+def assert_same_numbers(found: dict, expected: dict) -> None:
+    assert [rule["name"] for rule in found["rules"]] == [rule["name"] for rule in expected["rules"]]
+    for one, other in zip(found["rules"], expected["rules"], strict=True):
+        assert one["entropy"] == pytest.approx(other["entropy"], rel=1e-6, abs=1e-6)
+    for name, matrix in expected["matrices"].items():
+        for key in ("mean", "std", "images", "infinite"):
+            left, right = (np.array(one[key], dtype=float) for one in (found["matrices"][name], matrix))
+            np.testing.assert_allclose(left, right, rtol=1e-5, atol=1e-6, err_msg=name)
+    if "localization" in expected:
+        assert found["localization"]["maps"] == expected["localization"]["maps"]
+        assert found["localization"]["images"] == expected["localization"]["images"]
+
+
+@pytest.fixture(scope="module")
+def vectors(data, probes):
+    """Of single images, by hand: the rules' vectors {name: (M,)} of the view that a transform makes."""
+    run = read_run(probes)
+    asked = run.with_encoder(parse(get_args_parser(), ["--data_path", str(data)]))
+    with seeded("weights", asked.seed):
+        encoder, _ = build_encoder(asked)
+    bank = run.bank(encoder, (8, 8))
+
+    def of(image: torch.Tensor) -> dict[str, torch.Tensor]:
+        with torch.no_grad():
+            (features,) = encoder.backbone(image[None], cls_attention=True, patch_attention=[27]).values()
+        attention, found = features.cls_attention, {}
+        found["attn-mn"] = attention.mean(1)
+        shares = attention / attention.sum(-1, keepdim=True)
+        lowest = torch.special.entr(shares).sum(-1).argmin(1)
+        found["attn-lcte"] = attention[:, int(lowest)]
+        found["ca1"] = features.patch_attention[27].mean(1)
+        found["pos"] = torch.ones(1, 64)
+        for spec, probe in zip(bank.specs, bank.probes, strict=True):
+            if spec.aggregation in ("abmilp", "ap"):
+                found[f"{spec.head}/seed{spec.seed}"] = probe.aggregation(features).weights
+        return {name: normalised(weights, 64)[0] for name, weights in found.items()}
+
+    return of
+
+
+def test_every_image_counts_once_with_the_numbers_of_the_definitions(data, vectors, result):
+    assert [rule["name"] for rule in result["rules"]] == NAMES
+    images, crop = build_dataset("image_folder", data, "val"), eval_transform(64)
+    each = [vectors(crop(image)) for image, _ in images]
+    stacked = torch.stack([torch.stack([one[name] for name in NAMES]) for one in each])  # (B,R,M)
+    for number, rule in enumerate(result["rules"]):
+        values = entropies(stacked)[:, number]
+        assert rule["entropy"]["images"] == TEST_IMAGES
+        assert rule["entropy"]["mean"] == pytest.approx(values.mean().item(), rel=1e-6)
+        assert rule["entropy"]["std"] == pytest.approx(values.std(correction=0).item(), rel=1e-4, abs=1e-7)
+    raised = stacked.clamp(min=1e-8)
+    raised = raised / raised.sum(-1, keepdim=True)
+    kl = (raised[:, :, None] * (raised[:, :, None] / raised[:, None]).log()).sum(-1).mean(0)
+    np.testing.assert_allclose(result["matrices"]["kl"]["mean"], kl, rtol=1e-4, atol=1e-7)
+    assert result["rules"][3]["entropy"]["mean"] == pytest.approx(math.log(64))
+
+
+def test_boxes_are_those_of_the_stretched_image(data, vectors, result):
+    images = build_dataset("image_folder", data, "val")
+    boxes, levels = read_boxes(data / "boxes.csv", None, images, data, range(TEST_IMAGES)), levels_of(0.02)
+    stretch = stretch_transform(64, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    found = {name: np.zeros((len(levels), 3), int) for name in NAMES}
+    for index, (image, _) in enumerate(images):
+        assert stretch(image).shape == (3, 64, 64)
+        for name, vector in vectors(stretch(image)).items():
+            best, _ = best_overlaps(score_map(vector.view(8, 8).numpy(), (64, 64)), boxes.resized(index, 64), levels)
+            found[name] += best[:, None] >= (0.3, 0.5, 0.7)
+    for name in NAMES:
+        differing = np.abs(np.array(result["localization"]["maps"][name]["found"]) - found[name])
+        assert differing.max() <= 1, name  # a pixel on the edge of a level, where batches round otherwise
+    assert result["localization"]["maps"]["pos"]["maxboxaccv2"] == 0
+
+
+def test_probes_come_with_their_scores_and_seeds_are_averaged(probes, result):
+    scores = json.loads((probes / "results.json").read_text())["probes"]
+    top1 = [scores[f"abmilp/block5/blr30.0/seed{seed}"]["last"]["top1"] for seed in (0, 1)]
+    assert result["over_seeds"]["abmilp"]["top1"] == {
+        "mean": pytest.approx(np.mean(top1)), "n": 2, "std": pytest.approx(np.std(top1, ddof=1))
+    }  # fmt: skip
+    fixed = [scores[f"attn-mn/block5/blr30.0/seed{seed}"]["last"]["top1"] for seed in (0, 1)]
+    assert result["over_seeds"]["attn-mn"]["top1"]["mean"] == pytest.approx(np.mean(fixed))
+    assert result["over_seeds"]["attn-mn"]["maxboxaccv2"]["n"] == 1 and "top1" not in result["over_seeds"]["ca1"]
+    notes = {rule["name"]: " ".join(rule["notes"]) for rule in result["rules"]}
+    assert "mean of 2 heads" in notes["ap2/seed0"] and "its weights on the patches alone" in notes[NAMES[-1]]
+    assert not notes["abmilp/seed0"]
+
+
+@pytest.mark.parametrize(
+    "flags", [("--batch_size", 1), ("--batch_size", 32, "--loc_workers", 2, "--num_examples", 2)], ids=str
+)
+def test_numbers_do_not_depend_on_how_the_work_is_done(data, probes, tmp_path, result, flags):
+    found = analyse(tmp_path, *inputs(data, probes), *flags)
+    assert flags[1] == 1 or {path.name for path in tmp_path.iterdir()} == {
+        "aggregation.json", "args.json", "kl.png", "kl.pdf", "maps.png", "boxes.png"
+    }  # fmt: skip
+    found["localization"]["maps"], other = {}, {**result, "localization": {**result["localization"], "maps": {}}}
+    assert_same_numbers(found, other)
+
+
+def test_two_processes_give_the_numbers_of_one(data, probes, tmp_path, result, run_program):
+    flags = ["--output_dir", tmp_path, *FLAGS, *inputs(data, probes), "--batch_size", 2]
+    done = run_program("main_analyze_aggregation.py", *flags, processes=2)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "aggregation.json").read_text())
+    assert found["processes"] == 2 and found["images"] == TEST_IMAGES
+    found["localization"]["maps"], other = {}, {**result, "localization": {**result["localization"], "maps": {}}}
+    assert_same_numbers(found, other)
+
+
+def test_one_image_is_enough(data, probes, tmp_path):
+    found = analyse(tmp_path, *inputs(data, probes), "--num_images", 1)
+    assert found["images"] == 1 == found["localization"]["images"]
+    assert {rule["entropy"]["std"] for rule in found["rules"]} == {0.0}
+
+
+def test_crop_gives_boxes_in_the_same_pass(data, probes, tmp_path, result, monkeypatch):
+    passes = []
+    run_pass = main_analyze_aggregation.run_pass
+    monkeypatch.setattr(main_analyze_aggregation, "run_pass", lambda *words: passes.append(words) or run_pass(*words))
+    found = analyse(tmp_path, *inputs(data, probes), "--loc_transform", "crop", "--loc_map_heads", "best")
+    assert len(passes) == 1 and found["localization"]["images"] + found["localization"]["images_left_out"] == 11
+    heads = [name for name in found["localization"]["maps"] if name.startswith("attn-head")]
+    assert len(heads) == 4 and found["localization"]["best_head"] in heads
+    assert_same_numbers({**found, "localization": 0}, {k: v for k, v in result.items() if k != "localization"})
+
+
+def test_boxes_alone(data, probes, tmp_path):
+    found = analyse(tmp_path, *inputs(data, probes), "--boxes_only", "--rules", "attn-mn", "--num_examples", 2)
+    assert "matrices" not in found and "entropy" not in found["rules"][0] and found["localization"]["images"] == 11
+    assert {path.name for path in tmp_path.iterdir()} == {"aggregation.json", "args.json", "boxes.png"}
+
+
+def test_encoder_without_cls_follows_the_other_rules(data, tmp_path):
+    flags = ["--data_path", data, "--model", "vit_demo_patch8", "--no_cls_token", "--boxes", data / "boxes.csv",
+             "--num_examples", 2]  # fmt: skip
+    found = analyse(tmp_path / "out", *flags)
+    assert [rule["name"] for rule in found["rules"]] == ["ca1", "pos"] and (tmp_path / "out" / "boxes.png").exists()
+    with pytest.raises(ValueError, match=r"attn-mn: this encoder has no \[cls\] token"):
+        analyse(tmp_path / "other", *flags, "--rules", "attn-mn", "pos")
+
+
+def test_registers_are_no_patches(data, tmp_path, monkeypatch):
+    arch = {**models_vit.ARCHITECTURES["vit_demo_patch8"], "reg_tokens": 3, "depth": 2}
+    monkeypatch.setitem(models_vit.ARCHITECTURES, "vit_registers_test", arch)
+    found = analyse(tmp_path, "--data_path", data, "--model", "vit_registers_test", "--num_images", 3)
+    assert found["patches"] == 64 and found["rules"][0]["entropy"]["images"] == 3
+
+
+def test_oracle_is_another_encoder(data, tmp_path):
+    save_encoder(tmp_path / "oracle.safetensors", build_vit("vit_demo_patch8").state_dict(), {"family": "mae"})
+    flags = ["--data_path", data, "--model", "vit_demo_patch8", "--num_images", 4, "--oracle_model", "vit_demo_patch8"]
+    found = analyse(tmp_path / "out", *flags, "--oracle", tmp_path / "oracle.safetensors")
+    assert [rule["name"] for rule in found["rules"]] == ["attn-mn", "attn-lcte", "ca1", "dino", "pos"]
+    assert found["oracle"]["source"] == "oracle.safetensors"
+
+
+def test_damaged_images_are_left_out_when_asked(data, probes, tmp_path):
+    shutil.copytree(data, tmp_path / "data")
+    next((tmp_path / "data" / "val").rglob("*.png")).write_text("no image")
+    flags = [*inputs(tmp_path / "data", probes), "--batch_size", 1]
+    with pytest.raises(ValueError, match="cannot read image"):
+        analyse(tmp_path / "stopped", *flags)
+    found = analyse(tmp_path / "out", *flags, "--on_bad_image", "skip", "--num_examples", 11)
+    assert found["images"] == 10 == found["localization"]["images"]
+
+
+def test_images_to_show_may_be_any(data, probes, tmp_path):
+    Image.new("RGB", (100, 70)).save(tmp_path / "other.png")
+    one = next((data / "val").rglob("*.png"))
+    analyse(tmp_path / "out", *inputs(data, probes), "--num_images", 3, "--images", one, tmp_path / "other.png",
+            "--draw_threshold", 0.3)  # fmt: skip
+    with Image.open(tmp_path / "out" / "boxes.png") as figure:
+        assert figure.size[0] > 300
+
+
+def test_overflow_stops_the_analysis(data, tmp_path):
+    model = build_vit("vit_demo_patch8")
+    model.blocks[0].mlp.fc2.bias.data[0] = 3e38
+    model.blocks[1].mlp.fc2.bias.data[0] = 3e38
+    save_encoder(tmp_path / "big.safetensors", model.state_dict(), {"family": "mae"})
+    with pytest.raises(FloatingPointError, match="activations are not finite"):
+        flags = ["--data_path", data, "--model", "vit_demo_patch8", "--finetune", tmp_path / "big.safetensors"]
+        analyse(tmp_path / "out", *flags)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--data_path", "/nowhere"], "there is no such folder"),
+        (["--boxes", "/nowhere"], "--boxes /nowhere: there is no such file or folder"),
+        (["--boxes_only"], "--boxes_only is about localisation: name the true boxes with --boxes"),
+        (["--loc_map_heads", "best"], "--loc_map_heads best is about localisation"),
+        (["--rules", "cls"], "--rules cls: the [cls] token; it weighs no patches"),
+        (["--rules", "abmilp"], "--rules abmilp has to be learned: name the run of a trained one with --probes"),
+        (["--rules", "dino"], "--rules dino takes another encoder's attention: name it with --oracle"),
+        (["--rules", "pos", "pos"], "--rules pos pos names a rule twice"),
+        (["--rules", "mean"], "unknown --cls_features 'mean'"),
+        (["--probes", "/nowhere"], "--probes /nowhere holds no results.json"),
+        (["--kl_eps", "-1"], "--kl_eps -1.0"),
+        (["--loc_step", "2"], "--loc_step 2.0"),
+        (["--batch_size", "0"], "--batch_size 0"),
+        (["--num_images", "99"], "choose from 1 to 11"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_mistakes_end_in_one_line_before_any_work(data, tmp_path, capsys, flags, message):
+    argv = ["--data_path", str(data), "--model", "vit_demo_patch8", "--output_dir", str(tmp_path), *FLAGS, *flags]
+    with pytest.raises(SystemExit) as stopped:
+        run_main(main_analyze_aggregation.main, parse(get_args_parser(), argv))
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and message in error and error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_probes_of_another_encoder_are_refused(data, probes, tmp_path):
+    save_encoder(tmp_path / "other.safetensors", build_vit("vit_demo_patch8").state_dict(), {"family": "mae"})
+    flags = ["--model", "vit_demo_patch8", "--finetune", tmp_path / "other.safetensors"]
+    with pytest.raises(ValueError, match="was trained on another encoder, random weights"):
+        analyse(tmp_path / "out", *inputs(data, probes), *flags)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("results.json", "{", "is not the results.json of main_linprobe.py"),
+        ("results.json", '{"probes": {"cls": {"last": {"epoch": 0}}}}', "are of different probes"),
+        ("checkpoint-0.pth", "", "no checkpoint of .* can be read"),
+        ("args.json", None, "holds no args.json"),
+        ("checkpoint-0.pth", None, "holds no checkpoint of its probes"),
+    ],
+)
+def test_damaged_runs_are_refused(data, probes, tmp_path, name, text, message):
+    shutil.copytree(probes, tmp_path / "run")
+    (tmp_path / "run" / name).unlink()
+    if text is not None:
+        (tmp_path / "run" / name).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_run(tmp_path / "run")
+
+
+def test_results_are_not_written_over(data, tmp_path):
+    flags = ["--data_path", data, "--model", "vit_demo_patch8", "--num_images", 2]
+    analyse(tmp_path, *flags)
+    with pytest.raises(ValueError, match="already holds results"):
+        analyse(tmp_path, *flags)
