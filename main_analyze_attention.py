@@ -12,7 +12,6 @@ processes, each taken once.
 import argparse
 import random
 import re
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,9 +19,10 @@ import torch
 
 from attention_reductions import REDUCTIONS, choose_reduction
 from attention_stats import GROUPS, LEGEND, METRICS, REFERENCES, Sizes, metric_names
-from engine_attention import Place, applicable, measure
+from engine_attention import Place, Progress, applicable, measure
 from models_vit import VisionTransformer
 from token_stats import embed_tokens
+from util import signals
 from util.arguments import (
     PRECISIONS,
     Parser,
@@ -30,6 +30,7 @@ from util.arguments import (
     add_encoder_arguments,
     add_run_arguments,
     build_encoder,
+    check_saving,
     parse,
     plain,
     run_main,
@@ -38,6 +39,7 @@ from util.checkpoints import Encoder
 from util.datasets import DATASETS, EvaluationBatches, KeyedDataset, build_dataset, build_loader, eval_transform
 from util.distributed import barrier, distributed
 from util.figures import draw_figures, draw_token_maps
+from util.files import digest
 from util.progress import log, setup_logging
 from util.run_folder import RunFolder, provenance
 from util.seeding import seeded, stable_seed
@@ -60,7 +62,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     analysis.add_argument("--compile", action="store_true", help="compile the encoder's blocks: for long runs on a GPU")
     analysis.add_argument("--tsne_blocks", nargs="+", type=int, default=[], metavar="BLOCK",
                           help=f"t-SNE of the patch tokens of {TSNE_IMAGES} images after these blocks")  # fmt: skip
-    add_run_arguments(parser, resumable=False)
+    add_run_arguments(parser, trains=False)
     return parser
 
 
@@ -70,6 +72,7 @@ def main(args: argparse.Namespace) -> None:
         setup_logging()
 
         # ---- images and frozen encoders; every mistake in the arguments shows here
+        check_saving(args)
         choose_reduction(args.reduction, world.device)
         if args.batch_size < 1:
             raise ValueError(f"--batch_size {args.batch_size}: it takes at least one image")
@@ -85,37 +88,45 @@ def main(args: argparse.Namespace) -> None:
 
         run = {"args": plain(args), "encoders": [encoder.record for encoder, _ in encoders], **provenance(world.device)}
         folder = RunFolder(args.output_dir)
-        if folder.path is not None and any(folder.path.glob("*/attention.json")):
+        weights = [digest(encoder.backbone.state_dict()) for encoder, _ in encoders]
+        facts = {"images": len(images), "encoders": labels, "weights": weights}
+        progress = Progress(args, folder, facts, len(encoders), len(chosen))
+        resumed = progress.resume(args.resume)
+        if folder.path is not None and not resumed and any(folder.path.glob("*/attention.json")):
             raise ValueError(f"--output_dir {args.output_dir} already holds results: name another folder, or remove it")
         barrier()  # no rank writes before rank 0 has looked
+        folder.claim()
         folder.write("args.json", run)
 
-        # ---- one pass over the images per encoder, each image once over all processes
-        results = []
-        for label, (encoder, size) in zip(labels, encoders, strict=True):
-            backbone = encoder.backbone.to(world.device).eval()
-            if args.compile:
-                backbone.compile_blocks()
-            pixels = eval_transform(size, encoder.mean, encoder.std)
-            dataset = KeyedDataset(images, pixels, args.seed, on_bad_image=args.on_bad_image)
-            batches = EvaluationBatches(len(images), args.batch_size, chosen)
-            pin = args.pin_mem and world.device.type == "cuda"
-            loader = build_loader(dataset, batches, args.num_workers, pin, args.dataloader_affinity_hack)
-            start = time.perf_counter()
-            found = measure(
-                backbone, loader, applicable(names, backbone), sizes_of(backbone, size), PRECISIONS[args.amp],
-                args.reduction, world.device, label,
-            )  # fmt: skip
-            seconds = time.perf_counter() - start
-            log.info("%s: %d images, %.1f images/s", label, len(chosen), len(chosen) / seconds)
-            how = {"amp": args.amp, "reduction": args.reduction, "seed": args.seed, "seconds": seconds}
-            results.append({**summary(label, encoder, size, found), **how, **provenance(world.device)})
-            if args.tsne_blocks and world.is_main:
-                results[-1]["tsne"] = token_map(backbone, dataset, args.tsne_blocks, args.seed, world.device)
-            backbone.cpu()
+        with progress.stoppable():
+            # ---- one pass over the images per encoder, each image once over all processes
+            for label, (encoder, size) in list(zip(labels, encoders, strict=True))[len(progress.results) :]:
+                backbone = encoder.backbone.to(world.device).eval()
+                if args.compile:
+                    backbone.compile_blocks()
+                pixels = eval_transform(size, encoder.mean, encoder.std)
+                dataset = KeyedDataset(images, pixels, args.seed, on_bad_image=args.on_bad_image)
+                batches = EvaluationBatches(len(images), args.batch_size, chosen[progress.seen :])
+                pin = args.pin_mem and world.device.type == "cuda"
+                loader = build_loader(dataset, batches, args.num_workers, pin, args.dataloader_affinity_hack)
+                found = measure(
+                    backbone, loader, applicable(names, backbone), sizes_of(backbone, size), PRECISIONS[args.amp],
+                    args.reduction, world.device, label, progress,
+                )  # fmt: skip
+                seconds = progress.seconds
+                log.info("%s: %d images, %.1f images/s", label, len(chosen), len(chosen) / seconds)
+                how = {"amp": args.amp, "reduction": args.reduction, "seed": args.seed, "seconds": seconds}
+                result = {**summary(label, encoder, size, found), **how, **provenance(world.device)}
+                if args.tsne_blocks and world.is_main:
+                    with signals.deferred(world.size > 1):  # one process need not wait: the pass is complete, and kept
+                        result["tsne"] = token_map(backbone, dataset, args.tsne_blocks, args.seed, world.device)
+                backbone.cpu()
+                progress.end_pass(result)
 
-        # ---- results
-        save(args, results)
+            # ---- results
+            save(args, progress.results)
+            barrier()
+        folder.close()
 
 
 def analysed_images(args: argparse.Namespace) -> torch.utils.data.Dataset:
@@ -250,7 +261,7 @@ def save(args: argparse.Namespace, results: list[dict]) -> None:
         name = folder_name(result["label"])
         own = RunFolder(folder.path / name, Path(args.log_dir) / name if args.log_dir else None)
         tsne = result.pop("tsne", None)
-        own.start(result, "attention.json")
+        own.start(result, "attention.json", purge_step=0)  # they may be written again
         for metric, measured in result["metrics"].items():
             for block in measured["blocks"]:
                 if block["mean"] is not None:

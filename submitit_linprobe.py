@@ -35,7 +35,7 @@ from util.arguments import Parser, check_resumed, parse, run_main
 from util.catalogue import CATALOGUE, fetch_weights
 from util.checkpoints import known_family
 from util.datasets import DATASETS
-from util.jobs import GONE, Task, is_resumable, state_of
+from util.jobs import GONE, Task, state_of
 from util.run_folder import ROOT, AnotherRun, RunFolder
 from util.snapshot import take_snapshot
 
@@ -128,7 +128,9 @@ def program_arguments(args: argparse.Namespace, argv: list[str], folder: Path) -
     """The launcher's own settings, then the user's, as far as this machine can tell fit to run."""
     module = importlib.import_module(args.main)
     parser = module.get_args_parser()
-    own = ["--output_dir", str(folder), *(["--resume", "auto"] if is_resumable(parser) else [])]
+    own = ["--output_dir", str(folder)]
+    if any(action.dest == "resume" for action in parser._actions):
+        own += ["--resume", "auto"]
     if gpus_per_node(args) == 0:
         own += ["--device", "cpu"]
     argv = [*own, *argv]

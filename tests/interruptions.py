@@ -118,10 +118,10 @@ def end(process: subprocess.Popen, seconds: float = 120) -> tuple[int, str, str]
     return process.returncode, out, err
 
 
-def without_clock(value: object) -> object:
+def without_clock(value: object, clock: set[str] = CLOCK) -> object:
     if isinstance(value, dict):
-        return {key: without_clock(inner) for key, inner in value.items() if key not in CLOCK}
-    return [without_clock(inner) for inner in value] if isinstance(value, list) else value
+        return {key: without_clock(inner, clock) for key, inner in value.items() if key not in clock}
+    return [without_clock(inner, clock) for inner in value] if isinstance(value, list) else value
 
 
 def differences(one: object, two: object, place: str = "") -> list[str]:
@@ -159,7 +159,7 @@ def outcome(folder: Path) -> dict:
         "checkpoint": without_clock({key: state[key] for key in state.keys() - {"args", "sha256"}}),
         "log": [without_clock(json.loads(line)) for line in (folder / "log.txt").read_text().splitlines()],
         "scalars": scalars(folder),
-        "leftovers": sorted(path.name for path in folder.glob(".*")),
+        "leftovers": sorted(path.name for path in folder.glob(".*.tmp")),
     }
     if (folder / "results.json").exists():
         results = json.loads((folder / "results.json").read_text())
@@ -167,6 +167,19 @@ def outcome(folder: Path) -> dict:
     if (folder / "encoder.safetensors").exists():
         found["encoder"] = (folder / "encoder.safetensors").read_bytes()
     return found
+
+
+def analysed(folder: Path) -> dict:
+    """All that an analysis leaves but for what the clock and the command line say of it."""
+    return {
+        "files": {
+            str(path.relative_to(folder)): without_clock(json.loads(path.read_text()), CLOCK | {"command"})
+            for path in sorted(folder.glob("*/*.json"))
+        },
+        "figures": {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*.p[nd][gf]"))},
+        "scalars": {path.name: scalars(path) for path in sorted(folder.iterdir()) if path.is_dir()},
+        "leftovers": sorted(path.name for path in folder.glob(".*.tmp")),
+    }
 
 
 if __name__ == "__main__":  # [processes, program, arguments, file for the output], as JSON, any number of them

@@ -1,6 +1,6 @@
 """Kill short runs at random moments and see that each, resumed, ends as the uninterrupted run, to the bit.
 
-    OMP_NUM_THREADS=1 python tests/kill_sweep.py --probing 50 --pretraining 20
+    OMP_NUM_THREADS=1 python tests/kill_sweep.py --probing 50 --pretraining 20 --finetuning 20
 
 SIGKILL and SIGTERM, with 0, 1 and 3 loader workers. Half of the moments are anywhere in the run, start included, and
 half are in the writing of a checkpoint. A program, not a test: it takes minutes. Exit code 1 where a run differs.
@@ -90,6 +90,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--probing", type=int, default=50, help="runs of main_linprobe per signal")
     parser.add_argument("--pretraining", type=int, default=20, help="runs of main_pretrain per signal")
+    parser.add_argument("--finetuning", type=int, default=20, help="runs of main_finetune per signal")
     parser.add_argument("--signals", nargs="+", default=["SIGKILL", "SIGTERM"])
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     args = parser.parse_args()
@@ -101,20 +102,23 @@ def main() -> None:
         generate(work / "data", 96, 40, workers=1)
         print("| " + " | ".join([f"{columns[0]:34}", *(f"{column:>17}" for column in columns[1:])]) + " |")
         print("|" + "---|" * len(columns), flush=True)
-        for program, kills in (("main_linprobe", args.probing), ("main_pretrain", args.pretraining)):
+        numbers = {"main_linprobe": args.probing, "main_pretrain": args.pretraining, "main_finetune": args.finetuning}
+        for program, kills in numbers.items():
+            if not kills:
+                continue
             importlib.import_module(program)
             base = [
                 *PROGRAMS[program], "--model", "vit_demo_patch8", "--data_path", str(work / "data"), "--epochs", "3",
                 "--warmup_epochs", "1", "--batch_size", "8", "--amp", "float32", "--device", "cpu",
                 "--save_every_steps", "3",
             ]  # fmt: skip
-            if program == "main_linprobe":
+            if program != "main_pretrain":
                 base += ["--finetune", str(ROOT / "demo" / "mae.safetensors")]
             reference = work / program
             launched = launch(program, [*base, "--num_workers", "0", "--output_dir", str(reference)], work / "output")
             if finish(launched) != 0:
                 sys.exit((work / "output").read_text())
-            for number in args.signals if kills else []:
+            for number in args.signals:
                 number = signal.Signals[number]
                 fine = sweep(program, number, kills, base, reference, work, args.seed) and fine
     sys.exit(0 if fine else 1)

@@ -1,7 +1,10 @@
 """The records of a run: never over another run, and whole after any interruption."""
 
+import errno
+import fcntl
 import json
 import logging
+import os
 
 import pytest
 import torch
@@ -129,6 +132,40 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
         RunFolder(tmp_path / "file" / "run").start({})
     with pytest.raises(ValueError, match=r"--log_dir .*file/logs cannot be written"):
         RunFolder(tmp_path / "run", tmp_path / "file" / "logs").start({})
+
+
+def claimed_by_another_process(path):
+    """What a child is told that claims the folder; "" where it may have it."""
+    read, write = os.pipe()
+    if (child := os.fork()) == 0:
+        try:
+            RunFolder(path).claim()
+        except ValueError as error:
+            os.write(write, str(error).encode())
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    os.close(write)
+    with open(read) as told:
+        return told.read()
+
+
+def test_two_processes_do_not_write_in_one_folder_at_a_time(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.start({})
+    assert "another process writes there: wait for its end" in claimed_by_another_process(tmp_path)
+    folder.close()
+    assert claimed_by_another_process(tmp_path) == ""
+    assert (tmp_path / ".lock").exists()  # the child did not close it,
+    RunFolder(tmp_path).claim()  # and ended
+
+
+def test_a_file_system_without_locks_does(tmp_path, monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", no_locks)
+    RunFolder(tmp_path).claim()
 
 
 def test_an_empty_path_keeps_nothing(tmp_path, monkeypatch):

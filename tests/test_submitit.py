@@ -1,5 +1,6 @@
 """The launcher and its jobs, as far as they need no SLURM: scripts, arguments, the copy of the code, the rendezvous."""
 
+import importlib
 import json
 import signal
 import subprocess
@@ -14,6 +15,8 @@ from util import jobs, run_folder, signals, snapshot
 from util.distributed import rendezvous_port, slurm_rendezvous
 from util.run_folder import RunFolder
 from util.signals import EXIT_STOPPED
+
+CAN_RESUME = ("main_analyze_attention", "main_finetune", "main_linprobe", "main_pretrain")
 
 
 @pytest.fixture
@@ -59,7 +62,8 @@ def test_every_program_can_be_a_job_and_resumes_where_it_can(program, words, cap
         words = words[:-2]
     text = dry_run(capsys, "--main", program, *words)
     assert f"python {program}.py" in text
-    assert ("--resume auto" in text) == (program != "main_analyze_attention")
+    resumable = any(action.dest == "resume" for action in importlib.import_module(program).get_args_parser()._actions)
+    assert ("--resume auto" in text) == resumable and (resumable or program not in CAN_RESUME)
 
 
 def test_a_sweep_is_an_array_of_jobs_with_folders_of_their_own(words, tmp_path, capsys):
@@ -218,13 +222,10 @@ def test_a_job_goes_back_into_the_queue_where_slurm_only_warned_it(stopped, tmp_
     assert not stopped(signal.SIGTERM)  # another process failed, and SLURM ends the rest
 
 
-def test_an_analysis_that_comes_back_begins_anew_in_its_folder(tmp_path, monkeypatch):
-    (tmp_path / "args.json").touch()
-    job = SimpleNamespace(global_rank=0)
-    jobs._forget_beginnings(str(tmp_path), job)
-    assert not (tmp_path / "args.json").exists()
-    again = jobs.Task("main_analyze_attention", ["--output_dir", str(tmp_path)]).checkpoint()
-    assert isinstance(again, submitit.helpers.DelayedSubmission) and again.function.restarted
+def test_what_goes_back_into_the_queue_is_the_same_again():
+    task = jobs.Task("main_analyze_attention", ["--resume", "auto"])
+    again = task.checkpoint()
+    assert isinstance(again, submitit.helpers.DelayedSubmission) and again.function == task
 
 
 def test_the_report_of_a_failure_is_the_program_s_line(tmp_path):

@@ -93,7 +93,7 @@ def add_data_arguments(parser: argparse.ArgumentParser, labels: bool = True) -> 
     )
 
 
-def add_run_arguments(parser: argparse.ArgumentParser, resumable: bool = True) -> None:
+def add_run_arguments(parser: argparse.ArgumentParser, resumable: bool = True, trains: bool = True) -> None:
     group = parser.add_argument_group("run")
     group.add_argument("--output_dir", default="./output_dir", help="folder of the results; empty to keep nothing")
     group.add_argument("--log_dir", default=None, help="TensorBoard folder (default: --output_dir)")
@@ -101,8 +101,10 @@ def add_run_arguments(parser: argparse.ArgumentParser, resumable: bool = True) -
     group.add_argument("--seed", default=0, type=int, help="of data order and augmentation, and of new weights")
     if resumable:
         group.add_argument("--resume", default="", help='checkpoint to continue from, or "auto": the run\'s newest')
+        within = "an epoch" if trains else "the pass of an encoder"
         group.add_argument("--save_every_minutes", default=30.0, type=float, metavar="MINUTES",
-                           help="checkpoint within an epoch, too; 0: not by the clock")  # fmt: skip
+                           help=f"checkpoint within {within}, too; 0: not by the clock")  # fmt: skip
+    if resumable and trains:
         group.add_argument("--save_every_steps", default=0, type=int, metavar="STEPS",
                            help="checkpoint after so many optimizer steps, too; 0: not by their number")  # fmt: skip
     group.add_argument("--dist_url", default="env://", help="rendezvous of the processes (torchrun sets it up)")
@@ -151,8 +153,12 @@ def check_training(args: argparse.Namespace) -> None:
         raise ValueError(f"--epochs {args.epochs}: it takes at least one")
     if not 0 <= args.warmup_epochs <= args.epochs:
         raise ValueError(f"--warmup_epochs {args.warmup_epochs} must lie between 0 and --epochs {args.epochs}")
+    check_saving(args)
+
+
+def check_saving(args: argparse.Namespace) -> None:
     for name in ("save_every_minutes", "save_every_steps"):
-        if getattr(args, name) < 0:
+        if getattr(args, name, 0) < 0:
             raise ValueError(f"--{name} {getattr(args, name)}: write how often, or 0 for never")
 
 

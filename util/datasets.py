@@ -335,10 +335,15 @@ class Watched:
     A single process ends while it waits for data, too; several look at each other before every batch of an
     evaluation (agree = True), and otherwise leave it to the caller to agree on when to stop. `waited` is the time in
     seconds that was spent waiting for data. DeadWorker where a worker of the loader was killed.
+
+    between: called with the number of batches behind the pass, those without a readable image too, before every batch
+    and at the end; with agree, by all processes together.
     """
 
-    def __init__(self, loader: Any, description: str, agree: bool = False):
-        self.loader, self.description, self.agree = loader, description, agree
+    def __init__(
+        self, loader: Any, description: str, agree: bool = False, between: Callable[[int], None] = lambda done: None
+    ):
+        self.loader, self.description, self.agree, self.between = loader, description, agree, between
         self.waited = 0.0
 
     def __iter__(self) -> Iterator[Sample]:
@@ -347,7 +352,8 @@ class Watched:
         rounds = batches.rounds if self.agree and not alone else len(self.loader)
         iterator = iter(self.loader)
         self.bar = progress(range(rounds), self.description, rounds)
-        for _ in self.bar:
+        for done in self.bar:
+            self.between(done)
             start = time.perf_counter()
             if self.agree and (number := distributed.agree(signals.requested())[0]):
                 raise signals.Stopped(number)
@@ -361,4 +367,5 @@ class Watched:
             self.waited += time.perf_counter() - start
             if sample is not None:
                 yield sample
+        self.between(rounds)
         next(iterator, None)  # the loader has something to do when a pass ends

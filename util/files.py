@@ -1,6 +1,7 @@
 """Files that are whole or absent: written beside the target, flushed to the disk, then renamed."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -39,6 +40,9 @@ def flush_folder(folder: Path) -> None:
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):  # file systems that flush no folders
+            raise
     finally:
         os.close(handle)
 

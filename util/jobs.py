@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 from types import TracebackType
 from typing import NoReturn
 
@@ -35,11 +34,10 @@ class Task:
 
     program: str
     argv: list[str]
-    restarted: bool = False
 
     def checkpoint(self) -> DelayedSubmission:
         """What submitit puts back into the queue: the same again, which resumes."""
-        return DelayedSubmission(dataclasses.replace(self, restarted=True))
+        return DelayedSubmission(self)
 
     def __call__(self) -> None:
         from util.arguments import parse, run_main
@@ -56,10 +54,7 @@ class Task:
         sys.excepthook = _quiet_about_failures
         try:
             module = importlib.import_module(self.program)
-            parser = module.get_args_parser()
-            args = parse(parser, self.argv)
-            if (self.restarted or int(os.environ.get("SLURM_RESTART_COUNT", 0))) and not is_resumable(parser):
-                _forget_beginnings(args.output_dir, job)
+            args = parse(module.get_args_parser(), self.argv)
             run_main(module.main, args)
             for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
                 signal.signal(number, signal.SIG_IGN)  # nothing is left to stop, and Python's end would be a failure
@@ -68,16 +63,6 @@ class Task:
                 come_back(job, end.__cause__)
             if end.code:
                 raise JobFailed(str(end.__cause__ or f"exit code {end.code}")) from None
-
-
-def is_resumable(parser: object) -> bool:
-    return any(action.dest == "resume" for action in parser._actions)
-
-
-def _forget_beginnings(output_dir: str, job: submitit.JobEnvironment) -> None:
-    """A program that cannot resume begins anew, in the folder that its first start has claimed with args.json."""
-    if output_dir and job.global_rank == 0:
-        Path(output_dir, "args.json").unlink(missing_ok=True)
 
 
 def _quiet_about_failures(kind: type, error: BaseException, trace: TracebackType | None) -> None:

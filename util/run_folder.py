@@ -1,6 +1,8 @@
 """The folder of a run: what was asked (args.json), what happened (log.txt, TensorBoard), and its checkpoints."""
 
 import contextlib
+import errno
+import fcntl
 import json
 import os
 import platform
@@ -11,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy
 import timm
@@ -29,9 +31,13 @@ from util.safe_load import load_plain
 
 ROOT = Path(__file__).resolve().parent.parent
 SNAPSHOT_RECORD = "snapshot.json"  # in a copy of the code that util.jobs has made
+# what loading a state of wrong content raises, inside of torch too
+MISFITS = (RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError)
+LOCK = ".lock"
 # of a run, as a pattern
 FILES = (
-    r"(args|results)\.json|log\.txt|(encoder|predictions)\.safetensors|checkpoint-\d+(-\d+)?\.pth|reconstruction\.png"
+    r"(args|results|attention|aggregation|tsne)\.json|log\.txt|(encoder|predictions)\.safetensors"
+    r"|checkpoint-\d+(-\d+)?\.pth|\w+\.(png|pdf)"
 )
 
 
@@ -60,7 +66,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
         **code_version(),
         "versions": {
             "python": platform.python_version(),
-            "torch": torch.__version__,
+            "torch": str(torch.__version__),  # of a class of its own
             "torchvision": torchvision.__version__,
             "timm": timm.__version__,
             "numpy": numpy.__version__,
@@ -80,15 +86,36 @@ class RunFolder:
         self.read_path = Path(path) if path else None
         self.log_dir = Path(log_dir) if log_dir else self.path
         self.kept: list[Path] = []  # checkpoints that this process wrote or read, oldest first
+        self.lock: IO | None = None  # held while this process writes here
+
+    def claim(self) -> None:
+        """Make the folder this process's own, until that ends or closes it, and clear what killed ones left
+        half-written. ValueError where another process writes here, or the folder cannot be written.
+        """
+        if self.path is None:
+            return
+        with self._writing():
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.lock = open(self.path / LOCK, "w")  # noqa: SIM115
+        try:
+            # a record lock: loader workers do not inherit it, so that it ends with this process, however that ends
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise ValueError(
+                    f"--output_dir {self.path}: another process writes there: wait for its end, or name another folder"
+                ) from error  # else a file system that has no locks
+        with self._writing():
+            remove_leftovers(self.path, FILES)
 
     def start(self, record: dict[str, Any], name: str = "args.json", purge_step: int | None = None) -> None:
         """Write what was asked, with its provenance, and open TensorBoard. ValueError where that is not possible.
 
         purge_step: the first step whose figures are made now: TensorBoard forgets those that it has from there on.
         """
+        self.claim()
         self.write(name, record)
         if self.path is not None:
-            remove_leftovers(self.path, FILES)
             with self._writing("--log_dir", self.log_dir):
                 wait_for_a_later_name(self.log_dir)
                 self.board = SummaryWriter(log_dir=str(self.log_dir), purge_step=purge_step)
@@ -155,6 +182,9 @@ class RunFolder:
         if self.board is not None:
             with self._writing("--log_dir", self.log_dir):
                 self.board.close()
+        if self.lock is not None:
+            (self.path / LOCK).unlink(missing_ok=True)
+            self.lock.close()
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 

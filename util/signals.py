@@ -10,7 +10,7 @@ import multiprocessing.util
 import os
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 EXIT_STOPPED = 85  # stopped as requested, to be continued with --resume auto
 EXIT_INTERRUPTED = 130  # a second Ctrl-C: what shells report of a program that Ctrl-C ended
@@ -112,6 +112,18 @@ def deferred(defer: bool = True) -> Iterator[None]:
                 yield
     finally:
         _deferred = before
+
+
+@contextlib.contextmanager
+def saving(save: Callable[[], str]) -> Iterator[None]:
+    """Requests to stop wait in the block until the program asks; the one that ends it has `save` keep the work first,
+    and say so."""
+    with deferred():
+        try:
+            yield
+        except Stopped as stop:
+            stop.told = save()
+            raise
 
 
 @contextlib.contextmanager

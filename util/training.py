@@ -21,10 +21,7 @@ from util.arguments import check_resumed, plain
 from util.datasets import GlobalBatches, Loader, Sample, Watched
 from util.distributed import GradientMean, agree, barrier, rank, world_size
 from util.progress import log, peak_memory, throughput
-from util.run_folder import AnotherRun, RunFolder
-
-# what loading a state of wrong content raises, inside of torch too
-MISFITS = (RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError)
+from util.run_folder import MISFITS, AnotherRun, RunFolder
 
 
 class Method(Protocol):
@@ -226,19 +223,12 @@ class Training:
         }, step=None if ended else self.done)  # fmt: skip
         self.saved, self.saved_at = (self.epoch, self.done), time.monotonic()
 
-    @contextlib.contextmanager
-    def stoppable(self) -> Iterator[None]:
+    def stoppable(self) -> contextlib.AbstractContextManager[None]:
         """Requests to stop wait for the end of an optimizer step in this block; then the run is saved.
 
         An evaluation that is abandoned is repeated when the run is resumed.
         """
-        with signals.deferred():
-            try:
-                signals.check()
-                yield
-            except signals.Stopped as stop:
-                stop.told = self._save_for_later()
-                raise
+        return signals.saving(self._save_for_later)
 
     def _save_for_later(self) -> str:
         if self.folder.read_path is None:
@@ -260,7 +250,9 @@ class Training:
             self.epoch, self.done = state["epoch"], state["step"]
             if self.done is None:
                 self.epoch, self.done = self.epoch + 1, 0
-            self.saved = (self.epoch, self.done)
+            self.saved = (self.epoch, self.done) if self.folder.kept else None  # of another folder: not here yet
+            if self.epoch >= self.args.epochs:
+                log.info("all %d epochs are done: only what comes behind them is written again", self.args.epochs)
 
     def _restore(self, state: dict, evaluate_only: bool) -> None:
         """Take over a checkpoint, but for its place. ValueError where it does not fit, AnotherRun where that is meant
