@@ -21,6 +21,7 @@ from aggregation_results import describe, describe_boxes, over_seeds, table
 from aggregation_stats import KL_FLOOR
 from engine_aggregation import (
     DEFAULT_RULES,
+    UNWEIGHTED,
     Localization,
     Rule,
     Statistics,
@@ -55,6 +56,7 @@ from util.boxes import BOX_SOURCES, read_boxes
 from util.checkpoints import Encoder
 from util.datasets import EvaluationBatches, KeyedDataset, build_loader, eval_transform
 from util.distributed import barrier, distributed, world_size
+from util.images import fingerprint
 from util.progress import log, setup_logging
 from util.run_folder import RunFolder, provenance
 from util.seeding import seeded
@@ -69,6 +71,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     rules = parser.add_argument_group("rules")
     rules.add_argument("--probes", default=None, type=Path, metavar="RUN",
                        help="run folder of main_linprobe.py; without --finetune, its encoder is taken")  # fmt: skip
+    rules.add_argument("--probe_heads", nargs="+", default=None, metavar="HEAD",
+                       help="of the probes, these alone (default: all)")  # fmt: skip
     rules.add_argument("--rules", nargs="+", default=None, metavar="HEAD",
                        help="heads without parameters, of the last block (default: those of "
                        f"{', '.join(DEFAULT_RULES)} that the encoder can follow; pos is uniform weights)")  # fmt: skip
@@ -163,6 +167,7 @@ def main(args: argparse.Namespace) -> None:
             raise ValueError(f"--output_dir {args.output_dir} already holds results: name another folder, or remove it")
         barrier()  # no rank writes before rank 0 has looked
         record = {"args": plain(args), "encoder": encoder.record, "oracle": oracle and oracle.record,
+                  "classes": len(images.classes), "n_test": len(images), "test_images": fingerprint(images),
                   **provenance(world.device)}  # fmt: skip
         folder.write("args.json", record)
 
@@ -236,8 +241,13 @@ def find_rules(
     if bank is not None:
         fixed = {(rule.head, rule.block) for rule in rules}
         learned = probe_rules(bank, encoder.backbone.depth - 1)
+        if args.probe_heads is not None:
+            if unknown := sorted(set(args.probe_heads) - {rule.head for rule in learned}):
+                heads = ", ".join(dict.fromkeys(rule.head for rule in learned))
+                raise ValueError(f"--probe_heads {' '.join(unknown)}: {args.probes} weighs patches by {heads} only")
+            learned = [rule for rule in learned if rule.head in args.probe_heads]
         rules += [rule for rule in learned if rule.probe is not None or (rule.head, rule.block) not in fixed]
-        if unweighted := sorted({spec.head for spec in bank.specs} - {rule.head for rule in learned}):
+        if unweighted := sorted({spec.head for spec in bank.specs if spec.aggregation in UNWEIGHTED}):
             log.info("probes without weights over the patches, left out: %s", ", ".join(unweighted))
     return rules
 
