@@ -118,7 +118,7 @@ def seal_of(record: dict) -> str:
 
 
 def write_record(results: Path, record: dict, replace: bool = False) -> Path:
-    """Write it to its place, whole. ValueError where another measurement of the cell is there and replace is not set."""
+    """Write it to its place, whole. ValueError where another measurement of the cell is there, unless replace."""
     cell = cell_in(record)
     path = Path(results) / cell.file
     if path.exists() and not replace and read_record(results, path) != json.loads(to_json(record)):
