@@ -43,10 +43,8 @@ def estimate(name: str, images: int, rate: float | None, gpus: int, source: str)
     if rate is None:
         return f"# {name}: {images:,} images through the encoder; not measured on this device, so no hours are told"
     hours = images / rate / 3600
-    return (
-        f"# {name}: {images:,} images at {rate:,.0f} images/s ({source}): {hours:.1f} GPU-hours, {hours / gpus:.1f} h on "
-        f"{gpus} GPU{'s' * (gpus > 1)}"
-    )
+    spread = f"{hours:.1f} GPU-hours, {hours / gpus:.1f} h on {gpus} GPU{'s' * (gpus > 1)}"
+    return f"# {name}: {images:,} images at {rate:,.0f} images/s ({source}): {spread}"
 
 
 def main() -> None:

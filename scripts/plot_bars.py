@@ -29,8 +29,9 @@ def draw(rows: list[Row], columns: tuple[str, ...]) -> Figure:
             entries = [(place, row.entries[number]) for place, row in enumerate(rows)]
             offset = 0.36 * (number - (len(columns) - 1) / 2)
             shown = [(place + offset, entry) for place, entry in entries if entry.ours]
-            axis.bar([x for x, _ in shown], [entry.ours[0] for _, entry in shown], 0.34, color=COLOURS[number],
-                     yerr=[entry.std or 0 for _, entry in shown], error_kw={"linewidth": 0.8}, label=column)  # fmt: skip
+            heights, spreads = [entry.ours[0] for _, entry in shown], [entry.std or 0 for _, entry in shown]
+            axis.bar([x for x, _ in shown], heights, 0.34, yerr=spreads, color=COLOURS[number], label=column,
+                     error_kw={"linewidth": 0.8})  # fmt: skip
             for x, entry in shown:
                 axis.annotate(f"{entry.ours[0]:.1f}", (x, 1), ha="center", color="white", fontsize=6)
             paper = [(place + offset, entry.paper) for place, entry in entries if entry.paper is not None]
