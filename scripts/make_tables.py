@@ -206,7 +206,7 @@ def main(args: argparse.Namespace) -> None:
             raise ValueError(f"{path} cannot be written: {error.strerror}") from error
 
 
-if __name__ == "__main__":
+def get_args_parser() -> argparse.ArgumentParser:
     parser = Parser(__doc__)
     parser.add_argument("--table", nargs="+", default=None, choices=TABLES, help="default: all that have a record")
     parser.add_argument(
@@ -217,4 +217,8 @@ if __name__ == "__main__":
     parser.add_argument("--output", type=Path, default=None, help="write it here")
     parser.add_argument("--write", type=Path, default=None, metavar="PAGE", help="into a page, between its marks")
     parser.add_argument("--check", action="store_true", help="write nothing; fail where a table is out of date")
-    run_main(main, parser.parse_args())
+    return parser
+
+
+if __name__ == "__main__":
+    run_main(main, get_args_parser().parse_args())

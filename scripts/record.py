@@ -295,9 +295,13 @@ def main(args: argparse.Namespace) -> None:
         log.info("%s: %.4g%s %s", path, record["value"], spread, record["unit"])
 
 
-if __name__ == "__main__":
+def get_args_parser() -> argparse.ArgumentParser:
     parser = Parser(__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder of a program")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the records")
     parser.add_argument("--replace", action="store_true", help="in place of other measurements of the same cells")
-    run_main(main, parser.parse_args())
+    return parser
+
+
+if __name__ == "__main__":
+    run_main(main, get_args_parser().parse_args())
