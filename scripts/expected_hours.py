@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--model", default="vit_base_patch16")
     parser.add_argument("--benchmark", type=Path, default=BENCHMARK, metavar="CSV")
     args, _ = parser.parse_known_args()
-    if args.gpus < 1 or args.images < 0 or (args.images_per_second or 1) <= 0:
+    if args.gpus < 1 or args.images < 0 or (args.images_per_second is not None and args.images_per_second <= 0):
         parser.exit(2, f"{parser.prog}: --images, --images_per_second and --gpus are positive numbers\n")
     rate, source = args.images_per_second, "given"
     if rate is None:

@@ -53,9 +53,13 @@ def main(args: argparse.Namespace) -> None:
     save_figure(draw(rows, table_of("fig1", args.dataset).columns), args.output)
 
 
-if __name__ == "__main__":
+def get_args_parser() -> argparse.ArgumentParser:
     parser = Parser(__doc__)
     parser.add_argument("--dataset", default=PAPER_DATASET)
     parser.add_argument("--results", type=Path, default=ROOT / "results", help="folder of the records")
     parser.add_argument("--output", type=Path, required=True, help="png, pdf or svg, by its suffix")
-    run_main(main, parser.parse_args())
+    return parser
+
+
+if __name__ == "__main__":
+    run_main(main, get_args_parser().parse_args())
