@@ -107,7 +107,7 @@ program() {
     elif [ "$gpus" != 1 ]; then
         command=(torchrun --standalone --nproc_per_node "$gpus" "$main.py" --output_dir "$folder")
     fi
-    [ "$mode" = --smoke ] || python scripts/expected_hours.py "$folder" --images "$images" --gpus "$gpus" \
+    [ "$mode" = --smoke ] || python -S scripts/expected_hours.py "$folder" --images "$images" --gpus "$gpus" \
         ${IMAGES_PER_SECOND:+--images_per_second "$IMAGES_PER_SECOND"} "$@"
     show "${command[@]}" "${resume[@]}" "$@"
 }
@@ -289,7 +289,11 @@ bars() {
 
 # report: one page of all runs
 report() {
-    show python scripts/make_report.py "$out"/{probes,attention,aggregation,localization}/* --output "$out/report.html"
+    local runs=() folder
+    for folder in "$out"/{probes,deep,attention,aggregation,localization}/* "$out"/transfer/*/*; do
+        [ ! -d "$folder" ] || runs+=("$folder")
+    done
+    [ ${#runs[@]} = 0 ] || show python scripts/make_report.py "${runs[@]}" --output "$out/report.html"
 }
 
 # finish: what is not there, and why; exit code 1 where a run has failed
