@@ -12,6 +12,8 @@ from localization import IOUS, summary
 from probe_run import ProbeRun
 from util.checkpoints import Encoder
 
+KEPT_OF_PROBES = ("args", "effective_batch", "bn_group", "n_train", "n_val", "n_test", "command", "commit")
+
 
 def describe(rules: Sequence[Rule], encoder: Encoder, size: int, run: ProbeRun | None, vectors: Statistics) -> dict:
     """What each rule is, what was measured of it and of each pair, and what its probes score."""
@@ -34,7 +36,10 @@ def describe(rules: Sequence[Rule], encoder: Encoder, size: int, run: ProbeRun |
     result = {
         "encoder": encoder.record, "random_weights": encoder.record["source"] is None, "input_size": size,
         "patches": patches, "images": total.images, "uniform_entropy": math.log(patches),
-        "probes": run and {"folder": str(run.folder), "epochs": run.args.epochs, "n_test": run.results["n_test"]},
+        "probes": run and {
+            "folder": str(run.folder), "epochs": run.args.epochs,
+            **{name: run.results.get(name) for name in KEPT_OF_PROBES},
+        },
         "rules": rows,
     }  # fmt: skip
     if total.images:

@@ -56,6 +56,7 @@ from util.boxes import BOX_SOURCES, read_boxes
 from util.checkpoints import Encoder
 from util.datasets import EvaluationBatches, KeyedDataset, build_loader, eval_transform
 from util.distributed import barrier, distributed, world_size
+from util.images import fingerprint
 from util.progress import log, setup_logging
 from util.run_folder import RunFolder, provenance
 from util.seeding import seeded
@@ -168,6 +169,7 @@ def main(args: argparse.Namespace) -> None:
             raise ValueError(f"--output_dir {args.output_dir} already holds results: name another folder, or remove it")
         barrier()  # no rank writes before rank 0 has looked
         record = {"args": plain(args), "encoder": encoder.record, "oracle": oracle and oracle.record,
+                  "classes": len(images.classes), "n_test": len(images), "test_images": fingerprint(images),
                   **provenance(world.device)}  # fmt: skip
         folder.write("args.json", record)
 

@@ -40,6 +40,7 @@ from util.datasets import DATASETS, EvaluationBatches, KeyedDataset, build_datas
 from util.distributed import barrier, distributed
 from util.figures import draw_figures, draw_token_maps
 from util.files import digest
+from util.images import fingerprint
 from util.progress import log, setup_logging
 from util.run_folder import RunFolder, provenance
 from util.seeding import seeded, stable_seed
@@ -115,7 +116,9 @@ def main(args: argparse.Namespace) -> None:
                 )  # fmt: skip
                 seconds = progress.seconds
                 log.info("%s: %d images, %.1f images/s", label, len(chosen), len(chosen) / seconds)
-                how = {"amp": args.amp, "reduction": args.reduction, "seed": args.seed, "seconds": seconds}
+                how = {"amp": args.amp, "reduction": args.reduction, "seed": args.seed, "seconds": seconds,
+                       "args": plain(args), "classes": len(images.classes), "n_test": len(images),
+                       "test_images": fingerprint(images)}  # fmt: skip
                 result = {**summary(label, encoder, size, found), **how, **provenance(world.device)}
                 if args.tsne_blocks and world.is_main:
                     with signals.deferred(world.size > 1):  # one process need not wait: the pass is complete, and kept

@@ -1,10 +1,21 @@
 # Sourced by the scripts of single tables and figures: source "$(dirname "$0")/paper.sh" "$@"
 #   (nothing)        ImageNet-1k on this machine, on all of its GPUs
 #   --slurm FLAG...  the same through submitit_linprobe.py, whose flags follow: --slurm --partition gpu --account me
-#   --smoke          the same chain on the embedded demo, in a minute or two: it shows that everything runs
-# Reads IMAGENET (folder with train/ and val/), BOXES (default: $IMAGENET/LOC_val_solution.csv) and OUT (default:
-# output_dir/paper, with --smoke output_dir/smoke). Runs that are there already are not repeated: remove what is to be
-# made anew. The protocol is the paper's (B.2): LARS, base rate 0.1, effective batch 16,384, 90 epochs, three seeds.
+#   --smoke          the same chain on the embedded demo, in minutes on a CPU: it shows that everything runs
+# Only what is missing is run: remove a run's folder to have it made anew. Settings, from the environment:
+#   IMAGENET            folder with train/ and val/
+#   BOXES               of its validation images (default: LOC_val_solution.csv in it)
+#   OUT                 runs and figures (default: output_dir/paper, with --smoke output_dir/smoke)
+#   RESULTS             records and tables (default: results, with --smoke $OUT/results)
+#   OWN                 folder of mae_small/ and mae_ft_{small,base,large}/, which nobody published (default: runs)
+#   GPUS                1, 2, 4 or 8 (default: this machine's, with --slurm 4)
+#   BATCH               images per GPU and micro-step (default: 2048), a part of it where they do not fit
+#   DEEP=apart          Table 5's deep heads in three runs of their own, where one bank does not fit
+#   IMAGES_PER_SECOND   of the encoder on one of the GPUs, for scripts/expected_hours.py
+#   TRAIN, VAL, EPOCHS  with --smoke: images and epochs (default: 1000, 500, 6)
+#   PRINT=1             show the commands and run nothing
+# Protocol (paper, B.2): LARS, base rate 0.1, effective batch 16,384 normalised in groups of 2,048, 90 epochs (50 for
+# ViT-L and ViT-H), three seeds; tokens before the last norm. The heads of all tables are trained in one pass.
 set -euo pipefail
 usage() {
     echo "usage: bash scripts/$(basename "$0") [--smoke | --slurm FLAG...]" >&2
@@ -15,85 +26,282 @@ usage() {
 mode=${1:-local}
 case "$mode" in
     local) ;;
-    --slurm)
-        shift
-        case " $* " in *" --ngpus "* | *" --nodes "*) echo "--slurm: one node and 4 GPUs, the paper's, are set" >&2; exit 2 ;; esac
-        ;;
+    --slurm) shift ;;
     --smoke) [ $# = 1 ] || usage ;;
     *) usage ;;
 esac
 [ "$mode" = --smoke ] || : "${IMAGENET:?name the folder of ImageNet-1k in IMAGENET, or try --smoke}"
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+slurm=("$@") skipped=() failed=()
+own=${OWN:-runs}
+
+# show COMMAND...: run it; with PRINT=1, print it
+show() {
+    if [ -n "${PRINT:-}" ]; then
+        printf '%q ' "$@" && echo
+    else
+        "$@"
+    fi
+}
+
 if [ "$mode" = --smoke ]; then
-    out=${OUT:-output_dir/smoke}
-    BOXES=$out/data/boxes.csv
-    python scripts/make_demo_data.py "$out/data" --train 400 --val 100
-    data=(--data_path "$out/data" --amp float32 --num_workers 0)
-    recipe=(--batch_size 100 --accum_iter 2 --epochs 2 --warmup_epochs 0 --blr 30 --seeds 0 1)
+    out=${OUT:-output_dir/smoke} gpus=1 table_of=demo
+    results=${RESULTS:-$out/results} BOXES=$out/data/boxes.csv
+    [ -f "$out/data/demo.json" ] ||
+        show python scripts/make_demo_data.py "$out/data" --train "${TRAIN:-1000}" --val "${VAL:-500}"
+    data=(--dataset demo --data_path "$out/data" --amp float32 --num_workers 0)
     oracle=(--oracle demo/mae_ft.safetensors --oracle_model vit_demo_patch8)
 else
-    out=${OUT:-output_dir/paper} BOXES=${BOXES:-$IMAGENET/LOC_val_solution.csv}
+    out=${OUT:-output_dir/paper} results=${RESULTS:-results} BOXES=${BOXES:-$IMAGENET/LOC_val_solution.csv}
+    table_of=imagenet1k gpus=${GPUS:-}
     data=(--dataset imagenet1k --data_path "$IMAGENET" --num_workers 16)
-    gpus=4
-    [ "$mode" = --slurm ] || gpus=$(python -c 'import torch; print(max(1, torch.cuda.device_count()))')
-    [ $((8 % gpus)) = 0 ] || {
-        echo "$gpus GPUs do not divide 8 x 2,048 images: show 1, 2, 4 or 8 of them with CUDA_VISIBLE_DEVICES" >&2
-        exit 2
-    }
-    recipe=(--batch_size 2048 --accum_iter $((8 / gpus)) --seeds 0 1 2)
     oracle=(--oracle dino_vit_base_patch16)
+    if [ -z "$gpus" ]; then
+        gpus=4
+        [ "$mode" = --slurm ] || gpus=$(python -c 'import torch; print(max(1, torch.cuda.device_count()))')
+    fi
+    batch=${BATCH:-2048}
+    case "$gpus" in 1 | 2 | 4 | 8) ;; *)
+        echo "$gpus GPUs do not share the 8 groups of 2,048 of a batch evenly: say GPUS=1, 2, 4 or 8" >&2
+        exit 2 ;;
+    esac
+    if ! [[ "$batch" =~ ^[1-9][0-9]*$ ]] || [ $((2048 % batch)) != 0 ]; then
+        echo "BATCH=$batch: 2,048 images are normalised together: name a divisor of 2048" >&2
+        exit 2
+    fi
 fi
 
-# weights MODEL: --model and --finetune of the encoder that the paper calls so
-weights() {
+# encoders NAME...: the paper's, by catalogue name; with --smoke the demo's
+encoders() {
     if [ "$mode" = --smoke ]; then
-        case "$1" in mae) echo "--model vit_demo_patch8 --finetune demo/mae.safetensors" ;;
-            *) echo "--model vit_demo_patch8 --finetune demo/mae_ft.safetensors" ;; esac
+        echo mae_vit_demo_patch8 mae_ft_vit_demo_patch8
     else
-        echo "--model vit_base_patch16 --finetune $1_vit_base_patch16"
+        echo "$@"
     fi
 }
 
-# program FOLDER MAIN FLAG...: MAIN with its run folder, on this machine or as a job
+# weights NAME: --model and --finetune of an encoder; 1 where it has to be made first
+weights() {
+    local file=$1 size
+    case "$1" in
+        mae_vit_demo_*) file=demo/mae.safetensors ;;
+        mae_ft_vit_demo_*) file=demo/mae_ft.safetensors ;;
+        mae_vit_small_*) file=$own/mae_small/encoder.safetensors ;;
+        mae_ft_vit_*) size=${1#mae_ft_vit_} file=$own/mae_ft_${size%%_*}/encoder.safetensors ;;
+    esac
+    [[ "$file" != "$own"/* || -f "$file" || -n "${PRINT:-}" ]] || return 1
+    echo --model "vit${1#*_vit}" --finetune "$file"
+}
+
+# program FOLDER RESULT IMAGES MAIN FLAG...: unless FOLDER/RESULT is there, MAIN with its run folder, here or as a job.
+# IMAGES: that the encoder sees, for the estimate of the time.
 program() {
-    local folder=$1 main=$2
-    shift 2
+    local folder=$1 result=$2 images=$3 main=$4 found
+    shift 4
+    for found in "$folder"/$result; do [ ! -f "$found" ] || return 0; done
+    local command=(python "$main.py" --output_dir "$folder") resume=()
+    [ "$main" = main_analyze_aggregation ] || resume=(--resume auto)
     if [ "$mode" = --slurm ]; then
-        python submitit_linprobe.py --main "$main" --job_dir "$folder" --wait --ngpus "$gpus" "${slurm[@]}" "$@"
-    elif [ "$mode" = --smoke ] || [ "$gpus" = 1 ]; then
-        python "$main.py" --output_dir "$folder" "$@"
-    else
-        torchrun --standalone --nproc_per_node "$gpus" "$main.py" --output_dir "$folder" "$@"
+        command=(python submitit_linprobe.py --main "$main" --job_dir "$folder" --wait --ngpus "$gpus" "${slurm[@]}")
+        resume=()  # the launcher's business
+    elif [ "$gpus" != 1 ]; then
+        command=(torchrun --standalone --nproc_per_node "$gpus" "$main.py" --output_dir "$folder")
     fi
+    [ "$mode" = --smoke ] || python -S scripts/expected_hours.py "$folder" --images "$images" --gpus "$gpus" \
+        ${IMAGES_PER_SECOND:+--images_per_second "$IMAGES_PER_SECOND"} "$@"
+    show "${command[@]}" "${resume[@]}" "$@"
 }
-slurm=("$@")
 
-# probe MODEL: the probes of an encoder, where they have not been trained yet. MAE's are those of Table 6.
+# each FUNCTION NAME...: of every encoder (through SLURM, all at a time); one that fails does not stop the others
+each() {
+    local what=$1 name number=0 jobs=()
+    shift
+    for name in "$@"; do
+        if ! weights "${name%%/*}" > /dev/null; then
+            skipped+=("${name%%/*}")
+        elif [ "$mode" = --slurm ] && [ -z "${PRINT:-}" ]; then
+            "$what" "$name" &
+            jobs+=($!) names+=("$name")
+        else
+            "$what" "$name" || failed+=("$what $name")
+        fi
+    done
+    for number in "${!jobs[@]}"; do
+        wait "${jobs[number]}" || failed+=("$what ${names[number]}")
+    done
+    names=()
+}
+names=()
+
+deep=(abmilp:depth={2,3,4}{,\,act=gelu,\,act=tanh})
+
+# epochs NAME; heads NAME: those of all tables
+epochs() { case "$1" in *_large_* | *_huge_*) echo 50 ;; *) echo 90 ;; esac; }
+heads() {
+    case "$1" in ijepa_* | capi_*) echo pos abmilp ;; *) echo cls pos abmilp ;; esac
+    case "$1" in mae_* | beitv2_* | ijepa_* | capi_*) echo ap1 ap12 ;; esac  # Table 7
+    case "$1" in mae_vit_base_* | mae_vit_demo_*)
+        echo attn-mn attn-lcte ca1 dino  # Table 6
+        [ -n "${DEEP:-}" ] || echo "${deep[@]}" ;;  # Table 5
+    esac
+}
+
+# bank FOLDER NAME FLAG...: probes of an encoder at the protocol
+bank() {
+    local folder=$1 name=$2 recipe n
+    n=$(epochs "$name")
+    shift 2
+    if [ "$mode" = --smoke ]; then
+        recipe=(--batch_size 50 --accum_iter 2 --bn_group 50 --epochs "${EPOCHS:-6}" --warmup_epochs 1 --blr 30
+            --eval_every "${EPOCHS:-6}")
+    else
+        recipe=(--batch_size "$batch" --accum_iter $((16384 / gpus / batch)) --bn_group 2048 --epochs "$n"
+            --warmup_epochs 10 --blr 0.1)
+    fi
+    program "$folder" results.json $((n * (1281167 + 50000))) main_linprobe $(weights "$name") "${data[@]}" \
+        "${recipe[@]}" --seeds 0 1 2 "$@"
+}
+
+# probe NAME: the bank of an encoder, which serves Tables 1, 5, 6, 7, 8 and Figures 1, 7, 8, 9
 probe() {
-    local heads=(abmilp) resume=(--resume auto)
-    [ "$1" != mae ] || heads=(attn-mn attn-lcte ca1 dino abmilp "${oracle[@]}")
-    [ "$mode" != --slurm ] || resume=()  # the launcher's business
-    [ -f "$out/probes/$1/results.json" ] ||
-        program "$out/probes/$1" main_linprobe $(weights "$1") "${data[@]}" "${recipe[@]}" "${resume[@]}" \
-            --cls_features "${heads[@]}"
+    bank "$out/probes/$1" "$1" "${oracle[@]}" --cls_features $(heads "$1")
 }
 
-# aggregate MODEL: entropies, divergences and maps of the rules of Table 6. localise MODEL: boxes of [cls] and AbMILP.
+# deepen NAME: the rest of Table 5: deep heads where they are to be apart, and self-attention, which LARS does not train
+deepen() {
+    local act rate=0.1
+    [ "$mode" != --smoke ] || rate=1
+    if [ -n "${DEEP:-}" ]; then
+        for act in relu gelu tanh; do
+            bank "$out/deep/$1-$act" "$1" --cls_features abmilp:depth={2,3,4},act=$act || return 1
+        done
+    fi
+    bank "$out/deep/$1-sa" "$1" --optimizer sgd --blr "$rate" --cls_features abmilp:sa=both
+}
+
+# transfer NAME/DATASET: baseline and AbMILP (Table 2)
+transfer() {
+    local name=${1%%/*} set=${1#*/} heads=(cls abmilp) n gpus=$gpus recipe flags images
+    case "$name" in ijepa_* | capi_*) heads=(pos abmilp) ;; esac
+    n=$(epochs "$name")
+    case "$set" in
+        demo_few) flags=(--dataset demo_few "${data[@]:2}") images=0 ;;
+        imagenet1pct) flags=(--dataset "$set" --data_path "$IMAGENET" --num_workers 16) images=62811 ;;
+        food101) flags=(--dataset "$set" --data_path "$FOOD101" --num_workers 16) images=101000 ;;
+        coco) flags=(--dataset "$set" --data_path "$COCO" --num_workers 16) images=123287 ;;
+        nus_wide) flags=(--dataset "$set" --data_path "$NUS_WIDE" --num_workers 16) images=269648 ;;
+        cub200) flags=(--dataset "$set" --data_path "$CUB200" --num_workers 16) images=11788 ;;
+        stanford_cars) flags=(--dataset "$set" --data_path "$STANFORD_CARS" --num_workers 16) images=16185 ;;
+        oxford_pets) flags=(--dataset "$set" --data_path "$OXFORD_PETS" --num_workers 16) images=7349 ;;
+    esac
+    case "$set" in
+        demo_few) recipe=(--optimizer sgd --blr 1 --batch_size 20 --bn_group 20 --epochs "${EPOCHS:-6}"
+            --warmup_epochs 1) ;;
+        food101 | coco | nus_wide) recipe=(--blr 0.1 --batch_size "$batch" --accum_iter $((16384 / gpus / batch))
+            --bn_group 2048 --epochs "$n" --warmup_epochs 10) ;;
+        *)  # P-SGD: one group of 1,024, on one GPU
+            gpus=1
+            [ "$batch" -le 1024 ] || local batch=1024
+            recipe=(--optimizer sgd --blr 0.1 --batch_size "$batch" --accum_iter $((1024 / batch)) --bn_group 1024
+                --epochs "$n" --warmup_epochs 10) ;;
+    esac
+    program "$out/transfer/$name/$set" results.json $((n * images)) main_linprobe $(weights "$name") "${flags[@]}" \
+        "${recipe[@]}" --seeds 0 1 2 --cls_features "${heads[@]}"
+}
+
+# attend NAME: attention flow over the validation images (Table 3, Figures 3 to 6 and 10 to 13)
+attend() {
+    local label
+    case "$1" in
+        mae_ft_*) label=MAE-FT ;;
+        mae_*) label=MAE ;;
+        dino_*) label=DINO ;;
+        mocov3_*) label=MoCo-v3 ;;
+        ibot_*) label=iBOT ;;
+        *) label=${1%%_*} ;;
+    esac
+    program "$out/attention/$1" '*/attention.json' 50000 main_analyze_attention $(weights "$1") "${data[@]}" \
+        --metrics flow --label "$label"
+}
+
+# aggregate NAME: entropies, divergences and maps of the rules of Table 6. localise NAME: boxes of [cls] and AbMILP.
 aggregate() {
-    probe "$1"
-    [ -f "$out/aggregation/$1/aggregation.json" ] ||
-        program "$out/aggregation/$1" main_analyze_aggregation "${data[@]}" "${oracle[@]}" --probes "$out/probes/$1"
+    program "$out/aggregation/$1" aggregation.json 100000 main_analyze_aggregation "${data[@]}" "${oracle[@]}" \
+        --probes "$out/probes/$1" --probe_heads abmilp --rules attn-mn attn-lcte ca1 dino
 }
 localise() {
-    probe "$1"
-    [ -f "$out/localization/$1/aggregation.json" ] ||
-        program "$out/localization/$1" main_analyze_aggregation "${data[@]}" --probes "$out/probes/$1" \
-            --rules attn-mn --probe_heads abmilp --boxes "$BOXES" --boxes_only
+    program "$out/localization/$1" aggregation.json 50000 main_analyze_aggregation "${data[@]}" \
+        --probes "$out/probes/$1" --probe_heads abmilp --rules attn-mn --boxes "$BOXES" --boxes_only
+}
+
+# of KIND NAME...: the result files of encoders that there are, of attention, aggregation or localization
+of() {
+    local kind=$1 name file
+    shift
+    for name in "$@"; do
+        for file in "$out/$kind/$name"/{,*/}{attention,aggregation}.json; do [ ! -f "$file" ] || echo "$file"; done
+    done
+}
+
+# tables NUMBER...: records of all runs, and these tables of them. LATER=1: a script that runs others does it once.
+tables() {
+    [ -z "${LATER:-}" ] || return 0
+    local runs=() file
+    for file in "$out"/{probes,deep,aggregation,localization}/*/*.json "$out"/{transfer,attention}/*/*/*.json; do
+        case "$file" in */results.json | */attention.json | */aggregation.json) runs+=("${file%/*}") ;; esac
+    done
+    if [ ${#runs[@]} = 0 ] && [ -z "${PRINT:-}" ]; then
+        echo "no run has ended: there is nothing to make tables of" >&2
+        return 1
+    fi
+    [ ${#runs[@]} = 0 ] || show python scripts/record.py "${runs[@]}" --results "$results" --replace
+    show python scripts/make_tables.py --table "$@" --dataset "$table_of" --results "$results"
 }
 
 # publish FILE NAME: the file under the name that the paper has for it
 publish() {
-    mkdir -p "$out/figures"
-    cp "$1" "$out/figures/$2"
-    echo "$out/figures/$2"
+    if [ -n "${PRINT:-}" ]; then
+        show cp "$1" "$out/figures/$2"
+    elif [ -f "$1" ]; then
+        mkdir -p "$out/figures"
+        cp "$1" "$out/figures/$2"
+        echo "$out/figures/$2"
+    fi
+}
+
+# lines FILE NAME...: attention flow of encoders, block by block
+lines() {
+    local file=$1 found
+    shift
+    found=$(of attention "$@")
+    [ -n "$found$PRINT" ] || return 0
+    [ -n "$PRINT" ] || mkdir -p "$out/figures"
+    show python scripts/plot_attention.py ${found:-attention.json} --kind attention --output "$out/figures/$file"
+}
+PRINT=${PRINT:-}
+
+# bars: Figure 1 of the records
+bars() {
+    [ -z "${LATER:-}" ] || return 0
+    [ -n "$PRINT" ] || mkdir -p "$out/figures"
+    show python scripts/plot_bars.py --dataset "$table_of" --results "$results" --output "$out/figures/figure1.pdf"
+}
+
+# report: one page of all runs
+report() {
+    local runs=() folder
+    for folder in "$out"/{probes,deep,attention,aggregation,localization}/* "$out"/transfer/*/*; do
+        [ ! -d "$folder" ] || runs+=("$folder")
+    done
+    [ ${#runs[@]} = 0 ] || show python scripts/make_report.py "${runs[@]}" --output "$out/report.html"
+}
+
+# finish: what is not there, and why; exit code 1 where a run has failed
+finish() {
+    local name
+    for name in $(printf '%s\n' "${skipped[@]}" | sort -u); do
+        echo "left out: $name, which nobody published: make it with scripts/pretrain_mae_small.sh and" \
+            "scripts/finetune_mae_cls.sh, in $own" >&2
+    done
+    [ ${#failed[@]} = 0 ] || { printf 'failed: %s\n' "${failed[@]}" >&2; exit 1; }
 }

@@ -1,42 +1,46 @@
-"""Tables as text: what is measured beside what the paper has, and never a silent comparison of unlike things."""
+"""Tables of records: what was measured beside what the paper has, and never a silent comparison of unlike things."""
 
+import csv
+import io
 import json
-import runpy
 import sys
 from pathlib import Path
 
 import pytest
 
+from scripts import make_tables as program
+from util.arguments import run_main
+from util.ledger import Cell, cell_in, make_record, write_record
+from util.paper_tables import TABLES, table_of
+
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPT = str(ROOT / "scripts" / "make_tables.py")
 
 
-def result(label, family, model, source=None, entropies=(5.0, 5.1), patches=196, cls=True, images=50_000, **others):
-    blocks = [{"block": block, "count": images, "mean": mean, "std": 0.1} for block, mean in enumerate(entropies)]
-    return {
-        "label": label,
-        "encoder": {"model": model, "source": source or f"{family}_{model}", "family": family, "sha256": None},
-        "random_weights": family is None, "images": images, "input_size": 224, "patches": patches,
-        "tokens": patches + cls, "registers": 0, "metrics": {"cls_patch_entropy": {"blocks": blocks}} if cls else {},
-        **others,
-    }  # fmt: skip
+def record(model, arch, quantity, head, values, dataset="imagenet1k", obstacles=(), notes=(), dirty=False, **data):
+    cell = Cell(dataset, model, arch, quantity, head)
+    few = {"n_train": 20, "n_test": 10} if dataset.startswith("demo") else {"n_train": 1_281_167, "n_test": 50_000}
+    return make_record(
+        cell, values, list(range(len(values))), notes=list(notes), obstacles=list(obstacles),
+        settings={"epochs": 90} if quantity == "top1" else {}, weights={}, command="main.py", commit="abc", dirty=dirty,
+        versions={}, hardware={}, seconds=1.0, result_sha256="r", log_sha256=None,
+        data={"classes": 1000, "fingerprint": "0123456789", **few, **data},
+    )  # fmt: skip
 
 
 @pytest.fixture
-def table(tmp_path, monkeypatch, capsys):
-    """Table 3, or another one, of results, as the program prints it."""
+def tables(tmp_path, monkeypatch, capsys):
+    """The program, called with words, on a ledger of these records; what it prints, or its error."""
 
-    def run(*results, code=0, options=(), which="3"):
-        paths = []
-        for number, one in enumerate(results):
-            paths.append(tmp_path / f"{number}.json")
-            paths[-1].write_text(json.dumps(one))
-        monkeypatch.setattr(sys, "argv", ["make_tables.py", *map(str, paths), "--table", which, *options])
+    def run(*words, records=(), code=0):
+        for one in records:
+            write_record(tmp_path, one)
+        argv = ["make_tables.py", *words, "--results", str(tmp_path)]
+        monkeypatch.setattr(sys, "argv", argv)
         try:
-            runpy.run_path(SCRIPT, run_name="__main__")
+            run_main(program.main, program.get_args_parser().parse_args(argv[1:]))
             assert code == 0
         except SystemExit as stopped:
-            assert stopped.code == code
+            assert stopped.code == code, capsys.readouterr()
         out, err = capsys.readouterr()
         return err if code else out
 
@@ -48,151 +52,189 @@ def row(text, start):
     return line
 
 
-def test_published_encoders_stand_beside_the_paper_and_absent_ones_are_dashes(table):
-    text = table(result("MAE", "mae", "vit_base_patch16"), result("Dino", "dino", "vit_base_patch16", entropies=(4.6,)))
+B, H = "vit_base_patch16", "vit_huge_patch14"
+ENTROPY = "aggregation_entropy_block_mean"
+
+
+def test_published_encoders_stand_beside_the_paper_and_absent_ones_are_dashes(tables, tmp_path):
+    text = tables("--table", "3", records=[record("mae", B, ENTROPY, "cls", [5.05]),
+                                           record("dino", B, ENTROPY, "cls", [4.6])])  # fmt: skip
     assert text == (
-        "**Table 3: aggregation entropy in nats, mean over heads, images and blocks**\n"
+        "**Table 3: aggregation entropy (nats), mean over heads, images and blocks**\n"
         "\n"
-        "| encoder | ViT | patches | images | entropy | paper | difference |\n"
-        "|---|---|---|---|---|---|---|\n"
-        "| MAE | ViT-B/16 | 196 | 50,000 | 5.050 | 5.03 | +0.02 |\n"
-        "| SimMIM | ViT-B/16 | – | – | – | 4.96 | – |\n"
-        "| BEiT-v2 | ViT-B/16 | – | – | – | 4.89 | – |\n"
-        "| I-JEPA | ViT-H/14 | – | – | – | 5.28 | – |\n"
-        "| CAPI | ViT-L/14 | – | – | – | 5.28 | – |\n"
-        "| DINO (Dino) | ViT-B/16 | 196 | 50,000 | 4.600 | 4.70 | -0.10 |\n"
+        "| encoder | ViT | entropy | paper | difference |\n"
+        "|---|---|---|---|---|\n"
+        "| MAE | ViT-B/16 | 5.050 | 5.03 | +0.02 |\n"
+        "| SimMIM | ViT-B/16 | – | 4.96 | – |\n"
+        "| BEiT-v2 | ViT-B/16 | – | 4.89 | – |\n"
+        "| I-JEPA | ViT-H/14 | – | 5.28 | – |\n"
+        "| CAPI | ViT-L/14 | – | 5.28 | – |\n"
+        "| DINO | ViT-B/16 | 4.600 | 4.70 | -0.10 |\n\n"
     )
+    assert (tmp_path / "imagenet1k" / "table3.md").read_text() + "\n" == text
 
 
-def test_models_without_cls_show_both_conventions(table):
-    text = table(result("I-JEPA", "ijepa", "vit_huge_patch14", patches=256, cls=False))
-    assert row(text, "| I-JEPA") == (
-        "| I-JEPA <sup>1</sup> | ViT-H/14 | 256 | – | 5.545 / 5.278 | 5.28 | +0.27 / +0.00 |"
+def test_models_without_cls_show_both_conventions(tables):
+    text = tables("--table", "3", records=[record("ijepa", H, ENTROPY, "pos", [5.5451774])])
+    assert row(text, "| I-JEPA") == "| I-JEPA | ViT-H/14 | 5.545 / 5.278 <sup>1</sup> | 5.28 | +0.27 / +0.00 |"
+    assert "<sup>1</sup> ln of its own patches / ln 196, which the paper prints for all such encoders" in text
+
+
+def test_what_was_measured_otherwise_is_marked_and_not_compared(tables):
+    one = record("mae", B, "top1", "abmilp", [50.0, 51.0, 52.0], obstacles=["epochs 2, the paper's 90"])
+    text = tables("--table", "7", records=[one])
+    assert row(text, "| MAE | ViT-B") == (
+        "| MAE | ViT-B/16 | 51.0 ± 1.0 <sup>1</sup> | 71.6 | – | – | 71.4 | – | – | 75.4 | – |"
     )
-    assert text.endswith(
-        "<sup>1</sup> no [cls] token, hence uniform weights: ln 256 of its own patches / ln 196, which the paper "
-        "prints for all such models\n"
+    assert "<sup>1</sup> not comparable: epochs 2, the paper's 90" in text
+
+
+def test_encoders_that_the_paper_lacks_follow_with_its_dashes(tables):
+    text = tables("--table", "3", records=[record("beitv2_300e", B, ENTROPY, "cls", [5.0])])
+    assert row(text, "| beitv2_300e").endswith("| 5.000 <sup>1</sup> | – | – |")
+    assert "not in the paper's table" in text and row(text, "| BEiT-v2 |").endswith("| – | 4.89 | – |")
+
+
+def test_values_of_the_papers_other_tables_say_where_they_stand(tables):
+    text = tables("--table", "1", records=[record("beitv2", B, "top1", "cls", [78.0, 79.0, 80.0])])
+    assert row(text, "| BEiT-v2").startswith("| BEiT-v2 | ViT-B/16 | 79.0 ± 1.0 <sup>")
+    assert "the paper's value: Figure 1 of v1, bar height measured (+-0.1)" in text
+    assert row(text, "| MAE | ViT-B/16").startswith("| MAE | ViT-B/16 | – | 67.8 <sup>")
+
+
+def test_fewer_seeds_and_changed_code_are_said(tables):
+    text = tables("--table", "7", records=[record("mae", B, "top1", "ap1", [71.0], dirty=True)])
+    assert "1 seed, the paper has 3" in text and "changes that were not committed" in text
+
+
+def test_activations_and_rules_are_rows(tables):
+    text = tables("--table", "5", records=[record("mae", B, "top1", "abmilp-d3-tanh", [66.0, 66.5, 67.0])])
+    assert row(text, "| MAE | ViT-B/16 | tanh") == (
+        "| MAE | ViT-B/16 | tanh |  |  |  | – | 68.7 | – | 66.5 ± 0.5 | 66.7 | -0.2 | – | 66.7 | – |"
     )
+    text = tables("--table", "6", records=[record("mae", B, "aggregation_entropy", "abmilp", [4.8, 4.82, 4.84])])
+    assert row(text, "| MAE | ViT-B/16 | AbMILP").endswith("| – | 71.6 | – | 4.82 ± 0.02 | 4.80 | +0.02 |")
 
 
-@pytest.mark.parametrize(
-    ("changes", "note"),
-    [
-        ({"images": 1000}, "not comparable: other images than the 50,000 of ImageNet-1k's validation set"),
-        ({"input_size": 448}, "not comparable: images of 448 pixels, the paper's have 224"),
-        ({"cls": False}, "not comparable: the paper measured this encoder with its [cls] token"),
-    ],
-    ids=["images", "size", "cls"],
-)
-def test_what_was_measured_otherwise_is_marked_and_not_compared(table, changes, note):
-    text = table(result("MAE", "mae", "vit_base_patch16", **changes))
-    assert row(text, "| MAE <sup>").endswith("| 5.03 | – |") and note in text
+def test_demo_has_tables_of_its_own_without_the_papers_values(tables, tmp_path):
+    mine = [record("mae", "vit_demo_patch8", "top1", head, [40.0, 42.0], "demo") for head in ("cls", "abmilp")]
+    mine.append(record("mae", "vit_demo_patch8", "top1", "abmilp", [30.0], "demo_few"))
+    text = tables("--dataset", "demo", "--table", "1", records=mine)
+    assert "| MAE | ViT-demo/8 | 41.0 ± 1.4 | – | 41.0 ± 1.4 |" in text and "paper" not in text
+    assert "10 test images of demo (list 01234567)" in text
+    text = tables("--dataset", "demo", "--table", "2")
+    own = "41.0 ± 1.4 <sup>1, 2</sup>"
+    assert f"| MAE | ViT-demo/8 | {own} | {own} | – | 30.0 <sup>3, 4</sup> |" in text
+    (tmp_path / "imagenet1k").mkdir()
+    assert "41.0" not in tables("--table", "1")
 
 
-@pytest.mark.parametrize(
-    ("family", "source", "note"),
-    [
-        (None, None, "random weights"),
-        ("mae_ft", "mae_ft.safetensors", "not in the paper's table"),
-        ("beitv2", "beitv2_vit_base_patch16_300e", "not in the paper's table"),  # not the file that the paper uses
-    ],
-)
-def test_encoders_that_the_paper_lacks_are_rows_of_their_own(table, family, source, note):
-    text = table(result("other", family, "vit_base_patch16", source))
-    assert row(text, "| other").endswith("| 5.050 | – | –" + " |") and note in text
-    assert row(text, "| MAE") == "| MAE | ViT-B/16 | – | – | – | 5.03 | – |"
+def test_latex_holds_the_same_cells(tables, tmp_path):
+    one = record("mae", B, "top1", "ap1", [71.0, 71.2, 71.4], notes=["weights from [a]_1%.pth"])
+    text = tables("--table", "7", "--format", "latex", records=[one])
+    assert r"MAE & ViT-B/16 & -- & 71.6 & -- & 71.2 $\pm$ 0.2$^{1}$ & 71.4 & -0.2 & -- & 75.4 & -- \\" in text
+    assert r"weights from [a]\_1\%.pth" in text and text.startswith("% Table 7")
+    assert (tmp_path / "imagenet1k" / "table7.tex").read_text() + "\n" == text
 
 
-def test_file_of_the_right_family_is_compared_and_said_to_be_a_file(table):
-    text = table(result("SimMIM", "simmim", "vit_base_patch16", "simmim.pth"))
-    assert row(text, "| SimMIM") == "| SimMIM <sup>1</sup> | ViT-B/16 | 196 | 50,000 | 5.050 | 4.96 | +0.09 |"
-    assert "<sup>1</sup> weights from simmim.pth, of the family and architecture of the paper's encoder" in text
+def test_csv_has_a_line_for_each_cell_with_whole_numbers(tables):
+    records = [record("mae", B, "top1", "ap1", [71.0, 71.5]), record("ijepa", H, ENTROPY, "pos", [5.5451774])]
+    lines = list(csv.DictReader(io.StringIO(tables("--table", "7", "--format", "csv", records=records))))
+    (one,) = [line for line in lines if (line["model"], line["arch"], line["head"]) == ("mae", B, "ap1")]
+    assert (one["ours"], one["n"], one["paper"], one["ours_196"]) == ("71.25", "2", "71.4", "")
+    assert float(one["difference"]) == pytest.approx(-0.15) and float(one["std"]) == pytest.approx(0.35355339)
+    lines = list(csv.DictReader(io.StringIO(tables("--table", "3", "--format", "csv"))))
+    (one,) = [line for line in lines if line["model"] == "ijepa"]
+    assert float(one["ours_196"]) == pytest.approx(5.278115)
+    assert float(one["difference_196"]) == pytest.approx(-0.001885, abs=1e-5)
 
 
-def test_other_formats_hold_the_same_cells(table, tmp_path):
-    one = result("[MAE] 1_%", "mae", "vit_base_patch16", images=7)
-    latex = table(one, options=["--format", "latex", "--output", str(tmp_path / "table.tex")])
-    assert r"MAE ([MAE] 1\_\%)$^{1}$ & ViT-B/16 & 196 & 7 & 5.050 & 5.03 & -- \\" in latex
-    assert latex.startswith("% Table 3") and latex.endswith("\\end{tabular}\n")
-    assert (tmp_path / "table.tex").read_text() == latex
-    lines = table(one, options=["--format", "csv"]).splitlines()
-    assert lines[0] == "encoder,ViT,patches,images,entropy,paper,difference,notes"
-    assert lines[1].startswith('MAE ([MAE] 1_%),ViT-B/16,196,7,5.050,5.03,–,"not comparable: other images')
+# ---------------------------------------------------------------------------------------------------------------------
+# the check
+# ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_mistakes_are_one_line(table, tmp_path):
-    without = result("MAE", "mae", "vit_base_patch16", metrics={})
-    assert "MAE: cls_patch_entropy was not measured" in table(without, code=2)
-    error = table({"label": "MAE"}, code=2)
-    assert "is no attention.json" in error and error.count("\n") == 1
-    error = table(result("MAE", "mae", "vit_base_patch16"), code=2, options=["--output", "/nowhere/table.md"])
-    assert "/nowhere/table.md cannot be written" in error
+@pytest.fixture
+def kept(tables, tmp_path):
+    """A ledger of the demo with its tables."""
+    heads = ("cls", "pos", "abmilp")
+    records = [record("mae", "vit_demo_patch8", "top1", head, [40.0, 41.0], "demo") for head in heads]
+    tables("--dataset", "demo", records=records)
+    tables("--check")
+    return tmp_path
 
 
-def aggregation(model="mae", arch="vit_base_patch16", images=50_000, **others):
-    def over(values):
-        return {quantity: {"mean": mean, "n": 3, "std": std} for quantity, (mean, std) in values.items()}
-
-    boxes = {"attn-mn": (53.36, None), "abmilp": (59.0, 0.25)}
-    values = {
-        "attn-mn": {"top1": (67.6, 0.1), "aggregation_entropy": (5.13, None)},
-        "abmilp": {"top1": (71.6, 0.14), "aggregation_entropy": (4.8, 0.01)},
-        "ap12": {"top1": (75.0, 0.2), "aggregation_entropy": (5.0, 0.02)},
-    }
-    for rule, box in boxes.items():
-        values[rule]["maxboxaccv2"] = box
-    return {
-        "encoder": {"model": arch, "source": f"{model}_{arch}", "family": model, "sha256": None},
-        "random_weights": False, "images": images, "input_size": 224, "uniform_entropy": 5.278, "rules": [],
-        "over_seeds": {rule: over(of_rule) for rule, of_rule in values.items()}, **others,
-    }  # fmt: skip
+def test_removed_record_empties_its_cell_alone_and_fails_the_check(tables, kept):
+    before = (kept / "demo" / "table1.md").read_text()
+    (kept / "demo" / "mae.vit_demo_patch8.top1.pos.json").unlink()
+    error = tables("--check", code=2)
+    assert str(kept / "demo" / "table1.md") in error and "table2" not in error and error.count("\n") == 1
+    tables("--dataset", "demo")
+    tables("--check")
+    after = (kept / "demo" / "table1.md").read_text()
+    assert before.replace("| 40.5 ± 0.7 | 40.5 ± 0.7 | 40.5 ± 0.7 |", "| 40.5 ± 0.7 | – | 40.5 ± 0.7 |") == after
 
 
-def test_rules_stand_beside_the_papers(table):
-    text = table(aggregation(), which="6")
-    lines = [line for line in text.splitlines() if line.startswith("| MAE")]
-    assert lines == [
-        "| MAE | ViT-B/16 | mean [cls] attention | 67.6 ± 0.1 | 67.8 | -0.2 | 5.13 | 5.14 | -0.01 |",
-        "| MAE | ViT-B/16 | lowest-entropy [cls] attention | – | 66.3 | – | – | 4.77 | – |",
-        "| MAE | ViT-B/16 | central patch | – | 65.2 | – | – | 4.70 | – |",
-        "| MAE | ViT-B/16 | oracle's [cls] attention | – | 70.9 | – | – | 4.89 | – |",
-        "| MAE | ViT-B/16 | AbMILP | 71.6 ± 0.1 | 71.6 | +0.0 | 4.80 ± 0.01 | 4.80 | +0.00 |",
-        "| MAE | ViT-B/16 | ap12 | 75.0 ± 0.2 | – | – | 5.00 ± 0.02 | – | – |",
-    ]
+@pytest.mark.parametrize("name", ["table1.md", "table2.md", "figure1.md"])
+def test_edited_and_missing_tables_fail_the_check(tables, kept, name):
+    path = kept / "demo" / name
+    path.write_text(path.read_text().replace("40.5", "99.9"))
+    assert str(path) in tables("--check", code=2)
+    path.unlink()
+    assert str(path) in tables("--check", code=2)
 
 
-def test_localisation_stands_beside_the_papers_and_absent_encoders_are_dashes(table):
-    text = table(aggregation(), which="8")
-    assert "| MAE | ViT-B/16 | mean [cls] attention | 53.4 | 53.3 | +0.1 |" in text
-    assert "| MAE | ViT-B/16 | AbMILP | 59.0 ± 0.2 | 59.4 | -0.4 |" in text
-    assert "| BEiT-v2 | ViT-B/16 | AbMILP | – | 65.1 | – |" in text and "ap12" not in text
+def test_last_record_removed_fails_the_check(tables, kept):
+    for path in (kept / "demo").glob("*.json"):
+        path.unlink()
+    assert "table1.md" in tables("--check", code=2)
 
 
-@pytest.mark.parametrize(
-    ("changes", "note"),
-    [
-        ({"images": 99}, "not comparable: other images than the 50,000"),
-        ({"localization": {"transform": "crop"}}, "not comparable: central crops"),
-        ({"probes": {"n_test": 1000}}, "not comparable: probes tested on 1,000 images"),
-        ({"input_size": 448}, "not comparable: images of 448 pixels"),
-    ],
-    ids=["images", "crop", "probes", "size"],
-)
-def test_what_was_localised_otherwise_is_marked_and_not_compared(table, changes, note):
-    text = table(aggregation(**changes), which="8")
-    assert row(text, "| MAE <sup>1</sup> | ViT-B/16 | AbMILP").endswith("| 59.4 | – |") and note in text
+def test_changed_record_fails_everything_with_its_name(tables, kept):
+    path = kept / "demo" / "mae.vit_demo_patch8.top1.pos.json"
+    path.write_text(path.read_text().replace("40.5", "71.6"))
+    for words in (["--check"], ["--dataset", "demo"]):
+        assert f"{path} was changed after it was made" in tables(*words, code=2)
 
 
-def test_encoders_that_the_paper_did_not_aggregate_follow(table):
-    text = table(aggregation("dino"), which="8")
-    assert row(text, "| dino_vit_base_patch16 <sup>1</sup> | ViT-B/16 | AbMILP").endswith("| 59.0 ± 0.2 | – | – |")
-    assert "not in the paper's table" in text
+def test_record_of_another_data_set_is_not_read(tables, kept):
+    (kept / "imagenet1k").mkdir()
+    source = kept / "demo" / "mae.vit_demo_patch8.top1.pos.json"
+    source.rename(kept / "imagenet1k" / source.name)
+    assert f"{kept / 'imagenet1k' / source.name} is the record of demo/" in tables("--table", "1", code=2)
 
 
-def test_tables_take_their_own_results(table):
-    error = table(result("MAE", "mae", "vit_base_patch16"), which="6", code=2)
-    assert "is no aggregation.json" in error and error.count("\n") == 1
-    without = aggregation()
-    for quantities in without["over_seeds"].values():
-        quantities.pop("maxboxaccv2", None)
-    assert "maxboxaccv2 was not measured" in table(without, which="8", code=2)
+def test_table_of_a_page_is_kept_and_checked(tables, kept, tmp_path):
+    page, marks = tmp_path / "page.md", "python scripts/make_tables.py --table 1 --dataset demo --write"
+    page.write_text(f"a\n<!-- table1 of demo: {marks} page.md -->\n<!-- end of table1 of demo -->\nb\n")
+    assert "table1 of demo in" in tables("--check", "--write", str(page), code=2)
+    tables("--table", "1", "--dataset", "demo", "--write", str(page))
+    tables("--check", "--write", str(page))
+    assert "| MAE | ViT-demo/8 | 40.5 ± 0.7 |" in page.read_text()
+
+
+def test_committed_tables_are_what_the_committed_records_say():
+    program.check(ROOT / "results", ROOT / "README.md")
+
+
+def test_mistakes_are_one_line(tables):
+    assert "holds no records" in tables(code=2)
+    assert "choose one of" in tables("--dataset", "image_folder", code=2)
+    assert "--output and --write are for one table" in tables("--table", "1", "2", "--output", "x", code=2)
+    one = record("mae", B, "top1", "ap1", [71.0])
+    assert "cannot be written" in tables("--table", "7", "--output", "/proc/nowhere/t.md", records=[one], code=2)
+
+
+def test_every_value_of_the_papers_tables_has_a_cell():
+    paper = [one for one in json.loads(program.PAPER.read_text()) if one["table"] in ("3", "5", "6", "7", "8", "fig1")]
+    for one in paper:
+        rows = program.rows_of(one["table"], "imagenet1k", {}, paper)
+        cell = Cell(*(one[field] for field in Cell._fields))
+        found = [entry.paper for line in rows for entry in line.entries if entry and entry.cell == cell]
+        assert found == [one["value"]], one
+    assert set(TABLES) == {"1", "2", "3", "5", "6", "7", "8", "fig1"} and table_of("2", "demo").encoders == ()
+
+
+def test_cells_of_records_are_their_own():
+    one = record("mae", B, "top1", "ap1", [71.0])
+    assert cell_in(one) == Cell("imagenet1k", "mae", B, "top1", "ap1")

@@ -25,7 +25,8 @@ from util.dataset_files import (
     same_length,
     zero_based,
 )
-from util.images import ArrayImages, read_rgb
+from util.demo_data import CLASSES as DEMO_CLASSES
+from util.images import ArrayImages, FileImages, read_rgb
 from util.progress import log
 
 
@@ -123,6 +124,20 @@ def _imagenette(root: Path, split: str, allow_subset: bool) -> Dataset:
     # wnids in their order are how torchvision numbers the classes too
     images.classes = [datasets.Imagenette._WNID_TO_CLASS.get(wnid, (wnid,))[0] for wnid in images.classes]
     return images
+
+
+def _demo(every: int, root: Path, split: str, allow_subset: bool) -> Dataset:
+    """The procedural images of util/demo_data.py, known by their classes; of those for training, every tenth or so of
+    each class."""
+    images = _image_folder(root, split)
+    if images.classes != list(DEMO_CLASSES):
+        raise ValueError(f"{root / split} holds other classes than the demo's {len(DEMO_CLASSES)}")
+    if every == 1 or split == "val":
+        return images
+    of_class = {label: [path for path, one in images.samples if one == label] for label in range(len(images.classes))}
+    chosen = [(path, label) for label, paths in of_class.items() for path in paths[::every]]
+    paths, targets = zip(*chosen, strict=True)
+    return FileImages(paths, list(targets), images.classes)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -287,6 +302,7 @@ IMAGENET_SOURCE = (
     "https://image-net.org (train/<wnid>/ and val/<wnid>/; or val/ILSVRC2012_val_*.JPEG beside LOC_val_solution.csv of "
     "https://www.kaggle.com/c/imagenet-object-localization-challenge, or beside ILSVRC2012_devkit_t12)"
 )
+DEMO_SOURCE = "python scripts/make_demo_data.py FOLDER"
 SIMCLR_LIST = "https://raw.githubusercontent.com/google-research/simclr/master/imagenet_subsets/1percent.txt"
 COCO_SOURCE = "https://cocodataset.org/#download (train{0}/, val{0}/ and annotations/instances_*{0}.json)"
 NUS_SOURCE = (
@@ -338,6 +354,10 @@ DATASETS = {
     "cifar100": DatasetEntry(
         _cifar100, "CIFAR-100, binary version; downloaded if absent", 100, {"train": 50_000, "val": 10_000},
         f"{TORONTO}/cifar.html"),
+    "demo": DatasetEntry(
+        functools.partial(_demo, 1), "the procedural demo, any number of images", 10, None, DEMO_SOURCE),
+    "demo_few": DatasetEntry(
+        functools.partial(_demo, 10), "the same, with a tenth of its training images", 10, None, DEMO_SOURCE),
 }  # fmt: skip
 
 

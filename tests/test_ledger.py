@@ -1,0 +1,352 @@
+"""The ledger: records of runs, sealed and in their places, with what stands in the way of comparing them."""
+
+import copy
+import json
+import math
+from argparse import Namespace
+
+import pytest
+
+import main_analyze_aggregation
+import main_analyze_attention
+import main_linprobe
+from scripts import record as program
+from util.arguments import parse, plain
+from util.demo_data import generate
+from util.ledger import Cell, cell_of, long_head, read_ledger, read_record, seal_of, short_head, write_record
+
+ORIGIN = {
+    "command": "main.py", "commit": "abc", "dirty": False, "versions": {"torch": "2.11"}, "device": "CPU",
+    "processes": 1, "threads": 2, "seconds": 9.0, "test_images": "f" * 64, "classes": 1000, "oracle": None,
+}  # fmt: skip
+ENCODER = {"model": "vit_base_patch16", "source": "mae_vit_base_patch16", "family": "mae", "sha256": "e" * 64}
+
+
+def probing(tops=(67.0, 68.0, 69.0), head="cls", flags=(), encoder=ENCODER, **changes):
+    """results.json of the paper's protocol on ImageNet, of one head."""
+    args = parse(main_linprobe.get_args_parser(), ["--data_path", "x", "--dataset", "imagenet1k", *flags])
+    probes = {
+        f"{head}/block11/blr0.1/seed{seed}": {
+            "aggregation": head, "head": head, "block": 11, "blr": 0.1, "lr": None, "seed": seed, "optimizer": "lars",
+            "parameters": 7, "diverged_at": None, "last": {"epoch": 89, "top1": top, "n": 50_000},
+        }
+        for seed, top in enumerate(tops)
+    }  # fmt: skip
+    return {
+        "probes": probes, "args": plain(args), "encoder": encoder, "effective_batch": 16_384, "bn_group": 2048,
+        "lr": dict.fromkeys(probes, 6.4), "n_train": 1_281_167, "n_val": 0, "n_test": 50_000, "headline": "top1",
+        **ORIGIN, **changes,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def made(tmp_path):
+    """The records of results, by their cell; the folder of each holds a log."""
+
+    def run(result, name="results.json"):
+        folder = tmp_path / "run"
+        folder.mkdir(exist_ok=True)
+        (folder / "log.txt").write_text("{}")
+        (folder / name).write_text(json.dumps(result))
+        return {record["head"]: record for record in program.records(folder / name)}
+
+    return run
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the vocabulary
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        ("abmilp", "abmilp"), ("abmilp:depth=2", "abmilp-d2-relu"), ("abmilp:depth=4,act=tanh", "abmilp-d4-tanh"),
+        ("abmilp:sa=both", "abmilp-sa"), ("ap12", "ap12"), ("attn-mn", "attn-mn"), ("ca1", "ca1"), ("cls", "cls"),
+    ],
+)  # fmt: skip
+def test_heads_have_the_papers_names_and_ours(ours, theirs):
+    assert (short_head(ours), long_head(theirs)) == (theirs, ours)
+
+
+def test_other_options_keep_cells_apart():
+    words = ["abmilp", "abmilp:sa=map", "abmilp:content=all", "abmilp:depth=2,sa=both", "abmilp:depth=2,cond=pe"]
+    assert len({short_head(word) for word in words}) == len(words)
+
+
+@pytest.mark.parametrize(
+    ("source", "family", "model"),
+    [
+        ("mae_vit_base_patch16", "mae", "mae"), ("encoder.safetensors", "mae_ft", "mae_ft"), (None, None, "random"),
+        ("beitv2_vit_base_patch16_300e", "beitv2", "beitv2_300e"), ("full.pth", "dino_full", "dino"),
+        ("vit_base_patch16_224.mae", "timm", "timm_vit_base_patch16_224_mae"),
+    ],
+)  # fmt: skip
+def test_encoders_that_differ_have_cells_that_differ(source, family, model):
+    encoder = {"source": source, "family": family, "model": "vit_base_patch16"}
+    assert cell_of("imagenet1k", encoder, "top1", "cls").model == model
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# seals and places
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_record_says_where_its_number_comes_from(made, tmp_path):
+    record = made(probing())["cls"]
+    assert (record["value"], record["std"], record["n"], record["seeds"]) == (68.0, 1.0, 3, [0, 1, 2])
+    assert record["obstacles"] == record["notes"] == [] and record["weights"]["sha256"] == "e" * 64
+    assert record["settings"]["epochs"] == 90 and record["settings"]["lr"] == 6.4
+    assert record["log_sha256"] and record["result_sha256"] and record["data"]["fingerprint"] == "f" * 64
+    path = write_record(tmp_path / "results", record)
+    assert path == tmp_path / "results/imagenet1k/mae.vit_base_patch16.top1.cls.json"
+    cell = Cell("imagenet1k", "mae", "vit_base_patch16", "top1", "cls")
+    assert read_ledger(tmp_path / "results", ["imagenet1k"]) == {cell: json.loads(path.read_text())}
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text.replace("68.0", "71.6", 1), lambda text: text.replace('"dirty": false', '"dirty": true'),
+        lambda text: text[:-50], lambda text: text.replace("68.0", "NaN", 1), lambda text: "[]", lambda text: "{}",
+        lambda text: text.replace('"n": 3', '"n": 3, "more": 1'),
+    ],
+)  # fmt: skip
+def test_changed_record_is_refused_with_its_name(made, tmp_path, damage):
+    path = write_record(tmp_path, made(probing())["cls"])
+    path.write_text(damage(path.read_text()))
+    with pytest.raises(ValueError, match=rf"{path} (was changed|is no record)") as error:
+        read_ledger(tmp_path, ["imagenet1k"])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("place", ["demo/mae.{}.top1.cls.json", "imagenet1k/mae.{}.top1.pos.json"])
+def test_record_in_another_place_is_refused(made, tmp_path, place):
+    path = write_record(tmp_path, made(probing())["cls"])
+    (tmp_path / "demo").mkdir()
+    path.rename(tmp_path / place.format("vit_base_patch16"))
+    with pytest.raises(ValueError, match="belongs into"):
+        read_ledger(tmp_path, [place.split("/")[0]])
+
+
+def test_resealed_record_of_another_data_set_is_refused_too(made, tmp_path):
+    record = {**made(probing())["cls"], "dataset": "demo"}
+    (tmp_path / "imagenet1k").mkdir()
+    path = tmp_path / "imagenet1k" / "mae.vit_base_patch16.top1.cls.json"
+    path.write_text(json.dumps({**record, "seal": seal_of(record)}))
+    with pytest.raises(ValueError, match=r"belongs into .*demo"):
+        read_record(tmp_path, path)
+
+
+def test_another_measurement_is_not_written_over(made, tmp_path):
+    record = made(probing())["cls"]
+    assert write_record(tmp_path, record) == write_record(tmp_path, record)
+    with pytest.raises(ValueError, match="holds another measurement"):
+        write_record(tmp_path, made(probing((1.0,)))["cls"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what stands in the way
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "obstacle"),
+    [
+        ({"flags": ["--epochs", "10"]}, "epochs 10, the paper's 90"),
+        ({"flags": ["--final_norm"]}, "final_norm True, the paper's False"),
+        ({"flags": ["--momentum", "0.5"]}, "momentum 0.5, the paper's 0.9"),
+        ({"flags": ["--input_size", "448"]}, "images of 448 pixels, the paper's have 224"),
+        ({"flags": ["--num_heads", "6"]}, "num_heads 6, the paper's None"),
+        ({"effective_batch": 4096}, "effective_batch 4096, the paper's 16384"),
+        ({"bn_group": 512}, "bn_group 512, the paper's 2048"),
+        ({"n_train": 1000}, "trained on 1,000 images, the data set has 1,281,167"),
+        ({"n_test": 49_999}, "tested on 49,999 images, the data set has 50,000"),
+        ({"encoder": {**ENCODER, "source": None, "family": None}}, "random weights"),
+        ({"head": "abmilp:sa=both"}, "optimizer lars, the paper's sgd"),
+        ({"head": "dino", "oracle": {"source": "m.pth"}}, "the oracle is m.pth, the paper's is dino_vit_base_patch16"),
+    ],
+)  # fmt: skip
+def test_departures_from_the_paper_are_said(made, changes, obstacle):
+    (record,) = made(probing(**changes)).values()
+    assert obstacle in record["obstacles"]
+
+
+def test_images_that_could_not_be_read_are_an_obstacle(made):
+    result = probing()
+    next(iter(result["probes"].values()))["last"]["n"] = 49_998
+    assert "measured on 49,998 of 50,000 images" in made(result)["cls"]["obstacles"]
+
+
+def test_large_encoders_have_fifty_epochs(made):
+    encoder = {**ENCODER, "model": "vit_large_patch16", "source": "mae_vit_large_patch16"}
+    result = probing(encoder=encoder, flags=["--model", "vit_large_patch16", "--epochs", "50"])
+    for probe in result["probes"].values():
+        probe["block"] = 23
+    assert made(result)["cls"]["obstacles"] == []
+
+
+def test_blocks_before_the_last_are_cells_of_their_own(made):
+    result = probing()
+    for probe in result["probes"].values():
+        probe["block"] = 5
+    assert list(made(result)) == ["cls-block5"]
+
+
+def several_rates(**changes):
+    result = probing()
+    for probe in list(result["probes"].values()):
+        name = f"cls/block11/blr0.2/seed{probe['seed']}"
+        result["probes"][name] = {**copy.deepcopy(probe), "blr": 0.2}
+        result["lr"][name] = 12.8
+    return {**result, **changes}
+
+
+def test_rates_that_only_the_test_set_could_choose_are_refused(made):
+    with pytest.raises(ValueError, match=r"cls has several settings \(lars 0.1, lars 0.2\).*--val_fraction"):
+        made(several_rates())
+
+
+def test_rates_that_held_out_images_chose_are_recorded_alone(made):
+    result = several_rates(n_val=1167, n_train=1_280_000)
+    for probe in result["probes"].values():
+        probe["chosen"] = probe["blr"] == 0.2
+    record = made(result)["cls"]
+    assert record["settings"]["lr"] == 12.8 and record["n"] == 3 and record["obstacles"] == []
+    assert record["notes"] == ["rate 0.2 chosen on held-out images"]
+
+
+def test_diverged_probes_have_no_cell(made, caplog):
+    result = probing()
+    next(iter(result["probes"].values()))["diverged_at"] = {"epoch": 3, "step": 1}
+    assert made(result) == {}
+
+
+def test_files_are_said_to_be_files(made):
+    record = made(probing(encoder={**ENCODER, "source": "mine.pth"}))["cls"]
+    assert record["notes"] == ["weights from mine.pth; nothing shows that they are those of the paper"]
+
+
+@pytest.mark.parametrize(
+    ("result", "words"),
+    [
+        (probing(flags=["--dataset", "image_folder"]), "is of --dataset image_folder, which can be any images"),
+        ({**probing(), "bn_group": None, "test_images": ...}, "written by an earlier version"),
+        ({"args": {}}, "is not what its program writes"),
+        ([], "is not what its program writes"),
+    ],
+)  # fmt: skip
+def test_runs_that_do_not_say_enough_are_refused(made, result, words):
+    if isinstance(result, dict) and result.get("test_images") is ...:
+        del result["test_images"]
+    with pytest.raises(ValueError, match=words) as error:
+        made(result)
+    assert "\n" not in str(error.value)
+
+
+def test_folder_without_results_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="is it the --output_dir of a run that has ended"):
+        program.results_of(tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# analyses
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def attention(**changes):
+    args = parse(main_analyze_attention.get_args_parser(), ["--data_path", "x", "--dataset", "imagenet1k"])
+    blocks = [{"block": block, "count": 50_000, "mean": mean} for block, mean in enumerate((5.0, 5.1))]
+    return {
+        "label": "MAE", "encoder": ENCODER, "images": 50_000, "input_size": 224, "patches": 196, "tokens": 197,
+        "registers": 0, "metrics": {"cls_patch_entropy": {"blocks": blocks}}, "args": plain(args), "amp": "bfloat16",
+        "reduction": "auto", "seed": 0, "n_test": 50_000, **ORIGIN, **changes,
+    }  # fmt: skip
+
+
+def test_entropy_is_the_mean_over_blocks(made):
+    record = made(attention(), "attention.json")["cls"]
+    assert record["value"] == pytest.approx(5.05) and record["std"] is None and record["obstacles"] == []
+    some = made(attention(images=1000), "attention.json")["cls"]
+    assert some["obstacles"] == ["measured on 1,000 of 50,000 images"]
+
+
+def test_uniform_weights_stand_for_encoders_without_cls(made):
+    record = made(attention(tokens=272, patches=256, registers=16, metrics={}), "attention.json")["pos"]
+    assert record["value"] == math.log(256)
+
+
+def aggregation(**changes):
+    args = parse(main_analyze_aggregation.get_args_parser(), ["--data_path", "x", "--dataset", "imagenet1k"])
+    of_probes = {**probing(), "folder": "runs/mae"}
+    score = {"top1": 71.0, "blr": 0.1, "optimizer": "lars", "diverged_at": None}
+    rules = [{"name": "attn-mn", "head": "attn-mn", "block": 11, "probe": None, "seed": None, "notes": [], "scores": {},
+              "entropy": {"mean": 5.14}}]  # fmt: skip
+    for seed in (0, 1):
+        rules.append({**rules[0], "name": f"abmilp/seed{seed}", "head": "abmilp", "probe": f"p{seed}", "seed": seed,
+                      "scores": {f"p{seed}": score}, "entropy": {"mean": (4.8, 4.9)[seed]}})  # fmt: skip
+    maps = {rule["name"]: {"maxboxaccv2": 50.0 + i} for i, rule in enumerate(rules)}
+    boxes = {"images": 50_000, "transform": "resize", "step": 0.001, "maps": maps}
+    return {
+        "encoder": ENCODER, "input_size": 224, "images": 50_000, "rules": rules, "localization": boxes,
+        "probes": of_probes, "args": plain(args), "n_test": 50_000, **ORIGIN, **changes,
+    }  # fmt: skip
+
+
+def by_quantity(result, tmp_path):
+    path = tmp_path / "aggregation.json"
+    path.write_text(json.dumps(result))
+    return {(record["quantity"], record["head"]): record for record in program.records(path)}
+
+
+def test_rules_are_recorded_over_their_seeds_and_localisation_calls_cls_attention_cls(tmp_path):
+    found = by_quantity(aggregation(), tmp_path)
+    assert set(found) == {
+        ("aggregation_entropy", "attn-mn"), ("aggregation_entropy", "abmilp"), ("maxboxaccv2", "cls"),
+        ("maxboxaccv2", "abmilp"),
+    }  # fmt: skip
+    assert found["aggregation_entropy", "abmilp"]["values"] == [4.8, 4.9]
+    assert found["maxboxaccv2", "abmilp"]["seeds"] == [0, 1] and found["maxboxaccv2", "cls"]["value"] == 50.0
+    assert all(record["obstacles"] == [] for record in found.values())
+
+
+def test_what_is_wrong_with_the_probes_is_wrong_with_their_rules(tmp_path):
+    found = by_quantity(aggregation(probes=probing(flags=["--epochs", "2"], n_train=100)), tmp_path)
+    learned = found["aggregation_entropy", "abmilp"]["obstacles"]
+    assert learned == ["probes trained on 100 images", "epochs 2, the paper's 90"]
+    assert found["aggregation_entropy", "attn-mn"]["obstacles"] == []
+
+
+def test_localisation_of_another_kind_is_an_obstacle(tmp_path):
+    result = aggregation()
+    result["localization"] |= {"transform": "crop", "step": 0.1}
+    (crop, step) = by_quantity(result, tmp_path)["maxboxaccv2", "cls"]["obstacles"]
+    assert "central crops" in crop and "steps of 0.1" in step
+
+
+def test_demo_runs_become_records_of_the_demo(tmp_path):
+    """The programs themselves: what they write is what the ledger reads."""
+    generate(tmp_path / "data", 20, 10, workers=1)
+    common = ["--dataset", "demo", "--data_path", tmp_path / "data", "--amp", "float32", "--num_workers", "0",
+              "--device", "cpu"]  # fmt: skip
+    encoder = ["--model", "vit_demo_patch8", "--finetune", "demo/mae.safetensors"]
+
+    def call(module, *words):
+        module.main(parse(module.get_args_parser(), list(map(str, [*common, *words]))))
+
+    call(main_linprobe, *encoder, "--cls_features", "cls", "abmilp:depth=2", "--seeds", "0", "1", "--batch_size", "10",
+         "--epochs", "1", "--warmup_epochs", "0", "--output_dir", tmp_path / "probes")  # fmt: skip
+    call(main_analyze_attention, *encoder, "--metrics", "paper", "--label", "MAE", "--output_dir", tmp_path / "flow")
+    call(main_analyze_aggregation, "--probes", tmp_path / "probes", "--rules", "attn-mn", "--boxes",
+         tmp_path / "data" / "boxes.csv", "--loc_workers", "0", "--num_examples", "0", "--output_dir",
+         tmp_path / "rules")  # fmt: skip
+    runs = [tmp_path / name for name in ("probes", "flow", "rules")]
+    program.main(Namespace(runs=runs, results=tmp_path / "results", replace=False))
+    found = read_ledger(tmp_path / "results", ["demo"])
+    assert {(cell.quantity, cell.head, record["n"]) for cell, record in found.items()} == {
+        ("top1", "cls", 2), ("top1", "abmilp-d2-relu", 2), ("aggregation_entropy_block_mean", "cls", 1),
+        ("aggregation_entropy", "attn-mn", 1), ("aggregation_entropy", "abmilp-d2-relu", 2),
+        ("maxboxaccv2", "cls", 1), ("maxboxaccv2", "abmilp-d2-relu", 2),
+    }  # fmt: skip
+    assert len({record["data"]["fingerprint"] for record in found.values()}) == 1
+    assert all(record["obstacles"] == [] and record["data"]["n_test"] == 10 for record in found.values())

@@ -1,0 +1,224 @@
+"""The scripts of tables and figures: every command they would run is understood by its program, and is the protocol."""
+
+import importlib
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import submitit_linprobe
+from util.arguments import parse
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = [*(f"table{number}" for number in (1, 2, 3, 5, 6, 7, 8)), "figure1", "figure3_6", "figure7", "figure8",
+           "figure9", "figure10_13"]  # fmt: skip
+FOLDERS = {name: f"/data/{name.lower()}" for name in ("IMAGENET", "FOOD101", "COCO", "NUS_WIDE", "CUB200",
+                                                      "STANFORD_CARS", "OXFORD_PETS")}  # fmt: skip
+MODES = {"local": [], "slurm": ["--slurm", "--partition", "gpu"], "smoke": ["--smoke"]}
+
+
+def call(script, *words, tmp_path, **settings):
+    """A script that shows its commands and runs nothing; settings are of the environment."""
+    environment = {name: value for name, value in os.environ.items() if name not in FOLDERS}
+    environment |= {"PRINT": "1", "GPUS": "4", "OUT": str(tmp_path / "out"), "RESULTS": str(tmp_path / "results")}
+    command = ["bash", f"scripts/{script}.sh", *words]
+    return subprocess.run(command, cwd=ROOT, env={**environment, **settings}, capture_output=True, text=True)
+
+
+def commands(text):
+    """(program, its words, the launcher's arguments or None, processes) of every line."""
+    for line in text.splitlines():
+        words = shlex.split(line, comments=True)
+        if not words or words[0] in ("cp", "installing"):  # env.sh says that it installs requirements
+            continue
+        assert words[0] in ("python", "torchrun"), line
+        place = next(index for index, word in enumerate(words) if word.endswith(".py"))
+        program, argv, launcher, processes = words[place], words[place + 1 :], None, 1
+        if "--nproc_per_node" in words[:place]:
+            processes = int(words[words.index("--nproc_per_node") + 1])
+        if program == "submitit_linprobe.py":
+            launcher, argv = submitit_linprobe.get_args_parser().parse_known_args(argv)
+            program, processes = f"{launcher.main}.py", launcher.ngpus
+            argv = ["--output_dir", str(launcher.job_dir), *argv]
+        assert (ROOT / program).is_file(), line
+        yield program, argv, launcher, processes
+
+
+def parsed(program, argv):
+    """The arguments, as the real parser of the program reads them and checks that they go together."""
+    module = importlib.import_module(program.removesuffix(".py").replace("/", "."))
+    if not hasattr(module, "get_args_parser"):
+        return None
+    if not program.startswith("main_"):
+        return module.get_args_parser().parse_args(argv)
+    args = parse(module.get_args_parser(), argv)
+    for check in ("settle", "check"):
+        if hasattr(module, check):
+            getattr(module, check)(args)
+    return args
+
+
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory):
+    """What reproduce_all.sh would run, in each mode: {mode: [(program, arguments, launcher, processes)]}."""
+    found = {}
+    for mode, words in MODES.items():
+        folder = tmp_path_factory.mktemp(mode)
+        done = call("reproduce_all", *words, tmp_path=folder, **({} if mode == "smoke" else FOLDERS))
+        assert done.returncode == 0, done.stderr
+        assert not any((folder / name).exists() for name in ("out", "results"))
+        found[mode] = [(program, parsed(program, argv), launcher, processes)
+                       for program, argv, launcher, processes in commands(done.stdout)]  # fmt: skip
+    return found
+
+
+def probes(everything, mode):
+    return [(args, processes) for program, args, _, processes in everything[mode] if program == "main_linprobe.py"]
+
+
+@pytest.mark.parametrize("mode", ["local", "slurm"])
+def test_probes_are_trained_at_the_papers_protocol(everything, mode):
+    for args, processes in probes(everything, mode):
+        small = args.dataset in ("imagenet1pct", "cub200", "stanford_cars", "oxford_pets")
+        attended = args.cls_features == ["abmilp:sa=both"]
+        assert processes * args.batch_size * args.accum_iter == (1024 if small else 16_384)
+        assert args.bn_group == (1024 if small else 2048)
+        assert args.optimizer == (["sgd"] if small or attended else ["lars"])
+        assert args.epochs == (50 if re.search("large|huge", args.model) else 90) and args.warmup_epochs == 10
+        assert (args.blr, args.lr, args.seeds, args.final_norm) == ([0.1], None, [0, 1, 2], False)
+        assert args.crop == "mae" and args.momentum is None and not args.allow_subset and args.input_size is None
+
+
+@pytest.mark.parametrize("mode", ["local", "slurm"])
+def test_one_bank_serves_all_tables(everything, mode):
+    banks = [args for args, _ in probes(everything, mode) if args.dataset == "imagenet1k"]
+    heads = {}
+    for args in banks:
+        if "deep" not in args.output_dir:
+            heads.setdefault(args.finetune.split("/")[-2] if "/" in args.finetune else args.finetune, args.cls_features)
+    base = heads["mae_vit_base_patch16"]
+    assert {"cls", "pos", "abmilp", "ap1", "ap12", "attn-mn", "attn-lcte", "ca1", "dino"} < set(base) and len(
+        base
+    ) == 18
+    assert heads["capi_vit_large_patch14"] == ["pos", "abmilp", "ap1", "ap12"]
+    assert heads["dino_vit_base_patch16"] == ["cls", "pos", "abmilp"] and len(heads) == 12
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_table_and_figure_is_made(everything, mode):
+    assert [args.table for program, args, *_ in everything[mode] if program.endswith("make_tables.py")] == [
+        ["1", "2", "3", "5", "6", "7", "8", "fig1"]
+    ]
+    programs = [program for program, *_ in everything[mode]]
+    assert programs.count("scripts/plot_attention.py") == 2 and programs.count("scripts/plot_bars.py") == 1
+    assert {"main_analyze_attention.py", "main_analyze_aggregation.py"} <= set(programs)
+
+
+def test_the_demo_has_a_data_set_of_its_own(everything):
+    for program, args, *_ in everything["smoke"]:
+        if program.startswith("main_"):
+            assert args.dataset in ("demo", "demo_few")
+        elif program.endswith(("make_tables.py", "plot_bars.py")):
+            assert args.dataset == "demo"
+
+
+def test_slurm_flags_are_the_launchers(everything):
+    jobs = [(launcher, args) for program, args, launcher, _ in everything["slurm"] if program.startswith("main_")]
+    assert jobs and all(launcher and launcher.partition == "gpu" and launcher.wait for launcher, _ in jobs)
+    assert not any(launcher for _, _, launcher, _ in everything["local"])
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, "reproduce_all"])
+def test_scripts_state_what_they_take_and_what_to_expect(script):
+    head = (ROOT / "scripts" / f"{script}.sh").read_text().split("source ")[0]
+    for word in ("odel", "ata", "xpected", "GPU-hours", "--smoke | --slurm FLAG..."):
+        assert word in head, word
+
+
+@pytest.mark.parametrize(
+    ("words", "settings", "message"),
+    [
+        (["--fast"], {}, "usage: bash scripts/table3.sh [--smoke | --slurm FLAG...]"),
+        (["--smoke", "--fast"], {}, "usage:"),
+        ([], {}, "name the folder of ImageNet-1k in IMAGENET"),
+        ([], {"IMAGENET": "x", "GPUS": "3"}, "3 GPUs do not share"),
+        ([], {"IMAGENET": "x", "BATCH": "100"}, "BATCH=100: 2,048 images are normalised together"),
+    ],
+)
+def test_mistakes_are_said_before_anything_runs(words, settings, message, tmp_path):
+    done = call("table3", *words, tmp_path=tmp_path, **settings)
+    assert done.returncode != 0 and message in done.stderr and done.stdout == ""
+
+
+def test_what_is_there_is_not_made_again(tmp_path):
+    folder = tmp_path / "out" / "attention" / "mae_vit_base_patch16" / "MAE"
+    folder.mkdir(parents=True)
+    (folder / "attention.json").write_text("{}")
+    text = call("table3", tmp_path=tmp_path, IMAGENET="x").stdout
+    assert "mae_vit_base_patch16 --resume" not in text and "simmim_vit_base_patch16 --resume" in text
+
+
+def test_smaller_batches_and_banks_are_the_same_protocol(tmp_path):
+    text = call("table5", tmp_path=tmp_path, IMAGENET="x", GPUS="1", BATCH="256", DEEP="apart").stdout
+    runs = [parsed(program, argv) for program, argv, *_ in commands(text) if program == "main_linprobe.py"]
+    assert {(args.batch_size, args.accum_iter, args.bn_group) for args in runs} == {(256, 64, 2048)}
+    heads = [head for args in runs for head in args.cls_features]
+    assert len(runs) == 5 and len(heads) == len(set(heads)) == 19
+
+
+def test_encoders_that_nobody_published_are_left_out_and_named(tmp_path):
+    """And one that fails does not stop the others."""
+    done = functions(tmp_path, """
+        attend() { echo "now $1"; [ "$1" != mae_vit_base_patch16 ]; }
+        each attend mae_vit_base_patch16 mae_ft_vit_base_patch16 dino_vit_base_patch16
+        finish""")  # fmt: skip
+    assert done.stdout.splitlines() == ["now mae_vit_base_patch16", "now dino_vit_base_patch16"]
+    assert "left out: mae_ft_vit_base_patch16, which nobody published" in done.stderr
+    assert "failed: attend mae_vit_base_patch16" in done.stderr and done.returncode == 1
+
+
+def test_through_slurm_encoders_go_at_a_time_and_all_are_waited_for(tmp_path):
+    done = functions(tmp_path, """
+        attend() { sleep 1; echo "now $1"; [ "$1" != ibot_vit_base_patch16 ]; }
+        each attend {mae,dino,ibot,mocov3}_vit_base_patch16
+        finish""", "--slurm")  # fmt: skip
+    assert len(done.stdout.splitlines()) == 4 and done.returncode == 1
+    assert done.stderr.splitlines() == ["failed: attend ibot_vit_base_patch16"]
+
+
+def functions(folder, body, *words):
+    """A script of these lines, with the functions of paper.sh."""
+    text = f'set -- {" ".join(words)}\nsource scripts/paper.sh "$@"\n{body}'
+    settings = {"IMAGENET": str(folder), "OWN": str(folder), "GPUS": "1", "PRINT": ""}
+    return subprocess.run(["bash", "-c", text, "scripts/some.sh"], cwd=ROOT, env={**os.environ, **settings},
+                          capture_output=True, text=True)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "answer"),
+    [
+        (["--images_per_second", "1000", "--gpus", "4"], "1.0 GPU-hours, 0.2 h on 4 GPUs"),
+        ([], "not measured on this device, so no hours are told"),
+        (["--images_per_second", "0"], None),
+    ],
+)
+def test_hours_are_told_only_of_measured_speeds(words, answer, tmp_path):
+    command = [sys.executable, "scripts/expected_hours.py", "bank", "--images", "3600000", "--benchmark",
+               str(tmp_path / "none.csv"), "--model", "vit_base_patch16", "--other", "flag", *words]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (answer in done.stdout) if answer else (done.returncode == 2 and done.stderr.count("\n") == 1)
+
+
+def test_speeds_of_such_a_device_are_taken_from_the_benchmark(tmp_path):
+    from scripts import expected_hours
+
+    path = tmp_path / "benchmark.csv"
+    path.write_text("contestant,images_per_second,model,device\nplain forward,500.0,vit_base_patch16,GPU\n"
+                    "plain forward,800.0,vit_base_patch16,GPU\nbank of 64,100,vit_base_patch16,GPU\n")  # fmt: skip
+    assert expected_hours.measured(path, "vit_base_patch16", "GPU") == 800.0
+    assert expected_hours.measured(path, "vit_base_patch16", "other") is None
+    assert expected_hours.measured(path, "vit_large_patch16", "GPU") is None

@@ -1,0 +1,170 @@
+"""The results ledger: one small file for each measured cell of a table, with where its number comes from.
+
+A cell is (dataset, model, arch, quantity, head) in the vocabulary of results/paper_numbers.json; its record is
+`<results>/<dataset>/<model>.<arch>.<quantity>.<head>.json`. A record carries a seal, the sha256 of its own content:
+one that was edited, or that lies where another cell's belongs, is refused with its name.
+"""
+
+import hashlib
+import json
+import math
+import re
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from util.catalogue import CATALOGUE
+from util.dataset_table import DATASETS
+from util.files import to_json, write_json
+
+WORD = r"[\w=+-]+"  # what the parts of a cell are made of, no dots among it: they part them
+# what a record holds, in this order, beside its cell and its seal
+FIELDS = (
+    "value", "std", "n", "values", "seeds", "unit", "notes", "obstacles", "settings", "weights", "data", "command",
+    "commit", "dirty", "versions", "hardware", "seconds", "result_sha256", "log_sha256",
+)  # fmt: skip
+UNITS = {"aggregation_entropy": "nats", "aggregation_entropy_block_mean": "nats"}  # of all others: percent
+
+
+class Cell(NamedTuple):
+    dataset: str
+    model: str
+    arch: str
+    quantity: str
+    head: str
+
+    @property
+    def file(self) -> Path:
+        """Where its record is, below the folder of all results."""
+        return Path(self.dataset) / f"{'.'.join(self[1:])}.json"
+
+    def __str__(self) -> str:
+        return str(self.file.with_suffix(""))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the vocabulary
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def cell_of(dataset: str, encoder: dict, quantity: str, head: str, block: int | None = None) -> Cell:
+    """encoder: as load_encoder records it; head: as --cls_features spells it; block: where it is not the last one."""
+    place = "" if block is None else f"-block{block}"
+    cell = Cell(dataset, model_of(encoder), encoder["model"], quantity, short_head(head) + place)
+    if odd := [word for word in cell if not re.fullmatch(WORD, word)]:
+        raise ValueError(f"{odd[0]!r} cannot be part of a record's name: letters, digits, _, -, + and = can")
+    return cell
+
+
+def model_of(encoder: dict) -> str:
+    """The family. Of published weights that share it with those that the paper uses, what tells them apart; of timm's,
+    their name."""
+    family, source, arch = encoder["family"], encoder["source"], encoder["model"]
+    if family is None:
+        return "random"
+    if source in CATALOGUE:
+        return source.replace(f"_{arch}", "", 1)
+    if family == "timm":
+        return "timm_" + re.sub(r"\W", "_", source)
+    return family.removesuffix("_full")  # a file that holds more than the encoder
+
+
+def short_head(word: str) -> str:
+    """abmilp:depth=2 -> abmilp-d2-relu, abmilp:sa=both -> abmilp-sa, ap12 -> ap12."""
+    name, _, text = word.partition(":")
+    options = dict(setting.split("=", 1) for setting in text.split(",")) if text else {}
+    parts = [name]
+    if name == "abmilp" and "depth" in options:
+        parts += [f"d{options.pop('depth')}", options.pop("act", "relu")]
+    if name == "abmilp" and options.get("sa") == "both":
+        parts.append(options.pop("sa") and "sa")
+    return "-".join([*parts, *(f"{key}={value}" for key, value in options.items())])
+
+
+def long_head(word: str) -> str:
+    """The other way: abmilp-d2-relu -> abmilp:depth=2; as main_linprobe.py writes it."""
+    deep = re.fullmatch(r"abmilp-d(\d+)-(\w+)", word)
+    if deep:
+        return f"abmilp:depth={deep[1]}" + (f",act={deep[2]}" if deep[2] != "relu" else "")
+    return {"abmilp-sa": "abmilp:sa=both"}.get(word, word)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# records
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def make_record(cell: Cell, values: Sequence[float], seeds: Sequence[int | None], **fields: Any) -> dict:
+    """The record of a cell, sealed. values: one for each seed; ValueError where they are no numbers."""
+    if not values or not all(isinstance(value, int | float) and math.isfinite(value) for value in values):
+        raise ValueError(f"{cell}: {list(values)} are no measured values")
+    record = {
+        "value": statistics.mean(values), "std": statistics.stdev(values) if len(values) > 1 else None,
+        "n": len(values), "values": list(values), "seeds": list(seeds), "unit": UNITS.get(cell.quantity, "%"), **fields,
+    }  # fmt: skip
+    if record.keys() != set(FIELDS):
+        raise TypeError(f"a record has {', '.join(FIELDS)}; odd: {', '.join(sorted(record.keys() ^ set(FIELDS)))}")
+    return sealed({**cell._asdict(), **{name: record[name] for name in FIELDS}})
+
+
+def sealed(record: dict) -> dict:
+    return {**record, "seal": seal_of(record)}
+
+
+def seal_of(record: dict) -> str:
+    content = json.loads(to_json({key: value for key, value in record.items() if key != "seal"}))
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def write_record(results: Path, record: dict, replace: bool = False) -> Path:
+    """Write it to its place, whole. ValueError where another measurement of the cell is there, unless replace."""
+    cell = cell_in(record)
+    path = Path(results) / cell.file
+    if path.exists() and not replace and read_record(results, path) != json.loads(to_json(record)):
+        raise ValueError(f"{path} holds another measurement: remove it, or write --replace")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, record)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written: {error.strerror}") from error
+    return path
+
+
+def float_of_json(word: str) -> float:
+    raise ValueError(f"{word} is no number of JSON")
+
+
+def cell_in(record: dict) -> Cell:
+    return Cell(*(str(record[name]) for name in Cell._fields))
+
+
+def read_record(results: Path, path: Path) -> dict:
+    """ValueError for what is no record, was changed after it was made, or lies where another cell's belongs."""
+    try:
+        record = json.loads(path.read_text(), parse_constant=float_of_json)
+        cell, names = cell_in(record), {*Cell._fields, *FIELDS, "seal"}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is no record of a result: {error!r}; scripts/record.py makes them") from error
+    if record.keys() != names:
+        raise ValueError(f"{path} is no record of a result: odd are {', '.join(sorted(record.keys() ^ names))}")
+    if record["seal"] != seal_of(record):
+        raise ValueError(f"{path} was changed after it was made: its seal is not its content's; make it from its run")
+    if path != Path(results) / cell.file:
+        raise ValueError(f"{path} is the record of {cell}: it belongs into {Path(results) / cell.file}")
+    return record
+
+
+def read_ledger(results: Path, datasets: Sequence[str]) -> dict[Cell, dict]:
+    """The records of these data sets; ValueError for a file among them that is none, with its name."""
+    found = {}
+    for dataset in datasets:
+        for path in sorted((Path(results) / dataset).glob("*.json")):
+            record = read_record(results, path)
+            found[cell_in(record)] = record
+    return found
+
+
+def recorded_datasets(results: Path) -> list[str]:
+    """Those that have a folder, in the order of DATASETS."""
+    return [name for name in DATASETS if (Path(results) / name).is_dir()]
