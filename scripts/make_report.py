@@ -8,18 +8,22 @@ says what the records say and measures nothing; the same records give the same b
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from util.arguments import Parser, run_main
 from util.files import write_atomically
-from util.html import Html, element, grid, identifier, page, table, warning
+from util.html import Html, element, gallery, identifier, page, table, warning
 from util.report_facts import (
+    DIRTY,
+    RANDOM,
     Reported,
     data_words,
     duration,
     images_of,
+    link,
     moment,
     notes,
     photos,
@@ -30,83 +34,113 @@ from util.report_facts import (
 from util.report_runs import Found, Run, find_runs
 from util.report_sections import SECTIONS
 
-MALFORMED = (KeyError, TypeError, ValueError, AttributeError, IndexError)  # what a wrong record makes `read` raise
+MALFORMED = (KeyError, TypeError, ValueError, AttributeError, IndexError)  # what a wrong record raises
 
 
-def take_over(found: Found) -> tuple[dict[str, list[Reported]], list[str]]:
-    """{program: its runs, as SECTIONS read them}, and what cannot be read, a line each."""
-    reported, trouble = {}, list(found.trouble)
-    for place, run in enumerate(found.runs, 1):
+def overview_row(one: Reported) -> list[object]:
+    run, section = one.run, SECTIONS[one.run.program]
+    return [
+        link(one), section.title, state(run)[1], element("div", [[note, " "] for note in notes(run)], class_="words"),
+        element("div", section.result(one.data), class_="words"),
+        element("div", data_words(run, images_of(run)), class_="words"),
+        element("div", weights_words(run), class_="words"), duration(wall_time(run)), moment(run.written),
+    ]  # fmt: skip
+
+
+OVERVIEW = ("run", "program", "state", "note", "result", "measured on", "weights", "wall time", "written")
+
+
+def take_over(runs: Sequence[Run]) -> tuple[list[Reported], list[str]]:
+    """The runs as SECTIONS read them, and those whose records are damaged, a line each."""
+    reported, trouble = [], []
+    for place, run in enumerate(runs, 1):
         try:
             one = Reported(run, SECTIONS[run.program].read(run), f"run-{place}")
-            SECTIONS[run.program].result(one.data)
+            overview_row(one)
+            reported.append(one)
         except MALFORMED as error:
-            trouble.append(f"{run.folder}/{run.prefix}: its records are not as {run.program}.py writes them "
-                           f"({type(error).__name__}: {error})")  # fmt: skip
-            continue
-        reported.setdefault(run.program, []).append(one)
-    return {program: reported[program] for program in SECTIONS if program in reported}, trouble
+            trouble.append(damaged(run, error))
+    return reported, trouble
 
 
-def overview(reported: dict[str, list[Reported]]) -> Html:
-    """A line for each run."""
-    rows = []
-    for program, runs in reported.items():
-        for one in runs:
-            run, (_, words) = one.run, state(one.run)
-            rows.append([
-                element("a", run.name, href=f"#{one.anchor}"), SECTIONS[program].title, words,
-                element("div", SECTIONS[program].result(one.data), class_="words"),
-                element("div", data_words(run, images_of(run)), class_="words"),
-                element("div", weights_words(run), class_="words"), [[note, " "] for note in notes(run)],
-                duration(wall_time(run)), moment(run.written),
-            ])  # fmt: skip
-    columns = ["run", "program", "state", "result", "measured on", "weights", "note", "wall time", "written"]
-    return table(columns, rows)
+def damaged(run: Run, error: Exception) -> str:
+    return (f"{run.folder}/{run.prefix}: its records are not as {run.program}.py writes them "
+            f"({type(error).__name__}: {' '.join(str(error).split())})")  # fmt: skip
 
 
-def report(found: Found, heading: str) -> Html:
-    """The whole page."""
-    reported, trouble = take_over(found)
-    runs: list[Run] = [one.run for section in reported.values() for one in section]
-    loud = {str(note) for run in runs for note in notes(run) if "loud" in note}
-    counted = f"{len(runs)} run{'s' * (len(runs) != 1)}"
-    newest = f"; the newest record is of {moment(max(run.written for run in runs))}" if runs else ""
-    told = f"{counted}{newest}. Every number is one that these runs have recorded; nothing was measured for this page."
-    titles = {SECTIONS[program].title: program for program in reported}
-    contents = [element("li", element("a", title, href=f"#{identifier(title)}"))
-                for title in [*titles, *(["Figures"] if found.figures else [])]]  # fmt: skip
-    parts = [element("h1", heading), element("p", told), element("nav", element("ul", contents), aria_label="sections")]
-    if any("random weights" in note for note in loud):
-        parts.append(warning("Some of these encoders have RANDOM WEIGHTS: their numbers say what an untrained network "
-                             "does, and nothing about a method."))  # fmt: skip
-    if any("uncommitted" in note for note in loud):
-        parts.append(warning("Some of these runs used CODE THAT NO COMMIT HAS: they cannot be repeated from their "
-                             "commit alone."))  # fmt: skip
-    parts += [warning(line) for line in trouble]
-    if runs:
-        parts.append(overview(reported))
-    for title, program in titles.items():
-        content = SECTIONS[program].show(reported[program])
-        parts.append(element("section", element("h2", title, id=identifier(title)), content))
+def show(program: str, reported: Sequence[Reported]) -> tuple[Html, list[Reported], list[str]]:
+    """What a section says of its runs; the runs of which it does; and the others, a line each."""
+    try:
+        return SECTIONS[program].show(reported), list(reported), []
+    except MALFORMED:
+        kept, trouble = [], []
+        for one in reported:  # each for itself: those that can be shown are
+            try:
+                SECTIONS[program].show([one])
+                kept.append(one)
+            except MALFORMED as error:
+                trouble.append(damaged(one.run, error))
+        if len(kept) == len(reported):
+            raise
+        return SECTIONS[program].show(kept) if kept else Html(), kept, trouble
+
+
+def report(found: Found, heading: str) -> tuple[Html, list[str]]:
+    """The whole page, and what is left out of it, a line each."""
+    everything, lines = take_over(found.runs)
+    trouble, reported, sections = [*found.trouble, *lines], [], {}
+    for program, section in SECTIONS.items():
+        if of_program := [one for one in everything if one.run.program == program]:
+            content, kept, lines = show(program, of_program)
+            reported += kept
+            trouble += lines
+            if kept:
+                sections[section.title] = content
     if found.figures:
-        parts.append(element("h2", "Figures", id="figures"))
-        for name, paths in found.figures.items():
-            parts.append(element("section", element("h3", name), grid(photos(paths)), class_="card"))
-    return page(heading, *parts)
+        sections["Figures"] = Html("".join(
+            element("section", element("h3", name), gallery(photos(paths)), class_="card")
+            for name, paths in found.figures.items()
+        ))  # fmt: skip
+    runs = [one.run for one in reported]
+    told = f"{len(runs)} run{'s' * (len(runs) != 1)}"
+    told += f"; the newest record is of {moment(max(run.written for run in runs))}" if runs else ""
+    contents = [element("li", element("a", title, href=f"#{identifier(title)}")) for title in sections]
+    badges = "".join(note for run in runs for note in notes(run))
+    page_of = page(
+        heading,
+        element("h1", heading),
+        element("p", f"{told}. Every number is one that these runs have recorded; nothing was measured for this page."),
+        [warning(words) for sign, words in WARNINGS.items() if sign in badges],
+        [warning("Left out: ", line) for line in trouble],
+        table(OVERVIEW, map(overview_row, reported)) if reported else None,
+        element("nav", element("ul", contents), aria_label="sections"),
+        [
+            element("section", element("h2", title, id=identifier(title)), content)
+            for title, content in sections.items()
+        ],
+    )
+    return page_of, trouble
+
+
+WARNINGS = {  # by the badges of runs
+    RANDOM: "Some of these encoders have RANDOM WEIGHTS: their numbers are those of an untrained network, and say "
+    "nothing about a method.",
+    DIRTY: "Some of these runs used CODE THAT NO COMMIT HAS: their commit alone does not repeat them.",
+}
 
 
 def main(args: argparse.Namespace) -> None:
     found = find_runs(args.runs)
     if not (found.runs or found.figures):
         raise ValueError(f"nothing to report: {'; '.join(found.trouble)}")
-    data = report(found, args.title).encode()
+    text, trouble = report(found, args.title)
+    data = text.encode()
     try:
         write_atomically(args.output, data)
     except OSError as error:
         raise ValueError(f"--output {args.output} cannot be written: {error.strerror}") from error
-    print(f"{args.output}: {len(found.runs)} runs, {len(data) / 1e6:.1f} MB")
-    for line in take_over(found)[1]:
+    print(f"{args.output}: {len(data) / 1e6:.1f} MB")
+    for line in trouble:
         print(f"left out: {line}")
 
 

@@ -22,7 +22,7 @@ class Html(str):
 
 
 class Cell(NamedTuple):
-    """A cell of a table: what it shows, and what it is sorted by, where that is a number (NaN: after all numbers)."""
+    """A cell of a table: what it shows, and its number, where it is one; what is not finite comes after all others."""
 
     shown: Any
     value: float | None = None
@@ -77,6 +77,9 @@ def warning(*content: object) -> Html:
     return element("p", content, class_="loud")
 
 
+NONE = Cell(DASH, -math.inf)  # where a number could be
+
+
 def number(value: float | None, digits: int = 1, spread: float | None = None, unit: str = "") -> Cell:
     """A number in a cell, and its standard deviation where there is one. None, NaN and infinities: not finite."""
     if value is None or not math.isfinite(value):
@@ -86,16 +89,27 @@ def number(value: float | None, digits: int = 1, spread: float | None = None, un
 
 
 def table(columns: Sequence[object], rows: Iterable[Sequence[object]], caption: object = None) -> Html:
-    """A table that sorts. Rows hold texts, markup or Cells, one per column; ValueError for others."""
-    head = element("tr", [element("th", column, scope="col", aria_sort="none") for column in columns])
-    lines = []
-    for row in rows:
-        if len(row) != len(columns):
-            raise ValueError(f"a row of {len(row)} cells in a table of {len(columns)} columns")
-        lines.append(element("tr", [as_cell(one) for one in row]))
-    top = element("caption", caption) if caption is not None else None
-    content = element("table", top, element("thead", head), element("tbody", lines), class_="sortable")
-    return element("div", content, class_="wide", tabindex="0", role="region", aria_label="table")
+    """A table that sorts, in a box that scrolls. Rows hold texts, markup or Cells, one per column; ValueError for
+    others."""
+    rows = [tuple(row) for row in rows]
+    if wrong := [row for row in rows if len(row) != len(columns)]:
+        raise ValueError(f"a row of {len(wrong[0])} cells in a table of {len(columns)} columns")
+    numeric = [all(isinstance(cell, Cell) for cell in cells) for cells in zip(*rows, strict=True)]
+    head = [
+        element("th", column, scope="col", aria_sort="none", class_="number" if right else None)
+        for column, right in zip(columns, numeric or [False] * len(columns), strict=True)
+    ]
+    body = element("tbody", [element("tr", [as_cell(cell) for cell in row]) for row in rows])
+    content = element("table", element("thead", element("tr", head)), body, class_="sortable")
+    label = "table" if caption is None else re.sub("<[^>]*>", "", markup(caption))
+    box = element("div", content, class_="wide", tabindex="0", role="region", aria_label=html.unescape(label))
+    return box if caption is None else Html(element("p", caption, class_="caption") + box)
+
+
+def filled(columns: Sequence[object], rows: Sequence[Sequence[object]]) -> tuple[list[object], list[list[object]]]:
+    """The columns that say something in any of the rows."""
+    kept = [place for place in range(len(columns)) if any(row[place] not in (NONE, DASH) for row in rows)]
+    return [columns[place] for place in kept], [[row[place] for place in kept] for row in rows]
 
 
 def as_cell(content: object) -> Html:
@@ -130,8 +144,13 @@ def picture(
 
 
 def grid(figures: Iterable[Html]) -> Html:
-    """Figures beside each other as far as there is room."""
+    """Figures beside each other of one width, beside each other as far as there is room."""
     return element("div", figures, class_="grid")
+
+
+def gallery(figures: Iterable[Html]) -> Html:
+    """Figures in their own sizes, as many in a line as it takes."""
+    return element("div", figures, class_="gallery")
 
 
 def page(title: str, *content: object) -> Html:
@@ -177,22 +196,26 @@ h4 { font-size: 0.95rem; margin: 1.25rem 0 0.25rem; }
 p { margin: 0.5rem 0; max-width: 65rem; }
 a { color: var(--link); }
 nav ul { list-style: none; margin: 1rem 0; padding: 0; display: flex; flex-wrap: wrap; gap: 0.25rem 1.25rem; }
-.soft, figcaption, caption { color: var(--soft); font-size: 0.875rem; }
+.soft, figcaption, .caption { color: var(--soft); font-size: 0.875rem; }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 1rem; margin: 1rem 0; }
 .badge { display: inline-block; padding: 0 0.5em; border-radius: 1em; font-size: 0.8125rem; white-space: nowrap;
-  background: var(--stripe); border: 1px solid var(--line); }
+  font-weight: 400; background: var(--stripe); border: 1px solid var(--line); }
 .badge.good { color: var(--good); background: var(--good-ground); border-color: transparent; }
 .badge.loud { color: var(--loud); background: var(--loud-ground); border-color: transparent; font-weight: 600; }
 p.loud { color: var(--loud); background: var(--loud-ground); border-left: 4px solid var(--loud);
   padding: 0.5rem 0.75rem; border-radius: 4px; }
 .wide { overflow-x: auto; max-width: 100%; }
+.words { white-space: normal; overflow-wrap: anywhere; min-width: 13rem; max-width: 22rem; }
+.gallery { display: flex; flex-wrap: wrap; gap: 0.5rem 1.5rem; align-items: flex-end; }
+.gallery figure { max-width: 100%; }
 .wide:focus-visible { outline: 2px solid var(--link); }
 table { border-collapse: collapse; font-size: 0.875rem; overflow-wrap: normal; margin: 0.5rem 0; }
-caption { text-align: left; padding-bottom: 0.25rem; }
+.caption { margin: 1rem 0 0; }
 th, td { text-align: left; padding: 0.3rem 0.7rem; border-bottom: 1px solid var(--line); vertical-align: top; }
 table.sortable td { white-space: nowrap; }
 thead th { vertical-align: bottom; border-bottom: 2px solid var(--line); font-weight: 600; white-space: nowrap; }
 tbody tr:hover { background: var(--stripe); }
+th.number { text-align: right; }
 td.number { text-align: right; font-variant-numeric: tabular-nums; }
 table.pairs { width: 100%; }
 table.pairs th { font-weight: 500; color: var(--soft); white-space: nowrap; width: 1%; }

@@ -9,7 +9,7 @@ import numpy as np
 
 from attention_stats import METRICS, metric_names
 from util.figures import FIGURES
-from util.html import DASH, Html, element, folded, grid, number, table
+from util.html import DASH, NONE, Html, element, filled, folded, grid, number, table
 from util.plotting import entries, model_name, title
 from util.report_facts import Reported, card, data_words, link, real, small, together, whole
 from util.report_figures import draw_matrix, drawing
@@ -62,8 +62,8 @@ def attention_of(members: Sequence[tuple[Reported, dict]]) -> Html:
     def figures(kind: str, chosen: Sequence[str]) -> Html:
         draw = FIGURES[kind].draw
         return grid(
-            drawing(functools.partial(draw, [r for r in results if kind == "attention" or name in r["metrics"]], [name]),
-                    f"{title(name)}, {kind}") for name in chosen
+            drawing(functools.partial(draw, [one for one in results if kind == "attention" or name in one["metrics"]],
+                                      [name]), f"{title(name)}, {kind}") for name in chosen
         )  # fmt: skip
 
     parts = [figures("attention", first)]
@@ -96,8 +96,8 @@ def attention_table(labels: Sequence[str], results: Sequence[dict]) -> Html:
             about = [label, Html(element("span", name, title=metric.get("definition"))), metric.get("unit")]
             middle = len(means) // 2
             rows.append([label, model_name(result), *about[1:], *(small(means[at]) for at in (0, middle, -1)),
-                         small(together(means)[0]), DASH if uniform is None else small(real(uniform))])  # fmt: skip
-            by_block.append([*about, *map(small, means), *[DASH] * (depth - len(means))])
+                         small(together(means)[0]), NONE if uniform is None else small(real(uniform))])  # fmt: skip
+            by_block.append([*about, *map(small, means), *[NONE] * (depth - len(means))])
     head = ["encoder", "ViT", "measurement", "unit"]
     summary = table([*head, "first block", "middle block", "last block", "mean of blocks", "uniform attention"], rows)
     full = table([head[0], *head[2:], *(f"block {block}" for block in range(1, depth + 1))], by_block)
@@ -160,7 +160,7 @@ def show_aggregation(reported: Sequence[Reported]) -> Html:
     rows = []
     for one in reported:
         for name, quantities in one.data.get("over_seeds", {}).items():
-            cells = [number(quantities[q]["mean"], 2, quantities[q]["std"]) if q in quantities else DASH
+            cells = [number(quantities[q]["mean"], 2, quantities[q]["std"]) if q in quantities else NONE
                      for q in SEED_COLUMNS]  # fmt: skip
             probes = max((found["n"] for found in quantities.values()), default=None)
             rows.append([link(one), name, *cells, whole(probes)])
@@ -196,7 +196,7 @@ def rules_table(result: dict[str, Any]) -> Html:
     rows = []
     for rule in result["rules"]:
         entropy = rule.get("entropy")
-        cells = [DASH, DASH] if entropy is None else [number(real(entropy[key]), 3) for key in ("mean", "std")]
+        cells = [NONE, NONE] if entropy is None else [number(real(entropy[key]), 3) for key in ("mean", "std")]
         found = {name: real(scores.get("top1")) for name, scores in (rule.get("scores") or {}).items()}
         top = ", ".join(f"{value:.2f}" for value in found.values() if math.isfinite(value)) or DASH
         rows.append([rule["name"], rule["head"], whole(rule.get("block")), whole(rule.get("seed")), *cells, top,
@@ -204,7 +204,7 @@ def rules_table(result: dict[str, Any]) -> Html:
     columns = ["rule", "head", "block (from 0)", "seed", "entropy (nats)", "its std over images",
                "top-1 of its probes (%)", "notes"]  # fmt: skip
     told = f"Entropy of each rule's weights; uniform weights have {real(result['uniform_entropy']):.3f} nats"
-    return table(columns, rows, told)
+    return table(*filled(columns, rows), told)
 
 
 def boxes_table(found: dict[str, Any]) -> Html:
@@ -216,7 +216,7 @@ def boxes_table(found: dict[str, Any]) -> Html:
         rows.append([name, number(real(one["maxboxaccv2"]), 2), *cells, number(real(one["maxboxacc"]), 2)])
     whole_image = found["whole_image"]
     rows.append(["(the whole image as the box)", number(real(whole_image["maxboxaccv2"]), 2),
-                 *(number(real(value), 2) for value in whole_image["boxaccv2"]), DASH])  # fmt: skip
+                 *(number(real(value), 2) for value in whole_image["boxaccv2"]), NONE])  # fmt: skip
     told = f"Localisation on {found['images']:,} images, boxes of {found['boxes']}"
     if found.get("best_head"):
         told += f"; the best head on these very images: {found['best_head']}"
@@ -224,7 +224,7 @@ def boxes_table(found: dict[str, Any]) -> Html:
 
 
 def aggregation_result(result: dict[str, Any]) -> str:
-    words = [f"{name} {quantities['aggregation_entropy']['mean']:.2f}"
-             for name, quantities in result.get("over_seeds", {}).items() if "aggregation_entropy" in quantities]  # fmt: skip
+    found = {name: quantities.get("aggregation_entropy") for name, quantities in result.get("over_seeds", {}).items()}
+    words = [f"{name} {one['mean']:.2f}" for name, one in found.items() if one is not None]
     more = f" and {len(words) - 6} more" if len(words) > 6 else ""
     return f"entropy of weights (nats): {', '.join(words[:6])}{more}" if words else "no result yet"

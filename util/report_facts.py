@@ -1,4 +1,4 @@
-"""What a report says of any run: how far it came, on what it was measured, what was asked, where its numbers come from."""
+"""What a report says of any run: how far it came, on what it was measured, what was asked, where it comes from."""
 
 import argparse
 import functools
@@ -15,11 +15,12 @@ from safetensors import SafetensorError
 from util.arguments import plain
 from util.checkpoints import safetensors_metadata
 from util.files import sha256
-from util.html import DASH, Cell, Html, badge, element, folded, number, pairs, warning
+from util.html import NONE, Cell, Html, badge, element, folded, gallery, number, pairs, warning
 from util.probe_results import spoken
 from util.report_figures import photo
 from util.report_runs import TRAINING, Run
 
+RANDOM, DIRTY = "random weights", "uncommitted code"  # badges
 PICTURES = 24  # of a folder
 REDRAWN = ("attention.png", "park.png", "heads.png", "spectra.png", "kl.png")  # from their records, by the report
 
@@ -117,12 +118,12 @@ def notes(run: Run) -> list[Html]:
     """Badges: what a reader has to know before any number."""
     found = []
     if run.program != "main_pretrain" and any(not one.get("source") for one in encoders(run)):
-        found.append(badge("random weights", "loud"))
+        found.append(badge(RANDOM, "loud"))
     dirty = run.asked.get("dirty")
     if dirty is None:
         found.append(badge("commit unknown", "loud"))
     elif dirty:
-        found.append(badge("uncommitted code", "loud"))
+        found.append(badge(DIRTY, "loud"))
     path = run.args.get("data_path")
     if any(str(one.get("model")).startswith("vit_demo") for one in [*encoders(run), run.args]) or (
         path and (Path(str(path)) / "demo.json").exists()
@@ -194,7 +195,7 @@ def provenance(run: Run) -> Html:
     facts["hardware"] = (f"{asked.get('device', 'not recorded')}; processes: {asked.get('processes', 'not recorded')}, "
                          f"threads: {asked.get('threads', 'not recorded')}")  # fmt: skip
     for one in encoders(run):
-        source = one.get("source") or badge("random weights", "loud")
+        source = one.get("source") or badge(RANDOM, "loud")
         words = f", family {one.get('family')}, sha256 " if one.get("source") else ""
         key = "weights" if "weights" not in facts else f"weights ({len(facts)})"
         facts[key] = [f"{one.get('model')}, ", source, words, element("code", one.get("sha256") or "none")]
@@ -252,9 +253,9 @@ def scores_of(record: dict[str, Any]) -> dict[str, float]:
     return {name: real(value) for name, value in record.items() if name != "epoch"}
 
 
-def whole(value: int | None) -> Cell | str:
+def whole(value: int | None) -> Cell:
     """A count, as recorded."""
-    return DASH if value is None else Cell(f"{value:,}" if isinstance(value, int) else value, real(value))
+    return NONE if value is None else Cell(f"{value:,}" if isinstance(value, int) else value, real(value))
 
 
 def small(value: float) -> Cell:
@@ -302,5 +303,5 @@ def card(one: Reported, *content: object) -> Html:
                     class_="soft")  # fmt: skip
     figures = photos([path for path in run.figures() if path.name not in REDRAWN], run.folder)
     details = folded("Configuration and provenance", configuration(run), provenance(run))
-    return element("section", title, facts, [warning(line) for line in run.trouble], content, figures, details,
+    return element("section", title, facts, [warning(line) for line in run.trouble], content, gallery(figures), details,
                    class_="card", id=one.anchor)  # fmt: skip

@@ -1,4 +1,4 @@
-"""Figures of a report, as SVG without a ground of their own: curves over epochs, matrices, and those of util.figures."""
+"""Figures of a report, as SVG without a ground of their own: curves, matrices, and those of util.figures."""
 
 import io
 import math
@@ -67,7 +67,11 @@ def draw_curves(lines: Sequence[Line], ylabel: str, target: Path, log_scale: boo
     if log_scale:
         axis.set_yscale("log")
     axis.set(xlabel="epoch (from 1)", ylabel=ylabel)
-    axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    ticks = sorted({x for line in lines for x in line.x})
+    if len(ticks) > 1:
+        axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    else:
+        axis.set_xticks(ticks)
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(axis="y", linewidth=0.3, alpha=0.6)
     if len(groups) > 1:

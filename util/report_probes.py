@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from util.html import DASH, Cell, Html, element, folded, grid, table
+from util.html import DASH, NONE, Cell, Html, element, filled, folded, grid, table
 from util.probe_results import spoken
 from util.report_facts import Reported, card, column_of, link, real, scores_of, shown, together, whole
 from util.report_figures import Line, draw_curves, drawing
@@ -31,15 +31,11 @@ class Probe(NamedTuple):
     def setting(self) -> tuple:
         return self.head, self.block, self.optimizer, self.rate
 
-    @property
-    def words(self) -> str:
-        return self.name.rpartition("/seed")[0] or self.name
-
 
 class Bank(NamedTuple):
     headline: str
-    watched: str  # "test" or "val": on what the epochs were evaluated
     probes: list[Probe]
+    curves: dict[str, list[Line]]
     knn: dict[str, dict[str, dict[str, float]]]
 
 
@@ -47,7 +43,8 @@ def read_bank(run: Run) -> Bank:
     """Probes of results.json; of a run that has none yet, those of its newest evaluation."""
     watched = "val" if any("val" in record for record in run.epochs) else "test"
     if not run.results:
-        return Bank(headline_of(run), watched, unfinished_probes(run, watched), {})
+        headline, probes = headline_of(run), unfinished_probes(run, watched)
+        return Bank(headline, probes, curves_of(run, probes, watched, headline), {})
     result = run.results[0]
     probes = []
     for name, probe in result["probes"].items():
@@ -55,7 +52,7 @@ def read_bank(run: Run) -> Bank:
         if "best" in probe:
             scores["best"] = scores_of(probe["best"])
         if "val" in probe:
-            watched, scores["held-out"] = "val", scores_of(probe["val"]["last"])
+            scores["held-out"] = scores_of(probe["val"]["last"])
         best = (probe.get("best") or {}).get("epoch")
         at = probe.get("diverged_at")
         probes.append(Probe(
@@ -64,7 +61,8 @@ def read_bank(run: Run) -> Bank:
             None if best is None else best + 1,
         ))  # fmt: skip
     knn = {vector: {k: scores_of(found) for k, found in of_k.items()} for vector, of_k in result.get("knn", {}).items()}
-    return Bank(result.get("headline", "top1"), watched, probes, knn)
+    headline = result.get("headline", "top1")
+    return Bank(headline, probes, curves_of(run, probes, watched, headline), knn)
 
 
 def headline_of(run: Run) -> str:
@@ -91,10 +89,20 @@ def unfinished_probes(run: Run, watched: str) -> list[Probe]:
         scores = {"held-out" if watched == "val" else "test": scores_of(newest[name])} if name in newest else {}
         probes.append(Probe(
             name, head, None if block is None else int(block), optimizer or "lars",
-            Cell(f"{kind} {float(rate):g}", float(rate)) if rate else Cell(DASH), None if seed is None else int(seed),
+            Cell(f"{kind} {float(rate):g}", float(rate)) if rate else NONE, None if seed is None else int(seed),
             None, f"epoch {lost}" if lost else "no", None, scores, None,
         ))  # fmt: skip
     return probes
+
+
+def told_apart(probes: Sequence[Probe]) -> dict[str, str]:
+    """{probe: its setting in words}: the head, and of block, optimizer and rate what is not alike for all."""
+    parts = [(probe.head, f"block {probe.block}", probe.optimizer, str(probe.rate.shown)) for probe in probes]
+    several = [place == 0 or len(set(column)) > 1 for place, column in enumerate(zip(*parts, strict=True))]
+    return {
+        probe.name: ", ".join(word for word, told in zip(words, several, strict=True) if told)
+        for probe, words in zip(probes, parts, strict=True)
+    }
 
 
 def by_setting(probes: Iterable[Probe]) -> list[list[Probe]]:
@@ -123,14 +131,13 @@ def settings_rows(bank: Bank, columns: Sequence[tuple[str, str]]) -> list[list[o
         for of, score in columns:
             values = [probe.scores[of][score] for probe in group if score in probe.scores.get(of, {})]
             lost = sum(not math.isfinite(value) for value in values)
-            cell = shown(score, *together(values)) if values else DASH
+            cell = shown(score, *together(values)) if values else NONE
             if lost and len(values) > 1:
                 cell = Cell(f"not finite in {lost} of {len(values)}", math.nan)
             cells.append(cell)
         diverged = sum(probe.diverged != "no" for probe in group)
-        chosen = {True: "chosen", False: DASH, None: DASH}[first.chosen]
         rows.append([
-            first.head, whole(first.block), first.optimizer, first.rate, whole(len(group)), *cells, chosen,
+            first.head, whole(first.block), first.optimizer, first.rate, whole(len(group)), *cells, choice_of(first),
             whole(first.parameters), f"{diverged} of {len(group)}" if diverged else "none",
         ])  # fmt: skip
     return rows
@@ -148,7 +155,7 @@ def show_banks(reported: Sequence[Reported]) -> Html:
         told.append("best: of the epoch that is best on the test set itself, hence flattering.")
     if any("held-out" in probe.scores for probe in everything):
         told.append("held-out: of training images that no probe was trained on; they choose rate and optimizer.")
-    summary = table(names, rows, "Averaged over seeds") if rows else element("p", "No probe is known yet.")
+    summary = table(*filled(names, rows), "Averaged over seeds") if rows else element("p", "No probe is known yet.")
     return Html(element("p", " ".join(told), class_="soft") + summary + "".join(map(bank_card, reported)))
 
 
@@ -157,36 +164,41 @@ def bank_card(one: Reported) -> Html:
     columns = score_columns(bank.probes, bank.headline)
     rows = []
     for probe in bank.probes:
-        cells = [shown(s, probe.scores[of][s]) if s in probe.scores.get(of, {}) else DASH for of, s in columns]
-        chosen = {True: "chosen", False: DASH, None: DASH}[probe.chosen]
+        cells = [shown(s, probe.scores[of][s]) if s in probe.scores.get(of, {}) else NONE for of, s in columns]
         rows.append([probe.name, probe.head, whole(probe.block), probe.rate, probe.optimizer, whole(probe.seed), *cells,
-                     whole(probe.best_epoch), chosen, whole(probe.parameters), probe.diverged])  # fmt: skip
+                     whole(probe.best_epoch), choice_of(probe), whole(probe.parameters), probe.diverged])  # fmt: skip
     names = ["probe", "head", "block (from 0)", "rate", "optimizer", "seed", *(heading(*key) for key in columns),
              "best epoch (from 1)", "choice", "parameters", "diverged"]  # fmt: skip
-    probes = folded(f"Every probe ({len(rows)})", table(names, rows)) if rows else None
-    return card(one, grid(bank_curves(one.run, bank)), knn_table(bank), probes)
+    probes = folded(f"Every probe ({len(rows)})", table(*filled(names, rows))) if rows else None
+    figures = [
+        drawing(functools.partial(draw_curves, lines, ylabel), f"{ylabel} of {one.run.name}")
+        for ylabel, lines in bank.curves.items()
+    ]
+    return card(one, grid(figures), knn_table(bank), probes)
 
 
-def bank_curves(run: Run, bank: Bank) -> list[Html]:
-    """Training loss and the score that counts, by epoch."""
-    name, lines = f"{spoken(bank.headline)} ({'held-out' if bank.watched == 'val' else 'test'} images, %)", []
-    figures = []
+def choice_of(probe: Probe) -> str:
+    return "chosen" if probe.chosen else DASH
+
+
+def curves_of(run: Run, probes: Sequence[Probe], watched: str, headline: str) -> dict[str, list[Line]]:
+    """{what it is: curves}: training loss and the score that counts, by epoch from 1, as far as they are logged."""
+    groups, curves = told_apart(probes), {}
     losses = [record for record in run.epochs if isinstance(record.get("train_loss"), list)]
     if losses:
-        lines = [
-            Line(probe.words, [r["epoch"] + 1 for r in losses], [real(r["train_loss"][place]) for r in losses])
-            for place, probe in enumerate(bank.probes)
+        x = [record["epoch"] + 1 for record in losses]
+        curves["training loss"] = [
+            Line(groups[probe.name], x, [real(record["train_loss"][place]) for record in losses])
+            for place, probe in enumerate(probes)
         ]
-        figures.append(drawing(functools.partial(draw_curves, lines, "training loss"), f"Training loss of {run.name}"))
-    tested = [record for record in run.epochs if isinstance(record.get(bank.watched), dict)]
+    tested = [record for record in run.epochs if isinstance(record.get(watched), dict)]
     if tested:
         x = [record["epoch"] + 1 for record in tested]
-        lines = [
-            Line(probe.words, x, [real(r[bank.watched].get(probe.name, {}).get(bank.headline)) for r in tested])
-            for probe in bank.probes
+        curves[f"{spoken(headline)} ({'held-out' if watched == 'val' else 'test'} images, %)"] = [
+            Line(groups[probe.name], x, [real(r[watched].get(probe.name, {}).get(headline)) for r in tested])
+            for probe in probes
         ]
-        figures.append(drawing(functools.partial(draw_curves, lines, name), f"{name} of {run.name}"))
-    return figures
+    return curves
 
 
 def knn_table(bank: Bank) -> Html | None:
@@ -201,12 +213,13 @@ def knn_table(bank: Bank) -> Html | None:
 
 
 def bank_result(bank: Bank) -> str:
-    """The score that counts, head by head; of several rates the held-out choice, or none."""
+    """The score that counts, setting by setting: of those that held-out images have chosen, where they have."""
     words = []
     of = "test" if any("test" in probe.scores for probe in bank.probes) else "held-out"
-    groups = by_setting(probe for probe in bank.probes if probe.chosen is not False and of in probe.scores)
+    probes = [probe for probe in bank.probes if probe.chosen is not False and of in probe.scores]
+    names, groups = told_apart(probes), by_setting(probes)
     for group in groups[:6]:
         mean, _ = together([probe.scores[of].get(bank.headline, math.nan) for probe in group])
-        words.append(f"{group[0].words} {mean:.1f}" if math.isfinite(mean) else f"{group[0].words} not finite")
+        words.append(f"{names[group[0].name]} {mean:.1f}" if math.isfinite(mean) else f"{names[group[0].name]} NaN")
     more = f" and {len(groups) - 6} more" if len(groups) > 6 else ""
     return f"{of} {spoken(bank.headline)}: {', '.join(words)}{more}" if words else "no score yet"

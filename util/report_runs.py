@@ -181,7 +181,7 @@ def read_prefix(folder: Path, prefix: str, names: list[str], folders: list[str])
     runs = []
     for program, (asked, results) in kept.items():
         of_training = program in TRAINING
-        told = tuple([*trouble, *(problems if of_training else [])])
+        told = (*trouble, *(problems if of_training else []))
         runs.append(Run("", folder, prefix, program, asked, results, epochs if of_training else [], written, told))
     return runs, [] if runs else trouble
 

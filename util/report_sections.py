@@ -1,11 +1,11 @@
-"""SECTIONS of a report: per program, what its records hold and how a page shows it. Another program is another entry."""
+"""SECTIONS of a report: per program, how its records are read and shown. Another program is another entry."""
 
 import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from util.html import DASH, Cell, Html, element, grid, number, table
+from util.html import NONE, Cell, Html, element, grid, number, table
 from util.report_attention import (
     aggregation_result,
     attention_result,
@@ -48,7 +48,7 @@ def show_trainings(reported: Sequence[Reported]) -> Html:
         best = max((v for _, v in one.data.get("test top1", []) if math.isfinite(v)), default=None)
         epochs = max((values[-1][0] for values in one.data.values()), default=0)
         rows.append([link(one), state(one.run)[1], whole(epochs), *(logged(name, last.get(name)) for name in names),
-                     DASH if best is None else number(best, 2)])  # fmt: skip
+                     NONE if best is None else number(best, 2)])  # fmt: skip
     columns = ["run", "state", "epochs", *map(logged_column, names), "best test top-1 (%)"]
     if "test top1" not in names:
         columns, rows = columns[:-1], [row[:-1] for row in rows]
@@ -68,9 +68,9 @@ def logged_column(name: str) -> str:
     return known.get(name) or (f"{of} {column_of(score)}" if score else name)
 
 
-def logged(name: str, value: float | None) -> Cell | str:
+def logged(name: str, value: float | None) -> Cell:
     if value is None:
-        return DASH
+        return NONE
     if name == "lr":
         return Cell(f"{value:.3g}", value)
     if name == "data_wait":
