@@ -15,8 +15,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from util.arguments import Parser, run_main
 from util.files import write_atomically
-from util.html import Html, element, gallery, identifier, page, table, warning
+from util.html import Html, badge, element, gallery, identifier, page, table, warning
 from util.report_facts import (
+    DEMO,
     DIRTY,
     RANDOM,
     Reported,
@@ -88,7 +89,7 @@ def show(program: str, reported: Sequence[Reported]) -> tuple[Html, list[Reporte
 def report(found: Found, heading: str) -> tuple[Html, list[str]]:
     """The whole page, and what is left out of it, a line each."""
     everything, lines = take_over(found.runs)
-    trouble, reported, sections = [*found.trouble, *lines], [], {}
+    trouble, reported, sections = list(dict.fromkeys([*found.trouble, *lines])), [], {}
     for program, section in SECTIONS.items():
         if of_program := [one for one in everything if one.run.program == program]:
             content, kept, lines = show(program, of_program)
@@ -103,7 +104,7 @@ def report(found: Found, heading: str) -> tuple[Html, list[str]]:
         ))  # fmt: skip
     runs = [one.run for one in reported]
     told = f"{len(runs)} run{'s' * (len(runs) != 1)}"
-    told += f"; the newest record is of {moment(max(run.written for run in runs))}" if runs else ""
+    told += f"; the newest record was written {moment(max(run.written for run in runs))}" if runs else ""
     contents = [element("li", element("a", title, href=f"#{identifier(title)}")) for title in sections]
     badges = "".join(note for run in runs for note in notes(run))
     page_of = page(
@@ -111,6 +112,15 @@ def report(found: Found, heading: str) -> tuple[Html, list[str]]:
         element("h1", heading),
         element("p", f"{told}. Every number is one that these runs have recorded; nothing was measured for this page."),
         [warning(words) for sign, words in WARNINGS.items() if sign in badges],
+        element(
+            "p",
+            badge(DEMO),
+            " runs have an encoder or images of this repository's demo: they say how things work "
+            "there, and nothing about ImageNet.",
+            class_="soft",
+        )
+        if badge(DEMO) in badges
+        else None,
         [warning("Left out: ", line) for line in trouble],
         table(OVERVIEW, map(overview_row, reported)) if reported else None,
         element("nav", element("ul", contents), aria_label="sections"),

@@ -205,7 +205,7 @@ nav ul { list-style: none; margin: 1rem 0; padding: 0; display: flex; flex-wrap:
 p.loud { color: var(--loud); background: var(--loud-ground); border-left: 4px solid var(--loud);
   padding: 0.5rem 0.75rem; border-radius: 4px; }
 .wide { overflow-x: auto; max-width: 100%; }
-.words { white-space: normal; overflow-wrap: anywhere; min-width: 13rem; max-width: 22rem; }
+.words { white-space: normal; overflow-wrap: anywhere; min-width: 15rem; max-width: 22rem; }
 .gallery { display: flex; flex-wrap: wrap; gap: 0.5rem 1.5rem; align-items: flex-end; }
 .gallery figure { max-width: 100%; }
 .wide:focus-visible { outline: 2px solid var(--link); }

@@ -71,7 +71,7 @@ def attention_of(members: Sequence[tuple[Reported, dict]]) -> Html:
     parts.append(element("p", told, class_="soft"))
     parts.append(attention_table(named, [result for _, result in members]))
     if others:
-        parts.append(folded(f"The other {len(others)} measurements over the blocks", figures("attention", others)))
+        parts.append(folded(f"Other measurements over the blocks ({len(others)})", figures("attention", others)))
     if by_head := [name for name in first if axes[name] == "head"]:
         parts.append(folded("Head by head", figures("heads", by_head)))
     if spectra := [name for name in names if axes[name] in ("frequency", "rank")]:

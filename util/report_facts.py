@@ -20,7 +20,7 @@ from util.probe_results import spoken
 from util.report_figures import photo
 from util.report_runs import TRAINING, Run
 
-RANDOM, DIRTY = "random weights", "uncommitted code"  # badges
+RANDOM, DIRTY, DEMO = "random weights", "uncommitted code", "demo"  # badges
 PICTURES = 24  # of a folder
 REDRAWN = ("attention.png", "park.png", "heads.png", "spectra.png", "kl.png")  # from their records, by the report
 
@@ -128,9 +128,9 @@ def notes(run: Run) -> list[Html]:
     if any(str(one.get("model")).startswith("vit_demo") for one in [*encoders(run), run.args]) or (
         path and (Path(str(path)) / "demo.json").exists()
     ):
-        found.append(badge("demo: no published encoder or data"))
+        found.append(badge(DEMO))
     if run.args.get("allow_subset"):
-        found.append(badge("maybe a subset of the data set"))
+        found.append(badge("a subset is allowed"))
     return found
 
 
@@ -176,8 +176,8 @@ def configuration(run: Run) -> Html:
 def spelled(value: object) -> str:
     """An argument as a command line has it."""
     if isinstance(value, list | tuple):
-        return " ".join(map(spelled, value)) or "(none)"
-    return "(none)" if value is None or value == "" else f"{value:g}" if isinstance(value, float) else str(value)
+        return " ".join(map(spelled, value)) or "none"
+    return "not set" if value is None or value == "" else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def provenance(run: Run) -> Html:
@@ -215,7 +215,8 @@ def images_of(run: Run) -> float | None:
     """Of an analysis."""
     if run.program in TRAINING:
         return None
-    counts = {result.get("images") for result in run.results} - {None, 0}
+    found = [result.get("images") or (result.get("localization") or {}).get("images") for result in run.results]
+    counts = set(found) - {None, 0}
     return counts.pop() if len(counts) == 1 else None
 
 

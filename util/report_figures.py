@@ -3,6 +3,7 @@
 import io
 import math
 import tempfile
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -33,7 +34,8 @@ class Line(NamedTuple):
 
 def as_svg(draw: Callable[[Path], None]) -> bytes:
     """What `draw` writes to the path that it gets. ValueError where nothing can be drawn of the records."""
-    with tempfile.TemporaryDirectory() as folder, rc_context({"savefig.transparent": True}):
+    with tempfile.TemporaryDirectory() as folder, rc_context({"savefig.transparent": True}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # the tables have the names in all their letters
         path = Path(folder) / "figure.svg"
         try:
             draw(path)
@@ -117,7 +119,7 @@ def photo(path: Path, caption: object = None) -> Html:
     where the file is damaged."""
     try:
         data = path.read_bytes()
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(path) as image:
             if image.format != "PNG":
                 raise ValueError(f"it is {image.format}, not PNG")
             image.load()
@@ -129,4 +131,4 @@ def photo(path: Path, caption: object = None) -> Html:
             size = image.size
     except Exception as error:  # decoders raise anything
         raise ValueError(f"{path} cannot be shown: {' '.join(str(error).split())}") from error
-    return picture(data, "png", path.name, caption or path.name, size)
+    return picture(data, "png", path.name, caption or path.name, size, broad=size[0] > 800)

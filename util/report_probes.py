@@ -150,7 +150,10 @@ def show_banks(reported: Sequence[Reported]) -> Html:
     rows = [[link(one), *row] for one in reported for row in settings_rows(one.data, columns)]
     names = ["run", "head", "block (from 0)", "optimizer", "rate", "seeds", *(heading(*key) for key in columns),
              "choice", "parameters", "diverged"]  # fmt: skip
-    told = ["test: of the last epoch; mean ± standard deviation over the seeds of the probe (of a sample)."]
+    told = [
+        "test: of the last epoch, or of the newest where a run is not finished; mean ± standard deviation over the "
+        "seeds of the probe (of a sample)."
+    ]
     if any("best" in probe.scores for probe in everything):
         told.append("best: of the epoch that is best on the test set itself, hence flattering.")
     if any("held-out" in probe.scores for probe in everything):
@@ -220,6 +223,6 @@ def bank_result(bank: Bank) -> str:
     names, groups = told_apart(probes), by_setting(probes)
     for group in groups[:6]:
         mean, _ = together([probe.scores[of].get(bank.headline, math.nan) for probe in group])
-        words.append(f"{names[group[0].name]} {mean:.1f}" if math.isfinite(mean) else f"{names[group[0].name]} NaN")
+        words.append(f"{names[group[0].name]}: {mean:.1f}" if math.isfinite(mean) else f"{names[group[0].name]}: NaN")
     more = f" and {len(groups) - 6} more" if len(groups) > 6 else ""
-    return f"{of} {spoken(bank.headline)}: {', '.join(words)}{more}" if words else "no score yet"
+    return f"{of} {spoken(bank.headline)} (%) – {'; '.join(words)}{more}" if words else "no score yet"
