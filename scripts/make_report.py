@@ -140,7 +140,7 @@ WARNINGS = {  # by the badges of runs
 
 
 def main(args: argparse.Namespace) -> None:
-    found = find_runs(args.runs)
+    found = find_runs(args.runs, {program: section.kind for program, section in SECTIONS.items()})
     if not (found.runs or found.figures):
         raise ValueError(f"nothing to report: {'; '.join(found.trouble)}")
     text, trouble = report(found, args.title)

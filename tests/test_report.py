@@ -16,6 +16,7 @@ from PIL import Image
 
 from util.html import NONE, VOID, Html, element, filled, number, table
 from util.report_runs import find_runs
+from util.report_sections import SECTIONS
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = str(ROOT / "scripts" / "make_report.py")
@@ -402,7 +403,8 @@ def test_a_jobs_copy_of_the_code_is_no_run(tmp_path):
     put_bank(tmp_path / "job")
     put(tmp_path / "job" / "code" / "snapshot.json", MADE)
     put_bank(tmp_path / "job" / "code" / "demo")
-    assert [run.name for run in find_runs([str(tmp_path / "job")]).runs] == ["job"]
+    kinds = {program: section.kind for program, section in SECTIONS.items()}
+    assert [run.name for run in find_runs([str(tmp_path / "job")], kinds).runs] == ["job"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

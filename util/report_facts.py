@@ -18,7 +18,7 @@ from util.files import sha256
 from util.html import NONE, Cell, Html, badge, element, folded, gallery, number, pairs, warning
 from util.probe_results import spoken
 from util.report_figures import photo
-from util.report_runs import TRAINING, Run
+from util.report_runs import Run, is_json
 
 RANDOM, DIRTY, DEMO = "random weights", "uncommitted code", "demo"  # badges
 PICTURES = 24  # of a folder
@@ -63,19 +63,18 @@ def duration(seconds: object) -> str:
 
 def state(run: Run) -> tuple[bool, str]:
     """Whether a run is finished, and that in words."""
-    if run.program in TRAINING:
+    if run.kind.trains:
         done, total = len(run.epochs) and run.epochs[-1]["epoch"] + 1, run.args.get("epochs")
-        ended = bool(run.results) if run.program != "main_pretrain" else weights_file(run) is not None
-        if ended:
+        if run.results if is_json(run.kind) else weights_file(run) is not None:
             return True, "finished"
         return False, f"not finished: {done} of {total or 'an unknown number of'} epochs are logged"
-    if run.program == "main_analyze_attention":
+    if run.kind.several:
         asked = run.asked.get("encoders")
         total = len(asked) if isinstance(asked, list) else len(run.results)
         if run.results and len(run.results) >= total:
             return True, "finished"
         return False, f"not finished: {len(run.results)} of {total} encoders have results"
-    return (True, "finished") if run.results else (False, "not finished: there is no aggregation.json yet")
+    return (True, "finished") if run.results else (False, f"not finished: there is no {run.kind.result} yet")
 
 
 def weights_file(run: Run) -> Path | None:
@@ -213,7 +212,7 @@ def provenance(run: Run) -> Html:
 
 def images_of(run: Run) -> float | None:
     """Of an analysis."""
-    if run.program in TRAINING:
+    if run.kind.trains:
         return None
     found = [result.get("images") or (result.get("localization") or {}).get("images") for result in run.results]
     counts = set(found) - {None, 0}

@@ -3,23 +3,22 @@
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from util.run_folder import SNAPSHOT_RECORD
 
 DEPTH = 2  # of folders below a named one, as in quickstart/probes/MAE
-# records of a run; demo/mae.args.json and results/quickstart/MAE.results.json are those of the run MAE
-RECORD = re.compile(r"(|.+\.)(args\.json|results\.json|attention\.json|aggregation\.json|log\.txt)")
-OF_PROGRAM = {  # an argument that no other program has
-    "main_linprobe": "cls_features",
-    "main_finetune": "layer_decay",
-    "main_pretrain": "mask_ratio",
-    "main_analyze_attention": "reduction",
-    "main_analyze_aggregation": "kl_direction",
-}
-TRAINING = ("main_linprobe", "main_finetune", "main_pretrain")
+
+
+class Kind(NamedTuple):
+    """By what the runs of a program are known."""
+
+    argument: str  # that no other program has
+    result: str  # the file that it ends with
+    trains: bool = True  # and writes log.txt
+    several: bool = False  # results, in a folder each
 
 
 class Run(NamedTuple):
@@ -29,8 +28,9 @@ class Run(NamedTuple):
     folder: Path
     prefix: str  # of its files' names: "" or "MAE."
     program: str
+    kind: Kind
     asked: dict[str, Any]  # arguments and provenance, of args.json or of the result; empty where neither is there
-    results: list[dict[str, Any]]  # results.json, aggregation.json, or each encoder's attention.json; [] before the end
+    results: list[dict[str, Any]]  # what its results, where they are JSON, hold; [] before the end
     epochs: list[dict[str, Any]]  # log.txt, in its order
     written: float  # when the newest of its records was, in seconds since 1970
     trouble: tuple[str, ...] = ()  # what cannot be read
@@ -46,7 +46,7 @@ class Run(NamedTuple):
     def figures(self) -> list[Path]:
         """PNG files of the run, without those of other runs."""
         pattern = "*.png" if self.prefix == "" else f"{self.prefix}*.png"
-        below = self.folder.glob("*/tsne.png") if self.program == "main_analyze_attention" else []
+        below = self.folder.glob("*/tsne.png") if self.kind.several else []
         return sorted([*self.folder.glob(pattern), *below])
 
 
@@ -58,22 +58,24 @@ class Found(NamedTuple):
     trouble: list[str]  # what is neither, a line each
 
 
-def find_runs(words: Iterable[str]) -> Found:
+def find_runs(words: Iterable[str], kinds: dict[str, Kind]) -> Found:
     """Runs of [LABEL=]PATH words: a run's folder, one that holds such folders, one of figures, or a record itself.
 
-    A run that is named twice is there once. ValueError for a path that does not exist.
+    kinds: of the programs whose runs are looked for. A run that is named twice is there once. ValueError for a path that
+    does not exist.
     """
     found, seen = Found([], {}, []), set()
     for word in words:
         label, path = labelled(word)
-        runs, trouble = read_folder(path, DEPTH) if path.is_dir() else read_folder(path.parent, 0, path.name)
+        runs, trouble = (
+            read_folder(path, kinds, DEPTH) if path.is_dir() else read_folder(path.parent, kinds, 0, path.name)
+        )
         own = {picture for run in runs for picture in run.figures()}
         figures = [picture for picture in sorted(path.glob("*.png")) if picture not in own]
         if figures:
             found.figures[label or str(path)] = figures
         elif not runs and not trouble:
-            trouble = [f"{path}: no run and no figure: it has no args.json, results.json, attention.json, "
-                       "aggregation.json, log.txt or PNG file"]  # fmt: skip
+            trouble = [f"{path}: no run and no figure: it has no {', '.join(records(kinds))} or PNG file"]
         found.trouble.extend(trouble)
         for run in runs:
             key = run.folder.resolve(), run.prefix, run.program
@@ -112,7 +114,9 @@ def distinct(runs: list[Run]) -> list[Run]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def read_folder(folder: Path, depth: int, only: str | None = None) -> tuple[list[Run], list[str]]:
+def read_folder(
+    folder: Path, kinds: dict[str, Kind], depth: int, only: str | None = None
+) -> tuple[list[Run], list[str]]:
     """Runs of a folder and of those below it, to a depth, and what cannot be read, a line each.
 
     only: the one file to be looked at.
@@ -124,66 +128,88 @@ def read_folder(folder: Path, depth: int, only: str | None = None) -> tuple[list
         return [], [f"{folder} cannot be read: {error.strerror}"]
     if any(entry.name == SNAPSHOT_RECORD for entry in entries):
         return [], []  # a job's copy of the code, with the records that come with it
+    # demo/mae.args.json and results/quickstart/MAE.results.json are those of the runs mae and MAE
+    pattern = re.compile(rf"(|.+\.)({'|'.join(map(re.escape, records(kinds)))})")
     prefixes: dict[str, list[str]] = {}
     for entry in entries:
-        match = RECORD.fullmatch(entry.name)
+        match = pattern.fullmatch(entry.name)
         if match and only in (None, entry.name):
             prefixes.setdefault(match[1], []).append(match[2])
     if only is not None and not prefixes:
-        return [], [f"{folder / only} is no record of a run: name its folder, or an args.json, results.json, "
-                    "attention.json, aggregation.json or log.txt"]  # fmt: skip
+        return [], [f"{folder / only} is no record of a run: name its folder, or one of "
+                    f"{', '.join(records(kinds))}"]  # fmt: skip
     runs, trouble = [], []
     for prefix, names in prefixes.items():
-        found, problems = read_prefix(folder, prefix, names, folders if only is None else [])
+        found, problems = read_prefix(folder, prefix, names, kinds, folders if only is None else [])
         runs += found
         trouble += problems
-    taken = {run.folder / name for run in runs if run.program == "main_analyze_attention" for name in folders
-             if (folder / name / "attention.json").exists()}  # fmt: skip
+    taken = {path.parent.name for run in runs for path in below(run.kind, folder, folders)}
     for name in folders if depth else []:
-        if folder / name not in taken:
-            found, problems = read_folder(folder / name, depth - 1)
+        if name not in taken:
+            found, problems = read_folder(folder / name, kinds, depth - 1)
             runs += found
             trouble += problems
     return runs, trouble
 
 
-def read_prefix(folder: Path, prefix: str, names: list[str], folders: list[str]) -> tuple[list[Run], list[str]]:
+def records(kinds: dict[str, Kind]) -> list[str]:
+    """Names of the files that tell of a run."""
+    return list(dict.fromkeys(["args.json", "log.txt", *(kind.result for kind in kinds.values() if is_json(kind))]))
+
+
+def is_json(kind: Kind) -> bool:
+    return kind.result.endswith(".json")
+
+
+def below(kind: Kind, folder: Path, folders: Sequence[str]) -> list[Path]:
+    """The results of a run that has several."""
+    paths = [folder / name / kind.result for name in folders] if kind.several else []
+    return [path for path in paths if os.path.exists(path)]
+
+
+def read_prefix(
+    folder: Path, prefix: str, names: Sequence[str], kinds: dict[str, Kind], folders: Sequence[str]
+) -> tuple[list[Run], list[str]]:
     """The runs whose files in a folder have this prefix: one of each program. folders: those in it."""
-    contents, trouble, kept = {}, [], {}  # kept: what is asked and what came out, by program
+    trouble: list[str] = []
+    found: dict[str, tuple[dict, list[dict]]] = {}  # what is asked and what came out, by program
     for name in names:
         path = folder / f"{prefix}{name}"
-        if name != "log.txt":
-            try:
-                contents[name] = read_json(path)
-            except ValueError as error:
-                trouble.append(str(error))
-    for name, content in contents.items():
-        program = {"attention.json": "main_analyze_attention", "aggregation.json": "main_analyze_aggregation"}.get(name)
-        program = program or program_of(content)
+        content = None if name == "log.txt" else read_or_tell(path, trouble)
+        if content is None:
+            continue
+        program = program_of(content, name, kinds)
         if program is None:
-            trouble.append(f"{folder / f'{prefix}{name}'}: of none of the programs that a report knows")
-        elif name == "args.json":
-            kept.setdefault(program, (content, []))
-        else:
-            asked = kept.get(program, ({}, []))[0]
-            kept[program] = ({**asked, **content} if name != "attention.json" else asked or content, [content])
-    if "main_analyze_attention" in kept and not kept["main_analyze_attention"][1]:
-        below = [folder / one / "attention.json" for one in folders if (folder / one / "attention.json").exists()]
-        for path in below:
-            try:
-                kept["main_analyze_attention"][1].append(read_json(path))
-            except ValueError as error:
-                trouble.append(str(error))
-    epochs, problems = read_log(folder / f"{prefix}log.txt") if "log.txt" in names else ([], [])
-    if "log.txt" in names and not any(program in TRAINING for program in kept) and not trouble:
-        trouble.append(f"{folder / f'{prefix}log.txt'}: no args.json or results.json tells which program wrote it")
-    written = max((folder / f"{prefix}{name}").stat().st_mtime for name in names)
+            trouble.append(f"{path}: of none of the programs that a report knows")
+            continue
+        asked, results = found.get(program, ({}, []))
+        if name == "args.json":
+            found[program] = ({**content, **asked}, results)
+        else:  # a result repeats what was asked; one of several does not
+            found[program] = (asked or content if kinds[program].several else {**asked, **content}, [content])
+    log = folder / f"{prefix}log.txt"
+    epochs, problems = read_log(log) if "log.txt" in names else ([], [])
+    if "log.txt" in names and not any(kinds[program].trains for program in found) and not trouble:
+        trouble.append(f"{log}: no args.json or results.json tells which program wrote it")
     runs = []
-    for program, (asked, results) in kept.items():
-        of_training = program in TRAINING
-        told = (*trouble, *(problems if of_training else []))
-        runs.append(Run("", folder, prefix, program, asked, results, epochs if of_training else [], written, told))
+    for program, (asked, results) in found.items():
+        kind, paths = kinds[program], [folder / f"{prefix}{name}" for name in names]
+        if not results:
+            paths += (parts := below(kind, folder, folders))
+            results = [one for one in (read_or_tell(path, trouble) for path in parts) if one is not None]
+        told, written = [*trouble, *(problems if kind.trains else [])], max(path.stat().st_mtime for path in paths)
+        own = epochs if kind.trains else []
+        runs.append(Run("", folder, prefix, program, kind, asked, results, own, written, tuple(told)))
     return runs, [] if runs else trouble
+
+
+def read_or_tell(path: Path, trouble: list[str]) -> dict[str, Any] | None:
+    """An object of JSON; None where there is none, which `trouble` then says."""
+    try:
+        return read_json(path)
+    except ValueError as error:
+        trouble.append(str(error))
+        return None
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -197,11 +223,12 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def program_of(content: dict[str, Any]) -> str | None:
-    """The program whose arguments a record holds."""
+def program_of(content: dict[str, Any], name: str, kinds: dict[str, Kind]) -> str | None:
+    """The program that wrote a record: by the arguments that it holds, or by the name that only its results have."""
     args = content.get("args")
-    known = [name for name, argument in OF_PROGRAM.items() if isinstance(args, dict) and argument in args]
-    return known[0] if known else None
+    known = [program for program, kind in kinds.items() if isinstance(args, dict) and kind.argument in args]
+    named = [program for program, kind in kinds.items() if kind.result == name]
+    return known[0] if known else named[0] if len(named) == 1 else None
 
 
 def read_log(path: Path) -> tuple[list[dict[str, Any]], list[str]]:

@@ -17,7 +17,7 @@ from util.report_attention import (
 from util.report_facts import Reported, card, column_of, link, real, state, whole
 from util.report_figures import Line, draw_curves, drawing
 from util.report_probes import bank_result, read_bank, show_banks
-from util.report_runs import Run
+from util.report_runs import Kind, Run
 
 # ---------------------------------------------------------------------------------------------------------------------
 # pretraining and fine-tuning
@@ -97,15 +97,28 @@ class Section(NamedTuple):
     """
 
     title: str
+    kind: Kind
     read: Callable[[Run], Any]
     result: Callable[[Any], str]  # in a few words
     show: Callable[[Sequence[Reported]], Html]
 
 
 SECTIONS = {
-    "main_linprobe": Section("Linear probes", read_bank, bank_result, show_banks),
-    "main_analyze_attention": Section("Attention flow", read_attention, attention_result, show_attention),
-    "main_analyze_aggregation": Section("Aggregation", read_aggregation, aggregation_result, show_aggregation),
-    "main_finetune": Section("Fine-tuning", read_training, training_result, show_trainings),
-    "main_pretrain": Section("Pretraining", read_training, training_result, show_trainings),
-}
+    "main_linprobe": Section(
+        "Linear probes", Kind("cls_features", "results.json"), read_bank, bank_result, show_banks
+    ),
+    "main_analyze_attention": Section(
+        "Attention flow", Kind("reduction", "attention.json", trains=False, several=True), read_attention,
+        attention_result, show_attention,
+    ),
+    "main_analyze_aggregation": Section(
+        "Aggregation", Kind("kl_direction", "aggregation.json", trains=False), read_aggregation, aggregation_result,
+        show_aggregation,
+    ),
+    "main_finetune": Section(
+        "Fine-tuning", Kind("layer_decay", "results.json"), read_training, training_result, show_trainings
+    ),
+    "main_pretrain": Section(
+        "Pretraining", Kind("mask_ratio", "encoder.safetensors"), read_training, training_result, show_trainings
+    ),
+}  # fmt: skip
