@@ -61,8 +61,8 @@ class Found(NamedTuple):
 def find_runs(words: Iterable[str], kinds: dict[str, Kind]) -> Found:
     """Runs of [LABEL=]PATH words: a run's folder, one that holds such folders, one of figures, or a record itself.
 
-    kinds: of the programs whose runs are looked for. A run that is named twice is there once. ValueError for a path that
-    does not exist.
+    kinds: of the programs whose runs are looked for. A run that is named twice is there once. ValueError for a path
+    that does not exist.
     """
     found, seen = Found([], {}, []), set()
     for word in words:
