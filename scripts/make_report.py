@@ -28,7 +28,7 @@ from util.report_facts import (
     moment,
     notes,
     photos,
-    state,
+    state_badge,
     wall_time,
     weights_words,
 )
@@ -38,17 +38,18 @@ from util.report_sections import SECTIONS
 MALFORMED = (KeyError, TypeError, ValueError, AttributeError, IndexError)  # what a wrong record raises
 
 
-def overview_row(one: Reported) -> list[object]:
-    run, section = one.run, SECTIONS[one.run.program]
+OVERVIEW = ("run", "program", "state", "result", "measured on", "weights", "wall time", "written")
+
+
+def overview_row(reported: Reported) -> list[object]:
+    run, section = reported.run, SECTIONS[reported.run.program]
+    said = [state_badge(run), *notes(run)]
     return [
-        link(one), section.title, state(run)[1], element("div", [[note, " "] for note in notes(run)], class_="words"),
-        element("div", section.result(one.data), class_="words"),
+        link(reported), section.title, element("div", [[one, " "] for one in said], class_="words"),
+        element("div", section.result(reported.data), class_="words"),
         element("div", data_words(run, images_of(run)), class_="words"),
         element("div", weights_words(run), class_="words"), duration(wall_time(run)), moment(run.written),
     ]  # fmt: skip
-
-
-OVERVIEW = ("run", "program", "state", "note", "result", "measured on", "weights", "wall time", "written")
 
 
 def take_over(runs: Sequence[Run]) -> tuple[list[Reported], list[str]]:

@@ -15,11 +15,13 @@ import pytest
 from PIL import Image
 
 from util.html import NONE, VOID, Html, element, filled, number, table
+from util.report_facts import state
 from util.report_runs import find_runs
 from util.report_sections import SECTIONS
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = str(ROOT / "scripts" / "make_report.py")
+KINDS = {program: section.kind for program, section in SECTIONS.items()}
 EVIL = "<script>alert(1)</script>&\"'"
 ENCODER = {"model": "vit_base_patch16", "source": "mae.pth", "family": "mae", "sha256": "5" * 64}
 MADE = {"command": "program --flags", "commit": "c0ffee", "dirty": False, "versions": {"torch": "2.11"}, "device": "H",
@@ -399,12 +401,19 @@ def test_a_report_that_cannot_be_written_is_an_error(tmp_path, make):
     assert "report.html cannot be written: No such file or directory" in said
 
 
+def test_logs_that_were_kept_with_the_weights_are_of_finished_runs():
+    found = find_runs([str(ROOT / "demo")], KINDS)
+    assert [(run.name, state(run)) for run in found.runs] == [
+        ("mae", (True, "finished")),
+        ("mae_ft", (True, "finished")),
+    ]
+
+
 def test_a_jobs_copy_of_the_code_is_no_run(tmp_path):
     put_bank(tmp_path / "job")
     put(tmp_path / "job" / "code" / "snapshot.json", MADE)
     put_bank(tmp_path / "job" / "code" / "demo")
-    kinds = {program: section.kind for program, section in SECTIONS.items()}
-    assert [run.name for run in find_runs([str(tmp_path / "job")], kinds).runs] == ["job"]
+    assert [run.name for run in find_runs([str(tmp_path / "job")], KINDS).runs] == ["job"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -198,7 +198,7 @@ a { color: var(--link); }
 nav ul { list-style: none; margin: 1rem 0; padding: 0; display: flex; flex-wrap: wrap; gap: 0.25rem 1.25rem; }
 .soft, figcaption, .caption { color: var(--soft); font-size: 0.875rem; }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 1rem; margin: 1rem 0; }
-.badge { display: inline-block; padding: 0 0.5em; border-radius: 1em; font-size: 0.8125rem; white-space: nowrap;
+.badge { display: inline-block; padding: 0 0.5em; border-radius: 1em; font-size: 0.8125rem;
   font-weight: 400; background: var(--stripe); border: 1px solid var(--line); }
 .badge.good { color: var(--good); background: var(--good-ground); border-color: transparent; }
 .badge.loud { color: var(--loud); background: var(--loud-ground); border-color: transparent; font-weight: 600; }

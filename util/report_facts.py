@@ -65,9 +65,11 @@ def state(run: Run) -> tuple[bool, str]:
     """Whether a run is finished, and that in words."""
     if run.kind.trains:
         done, total = len(run.epochs) and run.epochs[-1]["epoch"] + 1, run.args.get("epochs")
-        if run.results if is_json(run.kind) else weights_file(run) is not None:
+        encoder = weights_file(run) is not None  # what came out, too: a record may have been kept without the result
+        if run.results or (encoder and (done == total or not is_json(run.kind))):
             return True, "finished"
-        return False, f"not finished: {done} of {total or 'an unknown number of'} epochs are logged"
+        lacking = f", but there is no {run.kind.result}" if done == total else ""
+        return False, f"not finished: {done} of {total or 'an unknown number of'} epochs are logged{lacking}"
     if run.kind.several:
         asked = run.asked.get("encoders")
         total = len(asked) if isinstance(asked, list) else len(run.results)
@@ -75,6 +77,11 @@ def state(run: Run) -> tuple[bool, str]:
             return True, "finished"
         return False, f"not finished: {len(run.results)} of {total} encoders have results"
     return (True, "finished") if run.results else (False, f"not finished: there is no {run.kind.result} yet")
+
+
+def state_badge(run: Run) -> Html:
+    ended, words = state(run)
+    return badge(words, "good" if ended else "loud")
 
 
 def weights_file(run: Run) -> Path | None:
@@ -295,10 +302,7 @@ def photos(paths: Iterable[Path], folder: Path | None = None) -> list[Html]:
 def card(one: Reported, *content: object) -> Html:
     """All of one run: state, what it was measured on, its content and figures, arguments, provenance."""
     run = one.run
-    ended, words = state(run)
-    title = element(
-        "h3", run.name, " ", badge(words, "good" if ended else "loud"), [[" ", note] for note in notes(run)]
-    )
+    title = element("h3", run.name, " ", state_badge(run), [[" ", note] for note in notes(run)])
     facts = element("p", f"{run.program}.py on {data_words(run, images_of(run))}. Encoder: {weights_words(run)}.",
                     class_="soft")  # fmt: skip
     figures = photos([path for path in run.figures() if path.name not in REDRAWN], run.folder)
