@@ -257,11 +257,6 @@ def test_a_label_names_a_run_and_the_same_run_is_there_once(all_runs, make):
     assert "1 run;" in page.text and "mine" in page.text
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# tables
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def test_every_probe_and_score_is_there_and_seeds_are_averaged(tmp_path, make):
     put_bank(tmp_path / "run")
     page = make(tmp_path / "run")
@@ -284,6 +279,15 @@ def test_held_out_scores_and_the_choice_are_there(tmp_path, make):
     assert "held-out top-1 (%)" in page.text and "best top-1" not in page.text
     assert "50 held-out" in page.text and "chosen" in page.text
     assert "cls: 41.0" in page.text and "abmilp: 51.0" not in page.text  # not what the test set would choose
+
+
+def test_several_rates_without_held_out_images_are_warned_of(tmp_path, make):
+    put_bank(tmp_path / "run")
+    assert "chosen it on the test set" not in make(tmp_path / "run").text
+    results = bank()
+    results["probes"]["cls/block11/blr0.1/seed1"]["blr"] = 0.2
+    put(tmp_path / "several" / "results.json", results)
+    assert "chosen it on the test set" in make(tmp_path / "several").text
 
 
 def test_tables_can_be_sorted_by_number(everything):
@@ -414,11 +418,6 @@ def test_a_jobs_copy_of_the_code_is_no_run(tmp_path):
     put(tmp_path / "job" / "code" / "snapshot.json", MADE)
     put_bank(tmp_path / "job" / "code" / "demo")
     assert [run.name for run in find_runs([str(tmp_path / "job")], KINDS).runs] == ["job"]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# pictures
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def test_folders_of_figures_are_shown_and_damaged_files_named(tmp_path, make):

@@ -158,8 +158,17 @@ def show_banks(reported: Sequence[Reported]) -> Html:
         told.append("best: of the epoch that is best on the test set itself, hence flattering.")
     if any("held-out" in probe.scores for probe in everything):
         told.append("held-out: of training images that no probe was trained on; they choose rate and optimizer.")
+    if any(unchosen(one.data.probes) for one in reported):
+        told.append("Several rates or optimizers of a head, and no held-out images: whoever takes the one that is best "
+                    "here has chosen it on the test set.")  # fmt: skip
     summary = table(*filled(names, rows), "Averaged over seeds") if rows else element("p", "No probe is known yet.")
     return Html(element("p", " ".join(told), class_="soft") + summary + "".join(map(bank_card, reported)))
+
+
+def unchosen(probes: Sequence[Probe]) -> bool:
+    """Whether a head of a block has several rates or optimizers of which nothing chooses one."""
+    places = {(probe.head, probe.block) for probe in probes}
+    return len(by_setting(probes)) > len(places) and all(probe.chosen is None for probe in probes)
 
 
 def bank_card(one: Reported) -> Html:
