@@ -173,7 +173,7 @@ def analysed(folder: Path) -> dict:
     """All that an analysis leaves but for what the clock and the command line say of it."""
     return {
         "files": {
-            str(path.relative_to(folder)): without_clock(json.loads(path.read_text()), CLOCK | {"command"})
+            str(path.relative_to(folder)): without_clock(json.loads(path.read_text()), CLOCK | {"command", "args"})
             for path in sorted(folder.glob("*/*.json"))
         },
         "figures": {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*.p[nd][gf]"))},
