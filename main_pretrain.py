@@ -29,6 +29,7 @@ from util.arguments import (
 )
 from util.datasets import GlobalBatches, KeyedDataset, build_dataset, build_loader, train_transform
 from util.distributed import barrier, distributed
+from util.images import fingerprint
 from util.lr_sched import lr_at, scaled_lr
 from util.optim import weight_decay_groups
 from util.progress import log, setup_logging, throughput
@@ -104,7 +105,10 @@ def main(args: argparse.Namespace) -> None:
         training.resume(args.resume)
 
         # ---- epochs
-        run = {"args": plain(args), "lr": lr, "effective_batch": batches.effective, **provenance(world.device)}
+        run = {
+            "args": plain(args), "lr": lr, "effective_batch": batches.effective, "n_train": len(images),
+            "train_images": fingerprint(images), **provenance(world.device),
+        }  # fmt: skip
         training.start(run)
         log.info(
             "%s, %.1f M parameters; %d images, %d steps of %d per epoch, lr %.2e",

@@ -13,7 +13,7 @@ case "$mode" in
         out=output_dir/quickstart train=4000 val=1000 epochs=12
         if [ "$mode" = --short ]; then out=output_dir/quickstart_short train=400 val=100 epochs=2; fi
         python scripts/make_demo_data.py "$out/data" --train $train --val $val
-        data="--data_path $out/data --model vit_demo_patch8 --amp float32"
+        data="--data_path $out/data --dataset demo --model vit_demo_patch8 --amp float32"
         weights=(demo/mae.safetensors demo/mae_ft.safetensors) labels=(MAE MAE-FT)
         recipe="--batch_size 100 --accum_iter 2 --epochs $epochs --warmup_epochs 1 --blr 30 --eval_every $epochs"
         ;;
