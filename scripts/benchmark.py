@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import torch.nn.functional as F
-from benchmark_pretrain import loading, pretraining_steps
+from benchmark_pretrain import endless, loading, pretraining_steps
 from torch import Tensor
 
 from aggregation import parse_head
@@ -32,6 +32,7 @@ from main_analyze_attention import sizes_of
 from models_vit import VisionTransformer, build_vit
 from probes import ProbeBank, ProbeSpec
 from util.arguments import PRECISIONS, Parser, run_main
+from util.datasets import train_transform
 from util.lars import LARS
 from util.progress import log, progress, setup_logging
 from util.run_folder import provenance
@@ -167,19 +168,24 @@ HEADS = (
 
 
 def training_step(
-    backbone: VisionTransformer, words: list[tuple[str, float, int]], images: Tensor, labels: Tensor, amp: torch.dtype
-) -> Callable[[], Tensor]:
-    """The step of a bank of (head, blr, seed) on the last block: frozen forward, probes, their gradients, LARS."""
+    backbone: VisionTransformer, words: list[tuple[str, float, int]], size: int, amp: torch.dtype,
+    feed: Callable[[], tuple[Tensor, Tensor]],
+) -> Callable[[], Tensor]:  # fmt: skip
+    """The step of a bank of (head, blr, seed) on the last block: frozen forward, probes, their gradients, LARS.
+
+    feed: gives the images and labels of a step.
+    """
     specs = []
     for word, blr, seed in words:
         name, options = parse_head(word, {})
         specs.append(ProbeSpec(name, backbone.depth - 1, blr, seed, options))
-    side = images.shape[-1] // backbone.patch_size
-    bank = ProbeBank(specs, backbone, (side, side), CLASSES).to(images.device).train()
+    side = size // backbone.patch_size
+    bank = ProbeBank(specs, backbone, (side, side), CLASSES).to(backbone.norm.weight.device).train()
     tokens = FrozenTokens(backbone, bank.blocks, amp, needs=bank.needs)
     optimizer = LARS(bank.parameter_groups([64 * spec.blr for spec in specs]))  # the rates of a batch of 16,384
 
     def step() -> Tensor:
+        images, labels = feed()
         losses = torch.stack([F.cross_entropy(logits, labels) for logits in bank(tokens(images))])
         losses.sum().backward()
         bank.commit_statistics()
@@ -211,7 +217,16 @@ def probing(
     contestants = {"plain forward": plain}
     for name, words in {"[cls] probe": [("cls", 0.1, 0)], **banks}.items():
         if args.only in (None, name):  # the memory of one is measured without the others
-            contestants[name] = training_step(backbone, words, images, labels, amp)
+            contestants[name] = training_step(backbone, words, size, amp, lambda: (images, labels))
+    if args.data_path is not None:
+        batch = endless(args, args.num_workers, train_transform(size))
+
+        def loaded() -> tuple[Tensor, Tensor]:
+            sample = batch()
+            return sample.image.to(device, non_blocking=True), sample.label.to(device, non_blocking=True)
+
+        name = f"[cls] probe, with a loader of {args.num_workers} workers"
+        contestants[name] = training_step(backbone, [("cls", 0.1, 0)], size, amp, loaded)
     return race(contestants, device, args)
 
 
@@ -221,10 +236,10 @@ def probe(args: argparse.Namespace, device: torch.device) -> dict[str, Timing]:
 
 
 def bank(args: argparse.Namespace, device: torch.device) -> dict[str, Timing]:
-    """64 single-query probes, over rates and seeds."""
+    """4, 16 and 64 single-query probes, over rates and seeds."""
     heads, rates = ("cls", "pos", "abmilp", "ap1", "ap12"), (0.05, 0.1, 0.2, 0.4)
     words = [(heads[i % 5], rates[i // 5 % 4], i // 20) for i in range(64)]
-    return probing(args, device, {"bank of 64 probes": words})
+    return probing(args, device, {f"bank of {size} probes": words[:size] for size in (4, 16, 64)})
 
 
 def pretrain(args: argparse.Namespace, device: torch.device) -> dict[str, Timing]:
@@ -293,8 +308,10 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--compile", action="store_true", help="compile the encoder's blocks")
     parser.add_argument("--sharpen", default=1.0, type=float, help="factor on all attention logits")
     parser.add_argument("--device", default="auto", help="cuda, cpu, or auto: CUDA where there is one")
-    parser.add_argument("--data_path", default=None, type=Path, help="of loader: folder of the data set")
-    parser.add_argument("--dataset", default="image_folder", help="of loader: its kind")
+    parser.add_argument("--data_path", default=None, type=Path,
+                        help="of loader: folder of images; of probe and bank: a probe with its loader, too")  # fmt: skip
+    parser.add_argument("--dataset", default="image_folder", help="its kind")
+    parser.add_argument("--num_workers", default=1, type=int, help="of the probe's loader")
     parser.add_argument("--output", default=None, type=Path, metavar="CSV", help="append the figures to this file")
     return parser
 

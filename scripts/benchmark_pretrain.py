@@ -97,11 +97,17 @@ def loading(args: argparse.Namespace) -> dict[str, Callable[[], object]]:
     """A batch of the recipe's training images, decoded, cropped and flipped by one process."""
     if args.data_path is None:
         raise ValueError("loader: name a data set with --data_path, of --dataset's kind")
+    return {
+        "loader, one core": endless(args, 0, train_transform(args.input_size, scale=(0.2, 1.0), crop="torchvision"))
+    }
+
+
+def endless(args: argparse.Namespace, workers: int, augment: Callable) -> Callable[[], Sample]:
+    """Batch after batch of augmented images, epoch after epoch."""
     split = "train" if args.dataset != "image_folder" or (args.data_path / "train").is_dir() else "val"
     images = build_dataset(args.dataset, args.data_path, split, allow_subset=True)
-    augment = train_transform(args.input_size, scale=(0.2, 1.0), crop="torchvision")
     batches = GlobalBatches(len(images), args.batch_size, 1, seed=0)
-    loader = build_loader(KeyedDataset(images, augment, 0, noise=196), batches, num_workers=0)
+    loader = build_loader(KeyedDataset(images, augment, 0, noise=196), batches, num_workers=workers)
     state = {"batches": iter(loader)}
 
     def batch() -> Sample:
@@ -112,4 +118,4 @@ def loading(args: argparse.Namespace) -> dict[str, Callable[[], object]]:
             found = next(state["batches"])
         return found
 
-    return {"loader, one core": batch}
+    return batch
