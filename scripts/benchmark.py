@@ -309,7 +309,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--sharpen", default=1.0, type=float, help="factor on all attention logits")
     parser.add_argument("--device", default="auto", help="cuda, cpu, or auto: CUDA where there is one")
     parser.add_argument("--data_path", default=None, type=Path,
-                        help="of loader: folder of images; of probe and bank: a probe with its loader, too")  # fmt: skip
+                        help="of loader: folder of images; of probe and bank: with a loader, too")  # fmt: skip
     parser.add_argument("--dataset", default="image_folder", help="its kind")
     parser.add_argument("--num_workers", default=1, type=int, help="of the probe's loader")
     parser.add_argument("--output", default=None, type=Path, metavar="CSV", help="append the figures to this file")
