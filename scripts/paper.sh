@@ -30,7 +30,10 @@ case "$mode" in
     --smoke) [ $# = 1 ] || usage ;;
     *) usage ;;
 esac
-[ "$mode" = --smoke ] || : "${IMAGENET:?name the folder of ImageNet-1k in IMAGENET, or try --smoke}"
+if [ "$mode" != --smoke ] && [ -z "${IMAGENET:-}" ]; then
+    echo "name the folder of ImageNet-1k in IMAGENET, or try --smoke" >&2
+    exit 2
+fi
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 slurm=("$@") skipped=() failed=()
 own=${OWN:-runs}

@@ -1,10 +1,6 @@
 """The scripts that turn runs into a table and a picture."""
 
-import importlib
 import json
-import os
-import re
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +10,6 @@ import torch
 from PIL import Image
 
 import main_linprobe
-import submitit_linprobe
 from util.arguments import parse
 from util.demo_data import generate
 
@@ -86,58 +81,3 @@ def test_quickstart_explains_its_options():
 
 
 PAPER = ("table6", "table8", "figure7", "figure8", "figure9")
-
-
-@pytest.mark.parametrize("name", PAPER)
-def test_scripts_of_the_paper_say_what_they_need(name):
-    def run(*words):
-        environment = {key: value for key, value in os.environ.items() if key != "IMAGENET"}
-        return subprocess.run(
-            ["bash", f"scripts/{name}.sh", *words], cwd=ROOT, env=environment, capture_output=True, text=True
-        )
-
-    for words in (["--fast"], ["--smoke", "more"]):
-        done = run(*words)
-        assert done.returncode == 2 and done.stderr.startswith(f"usage: bash scripts/{name}.sh [--smoke")
-    done = run()
-    assert done.returncode != 0 and "name the folder of ImageNet-1k in IMAGENET" in done.stderr
-    done = run("--slurm", "--ngpus", "8")
-    assert done.returncode == 2 and "4 GPUs" in done.stderr
-    head = (ROOT / "scripts" / f"{name}.sh").read_text()
-    assert re.search(r"^# Models?\b", head, re.M) and "# Expected" in head
-
-
-def test_programs_of_the_paper_are_called_as_they_can_be(tmp_path):
-    """The chain on ImageNet, with a python that writes down what it is asked for."""
-    (tmp_path / "bin").mkdir()
-    fake = tmp_path / "bin" / "python"
-    fake.write_text('#!/bin/sh\nif [ "$1" = -c ]; then echo 2; else echo "$@" >> "$LOG"; fi\n')
-    fake.chmod(0o755)
-    (tmp_path / "bin" / "torchrun").write_text('#!/bin/sh\nshift 3\necho "$@" >> "$LOG"\n')
-    (tmp_path / "bin" / "torchrun").chmod(0o755)
-    for path in ("paper.sh", "table6.sh", "table8.sh"):  # beside another env.sh, which installs nothing
-        (tmp_path / "scripts").mkdir(exist_ok=True)
-        (tmp_path / "scripts" / path).write_text((ROOT / "scripts" / path).read_text())
-    (tmp_path / "scripts" / "env.sh").write_text(f'cd "{tmp_path}"; PATH="{tmp_path}/bin:$PATH"\n')
-    environment = {**os.environ, "IMAGENET": str(tmp_path), "LOG": str(tmp_path / "log")}
-    for words in (["table6.sh"], ["table8.sh"], ["table6.sh", "--slurm", "--partition", "gpu"]):
-        command = ["bash", str(tmp_path / "scripts" / words[0]), *words[1:]]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-    calls = [shlex.split(line) for line in (tmp_path / "log").read_text().splitlines()]
-    programs = [call[0] for call in calls]
-    assert programs == [
-        "main_linprobe.py", "main_analyze_aggregation.py", "scripts/make_tables.py",
-        "main_linprobe.py", "main_analyze_aggregation.py", "main_linprobe.py", "main_analyze_aggregation.py",
-        "scripts/make_tables.py", "submitit_linprobe.py", "submitit_linprobe.py", "scripts/make_tables.py",
-    ]  # fmt: skip
-    for program, *argv in calls:
-        if program == "submitit_linprobe.py":
-            launcher, argv = submitit_linprobe.get_args_parser().parse_known_args(argv)
-            assert launcher.partition == "gpu" and launcher.ngpus == 4 and launcher.wait
-            program = f"{launcher.main}.py"
-        if program.startswith("main_"):
-            args = parse(importlib.import_module(program.removesuffix(".py")).get_args_parser(), argv)
-            if program == "main_linprobe.py":
-                gpus = 4 if "--output_dir" not in argv else 2
-                assert args.batch_size * args.accum_iter * gpus == 16_384 and args.blr == [0.1] and args.epochs == 90
