@@ -33,8 +33,10 @@ import torch
 from interruptions import ROOT, differences, finish, launch, outcome
 from miniatures import ARRAYS, CLASSES, MINIATURES
 from PIL import Image
+from test_boxes import make_images, write_csv, write_kaggle, write_wsol, write_xml
 from test_safe_loading import RAW, attacks
 
+from util.boxes import read_boxes
 from util.datasets import DATASETS, KeyedDataset, build_dataset, eval_transform
 from util.demo_data import generate
 from util.run_folder import load_checkpoint, sealed
@@ -208,6 +210,26 @@ LISTS: dict[str, tuple[Callable[[Path], object], Callable[[Path], object]]] = {
 for flat in ("kaggle", "devkit"):
     make = functools.partial(MINIATURES["imagenet1k"], flat=flat)
     LISTS[f"imagenet1k, {flat}"] = (make, functools.partial(read_data_set, "imagenet1k"))
+
+
+def make_boxes(write: Callable[[Path, Path], object], folder: Path) -> None:
+    """Three images, and their boxes as `write` writes them."""
+    make_images(folder)
+    write(folder / "boxes", folder)
+
+
+def read_boxes_of(kind: str, place: str, folder: Path) -> None:
+    images = build_dataset("image_folder", folder, "val")
+    found = read_boxes(folder / place, kind, images, folder, range(len(images)))
+    for index in range(len(images)):
+        found.resized(index, 224)
+
+
+for kind, (write, place) in {
+    "imagenet-xml": (write_xml, "boxes"), "imagenet-csv": (write_kaggle, "boxes/LOC_val_solution.csv"),
+    "wsol": (write_wsol, "boxes"), "csv": (write_csv, "boxes.csv"),
+}.items():  # fmt: skip
+    LISTS[f"boxes, {kind}"] = (functools.partial(make_boxes, write), functools.partial(read_boxes_of, kind, place))
 
 
 # ---- what must hold

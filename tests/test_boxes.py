@@ -18,13 +18,17 @@ BOXES = {NAMES[0]: [(10, 5, 59, 30)], NAMES[1]: [(0, 0, 79, 39), (3, 4, 5, 6)], 
 WIDTH, HEIGHT = 80, 40
 
 
-@pytest.fixture
-def root(tmp_path) -> Path:
+def make_images(root: Path) -> None:
     """Three images of 80 x 40 pixels in two classes."""
     for number, name in enumerate(NAMES):
-        folder = tmp_path / "data" / "val" / f"n{number % 2:08d}"
+        folder = root / "val" / f"n{number % 2:08d}"
         folder.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (WIDTH, HEIGHT), (number, 0, 0)).save(folder / f"{name}.JPEG")
+
+
+@pytest.fixture
+def root(tmp_path) -> Path:
+    make_images(tmp_path / "data")
     return tmp_path / "data"
 
 

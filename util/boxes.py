@@ -19,6 +19,7 @@ from util.dataset_files import missing_files, read_lines
 from util.progress import log
 
 Size = tuple[int, int]  # width and height
+MOST_PIXELS = 2**31  # of a side; more than any format of images has
 
 
 class Annotation(NamedTuple):
@@ -51,7 +52,7 @@ def _annotations(rows: Iterable[tuple[str, Sequence[str], str, Size | None]]) ->
             raise ValueError(
                 f"{place}: {', '.join(map(str, words))} are not the four whole numbers of a box"
             ) from error
-        if not (0 <= x0 <= x1 and 0 <= y0 <= y1):
+        if not (0 <= x0 <= x1 < MOST_PIXELS and 0 <= y0 <= y1 < MOST_PIXELS):
             raise ValueError(f"{place}: {x0}, {y0}, {x1}, {y1} is no box: x0 <= x1 and y0 <= y1, none negative")
         if size is not None and (x1 > size[0] or y1 > size[1]):  # VOC's boxes end at the width: they count from 1
             raise ValueError(f"{place}: {x0}, {y0}, {x1}, {y1} leaves its image of {size[0]} x {size[1]} pixels")
@@ -243,7 +244,7 @@ def read_boxes(
         keys = _keys_by_path(images, annotations, (folder, Path(root)))
         strangers = list(annotations.keys() - set(keys))
         if strangers:  # boxes of another split are none of this one's business
-            bases = [base for base in (folder, Path(root)) if (base / strangers[0]).exists()]
+            bases = [base for base in (folder, Path(root)) if os.path.exists(base / strangers[0])]
             absent = missing_files([(bases or [folder])[0] / key for key in strangers])
             strangers = sorted(strangers[index] for index in absent)
     else:

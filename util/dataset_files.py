@@ -144,7 +144,7 @@ def missing_files(paths: Iterable[Path]) -> list[int]:
     for index, path in enumerate(paths):
         folder = path.parent
         if folder not in content:
-            content[folder] = set(os.listdir(folder)) if folder.is_dir() else set()
+            content[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
         if path.name not in content[folder]:
             missing.append(index)
     return missing
