@@ -139,7 +139,7 @@ def main(args: argparse.Namespace) -> None:
             take_over(model, published, args.resume)
         if args.eval:
             scores = evaluate(model, test_loader, world.device, amp)
-            log.info("top-1 %.2f, top-5 %.2f, loss %.4f on %d images", *scores)
+            log.info("top-1 %.2f, top-5 %.2f, loss %.4f on %d images", scores.top1, scores.top5, scores.loss, scores.n)
             return
 
         # ---- epochs
