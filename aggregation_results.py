@@ -19,7 +19,7 @@ def describe(rules: Sequence[Rule], encoder: Encoder, size: int, run: ProbeRun |
     """What each rule is, what was measured of it and of each pair, and what its probes score."""
     patches = (size // encoder.backbone.patch_size) ** 2
     scores = run.scores() if run is not None else {}
-    settings = run.results["probes"] if run is not None else {}
+    settings = {name: run.results["probes"][name] for name in scores}
     rows = []
     for rule in rules:
         same = [name for name, probe in settings.items() if (probe["head"], probe["block"]) == (rule.head, rule.block)]

@@ -4,7 +4,7 @@ Letters: B images, R rules, M patches, H heads.
 """
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -25,7 +25,6 @@ from util.distributed import gather_objects
 
 # what the default rules are, in the order of the paper's Table 6; beside them, uniform weights as the reference
 DEFAULT_RULES = ("attn-mn", "attn-lcte", "ca1", "dino", "pos")
-UNWEIGHTED = ("cls", "both")  # aggregations that weigh no patches
 
 
 class Rule(NamedTuple):
@@ -64,9 +63,9 @@ def fixed_rules(words: Sequence[str], backbone: VisionTransformer, tokens: Token
     for word in words:
         aggregation, options = parse_head(word, {})
         check_aggregation(aggregation, backbone.has_cls)
-        if aggregation in UNWEIGHTED:
-            raise ValueError(f"--rules {word}: {AGGREGATIONS[aggregation].description}; it weighs no patches")
         pooling = AGGREGATIONS[aggregation].build(tokens, **dict(options))
+        if not pooling.weighs:
+            raise ValueError(f"--rules {word}: {AGGREGATIONS[aggregation].description}; it weighs no patches")
         if any(True for _ in pooling.parameters()):
             raise ValueError(f"--rules {word} has to be learned: name the run of a trained one with --probes")
         if pooling.needs.oracle and not has_oracle:
@@ -87,14 +86,14 @@ def default_rules(backbone: VisionTransformer, has_oracle: bool) -> tuple[list[s
     return usable, missing
 
 
-def probe_rules(bank: ProbeBank, last: int) -> list[Rule]:
-    """A rule for each probe that weighs patches; probes without parameters of a head and block share one.
+def probe_rules(bank: ProbeBank, last: int, names: Container[str]) -> list[Rule]:
+    """A rule for each probe of these names that weighs patches; those without parameters of a head and block share one.
 
     Its name is the probe's, without rate and optimizer where all have the same, and without block where that is the
     last one of all.
     """
     weighing = [(spec, probe) for spec, probe in zip(bank.specs, bank.probes, strict=True)
-                if spec.aggregation not in UNWEIGHTED]  # fmt: skip
+                if probe.aggregation.weighs and spec.name in names]  # fmt: skip
     blocks, rates = ({getattr(spec, field) for spec, _ in weighing} for field in ("block", "blr"))
     optimizers = {spec.optimizer for spec, _ in weighing}
     rules: dict[str, Rule] = {}

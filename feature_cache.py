@@ -78,9 +78,9 @@ class CachedTokens:
 class CachedLoader:
     """Sample batches in the order of `batches`, whose `image` is a row of the cache."""
 
-    def __init__(self, part: Part, rows: Tensor, labels: Tensor, valid: Tensor, batches: Any):
-        """rows (V n, width), and a label and whether it is there for each."""
-        self.rows, self.labels, self.valid, self.batch_sampler = rows, labels, valid, batches
+    def __init__(self, cache: "FeatureCache", part: Part, rows: slice, batches: Any):
+        """rows: those of the part, V n; they need not be there yet."""
+        self.cache, self.rows, self.batch_sampler = cache, rows, batches
         self.n, self.views = len(part.indices), part.views
         self.position = torch.full((len(part.dataset),), -1)
         self.position[torch.as_tensor(part.indices)] = torch.arange(self.n)
@@ -89,13 +89,14 @@ class CachedLoader:
         return len(self.batch_sampler)
 
     def __iter__(self) -> Iterator[Sample | None]:
+        rows, labels, valid = (kept[self.rows] for kept in (self.cache.rows, self.cache.labels, self.cache.valid))
         for keys in self.batch_sampler:
             epochs, indices = torch.tensor(keys).unbind(1)
             places = (epochs % self.views) * self.n + self.position[indices]
-            kept = self.valid[places]
+            kept = valid[places]
             places, indices = places[kept], indices[kept]
             found = len(places) > 0
-            yield Sample(self.rows[places], self.labels[places], indices, torch.empty(0)) if found else None
+            yield Sample(rows[places], labels[places], indices, torch.empty(0)) if found else None
 
 
 class FeatureCache:
@@ -201,8 +202,7 @@ class FeatureCache:
 
     def loader(self, name: str, batches: GlobalBatches | EvaluationBatches) -> CachedLoader:
         """The samples of a part in the order of `batches`."""
-        rows = self.places[name]
-        return CachedLoader(self.parts[name], self.rows[rows], self.labels[rows], self.valid[rows], batches)
+        return CachedLoader(self, self.parts[name], self.places[name], batches)
 
 
 def free_memory() -> int | None:

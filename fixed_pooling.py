@@ -13,6 +13,8 @@ from pooling import Needs, Pooled, Pooling, Tokens
 class ClsToken(Pooling):
     """The [cls] token; no weights."""
 
+    weighs = False
+
     def __init__(self, tokens: Tokens):
         super().__init__(tokens.width)
 
@@ -33,6 +35,8 @@ class MeanPatch(Pooling):
 
 class ClsAndMeanPatch(Pooling):
     """[cls] and the mean of the patch tokens, concatenated (B,2D); no weights."""
+
+    weighs = False
 
     def __init__(self, tokens: Tokens):
         super().__init__(2 * tokens.width)

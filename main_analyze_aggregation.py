@@ -21,7 +21,6 @@ from aggregation_results import describe, describe_boxes, over_seeds, table
 from aggregation_stats import KL_FLOOR
 from engine_aggregation import (
     DEFAULT_RULES,
-    UNWEIGHTED,
     Localization,
     Rule,
     Statistics,
@@ -152,7 +151,7 @@ def main(args: argparse.Namespace) -> None:
         given = Tokens(backbone.embed_dim, grid, backbone.num_prefix_tokens)
         bank = run.bank(encoder, grid) if run is not None else None
         oracle = find_oracle(args, run, bank is not None and bank.needs.oracle, encoder, size, amp)
-        rules = find_rules(args, encoder, given, bank, oracle is not None)
+        rules = find_rules(args, encoder, given, run, bank, oracle is not None)
         heads = head_rules(backbone, given) if args.loc_map_heads == "best" else []
         for rule in (*rules, *heads):
             rule.pooling.to(world.device).eval()
@@ -230,9 +229,11 @@ def find_oracle(
 
 
 def find_rules(
-    args: argparse.Namespace, encoder: Encoder, tokens: Tokens, bank: ProbeBank | None, has_oracle: bool
+    args: argparse.Namespace, encoder: Encoder, tokens: Tokens, run: ProbeRun | None, bank: ProbeBank | None,
+    has_oracle: bool,
 ) -> list[Rule]:  # fmt: skip
-    """The fixed rules, then those that probes have learned. ValueError where there is none."""
+    """The fixed rules, then those that the run's probes have learned; of several rates, where held-out images have
+    chosen one, that alone. ValueError where there is none."""
     words, missing = args.rules, []
     if words is None:
         words, missing = default_rules(encoder.backbone, has_oracle)
@@ -242,14 +243,16 @@ def find_rules(
     rules = fixed_rules(words, encoder.backbone, tokens, has_oracle)
     if bank is not None:
         fixed = {(rule.head, rule.block) for rule in rules}
-        learned = probe_rules(bank, encoder.backbone.depth - 1)
+        learned = probe_rules(bank, encoder.backbone.depth - 1, run.scores())
         if args.probe_heads is not None:
             if unknown := sorted(set(args.probe_heads) - {rule.head for rule in learned}):
                 heads = ", ".join(dict.fromkeys(rule.head for rule in learned))
                 raise ValueError(f"--probe_heads {' '.join(unknown)}: {args.probes} weighs patches by {heads} only")
             learned = [rule for rule in learned if rule.head in args.probe_heads]
         rules += [rule for rule in learned if rule.probe is not None or (rule.head, rule.block) not in fixed]
-        if unweighted := sorted({spec.head for spec in bank.specs if spec.aggregation in UNWEIGHTED}):
+        if unweighted := sorted(
+            {s.head for s, p in zip(bank.specs, bank.probes, strict=True) if not p.aggregation.weighs}
+        ):
             log.info("probes without weights over the patches, left out: %s", ", ".join(unweighted))
     return rules
 

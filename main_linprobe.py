@@ -52,7 +52,7 @@ from util.images import fingerprint
 from util.lars import LARS
 from util.lr_sched import lr_at, scaled_lr
 from util.predictions import FILE, PredictionKeeper
-from util.probe_results import leader, summary, tell, tell_scores
+from util.probe_results import leader, summary, tell, tell_scores, warn_of_choices
 from util.progress import log, setup_logging
 from util.run_folder import RunFolder, provenance
 from util.scores import MULTILABEL_METRICS, MultiLabelTally, Tally
@@ -101,16 +101,16 @@ def get_args_parser() -> argparse.ArgumentParser:
     recipe.add_argument("--bn_group", default=None, type=int, metavar="N",
                         help="images that are normalised together, a part of --batch_size or several of them (paper: "
                         "2048; default: --batch_size)")  # fmt: skip
-    recipe.add_argument("--epochs", default=90, type=int)
-    recipe.add_argument("--warmup_epochs", default=10, type=int)
-    recipe.add_argument("--optimizer", nargs="+", choices=list(MOMENTUM_RULES), default=["lars"])
+    recipe.add_argument("--epochs", default=90, type=int, help="of training")
+    recipe.add_argument("--warmup_epochs", default=10, type=int, help="of them with a rate that rises from 0")
+    recipe.add_argument("--optimizer", nargs="+", choices=list(MOMENTUM_RULES), default=["lars"], help="its rule")
     recipe.add_argument("--momentum", default=None, type=float, help="default: 0.9 for LARS, 0 for SGD (paper's code)")
-    recipe.add_argument("--weight_decay", default=0.0, type=float)
+    recipe.add_argument("--weight_decay", default=0.0, type=float, help="of matrices; with SGD of vectors, too")
     recipe.add_argument(
         "--blr", nargs="+", default=[0.1], type=float, help="base rate: lr = blr x effective batch / 256"
     )
     recipe.add_argument("--lr", default=None, type=float, help="absolute rate (overrides --blr)")
-    recipe.add_argument("--min_lr", default=0.0, type=float)
+    recipe.add_argument("--min_lr", default=0.0, type=float, help="rate at the end of the cosine")
     recipe.add_argument("--crop", choices=["mae", "torchvision", "center"], default="mae",
                         help="random crop of one draw, or of up to ten; center: no augmentation")  # fmt: skip
     recipe.add_argument("--no_hflip", action="store_true", help="no horizontal flips")
@@ -221,6 +221,7 @@ def main(args: argparse.Namespace) -> None:
             "affinity_hack": args.dataloader_affinity_hack,
         }  # fmt: skip
         tokens, loaders = frozen, {n: build_loader(p.dataset, orders[n], **loading) for n, p in parts.items()}
+        cache = None
         if args.cache_views and not args.eval:
             cache = FeatureCache(
                 CachedTokens(frozen, bank, size, world.device), parts, args.cache_dir,
@@ -229,7 +230,6 @@ def main(args: argparse.Namespace) -> None:
                  "family": encoder.record["family"],
                  **{name: plain(args)[name] for name in CACHE_DEPENDS_ON}},
             )  # fmt: skip
-            cache.fill(world.device, args.batch_size, **loading)
             tokens, loaders = cache.tokens, {name: cache.loader(name, orders[name]) for name in parts}
         tally = functools.partial(MultiLabelTally if multi_label else Tally, len(specs), num_classes, world.device)
 
@@ -261,9 +261,13 @@ def main(args: argparse.Namespace) -> None:
 
         # ---- epochs
         training.start(run)
+        warn_of_choices(specs, bool(held_out))
+        if cache is not None and (training.epoch < args.epochs or held_out or keeper):
+            cache.fill(world.device, args.batch_size, **loading)
         log.info(
-            "%d probes on %s; %d training images, %d steps of %d per epoch, normalised in groups of %d, lr %s%s",
-            len(specs), args.model, len(kept), batches.steps, batches.effective, run["bn_group"],
+            "%d probes on %s; %d training images%s, %d steps of %d per epoch, normalised in groups of %d, lr %s%s",
+            len(specs), args.model, len(kept), f" and {len(held_out)} held out" if held_out else "", batches.steps,
+            batches.effective, run["bn_group"],
             ", ".join(f"{lr:g}" for lr in sorted(set(lrs))),
             "" if args.lr is not None else f" (blr x {batches.effective} / 256)",
         )  # fmt: skip
@@ -278,7 +282,7 @@ def main(args: argparse.Namespace) -> None:
                 if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
                     record[watched] = score(watched)
                     training.history.append({"epoch": epoch, watched: record[watched]})
-                log.info("epoch %d: %s%s", epoch, leader(record.get(watched), headline), stats.speed())
+                log.info("epoch %d: %s%s", epoch, leader(record.get(watched), headline, watched), stats.speed())
                 folder.log_line(record)
                 figures = record.get(watched, {}).items()
                 training.end_epoch({f"{watched}_{headline}/{name}": scores[headline] for name, scores in figures})

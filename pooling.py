@@ -49,9 +49,13 @@ class Columns(NamedTuple):
 
 
 class Pooling(nn.Module):
-    """Tokens of a block -> one vector per image: `forward` takes Features, returns Pooled. `width` is the vector's."""
+    """Tokens of a block -> one vector per image: `forward` takes Features, returns Pooled. `width` is the vector's.
+
+    weighs: whether it returns weights over the patches.
+    """
 
     needs = Needs()
+    weighs = True
 
     def __init__(self, width: int):
         super().__init__()

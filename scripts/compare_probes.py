@@ -10,6 +10,7 @@ Intervals are Student's, paired where two probes are compared; those over images
 """
 
 import argparse
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -115,6 +116,18 @@ def grouped(runs: list[tuple[str, Predictions]]) -> dict[str, dict[tuple, Tensor
     return rows
 
 
+def same_rate(word: str, row: str) -> bool:
+    """Whether two names differ in how their rate is written alone: blr30 and blr30.0."""
+
+    def plain(name: str) -> str:
+        return re.sub(r"lr([\d.e+-]+)", lambda found: f"lr{float(found[1])!r}", name)
+
+    try:
+        return plain(word) == plain(row)
+    except ValueError:
+        return False
+
+
 def compare(
     rows: dict[str, dict[tuple, Tensor]],
     labels: Tensor,
@@ -197,9 +210,9 @@ def main(args: argparse.Namespace) -> None:
         )
     runs = labelled(args.runs)
     first, rows = runs[0][1], grouped(runs)
-    baseline = args.baseline or next(iter(rows))
-    if baseline not in rows:
-        raise ValueError(f"--baseline {baseline}: choose one of {', '.join(rows)}")
+    baseline = next((row for row in rows if args.baseline in (None, row) or same_rate(args.baseline, row)), None)
+    if baseline is None:
+        raise ValueError(f"--baseline {args.baseline}: choose one of {', '.join(rows)}")
     headline = first.facts["headline"]
     found = compare(rows, first.labels, headline, baseline, args.confidence, args.resamples)
     text = table(found, headline, baseline, args.confidence, len(first.labels))

@@ -184,6 +184,8 @@ def keep(page: Path, name: str, dataset: str, results: Path, write: bool) -> Non
 def main(args: argparse.Namespace) -> None:
     if args.dataset not in DATASETS or args.dataset == "image_folder":
         raise ValueError(f"--dataset {args.dataset}: choose one of {', '.join(DATASETS)} that has a name of its own")
+    if args.check and args.table:
+        raise ValueError("--check looks at every table that is written: leave out --table")
     if args.check:
         check(args.results, args.write or ROOT / "README.md")
         return

@@ -20,14 +20,23 @@ from util.probe_results import spoken
 
 
 def labelled_runs(words: list[str]) -> dict[str, dict]:
-    """{label: results.json} of LABEL=FOLDER words; ValueError for a run that has not ended."""
+    """{label: results.json} of LABEL=FOLDER words; runs of one label join their probes, as those of several --seed do.
+
+    ValueError for a run that has not ended, and for one that is named twice.
+    """
+    if twice := [word for word in words if words.count(word) > 1]:
+        raise ValueError(f"{twice[0]} is named twice: its seeds would count twice")
     runs = {}
     for word in words:
         label, _, folder = word.rpartition("=")
         path = Path(folder) / "results.json"
         if not path.is_file():
             raise ValueError(f"{folder} holds no results.json: is it the --output_dir of a finished main_linprobe.py?")
-        runs[label or Path(folder).name] = json.loads(path.read_text())
+        run, name = json.loads(path.read_text()), label or Path(folder).name
+        if name in runs:
+            probes = {f"{path}: {probe}": found for probe, found in run["probes"].items()}
+            run = {**runs[name], "probes": {**runs[name]["probes"], **probes}}
+        runs[name] = run
     return runs
 
 
@@ -76,7 +85,8 @@ def table(runs: dict[str, dict], epoch: str = "last") -> str:
     run = next(iter(runs.values()))
     seeds = max(len(values) for row in rows.values() for values in row.values())
     chosen = any("chosen" in probe for probe in run["probes"].values())
-    lines += ["", f"{spoken(headlines.pop())} (%), {epoch} epoch, mean ± std over {seeds} seeds of the probe; "
+    over = f", mean ± std over {seeds} seeds of the probe" if seeds > 1 else ""
+    lines += ["", f"{spoken(headlines.pop())} (%), {epoch} epoch{over}; "
               f"{run['n_train']} training and {run['n_test']} test images, {run['args']['epochs']} epochs"
               + f"; rates chosen on {run.get('n_val')} held-out images" * chosen]  # fmt: skip
     return "\n".join(lines) + "\n"

@@ -1,6 +1,7 @@
 """The scripts that turn runs into a table and a picture."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -61,6 +62,14 @@ def test_table_has_a_row_for_each_setting_or_for_those_that_were_chosen(run, tmp
     assert "| mine, block 0 | 1.0 ± 0.0 |\n| mine, block 5 | 4.0 ± 0.0 |" in done.stdout
     assert "rates chosen on 5 held-out images" in done.stdout
     assert "has none" in script("probe_table.py", f"mine={tmp_path}", "--report", "best").stderr
+
+
+def test_table_joins_the_seeds_of_runs_of_one_label(run, tmp_path):
+    for name in "ab":
+        shutil.copytree(run, tmp_path / name)
+    done = script("probe_table.py", f"mine={tmp_path / 'a'}", f"mine={tmp_path / 'b'}")
+    assert done.stdout.count("| mine |") == 1 and "over 4 seeds" in done.stdout
+    assert "is named twice" in script("probe_table.py", f"mine={run}", f"mine={run}").stderr
 
 
 def test_maps_are_drawn(run, tmp_path):

@@ -85,7 +85,8 @@ def add_data_arguments(parser: argparse.ArgumentParser, labels: bool = True) -> 
                        help="of a damaged image: stop, or train on the next one and test without it")  # fmt: skip
     told = "checked against the data (default: the data's)" if labels else argparse.SUPPRESS
     group.add_argument("--nb_classes", default=None, type=int, help=told)
-    group.add_argument("--num_workers", default=min(10, len(os.sched_getaffinity(0))), type=int)
+    group.add_argument("--num_workers", default=min(10, len(os.sched_getaffinity(0))), type=int,
+                       help="processes that load images")  # fmt: skip
     group.add_argument("--pin_mem", action=argparse.BooleanOptionalAction, default=True)
     group.add_argument("--no_pin_mem", dest="pin_mem", action="store_false", help=argparse.SUPPRESS)  # MAE's spelling
     group.add_argument(

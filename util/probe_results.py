@@ -16,12 +16,13 @@ def value(scores: dict, headline: str) -> float:
     return -math.inf if math.isnan(scores[headline]) else scores[headline]
 
 
-def leader(scores: dict[str, dict] | None, headline: str) -> str:
-    """The best probe of an evaluation in words, if there was one."""
+def leader(scores: dict[str, dict] | None, headline: str, watched: str) -> str:
+    """The best probe of an evaluation in words, if there was one; watched: on which images."""
     if scores is None:
         return ""
     best = max(scores, key=lambda name: value(scores[name], headline))
-    return f"{spoken(headline)} up to {scores[best][headline]:.2f} ({best}), "
+    on = "held-out " if watched == "val" else ""
+    return f"{on}{spoken(headline)} up to {scores[best][headline]:.2f} ({best}), "
 
 
 def summary(
@@ -66,11 +67,14 @@ def choice(held_out: dict[str, float], specs: Sequence[ProbeSpec]) -> set[str]:
     }
 
 
+def warn_of_choices(specs: Sequence[ProbeSpec], held_out: bool) -> None:
+    """Say it where a rate could only be chosen by test scores."""
+    if len({(spec.head, spec.block, spec.seed) for spec in specs}) < len(specs) and not held_out:
+        log.warning("several rates or optimizers: choosing one by its test scores flatters it; see --val_fraction")
+
+
 def tell(results: dict[str, dict], headline: str, epoch: str) -> None:
     """A summary to the log, by the scores of its "last" or "best" epoch."""
-    several = len({(result["head"], result["block"], result["seed"]) for result in results.values()}) < len(results)
-    if several and not any("chosen" in result for result in results.values()):
-        log.warning("several rates or optimizers: choosing one by these test scores flatters it; see --val_fraction")
     for name, result in results.items():
         last = f"last {result['last'][headline]:.2f}"
         if "best" in result:
