@@ -1,7 +1,6 @@
 """What a micro-step of end-to-end fine-tuning computes, and the exact evaluation of a classifier."""
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,9 +10,10 @@ from models_finetune import Classifier
 from util.datasets import Sample, Watched
 from util.scores import Scores, Tally
 from util.seeding import seeded, stable_seed
+from util.training import OneNetwork
 
 
-class FineTuning:
+class FineTuning(OneNetwork):
     """A classifier and its optimizer, as a util.training.Method.
 
     mixup: timm's Mixup, which returns soft labels (label smoothing is then its business). Mixing and stochastic depth
@@ -21,7 +21,7 @@ class FineTuning:
     micro-steps.
     """
 
-    program, state_name, names = "main_finetune.py", "model", ("",)
+    program = "main_finetune.py"
 
     def __init__(
         self,
@@ -33,13 +33,9 @@ class FineTuning:
         mixup: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
         clip_grad: float | None = None,
     ):
-        self.model, self.optimizer, self.device, self.amp = model, optimizer, device, amp
+        super().__init__(model, optimizer, device, amp)
         self.mixup, self.clip_grad = mixup, clip_grad
         self.smoothing = 0.0 if mixup else smoothing
-        self.groups = [[p for p in model.parameters() if p.requires_grad]]
-
-    def train(self) -> None:
-        self.model.train()
 
     def losses(self, sample: Sample, words: tuple) -> Tensor:
         images = sample.image.to(self.device, non_blocking=True)
@@ -56,14 +52,7 @@ class FineTuning:
     def step(self, alive: Tensor) -> Tensor:
         if self.clip_grad is not None:
             nn.utils.clip_grad_norm_(self.groups[0], self.clip_grad)
-        self.optimizer.step()
-        return alive
-
-    def state(self) -> dict[str, Any]:
-        return self.model.published_state_dict()
-
-    def load(self, state: dict[str, Any]) -> None:
-        self.model.load_published_state_dict(state)
+        return super().step(alive)
 
 
 @torch.no_grad()

@@ -1,18 +1,17 @@
 """What a micro-step of masked-autoencoder pretraining computes."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from models_mae import MaskedAutoencoder
 from util.datasets import Sample
+from util.training import OneNetwork
 
 
-class Pretraining:
+class Pretraining(OneNetwork):
     """A masked autoencoder and its optimizer, as a util.training.Method; the masks come with the samples."""
 
-    program, state_name, names = "main_pretrain.py", "model", ("",)
+    program = "main_pretrain.py"
 
     def __init__(
         self,
@@ -22,24 +21,11 @@ class Pretraining:
         device: torch.device,
         amp: torch.dtype,
     ):
-        self.model, self.optimizer, self.mask_ratio, self.device, self.amp = model, optimizer, mask_ratio, device, amp
-        self.groups = [[p for p in model.parameters() if p.requires_grad]]
-
-    def train(self) -> None:
-        self.model.train()
+        super().__init__(model, optimizer, device, amp)
+        self.mask_ratio = mask_ratio
 
     def losses(self, sample: Sample, words: tuple) -> Tensor:
         images = sample.image.to(self.device, non_blocking=True)
         noise = sample.noise.to(self.device, non_blocking=True)
         with torch.autocast(self.device.type, dtype=self.amp, enabled=self.amp != torch.float32):
             return self.model(images, noise, self.mask_ratio).loss[None]
-
-    def step(self, alive: Tensor) -> Tensor:
-        self.optimizer.step()
-        return alive
-
-    def state(self) -> dict[str, Any]:
-        return self.model.published_state_dict()
-
-    def load(self, state: dict[str, Any]) -> None:
-        self.model.load_published_state_dict(state)

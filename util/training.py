@@ -52,6 +52,31 @@ class Method(Protocol):
         """The inverse of `state`, complete or an error of MISFITS."""
 
 
+class OneNetwork:
+    """What the Methods have in common that train one network, of weights in a published layout, with one loss."""
+
+    state_name, names = "model", ("",)
+
+    def __init__(
+        self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, device: torch.device, amp: torch.dtype
+    ):  # fmt: skip
+        self.model, self.optimizer, self.device, self.amp = model, optimizer, device, amp
+        self.groups = [[p for p in model.parameters() if p.requires_grad]]
+
+    def train(self) -> None:
+        self.model.train()
+
+    def step(self, alive: Tensor) -> Tensor:
+        self.optimizer.step()
+        return alive
+
+    def state(self) -> dict[str, Any]:
+        return self.model.published_state_dict()
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.model.load_published_state_dict(state)
+
+
 class EpochStats(NamedTuple):
     """An epoch over all processes, resumed or not."""
 
