@@ -3,7 +3,7 @@
 Letters as in models_vit; K visible (kept) patches, W = M - K masked ones, C = 3 p^2 values per patch, D' decoder width.
 Nothing is computed twice or for nobody: the encoder embeds the visible patches alone, the decoder works on its tokens
 in the order visible, masked (attention does not mind; positions are looked up instead), and training predicts the
-masked patches alone.
+masked patches alone, so that the decoder's last block has nothing to say of the others.
 Source: He et al., "Masked Autoencoders Are Scalable Vision Learners", CVPR 2022, section 3.
 """
 
@@ -116,16 +116,19 @@ class MaskedAutoencoder(nn.Module):
             tokens = step.out
         return self.encoder.norm(tokens)
 
-    def decode(self, tokens: Tensor, kept: Tensor, masked: Tensor) -> Tensor:
-        """The encoder's tokens (B,P+K,D) -> the decoder's (B,P+M,D'): prefix, visible patches, masked patches."""
+    def decode(self, tokens: Tensor, kept: Tensor, masked: Tensor, first: int = 0) -> Tensor:
+        """The encoder's tokens (B,P+K,D) -> the decoder's (B,P+M,D'): prefix, visible patches, masked patches.
+
+        first: of them that is wanted; the last block computes no others.
+        """
         prefix, table = self.encoder.num_prefix_tokens, self.decoder_pos_embed[0]
         B, W = masked.shape
         order = torch.cat([kept, masked], dim=1)
         positions = torch.cat([table[:prefix].expand(B, -1, -1), table[prefix:][order]], dim=1)
         tokens = torch.cat([self.decoder_embed(tokens), self.mask_token.expand(B, W, -1)], dim=1) + positions
-        for block in self.decoder_blocks:
+        for block in self.decoder_blocks[:-1]:
             tokens = block(tokens).out
-        return tokens
+        return self.decoder_blocks[-1](tokens, kept=slice(first, None)).out
 
     def predict(self, tokens: Tensor) -> Tensor:
         """The decoder's tokens (B,n,D') -> what they say about the pixels of their patches (B,n,C)."""
@@ -143,8 +146,8 @@ class MaskedAutoencoder(nn.Module):
         """images (B,3,h,w), noise (B,M) uniform in [0,1), which decides the mask -> Reconstruction."""
         patches = self.cut(images)
         kept, masked = random_masking(noise, mask_ratio)
-        tokens = self.decode(self.encode(patches, kept), kept, masked)
-        prediction = self.predict(tokens[:, -masked.shape[1] :])
+        visible = self.encode(patches, kept)
+        prediction = self.predict(self.decode(visible, kept, masked, first=visible.shape[1]))
         hidden = take(patches, masked)
         targets = normalised(hidden) if self.norm_pix_loss else hidden
         return Reconstruction((prediction.float() - targets).square().mean(), prediction, kept, masked)

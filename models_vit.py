@@ -26,6 +26,7 @@ from util.pos_embed import (
 
 NORMS = {"layernorm": partial(nn.LayerNorm, eps=1e-6), "rmsnorm": partial(nn.RMSNorm, eps=1e-5)}  # eps: ViT's, CAPI's
 Grid = tuple[int, int]  # rows and columns of patches
+EVERY = slice(None)
 
 
 class BlockTrace(NamedTuple):
@@ -131,13 +132,16 @@ class Attention(nn.Module):
         self.rope = rope
         self.proj = nn.Linear(dim, dim, bias=proj_bias)
 
-    def forward(self, x: Tensor, grid: Grid | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """(B,N,D) -> update (B,N,D), q (B,H,N,d), k (B,H,N,d), logit bias (H,N,N) where there is one."""
+    def forward(
+        self, x: Tensor, grid: Grid | None = None, kept: slice = EVERY
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """(B,N,D) -> update (B,n,D) of the kept tokens, q and k (B,H,N,d), logit bias (H,N,N) where there is one."""
         q, k, v = (part.transpose(1, 2) for part in self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2))
         if self.rope is not None:
             q, k = self.rope(q, grid), self.rope(k, grid)
         bias = None if self.rel_pos_bias is None else self.rel_pos_bias(grid)
-        return self.proj(attend(q, k, v, bias, self.scale).transpose(1, 2).flatten(2)), q, k, bias
+        values = attend(q, k, v, bias, self.scale).transpose(1, 2).flatten(2)
+        return self.proj(values[:, kept]), q, k, bias
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
@@ -201,10 +205,13 @@ class Block(nn.Module):
         self.ls2 = LayerScale(dim, init_values) if init_values is not None else nn.Identity()
         self.drop_path2 = DropPath(drop_path) if drop_path else nn.Identity()
 
-    def forward(self, x: Tensor, grid: Grid | None = None) -> BlockOutput:
-        """grid: of the patches among the tokens x; needed where attention knows of relative or rotary positions."""
-        update, q, k, bias = self.attn(x if self.post_norm else self.norm1(x), grid)
-        middle = x + self.drop_path1(self.ls1(update))
+    def forward(self, x: Tensor, grid: Grid | None = None, kept: slice = EVERY) -> BlockOutput:
+        """grid: of the patches among the tokens x; needed where attention knows of relative or rotary positions.
+
+        kept: the tokens that are wanted afterwards; all are attended to.
+        """
+        update, q, k, bias = self.attn(x if self.post_norm else self.norm1(x), grid, kept)
+        middle = x[:, kept] + self.drop_path1(self.ls1(update))
         if self.post_norm:
             middle = self.norm1(middle)
             out = self.norm2(middle + self.drop_path2(self.ls2(self.mlp(middle))))

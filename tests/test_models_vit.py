@@ -13,7 +13,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 from models_finetune import Classifier
-from models_vit import ARCHITECTURES, VisionTransformer, build_vit, default_input_size
+from models_vit import ARCHITECTURES, Block, VisionTransformer, build_vit, default_input_size
 
 VARIANTS = {
     "plain": {},
@@ -225,3 +225,11 @@ def test_compiled_blocks_share_their_code_and_change_nothing(encoder, images):
         torch.testing.assert_close(step.out, expected.out, atol=1e-12, rtol=0)
     assert counter.frame_count == 1
     assert compiled.state_dict().keys() == encoder.state_dict().keys()
+
+
+@pytest.mark.parametrize("post_norm", [False, True])
+def test_a_block_computes_only_the_tokens_that_are_wanted_of_it(post_norm):
+    torch.manual_seed(0)
+    block = randomise(Block(48, 3, init_values=0.3, post_norm=post_norm)).double()
+    x = torch.randn(2, 7, 48, dtype=torch.float64)
+    torch.testing.assert_close(block(x, kept=slice(3, None)).out, block(x).out[:, 3:])

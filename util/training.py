@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from util import signals
+from util.allocator import keep_freed_memory
 from util.arguments import check_resumed, plain
 from util.datasets import GlobalBatches, Loader, Sample, Watched
 from util.distributed import GradientMean, agree, barrier, rank, world_size
@@ -62,6 +63,8 @@ class OneNetwork:
     ):  # fmt: skip
         self.model, self.optimizer, self.device, self.amp = model, optimizer, device, amp
         self.groups = [[p for p in model.parameters() if p.requires_grad]]
+        if device.type == "cpu":
+            keep_freed_memory()  # activations and gradients come and go with every step
 
     def train(self) -> None:
         self.model.train()
