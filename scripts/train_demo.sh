@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Make the demo encoders of demo/ again: bash scripts/train_demo.sh [FOLDER]
-# About 45 minutes on 2 CPU cores. Continues where it was stopped; a GPU is used where there is one.
+# About an hour on one CPU core. Continues where it was stopped; a GPU is used where there is one.
 # The encoders end in FOLDER (default output_dir/demo); --install as the second argument copies them to demo/.
 set -euo pipefail
 source "$(dirname "$0")/env.sh"
@@ -23,5 +23,5 @@ if [ "${2:-}" = --install ]; then
         cp "$out/$name/args.json" "demo/$name.args.json"
         cp "$out/$name/log.txt" "demo/$name.log.txt"
     done
-    cp "$out/mae/reconstruction.png" demo/mae.reconstruction.png
+    cp "$out/mae/reconstruction.png" demo/reconstruction.png
 fi
