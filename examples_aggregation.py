@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.transforms import Compose
 
 from engine_aggregation import Rule, vectors_of
 from engine_linprobe import FrozenTokens
 from localization import TOP, boxes_at, overlaps, score_map
 from util.aggregation_figures import BOXES, Found, draw_boxes, draw_maps
 from util.boxes import ImageBoxes
+from util.datasets import View
 from util.images import DamagedImage, read_rgb
 from util.plotting import visible
 from util.progress import log
@@ -85,7 +85,7 @@ def compared_rules(rules: Sequence[Rule]) -> list[Rule]:
 
 def draw_examples(
     args: argparse.Namespace, result: dict, rules: Sequence[Rule], tokens: FrozenTokens, images: Dataset,
-    chosen: Sequence[int], pixels: dict[str, Compose], boxes: ImageBoxes | None, folder: Path, device: torch.device,
+    chosen: Sequence[int], pixels: dict[str, View], boxes: ImageBoxes | None, folder: Path, device: torch.device,
 ) -> None:  # fmt: skip
     """maps.png, and boxes.png where there are boxes."""
     examples = choose_examples(args, images, chosen)

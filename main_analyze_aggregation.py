@@ -11,11 +11,12 @@ the processes, each taken once.
 """
 
 import argparse
+import functools
 import time
 from pathlib import Path
 
 import torch
-from torchvision import transforms
+from torchvision.transforms.v2 import functional as v2
 
 from aggregation_results import describe, describe_boxes, over_seeds, table
 from aggregation_stats import KL_FLOOR
@@ -47,13 +48,14 @@ from util.arguments import (
     add_encoder_arguments,
     add_run_arguments,
     build_encoder,
+    loading,
     parse,
     plain,
     run_main,
 )
 from util.boxes import BOX_SOURCES, read_boxes
 from util.checkpoints import Encoder
-from util.datasets import EvaluationBatches, KeyedDataset, build_loader, eval_transform
+from util.datasets import EvaluationBatches, KeyedDataset, View, build_loader, eval_transform
 from util.distributed import barrier, distributed, world_size
 from util.images import fingerprint
 from util.progress import log, setup_logging
@@ -173,8 +175,8 @@ def main(args: argparse.Namespace) -> None:
         folder.write("args.json", record)
 
         # ---- one pass over the images, each once over all processes; another one where boxes need other pixels
-        pixels = {"crop": eval_transform(size, encoder.mean, encoder.std),
-                  "resize": stretch_transform(size, encoder.mean, encoder.std)}  # fmt: skip
+        pixels = {"crop": eval_transform(size, encoder.mean, encoder.std, args.loader),
+                  "resize": stretch_transform(size, encoder.mean, encoder.std, args.loader)}  # fmt: skip
         levels = levels_of(args.loc_step)
         workers = args.loc_workers if args.loc_workers is not None else max(1, usable_cores() // world_size())
         start = time.perf_counter()
@@ -188,8 +190,7 @@ def main(args: argparse.Namespace) -> None:
                 if of_view:
                     dataset = KeyedDataset(images, pixels[view], args.seed, on_bad_image=args.on_bad_image)
                     batches = EvaluationBatches(len(images), args.batch_size, chosen)
-                    pin = args.pin_mem and world.device.type == "cuda"
-                    loader = build_loader(dataset, batches, args.num_workers, pin, args.dataloader_affinity_hack)
+                    loader = build_loader(dataset, batches, **loading(args, world.device))
                     run_pass(
                         everything, tokens, loader, of_view, world.device, "boxes" if view == "resize" else "rules"
                     )
@@ -207,11 +208,9 @@ def main(args: argparse.Namespace) -> None:
             draw_examples(args, result, rules, tokens, images, chosen, pixels, boxes, folder.path, world.device)
 
 
-def stretch_transform(size: int, mean: tuple[float, ...], std: tuple[float, ...]) -> transforms.Compose:
+def stretch_transform(size: int, mean: tuple[float, ...], std: tuple[float, ...], loader: str) -> View:
     """The whole image, each side resized by its own factor: what wsolevaluation shows its networks, bilinear too."""
-    return transforms.Compose([
-        transforms.Resize((size, size)), transforms.ToTensor(), transforms.Normalize(mean, std),
-    ])  # fmt: skip
+    return View([functools.partial(v2.resize, size=[size, size], antialias=True)], mean, std, loader)
 
 
 def find_oracle(

@@ -31,6 +31,7 @@ from util.arguments import (
     add_run_arguments,
     build_encoder,
     check_saving,
+    loading,
     parse,
     plain,
     run_main,
@@ -105,11 +106,10 @@ def main(args: argparse.Namespace) -> None:
                 backbone = encoder.backbone.to(world.device).eval()
                 if args.compile:
                     backbone.compile_blocks()
-                pixels = eval_transform(size, encoder.mean, encoder.std)
+                pixels = eval_transform(size, encoder.mean, encoder.std, args.loader)
                 dataset = KeyedDataset(images, pixels, args.seed, on_bad_image=args.on_bad_image)
                 batches = EvaluationBatches(len(images), args.batch_size, chosen[progress.seen :])
-                pin = args.pin_mem and world.device.type == "cuda"
-                loader = build_loader(dataset, batches, args.num_workers, pin, args.dataloader_affinity_hack)
+                loader = build_loader(dataset, batches, **loading(args, world.device))
                 found = measure(
                     backbone, loader, applicable(names, backbone), sizes_of(backbone, size), PRECISIONS[args.amp],
                     args.reduction, world.device, label, progress,

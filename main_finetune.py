@@ -28,6 +28,7 @@ from util.arguments import (
     add_run_arguments,
     build_encoder,
     check_training,
+    loading,
     parse,
     plain,
     run_main,
@@ -58,7 +59,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     head = parser.add_argument_group("classifier")
     head.add_argument("--global_pool", action="store_true", help="classify on the mean patch, not on [cls]")
     head.add_argument("--cls_token", action="store_true", help="for MAE's commands: [cls], which is the default here")
-    add_data_arguments(parser)
+    add_data_arguments(parser, loaders=False)  # timm augments PIL images
     optim = parser.add_argument_group("optimisation")
     optim.add_argument("--batch_size", default=64, type=int, help="images per process and micro-step")
     optim.add_argument("--accum_iter", default=1, type=int, help="micro-steps per optimizer step")
@@ -117,13 +118,12 @@ def main(args: argparse.Namespace) -> None:
         mixup = None
         if mixes(args):
             mixup = Mixup(args.mixup, args.cutmix, label_smoothing=args.smoothing, num_classes=num_classes)
-        pin = args.pin_mem and world.device.type == "cuda"
         train_set = KeyedDataset(train_images, augment, args.seed, on_bad_image=args.on_bad_image, train=True)
-        train_loader = build_loader(train_set, batches, args.num_workers, pin, args.dataloader_affinity_hack)
+        train_loader = build_loader(train_set, batches, **loading(args, world.device))
         pixels = eval_transform(size, encoder.mean, encoder.std)
         test_set = KeyedDataset(test_images, pixels, args.seed, on_bad_image=args.on_bad_image)
         test_batches = EvaluationBatches(len(test_set), args.batch_size)
-        test_loader = build_loader(test_set, test_batches, args.num_workers, pin, args.dataloader_affinity_hack)
+        test_loader = build_loader(test_set, test_batches, **loading(args, world.device))
 
         # ---- optimiser: AdamW (0.9, 0.999), rates decaying from the head down
         lr = args.lr if args.lr is not None else scaled_lr(args.blr, batches.effective)

@@ -31,6 +31,7 @@ from util.arguments import (
     add_run_arguments,
     build_encoder,
     check_training,
+    loading,
     parse,
     plain,
     run_main,
@@ -205,8 +206,9 @@ def main(args: argparse.Namespace) -> None:
         facts = {"weights": digest(backbone.state_dict()), "training images": fingerprint(train_images)}
 
         # ---- data: order and augmentation depend on (seed, epoch, sample) alone
-        augment = train_transform(size, encoder.mean, encoder.std, crop=args.crop, hflip=not args.no_hflip)
-        pixels = eval_transform(size, encoder.mean, encoder.std)
+        augment = train_transform(size, encoder.mean, encoder.std, crop=args.crop, hflip=not args.no_hflip,
+                                  loader=args.loader)  # fmt: skip
+        pixels = eval_transform(size, encoder.mean, encoder.std, args.loader)
         keyed = functools.partial(KeyedDataset, seed=args.seed, on_bad_image=args.on_bad_image)
         parts = {
             "train": Part(keyed(train_images, augment, train=True, indices=kept), kept, args.cache_views),
@@ -216,11 +218,8 @@ def main(args: argparse.Namespace) -> None:
             parts["val"] = Part(keyed(train_images, pixels), held_out)
         orders = {name: EvaluationBatches(len(p.dataset), args.batch_size, p.indices) for name, p in parts.items()}
         orders["train"] = batches
-        loading = {
-            "num_workers": args.num_workers, "pin_memory": args.pin_mem and world.device.type == "cuda",
-            "affinity_hack": args.dataloader_affinity_hack,
-        }  # fmt: skip
-        tokens, loaders = frozen, {n: build_loader(p.dataset, orders[n], **loading) for n, p in parts.items()}
+        how = loading(args, world.device)
+        tokens, loaders = frozen, {n: build_loader(p.dataset, orders[n], **how) for n, p in parts.items()}
         cache = None
         if args.cache_views and not args.eval:
             cache = FeatureCache(
@@ -263,7 +262,7 @@ def main(args: argparse.Namespace) -> None:
         training.start(run)
         warn_of_choices(specs, bool(held_out))
         if cache is not None and (training.epoch < args.epochs or held_out or keeper):
-            cache.fill(world.device, args.batch_size, **loading)
+            cache.fill(args.batch_size, **how)
         log.info(
             "%d probes on %s; %d training images%s, %d steps of %d per epoch, normalised in groups of %d, lr %s%s",
             len(specs), args.model, len(kept), f" and {len(held_out)} held out" if held_out else "", batches.steps,
@@ -292,7 +291,7 @@ def main(args: argparse.Namespace) -> None:
             write_predictions(folder, keeper, specs, run)
             results = summary(bank, training.history, training.diverged(), watched, headline, final)
             if args.knn:
-                run["knn"] = neighbours(bank, frozen, parts, world.device, args, num_classes, **loading)
+                run["knn"] = neighbours(bank, frozen, parts, args, num_classes, how)
             folder.write("results.json", {"probes": results, "seconds": time.time() - start, **run})
         tell(results, headline, args.report)
         folder.close()
@@ -301,7 +300,7 @@ def main(args: argparse.Namespace) -> None:
 # arguments that decide what the encoder makes of the images
 CACHE_DEPENDS_ON = (
     "model", "num_heads", "no_cls_token", "return_block", "cls_features", "amp", "final_norm", "crop", "no_hflip",
-    "seed", "on_bad_image", *option_flags(),
+    "loader", "seed", "on_bad_image", *option_flags(),
 )  # fmt: skip
 
 
@@ -363,16 +362,19 @@ def build_optimizer(args: argparse.Namespace, specs: list[ProbeSpec], groups: li
 
 
 def neighbours(
-    bank: ProbeBank, tokens: FrozenTokens, parts: dict[str, Part], device: torch.device, args: argparse.Namespace,
-    num_classes: int, **loading,
+    bank: ProbeBank, tokens: FrozenTokens, parts: dict[str, Part], args: argparse.Namespace, num_classes: int,
+    how: dict,
 ) -> dict[str, dict]:  # fmt: skip
-    """{vector: {k: its scores}} of k-NN classification on the vectors that the probes read; nothing is augmented."""
+    """{vector: {k: its scores}} of k-NN classification on the vectors that the probes read; nothing is augmented.
+
+    how: to load images, see util.arguments.loading.
+    """
     plain_train = Part(KeyedDataset(parts["train"].dataset.dataset, parts["test"].dataset.transform, args.seed,
                                     on_bad_image=args.on_bad_image), parts["train"].indices)  # fmt: skip
     (train, train_labels), (test, test_labels) = (
         pooled(bank, tokens, build_loader(
-            part.dataset, EvaluationBatches(len(part.dataset), args.batch_size, part.indices), **loading
-        ), device)
+            part.dataset, EvaluationBatches(len(part.dataset), args.batch_size, part.indices), **how
+        ), how["device"])
         for part in (plain_train, parts["test"])
     )  # fmt: skip
     found = {}

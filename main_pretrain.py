@@ -23,6 +23,7 @@ from util.arguments import (
     add_data_arguments,
     add_run_arguments,
     check_training,
+    loading,
     parse,
     plain,
     run_main,
@@ -89,11 +90,10 @@ def main(args: argparse.Namespace) -> None:
             model.compile_blocks()
 
         # ---- data: torchvision's crop, as in MAE (its probes draw theirs differently)
-        augment = train_transform(size, scale=(args.crop_scale, 1.0), crop="torchvision")
+        augment = train_transform(size, scale=(args.crop_scale, 1.0), crop="torchvision", loader=args.loader)
         patches = encoder.grid_size[0] * encoder.grid_size[1]
         dataset = KeyedDataset(images, augment, args.seed, patches, args.on_bad_image, train=True)
-        pin = args.pin_mem and world.device.type == "cuda"
-        loader = build_loader(dataset, batches, args.num_workers, pin, args.dataloader_affinity_hack)
+        loader = build_loader(dataset, batches, **loading(args, world.device))
 
         # ---- optimiser: AdamW (0.9, 0.95), weight decay on matrices only, warm-up and half-cosine per step
         lr = args.lr if args.lr is not None else scaled_lr(args.blr, batches.effective)

@@ -7,14 +7,14 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
 from models_vit import architecture, default_input_size
 from util import signals
 from util.checkpoints import FAMILIES, Encoder, load_encoder
-from util.datasets import DATASETS, ON_BAD_IMAGE, DeadWorker
+from util.datasets import DATASETS, LOADERS, ON_BAD_IMAGE, DeadWorker
 from util.distributed import PeerLost, said_first
 from util.progress import log
 from util.run_folder import AnotherRun
@@ -75,8 +75,8 @@ def add_encoder_arguments(parser: argparse.ArgumentParser, several: bool = False
     )
 
 
-def add_data_arguments(parser: argparse.ArgumentParser, labels: bool = True) -> None:
-    """labels: whether the program uses them; otherwise it has no --nb_classes to offer."""
+def add_data_arguments(parser: argparse.ArgumentParser, labels: bool = True, loaders: bool = True) -> None:
+    """labels: whether the program uses them; otherwise it has no --nb_classes to offer. loaders: the same of --loader."""
     group = parser.add_argument_group("data")
     group.add_argument("--data_path", required=True, type=Path, help="folder of the data set")
     group.add_argument("--dataset", default="image_folder", help=f"its kind: {', '.join(DATASETS)}")
@@ -85,6 +85,13 @@ def add_data_arguments(parser: argparse.ArgumentParser, labels: bool = True) -> 
                        help="of a damaged image: stop, or train on the next one and test without it")  # fmt: skip
     told = "checked against the data (default: the data's)" if labels else argparse.SUPPRESS
     group.add_argument("--nb_classes", default=None, type=int, help=told)
+    if loaders:
+        group.add_argument(
+            "--loader",
+            choices=LOADERS,
+            default="pil",
+            help="pil: the recipe's pixels; tensor: sooner, and other by a level of 255 here and there",
+        )
     group.add_argument("--num_workers", default=min(10, len(os.sched_getaffinity(0))), type=int,
                        help="processes that load images")  # fmt: skip
     group.add_argument("--pin_mem", action=argparse.BooleanOptionalAction, default=True)
@@ -92,6 +99,14 @@ def add_data_arguments(parser: argparse.ArgumentParser, labels: bool = True) -> 
     group.add_argument(
         "--dataloader_affinity_hack", "-dlah", action="store_true", help="let loader workers use all cores"
     )
+
+
+def loading(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """How the arguments want images loaded, for util.datasets.build_loader; device: where the encoder is."""
+    return {
+        "num_workers": args.num_workers, "pin_memory": args.pin_mem and device.type == "cuda",
+        "affinity_hack": args.dataloader_affinity_hack, "device": device,
+    }  # fmt: skip
 
 
 def add_run_arguments(parser: argparse.ArgumentParser, resumable: bool = True, trains: bool = True) -> None:

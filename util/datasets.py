@@ -1,6 +1,9 @@
 """Transforms, samples and loaders. Order and augmentation are functions of (seed, epoch, sample index) alone."""
 
 import contextlib
+import copy
+import functools
+import operator
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,23 +16,72 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
+from torchvision.transforms.functional import pil_to_tensor
+from torchvision.transforms.v2 import functional as v2
 
 from util import distributed, signals
-from util.crop import RandomResizedCrop
+from util.crop import RandomResizedCrop, TorchvisionCrop
 
 # the data sets themselves, for whoever also makes samples of them
 from util.dataset_table import DATASETS, build_dataset, build_splits  # noqa: F401
-from util.images import DamagedImage, UnreadableImage, path_of
+from util.images import DamagedImage, UnreadableImage, path_of, read_pixels
 from util.progress import log, progress
 from util.seeding import seeded, stable_seed
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 BICUBIC = InterpolationMode.BICUBIC
+LOADERS = ("pil", "tensor")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # transforms
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+class View:
+    """What becomes of an image, in two parts: pixels (3,h,w) in uint8, which loaders make and carry, and their
+    normalisation to float32, which happens where the encoder is. Called, it does both.
+
+    loader: "pil" resizes as the recipe does; "tensor" decodes to uint8 tensors and resizes them with torchvision,
+    which differs by a level or two of 255 in some pixels.
+    """
+
+    def __init__(
+        self, steps: Sequence[Callable], mean: tuple[float, ...], std: tuple[float, ...], loader: str = "pil"
+    ):  # fmt: skip
+        """steps: functions of PIL images and of uint8 tensors."""
+        if loader not in LOADERS:
+            raise ValueError(f"--loader {loader}: choose one of {', '.join(LOADERS)}")
+        self.steps, self.mean, self.std, self.loader = steps, mean, std, loader
+        self.constants: dict[torch.device, list[Tensor]] = {}
+
+    def read(self, images: Dataset, index: int) -> tuple[Image.Image | Tensor, int | np.ndarray]:
+        """An image of a data set, as the steps like it best, and its label."""
+        if self.loader == "pil" or not hasattr(images, "samples"):
+            return images[index]
+        path, label = images.samples[index]
+        return read_pixels(path), label
+
+    def pixels(self, image: Image.Image | Tensor) -> Tensor:
+        if self.loader == "tensor" and isinstance(image, Image.Image):
+            image = pil_to_tensor(image)
+        for step in self.steps:
+            image = step(image)
+        return (pil_to_tensor(image) if isinstance(image, Image.Image) else image).contiguous()
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """(...,3,h,w) uint8 -> float32 on the same device: the bits of torchvision's ToTensor and Normalize.
+
+        All constants are tensors there: CUDA multiplies by the reciprocal of a number, which is not the same.
+        """
+        if pixels.device not in self.constants:
+            columns = (torch.tensor(part, device=pixels.device).view(-1, 1, 1) for part in (self.mean, self.std))
+            self.constants[pixels.device] = [torch.tensor(255.0, device=pixels.device), *columns]
+        scale, mean, std = self.constants[pixels.device]
+        return pixels.float().div_(scale).sub_(mean).div_(std)
+
+    def __call__(self, image: Image.Image | Tensor) -> Tensor:
+        return self.normalise(self.pixels(image))
 
 
 def train_transform(
@@ -39,30 +91,31 @@ def train_transform(
     scale: tuple[float, float] = (0.08, 1.0),
     crop: str = "mae",
     hflip: bool = True,
-) -> transforms.Compose:
+    loader: str = "pil",
+) -> View:
     """The recipe's augmentation: random crop to input_size, horizontal flip, normalisation (paper, B.2).
 
     crop: "mae" draws once, "torchvision" up to ten times; "center" is no augmentation: eval_transform.
     """
     if crop == "center":
-        return eval_transform(input_size, mean, std)
-    cropper = {"mae": RandomResizedCrop, "torchvision": transforms.RandomResizedCrop}[crop]
+        return eval_transform(input_size, mean, std, loader)
+    cropper = {"mae": RandomResizedCrop, "torchvision": TorchvisionCrop}[crop]
     steps = [cropper(input_size, scale=scale, interpolation=BICUBIC)]
     if hflip:
         steps.append(transforms.RandomHorizontalFlip())
-    return transforms.Compose([*steps, transforms.ToTensor(), transforms.Normalize(mean, std)])
+    return View(steps, mean, std, loader)
 
 
 def eval_transform(
-    input_size: int, mean: tuple[float, ...] = IMAGENET_MEAN, std: tuple[float, ...] = IMAGENET_STD
-) -> transforms.Compose:
+    input_size: int,
+    mean: tuple[float, ...] = IMAGENET_MEAN,
+    std: tuple[float, ...] = IMAGENET_STD,
+    loader: str = "pil",
+) -> View:
     """Resize the shorter side to input_size x 256 / 224 (bicubic), central crop, normalisation."""
-    return transforms.Compose([
-        transforms.Resize(int(input_size * 256 / 224), interpolation=BICUBIC),
-        transforms.CenterCrop(input_size),
-        transforms.ToTensor(),
-        transforms.Normalize(mean, std),
-    ])  # fmt: skip
+    side = int(input_size * 256 / 224)
+    resize = functools.partial(v2.resize, size=[side], interpolation=BICUBIC, antialias=True)
+    return View([resize, transforms.CenterCrop(input_size)], mean, std, loader)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -71,7 +124,7 @@ def eval_transform(
 
 
 class Sample(NamedTuple):
-    image: Tensor  # (3,h,w) normalised
+    image: Tensor  # (3,h,w) normalised; between a loader's worker and the loader, pixels in uint8
     # the class; or (K,) zeros and ones in uint8, which no loss takes for anything else: convert them with .float()
     label: int | np.ndarray
     index: int  # position in the data set
@@ -100,6 +153,8 @@ class KeyedDataset(Dataset):
     (default: the whole data set) that can be read, else the image is zeros and the label is its own. Either way every
     batch has its size, so that ranks stay in step. Files that are not there or not accessible are errors always.
     """
+
+    as_pixels = False  # leave out the normalisation of a View
 
     def __init__(
         self,
@@ -131,16 +186,18 @@ class KeyedDataset(Dataset):
             valid, label = False, self.dataset.targets[index]
             if self.train:
                 image, label = self.stand_in(index)
+        make = self.transform.pixels if self.as_pixels else self.transform
         with seeded("sample", self.seed, epoch, index):
-            view = self.transform(Image.new("RGB", (8, 8)) if image is None else image)
+            view = make(Image.new("RGB", (8, 8)) if image is None else image)
             view = torch.zeros_like(view) if image is None else view
             return Sample(view, label, index, torch.rand(self.noise), valid)
 
-    def read(self, index: int) -> tuple[Image.Image, int | np.ndarray]:
+    def read(self, index: int) -> tuple[Image.Image | Tensor, int | np.ndarray]:
         """An image in RGB and its label. DamagedImage where it cannot be decoded; UnreadableImage where the system says
         why it cannot be read: there is no such file, no permission, a broken disk."""
+        reads = self.transform.read if isinstance(self.transform, View) else operator.getitem
         try:
-            return self.dataset[index]
+            return reads(self.dataset, index)
         except MemoryError:
             raise
         except Exception as error:  # decoders raise anything: OSError without a number, SyntaxError, struct.error
@@ -286,6 +343,12 @@ class Loader(DataLoader):
 
     damaged: tuple[int, ...] = ()
     known_workers: Sequence | None = None
+    device = torch.device("cpu")  # where its images go, and are normalised
+
+    def ready(self, batch: Sample) -> Sample:
+        """The batch, its images normalised on the loader's device."""
+        images = batch.image.to(self.device, non_blocking=True)
+        return batch._replace(image=self.dataset.transform.normalise(images) if self.dataset.as_pixels else images)
 
     def __iter__(self) -> Iterator[Sample | None]:
         with signals.blocked():
@@ -295,13 +358,13 @@ class Loader(DataLoader):
             self.known_workers = workers
             signals.kill_at_exit(workers)
         if self.dataset.on_bad_image == "error":
-            yield from batches
+            yield from map(self.ready, batches)
             return
         found: set[int] = set()
         for batch in batches:
             found.update(batch.index[~batch.valid].tolist())
             kept = batch if self.dataset.train else batch.readable()
-            yield kept if len(kept.index) else None
+            yield self.ready(kept) if len(kept.index) else None
         everywhere = sorted(set().union(*distributed.gather_objects(found)))
         if distributed.rank() == 0 and not set(everywhere) <= set(self.damaged):
             fate = "replaced by the next" if self.dataset.train else "left out"
@@ -312,10 +375,18 @@ class Loader(DataLoader):
 
 
 def build_loader(
-    dataset: KeyedDataset, batches: Any, num_workers: int, pin_memory: bool = False, affinity_hack: bool = False
-) -> Loader:
-    """Loader of Sample batches in the order of `batches` (GlobalBatches or EvaluationBatches)."""
-    return Loader(
+    dataset: KeyedDataset, batches: Any, num_workers: int, pin_memory: bool = False, affinity_hack: bool = False,
+    device: torch.device | None = None,
+) -> Loader:  # fmt: skip
+    """Loader of Sample batches in the order of `batches` (GlobalBatches or EvaluationBatches).
+
+    device: where the images go, as bytes where their transform is a View (a quarter of what float32 takes between
+    processes and to a GPU), and are normalised; None: they stay on the CPU.
+    """
+    if isinstance(dataset.transform, View):
+        dataset = copy.copy(dataset)
+        dataset.as_pixels = True
+    loader = Loader(
         dataset,
         batch_sampler=batches,
         num_workers=num_workers,
@@ -323,6 +394,8 @@ def build_loader(
         persistent_workers=num_workers > 0,
         worker_init_fn=_use_all_cores if affinity_hack else None,
     )
+    loader.device = device or loader.device
+    return loader
 
 
 class DeadWorker(RuntimeError):

@@ -15,9 +15,9 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from torch import Tensor
-from torchvision.transforms import Compose
 
 from attention_stats import METRICS, metric_names
+from util.datasets import View
 from util.files import atomic_path
 
 WIDTH = 6.9  # inches: both columns of a CVPR page
@@ -145,10 +145,9 @@ def mark_empty(axis: Axes) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def visible(images: Tensor, transform: Compose) -> np.ndarray:
-    """Images (...,3,h,w) that a transform ending in Normalize has made -> (...,h,w,3) in [0,1]."""
-    normalise = transform.transforms[-1]
-    pixels = images.movedim(-3, -1).numpy() * np.array(normalise.std) + np.array(normalise.mean)
+def visible(images: Tensor, view: View) -> np.ndarray:
+    """Images (...,3,h,w) that a View has made -> (...,h,w,3) in [0,1]."""
+    pixels = images.movedim(-3, -1).numpy() * np.array(view.std) + np.array(view.mean)
     return pixels.clip(0, 1)
 
 
