@@ -18,6 +18,7 @@ from torch import Tensor
 from attention_reductions import Grid, attention_sums
 from models_vit import BlockTrace, attention_from_cls
 from token_stats import log_amplitude, log_singular_values
+from util.choices import nearest
 
 
 class Sizes(NamedTuple):
@@ -264,6 +265,7 @@ GROUPS = {
 def metric_names(words: Sequence[str]) -> list[str]:
     """Metrics by name or group, in the order of the words; ValueError for what is neither."""
     if unknown := [word for word in words if word not in GROUPS and word not in METRICS]:
-        raise ValueError(f"--metrics {' '.join(unknown)}: choose from the groups {', '.join(GROUPS)}, or by name from "
-                         f"{', '.join(METRICS)}")  # fmt: skip
+        near = nearest(unknown[0], [*GROUPS, *METRICS])
+        raise ValueError(f"--metrics {' '.join(unknown)}: {near}choose from the groups {', '.join(GROUPS)}, or by name "
+                         f"from {', '.join(METRICS)}")  # fmt: skip
     return list(dict.fromkeys(name for word in words for name in GROUPS.get(word, (word,))))

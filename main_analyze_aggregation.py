@@ -1,13 +1,19 @@
 """What gets aggregated: how rules weigh the patches of one encoder, and whether that finds objects. Table 6, Figures 7
 to 9 and Table 8.
 
-    python main_analyze_aggregation.py --data_path $IMAGENET --probes runs/mae_base --oracle dino_vit_base_patch16 \\
-        --boxes $IMAGENET/LOC_val_solution.csv --output_dir runs/aggregation
-
 Rules are fixed ones (--rules) and the trained probes of a main_linprobe.py run (--probes), whose encoder is taken where
 --finetune names no other. `<output_dir>/aggregation.json` holds the entropy of each rule's vector, the divergences of
 each pair of rules, and with --boxes MaxBoxAccV2; figures: kl, maps, boxes. Under torchrun the images are shared among
 the processes, each taken once.
+
+examples:
+    # everything: fixed rules, an oracle, the probes of a run, and whether they find the object
+    python main_analyze_aggregation.py --data_path $IMAGENET --probes runs/mae_base --oracle dino_vit_base_patch16 \\
+        --boxes $IMAGENET/LOC_val_solution.csv --output_dir runs/aggregation
+
+    # rules without parameters, on 1,000 images
+    python main_analyze_aggregation.py --data_path $IMAGENET --finetune mae_vit_base_patch16 \\
+        --rules attn-mn attn-lcte pos ca2 --num_images 1000 --output_dir runs/rules
 """
 
 import argparse
@@ -53,6 +59,7 @@ from util.arguments import (
 )
 from util.boxes import BOX_SOURCES, read_boxes
 from util.checkpoints import Encoder
+from util.choices import nearest
 from util.datasets import EvaluationBatches, KeyedDataset, build_loader, eval_transform
 from util.distributed import barrier, distributed, world_size
 from util.images import fingerprint
@@ -246,8 +253,9 @@ def find_rules(
         learned = probe_rules(bank, encoder.backbone.depth - 1, run.scores())
         if args.probe_heads is not None:
             if unknown := sorted(set(args.probe_heads) - {rule.head for rule in learned}):
-                heads = ", ".join(dict.fromkeys(rule.head for rule in learned))
-                raise ValueError(f"--probe_heads {' '.join(unknown)}: {args.probes} weighs patches by {heads} only")
+                heads = dict.fromkeys(rule.head for rule in learned)
+                raise ValueError(f"--probe_heads {' '.join(unknown)}: {nearest(unknown[0], heads)}{args.probes} weighs "
+                                 f"patches by {', '.join(heads)} only")  # fmt: skip
             learned = [rule for rule in learned if rule.head in args.probe_heads]
         rules += [rule for rule in learned if rule.probe is not None or (rule.head, rule.block) not in fixed]
         if unweighted := sorted(

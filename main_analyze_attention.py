@@ -1,12 +1,21 @@
 """Attention flow, block by block, over a data set: Figs. 3 to 6 and 10 to 13, and the entropies of Table 3.
 
-    python main_analyze_attention.py --data_path $IMAGENET --model vit_base_patch16 \\
-        --finetune mae_vit_base_patch16 dino_vit_base_patch16 --label MAE DINO --output_dir attention
-
 For every encoder, `<output_dir>/<label>/attention.json` holds each metric of attention_stats.METRICS that --metrics
 names, in each block: mean and standard deviation over the images, of its summary and of each head. util.figures.FIGURES
 draws them: attention (the paper's four), park, heads, spectra. Under torchrun the images are shared among the
 processes, each taken once.
+
+examples:
+    # two encoders in the same figures
+    python main_analyze_attention.py --data_path $IMAGENET --model vit_base_patch16 \\
+        --finetune mae_vit_base_patch16 dino_vit_base_patch16 --label MAE DINO --output_dir runs/attention
+
+    # everything that can be measured, on 5,000 images, with t-SNE after the first and the last block
+    python main_analyze_attention.py --data_path $IMAGENET --finetune mae_vit_base_patch16 --metrics all \\
+        --num_images 5000 --tsne_blocks 0 11 --output_dir runs/attention_all
+
+    # an untrained encoder, to compare with
+    python main_analyze_attention.py --data_path $IMAGENET --model vit_base_patch16 --label random
 """
 
 import argparse
@@ -50,8 +59,8 @@ TSNE_CLASSES, TSNE_IMAGES = 3, 18  # Park et al. 2023
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = Parser(__doc__)
-    add_data_arguments(parser)
     add_encoder_arguments(parser, several=True)
+    add_data_arguments(parser)
     analysis = parser.add_argument_group("analysis")
     analysis.add_argument("--label", nargs="+", default=None, help="names of the encoders (default: of their files)")
     analysis.add_argument("--metrics", nargs="+", default=["flow"], metavar="METRIC",

@@ -1,10 +1,23 @@
 """Train and test linear probes on the frozen tokens of one encoder, all in one pass.
 
-    torchrun --nproc_per_node 4 main_linprobe.py --model vit_base_patch16 --finetune mae_pretrain_vit_base.pth \\
-        --cls_features cls pos abmilp --batch_size 2048 --accum_iter 2 --data_path $IMAGENET --output_dir runs/mae_b
-
 The bank is the product of --cls_features, --return_block, --optimizer, --blr and --seeds. Defaults are the paper's
 recipe (B.2).
+
+examples:
+    # the paper's probes: effective batch 16,384
+    torchrun --nproc_per_node 4 main_linprobe.py --model vit_base_patch16 --finetune mae_vit_base_patch16 \\
+        --cls_features cls pos abmilp --batch_size 2048 --accum_iter 2 --data_path $IMAGENET --output_dir runs/mae_b
+
+    # a rate chosen on held-out images, three seeds, on a data set that is downloaded
+    python main_linprobe.py --finetune mae_vit_base_patch16 --dataset imagenette --data_path data --epochs 20 \\
+        --blr 0.1 1 10 --seeds 0 1 2 --val_fraction 0.1 --save_predictions --output_dir runs/imagenette
+
+    # several blocks of a small encoder, from features that are computed once
+    python main_linprobe.py --model vit_small_patch16 --finetune dino_vit_small_patch16 --dataset cifar10 \\
+        --data_path data --cls_features cls abmilp:depth=2,act=tanh --return_block 2 5 8 11 --cache_views 1
+
+    # go on with a run that was stopped
+    python main_linprobe.py --args_from runs/mae_b/args.json --resume auto
 """
 
 import argparse
@@ -28,6 +41,7 @@ from util.arguments import (
     Parser,
     add_data_arguments,
     add_encoder_arguments,
+    add_old_arguments,
     add_run_arguments,
     build_encoder,
     check_training,
@@ -91,9 +105,6 @@ def get_args_parser() -> argparse.ArgumentParser:
     probe.add_argument("--final_norm", action="store_true", help="probe tokens after the encoder's last norm")
     probe.add_argument("--init", choices=["default", "trunc_normal"], default="default",
                        help="of the classifier: PyTorch's, or MAE's (std 0.01)")  # fmt: skip
-    probe.add_argument("--cls_token", action="store_true",
-                       help="MAE's linear probe: --cls_features cls --final_norm --init trunc_normal")  # fmt: skip
-    probe.add_argument("--global_pool", action="store_true", help=argparse.SUPPRESS)  # MAE's; refused with the reason
 
     recipe = parser.add_argument_group("recipe")
     recipe.add_argument("--batch_size", default=512, type=int, help="images per process and micro-step")
@@ -103,7 +114,8 @@ def get_args_parser() -> argparse.ArgumentParser:
                         "2048; default: --batch_size)")  # fmt: skip
     recipe.add_argument("--epochs", default=90, type=int, help="of training")
     recipe.add_argument("--warmup_epochs", default=10, type=int, help="of them with a rate that rises from 0")
-    recipe.add_argument("--optimizer", nargs="+", choices=list(MOMENTUM_RULES), default=["lars"], help="its rule")
+    recipe.add_argument("--optimizer", nargs="+", choices=list(MOMENTUM_RULES), default=["lars"],
+                        help="rule of the updates")  # fmt: skip
     recipe.add_argument("--momentum", default=None, type=float, help="default: 0.9 for LARS, 0 for SGD (paper's code)")
     recipe.add_argument("--weight_decay", default=0.0, type=float, help="of matrices; with SGD of vectors, too")
     recipe.add_argument(
@@ -120,29 +132,31 @@ def get_args_parser() -> argparse.ArgumentParser:
     recipe.add_argument("--cache_dir", default=None, type=Path, metavar="FOLDER",
                         help="keep it in a file there, for later runs too (default: in memory)")  # fmt: skip
 
-    add_run_arguments(parser)
-    run = parser.add_argument_group("evaluation")
-    run.add_argument("--eval", action="store_true", help="evaluate the probes of --resume and stop")
-    run.add_argument(
+    test = parser.add_argument_group("evaluation")
+    test.add_argument("--eval", action="store_true", help="evaluate the probes of --resume and stop")
+    test.add_argument(
         "--eval_every", default=1, type=int, help="epochs between evaluations; the last is always evaluated"
     )
-    run.add_argument("--val_fraction", default=0.0, type=float, metavar="SHARE",
-                     help="of the training images, held out of training: rates are chosen on them, and the test set is "
-                     "used once")  # fmt: skip
-    run.add_argument("--save_predictions", action="store_true",
-                     help="write what every probe says of every test image, for scripts/compare_probes.py")  # fmt: skip
-    run.add_argument("--knn", nargs="+", type=int, default=[], metavar="K",
-                     help="classify by K nearest neighbours, too, as DINO does (there: 10 20 100 200)")  # fmt: skip
-    run.add_argument("--per_class", action="store_true",
-                     help="what counts is the mean over classes of their accuracies")  # fmt: skip
-    run.add_argument("--multilabel_metric", choices=MULTILABEL_METRICS, default="map",
-                     help="what counts where images have several labels")  # fmt: skip
-    run.add_argument("--report", choices=["last", "best"], default="last", help="epoch whose top-1 the summary prints")
-    run.add_argument(
-        "--dist_eval", action="store_true", help="accepted for MAE's commands: evaluation is always shared"
-    )
-    run.add_argument("--start_epoch", default=0, type=int, help="first epoch of a run that is not resumed")
-    run.add_argument("--suffix", default="", help="appended to the name of --output_dir")
+    test.add_argument("--val_fraction", default=0.0, type=float, metavar="SHARE",
+                      help="of the training images, held out of training: rates are chosen on them, and the test set "
+                      "is used once")  # fmt: skip
+    test.add_argument("--save_predictions", action="store_true",
+                      help="write what probes say of every test image, for scripts/compare_probes.py")  # fmt: skip
+    test.add_argument("--knn", nargs="+", type=int, default=[], metavar="K",
+                      help="classify by K nearest neighbours, too, as DINO does (there: 10 20 100 200)")  # fmt: skip
+    test.add_argument("--per_class", action="store_true",
+                      help="what counts is the mean over classes of their accuracies")  # fmt: skip
+    test.add_argument("--multilabel_metric", choices=MULTILABEL_METRICS, default="map",
+                      help="what counts where images have several labels")  # fmt: skip
+    test.add_argument("--report", choices=["last", "best"], default="last", help="epoch whose top-1 the summary prints")
+
+    add_run_arguments(parser)
+    old = add_old_arguments(parser)
+    old.add_argument("--cls_token", action="store_true",
+                     help="MAE's linear probe: --cls_features cls --final_norm --init trunc_normal")  # fmt: skip
+    old.add_argument("--global_pool", action="store_true", help=argparse.SUPPRESS)  # MAE's; refused with the reason
+    old.add_argument("--start_epoch", default=0, type=int, help="first epoch of a run that is not resumed")
+    old.add_argument("--suffix", default="", help="appended to the name of --output_dir")
     return parser
 
 

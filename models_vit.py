@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor
 
+from util.choices import instead_of
 from util.pos_embed import (
     relative_index,
     resample_pos_embed,
@@ -427,9 +428,9 @@ ARCHITECTURES = {
 
 
 def architecture(name: str) -> dict:
-    """Options of an architecture by name; ValueError lists the names there are."""
+    """Options of an architecture by name; ValueError says which there are."""
     if name not in ARCHITECTURES:
-        raise ValueError(f"unknown model {name!r}: choose one of {', '.join(ARCHITECTURES)}")
+        raise ValueError(f"unknown model {name!r}: {instead_of(name, ARCHITECTURES)}")
     return ARCHITECTURES[name]
 
 

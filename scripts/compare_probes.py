@@ -24,6 +24,7 @@ from scipy import stats
 from torch import Tensor
 
 from util.arguments import Parser, run_main
+from util.choices import instead_of
 from util.files import write_atomically, write_json
 from util.predictions import Predictions, read_predictions
 from util.progress import progress
@@ -212,7 +213,7 @@ def main(args: argparse.Namespace) -> None:
     first, rows = runs[0][1], grouped(runs)
     baseline = next((row for row in rows if args.baseline in (None, row) or same_rate(args.baseline, row)), None)
     if baseline is None:
-        raise ValueError(f"--baseline {args.baseline}: choose one of {', '.join(rows)}")
+        raise ValueError(f"--baseline {args.baseline}: {instead_of(args.baseline, rows)}")
     headline = first.facts["headline"]
     found = compare(rows, first.labels, headline, baseline, args.confidence, args.resamples)
     text = table(found, headline, baseline, args.confidence, len(first.labels))

@@ -19,6 +19,7 @@ from models_vit import ARCHITECTURES, VisionTransformer, architecture
 from util.arguments import Parser, run_main
 from util.catalogue import CATALOGUE, fetch_weights
 from util.checkpoints import converted, detect_family, load_plain_or_safetensors, load_timm, mismatches, native_size
+from util.choices import instead_of
 from util.families import FAMILIES, State, drop_rule, weights_of
 from util.files import sha256
 
@@ -101,7 +102,7 @@ def families_of(path: Path | None, content: dict, args: Namespace) -> tuple[list
     """The family that is asked for or fits; else all that can be tried, and why it is none or several."""
     if args.family:
         if args.family not in FAMILIES:
-            raise ValueError(f"unknown family {args.family!r}: choose one of {', '.join(FAMILIES)}")
+            raise ValueError(f"unknown family {args.family!r}: {instead_of(args.family, FAMILIES)}")
         return [args.family], ""
     if path is None:
         return ["timm"], ""

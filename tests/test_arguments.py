@@ -9,10 +9,18 @@ from pathlib import Path
 import pytest
 
 import main_finetune
+import main_linprobe
 import main_pretrain
+from aggregation import AGGREGATIONS
+from attention_stats import METRICS
+from models_vit import ARCHITECTURES
 from util import signals
 from util.arguments import build_encoder, check_training, parse, plain, run_main
+from util.catalogue import CATALOGUE
+from util.choices import instead_of
+from util.datasets import DATASETS
 from util.distributed import PeerLost
+from util.families import FAMILIES
 
 PARSER = main_finetune.get_args_parser
 
@@ -77,6 +85,39 @@ def test_maes_published_commands_are_understood():
 
 
 @pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--cls_feature", "cls"], "--cls_feature: unknown; did you mean --cls_features? --help lists the arguments"),
+        (["--data_pth=x"], "--data_pth: unknown; did you mean --data_path? --help"),
+        (["--data_path", "x", "--lr_min", "1"], "--lr_min: unknown; did you mean --min_lr? --help"),
+        (["--data_path", "x", "--zzz"], "--zzz: unknown; --help lists the arguments"),
+        (["--data_path", "x", "y"], "unrecognized arguments: y; --help lists the arguments"),
+        (["--data_path", "x", "--crop", "tv"], "--crop: unknown 'tv': choose one of mae, torchvision, center; --help"),
+        (["--data_path", "x", "--crop", "centre"], "did you mean center? There are mae, torchvision, center; --help"),
+    ],
+)
+def test_a_word_that_does_not_exist_is_answered_with_the_nearest(words, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse(main_linprobe.get_args_parser(), words)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and error.count("\n") == 1 and message in error
+
+
+@pytest.mark.parametrize(
+    ("word", "names", "near"),
+    [
+        ("abmlip", AGGREGATIONS, "abmilp"), ("ABMILP", AGGREGATIONS, "abmilp"), ("mean", AGGREGATIONS, ""),
+        ("mocov2", FAMILIES, "mocov3"), ("stl", DATASETS, "stl10"), ("cls_entropy", METRICS, "cls_patch_entropy"),
+        ("vit_smal_patch16", ARCHITECTURES, "vit_small_patch16"), ("", ARCHITECTURES, ""),
+        ("dino_base_16", CATALOGUE, "dino_vit_base_patch16"),
+    ],
+)  # fmt: skip
+def test_the_nearest_name_comes_first(word, names, near):
+    said = instead_of(word, names)
+    assert said.startswith(f"did you mean {near}" if near else "choose one of ") and said.endswith(", ".join(names))
+
+
+@pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--epochs", "0", "--warmup_epochs", "0"], "--epochs 0: it takes at least one"),
@@ -84,7 +125,7 @@ def test_maes_published_commands_are_understood():
         (["--save_every_steps", "-1"], "--save_every_steps -1: write how often, or 0 for never"),
         (["--input_size", "40"], "--input_size 40 is not divisible by the patch size 16 of vit_base_patch16"),
         (["--input_size", "-32"], "--input_size -32 is not divisible by"),
-        (["--model", "vit_bas"], "unknown model 'vit_bas': choose one of vit_demo_patch8"),
+        (["--model", "vit_bas"], "unknown model 'vit_bas': did you mean vit_base_patch16, "),
     ],
 )
 def test_impossible_settings_are_refused_before_anything_is_read(flags, message):

@@ -235,7 +235,7 @@ def test_a_diverging_run_stops_and_keeps_no_checkpoint_of_it(command, tmp_path):
 
 MISTAKES = {
     "no data": (["--data_path", "absent"], "--data_path absent: there is no such folder"),
-    "unknown model": (["--model", "vit_bas"], "unknown model 'vit_bas': choose one of"),
+    "unknown model": (["--model", "vit_bas"], "unknown model 'vit_bas': did you mean vit_base_patch16, "),
     "classes": (["--nb_classes", "1000"], "has 3 classes: correct it or leave it out"),
     "batch": (["--batch_size", "26"], "is larger than the 24 training images"),
     "weights": (["--finetune", "absent.pth"], "--finetune absent.pth: no such file"),

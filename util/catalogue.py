@@ -1,7 +1,6 @@
 """CATALOGUE: the published encoders by name, where their files are, and how they come here: whole and checked."""
 
 import contextlib
-import difflib
 import hashlib
 import http.client
 import sys
@@ -16,6 +15,7 @@ import timm
 import torch
 from tqdm import tqdm
 
+from util.choices import nearest
 from util.files import atomic_path
 from util.progress import log
 from util.seeding import stable_seed
@@ -250,10 +250,9 @@ def fetch_weights(finetune: str, offline: bool = False) -> Path | None:
         return download(finetune, None, offline)
     if timm.is_model(finetune.split(".")[0]):
         return None
-    similar = difflib.get_close_matches(finetune, CATALOGUE, 3)
     raise ValueError(
-        f"--finetune {finetune}: no such file, and neither a timm model, a URL nor a name of the catalogue"
-        + (f"; did you mean {', '.join(similar)}?" if similar else ", which scripts/list_encoders.py prints")
+        f"--finetune {finetune}: no such file, and neither a timm model, a URL nor a name of the catalogue: "
+        f"{nearest(finetune, CATALOGUE)}scripts/list_encoders.py prints it"
     )
 
 

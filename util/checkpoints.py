@@ -10,6 +10,7 @@ import timm
 
 from models_vit import VisionTransformer, architecture
 from util.catalogue import CATALOGUE, fetch_weights, hugging_face_offline
+from util.choices import instead_of
 from util.datasets import IMAGENET_MEAN, IMAGENET_STD
 from util.distributed import main_process_first
 from util.families import FAMILIES, Family, State, drop_rule, fits, unlike_plain_vit, weights_of
@@ -95,7 +96,7 @@ def known_family(finetune: str, model: str, family: str | None) -> str | None:
             raise ValueError(f"--finetune {finetune} is no {model}: write --model {entry.model}")
         family = family or entry.family
     if family is not None and family not in FAMILIES:
-        raise ValueError(f"unknown family {family!r}: choose one of {', '.join(FAMILIES)}")
+        raise ValueError(f"unknown family {family!r}: {instead_of(family, FAMILIES)}")
     return family
 
 

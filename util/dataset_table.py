@@ -13,6 +13,7 @@ import numpy as np
 from torch.utils.data import Dataset
 from torchvision import datasets
 
+from util.choices import instead_of
 from util.dataset_files import (
     find_folder,
     listed_images,
@@ -368,7 +369,7 @@ def build_dataset(name: str, root: Path, split: str, allow_subset: bool = False)
     logged instead, and images that a list names and that are not there are left out. Never another number of classes.
     """
     if name not in DATASETS:
-        raise ValueError(f"unknown data set {name!r}: choose one of {', '.join(DATASETS)}")
+        raise ValueError(f"unknown data set {name!r}: {instead_of(name, DATASETS)}")
     entry, root = DATASETS[name], Path(root)
     try:
         images = entry.build(root, split, allow_subset)
