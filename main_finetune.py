@@ -18,7 +18,6 @@ examples:
 
 import argparse
 import functools
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -160,7 +159,6 @@ def main(args: argparse.Namespace) -> None:
             **provenance(world.device),
         }  # fmt: skip
         training.start(run)
-        start = time.time()
         with training.stoppable():
             for epoch in training.epochs():
                 stats = training.train_one_epoch()
@@ -173,7 +171,7 @@ def main(args: argparse.Namespace) -> None:
             metadata = {"family": model.family, "model": args.model, "input_size": str(size)}
             metadata["epochs"] = str(args.epochs)
             folder.save_encoder(model.published_state_dict(), metadata)
-            results = {"last": training.history[-1], "seconds": time.time() - start, **run}
+            results = {"last": training.history[-1], "seconds": training.elapsed, **run}
             folder.write("results.json", results)
         barrier()
         folder.close()

@@ -24,7 +24,6 @@ import argparse
 import dataclasses
 import functools
 import itertools
-import time
 from pathlib import Path
 
 import torch
@@ -285,7 +284,7 @@ def main(args: argparse.Namespace) -> None:
             ", ".join(f"{lr:g}" for lr in sorted(set(lrs))),
             "" if args.lr is not None else f" (blr x {batches.effective} / 256)",
         )  # fmt: skip
-        start, watched = time.time(), "val" if held_out else "test"
+        watched = "val" if held_out else "test"
         with training.stoppable():
             for epoch in training.epochs():
                 stats = training.train_one_epoch()
@@ -307,7 +306,7 @@ def main(args: argparse.Namespace) -> None:
             results = summary(bank, training.history, training.diverged(), watched, headline, final)
             if args.knn:
                 run["knn"] = neighbours(bank, frozen, parts, world.device, args, num_classes, **loading)
-            folder.write("results.json", {"probes": results, "seconds": time.time() - start, **run})
+            folder.write("results.json", {"probes": results, "seconds": training.elapsed, **run})
         tell(results, headline, args.report)
         folder.close()
 

@@ -18,7 +18,6 @@ examples:
 
 import argparse
 import functools
-import time
 
 import torch
 from torch.utils.data import Dataset
@@ -125,7 +124,6 @@ def main(args: argparse.Namespace) -> None:
             args.model, sum(p.numel() for p in model.parameters()) / 1e6, len(dataset), batches.steps,
             batches.effective, lr,
         )  # fmt: skip
-        start = time.time()
         with training.stoppable():
             for epoch in training.epochs():
                 stats = training.train_one_epoch()
@@ -138,7 +136,7 @@ def main(args: argparse.Namespace) -> None:
             folder.save_encoder(encoder.state_dict(), metadata)
         barrier()
         folder.close()
-        log.info("pretraining took %.0f s", time.time() - start)
+        log.info("pretraining took %.0f s", training.elapsed)
 
 
 def record_reconstructions(folder: RunFolder, pretraining: Pretraining, images: Dataset, seed: int, step: int) -> None:

@@ -177,8 +177,6 @@ def test_a_folder_without_images_is_named(tmp_path, prepare, message):
 
 def test_an_unknown_data_set_is_refused_with_those_there_are(tmp_path):
     with pytest.raises(ValueError, match=r"'imagenet': did you mean imagenet1k, .* There are image_folder, "):
-        ValueError, match=r"'imagenet': did you mean imagenet1k, .* There are image_folder, imagenet1k, "
-    ):
         build_dataset("imagenet", tmp_path, "train")
 
 

@@ -142,7 +142,7 @@ def test_a_finished_run_is_not_written_over(command):
         (["--data_path", "nowhere"], "--data_path nowhere: there is no such folder"),
         (["--nb_classes", "1000"], "--nb_classes 1000, but"),
         (["--model", "vit_gigantic"], "unknown model 'vit_gigantic': choose one of vit_demo_patch8"),
-        (["--model", "vit_tiny_patch16"], "is not a vit_tiny_patch16 of family mae: missing blocks.10"),
+        (["--model", "vit_tiny_patch16"], "6 blocks and patches of 8 pixels: write --model vit_demo_patch8"),
         (["--finetune", "nothing.pth"], "--finetune nothing.pth: no such file"),
         (["--return_block", "6"], "block 6 does not exist: this encoder has blocks 0 to 5"),
         (["--cls_features", "mean"], "unknown --cls_features 'mean'"),

@@ -171,9 +171,6 @@ MISTAKES = {
     "nothing to see": (["--mask_ratio", "0.95"], "leaves none of the 16 patches to be seen"),
     "checkpoint": (["--resume", "absent.pth"], "there is no file absent.pth"),
     "data set": (["--dataset", "imagenet"], "unknown data set 'imagenet': did you mean imagenet1k, "),
-        ["--dataset", "imagenet"],
-        "unknown data set 'imagenet': did you mean imagenet1k, imagenet1pct or imagenette?",
-    ),
     "classes": (["--nb_classes", "10"], "--nb_classes 10: pretraining looks at no labels; leave it out"),
     "device": (["--device", "gpu"], "--device gpu: write cuda, cpu or auto"),
 }
