@@ -53,6 +53,7 @@ from util.arguments import (
     add_encoder_arguments,
     add_run_arguments,
     build_encoder,
+    check_files,
     parse,
     plain,
     run_main,
@@ -143,13 +144,17 @@ def check(args: argparse.Namespace) -> None:
 
 def main(args: argparse.Namespace) -> None:
     check(args)
+    check_files(args)
     with distributed(args.device, args.dist_url) as world:
         setup_logging()
 
         # ---- images, frozen encoder, trained probes, rules; every mistake in the arguments shows here
+        folder = RunFolder(args.output_dir)
+        if folder.path is not None and (folder.path / "aggregation.json").exists():
+            raise ValueError(f"--output_dir {args.output_dir} already holds results: name another folder, or remove it")
+        run = read_run(args.probes) if args.probes is not None else None
         images = analysed_images(args)
         chosen = subset(len(images), args.num_images, args.seed)
-        run = read_run(args.probes) if args.probes is not None else None
         asked = run.with_encoder(args) if run is not None and not args.finetune else args
         with seeded("weights", asked.seed):
             encoder, size = build_encoder(asked)
@@ -170,9 +175,6 @@ def main(args: argparse.Namespace) -> None:
         boxes = None
         if args.boxes is not None:
             boxes = read_boxes(args.boxes, args.box_format, images, args.data_path, chosen, args.allow_subset)
-        folder = RunFolder(args.output_dir)
-        if folder.path is not None and (folder.path / "aggregation.json").exists():
-            raise ValueError(f"--output_dir {args.output_dir} already holds results: name another folder, or remove it")
         barrier()  # no rank writes before rank 0 has looked
         record = {"args": plain(args), "encoder": encoder.record, "oracle": oracle and oracle.record,
                   "classes": len(images.classes), "n_test": len(images), "test_images": fingerprint(images),

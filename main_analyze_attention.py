@@ -29,7 +29,7 @@ import torch
 from attention_reductions import REDUCTIONS, choose_reduction
 from attention_stats import GROUPS, LEGEND, METRICS, REFERENCES, Sizes, metric_names
 from engine_attention import Place, Progress, applicable, measure
-from models_vit import VisionTransformer
+from models_vit import VisionTransformer, architecture, check_blocks, default_input_size
 from token_stats import embed_tokens
 from util import signals
 from util.arguments import (
@@ -39,6 +39,8 @@ from util.arguments import (
     add_encoder_arguments,
     add_run_arguments,
     build_encoder,
+    check_files,
+    check_input_size,
     check_saving,
     parse,
     plain,
@@ -77,33 +79,29 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> None:
-    names = metric_names(args.metrics)
+    check(args)
+    check_files(args)
+    names, labels = metric_names(args.metrics), encoder_labels(args)
     with distributed(args.device, args.dist_url) as world:
         setup_logging()
 
         # ---- images and frozen encoders; every mistake in the arguments shows here
-        check_saving(args)
         choose_reduction(args.reduction, world.device)
-        if args.batch_size < 1:
-            raise ValueError(f"--batch_size {args.batch_size}: it takes at least one image")
+        folder = RunFolder(args.output_dir)
+        if not args.resume:
+            refuse_results(folder)
         images = analysed_images(args)
-        if args.tsne_blocks and DATASETS[args.dataset].multi_label:
-            raise ValueError(f"--tsne_blocks shows classes, but images of --dataset {args.dataset} have several")
         chosen = subset(len(images), args.num_images, args.seed)
-        labels = encoder_labels(args)
         encoders = [load(one) for one in one_encoder_each(args)]
         for encoder, _ in encoders:
             applicable(names, encoder.backbone)
-            encoder.backbone.check_blocks(args.tsne_blocks)
 
         run = {"args": plain(args), "encoders": [encoder.record for encoder, _ in encoders], **provenance(world.device)}
-        folder = RunFolder(args.output_dir)
         weights = [digest(encoder.backbone.state_dict()) for encoder, _ in encoders]
         facts = {"images": len(images), "encoders": labels, "weights": weights}
         progress = Progress(args, folder, facts, len(encoders), len(chosen))
-        resumed = progress.resume(args.resume)
-        if folder.path is not None and not resumed and any(folder.path.glob("*/attention.json")):
-            raise ValueError(f"--output_dir {args.output_dir} already holds results: name another folder, or remove it")
+        if not progress.resume(args.resume):
+            refuse_results(folder)
         barrier()  # no rank writes before rank 0 has looked
         folder.claim()
         folder.write("args.json", run)
@@ -139,6 +137,25 @@ def main(args: argparse.Namespace) -> None:
             save(args, progress.results)
             barrier()
         folder.close()
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse what the arguments alone show to be impossible; ValueError."""
+    check_saving(args)
+    metric_names(args.metrics)
+    encoder_labels(args)
+    if args.batch_size < 1:
+        raise ValueError(f"--batch_size {args.batch_size}: it takes at least one image")
+    for one in one_encoder_each(args):
+        check_input_size(one.input_size or default_input_size(one.model), one.model)
+        check_blocks(args.tsne_blocks, architecture(one.model)["depth"])
+    if args.tsne_blocks and args.dataset in DATASETS and DATASETS[args.dataset].multi_label:
+        raise ValueError(f"--tsne_blocks shows classes, but images of --dataset {args.dataset} have several")
+
+
+def refuse_results(folder: RunFolder) -> None:
+    if folder.path is not None and any(folder.path.glob("*/attention.json")):
+        raise ValueError(f"--output_dir {folder.path} already holds results: name another folder, or remove it")
 
 
 def analysed_images(args: argparse.Namespace) -> torch.utils.data.Dataset:

@@ -35,6 +35,7 @@ from util.arguments import (
     add_old_arguments,
     add_run_arguments,
     build_encoder,
+    check_files,
     check_training,
     parse,
     plain,
@@ -100,6 +101,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> None:
     check(args)
+    check_files(args)
     with distributed(args.device, args.dist_url) as world:
         setup_logging()
         folder = RunFolder(args.output_dir, args.log_dir)

@@ -32,7 +32,7 @@ from aggregation import AGGREGATIONS, check_aggregation, option_flags, parse_hea
 from engine_linprobe import FrozenTokens, Probing, evaluate, pooled
 from feature_cache import CachedTokens, FeatureCache, Part
 from knn import knn_scores
-from models_vit import VisionTransformer
+from models_vit import VisionTransformer, architecture, check_blocks
 from oracle import build_oracle
 from probes import ProbeBank, ProbeSpec
 from util.arguments import (
@@ -43,6 +43,7 @@ from util.arguments import (
     add_old_arguments,
     add_run_arguments,
     build_encoder,
+    check_files,
     check_training,
     parse,
     plain,
@@ -65,7 +66,7 @@ from util.images import fingerprint
 from util.lars import LARS
 from util.lr_sched import lr_at, scaled_lr
 from util.predictions import FILE, PredictionKeeper
-from util.probe_results import leader, summary, tell, tell_scores, warn_of_choices
+from util.probe_results import leader, summary, tell, tell_neighbours, tell_scores, warn_of_choices
 from util.progress import log, setup_logging
 from util.run_folder import RunFolder, provenance
 from util.scores import MULTILABEL_METRICS, MultiLabelTally, Tally
@@ -184,6 +185,9 @@ def probe_specs(args: argparse.Namespace, backbone: VisionTransformer) -> list[P
 
 def main(args: argparse.Namespace) -> None:
     settle(args)
+    check_files(args)
+    multi_label = DATASETS[args.dataset].multi_label
+    headline = choose_metric(args, multi_label)
     with distributed(args.device, args.dist_url) as world:
         setup_logging()
         folder = RunFolder(args.output_dir + args.suffix if args.output_dir else "", args.log_dir)
@@ -197,8 +201,6 @@ def main(args: argparse.Namespace) -> None:
         kept, held_out = hold_out(train_images.targets, args.val_fraction, args.seed)
         if max(args.knn, default=0) > len(kept):
             raise ValueError(f"--knn {max(args.knn)}: there are {len(kept)} training images; name fewer neighbours")
-        multi_label = DATASETS[args.dataset].multi_label
-        headline = choose_metric(args, multi_label)
         batches = GlobalBatches(
             len(train_images), args.batch_size, args.accum_iter, args.seed, indices=kept, group=args.bn_group
         )
@@ -269,7 +271,7 @@ def main(args: argparse.Namespace) -> None:
         }  # fmt: skip
         if args.eval:
             tell_scores(score("test", keeper))
-            write_predictions(folder, keeper, specs, run)
+            write_predictions(folder, keeper, specs, run, {})
             return
 
         # ---- epochs
@@ -302,8 +304,8 @@ def main(args: argparse.Namespace) -> None:
 
             # ---- results: the last epoch's
             final = score("test", keeper) if held_out or keeper else training.history[-1]["test"]
-            write_predictions(folder, keeper, specs, run)
             results = summary(bank, training.history, training.diverged(), watched, headline, final)
+            write_predictions(folder, keeper, specs, run, results)
             if args.knn:
                 run["knn"] = neighbours(bank, frozen, parts, world.device, args, num_classes, **loading)
             folder.write("results.json", {"probes": results, "seconds": training.elapsed, **run})
@@ -331,7 +333,9 @@ def settle(args: argparse.Namespace) -> None:
             raise ValueError("--cls_token is MAE's probe of [cls]: leave out --cls_features or --cls_token")
         args.final_norm, args.init = True, "trunc_normal"
     args.cls_features = args.cls_features or ["cls"]
-    chosen_heads(args)
+    for aggregation, _ in chosen_heads(args):
+        check_aggregation(aggregation, not args.no_cls_token)
+    check_blocks(args.return_block or [], architecture(args.model)["depth"])
     if args.lr is not None and len(args.blr) > 1:
         raise ValueError(f"--lr {args.lr} sets one rate, --blr {args.blr} several: leave out one of them")
     if args.eval and not args.resume:
@@ -392,15 +396,19 @@ def neighbours(
     for spec, learned, ours, theirs in zip(bank.distinct, bank.learned, train, test, strict=True):
         name = spec.name if learned else f"{spec.head}/block{spec.block}"
         found[name] = knn_scores(ours, train_labels, theirs, test_labels, args.knn, num_classes)
-        log.info("%s: k-NN top-1 %s", name, ", ".join(f"{s['top1']:.2f} (k = {k})" for k, s in found[name].items()))
+    tell_neighbours(found)
     return found
 
 
-def write_predictions(folder: RunFolder, keeper: PredictionKeeper | None, specs: list[ProbeSpec], run: dict) -> None:
-    """predictions.safetensors, where they were kept."""
+def write_predictions(
+    folder: RunFolder, keeper: PredictionKeeper | None, specs: list[ProbeSpec], run: dict, results: dict[str, dict]
+) -> None:  # fmt: skip
+    """predictions.safetensors, where they were kept; with the choice of the results, where they have one."""
     if keeper is None:
         return
     probes = {spec.name: {"head": spec.head, **dataclasses.asdict(spec)} for spec in specs}
+    for name, result in results.items():
+        probes[name] |= {key: result[key] for key in ("chosen",) if key in result}
     known = "headline", "test_images", "classes", "encoder", "command", "commit", "dirty"
     tensors, metadata = keeper.gather({"probes": probes, **{name: run[name] for name in known}})
     folder.save_tensors(FILE, tensors, metadata)

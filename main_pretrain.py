@@ -30,6 +30,7 @@ from util.arguments import (
     Parser,
     add_data_arguments,
     add_run_arguments,
+    check_files,
     check_training,
     parse,
     plain,
@@ -81,6 +82,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> None:
     check(args)
+    check_files(args)
     with distributed(args.device, args.dist_url) as world:
         setup_logging()
         folder = RunFolder(args.output_dir, args.log_dir)

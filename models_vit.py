@@ -308,11 +308,7 @@ class VisionTransformer(nn.Module):
             block.compile(backend=backend)
 
     def check_blocks(self, blocks: Sequence[int]) -> None:
-        for block in blocks:
-            if not 0 <= block < self.depth:
-                raise ValueError(
-                    f"block {block} does not exist: this encoder has blocks 0 to {self.depth - 1} (counted from 0)"
-                )
+        check_blocks(blocks, self.depth)
 
     def embed(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Images (B,3,h,w) -> prefix tokens (B,P,D) and patch tokens (B,M,D), positions added.
@@ -383,6 +379,13 @@ class VisionTransformer(nn.Module):
             cls_attention=attention,
             patch_attention={i: attention_row(step, prefix + i, prefix) for i in patch_attention} or None,
         )
+
+
+def check_blocks(blocks: Sequence[int], depth: int) -> None:
+    """ValueError for a block that an encoder of that depth has not."""
+    for block in blocks:
+        if not 0 <= block < depth:
+            raise ValueError(f"block {block} does not exist: this encoder has blocks 0 to {depth - 1} (counted from 0)")
 
 
 def attention_row(step: BlockTrace, query: int, num_prefix: int) -> Tensor:

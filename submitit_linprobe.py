@@ -33,19 +33,13 @@ import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
-from urllib.parse import urlparse
 
 import submitit
 import torch
 from submitit.core.utils import FailedJobError, pickle_load
 
-from models_vit import architecture
 from util import signals
-from util.arguments import Parser, check_resumed, parse, run_main
-from util.catalogue import CATALOGUE, fetch_weights
-from util.checkpoints import known_family
-from util.choices import instead_of
-from util.datasets import DATASETS
+from util.arguments import Parser, check_files, check_resumed, parse, run_main
 from util.jobs import GONE, Task, state_of
 from util.run_folder import ROOT, AnotherRun, RunFolder
 from util.snapshot import take_snapshot
@@ -162,29 +156,6 @@ def program_arguments(args: argparse.Namespace, argv: list[str], folder: Path) -
         except AnotherRun as error:
             raise ValueError(str(error).replace("--output_dir", "--job_dir")) from error
     return argv
-
-
-def check_files(told: argparse.Namespace, remote: bool) -> None:
-    """Refuse data, architectures and weights that are not there, at the cost of a look; ValueError.
-
-    remote: files are out of sight.
-    """
-    if told.dataset not in DATASETS:
-        raise ValueError(f"unknown data set {told.dataset!r}: {instead_of(told.dataset, DATASETS)}")
-    if not (remote or told.data_path.is_dir()):
-        raise ValueError(f"--data_path {told.data_path}: there is no such folder")
-    encoders = [getattr(told, name, None) for name in ("finetune", "model", "family")]
-    weights, models, families = (value if isinstance(value, list) else [value] for value in encoders)
-    for model in models:
-        architecture(model)
-    for index, name in enumerate(weights):
-        if not name or (remote and name not in CATALOGUE):
-            continue
-        if len(models) in (1, len(weights)) and len(families) in (1, len(weights)):
-            known_family(name, models[index % len(models)], families[index % len(families)])
-        downloaded = (name in CATALOGUE and CATALOGUE[name].url) or urlparse(name).scheme in ("http", "https")
-        if told.offline or not downloaded:
-            fetch_weights(name, offline=True)
 
 
 def gpus_per_node(args: argparse.Namespace) -> int:

@@ -1,6 +1,7 @@
 """Arguments replayed from a run, and mistakes in one line."""
 
 import argparse
+import importlib
 import json
 import shlex
 import signal
@@ -132,6 +133,50 @@ def test_impossible_settings_are_refused_before_anything_is_read(flags, message)
     with pytest.raises(ValueError) as error:
         check_training(parse(PARSER(), ["--data_path", "absent", *flags]))
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("program", "mistake", "message"),
+    [
+        ("main_linprobe", ["--data_path", "absent"], "--data_path absent: there is no such folder"),
+        ("main_linprobe", ["--dataset", "cub200", "--data_path", "absent"], "there is no such folder; it comes from"),
+        ("main_linprobe", ["--dataset", "imagnet1k"], "did you mean imagenet1k?"),
+        ("main_linprobe", ["--finetune", "absent.pth"], "--finetune absent.pth: no such file"),
+        ("main_linprobe", ["--finetune", "mae_vit_large_patch16"], "write --model vit_large_patch16"),
+        (
+            "main_linprobe",
+            ["--finetune", "mae_vit_base_patch16", "--family", "mea"],
+            "did you mean mae?",
+        ),
+        ("main_linprobe", ["--cls_features", "abmlip"], "did you mean abmilp?"),
+        ("main_linprobe", ["--no_cls_token"], "this encoder has no [cls] token"),
+        ("main_linprobe", ["--return_block", "12"], "has blocks 0 to 11 (counted from 0)"),
+        ("main_linprobe", ["--bn_group", "100"], "--bn_group 100 and --batch_size 512"),
+        ("main_linprobe", ["--accum_iter", "0"], "--accum_iter 0 must be positive"),
+        ("main_linprobe", ["--dataset", "coco", "--knn", "10"], "--knn is for images of one label"),
+        ("main_linprobe", ["--eval", "--resume", "absent.pth"], "--resume absent.pth: there is no file of that name"),
+        ("main_finetune", ["--dataset", "coco"], "has several labels an image"),
+        ("main_finetune", ["--finetune", "absent.pth"], "--finetune absent.pth: no such file"),
+        ("main_pretrain", ["--dataset", "imagenette1k"], "unknown data set 'imagenette1k'"),
+        ("main_analyze_attention", ["--tsne_blocks", "12"], "has blocks 0 to 11"),
+        ("main_analyze_attention", ["--metrics", "cls_entropy"], "did you mean cls_patch_entropy or"),
+        ("main_analyze_attention", ["--finetune", "", "", "--label", "a"], "--label has 1 names for 2 encoders"),
+        ("main_analyze_attention", ["--finetune", "absent.pth"], "--finetune absent.pth: no such file"),
+        ("main_analyze_aggregation", ["--finetune", "absent.pth"], "--finetune absent.pth: no such file"),
+        ("main_analyze_aggregation", ["--dataset", "imagnet1k"], "did you mean imagenet1k?"),
+    ],
+)
+def test_a_folder_that_is_taken_does_not_hide_a_mistake(program, mistake, message, tmp_path):
+    for name in ("log.txt", "aggregation.json", "MAE/attention.json"):
+        (tmp_path / "run" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "run" / name).write_text("{}")
+    main = importlib.import_module(program)
+    words = ["--data_path", str(tmp_path), "--output_dir", str(tmp_path / "run"), "--device", "cpu"]
+    with pytest.raises(ValueError) as error:
+        main.main(parse(main.get_args_parser(), [*words, *mistake]))
+    assert message in str(error.value)
+    with pytest.raises(ValueError, match="already holds"):
+        main.main(parse(main.get_args_parser(), words))
 
 
 def test_an_impossible_input_size_is_refused_before_the_weights_are_read():

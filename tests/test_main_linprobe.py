@@ -205,6 +205,7 @@ def test_held_out_images_choose_the_rate_and_the_test_set_is_used_once(command, 
     assert results["knn"].keys() == {"cls/block5", "pos/block5"}
 
     kept = read_predictions(tmp_path / "run")
+    assert all(kept.facts["probes"][name]["chosen"] == probe["chosen"] for name, probe in probes.items())
     assert kept.index.equal(torch.arange(101)) and list(kept.said) == list(probes)
     for name, probe in probes.items():
         hits = kept.said[name] == kept.labels[:, None]

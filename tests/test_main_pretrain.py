@@ -169,7 +169,7 @@ MISTAKES = {
     "mask": (["--mask_ratio", "1"], "--mask_ratio 1.0: a share between 0 and 1"),
     "figures": (["--figure_every", "-1"], "--figure_every -1: write how often, or 0 for once, at the end"),
     "nothing to see": (["--mask_ratio", "0.95"], "leaves none of the 16 patches to be seen"),
-    "checkpoint": (["--resume", "absent.pth"], "there is no file absent.pth"),
+    "checkpoint": (["--resume", "absent.pth"], "--resume absent.pth: there is no file"),
     "data set": (["--dataset", "imagenet"], "unknown data set 'imagenet': did you mean imagenet1k, "),
     "classes": (["--nb_classes", "10"], "--nb_classes 10: pretraining looks at no labels; leave it out"),
     "device": (["--device", "gpu"], "--device gpu: write cuda, cpu or auto"),

@@ -9,14 +9,16 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NoReturn
+from urllib.parse import urlparse
 
 import torch
 
 from models_vit import architecture, default_input_size
 from util import signals
-from util.checkpoints import FAMILIES, Encoder, load_encoder
+from util.catalogue import CATALOGUE, fetch_weights
+from util.checkpoints import FAMILIES, Encoder, known_family, load_encoder
 from util.choices import instead_of, nearest
-from util.datasets import DATASETS, ON_BAD_IMAGE, DeadWorker
+from util.datasets import DATASETS, ON_BAD_IMAGE, DeadWorker, check_dataset, micro_steps_of_a_group
 from util.distributed import PeerLost, said_first
 from util.progress import log
 from util.run_folder import AnotherRun
@@ -195,6 +197,7 @@ def check_training(args: argparse.Namespace) -> None:
         raise ValueError(f"--epochs {args.epochs}: it takes at least one")
     if not 0 <= args.warmup_epochs <= args.epochs:
         raise ValueError(f"--warmup_epochs {args.warmup_epochs} must lie between 0 and --epochs {args.epochs}")
+    micro_steps_of_a_group(getattr(args, "bn_group", None) or args.batch_size, args.batch_size, args.accum_iter)
     check_saving(args)
 
 
@@ -202,6 +205,29 @@ def check_saving(args: argparse.Namespace) -> None:
     for name in ("save_every_minutes", "save_every_steps"):
         if getattr(args, name, 0) < 0:
             raise ValueError(f"--{name} {getattr(args, name)}: write how often, or 0 for never")
+
+
+def check_files(args: argparse.Namespace, remote: bool = False) -> None:
+    """Refuse data, architectures, weights and a checkpoint that are not there, at the cost of a look; ValueError.
+
+    remote: files are out of sight.
+    """
+    check_dataset(args.dataset, None if remote else args.data_path)
+    encoders = [getattr(args, name, None) for name in ("finetune", "model", "family")]
+    weights, models, families = (value if isinstance(value, list) else [value] for value in encoders)
+    for model in models:
+        architecture(model)
+    for index, name in enumerate(weights):
+        if not name or (remote and name not in CATALOGUE):
+            continue
+        if len(models) in (1, len(weights)) and len(families) in (1, len(weights)):
+            known_family(name, models[index % len(models)], families[index % len(families)])
+        downloaded = (name in CATALOGUE and CATALOGUE[name].url) or urlparse(name).scheme in ("http", "https")
+        if args.offline or not downloaded:
+            fetch_weights(name, offline=True)
+    resume = getattr(args, "resume", "")
+    if not (remote or resume in ("", "auto") or Path(resume).is_file()):
+        raise ValueError(f"--resume {resume}: there is no file of that name")
 
 
 # what may change when a run is resumed: where it runs and what it reports, not what it computes (the weights behind

@@ -45,6 +45,7 @@ class DatasetEntry(NamedTuple):
     source: str = ""  # where to get it
     protocol: str = ""  # of the paper's probes: P-LP (LARS, batch 16,384) or P-SGD (batch 1,024); "" where it has none
     multi_label: bool = False
+    downloads: bool = False  # it comes by itself where it is not there
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -320,10 +321,10 @@ DATASETS = {
         f"{SIMCLR_LIST} (beside train/ and val/ of ImageNet-1k)", "P-SGD"),
     "imagenette": DatasetEntry(
         _imagenette, "ten ImageNet classes, 320 px; downloaded if absent", 10, {"train": 9469, "val": 3925},
-        "https://github.com/fastai/imagenette"),
+        "https://github.com/fastai/imagenette", downloads=True),
     "food101": DatasetEntry(
         _food101, "Food-101; downloaded if absent", 101, {"train": 75_750, "val": 25_250},
-        "https://data.vision.ee.ethz.ch/cvl/datasets_extra/food-101", "P-LP"),
+        "https://data.vision.ee.ethz.ch/cvl/datasets_extra/food-101", "P-LP", downloads=True),
     "nus_wide": DatasetEntry(
         functools.partial(_nus_wide, False), "NUS-WIDE, 81 concepts, official lists", 81,
         {"train": 161_789, "val": 107_859}, NUS_SOURCE, "P-LP", multi_label=True),
@@ -345,16 +346,16 @@ DATASETS = {
         "cars_test/, devkit/, cars_test_annos_withlabels.mat; the authors' own page is gone)", "P-SGD"),
     "oxford_pets": DatasetEntry(
         _oxford_pets, "Oxford-IIIT Pets; downloaded if absent", 37, {"train": 3_680, "val": 3_669},
-        "https://www.robots.ox.ac.uk/~vgg/data/pets", "P-SGD"),
+        "https://www.robots.ox.ac.uk/~vgg/data/pets", "P-SGD", downloads=True),
     "stl10": DatasetEntry(
         _stl10, "STL-10; downloaded if absent", 10, {"train": 5_000, "val": 8_000},
-        "https://cs.stanford.edu/~acoates/stl10"),
+        "https://cs.stanford.edu/~acoates/stl10", downloads=True),
     "cifar10": DatasetEntry(
         _cifar10, "CIFAR-10, binary version; downloaded if absent", 10, {"train": 50_000, "val": 10_000},
-        f"{TORONTO}/cifar.html"),
+        f"{TORONTO}/cifar.html", downloads=True),
     "cifar100": DatasetEntry(
         _cifar100, "CIFAR-100, binary version; downloaded if absent", 100, {"train": 50_000, "val": 10_000},
-        f"{TORONTO}/cifar.html"),
+        f"{TORONTO}/cifar.html", downloads=True),
     "demo": DatasetEntry(
         functools.partial(_demo, 1), "the procedural demo, any number of images", 10, None, DEMO_SOURCE),
     "demo_few": DatasetEntry(
@@ -368,17 +369,32 @@ def build_dataset(name: str, root: Path, split: str, allow_subset: bool = False)
     ValueError says what is missing and where to get it. allow_subset: another number of images than the official one is
     logged instead, and images that a list names and that are not there are left out. Never another number of classes.
     """
-    if name not in DATASETS:
-        raise ValueError(f"unknown data set {name!r}: {instead_of(name, DATASETS)}")
-    entry, root = DATASETS[name], Path(root)
+    entry, root = DATASETS[check_dataset(name, root)], Path(root)
     try:
         images = entry.build(root, split, allow_subset)
         _check_counts(entry, images, split, allow_subset)
     except (ValueError, OSError) as error:  # of the system: a folder that may not be read
-        source = f"; it comes from {entry.source}" if entry.source else ""
-        asked = f"--data_path {root}" if name == "image_folder" else f"--dataset {name} --data_path {root}"
-        raise ValueError(f"{asked}: {error}{source}") from error
+        raise ValueError(_lacking(name, root, error)) from error
     return images
+
+
+def check_dataset(name: str, root: Path | None) -> str:
+    """The name; ValueError where it is of no data set, and where the folder of one is not there that is not downloaded.
+
+    root: None where it is out of sight.
+    """
+    if name not in DATASETS:
+        raise ValueError(f"unknown data set {name!r}: {instead_of(name, DATASETS)}")
+    if not (root is None or DATASETS[name].downloads or Path(root).is_dir()):
+        raise ValueError(_lacking(name, root, "there is no such folder"))
+    return name
+
+
+def _lacking(name: str, root: Path, problem: object) -> str:
+    """A problem with the files of a data set, and where to get them."""
+    source = f"; it comes from {DATASETS[name].source}" if DATASETS[name].source else ""
+    asked = f"--data_path {root}" if name == "image_folder" else f"--dataset {name} --data_path {root}"
+    return f"{asked}: {problem}{source}"
 
 
 def _check_counts(entry: DatasetEntry, images: Dataset, split: str, allow_subset: bool) -> None:

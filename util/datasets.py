@@ -18,7 +18,7 @@ from util import distributed, signals
 from util.crop import RandomResizedCrop
 
 # the data sets themselves, for whoever also makes samples of them
-from util.dataset_table import DATASETS, build_dataset, build_splits  # noqa: F401
+from util.dataset_table import DATASETS, build_dataset, build_splits, check_dataset  # noqa: F401
 from util.images import DamagedImage, UnreadableImage, path_of
 from util.progress import log, progress
 from util.seeding import seeded, stable_seed
@@ -183,14 +183,12 @@ class GlobalBatches:
         self.rank, self.world = distributed.rank(), distributed.world_size()
         self.epoch = 0
         self.first_step = 0  # optimizer steps of the epoch that are done already, and not loaded again
-        if min(batch_size, accum_iter) < 1:
-            raise ValueError(f"--batch_size {batch_size} and --accum_iter {accum_iter} must be positive")
+        self.joined = micro_steps_of_a_group(group or batch_size, batch_size, accum_iter)
         if self.steps == 0:
             raise ValueError(
                 f"an effective batch of {self.effective} (batch_size {batch_size} x accum_iter {accum_iter} x "
                 f"{self.world} processes) is larger than the {self.length} training images: lower --batch_size"
             )
-        self.joined = _micro_steps_of_a_group(group or batch_size, batch_size, accum_iter)
 
     @property
     def effective(self) -> int:
@@ -215,8 +213,10 @@ class GlobalBatches:
             yield [(self.epoch, index) for index in chunk]
 
 
-def _micro_steps_of_a_group(group: int, batch_size: int, accum_iter: int) -> int:
-    """How many micro-steps of batch_size make a group of images: one, or several."""
+def micro_steps_of_a_group(group: int, batch_size: int, accum_iter: int) -> int:
+    """How many micro-steps of batch_size make a group of images: one, or several. ValueError where they make none."""
+    if min(batch_size, accum_iter) < 1:
+        raise ValueError(f"--batch_size {batch_size} and --accum_iter {accum_iter} must be positive")
     if group < 1 or (group % batch_size and batch_size % group):
         raise ValueError(f"--bn_group {group} and --batch_size {batch_size}: one must be a multiple of the other")
     joined = max(1, group // batch_size)
