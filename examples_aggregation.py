@@ -3,7 +3,7 @@
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.transforms import Compose
 
 from engine_aggregation import Rule, vectors_of
 from engine_linprobe import FrozenTokens
@@ -85,7 +84,7 @@ def compared_rules(rules: Sequence[Rule]) -> list[Rule]:
 
 def draw_examples(
     args: argparse.Namespace, result: dict, rules: Sequence[Rule], tokens: FrozenTokens, images: Dataset,
-    chosen: Sequence[int], pixels: dict[str, Compose], boxes: ImageBoxes | None, folder: Path, device: torch.device,
+    chosen: Sequence[int], pixels: dict[str, Callable], boxes: ImageBoxes | None, folder: Path, device: torch.device,
 ) -> None:  # fmt: skip
     """maps.png, and boxes.png where there are boxes."""
     examples = choose_examples(args, images, chosen)

@@ -21,7 +21,6 @@ import time
 from pathlib import Path
 
 import torch
-from torchvision import transforms
 
 from aggregation_results import describe, describe_boxes, over_seeds, table
 from aggregation_stats import KL_FLOOR
@@ -61,7 +60,7 @@ from util.arguments import (
 from util.boxes import BOX_SOURCES, read_boxes
 from util.checkpoints import Encoder
 from util.choices import nearest
-from util.datasets import EvaluationBatches, KeyedDataset, build_loader, eval_transform
+from util.datasets import EvaluationBatches, KeyedDataset, build_loader, eval_transform, stretch_transform
 from util.distributed import barrier, distributed, world_size
 from util.images import fingerprint
 from util.progress import log, setup_logging
@@ -214,13 +213,6 @@ def main(args: argparse.Namespace) -> None:
             if not args.boxes_only:
                 draw_divergences(result, folder.path)
             draw_examples(args, result, rules, tokens, images, chosen, pixels, boxes, folder.path, world.device)
-
-
-def stretch_transform(size: int, mean: tuple[float, ...], std: tuple[float, ...]) -> transforms.Compose:
-    """The whole image, each side resized by its own factor: what wsolevaluation shows its networks, bilinear too."""
-    return transforms.Compose([
-        transforms.Resize((size, size)), transforms.ToTensor(), transforms.Normalize(mean, std),
-    ])  # fmt: skip
 
 
 def find_oracle(

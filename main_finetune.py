@@ -23,7 +23,6 @@ from pathlib import Path
 
 import torch
 from PIL import Image, ImageOps
-from timm.data import Mixup, auto_augment, create_transform
 
 from engine_finetune import FineTuning, evaluate
 from models_finetune import Classifier
@@ -128,6 +127,8 @@ def main(args: argparse.Namespace) -> None:
         augment = augmentation(args, size, encoder)
         mixup = None
         if mixes(args):
+            from timm.data import Mixup  # late, as in augmentation
+
             mixup = Mixup(args.mixup, args.cutmix, label_smoothing=args.smoothing, num_classes=num_classes)
         pin = args.pin_mem and world.device.type == "cuda"
         train_set = KeyedDataset(train_images, augment, args.seed, on_bad_image=args.on_bad_image, train=True)
@@ -181,6 +182,8 @@ def main(args: argparse.Namespace) -> None:
 
 def augmentation(args: argparse.Namespace, size: int, encoder: Encoder) -> Callable[[Image.Image], torch.Tensor]:
     """RandAugment, or colour jitter, and random erasing, as timm has them."""
+    from timm.data import auto_augment, create_transform  # seconds to import; see util.datasets
+
     for name in ("Posterize", "PosterizeIncreasing", "PosterizeOriginal"):
         auto_augment.NAME_TO_OP[name] = posterize
     return create_transform(

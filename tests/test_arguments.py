@@ -12,6 +12,7 @@ import pytest
 import main_finetune
 import main_linprobe
 import main_pretrain
+import submitit_linprobe
 from aggregation import AGGREGATIONS
 from attention_stats import METRICS
 from models_vit import ARCHITECTURES
@@ -218,3 +219,9 @@ def test_the_exit_code_says_what_happened_in_one_line(error, code, capsys):
     with pytest.raises(SystemExit) as stopped:
         run_main(main, argparse.Namespace())
     assert stopped.value.code == code and capsys.readouterr().err.count("\n") == 1
+
+
+def test_help_and_mistakes_do_not_wait_for_what_is_slow_to_import(run_program):
+    words = f"import sys, {', '.join([*submitit_linprobe.PROGRAMS, 'submitit_linprobe'])}; print("
+    done = run_program("-c", words + "sys.modules.keys() & {'torchvision', 'timm', 'sklearn', 'torch._dynamo'})")
+    assert done.stdout == "set()\n", done.stderr

@@ -11,7 +11,6 @@ from urllib.parse import urlparse
 from urllib.request import Request, urlopen
 
 import huggingface_hub.constants
-import timm
 import torch
 from tqdm import tqdm
 
@@ -248,6 +247,8 @@ def fetch_weights(finetune: str, offline: bool = False) -> Path | None:
         return download(entry.url, entry.md5, offline)
     if urlparse(finetune).scheme in ("http", "https", "file"):
         return download(finetune, None, offline)
+    import timm  # a second to import, and few runs need it
+
     if timm.is_model(finetune.split(".")[0]):
         return None
     raise ValueError(

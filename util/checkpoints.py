@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import safetensors
 import safetensors.torch
-import timm
 
 from models_vit import ARCHITECTURES, VisionTransformer, architecture
 from util.catalogue import CATALOGUE, fetch_weights, hugging_face_offline
@@ -104,6 +103,8 @@ def known_family(finetune: str, model: str, family: str | None) -> str | None:
 
 def load_timm(name: str, offline: bool = False) -> tuple[State, tuple[float, ...], tuple[float, ...]]:
     """A pretrained timm model: state dict without its classifier, and the mean and std of its preprocessing."""
+    import timm  # a second to import, and few runs need it
+
     try:
         with hugging_face_offline(offline):
             model = timm.create_model(name, pretrained=True, num_classes=0)

@@ -7,11 +7,11 @@ authors call it. Labels count from 0. Nothing is unpickled. Source of splits and
 import functools
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
 from torch.utils.data import Dataset
-from torchvision import datasets
 
 from util.choices import instead_of
 from util.dataset_files import (
@@ -48,19 +48,26 @@ class DatasetEntry(NamedTuple):
     downloads: bool = False  # it comes by itself where it is not there
 
 
+def published() -> ModuleType:
+    """torchvision's data sets, imported late as in util.datasets."""
+    from torchvision import datasets
+
+    return datasets
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # folders of classes
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _image_folder(root: Path, split: str, allow_subset: bool = False) -> datasets.ImageFolder:
+def _image_folder(root: Path, split: str, allow_subset: bool = False) -> Dataset:
     folder = root / split
     if not root.is_dir():
         raise ValueError("there is no such folder")
     if not folder.is_dir():
         raise ValueError(f"no {split!r} folder in it (expected train/<class>/ and val/<class>/)")
     try:
-        return datasets.ImageFolder(folder, loader=read_rgb)
+        return published().ImageFolder(folder, loader=read_rgb)
     except FileNotFoundError as error:  # no class, or one without images
         raise ValueError(f"{folder} is not an image folder: {error}") from error
 
@@ -120,11 +127,11 @@ def _imagenet1pct(root: Path, split: str, allow_subset: bool) -> Dataset:
 
 
 def _imagenette(root: Path, split: str, allow_subset: bool) -> Dataset:
-    url, md5 = datasets.Imagenette._ARCHIVES["320px"]
+    url, md5 = published().Imagenette._ARCHIVES["320px"]
     folder = find_folder(root, "imagenette2-320", "train", url, md5)
     images = _image_folder(folder, split)
     # wnids in their order are how torchvision numbers the classes too
-    images.classes = [datasets.Imagenette._WNID_TO_CLASS.get(wnid, (wnid,))[0] for wnid in images.classes]
+    images.classes = [published().Imagenette._WNID_TO_CLASS.get(wnid, (wnid,))[0] for wnid in images.classes]
     return images
 
 
@@ -180,7 +187,7 @@ def _stanford_cars(root: Path, split: str, allow_subset: bool) -> Dataset:
 
 def _oxford_pets(root: Path, split: str, allow_subset: bool) -> Dataset:
     name = "oxford-iiit-pet"
-    for part, (url, md5) in zip(("images", "annotations"), datasets.OxfordIIITPet._RESOURCES, strict=True):
+    for part, (url, md5) in zip(("images", "annotations"), published().OxfordIIITPet._RESOURCES, strict=True):
         folder = find_folder(root, name, part, url, md5, into=root / name)
     source = folder / "annotations" / ("trainval.txt" if split == "train" else "test.txt")
     rows = read_rows(source, str, int, int, int)  # image, class, species, breed
@@ -192,7 +199,7 @@ def _oxford_pets(root: Path, split: str, allow_subset: bool) -> Dataset:
 
 
 def _food101(root: Path, split: str, allow_subset: bool) -> Dataset:
-    folder = find_folder(root, "food-101", "meta", datasets.Food101._URL, datasets.Food101._MD5)
+    folder = find_folder(root, "food-101", "meta", published().Food101._URL, published().Food101._MD5)
     source = folder / "meta" / ("train.json" if split == "train" else "test.json")
     content = read_json(source)
     if not (isinstance(content, dict) and all(isinstance(names, list) for names in content.values())):
@@ -286,7 +293,7 @@ def _cifar(folder: Path, parts: list[str], classes: list[str], labels: int) -> A
 
 def _stl10(root: Path, split: str, allow_subset: bool) -> Dataset:
     """Pixels of an image: 3 x width x height, columns first."""
-    folder = find_folder(root, "stl10_binary", "class_names.txt", datasets.STL10.url, datasets.STL10.tgz_md5)
+    folder = find_folder(root, "stl10_binary", "class_names.txt", published().STL10.url, published().STL10.tgz_md5)
     part = "train" if split == "train" else "test"
     classes = read_lines(folder / "class_names.txt")
     source, images = folder / f"{part}_y.bin", folder / f"{part}_X.bin"

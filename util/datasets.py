@@ -11,11 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision import transforms
-from torchvision.transforms import InterpolationMode
 
 from util import distributed, signals
-from util.crop import RandomResizedCrop
 
 # the data sets themselves, for whoever also makes samples of them
 from util.dataset_table import DATASETS, build_dataset, build_splits, check_dataset  # noqa: F401
@@ -24,7 +21,6 @@ from util.progress import log, progress
 from util.seeding import seeded, stable_seed
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-BICUBIC = InterpolationMode.BICUBIC
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -39,15 +35,19 @@ def train_transform(
     scale: tuple[float, float] = (0.08, 1.0),
     crop: str = "mae",
     hflip: bool = True,
-) -> transforms.Compose:
+) -> Callable[[Image.Image], Tensor]:
     """The recipe's augmentation: random crop to input_size, horizontal flip, normalisation (paper, B.2).
 
     crop: "mae" draws once, "torchvision" up to ten times; "center" is no augmentation: eval_transform.
     """
+    from torchvision import transforms  # two seconds to import: --help and mistakes in the arguments do not wait for it
+
+    from util.crop import RandomResizedCrop
+
     if crop == "center":
         return eval_transform(input_size, mean, std)
     cropper = {"mae": RandomResizedCrop, "torchvision": transforms.RandomResizedCrop}[crop]
-    steps = [cropper(input_size, scale=scale, interpolation=BICUBIC)]
+    steps = [cropper(input_size, scale=scale, interpolation=transforms.InterpolationMode.BICUBIC)]
     if hflip:
         steps.append(transforms.RandomHorizontalFlip())
     return transforms.Compose([*steps, transforms.ToTensor(), transforms.Normalize(mean, std)])
@@ -55,13 +55,24 @@ def train_transform(
 
 def eval_transform(
     input_size: int, mean: tuple[float, ...] = IMAGENET_MEAN, std: tuple[float, ...] = IMAGENET_STD
-) -> transforms.Compose:
+) -> Callable[[Image.Image], Tensor]:
     """Resize the shorter side to input_size x 256 / 224 (bicubic), central crop, normalisation."""
+    from torchvision import transforms
+
     return transforms.Compose([
-        transforms.Resize(int(input_size * 256 / 224), interpolation=BICUBIC),
+        transforms.Resize(int(input_size * 256 / 224), interpolation=transforms.InterpolationMode.BICUBIC),
         transforms.CenterCrop(input_size),
         transforms.ToTensor(),
         transforms.Normalize(mean, std),
+    ])  # fmt: skip
+
+
+def stretch_transform(size: int, mean: tuple[float, ...], std: tuple[float, ...]) -> Callable[[Image.Image], Tensor]:
+    """The whole image, each side resized by its own factor: what wsolevaluation shows its networks, bilinear too."""
+    from torchvision import transforms
+
+    return transforms.Compose([
+        transforms.Resize((size, size)), transforms.ToTensor(), transforms.Normalize(mean, std),
     ])  # fmt: skip
 
 

@@ -6,7 +6,7 @@ everywhere else; what enters the first block stands before it. The same input gi
 
 import json
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,6 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from torch import Tensor
-from torchvision.transforms import Compose
 
 from attention_stats import METRICS, metric_names
 from util.files import atomic_path
@@ -142,7 +141,7 @@ def mark_empty(axis: Axes) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def visible(images: Tensor, transform: Compose) -> np.ndarray:
+def visible(images: Tensor, transform: Callable) -> np.ndarray:
     """Images (...,3,h,w) that a transform ending in Normalize has made -> (...,h,w,3) in [0,1]."""
     normalise = transform.transforms[-1]
     pixels = images.movedim(-3, -1).numpy() * np.array(normalise.std) + np.array(normalise.mean)
