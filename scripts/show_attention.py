@@ -158,7 +158,7 @@ def main(args: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     parser = Parser(__doc__)
-    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
+    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="files")
     add_encoder_arguments(parser, several=True)
     parser.add_argument("--label", nargs="+", default=None, help="names of the encoders (default: of their files)")
     parser.add_argument("--block", type=int, default=-1, help="counted from 0; negative: from the end")
