@@ -17,11 +17,11 @@ from engine_linprobe import FrozenTokens
 from localization import TOP, boxes_at, overlaps, score_map
 from util.aggregation_figures import BOXES, Found, draw_boxes, draw_maps
 from util.boxes import ImageBoxes
-from util.datasets import View
 from util.images import DamagedImage, read_rgb
 from util.plotting import visible
 from util.progress import log
 from util.seeding import stable_seed
+from util.views import View
 
 LEARNED = ("abmilp", "ap", "ep")  # which rule stands beside [cls], the first that there is
 

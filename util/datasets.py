@@ -1,8 +1,7 @@
-"""Transforms, samples and loaders. Order and augmentation are functions of (seed, epoch, sample index) alone."""
+"""Samples and loaders. Order and augmentation are functions of (seed, epoch, sample index) alone."""
 
 import contextlib
 import copy
-import functools
 import operator
 import os
 import time
@@ -14,109 +13,23 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision import transforms
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.functional import pil_to_tensor
-from torchvision.transforms.v2 import functional as v2
 
 from util import distributed, signals
-from util.crop import RandomResizedCrop, TorchvisionCrop
 
-# the data sets themselves, for whoever also makes samples of them
-from util.dataset_table import DATASETS, build_dataset, build_splits  # noqa: F401
-from util.images import DamagedImage, UnreadableImage, path_of, read_pixels
+# the data sets themselves, and what becomes of their images, for whoever also makes samples of them
+from util.dataset_table import DATASETS, build_dataset, build_splits, check_dataset  # noqa: F401
+from util.images import DamagedImage, UnreadableImage, path_of
 from util.progress import log, progress
 from util.seeding import seeded, stable_seed
-
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-BICUBIC = InterpolationMode.BICUBIC
-LOADERS = ("pil", "tensor")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# transforms
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class View:
-    """What becomes of an image, in two parts: pixels (3,h,w) in uint8, which loaders make and carry, and their
-    normalisation to float32, which happens where the encoder is. Called, it does both.
-
-    loader: "pil" resizes as the recipe does; "tensor" decodes to uint8 tensors and resizes them with torchvision,
-    which differs by a level or two of 255 in some pixels.
-    """
-
-    def __init__(
-        self, steps: Sequence[Callable], mean: tuple[float, ...], std: tuple[float, ...], loader: str = "pil"
-    ):  # fmt: skip
-        """steps: functions of PIL images and of uint8 tensors."""
-        if loader not in LOADERS:
-            raise ValueError(f"--loader {loader}: choose one of {', '.join(LOADERS)}")
-        self.steps, self.mean, self.std, self.loader = steps, mean, std, loader
-        self.constants: dict[torch.device, list[Tensor]] = {}
-
-    def read(self, images: Dataset, index: int) -> tuple[Image.Image | Tensor, int | np.ndarray]:
-        """An image of a data set, as the steps like it best, and its label."""
-        if self.loader == "pil" or not hasattr(images, "samples"):
-            return images[index]
-        path, label = images.samples[index]
-        return read_pixels(path), label
-
-    def pixels(self, image: Image.Image | Tensor) -> Tensor:
-        if self.loader == "tensor" and isinstance(image, Image.Image):
-            image = pil_to_tensor(image)
-        for step in self.steps:
-            image = step(image)
-        return (pil_to_tensor(image) if isinstance(image, Image.Image) else image).contiguous()
-
-    def normalise(self, pixels: Tensor) -> Tensor:
-        """(...,3,h,w) uint8 -> float32 on the same device: the bits of torchvision's ToTensor and Normalize.
-
-        All constants are tensors there: CUDA multiplies by the reciprocal of a number, which is not the same.
-        """
-        if pixels.device not in self.constants:
-            columns = (torch.tensor(part, device=pixels.device).view(-1, 1, 1) for part in (self.mean, self.std))
-            self.constants[pixels.device] = [torch.tensor(255.0, device=pixels.device), *columns]
-        scale, mean, std = self.constants[pixels.device]
-        return pixels.float().div_(scale).sub_(mean).div_(std)
-
-    def __call__(self, image: Image.Image | Tensor) -> Tensor:
-        return self.normalise(self.pixels(image))
-
-
-def train_transform(
-    input_size: int,
-    mean: tuple[float, ...] = IMAGENET_MEAN,
-    std: tuple[float, ...] = IMAGENET_STD,
-    scale: tuple[float, float] = (0.08, 1.0),
-    crop: str = "mae",
-    hflip: bool = True,
-    loader: str = "pil",
-) -> View:
-    """The recipe's augmentation: random crop to input_size, horizontal flip, normalisation (paper, B.2).
-
-    crop: "mae" draws once, "torchvision" up to ten times; "center" is no augmentation: eval_transform.
-    """
-    if crop == "center":
-        return eval_transform(input_size, mean, std, loader)
-    cropper = {"mae": RandomResizedCrop, "torchvision": TorchvisionCrop}[crop]
-    steps = [cropper(input_size, scale=scale, interpolation=BICUBIC)]
-    if hflip:
-        steps.append(transforms.RandomHorizontalFlip())
-    return View(steps, mean, std, loader)
-
-
-def eval_transform(
-    input_size: int,
-    mean: tuple[float, ...] = IMAGENET_MEAN,
-    std: tuple[float, ...] = IMAGENET_STD,
-    loader: str = "pil",
-) -> View:
-    """Resize the shorter side to input_size x 256 / 224 (bicubic), central crop, normalisation."""
-    side = int(input_size * 256 / 224)
-    resize = functools.partial(v2.resize, size=[side], interpolation=BICUBIC, antialias=True)
-    return View([resize, transforms.CenterCrop(input_size)], mean, std, loader)
-
+from util.views import (  # noqa: F401
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    LOADERS,
+    View,
+    eval_transform,
+    stretch_transform,
+    train_transform,
+)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # samples
@@ -240,14 +153,12 @@ class GlobalBatches:
         self.rank, self.world = distributed.rank(), distributed.world_size()
         self.epoch = 0
         self.first_step = 0  # optimizer steps of the epoch that are done already, and not loaded again
-        if min(batch_size, accum_iter) < 1:
-            raise ValueError(f"--batch_size {batch_size} and --accum_iter {accum_iter} must be positive")
+        self.joined = micro_steps_of_a_group(group or batch_size, batch_size, accum_iter)
         if self.steps == 0:
             raise ValueError(
                 f"an effective batch of {self.effective} (batch_size {batch_size} x accum_iter {accum_iter} x "
                 f"{self.world} processes) is larger than the {self.length} training images: lower --batch_size"
             )
-        self.joined = _micro_steps_of_a_group(group or batch_size, batch_size, accum_iter)
 
     @property
     def effective(self) -> int:
@@ -272,8 +183,10 @@ class GlobalBatches:
             yield [(self.epoch, index) for index in chunk]
 
 
-def _micro_steps_of_a_group(group: int, batch_size: int, accum_iter: int) -> int:
-    """How many micro-steps of batch_size make a group of images: one, or several."""
+def micro_steps_of_a_group(group: int, batch_size: int, accum_iter: int) -> int:
+    """How many micro-steps of batch_size make a group of images: one, or several. ValueError where they make none."""
+    if min(batch_size, accum_iter) < 1:
+        raise ValueError(f"--batch_size {batch_size} and --accum_iter {accum_iter} must be positive")
     if group < 1 or (group % batch_size and batch_size % group):
         raise ValueError(f"--bn_group {group} and --batch_size {batch_size}: one must be a multiple of the other")
     joined = max(1, group // batch_size)

@@ -13,8 +13,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.io import ImageReadMode, decode_jpeg
-from torchvision.transforms.functional import pil_to_tensor
 
 
 class UnreadableImage(ValueError):
@@ -50,13 +48,20 @@ def read_pixels(path: str | Path) -> Tensor:
     torchvision's decoder is the library that PIL's is. What it refuses is left to PIL: damaged files, and other colours
     than RGB and grey.
     """
+    from torchvision.io import ImageReadMode, decode_jpeg  # late: see util.views
+
     data = np.fromfile(path, dtype=np.uint8)
     if data[:2].tobytes() == b"\xff\xd8":
         with contextlib.suppress(RuntimeError):
             pixels = decode_jpeg(torch.from_numpy(data), mode=ImageReadMode.UNCHANGED)
             if len(pixels) in (1, 3):
                 return pixels.expand(3, -1, -1)
-    return pil_to_tensor(read_rgb(path))
+    return pixels_of(read_rgb(path))
+
+
+def pixels_of(image: Image.Image | Tensor) -> Tensor:
+    """(3,h,w) uint8 of an image in RGB."""
+    return image if isinstance(image, Tensor) else torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 class FileImages(Dataset):

@@ -16,9 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy
-import timm
 import torch
-import torchvision
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
@@ -60,6 +58,8 @@ def code_version() -> dict[str, Any]:
 
 def provenance(device: torch.device) -> dict[str, Any]:
     """Where a number comes from: command, commit, versions, hardware."""
+    import timm  # here, by now, they cost nothing
+    import torchvision
 
     return {
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
