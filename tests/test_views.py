@@ -66,8 +66,8 @@ def test_tensors_show_the_same_window_with_nearly_the_same_pixels(name):
             expected = exact.pixels(image).int()
         with seeded("view", number):
             difference = (close.pixels(image).int() - expected).abs()
-        assert difference.max() <= 12
-        assert (difference > 0).float().mean() < 0.1
+        assert difference.max() <= 12  # of 255, where a bicubic kernel shoots over an edge
+        assert difference.float().mean() < 0.2
 
 
 @pytest.fixture
@@ -132,11 +132,13 @@ def test_loaders_carry_bytes_and_give_what_the_transform_gives(tmp_path, monkeyp
     images = build_dataset("image_folder", tmp_path, "val")
     dataset = KeyedDataset(images, eval_transform(32, MEAN, STD, loader), 0)
     expected = torch.stack([dataset[0, index].image for index in range(3)])
-    carried = []
-    normalise = View.normalise
-    monkeypatch.setattr(
-        View, "normalise", lambda view, pixels: [carried.append(pixels.dtype), normalise(view, pixels)][1]
-    )
+    carried, normalise = [], View.normalise
+
+    def watched(view, pixels):
+        carried.append(pixels.dtype)
+        return normalise(view, pixels)
+
+    monkeypatch.setattr(View, "normalise", watched)
     (batch,) = build_loader(dataset, EvaluationBatches(3, 3), workers)
     assert batch.image.equal(expected)
     assert carried == [torch.uint8]
