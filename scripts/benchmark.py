@@ -21,7 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import torch.nn.functional as F
-from benchmark_pretrain import endless, loading, pretraining_steps
+from benchmark_loader import endless, loading
+from benchmark_pretrain import pretraining_steps
 from torch import Tensor
 
 from aggregation import parse_head
@@ -249,7 +250,7 @@ def pretrain(args: argparse.Namespace, device: torch.device) -> dict[str, Timing
 
 
 def loader(args: argparse.Namespace, device: torch.device) -> dict[str, Timing]:
-    """What one core decodes and augments for pretraining."""
+    """What one core decodes and augments."""
     return race(loading(args), device, args)
 
 

@@ -1,4 +1,4 @@
-"""What scripts/benchmark.py races for pretraining: whole training steps, and the loader apart from them."""
+"""What scripts/benchmark.py races for pretraining: whole training steps."""
 
 import argparse
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from models_mae import DECODERS, MaskedAutoencoder
 from models_vit import build_vit
 from util.arguments import PRECISIONS
 from util.choices import instead_of
-from util.datasets import GlobalBatches, KeyedDataset, Sample, build_dataset, build_loader, train_transform
+from util.datasets import Sample
 from util.distributed import GradientMean
 from util.optim import weight_decay_groups
 from util.seeding import seeded
@@ -92,31 +92,3 @@ def pretraining_steps(args: argparse.Namespace, device: torch.device) -> dict[st
         "Hugging Face, eager": lambda: theirs("eager"),
     }
     return {name: make() for name, make in makers.items() if args.only in (None, name)}
-
-
-def loading(args: argparse.Namespace) -> dict[str, Callable[[], object]]:
-    """A batch of the recipe's training images, decoded, cropped and flipped by one process."""
-    if args.data_path is None:
-        raise ValueError("loader: name a data set with --data_path, of --dataset's kind")
-    return {
-        "loader, one core": endless(args, 0, train_transform(args.input_size, scale=(0.2, 1.0), crop="torchvision"))
-    }
-
-
-def endless(args: argparse.Namespace, workers: int, augment: Callable) -> Callable[[], Sample]:
-    """Batch after batch of augmented images, epoch after epoch."""
-    split = "train" if args.dataset != "image_folder" or (args.data_path / "train").is_dir() else "val"
-    images = build_dataset(args.dataset, args.data_path, split, allow_subset=True)
-    batches = GlobalBatches(len(images), args.batch_size, 1, seed=0)
-    loader = build_loader(KeyedDataset(images, augment, 0, noise=196), batches, num_workers=workers)
-    state = {"batches": iter(loader)}
-
-    def batch() -> Sample:
-        found = next(state["batches"], None)
-        if found is None:
-            batches.epoch += 1
-            state["batches"] = iter(loader)
-            found = next(state["batches"])
-        return found
-
-    return batch

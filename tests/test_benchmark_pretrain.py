@@ -9,7 +9,8 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "scripts"))
 
-from benchmark_pretrain import hugging_face_twin, loading, pretraining_steps
+from benchmark_loader import loading
+from benchmark_pretrain import hugging_face_twin, pretraining_steps
 
 from models_mae import MaskedAutoencoder
 from models_vit import build_vit
@@ -48,9 +49,12 @@ def test_a_model_without_decoder_is_refused():
         pretraining_steps(settings(model="vit_base_patch8"), torch.device("cpu"))
 
 
-def test_the_loader_goes_on_to_the_next_epoch(image_folder):
-    ((_, batch),) = loading(settings(data_path=image_folder, batch_size=10)).items()
-    images = [batch().image for _ in range(5)]  # two to an epoch
-    assert all(image.shape == (10, 3, 32, 32) for image in images) and not images[0].equal(images[2])
+def test_loaders_go_on_to_the_next_epoch(image_folder):
+    contestants = loading(settings(data_path=image_folder, batch_size=10))
+    assert len(contestants) == 6
+    for name, batch in contestants.items():
+        images = [batch()[0] for _ in range(5)]  # two to an epoch
+        assert all(image.shape == (10, 3, 32, 32) and image.dtype == torch.float32 for image in images), name
+        assert images[0].equal(images[2]) == name.endswith("test")
     with pytest.raises(ValueError, match="name a data set with --data_path"):
         loading(settings())

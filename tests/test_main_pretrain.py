@@ -153,7 +153,7 @@ def test_pretraining_crops_as_torchvision_does(command, tmp_path, monkeypatch):
     monkeypatch.setattr(main_pretrain, "train_transform", spy)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "run", command)
-    assert asked == [{"scale": (0.2, 1.0), "crop": "torchvision"}]
+    assert asked == [{"scale": (0.2, 1.0), "crop": "torchvision", "loader": "pil"}]
 
 
 def test_a_diverging_run_stops_and_keeps_no_checkpoint_of_it(command, tmp_path):

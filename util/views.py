@@ -57,7 +57,11 @@ class View:
             columns = (torch.tensor(part, device=pixels.device).view(-1, 1, 1) for part in (self.mean, self.std))
             self.constants[pixels.device] = [torch.tensor(255.0, device=pixels.device), *columns]
         scale, mean, std = self.constants[pixels.device]
-        return pixels.float().div_(scale).sub_(mean).div_(std)
+        result = torch.empty_like(pixels, dtype=torch.float32)
+        alone = pixels.device.type == "cpu" and pixels.dim() == 4  # one image at a time stays in the cache
+        for part, target in zip(pixels, result, strict=True) if alone else [(pixels, result)]:
+            target.copy_(part).div_(scale).sub_(mean).div_(std)
+        return result
 
     def __call__(self, image: Image.Image | Tensor) -> Tensor:
         return self.normalise(self.pixels(image))
