@@ -54,7 +54,7 @@ from util.lr_sched import lr_at, scaled_lr
 from util.predictions import FILE, PredictionKeeper
 from util.probe_results import leader, summary, tell, tell_scores, warn_of_choices
 from util.progress import log, setup_logging
-from util.run_folder import RunFolder, provenance
+from util.run_folder import RunFolder, provenance, utc_now
 from util.scores import MULTILABEL_METRICS, MultiLabelTally, Tally
 from util.seeding import seeded
 from util.training import Training
@@ -252,7 +252,8 @@ def main(args: argparse.Namespace) -> None:
             "bn_group": args.bn_group or args.batch_size, "steps_per_epoch": batches.steps,
             "lr": dict(zip(probing.names, lrs, strict=True)), "n_train": len(kept), "n_val": len(held_out),
             "n_test": len(test_images), "classes": num_classes, "headline": headline,
-            "test_images": fingerprint(test_images), "oracle": oracle and oracle.record, **provenance(world.device),
+            "train_images": facts["training images"], "test_images": fingerprint(test_images),
+            "oracle": oracle and oracle.record, **provenance(world.device),
         }  # fmt: skip
         if args.eval:
             tell_scores(score("test", keeper))
@@ -293,7 +294,8 @@ def main(args: argparse.Namespace) -> None:
             results = summary(bank, training.history, training.diverged(), watched, headline, final)
             if args.knn:
                 run["knn"] = neighbours(bank, frozen, parts, world.device, args, num_classes, **loading)
-            folder.write("results.json", {"probes": results, "seconds": time.time() - start, **run})
+            run |= {"seconds": time.time() - start, "finished": utc_now()}
+            folder.write("results.json", {"probes": results, **run})
         tell(results, headline, args.report)
         folder.close()
 

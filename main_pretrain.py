@@ -3,7 +3,8 @@
     torchrun --nproc_per_node 8 main_pretrain.py --model vit_small_patch16 --data_path $IMAGENET --batch_size 512
 
 The run folder ends with `encoder.safetensors` (the encoder in MAE's published layout), which every other main takes
-as --finetune, and with `reconstruction.png`: image, masked, reconstruction.
+as --finetune, with `results.json` (the last epoch, and where it comes from), and with `reconstruction.png`: image,
+masked, reconstruction.
 Source: He et al., "Masked Autoencoders Are Scalable Vision Learners", CVPR 2022.
 """
 
@@ -34,7 +35,7 @@ from util.lr_sched import lr_at, scaled_lr
 from util.optim import weight_decay_groups
 from util.progress import log, setup_logging, throughput
 from util.reconstructions import draw_reconstructions, examples, reconstruct, tiled
-from util.run_folder import RunFolder, provenance
+from util.run_folder import RunFolder, provenance, utc_now
 from util.seeding import seeded
 from util.training import Training
 
@@ -126,9 +127,11 @@ def main(args: argparse.Namespace) -> None:
                 training.end_epoch()
             metadata = {"family": "mae", "model": args.model, "input_size": str(size), "epochs": str(args.epochs)}
             folder.save_encoder(encoder.state_dict(), metadata)
+            run |= {"seconds": time.time() - start, "finished": utc_now()}
+            folder.write("results.json", {"last": folder.last_line(), **run})
         barrier()
         folder.close()
-        log.info("pretraining took %.0f s", time.time() - start)
+        log.info("pretraining took %.0f s", run["seconds"])
 
 
 def record_reconstructions(folder: RunFolder, pretraining: Pretraining, images: Dataset, seed: int, step: int) -> None:

@@ -21,9 +21,10 @@ def record(model, arch, quantity, head, values, dataset="imagenet1k", obstacles=
     few = {"n_train": 20, "n_test": 10} if dataset.startswith("demo") else {"n_train": 1_281_167, "n_test": 50_000}
     return make_record(
         cell, values, list(range(len(values))), notes=list(notes), obstacles=list(obstacles),
-        settings={"epochs": 90} if quantity == "top1" else {}, weights={}, command="main.py", commit="abc", dirty=dirty,
-        versions={}, hardware={}, seconds=1.0, result_sha256="r", log_sha256=None,
-        data={"classes": 1000, "fingerprint": "0123456789", **few, **data},
+        settings={"epochs": 90} if quantity == "top1" else {}, weights={}, commit="abc", dirty=dirty, versions={},
+        sources=[{"command": "main.py", "seed": 0, "hardware": {}, "seconds": 1.0, "log_sha256": None,
+                  "result_sha256": "r", "finished": "2025-01-31T12:00:00+00:00"}],
+        data={"classes": 10 if dataset.startswith("demo") else 1000, "fingerprint": "0123456789", **few, **data},
     )  # fmt: skip
 
 
