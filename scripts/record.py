@@ -37,6 +37,7 @@ EVERYWHERE = {
     "warmup_epochs": 10, "start_epoch": 0, "blr": 0.1, "min_lr": 0.0, "weight_decay": 0.0, "crop": "mae",
     "no_hflip": False, "final_norm": False, "init": "default", "cache_views": 0,
 }  # fmt: skip
+NORMED = ("capi",)  # families whose public models return tokens after the last norm: D12 in REPRODUCTION.md
 SHORTER = ("large", "huge")  # ViTs whose probes have 50 epochs instead of 90
 ENCODER = {"num_heads": None, "no_cls_token": False}  # arguments that change a published encoder
 
@@ -62,13 +63,13 @@ def obstacles(args: dict, encoder: dict, size: int, n_train: int | None, n_test:
     return found
 
 
-def departures(run: dict, head: str, optimizer: str, blr: float, chosen: bool) -> list[str]:
+def departures(run: dict, family: str | None, head: str, optimizer: str, blr: float, chosen: bool) -> list[str]:
     """How the training of a probe differs from the paper's. run: what results.json says of the whole bank."""
     protocol = DATASETS[run["args"]["dataset"]].protocol
     if not protocol:
         return []
     epochs = 50 if any(f"_{size}_" in run["args"]["model"] for size in SHORTER) else 90
-    asked = {**EVERYWHERE, **PROTOCOLS[protocol], "epochs": epochs}
+    asked = {**EVERYWHERE, **PROTOCOLS[protocol], "epochs": epochs, "final_norm": family in NORMED}
     if "sa=" in head:
         asked["optimizer"] = "sgd"  # the paper could not train it with LARS
     if chosen:
@@ -134,7 +135,7 @@ def probe_records(path: Path, run: dict) -> Iterable[dict]:
         first, counted = mine[0], {probe["last"]["n"] for probe in mine}
         cell = cell_of(args["dataset"], encoder, quantity, head, None if block == last_block else block)
         found = obstacles(args, encoder, size, run["n_train"] + run["n_val"], run["n_test"], min(counted))
-        found += departures(run, head, first["optimizer"], first["blr"], held_out)
+        found += departures(run, encoder["family"], head, first["optimizer"], first["blr"], held_out)
         found += oracle_of(args, head, run["oracle"])
         settings = {
             "program": "main_linprobe.py", "block": block, "optimizer": first["optimizer"], "blr": first["blr"],
@@ -219,7 +220,7 @@ def aggregation_records(path: Path, result: dict) -> Iterable[dict]:
             found = obstacles(args, encoder, result["input_size"], None, result["n_test"], counted[quantity])
             found += oracle_of(args, head, result["oracle"])
             if learned:
-                found += of_probes(trained, head, scores[0])
+                found += of_probes(trained, encoder["family"], head, scores[0])
             if quantity == "maxboxaccv2" and DATASETS[args["dataset"]].protocol:
                 if boxes["transform"] != "resize":
                     found.append("central crops, the paper's reference takes the whole image")
@@ -236,12 +237,12 @@ def aggregation_records(path: Path, result: dict) -> Iterable[dict]:
             yield make_record(cell, values, seeds, notes=notes, obstacles=found, settings=settings, **common)
 
 
-def of_probes(run: dict, head: str, score: dict) -> list[str]:
+def of_probes(run: dict, family: str | None, head: str, score: dict) -> list[str]:
     """Obstacles of the run that has trained the probes of a rule."""
     official = DATASETS[run["args"]["dataset"]].images
     trained = run["n_train"] + (run["n_val"] or 0)
     few = [f"probes trained on {trained:,} images"] if official and trained != official["train"] else []
-    return few + departures(run, head, score["optimizer"], score["blr"], bool(run["n_val"]))
+    return few + departures(run, family, head, score["optimizer"], score["blr"], bool(run["n_val"]))
 
 
 def input_size(args: dict) -> int:

@@ -241,6 +241,21 @@ def test_large_encoders_have_fifty_epochs(made):
     assert made(result)["cls"]["obstacles"] == []
 
 
+@pytest.mark.parametrize(
+    ("family", "flags", "obstacles"),
+    [
+        ("capi", ["--final_norm"], []), ("capi", [], ["final_norm False, the paper's True"]),
+        ("ijepa", ["--final_norm"], ["final_norm True, the paper's False"]), ("ijepa", [], []),
+    ],
+)  # fmt: skip
+def test_tokens_of_capi_are_those_that_its_public_model_returns(made, tmp_path, family, flags, obstacles):
+    encoder = {**ENCODER, "source": f"{family}_vit_base_patch16", "family": family}
+    trained = probing(head="abmilp", encoder=encoder, flags=flags)
+    assert made(trained)["abmilp"]["obstacles"] == obstacles
+    found = by_quantity(aggregation(encoder=encoder, probes=trained), tmp_path)
+    assert found["aggregation_entropy", "abmilp"]["obstacles"] == obstacles
+
+
 def test_blocks_before_the_last_are_cells_of_their_own(made):
     result = probing()
     for probe in result["probes"].values():
