@@ -133,8 +133,9 @@ def located(count: int = 48) -> list[Located]:
         kind = {11: "constant", 17: "nan", 23: "patch", 29: "constant"}.get(index) or ("ring" if index % 6 == 4 else "")
         if kind == "ring":
             weights = ((distance > 0.3) & (distance < 1.2)) + 0.2 * random.rand(rows, columns)
-        elif kind == "constant":
+        elif kind == "constant":  # no contour: the reference predicts the first pixel
             weights = np.full((rows, columns), 0.25)
+            boxes[0] = 0
         elif kind in ("patch", "nan"):
             weights = np.where(np.arange(rows * columns) == 31, np.nan if kind == "nan" else 1.0, 0.0)
         found.append(Located(weights.reshape(rows, columns), tuple(size.tolist()), boxes.reshape(-1, 4)))
