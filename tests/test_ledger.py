@@ -4,12 +4,14 @@ import copy
 import json
 import math
 from argparse import Namespace
+from datetime import UTC, datetime
 
 import pytest
 
 import main_analyze_aggregation
 import main_analyze_attention
 import main_linprobe
+import submitit_linprobe
 from scripts import record as program
 from util.arguments import parse, plain
 from util.demo_data import generate
@@ -525,3 +527,26 @@ def test_demo_runs_become_records_of_the_demo(tmp_path):
     }  # fmt: skip
     assert len({record["data"]["fingerprint"] for record in found.values()}) == 1
     assert all(record["obstacles"] == [] and record["data"]["n_test"] == 10 for record in found.values())
+
+
+def test_a_sweep_over_seeds_is_one_record_as_the_launcher_makes_it(tmp_path):
+    generate(tmp_path / "data", 20, 10, workers=1)
+    launcher = submitit_linprobe.get_args_parser().parse_args(
+        ["--job_dir", str(tmp_path / "sweep"), "--sweep", "seed", "0", "1", "2", "--ngpus", "0"]
+    )
+    words = ["--dataset", "demo", "--data_path", str(tmp_path / "data"), "--amp", "float32", "--num_workers", "0",
+             "--model", "vit_demo_patch8", "--finetune", "demo/mae.safetensors", "--cls_features", "cls", "abmilp",
+             "--batch_size", "10", "--epochs", "1", "--warmup_epochs", "0"]  # fmt: skip
+    jobs = submitit_linprobe.plan(launcher, words)
+    for job in jobs:
+        main_linprobe.main(parse(main_linprobe.get_args_parser(), job.argv))
+    program.main(Namespace(runs=[job.folder for job in jobs], results=tmp_path / "results", replace=False))
+    found = read_ledger(tmp_path / "results", ["demo"])
+    assert {cell.head for cell in found} == {"cls", "abmilp"}
+    for record in found.values():
+        assert record["n"] == 3 and record["std"] is not None and record["seeds"] == [0, 1, 2]
+        assert [source["seed"] for source in record["sources"]] == [0, 1, 2]
+        assert [source["log_sha256"] for source in record["sources"]] == [
+            sha256(job.folder / "log.txt") for job in jobs
+        ]
+        assert datetime.fromisoformat(record["sources"][0]["finished"]).tzinfo is UTC
