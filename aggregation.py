@@ -11,6 +11,7 @@ import fixed_pooling as fixed
 from abmilp import ACTIVATIONS, AbMILP
 from attentive import AttentivePool, EfficientPool
 from pooling import PooledTokens, Pooling, Tokens
+from util.choices import instead_of, nearest
 
 Value = int | str
 
@@ -28,7 +29,7 @@ class Option(NamedTuple):
         """The value of a text; ValueError says what is allowed."""
         if not isinstance(self.allowed, int):
             if text not in self.allowed:
-                raise ValueError(f"choose among {', '.join(self.allowed)}")
+                raise ValueError(instead_of(text, self.allowed))
             return text
         if not re.fullmatch(r"\d+", text) or int(text) < self.allowed:
             raise ValueError(f"write a number from {self.allowed} on")
@@ -115,7 +116,7 @@ AGGREGATIONS = {
 def check_aggregation(name: str, has_cls: bool) -> Aggregation:
     """The entry of AGGREGATIONS; ValueError where there is none or the encoder lacks the [cls] token it needs."""
     if name not in AGGREGATIONS:
-        raise ValueError(f"unknown --cls_features {name!r}: choose among {', '.join(AGGREGATIONS)}")
+        raise ValueError(f"unknown --cls_features {name!r}: {instead_of(name, AGGREGATIONS)}")
     if AGGREGATIONS[name].needs_cls and not has_cls:
         possible = [other for other, entry in AGGREGATIONS.items() if not entry.needs_cls]
         raise ValueError(
@@ -153,7 +154,7 @@ def parse_head(word: str, flags: dict[str, Value]) -> tuple[str, tuple[tuple[str
             takes = (
                 f"takes {', '.join(entry.options)}, as in {name}:option=value" if entry.options else "has no options"
             )
-            raise ValueError(f"--cls_features {word}: {name} {takes}; not {setting!r}")
+            raise ValueError(f"--cls_features {word}: {nearest(key, entry.options)}{name} {takes}; not {setting!r}")
         if key in given:
             raise ValueError(f"--cls_features {word}: {key} is set twice")
         try:

@@ -18,6 +18,7 @@ from torch import Tensor
 from attention_reductions import Grid, attention_sums
 from models_vit import BlockTrace, attention_from_cls
 from token_stats import log_amplitude, log_singular_values
+from util.choices import nearest
 
 
 class Sizes(NamedTuple):
@@ -163,6 +164,7 @@ class Metric(NamedTuple):
     of_tokens: bool = False  # computed from the patch tokens (B,rows,columns,D) leaving a block, not from Reduced
     axis: str | None = "head"  # None: one number per image
     summary: Callable[[Tensor], Tensor] = lambda values: values.mean(1)  # (B,K) -> (B,)
+    title: str = ""  # in figures; "" for its name
     over_images: bool = False  # the numbers are no result, the singular values of their covariance over images are
 
     def record(self, measured: "Reduced | Tensor") -> Tensor:
@@ -180,21 +182,25 @@ LOGGED = "logged by the paper's code"
 PARK = "Park et al. 2023"
 METRICS = {
     "cls_self_attention": Metric(
-        "probability", "A_00", "Fig. 3, 10", lambda r: r.cls.to_self, needs=("cls",), upper="1", uniform="1/N"
+        "probability", "A_00", "Fig. 3, 10", lambda r: r.cls.to_self, needs=("cls",), upper="1", uniform="1/N",
+        title="[cls]–[cls] attention",
     ),
     "patch_self_attention": Metric(
         "probability", "mean_i A_ii", LOGGED, lambda r: r.patches.to_self.mean(2), upper="1", uniform="1/N"
     ),
     "cls_self_attention_relative": Metric(
-        "ratio", "A_00 / Σ_j A_0j", LOGGED, lambda r: r.cls.to_self_log_ratio.exp(), needs=("cls",), uniform="1/M"
+        "ratio", "A_00 / Σ_j A_0j", LOGGED, lambda r: r.cls.to_self_log_ratio.exp(), needs=("cls",), uniform="1/M",
+        title="[cls] self-attention, relative",
     ),
     "cls_self_attention_log_ratio": Metric(
         "nats", "ln(A_00 / Σ_j A_0j)", "this project: means of the ratio are those of its largest values",
         lambda r: r.cls.to_self_log_ratio, needs=("cls",), lower=None, uniform="-ln M",
+        title="[cls] self-attention, log",
     ),
     "patch_self_attention_relative": Metric(
         "probability", "mean_i a'_ii", "Fig. 5, 12", lambda r: r.patches.to_self_log_ratio.exp().mean(2),
         upper="1", uniform="1/M",
+        title="patch self-attention, relative",
     ),
     "cls_patch_attention": Metric(
         "probability", "mean_j A_0j", LOGGED, lambda r: r.cls.to_patch, needs=("cls",), upper="1/M", uniform="1/N"
@@ -214,6 +220,7 @@ METRICS = {
     "cls_patch_entropy": Metric(
         "nats", "H(a'_0)", "Fig. 4, 11; Table 3", lambda r: r.cls.patch_entropy, needs=("cls",), upper="ln M",
         uniform="ln M",
+        title="[cls]–patch entropy",
     ),
     "cls_patch_entropy_of_mean": Metric(
         "nats", "H(mean over heads of A_0j, renormalised)", "Table 6",
@@ -221,7 +228,8 @@ METRICS = {
         needs=("cls", "cls_attention"), upper="ln M", uniform="ln M", axis=None,
     ),
     "patch_patch_entropy": Metric(
-        "nats", "mean_i H(a'_i)", "Fig. 6, 13", lambda r: r.patches.patch_entropy.mean(2), upper="ln M", uniform="ln M"
+        "nats", "mean_i H(a'_i)", "Fig. 6, 13", lambda r: r.patches.patch_entropy.mean(2), upper="ln M", uniform="ln M",
+        title="patch–patch entropy",
     ),
     "cls_update_ratio": Metric(
         "ratio", "|update_0| / |x_0|", LOGGED, lambda r: r.cls_update_ratio[:, None], needs=("cls",), axis=None
@@ -232,22 +240,27 @@ METRICS = {
     "patch_patch_distance": Metric(
         "pixels", "mean_i Σ_j a'_ij |p_i - p_j|", PARK, lambda r: r.distance.mean(2), needs=("distance",),
         upper="largest distance", uniform="mean distance",
+        title="attention distance",
     ),
     "patch_patch_mutual_information": Metric(
         "ratio", "I(q;k) / √(H(q) H(k)), p(q) = 1/M, p(k|q) = a'_qk", PARK,
         lambda r: mutual_information(r.received, r.patches.patch_entropy), needs=("received",), upper="1", uniform="0",
+        title="mutual information",
     ),
     "patch_log_amplitude": Metric(
         "log ratio", "ln|F z| of the highest diagonal frequency less that of the mean, F over the grid", PARK,
         log_amplitude, lower=None, of_tokens=True, axis="frequency", summary=lambda values: values[:, -1],
+        title="relative log amplitude",
     ),
     "patch_log_singular_values": Metric(
         "log", "ln of the singular values of the covariance of z_i over patches; their mean", PARK,
         lambda tokens: log_singular_values(tokens.flatten(1, 2)), lower=None, of_tokens=True, axis="rank",
+        title="singular values, tokens",
     ),
     "image_log_singular_values": Metric(
         "log", "ln of the singular values of the covariance of mean_i z_i over images; their mean", PARK,
         lambda tokens: tokens.double().mean((1, 2)), lower=None, of_tokens=True, axis="rank", over_images=True,
+        title="singular values, images",
     ),
 }  # fmt: skip
 # Figs. 3 to 6 and 10 to 13, in this order
@@ -264,6 +277,7 @@ GROUPS = {
 def metric_names(words: Sequence[str]) -> list[str]:
     """Metrics by name or group, in the order of the words; ValueError for what is neither."""
     if unknown := [word for word in words if word not in GROUPS and word not in METRICS]:
-        raise ValueError(f"--metrics {' '.join(unknown)}: choose from the groups {', '.join(GROUPS)}, or by name from "
-                         f"{', '.join(METRICS)}")  # fmt: skip
+        near = nearest(unknown[0], [*GROUPS, *METRICS])
+        raise ValueError(f"--metrics {' '.join(unknown)}: {near}choose from the groups {', '.join(GROUPS)}, or by name "
+                         f"from {', '.join(METRICS)}")  # fmt: skip
     return list(dict.fromkeys(name for word in words for name in GROUPS.get(word, (word,))))

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.transforms import Compose
 
 from engine_aggregation import Rule, vectors_of
 from engine_linprobe import FrozenTokens
@@ -22,6 +21,7 @@ from util.images import DamagedImage, read_rgb
 from util.plotting import visible
 from util.progress import log
 from util.seeding import stable_seed
+from util.views import View
 
 LEARNED = ("abmilp", "ap", "ep")  # which rule stands beside [cls], the first that there is
 
@@ -85,7 +85,7 @@ def compared_rules(rules: Sequence[Rule]) -> list[Rule]:
 
 def draw_examples(
     args: argparse.Namespace, result: dict, rules: Sequence[Rule], tokens: FrozenTokens, images: Dataset,
-    chosen: Sequence[int], pixels: dict[str, Compose], boxes: ImageBoxes | None, folder: Path, device: torch.device,
+    chosen: Sequence[int], pixels: dict[str, View], boxes: ImageBoxes | None, folder: Path, device: torch.device,
 ) -> None:  # fmt: skip
     """maps.png, and boxes.png where there are boxes."""
     examples = choose_examples(args, images, chosen)

@@ -141,7 +141,7 @@ class FeatureCache:
     def _is_whole(self, shape: tuple[int, int]) -> bool:
         return self.file.exists() and self.file.stat().st_size == shape[0] * shape[1] * VALUE
 
-    def fill(self, device: torch.device, batch_size: int, **loading: Any) -> None:
+    def fill(self, batch_size: int, **loading: Any) -> None:
         """Compute the rows, each once over all processes, or take those of the file. loading: of build_loader."""
         if self.found:
             self.rows = self._map("r")
@@ -156,7 +156,7 @@ class FeatureCache:
         for name, part in self.parts.items():
             for view in range(part.views):
                 start = self.places[name].start + view * len(part.indices)
-                self._fill_view(part, view, start, device, batch_size, **loading)
+                self._fill_view(part, view, start, batch_size, **loading)
         if world_size() > 1:
             everywhere = self.valid.to(torch.uint8)
             for tensor in (everywhere, self.labels, *([] if in_file else [self.rows])):
@@ -165,14 +165,12 @@ class FeatureCache:
         if in_file:
             self._finish_file()
 
-    def _fill_view(
-        self, part: Part, view: int, start: int, device: torch.device, batch_size: int, **loading: Any
-    ) -> None:  # fmt: skip
+    def _fill_view(self, part: Part, view: int, start: int, batch_size: int, **loading: Any) -> None:
         position = {index: start + place for place, index in enumerate(part.indices)}
         batches = EvaluationBatches(len(part.dataset), batch_size, list(part.indices), epoch=view)
         for sample in Watched(build_loader(part.dataset, batches, **loading), "feature cache", agree=True):
             places = torch.tensor([position[index] for index in sample.index.tolist()])
-            self.rows[places] = self.tokens.pack(sample.image.to(device, non_blocking=True)).cpu()
+            self.rows[places] = self.tokens.pack(sample.image).cpu()
             self.labels[places] = sample.label.to(self.labels.dtype)
             self.valid[places] = True
 

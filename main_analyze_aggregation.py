@@ -1,13 +1,19 @@
 """What gets aggregated: how rules weigh the patches of one encoder, and whether that finds objects. Table 6, Figures 7
 to 9 and Table 8.
 
-    python main_analyze_aggregation.py --data_path $IMAGENET --probes runs/mae_base --oracle dino_vit_base_patch16 \\
-        --boxes $IMAGENET/LOC_val_solution.csv --output_dir runs/aggregation
-
 Rules are fixed ones (--rules) and the trained probes of a main_linprobe.py run (--probes), whose encoder is taken where
 --finetune names no other. `<output_dir>/aggregation.json` holds the entropy of each rule's vector, the divergences of
 each pair of rules, and with --boxes MaxBoxAccV2; figures: kl, maps, boxes. Under torchrun the images are shared among
 the processes, each taken once.
+
+examples:
+    # everything: fixed rules, an oracle, the probes of a run, and whether they find the object
+    python main_analyze_aggregation.py --data_path $IMAGENET --probes runs/mae_base --oracle dino_vit_base_patch16 \\
+        --boxes $IMAGENET/LOC_val_solution.csv --output_dir runs/aggregation
+
+    # rules without parameters, on 1,000 images
+    python main_analyze_aggregation.py --data_path $IMAGENET --finetune mae_vit_base_patch16 \\
+        --rules attn-mn attn-lcte pos ca2 --num_images 1000 --output_dir runs/rules
 """
 
 import argparse
@@ -15,7 +21,6 @@ import time
 from pathlib import Path
 
 import torch
-from torchvision import transforms
 
 from aggregation_results import describe, describe_boxes, over_seeds, table
 from aggregation_stats import KL_FLOOR
@@ -47,13 +52,16 @@ from util.arguments import (
     add_encoder_arguments,
     add_run_arguments,
     build_encoder,
+    check_files,
+    loading,
     parse,
     plain,
     run_main,
 )
 from util.boxes import BOX_SOURCES, read_boxes
 from util.checkpoints import Encoder
-from util.datasets import EvaluationBatches, KeyedDataset, build_loader, eval_transform
+from util.choices import nearest
+from util.datasets import EvaluationBatches, KeyedDataset, build_loader, eval_transform, stretch_transform
 from util.distributed import barrier, distributed, world_size
 from util.images import fingerprint
 from util.progress import log, setup_logging
@@ -136,13 +144,17 @@ def check(args: argparse.Namespace) -> None:
 
 def main(args: argparse.Namespace) -> None:
     check(args)
+    check_files(args)
     with distributed(args.device, args.dist_url) as world:
         setup_logging()
 
         # ---- images, frozen encoder, trained probes, rules; every mistake in the arguments shows here
+        folder = RunFolder(args.output_dir)
+        if folder.path is not None and (folder.path / "aggregation.json").exists():
+            raise ValueError(f"--output_dir {args.output_dir} already holds results: name another folder, or remove it")
+        run = read_run(args.probes) if args.probes is not None else None
         images = analysed_images(args)
         chosen = subset(len(images), args.num_images, args.seed)
-        run = read_run(args.probes) if args.probes is not None else None
         asked = run.with_encoder(args) if run is not None and not args.finetune else args
         with seeded("weights", asked.seed):
             encoder, size = build_encoder(asked)
@@ -163,9 +175,6 @@ def main(args: argparse.Namespace) -> None:
         boxes = None
         if args.boxes is not None:
             boxes = read_boxes(args.boxes, args.box_format, images, args.data_path, chosen, args.allow_subset)
-        folder = RunFolder(args.output_dir)
-        if folder.path is not None and (folder.path / "aggregation.json").exists():
-            raise ValueError(f"--output_dir {args.output_dir} already holds results: name another folder, or remove it")
         barrier()  # no rank writes before rank 0 has looked
         record = {"args": plain(args), "encoder": encoder.record, "oracle": oracle and oracle.record,
                   "classes": len(images.classes), "n_test": len(images), "test_images": fingerprint(images),
@@ -173,8 +182,8 @@ def main(args: argparse.Namespace) -> None:
         folder.write("args.json", record)
 
         # ---- one pass over the images, each once over all processes; another one where boxes need other pixels
-        pixels = {"crop": eval_transform(size, encoder.mean, encoder.std),
-                  "resize": stretch_transform(size, encoder.mean, encoder.std)}  # fmt: skip
+        pixels = {"crop": eval_transform(size, encoder.mean, encoder.std, args.loader),
+                  "resize": stretch_transform(size, encoder.mean, encoder.std, args.loader)}  # fmt: skip
         levels = levels_of(args.loc_step)
         workers = args.loc_workers if args.loc_workers is not None else max(1, usable_cores() // world_size())
         start = time.perf_counter()
@@ -188,8 +197,7 @@ def main(args: argparse.Namespace) -> None:
                 if of_view:
                     dataset = KeyedDataset(images, pixels[view], args.seed, on_bad_image=args.on_bad_image)
                     batches = EvaluationBatches(len(images), args.batch_size, chosen)
-                    pin = args.pin_mem and world.device.type == "cuda"
-                    loader = build_loader(dataset, batches, args.num_workers, pin, args.dataloader_affinity_hack)
+                    loader = build_loader(dataset, batches, **loading(args, world.device))
                     run_pass(
                         everything, tokens, loader, of_view, world.device, "boxes" if view == "resize" else "rules"
                     )
@@ -206,13 +214,6 @@ def main(args: argparse.Namespace) -> None:
             if not args.boxes_only:
                 draw_divergences(result, folder.path)
             draw_examples(args, result, rules, tokens, images, chosen, pixels, boxes, folder.path, world.device)
-
-
-def stretch_transform(size: int, mean: tuple[float, ...], std: tuple[float, ...]) -> transforms.Compose:
-    """The whole image, each side resized by its own factor: what wsolevaluation shows its networks, bilinear too."""
-    return transforms.Compose([
-        transforms.Resize((size, size)), transforms.ToTensor(), transforms.Normalize(mean, std),
-    ])  # fmt: skip
 
 
 def find_oracle(
@@ -247,8 +248,9 @@ def find_rules(
         learned = probe_rules(bank, encoder.backbone.depth - 1, run.scores())
         if args.probe_heads is not None:
             if unknown := sorted(set(args.probe_heads) - {rule.head for rule in learned}):
-                heads = ", ".join(dict.fromkeys(rule.head for rule in learned))
-                raise ValueError(f"--probe_heads {' '.join(unknown)}: {args.probes} weighs patches by {heads} only")
+                heads = dict.fromkeys(rule.head for rule in learned)
+                raise ValueError(f"--probe_heads {' '.join(unknown)}: {nearest(unknown[0], heads)}{args.probes} weighs "
+                                 f"patches by {', '.join(heads)} only")  # fmt: skip
             learned = [rule for rule in learned if rule.head in args.probe_heads]
         rules += [rule for rule in learned if rule.probe is not None or (rule.head, rule.block) not in fixed]
         if unweighted := sorted(

@@ -1,12 +1,21 @@
 """Attention flow, block by block, over a data set: Figs. 3 to 6 and 10 to 13, and the entropies of Table 3.
 
-    python main_analyze_attention.py --data_path $IMAGENET --model vit_base_patch16 \\
-        --finetune mae_vit_base_patch16 dino_vit_base_patch16 --label MAE DINO --output_dir attention
-
 For every encoder, `<output_dir>/<label>/attention.json` holds each metric of attention_stats.METRICS that --metrics
 names, in each block: mean and standard deviation over the images, of its summary and of each head. util.figures.FIGURES
 draws them: attention (the paper's four), park, heads, spectra. Under torchrun the images are shared among the
 processes, each taken once.
+
+examples:
+    # two encoders in the same figures
+    python main_analyze_attention.py --data_path $IMAGENET --model vit_base_patch16 \\
+        --finetune mae_vit_base_patch16 dino_vit_base_patch16 --label MAE DINO --output_dir runs/attention
+
+    # everything that can be measured, on 5,000 images, with t-SNE after the first and the last block
+    python main_analyze_attention.py --data_path $IMAGENET --finetune mae_vit_base_patch16 --metrics all \\
+        --num_images 5000 --tsne_blocks 0 11 --output_dir runs/attention_all
+
+    # an untrained encoder, to compare with
+    python main_analyze_attention.py --data_path $IMAGENET --model vit_base_patch16 --label random
 """
 
 import argparse
@@ -20,7 +29,7 @@ import torch
 from attention_reductions import REDUCTIONS, choose_reduction
 from attention_stats import GROUPS, LEGEND, METRICS, REFERENCES, Sizes, metric_names
 from engine_attention import Place, Progress, applicable, measure
-from models_vit import VisionTransformer
+from models_vit import VisionTransformer, architecture, check_blocks, default_input_size
 from token_stats import embed_tokens
 from util import signals
 from util.arguments import (
@@ -30,7 +39,10 @@ from util.arguments import (
     add_encoder_arguments,
     add_run_arguments,
     build_encoder,
+    check_files,
+    check_input_size,
     check_saving,
+    loading,
     parse,
     plain,
     run_main,
@@ -50,8 +62,8 @@ TSNE_CLASSES, TSNE_IMAGES = 3, 18  # Park et al. 2023
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = Parser(__doc__)
-    add_data_arguments(parser)
     add_encoder_arguments(parser, several=True)
+    add_data_arguments(parser)
     analysis = parser.add_argument_group("analysis")
     analysis.add_argument("--label", nargs="+", default=None, help="names of the encoders (default: of their files)")
     analysis.add_argument("--metrics", nargs="+", default=["flow"], metavar="METRIC",
@@ -68,33 +80,29 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> None:
-    names = metric_names(args.metrics)
+    check(args)
+    check_files(args)
+    names, labels = metric_names(args.metrics), encoder_labels(args)
     with distributed(args.device, args.dist_url) as world:
         setup_logging()
 
         # ---- images and frozen encoders; every mistake in the arguments shows here
-        check_saving(args)
         choose_reduction(args.reduction, world.device)
-        if args.batch_size < 1:
-            raise ValueError(f"--batch_size {args.batch_size}: it takes at least one image")
+        folder = RunFolder(args.output_dir)
+        if not args.resume:
+            refuse_results(folder)
         images = analysed_images(args)
-        if args.tsne_blocks and DATASETS[args.dataset].multi_label:
-            raise ValueError(f"--tsne_blocks shows classes, but images of --dataset {args.dataset} have several")
         chosen = subset(len(images), args.num_images, args.seed)
-        labels = encoder_labels(args)
         encoders = [load(one) for one in one_encoder_each(args)]
         for encoder, _ in encoders:
             applicable(names, encoder.backbone)
-            encoder.backbone.check_blocks(args.tsne_blocks)
 
         run = {"args": plain(args), "encoders": [encoder.record for encoder, _ in encoders], **provenance(world.device)}
-        folder = RunFolder(args.output_dir)
         weights = [digest(encoder.backbone.state_dict()) for encoder, _ in encoders]
         facts = {"images": len(images), "encoders": labels, "weights": weights}
         progress = Progress(args, folder, facts, len(encoders), len(chosen))
-        resumed = progress.resume(args.resume)
-        if folder.path is not None and not resumed and any(folder.path.glob("*/attention.json")):
-            raise ValueError(f"--output_dir {args.output_dir} already holds results: name another folder, or remove it")
+        if not progress.resume(args.resume):
+            refuse_results(folder)
         barrier()  # no rank writes before rank 0 has looked
         folder.claim()
         folder.write("args.json", run)
@@ -105,11 +113,10 @@ def main(args: argparse.Namespace) -> None:
                 backbone = encoder.backbone.to(world.device).eval()
                 if args.compile:
                     backbone.compile_blocks()
-                pixels = eval_transform(size, encoder.mean, encoder.std)
+                pixels = eval_transform(size, encoder.mean, encoder.std, args.loader)
                 dataset = KeyedDataset(images, pixels, args.seed, on_bad_image=args.on_bad_image)
                 batches = EvaluationBatches(len(images), args.batch_size, chosen[progress.seen :])
-                pin = args.pin_mem and world.device.type == "cuda"
-                loader = build_loader(dataset, batches, args.num_workers, pin, args.dataloader_affinity_hack)
+                loader = build_loader(dataset, batches, **loading(args, world.device))
                 found = measure(
                     backbone, loader, applicable(names, backbone), sizes_of(backbone, size), PRECISIONS[args.amp],
                     args.reduction, world.device, label, progress,
@@ -130,6 +137,25 @@ def main(args: argparse.Namespace) -> None:
             save(args, progress.results)
             barrier()
         folder.close()
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse what the arguments alone show to be impossible; ValueError."""
+    check_saving(args)
+    metric_names(args.metrics)
+    encoder_labels(args)
+    if args.batch_size < 1:
+        raise ValueError(f"--batch_size {args.batch_size}: it takes at least one image")
+    for one in one_encoder_each(args):
+        check_input_size(one.input_size or default_input_size(one.model), one.model)
+        check_blocks(args.tsne_blocks, architecture(one.model)["depth"])
+    if args.tsne_blocks and args.dataset in DATASETS and DATASETS[args.dataset].multi_label:
+        raise ValueError(f"--tsne_blocks shows classes, but images of --dataset {args.dataset} have several")
+
+
+def refuse_results(folder: RunFolder) -> None:
+    if folder.path is not None and any(folder.path.glob("*/attention.json")):
+        raise ValueError(f"--output_dir {folder.path} already holds results: name another folder, or remove it")
 
 
 def analysed_images(args: argparse.Namespace) -> torch.utils.data.Dataset:

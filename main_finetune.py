@@ -1,22 +1,28 @@
 """End-to-end fine-tuning on the [cls] token: the paper's MAE-FT, and the demo's fine-tuned encoder.
 
-    torchrun --nproc_per_node 8 main_finetune.py --model vit_base_patch16 --finetune mae_pretrain_vit_base.pth \\
-        --batch_size 128 --data_path $IMAGENET --output_dir runs/mae_ft_base
-
 The run folder ends with `encoder.safetensors` (family mae_ft: encoder and head), which every other main takes as
 --finetune. --global_pool classifies on the mean patch instead, as MAE's published models do (family mae_ft_mean).
 Defaults are the paper's recipe for ViT-B (B.1). Source: He et al., 2022, appendix A.
+
+examples:
+    # the paper's ViT-B: effective batch 1,024
+    torchrun --nproc_per_node 8 main_finetune.py --model vit_base_patch16 --finetune mae_vit_base_patch16 \\
+        --batch_size 128 --data_path $IMAGENET --output_dir runs/mae_ft_base
+
+    # the accuracy of a published classifier
+    python main_finetune.py --eval --resume mae_finetuned_vit_base.pth --global_pool --data_path $IMAGENET
+
+    # go on with a run that was stopped
+    python main_finetune.py --args_from runs/mae_ft_base/args.json --resume auto
 """
 
 import argparse
 import functools
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from PIL import Image, ImageOps
-from timm.data import Mixup, auto_augment, create_transform
 
 from engine_finetune import FineTuning, evaluate
 from models_finetune import Classifier
@@ -25,9 +31,12 @@ from util.arguments import (
     Parser,
     add_data_arguments,
     add_encoder_arguments,
+    add_old_arguments,
     add_run_arguments,
     build_encoder,
+    check_files,
     check_training,
+    loading,
     parse,
     plain,
     run_main,
@@ -56,21 +65,21 @@ from util.training import Training
 def get_args_parser() -> argparse.ArgumentParser:
     parser = Parser(__doc__)
     add_encoder_arguments(parser)
+    add_data_arguments(parser, loaders=False)  # timm augments PIL images
     head = parser.add_argument_group("classifier")
     head.add_argument("--global_pool", action="store_true", help="classify on the mean patch, not on [cls]")
-    head.add_argument("--cls_token", action="store_true", help="for MAE's commands: [cls], which is the default here")
-    add_data_arguments(parser)
     optim = parser.add_argument_group("optimisation")
     optim.add_argument("--batch_size", default=64, type=int, help="images per process and micro-step")
     optim.add_argument("--accum_iter", default=1, type=int, help="micro-steps per optimizer step")
-    optim.add_argument("--epochs", default=100, type=int)
-    optim.add_argument("--warmup_epochs", default=5, type=int)
+    optim.add_argument("--epochs", default=100, type=int, help="of training")
+    optim.add_argument("--warmup_epochs", default=5, type=int, help="of them with a rate that rises from 0")
     optim.add_argument("--blr", default=5e-4, type=float, help="base rate: lr = blr x effective batch / 256")
     optim.add_argument("--lr", default=None, type=float, help="absolute rate (overrides --blr)")
-    optim.add_argument("--min_lr", default=1e-6, type=float)
+    optim.add_argument("--min_lr", default=1e-6, type=float, help="rate at the end of the cosine")
     optim.add_argument("--layer_decay", default=0.65, type=float, help="rate of a block relative to the one above it")
-    optim.add_argument("--weight_decay", default=0.05, type=float)
-    optim.add_argument("--clip_grad", default=None, type=float, metavar="NORM")
+    optim.add_argument("--weight_decay", default=0.05, type=float, help="on matrices; not on biases and norms")
+    optim.add_argument("--clip_grad", default=None, type=float, metavar="NORM",
+                       help="the gradient's norm is lowered to it (default: it is not)")  # fmt: skip
     optim.add_argument("--compile", action="store_true", help="compile the encoder's blocks: for long runs on a GPU")
     reg = parser.add_argument_group("regularisation")
     reg.add_argument("--drop_path", default=0.1, type=float, help="stochastic depth of the last block")
@@ -79,18 +88,21 @@ def get_args_parser() -> argparse.ArgumentParser:
     reg.add_argument("--color_jitter", default=None, type=float, help="used where --aa is off")
     reg.add_argument("--reprob", default=0.25, type=float, help="probability of random erasing")
     reg.add_argument("--smoothing", default=0.1, type=float, help="label smoothing")
-    reg.add_argument("--mixup", default=0.8, type=float)
-    reg.add_argument("--cutmix", default=1.0, type=float)
+    reg.add_argument("--mixup", default=0.8, type=float, help="alpha of the mixing of two images; 0: none")
+    reg.add_argument("--cutmix", default=1.0, type=float, help="alpha of patches from another image; 0: none")
+    evaluation = parser.add_argument_group("evaluation")
+    evaluation.add_argument("--eval", action="store_true",
+                            help="evaluate the classifier of --resume and stop; it may be a published file, "
+                            "too")  # fmt: skip
     add_run_arguments(parser)
-    run = parser.add_argument_group("evaluation")
-    run.add_argument("--eval", action="store_true",
-                     help="evaluate the classifier of --resume and stop; it may be a published file, too")  # fmt: skip
-    run.add_argument("--dist_eval", action="store_true", help="for MAE's commands: evaluation is always shared")
+    old = add_old_arguments(parser)
+    old.add_argument("--cls_token", action="store_true", help="MAE's: [cls], which is the default here")
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
     check(args)
+    check_files(args)
     with distributed(args.device, args.dist_url) as world:
         setup_logging()
         folder = RunFolder(args.output_dir, args.log_dir)
@@ -117,14 +129,15 @@ def main(args: argparse.Namespace) -> None:
         augment = augmentation(args, size, encoder)
         mixup = None
         if mixes(args):
+            from timm.data import Mixup  # late, as in augmentation
+
             mixup = Mixup(args.mixup, args.cutmix, label_smoothing=args.smoothing, num_classes=num_classes)
-        pin = args.pin_mem and world.device.type == "cuda"
         train_set = KeyedDataset(train_images, augment, args.seed, on_bad_image=args.on_bad_image, train=True)
-        train_loader = build_loader(train_set, batches, args.num_workers, pin, args.dataloader_affinity_hack)
+        train_loader = build_loader(train_set, batches, **loading(args, world.device))
         pixels = eval_transform(size, encoder.mean, encoder.std)
         test_set = KeyedDataset(test_images, pixels, args.seed, on_bad_image=args.on_bad_image)
         test_batches = EvaluationBatches(len(test_set), args.batch_size)
-        test_loader = build_loader(test_set, test_batches, args.num_workers, pin, args.dataloader_affinity_hack)
+        test_loader = build_loader(test_set, test_batches, **loading(args, world.device))
 
         # ---- optimiser: AdamW (0.9, 0.999), rates decaying from the head down
         lr = args.lr if args.lr is not None else scaled_lr(args.blr, batches.effective)
@@ -151,7 +164,6 @@ def main(args: argparse.Namespace) -> None:
             **provenance(world.device),
         }  # fmt: skip
         training.start(run)
-        start = time.time()
         with training.stoppable():
             for epoch in training.epochs():
                 stats = training.train_one_epoch()
@@ -164,7 +176,7 @@ def main(args: argparse.Namespace) -> None:
             metadata = {"family": model.family, "model": args.model, "input_size": str(size)}
             metadata["epochs"] = str(args.epochs)
             folder.save_encoder(model.published_state_dict(), metadata)
-            run |= {"seconds": time.time() - start, "finished": utc_now()}
+            run |= {"seconds": training.elapsed, "finished": utc_now()}
             results = {"last": training.history[-1], **run}
             folder.write("results.json", results)
         barrier()
@@ -173,6 +185,8 @@ def main(args: argparse.Namespace) -> None:
 
 def augmentation(args: argparse.Namespace, size: int, encoder: Encoder) -> Callable[[Image.Image], torch.Tensor]:
     """RandAugment, or colour jitter, and random erasing, as timm has them."""
+    from timm.data import auto_augment, create_transform  # seconds to import; see util.datasets
+
     for name in ("Posterize", "PosterizeIncreasing", "PosterizeOriginal"):
         auto_augment.NAME_TO_OP[name] = posterize
     return create_transform(

@@ -1,17 +1,29 @@
 """Train and test linear probes on the frozen tokens of one encoder, all in one pass.
 
-    torchrun --nproc_per_node 4 main_linprobe.py --model vit_base_patch16 --finetune mae_pretrain_vit_base.pth \\
-        --cls_features cls pos abmilp --batch_size 2048 --accum_iter 2 --data_path $IMAGENET --output_dir runs/mae_b
-
 The bank is the product of --cls_features, --return_block, --optimizer, --blr and --seeds. Defaults are the paper's
 recipe (B.2).
+
+examples:
+    # the paper's probes: effective batch 16,384
+    torchrun --nproc_per_node 4 main_linprobe.py --model vit_base_patch16 --finetune mae_vit_base_patch16 \\
+        --cls_features cls pos abmilp --batch_size 2048 --accum_iter 2 --data_path $IMAGENET --output_dir runs/mae_b
+
+    # a rate chosen on held-out images, three seeds, on a data set that is downloaded
+    python main_linprobe.py --finetune mae_vit_base_patch16 --dataset imagenette --data_path data --epochs 20 \\
+        --blr 0.1 1 10 --seeds 0 1 2 --val_fraction 0.1 --save_predictions --output_dir runs/imagenette
+
+    # several blocks of a small encoder, from features that are computed once
+    python main_linprobe.py --model vit_small_patch16 --finetune dino_vit_small_patch16 --dataset cifar10 \\
+        --data_path data --cls_features cls abmilp:depth=2,act=tanh --return_block 2 5 8 11 --cache_views 1
+
+    # go on with a run that was stopped
+    python main_linprobe.py --args_from runs/mae_b/args.json --resume auto
 """
 
 import argparse
 import dataclasses
 import functools
 import itertools
-import time
 from pathlib import Path
 
 import torch
@@ -20,7 +32,7 @@ from aggregation import AGGREGATIONS, check_aggregation, option_flags, parse_hea
 from engine_linprobe import FrozenTokens, Probing, evaluate, pooled
 from feature_cache import CachedTokens, FeatureCache, Part
 from knn import knn_scores
-from models_vit import VisionTransformer
+from models_vit import VisionTransformer, architecture, check_blocks
 from oracle import build_oracle
 from probes import ProbeBank, ProbeSpec
 from util.arguments import (
@@ -28,9 +40,12 @@ from util.arguments import (
     Parser,
     add_data_arguments,
     add_encoder_arguments,
+    add_old_arguments,
     add_run_arguments,
     build_encoder,
+    check_files,
     check_training,
+    loading,
     parse,
     plain,
     run_main,
@@ -52,7 +67,7 @@ from util.images import fingerprint
 from util.lars import LARS
 from util.lr_sched import lr_at, scaled_lr
 from util.predictions import FILE, PredictionKeeper
-from util.probe_results import leader, summary, tell, tell_scores, warn_of_choices
+from util.probe_results import leader, summary, tell, tell_neighbours, tell_scores, warn_of_choices
 from util.progress import log, setup_logging
 from util.run_folder import RunFolder, provenance, utc_now
 from util.scores import MULTILABEL_METRICS, MultiLabelTally, Tally
@@ -91,9 +106,6 @@ def get_args_parser() -> argparse.ArgumentParser:
     probe.add_argument("--final_norm", action="store_true", help="probe tokens after the encoder's last norm")
     probe.add_argument("--init", choices=["default", "trunc_normal"], default="default",
                        help="of the classifier: PyTorch's, or MAE's (std 0.01)")  # fmt: skip
-    probe.add_argument("--cls_token", action="store_true",
-                       help="MAE's linear probe: --cls_features cls --final_norm --init trunc_normal")  # fmt: skip
-    probe.add_argument("--global_pool", action="store_true", help=argparse.SUPPRESS)  # MAE's; refused with the reason
 
     recipe = parser.add_argument_group("recipe")
     recipe.add_argument("--batch_size", default=512, type=int, help="images per process and micro-step")
@@ -103,7 +115,8 @@ def get_args_parser() -> argparse.ArgumentParser:
                         "2048; default: --batch_size)")  # fmt: skip
     recipe.add_argument("--epochs", default=90, type=int, help="of training")
     recipe.add_argument("--warmup_epochs", default=10, type=int, help="of them with a rate that rises from 0")
-    recipe.add_argument("--optimizer", nargs="+", choices=list(MOMENTUM_RULES), default=["lars"], help="its rule")
+    recipe.add_argument("--optimizer", nargs="+", choices=list(MOMENTUM_RULES), default=["lars"],
+                        help="rule of the updates")  # fmt: skip
     recipe.add_argument("--momentum", default=None, type=float, help="default: 0.9 for LARS, 0 for SGD (paper's code)")
     recipe.add_argument("--weight_decay", default=0.0, type=float, help="of matrices; with SGD of vectors, too")
     recipe.add_argument(
@@ -120,29 +133,31 @@ def get_args_parser() -> argparse.ArgumentParser:
     recipe.add_argument("--cache_dir", default=None, type=Path, metavar="FOLDER",
                         help="keep it in a file there, for later runs too (default: in memory)")  # fmt: skip
 
-    add_run_arguments(parser)
-    run = parser.add_argument_group("evaluation")
-    run.add_argument("--eval", action="store_true", help="evaluate the probes of --resume and stop")
-    run.add_argument(
+    test = parser.add_argument_group("evaluation")
+    test.add_argument("--eval", action="store_true", help="evaluate the probes of --resume and stop")
+    test.add_argument(
         "--eval_every", default=1, type=int, help="epochs between evaluations; the last is always evaluated"
     )
-    run.add_argument("--val_fraction", default=0.0, type=float, metavar="SHARE",
-                     help="of the training images, held out of training: rates are chosen on them, and the test set is "
-                     "used once")  # fmt: skip
-    run.add_argument("--save_predictions", action="store_true",
-                     help="write what every probe says of every test image, for scripts/compare_probes.py")  # fmt: skip
-    run.add_argument("--knn", nargs="+", type=int, default=[], metavar="K",
-                     help="classify by K nearest neighbours, too, as DINO does (there: 10 20 100 200)")  # fmt: skip
-    run.add_argument("--per_class", action="store_true",
-                     help="what counts is the mean over classes of their accuracies")  # fmt: skip
-    run.add_argument("--multilabel_metric", choices=MULTILABEL_METRICS, default="map",
-                     help="what counts where images have several labels")  # fmt: skip
-    run.add_argument("--report", choices=["last", "best"], default="last", help="epoch whose top-1 the summary prints")
-    run.add_argument(
-        "--dist_eval", action="store_true", help="accepted for MAE's commands: evaluation is always shared"
-    )
-    run.add_argument("--start_epoch", default=0, type=int, help="first epoch of a run that is not resumed")
-    run.add_argument("--suffix", default="", help="appended to the name of --output_dir")
+    test.add_argument("--val_fraction", default=0.0, type=float, metavar="SHARE",
+                      help="of the training images, held out of training: rates are chosen on them, and the test set "
+                      "is used once")  # fmt: skip
+    test.add_argument("--save_predictions", action="store_true",
+                      help="write what probes say of every test image, for scripts/compare_probes.py")  # fmt: skip
+    test.add_argument("--knn", nargs="+", type=int, default=[], metavar="K",
+                      help="classify by K nearest neighbours, too, as DINO does (there: 10 20 100 200)")  # fmt: skip
+    test.add_argument("--per_class", action="store_true",
+                      help="what counts is the mean over classes of their accuracies")  # fmt: skip
+    test.add_argument("--multilabel_metric", choices=MULTILABEL_METRICS, default="map",
+                      help="what counts where images have several labels")  # fmt: skip
+    test.add_argument("--report", choices=["last", "best"], default="last", help="epoch whose top-1 the summary prints")
+
+    add_run_arguments(parser)
+    old = add_old_arguments(parser)
+    old.add_argument("--cls_token", action="store_true",
+                     help="MAE's linear probe: --cls_features cls --final_norm --init trunc_normal")  # fmt: skip
+    old.add_argument("--global_pool", action="store_true", help=argparse.SUPPRESS)  # MAE's; refused with the reason
+    old.add_argument("--start_epoch", default=0, type=int, help="first epoch of a run that is not resumed")
+    old.add_argument("--suffix", default="", help="appended to the name of --output_dir")
     return parser
 
 
@@ -171,6 +186,9 @@ def probe_specs(args: argparse.Namespace, backbone: VisionTransformer) -> list[P
 
 def main(args: argparse.Namespace) -> None:
     settle(args)
+    check_files(args)
+    multi_label = DATASETS[args.dataset].multi_label
+    headline = choose_metric(args, multi_label)
     with distributed(args.device, args.dist_url) as world:
         setup_logging()
         folder = RunFolder(args.output_dir + args.suffix if args.output_dir else "", args.log_dir)
@@ -184,8 +202,6 @@ def main(args: argparse.Namespace) -> None:
         kept, held_out = hold_out(train_images.targets, args.val_fraction, args.seed)
         if max(args.knn, default=0) > len(kept):
             raise ValueError(f"--knn {max(args.knn)}: there are {len(kept)} training images; name fewer neighbours")
-        multi_label = DATASETS[args.dataset].multi_label
-        headline = choose_metric(args, multi_label)
         batches = GlobalBatches(
             len(train_images), args.batch_size, args.accum_iter, args.seed, indices=kept, group=args.bn_group
         )
@@ -205,8 +221,9 @@ def main(args: argparse.Namespace) -> None:
         facts = {"weights": digest(backbone.state_dict()), "training images": fingerprint(train_images)}
 
         # ---- data: order and augmentation depend on (seed, epoch, sample) alone
-        augment = train_transform(size, encoder.mean, encoder.std, crop=args.crop, hflip=not args.no_hflip)
-        pixels = eval_transform(size, encoder.mean, encoder.std)
+        augment = train_transform(size, encoder.mean, encoder.std, crop=args.crop, hflip=not args.no_hflip,
+                                  loader=args.loader)  # fmt: skip
+        pixels = eval_transform(size, encoder.mean, encoder.std, args.loader)
         keyed = functools.partial(KeyedDataset, seed=args.seed, on_bad_image=args.on_bad_image)
         parts = {
             "train": Part(keyed(train_images, augment, train=True, indices=kept), kept, args.cache_views),
@@ -216,11 +233,8 @@ def main(args: argparse.Namespace) -> None:
             parts["val"] = Part(keyed(train_images, pixels), held_out)
         orders = {name: EvaluationBatches(len(p.dataset), args.batch_size, p.indices) for name, p in parts.items()}
         orders["train"] = batches
-        loading = {
-            "num_workers": args.num_workers, "pin_memory": args.pin_mem and world.device.type == "cuda",
-            "affinity_hack": args.dataloader_affinity_hack,
-        }  # fmt: skip
-        tokens, loaders = frozen, {n: build_loader(p.dataset, orders[n], **loading) for n, p in parts.items()}
+        how = loading(args, world.device)
+        tokens, loaders = frozen, {n: build_loader(p.dataset, orders[n], **how) for n, p in parts.items()}
         cache = None
         if args.cache_views and not args.eval:
             cache = FeatureCache(
@@ -257,14 +271,14 @@ def main(args: argparse.Namespace) -> None:
         }  # fmt: skip
         if args.eval:
             tell_scores(score("test", keeper))
-            write_predictions(folder, keeper, specs, run)
+            write_predictions(folder, keeper, specs, run, {})
             return
 
         # ---- epochs
         training.start(run)
         warn_of_choices(specs, bool(held_out))
         if cache is not None and (training.epoch < args.epochs or held_out or keeper):
-            cache.fill(world.device, args.batch_size, **loading)
+            cache.fill(args.batch_size, **how)
         log.info(
             "%d probes on %s; %d training images%s, %d steps of %d per epoch, normalised in groups of %d, lr %s%s",
             len(specs), args.model, len(kept), f" and {len(held_out)} held out" if held_out else "", batches.steps,
@@ -272,7 +286,7 @@ def main(args: argparse.Namespace) -> None:
             ", ".join(f"{lr:g}" for lr in sorted(set(lrs))),
             "" if args.lr is not None else f" (blr x {batches.effective} / 256)",
         )  # fmt: skip
-        start, watched = time.time(), "val" if held_out else "test"
+        watched = "val" if held_out else "test"
         with training.stoppable():
             for epoch in training.epochs():
                 stats = training.train_one_epoch()
@@ -290,11 +304,11 @@ def main(args: argparse.Namespace) -> None:
 
             # ---- results: the last epoch's
             final = score("test", keeper) if held_out or keeper else training.history[-1]["test"]
-            write_predictions(folder, keeper, specs, run)
             results = summary(bank, training.history, training.diverged(), watched, headline, final)
+            write_predictions(folder, keeper, specs, run, results)
             if args.knn:
-                run["knn"] = neighbours(bank, frozen, parts, world.device, args, num_classes, **loading)
-            run |= {"seconds": time.time() - start, "finished": utc_now()}
+                run["knn"] = neighbours(bank, frozen, parts, args, num_classes, how)
+            run |= {"seconds": training.elapsed, "finished": utc_now()}
             folder.write("results.json", {"probes": results, **run})
         tell(results, headline, args.report)
         folder.close()
@@ -303,7 +317,7 @@ def main(args: argparse.Namespace) -> None:
 # arguments that decide what the encoder makes of the images
 CACHE_DEPENDS_ON = (
     "model", "num_heads", "no_cls_token", "return_block", "cls_features", "amp", "final_norm", "crop", "no_hflip",
-    "seed", "on_bad_image", *option_flags(),
+    "loader", "seed", "on_bad_image", *option_flags(),
 )  # fmt: skip
 
 
@@ -320,7 +334,9 @@ def settle(args: argparse.Namespace) -> None:
             raise ValueError("--cls_token is MAE's probe of [cls]: leave out --cls_features or --cls_token")
         args.final_norm, args.init = True, "trunc_normal"
     args.cls_features = args.cls_features or ["cls"]
-    chosen_heads(args)
+    for aggregation, _ in chosen_heads(args):
+        check_aggregation(aggregation, not args.no_cls_token)
+    check_blocks(args.return_block or [], architecture(args.model)["depth"])
     if args.lr is not None and len(args.blr) > 1:
         raise ValueError(f"--lr {args.lr} sets one rate, --blr {args.blr} several: leave out one of them")
     if args.eval and not args.resume:
@@ -365,31 +381,38 @@ def build_optimizer(args: argparse.Namespace, specs: list[ProbeSpec], groups: li
 
 
 def neighbours(
-    bank: ProbeBank, tokens: FrozenTokens, parts: dict[str, Part], device: torch.device, args: argparse.Namespace,
-    num_classes: int, **loading,
+    bank: ProbeBank, tokens: FrozenTokens, parts: dict[str, Part], args: argparse.Namespace, num_classes: int,
+    how: dict,
 ) -> dict[str, dict]:  # fmt: skip
-    """{vector: {k: its scores}} of k-NN classification on the vectors that the probes read; nothing is augmented."""
+    """{vector: {k: its scores}} of k-NN classification on the vectors that the probes read; nothing is augmented.
+
+    how: to load images, see util.arguments.loading.
+    """
     plain_train = Part(KeyedDataset(parts["train"].dataset.dataset, parts["test"].dataset.transform, args.seed,
                                     on_bad_image=args.on_bad_image), parts["train"].indices)  # fmt: skip
     (train, train_labels), (test, test_labels) = (
         pooled(bank, tokens, build_loader(
-            part.dataset, EvaluationBatches(len(part.dataset), args.batch_size, part.indices), **loading
-        ), device)
+            part.dataset, EvaluationBatches(len(part.dataset), args.batch_size, part.indices), **how
+        ), how["device"])
         for part in (plain_train, parts["test"])
     )  # fmt: skip
     found = {}
     for spec, learned, ours, theirs in zip(bank.distinct, bank.learned, train, test, strict=True):
         name = spec.name if learned else f"{spec.head}/block{spec.block}"
         found[name] = knn_scores(ours, train_labels, theirs, test_labels, args.knn, num_classes)
-        log.info("%s: k-NN top-1 %s", name, ", ".join(f"{s['top1']:.2f} (k = {k})" for k, s in found[name].items()))
+    tell_neighbours(found)
     return found
 
 
-def write_predictions(folder: RunFolder, keeper: PredictionKeeper | None, specs: list[ProbeSpec], run: dict) -> None:
-    """predictions.safetensors, where they were kept."""
+def write_predictions(
+    folder: RunFolder, keeper: PredictionKeeper | None, specs: list[ProbeSpec], run: dict, results: dict[str, dict]
+) -> None:  # fmt: skip
+    """predictions.safetensors, where they were kept; with the choice of the results, where they have one."""
     if keeper is None:
         return
     probes = {spec.name: {"head": spec.head, **dataclasses.asdict(spec)} for spec in specs}
+    for name, result in results.items():
+        probes[name] |= {key: result[key] for key in ("chosen",) if key in result}
     known = "headline", "test_images", "classes", "encoder", "command", "commit", "dirty"
     tensors, metadata = keeper.gather({"probes": probes, **{name: run[name] for name in known}})
     folder.save_tensors(FILE, tensors, metadata)

@@ -1,16 +1,24 @@
 """MAE pretraining: the paper's ViT-S, the demo encoder, or any size of models_vit.
 
-    torchrun --nproc_per_node 8 main_pretrain.py --model vit_small_patch16 --data_path $IMAGENET --batch_size 512
-
 The run folder ends with `encoder.safetensors` (the encoder in MAE's published layout), which every other main takes
 as --finetune, with `results.json` (the last epoch, and where it comes from), and with `reconstruction.png`: image,
 masked, reconstruction.
 Source: He et al., "Masked Autoencoders Are Scalable Vision Learners", CVPR 2022.
+
+examples:
+    # the paper's ViT-S: effective batch 4,096
+    torchrun --nproc_per_node 8 main_pretrain.py --model vit_small_patch16 --batch_size 512 --data_path $IMAGENET \\
+        --output_dir runs/mae_small
+
+    # a small encoder on the demo's images, on any machine
+    python main_pretrain.py --model vit_demo_patch8 --dataset demo --data_path demo_images --epochs 20 --warmup_epochs 2
+
+    # go on with a run that was stopped
+    python main_pretrain.py --args_from runs/mae_small/args.json --resume auto
 """
 
 import argparse
 import functools
-import time
 
 import torch
 from torch.utils.data import Dataset
@@ -23,11 +31,14 @@ from util.arguments import (
     Parser,
     add_data_arguments,
     add_run_arguments,
+    check_files,
     check_training,
+    loading,
     parse,
     plain,
     run_main,
 )
+from util.choices import instead_of
 from util.datasets import GlobalBatches, KeyedDataset, build_dataset, build_loader, train_transform
 from util.distributed import barrier, distributed
 from util.images import fingerprint
@@ -42,7 +53,6 @@ from util.training import Training
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = Parser(__doc__)
-    add_data_arguments(parser, labels=False)
     model = parser.add_argument_group("model")
     model.add_argument("--model", default="vit_small_patch16", metavar="MODEL", type=encoder_name,
                        help="encoder architecture, by name")  # fmt: skip
@@ -51,28 +61,30 @@ def get_args_parser() -> argparse.ArgumentParser:
     model.add_argument("--norm_pix_loss", action=argparse.BooleanOptionalAction, default=True,
                        help="predict pixels normalised within their patch")  # fmt: skip
     model.add_argument("--crop_scale", default=0.2, type=float, help="smallest share of the image that a crop covers")
+    add_data_arguments(parser, labels=False)
     optim = parser.add_argument_group("optimisation")
     optim.add_argument("--batch_size", default=64, type=int, help="images per process and micro-step")
     optim.add_argument("--accum_iter", default=1, type=int, help="micro-steps per optimizer step")
-    optim.add_argument("--epochs", default=800, type=int)
-    optim.add_argument("--warmup_epochs", default=40, type=int)
+    optim.add_argument("--epochs", default=800, type=int, help="of training")
+    optim.add_argument("--warmup_epochs", default=40, type=int, help="of them with a rate that rises from 0")
     optim.add_argument("--blr", default=1.5e-4, type=float, help="base rate: lr = blr x effective batch / 256")
     optim.add_argument("--lr", default=None, type=float, help="absolute rate (overrides --blr)")
-    optim.add_argument("--min_lr", default=0.0, type=float)
+    optim.add_argument("--min_lr", default=0.0, type=float, help="rate at the end of the cosine")
     optim.add_argument("--weight_decay", default=0.05, type=float, help="on matrices; not on biases and norms")
     optim.add_argument("--amp", default="bfloat16", choices=["bfloat16", "float32", "none"],
                        help="precision of the network's products")  # fmt: skip
     optim.add_argument("--compile", action="store_true",
                        help="compile the blocks of encoder and decoder: for long runs on a GPU")  # fmt: skip
-    add_run_arguments(parser)
     figure = parser.add_argument_group("figure")
     figure.add_argument("--figure_every", default=20, type=int, metavar="EPOCHS",
                         help="draw reconstruction.png every so many epochs, too; 0: at the end only")  # fmt: skip
+    add_run_arguments(parser)
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
     check(args)
+    check_files(args)
     with distributed(args.device, args.dist_url) as world:
         setup_logging()
         folder = RunFolder(args.output_dir, args.log_dir)
@@ -90,11 +102,10 @@ def main(args: argparse.Namespace) -> None:
             model.compile_blocks()
 
         # ---- data: torchvision's crop, as in MAE (its probes draw theirs differently)
-        augment = train_transform(size, scale=(args.crop_scale, 1.0), crop="torchvision")
+        augment = train_transform(size, scale=(args.crop_scale, 1.0), crop="torchvision", loader=args.loader)
         patches = encoder.grid_size[0] * encoder.grid_size[1]
         dataset = KeyedDataset(images, augment, args.seed, patches, args.on_bad_image, train=True)
-        pin = args.pin_mem and world.device.type == "cuda"
-        loader = build_loader(dataset, batches, args.num_workers, pin, args.dataloader_affinity_hack)
+        loader = build_loader(dataset, batches, **loading(args, world.device))
 
         # ---- optimiser: AdamW (0.9, 0.95), weight decay on matrices only, warm-up and half-cosine per step
         lr = args.lr if args.lr is not None else scaled_lr(args.blr, batches.effective)
@@ -116,7 +127,6 @@ def main(args: argparse.Namespace) -> None:
             args.model, sum(p.numel() for p in model.parameters()) / 1e6, len(dataset), batches.steps,
             batches.effective, lr,
         )  # fmt: skip
-        start = time.time()
         with training.stoppable():
             for epoch in training.epochs():
                 stats = training.train_one_epoch()
@@ -127,11 +137,11 @@ def main(args: argparse.Namespace) -> None:
                 training.end_epoch()
             metadata = {"family": "mae", "model": args.model, "input_size": str(size), "epochs": str(args.epochs)}
             folder.save_encoder(encoder.state_dict(), metadata)
-            run |= {"seconds": time.time() - start, "finished": utc_now()}
+            run |= {"seconds": training.elapsed, "finished": utc_now()}
             folder.write("results.json", {"last": folder.last_line(), **run})
         barrier()
         folder.close()
-        log.info("pretraining took %.0f s", run["seconds"])
+        log.info("pretraining took %.0f s", training.elapsed)
 
 
 def record_reconstructions(folder: RunFolder, pretraining: Pretraining, images: Dataset, seed: int, step: int) -> None:
@@ -154,7 +164,7 @@ def check(args: argparse.Namespace) -> None:
     """Refuse what the arguments alone show to be impossible; ValueError."""
     check_training(args)
     if args.model not in DECODERS:
-        raise ValueError(f"there is no decoder for {args.model}: choose one of {', '.join(DECODERS)}")
+        raise ValueError(f"there is no decoder for {args.model}: {instead_of(args.model, DECODERS)}")
     if not 0 < args.mask_ratio < 1:
         raise ValueError(f"--mask_ratio {args.mask_ratio}: a share between 0 and 1 of the patches, to be predicted")
     patches = ((args.input_size or default_input_size(args.model)) // architecture(args.model)["patch_size"]) ** 2

@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.layers import DropPath
 from torch import Tensor
 
+from util.choices import instead_of
 from util.pos_embed import (
     relative_index,
     resample_pos_embed,
@@ -177,6 +177,19 @@ class LayerScale(nn.Module):
         return x * self.gamma
 
 
+class DropPath(nn.Module):
+    """Stochastic depth: in training, a branch (B,N,D) is left out of a random share of the images and scaled for it."""
+
+    def __init__(self, drop_prob: float):
+        super().__init__()
+        self.drop_prob = drop_prob
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        return x * x.new_empty(len(x), 1, 1).bernoulli_(1 - self.drop_prob).div_(1 - self.drop_prob)
+
+
 class Block(nn.Module):
     """Transformer block, normalised before each branch or (post_norm) after each sum."""
 
@@ -307,11 +320,7 @@ class VisionTransformer(nn.Module):
             block.compile(backend=backend)
 
     def check_blocks(self, blocks: Sequence[int]) -> None:
-        for block in blocks:
-            if not 0 <= block < self.depth:
-                raise ValueError(
-                    f"block {block} does not exist: this encoder has blocks 0 to {self.depth - 1} (counted from 0)"
-                )
+        check_blocks(blocks, self.depth)
 
     def embed(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Images (B,3,h,w) -> prefix tokens (B,P,D) and patch tokens (B,M,D), positions added.
@@ -384,6 +393,13 @@ class VisionTransformer(nn.Module):
         )
 
 
+def check_blocks(blocks: Sequence[int], depth: int) -> None:
+    """ValueError for a block that an encoder of that depth has not."""
+    for block in blocks:
+        if not 0 <= block < depth:
+            raise ValueError(f"block {block} does not exist: this encoder has blocks 0 to {depth - 1} (counted from 0)")
+
+
 def attention_row(step: BlockTrace, query: int, num_prefix: int) -> Tensor:
     """(B,H,M) the attention of token `query` over the patches, softmax over all N keys.
 
@@ -427,9 +443,9 @@ ARCHITECTURES = {
 
 
 def architecture(name: str) -> dict:
-    """Options of an architecture by name; ValueError lists the names there are."""
+    """Options of an architecture by name; ValueError says which there are."""
     if name not in ARCHITECTURES:
-        raise ValueError(f"unknown model {name!r}: choose one of {', '.join(ARCHITECTURES)}")
+        raise ValueError(f"unknown model {name!r}: {instead_of(name, ARCHITECTURES)}")
     return ARCHITECTURES[name]
 
 

@@ -4,6 +4,7 @@ Letters: B images, M patches.
 """
 
 import argparse
+import re
 
 import torch
 from torch import Tensor
@@ -59,4 +60,5 @@ def build_oracle(args: argparse.Namespace, probed: Encoder, size: int, amp: torc
     try:
         return Oracle(build_encoder(named)[0], probed, size, amp)
     except ValueError as error:
-        raise ValueError(f"--oracle: {error}") from error
+        words = re.sub("--(model|family|checkpoint_key)", r"--oracle_\1", str(error))
+        raise ValueError(f"--oracle: {words}") from error

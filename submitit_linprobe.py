@@ -1,12 +1,22 @@
 """Send a program of this project to SLURM, or run it here, and requeue it where it is pre-empted or out of time.
 
+Flags that are not the launcher's are the program's. The run folder is --job_dir; every start continues its newest
+checkpoint (--resume auto), so a requeued job goes on where it stopped. Jobs run a copy of the code as it is now, and
+in the folder where they were submitted.
+
+examples:
+    # probes on a node of four GPUs
     python submitit_linprobe.py --job_dir runs/mae_b --nodes 1 --ngpus 4 --partition gpu \\
         --model vit_base_patch16 --finetune mae_vit_base_patch16 --cls_features cls pos abmilp \\
         --batch_size 2048 --accum_iter 2 --data_path $IMAGENET
 
-Flags that are not the launcher's are the program's. The run folder is --job_dir; every start continues its newest
-checkpoint (--resume auto), so a requeued job goes on where it stopped. Jobs run a copy of the code as it is now, and
-in the folder where they were submitted.
+    # an array of jobs, each in a folder of its own; shown, not submitted
+    python submitit_linprobe.py --job_dir runs/seeds --ngpus 4 --sweep seed 0 1 2 --dry_run \\
+        --finetune mae_vit_base_patch16 --data_path $IMAGENET
+
+    # another program, on two nodes
+    python submitit_linprobe.py --main main_pretrain --job_dir runs/mae_small --nodes 2 --ngpus 8 \\
+        --batch_size 256 --data_path $IMAGENET
 """
 
 import argparse
@@ -23,18 +33,13 @@ import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
-from urllib.parse import urlparse
 
 import submitit
 import torch
 from submitit.core.utils import FailedJobError, pickle_load
 
-from models_vit import architecture
 from util import signals
-from util.arguments import Parser, check_resumed, parse, run_main
-from util.catalogue import CATALOGUE, fetch_weights
-from util.checkpoints import known_family
-from util.datasets import DATASETS
+from util.arguments import Parser, check_files, check_resumed, parse, run_main
 from util.jobs import GONE, Task, state_of
 from util.run_folder import ROOT, AnotherRun, RunFolder
 from util.snapshot import take_snapshot
@@ -51,38 +56,39 @@ OTHERS = re.compile(r"submitit |srun: |slurmstepd|\d\d:\d\d:\d\d Submitted job t
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = Parser(__doc__)
-    parser.add_argument("--main", choices=PROGRAMS, default="main_linprobe", help="program to run")
-    parser.add_argument("--job_dir", required=True, type=Path,
-                        help="run folder; logs go to its jobs/, the copy of the code to its code/")  # fmt: skip
-    parser.add_argument("--sweep", nargs="+", action="append", default=[], metavar=("FLAG", "VALUE"),
-                        help="one job for each value, in a folder of its own: seed 0 1 2; "
-                        "model,finetune A,a.pth B,b.pth; given several times, for each combination")  # fmt: skip
-    parser.add_argument(
-        "--dry_run", action="store_true", help="print the sbatch script and the commands; submit nothing"
-    )
-    parser.add_argument("--wait", action="store_true", help="stay until the jobs have ended, and print their outcome")
-    parser.add_argument("--no_snapshot", action="store_true", help="run the code in place, with its later changes")
-    parser.add_argument("--remote_paths", action="store_true", help="files lie where this machine does not see them")
+    what = parser.add_argument_group("what to run")
+    what.add_argument("--main", choices=PROGRAMS, default="main_linprobe", help="program to run")
+    what.add_argument("--job_dir", required=True, type=Path,
+                      help="run folder; logs go to its jobs/, the copy of the code to its code/")  # fmt: skip
+    what.add_argument("--sweep", nargs="+", action="append", default=[], metavar=("FLAG", "VALUE"),
+                      help="one job for each value, in a folder of its own: seed 0 1 2; "
+                      "model,finetune A,a.pth B,b.pth; given several times, for each combination")  # fmt: skip
+    what.add_argument("--dry_run", action="store_true", help="print the sbatch script and the commands; submit nothing")
+    what.add_argument("--wait", action="store_true", help="stay until the jobs have ended, and print their outcome")
+    what.add_argument("--no_snapshot", action="store_true", help="run the code in place, with its later changes")
+    what.add_argument("--remote_paths", action="store_true", help="files lie where this machine does not see them")
 
     job = parser.add_argument_group("job")
     job.add_argument("--cluster", choices=["slurm", "local"], default=None, help="default: SLURM where there is one")
-    job.add_argument("--nodes", default=1, type=int)
+    job.add_argument("--nodes", default=1, type=int, help="machines")
     job.add_argument(
         "--ngpus", default=None, type=int,
         help="GPUs and processes per node (default: 8, MAE's; here with --cluster local: what there is); 0: the CPU",
     )  # fmt: skip
     job.add_argument("--tasks_per_node", default=None, type=int, help="processes per node, where it is not --ngpus")
-    job.add_argument("--cpus_per_task", default=10, type=int)
+    job.add_argument("--cpus_per_task", default=10, type=int, help="CPU cores of each process")
     job.add_argument("--mem_gb", default=None, type=float, help="memory per node")
     job.add_argument("--timeout", default=4320, type=int, help="minutes until the job is requeued")
-    job.add_argument("--partition", default=None)
-    job.add_argument("--account", default=None)
-    job.add_argument("--qos", default=None)
-    job.add_argument("--constraint", default=None)
-    job.add_argument("--comment", default=None)
+    job.add_argument("--partition", default=None, help="SLURM's, where it has several")
+    job.add_argument("--account", default=None, help="that is charged")
+    job.add_argument("--qos", default=None, help="quality of service")
+    job.add_argument("--constraint", default=None, help="feature that nodes must have")
+    job.add_argument("--comment", default=None, help="in SLURM's records")
     job.add_argument("--parallel", default=256, type=int, help="jobs of a sweep that run at a time")
     job.add_argument("--slurm", nargs="+", default=[], metavar="NAME=VALUE", help="any other option of sbatch")
-    job.add_argument("--use_volta32", action="store_const", const="volta32gb", dest="constraint", help="MAE's flag")
+    old = parser.add_argument_group("accepted for old commands")
+    old.add_argument("--use_volta32", action="store_const", const="volta32gb", dest="constraint",
+                     help="MAE's: --constraint volta32gb")  # fmt: skip
     return parser
 
 
@@ -128,6 +134,7 @@ def program_arguments(args: argparse.Namespace, argv: list[str], folder: Path) -
     """The launcher's own settings, then the user's, as far as this machine can tell fit to run."""
     module = importlib.import_module(args.main)
     parser = module.get_args_parser()
+    parser.beside = list(get_args_parser()._option_string_actions)
     own = ["--output_dir", str(folder)]
     if any(action.dest == "resume" for action in parser._actions):
         own += ["--resume", "auto"]
@@ -149,29 +156,6 @@ def program_arguments(args: argparse.Namespace, argv: list[str], folder: Path) -
         except AnotherRun as error:
             raise ValueError(str(error).replace("--output_dir", "--job_dir")) from error
     return argv
-
-
-def check_files(told: argparse.Namespace, remote: bool) -> None:
-    """Refuse data, architectures and weights that are not there, at the cost of a look; ValueError.
-
-    remote: files are out of sight.
-    """
-    if told.dataset not in DATASETS:
-        raise ValueError(f"unknown data set {told.dataset!r}: choose one of {', '.join(DATASETS)}")
-    if not (remote or told.data_path.is_dir()):
-        raise ValueError(f"--data_path {told.data_path}: there is no such folder")
-    encoders = [getattr(told, name, None) for name in ("finetune", "model", "family")]
-    weights, models, families = (value if isinstance(value, list) else [value] for value in encoders)
-    for model in models:
-        architecture(model)
-    for index, name in enumerate(weights):
-        if not name or (remote and name not in CATALOGUE):
-            continue
-        if len(models) in (1, len(weights)) and len(families) in (1, len(weights)):
-            known_family(name, models[index % len(models)], families[index % len(families)])
-        downloaded = (name in CATALOGUE and CATALOGUE[name].url) or urlparse(name).scheme in ("http", "https")
-        if told.offline or not downloaded:
-            fetch_weights(name, offline=True)
 
 
 def gpus_per_node(args: argparse.Namespace) -> int:

@@ -32,6 +32,7 @@ from main_analyze_attention import sizes_of
 from models_vit import VisionTransformer, build_vit
 from probes import ProbeBank, ProbeSpec
 from util.arguments import PRECISIONS, Parser, run_main
+from util.choices import instead_of
 from util.datasets import train_transform
 from util.lars import LARS
 from util.progress import log, progress, setup_logging
@@ -60,7 +61,7 @@ def race(
     """Time each contestant args.repeats times, in turn, after one run of each that does not count."""
     if args.only is not None:
         if args.only not in contestants:
-            raise ValueError(f"--only {args.only}: choose one of {', '.join(contestants)}")
+            raise ValueError(f"--only {args.only}: {instead_of(args.only, contestants)}")
         contestants = {args.only: contestants[args.only]}
     seconds, repeats = {name: [] for name in contestants}, args.repeats
     peaks = dict.fromkeys(contestants, float("nan"))
@@ -300,8 +301,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("benchmark", help=", ".join(BENCHMARKS))
     parser.add_argument("--model", default="vit_base_patch16", metavar="MODEL", help="architecture, by name")
     parser.add_argument("--input_size", default=224, type=int, help="pixels")
-    parser.add_argument("--batch_size", default=16, type=int)
-    parser.add_argument("--repeats", default=10, type=int)
+    parser.add_argument("--batch_size", default=16, type=int, help="images")
+    parser.add_argument("--repeats", default=10, type=int, help="of each contestant")
     parser.add_argument("--amp", default="bfloat16", choices=list(PRECISIONS), help="precision of the encoder")
     parser.add_argument("--only", default=None, metavar="CONTESTANT", help="run one contestant alone")
     parser.add_argument("--peak_memory", action="store_true", help="measure memory on a CPU too")
@@ -318,7 +319,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> None:
     if args.benchmark not in BENCHMARKS:
-        raise ValueError(f"unknown benchmark {args.benchmark!r}: choose one of {', '.join(BENCHMARKS)}")
+        raise ValueError(f"unknown benchmark {args.benchmark!r}: {instead_of(args.benchmark, BENCHMARKS)}")
     setup_logging()
     has_cuda = torch.cuda.is_available()
     device = torch.device(args.device if args.device != "auto" else "cuda" if has_cuda else "cpu")

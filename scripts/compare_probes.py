@@ -3,7 +3,8 @@
 RUN is the --output_dir of main_linprobe.py --save_predictions. Probes that differ in nothing but their seed are one
 row: the mean of their scores, its standard deviation over seeds, and two confidence intervals of it: over test images
 (other images of the same kind) and over seeds (other initial weights). Runs of one label, such as those of several
---seed, join their seeds. Then the difference to the baseline, image by image and seed by seed.
+--seed, join their seeds. Then the difference to the baseline, image by image and seed by seed. Where held-out images
+have chosen rates, the chosen ones alone; --all shows the others, too.
 
 Intervals are Student's, paired where two probes are compared; those over images of scores that are no mean over images
 (map, per_class) are percentiles of a bootstrap that resamples images, alike for all probes.
@@ -24,6 +25,7 @@ from scipy import stats
 from torch import Tensor
 
 from util.arguments import Parser, run_main
+from util.choices import instead_of
 from util.files import write_atomically, write_json
 from util.predictions import Predictions, read_predictions
 from util.progress import progress
@@ -43,6 +45,7 @@ class Row(NamedTuple):
 
     name: str
     each: list[float]  # of each seed
+    chosen: bool | None  # by held-out images; None where there were none
     over_images: Interval
     over_seeds: Interval
     difference: float = 0.0  # to the baseline
@@ -105,15 +108,22 @@ def labelled(words: list[str]) -> list[tuple[str, Predictions]]:
     return runs
 
 
-def grouped(runs: list[tuple[str, Predictions]]) -> dict[str, dict[tuple, Tensor]]:
-    """{row: {seed: what was said}}; a seed is a run's place among those of its label, and the probe's own."""
-    several, rows, place = len({label for label, _ in runs}) > 1, {}, {}
+def grouped(
+    runs: list[tuple[str, Predictions]], everything: bool
+) -> tuple[dict[str, dict[tuple, Tensor]], dict[str, bool | None]]:  # fmt: skip
+    """{row: {seed: what was said}}; a seed is a run's place among those of its label, and the probe's own. And whether
+    held-out images have chosen the row; those that they have not are left out but for `everything`."""
+    several, rows, place, chosen = len({label for label, _ in runs}) > 1, {}, {}, {}
     for label, run in runs:
         place[label] = place.get(label, -1) + 1
         for name, said in run.said.items():
+            mark = run.facts["probes"][name].get("chosen")
+            if mark is False and not everything:
+                continue
             row = f"{label}: " * several + name.rpartition("/seed")[0]
             rows.setdefault(row, {})[place[label], run.facts["probes"][name]["seed"]] = said
-    return rows
+            chosen[row] = mark
+    return rows, chosen
 
 
 def same_rate(word: str, row: str) -> bool:
@@ -130,6 +140,7 @@ def same_rate(word: str, row: str) -> bool:
 
 def compare(
     rows: dict[str, dict[tuple, Tensor]],
+    chosen: dict[str, bool | None],
     labels: Tensor,
     headline: str,
     baseline: str,
@@ -151,9 +162,9 @@ def compare(
         each = {name: {seed: 100 * score(said, labels) for seed, said in seeds.items()} for name, seeds in rows.items()}
         random, drawn = np.random.default_rng(0), {name: [] for name in rows}
         for _ in progress(range(resamples), "bootstrap", resamples, unit="resample"):
-            chosen = torch.from_numpy(random.integers(0, len(labels), len(labels)))
+            drawing = torch.from_numpy(random.integers(0, len(labels), len(labels)))
             for name, seeds in rows.items():
-                drawn[name].append(np.mean([100 * score(said[chosen], labels[chosen]) for said in seeds.values()]))
+                drawn[name].append(np.mean([100 * score(said[drawing], labels[drawing]) for said in seeds.values()]))
 
         def over_images(name: str, less: str | None = None) -> Interval:
             values = np.array(drawn[name]) - (np.array(drawn[less]) if less else 0)
@@ -162,7 +173,7 @@ def compare(
     found = []
     for name, scores in each.items():
         values, base = np.array(list(scores.values())), each[baseline]
-        row = Row(name, values.tolist(), over_images(name), student(values, confidence))
+        row = Row(name, values.tolist(), chosen[name], over_images(name), student(values, confidence))
         if name != baseline:
             pairs = (
                 np.array([scores[seed] - base[seed] for seed in scores]) if scores.keys() == base.keys() else values[:0]
@@ -184,17 +195,25 @@ def table(rows: list[Row], headline: str, baseline: str, confidence: float, n: i
     ]
     for row in rows:
         std = f"{np.std(row.each, ddof=1):.2f}" if len(row.each) > 1 else "–"
-        words = [row.name, str(len(row.each)), f"{row.mean:.2f}", std, str(row.over_images), str(row.over_seeds)]
+        name = row.name + " (chosen)" * bool(row.chosen)
+        words = [name, str(len(row.each)), f"{row.mean:.2f}", std, str(row.over_images), str(row.over_seeds)]
         is_base = row.name == baseline
         words += ["–" if is_base else f"{row.difference:+.2f}", str(row.difference_over_images)]
         lines.append("| " + " | ".join([*words, str(row.difference_over_seeds)]) + " |")
-    return "\n".join([*lines, "", f"{headline} in percent on {n:,} test images; differences to {baseline}", ""])
+    notes = [f"{headline} in percent on {n:,} test images; differences to {baseline}"]
+    if any(row.chosen for row in rows):
+        notes.append("chosen: the best optimizer and rate of its head and block on held-out images")
+    if fewest := min((len(row.each) for row in rows if len(row.each) < 3), default=0):
+        notes.append("a single seed has no deviation and no interval over seeds" if fewest == 1 else
+                     "of 2 seeds, the deviation and the interval over seeds say little")  # fmt: skip
+    return "\n".join([*lines, "", "; ".join(notes), ""])
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = Parser(__doc__)
     parser.add_argument("runs", nargs="+", metavar="[LABEL=]RUN", help="folders of main_linprobe.py --save_predictions")
     parser.add_argument("--baseline", default=None, metavar="PROBE", help="row of the differences (default: the first)")
+    parser.add_argument("--all", action="store_true", help="rates that held-out images have not chosen, too")
     parser.add_argument("--confidence", default=0.95, type=float, help="of the intervals")
     parser.add_argument("--resamples", default=1000, type=int, help="of the bootstrap")
     parser.add_argument(
@@ -209,12 +228,12 @@ def main(args: argparse.Namespace) -> None:
             f"--confidence {args.confidence} must lie between 0 and 1, --resamples {args.resamples} above 0"
         )
     runs = labelled(args.runs)
-    first, rows = runs[0][1], grouped(runs)
+    first, (rows, chosen) = runs[0][1], grouped(runs, args.all)
     baseline = next((row for row in rows if args.baseline in (None, row) or same_rate(args.baseline, row)), None)
     if baseline is None:
-        raise ValueError(f"--baseline {args.baseline}: choose one of {', '.join(rows)}")
+        raise ValueError(f"--baseline {args.baseline}: {instead_of(args.baseline, rows)}")
     headline = first.facts["headline"]
-    found = compare(rows, first.labels, headline, baseline, args.confidence, args.resamples)
+    found = compare(rows, chosen, first.labels, headline, baseline, args.confidence, args.resamples)
     text = table(found, headline, baseline, args.confidence, len(first.labels))
     print(text)
     if args.output is not None and args.output.suffix == ".json":

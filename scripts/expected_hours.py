@@ -54,9 +54,9 @@ def main() -> None:
     parser.add_argument("name")
     parser.add_argument("--images", type=int, required=True, help="that go through the encoder, over all epochs")
     parser.add_argument("--images_per_second", type=float, default=None, help="of one GPU")
-    parser.add_argument("--gpus", type=int, default=1)
-    parser.add_argument("--model", default="vit_base_patch16")
-    parser.add_argument("--benchmark", type=Path, default=BENCHMARK, metavar="CSV")
+    parser.add_argument("--gpus", type=int, default=1, help="of the run")
+    parser.add_argument("--model", default="vit_base_patch16", help="architecture, by name")
+    parser.add_argument("--benchmark", type=Path, default=BENCHMARK, metavar="CSV", help="measured speeds")
     args, _ = parser.parse_known_args()
     if args.gpus < 1 or args.images < 0 or (args.images_per_second is not None and args.images_per_second <= 0):
         parser.exit(2, f"{parser.prog}: --images, --images_per_second and --gpus are positive numbers\n")

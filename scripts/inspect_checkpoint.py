@@ -15,10 +15,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch import Tensor
 
-from models_vit import ARCHITECTURES, VisionTransformer, architecture
+from models_vit import VisionTransformer, architecture
 from util.arguments import Parser, run_main
 from util.catalogue import CATALOGUE, fetch_weights
-from util.checkpoints import converted, detect_family, load_plain_or_safetensors, load_timm, mismatches, native_size
+from util.checkpoints import (
+    architectures_of,
+    converted,
+    detect_family,
+    load_plain_or_safetensors,
+    load_timm,
+    mismatches,
+    native_size,
+)
+from util.choices import instead_of
 from util.families import FAMILIES, State, drop_rule, weights_of
 from util.files import sha256
 
@@ -32,20 +41,6 @@ class Fit(NamedTuple):
     state: State  # as in the model
     backbone: VisionTransformer | None  # on the meta device: names and shapes only
     problems: list[str]
-
-
-def architectures_of(state: State) -> list[str]:
-    """The architectures of these sizes; heads cannot be told from tensors."""
-    stem = state.get("patch_embed.proj.weight")
-    if stem is None or stem.ndim != 4:
-        return []
-    depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
-    sizes = (stem.shape[0], stem.shape[-1], depth)
-    return [
-        name
-        for name, options in ARCHITECTURES.items()
-        if (options["embed_dim"], options["patch_size"], options["depth"]) == sizes
-    ]
 
 
 def fit(content: dict, name: str, model: str | None, checkpoint_key: str | None) -> Fit:
@@ -101,7 +96,7 @@ def families_of(path: Path | None, content: dict, args: Namespace) -> tuple[list
     """The family that is asked for or fits; else all that can be tried, and why it is none or several."""
     if args.family:
         if args.family not in FAMILIES:
-            raise ValueError(f"unknown family {args.family!r}: choose one of {', '.join(FAMILIES)}")
+            raise ValueError(f"unknown family {args.family!r}: {instead_of(args.family, FAMILIES)}")
         return [args.family], ""
     if path is None:
         return ["timm"], ""

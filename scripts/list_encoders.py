@@ -52,7 +52,7 @@ def main(args: Namespace) -> None:
 
 if __name__ == "__main__":
     parser = Parser(__doc__)
-    parser.add_argument("words", nargs="*", metavar="WORD")
+    parser.add_argument("words", nargs="*", metavar="WORD", help="part of the names to list (default: all)")
     parser.add_argument("--markdown", action="store_true", help="as a Markdown table")
     pages = parser.add_mutually_exclusive_group()
     pages.add_argument("--write", type=Path, metavar="PAGE", help="put the table between the page's markers")

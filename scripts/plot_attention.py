@@ -34,7 +34,7 @@ def main(args: argparse.Namespace) -> None:
 def get_args_parser() -> argparse.ArgumentParser:
     parser = Parser(__doc__)
     parser.add_argument("results", nargs="+", type=Path, metavar="RESULT", help="attention.json of an encoder")
-    parser.add_argument("--kind", default="attention", choices=FIGURES)
+    parser.add_argument("--kind", default="attention", choices=FIGURES, help="of figure, as above")
     parser.add_argument("--metrics", nargs="+", default=None, metavar="METRIC",
                         help=f"groups ({', '.join(GROUPS)}) or {', '.join(METRICS)} (default: the kind's)")  # fmt: skip
     parser.add_argument("--output", type=Path, default=None, help="png, pdf or svg, by its suffix (default: KIND.png)")

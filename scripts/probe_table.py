@@ -101,7 +101,7 @@ def main(args: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     parser = Parser(__doc__)
-    parser.add_argument("runs", nargs="+", metavar="LABEL=RUN")
+    parser.add_argument("runs", nargs="+", metavar="LABEL=RUN", help="folders of main_linprobe.py")
     parser.add_argument("--report", choices=["last", "best"], default="last", help="epoch whose scores are shown")
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--output", type=Path, help="write the table there, too")
     run_main(main, parser.parse_args())

@@ -152,13 +152,13 @@ def main(args: argparse.Namespace) -> None:
             seen = transform(image)
             heads, to_self = attention_of(encoder.backbone, seen, args.block, args.query, PRECISIONS[args.amp])
             rows.append(Maps(label, visible(seen, transform), heads, to_self))
-        which = f"block {args.block + 1} (from 1)" if args.block >= 0 else f"block {-args.block} from the end"
+        which = f"block {args.block} (from 0)" if args.block >= 0 else f"block {-args.block} from the end"
         draw(rows, args.query, f"Attention of {what}, {which}: {path.name}", args.output_dir / f"{path.stem}.png")
 
 
 if __name__ == "__main__":
     parser = Parser(__doc__)
-    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
+    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="files")
     add_encoder_arguments(parser, several=True)
     parser.add_argument("--label", nargs="+", default=None, help="names of the encoders (default: of their files)")
     parser.add_argument("--block", type=int, default=-1, help="counted from 0; negative: from the end")

@@ -98,8 +98,8 @@ def main(args: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     parser = Parser(__doc__)
-    parser.add_argument("runs", nargs="+", metavar="LABEL=RUN")
-    parser.add_argument("--output", type=Path, default=Path("maps.png"))
+    parser.add_argument("runs", nargs="+", metavar="LABEL=RUN", help="folders of main_linprobe.py")
+    parser.add_argument("--output", type=Path, default=Path("maps.png"), help="the figure")
     parser.add_argument("--images", type=int, default=5, help="number of images")
     parser.add_argument("--seed", type=int, default=0, help="which images")
     run_main(main, parser.parse_args())

@@ -255,14 +255,14 @@ def test_flags_speak_for_heads_that_do_not_say_otherwise(word, flags, name):
 @pytest.mark.parametrize(
     ("word", "message"),
     [
-        ("mean", "unknown --cls_features 'mean': choose among cls, pos, both, abmilp"),
+        ("mean", "unknown --cls_features 'mean': choose one of cls, pos, both, abmilp"),
         ("cls3", "unknown --cls_features 'cls3'"),
         ("cls:depth=2", "cls has no options; not 'depth=2'"),
         ("abmilp:dept=2", "abmilp takes depth, act, .*, as in abmilp:option=value; not 'dept=2'"),
         ("abmilp:depth", "not 'depth'"),
         ("abmilp:depth=0", "depth=0: write a number from 1 on"),
         ("abmilp:depth=two", "depth=two: write a number from 1 on"),
-        ("abmilp:sa=yes", "sa=yes: choose among none, map, both, residual"),
+        ("abmilp:sa=yes", "sa=yes: choose one of none, map, both, residual"),
         ("abmilp:depth=2,depth=3", "depth is set twice"),
         ("ap12:heads=4", "heads is set twice"),
         ("abmilp:act=tanh", "act has no effect with depth=1"),

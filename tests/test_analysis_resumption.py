@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -104,6 +105,16 @@ def test_an_analysis_stopped_after_any_batch_again_and_again_is_the_uninterrupte
     assert run("main_analyze_attention", command, folder, "--resume", "auto", "--num_workers", 1) == 0
     assert differences(found(folder), whole) == []
     assert names(folder) == ["checkpoint-1.pth"]
+
+
+def test_the_seconds_of_a_pass_are_those_of_all_its_starts(command, tmp_path, after_batch):
+    for batches in (1, 2):
+        after_batch(batches, lambda: (time.sleep(2), signal.raise_signal(signal.SIGTERM)))
+        assert run("main_analyze_attention", command, tmp_path, "--resume", "auto") == signals.EXIT_STOPPED
+    assert names(tmp_path)[-1] == "checkpoint-0-6.pth"
+    assert run("main_analyze_attention", command, tmp_path, "--resume", "auto") == 0
+    seconds = [json.loads((tmp_path / label / "attention.json").read_text())["seconds"] for label in ("a", "b")]
+    assert seconds[0] > 4 > seconds[1]
 
 
 def test_an_analysis_that_is_killed_repeats_the_batches_that_were_lost(command, whole, tmp_path, after_batch):

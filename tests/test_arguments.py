@@ -1,6 +1,7 @@
 """Arguments replayed from a run, and mistakes in one line."""
 
 import argparse
+import importlib
 import json
 import shlex
 import signal
@@ -9,10 +10,19 @@ from pathlib import Path
 import pytest
 
 import main_finetune
+import main_linprobe
 import main_pretrain
+import submitit_linprobe
+from aggregation import AGGREGATIONS
+from attention_stats import METRICS
+from models_vit import ARCHITECTURES
 from util import signals
 from util.arguments import build_encoder, check_training, parse, plain, run_main
+from util.catalogue import CATALOGUE
+from util.choices import instead_of
+from util.datasets import DATASETS
 from util.distributed import PeerLost
+from util.families import FAMILIES
 
 PARSER = main_finetune.get_args_parser
 
@@ -77,6 +87,39 @@ def test_maes_published_commands_are_understood():
 
 
 @pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--cls_feature", "cls"], "--cls_feature: unknown; did you mean --cls_features? --help lists the arguments"),
+        (["--data_pth=x"], "--data_pth: unknown; did you mean --data_path? --help"),
+        (["--data_path", "x", "--lr_min", "1"], "--lr_min: unknown; did you mean --min_lr? --help"),
+        (["--data_path", "x", "--zzz"], "--zzz: unknown; --help lists the arguments"),
+        (["--data_path", "x", "y"], "unrecognized arguments: y; --help lists the arguments"),
+        (["--data_path", "x", "--crop", "tv"], "--crop: unknown 'tv': choose one of mae, torchvision, center; --help"),
+        (["--data_path", "x", "--crop", "centre"], "did you mean center? There are mae, torchvision, center; --help"),
+    ],
+)
+def test_a_word_that_does_not_exist_is_answered_with_the_nearest(words, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse(main_linprobe.get_args_parser(), words)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and error.count("\n") == 1 and message in error
+
+
+@pytest.mark.parametrize(
+    ("word", "names", "near"),
+    [
+        ("abmlip", AGGREGATIONS, "abmilp"), ("ABMILP", AGGREGATIONS, "abmilp"), ("mean", AGGREGATIONS, ""),
+        ("mocov2", FAMILIES, "mocov3"), ("stl", DATASETS, "stl10"), ("cls_entropy", METRICS, "cls_patch_entropy"),
+        ("vit_smal_patch16", ARCHITECTURES, "vit_small_patch16"), ("", ARCHITECTURES, ""),
+        ("dino_base_16", CATALOGUE, "dino_vit_base_patch16"),
+    ],
+)  # fmt: skip
+def test_the_nearest_name_comes_first(word, names, near):
+    said = instead_of(word, names)
+    assert said.startswith(f"did you mean {near}" if near else "choose one of ") and said.endswith(", ".join(names))
+
+
+@pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--epochs", "0", "--warmup_epochs", "0"], "--epochs 0: it takes at least one"),
@@ -84,13 +127,57 @@ def test_maes_published_commands_are_understood():
         (["--save_every_steps", "-1"], "--save_every_steps -1: write how often, or 0 for never"),
         (["--input_size", "40"], "--input_size 40 is not divisible by the patch size 16 of vit_base_patch16"),
         (["--input_size", "-32"], "--input_size -32 is not divisible by"),
-        (["--model", "vit_bas"], "unknown model 'vit_bas': choose one of vit_demo_patch8"),
+        (["--model", "vit_bas"], "unknown model 'vit_bas': did you mean vit_base_patch16, "),
     ],
 )
 def test_impossible_settings_are_refused_before_anything_is_read(flags, message):
     with pytest.raises(ValueError) as error:
         check_training(parse(PARSER(), ["--data_path", "absent", *flags]))
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("program", "mistake", "message"),
+    [
+        ("main_linprobe", ["--data_path", "absent"], "--data_path absent: there is no such folder"),
+        ("main_linprobe", ["--dataset", "cub200", "--data_path", "absent"], "there is no such folder; it comes from"),
+        ("main_linprobe", ["--dataset", "imagnet1k"], "did you mean imagenet1k?"),
+        ("main_linprobe", ["--finetune", "absent.pth"], "--finetune absent.pth: no such file"),
+        ("main_linprobe", ["--finetune", "mae_vit_large_patch16"], "write --model vit_large_patch16"),
+        (
+            "main_linprobe",
+            ["--finetune", "mae_vit_base_patch16", "--family", "mea"],
+            "did you mean mae?",
+        ),
+        ("main_linprobe", ["--cls_features", "abmlip"], "did you mean abmilp?"),
+        ("main_linprobe", ["--no_cls_token"], "this encoder has no [cls] token"),
+        ("main_linprobe", ["--return_block", "12"], "has blocks 0 to 11 (counted from 0)"),
+        ("main_linprobe", ["--bn_group", "100"], "--bn_group 100 and --batch_size 512"),
+        ("main_linprobe", ["--accum_iter", "0"], "--accum_iter 0 must be positive"),
+        ("main_linprobe", ["--dataset", "coco", "--knn", "10"], "--knn is for images of one label"),
+        ("main_linprobe", ["--eval", "--resume", "absent.pth"], "--resume absent.pth: there is no file of that name"),
+        ("main_finetune", ["--dataset", "coco"], "has several labels an image"),
+        ("main_finetune", ["--finetune", "absent.pth"], "--finetune absent.pth: no such file"),
+        ("main_pretrain", ["--dataset", "imagenette1k"], "unknown data set 'imagenette1k'"),
+        ("main_analyze_attention", ["--tsne_blocks", "12"], "has blocks 0 to 11"),
+        ("main_analyze_attention", ["--metrics", "cls_entropy"], "did you mean cls_patch_entropy or"),
+        ("main_analyze_attention", ["--finetune", "", "", "--label", "a"], "--label has 1 names for 2 encoders"),
+        ("main_analyze_attention", ["--finetune", "absent.pth"], "--finetune absent.pth: no such file"),
+        ("main_analyze_aggregation", ["--finetune", "absent.pth"], "--finetune absent.pth: no such file"),
+        ("main_analyze_aggregation", ["--dataset", "imagnet1k"], "did you mean imagenet1k?"),
+    ],
+)
+def test_a_folder_that_is_taken_does_not_hide_a_mistake(program, mistake, message, tmp_path):
+    for name in ("log.txt", "aggregation.json", "MAE/attention.json"):
+        (tmp_path / "run" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "run" / name).write_text("{}")
+    main = importlib.import_module(program)
+    words = ["--data_path", str(tmp_path), "--output_dir", str(tmp_path / "run"), "--device", "cpu"]
+    with pytest.raises(ValueError) as error:
+        main.main(parse(main.get_args_parser(), [*words, *mistake]))
+    assert message in str(error.value)
+    with pytest.raises(ValueError, match="already holds"):
+        main.main(parse(main.get_args_parser(), words))
 
 
 def test_an_impossible_input_size_is_refused_before_the_weights_are_read():
@@ -132,3 +219,9 @@ def test_the_exit_code_says_what_happened_in_one_line(error, code, capsys):
     with pytest.raises(SystemExit) as stopped:
         run_main(main, argparse.Namespace())
     assert stopped.value.code == code and capsys.readouterr().err.count("\n") == 1
+
+
+def test_help_and_mistakes_do_not_wait_for_what_is_slow_to_import(run_program):
+    words = f"import sys, {', '.join([*submitit_linprobe.PROGRAMS, 'submitit_linprobe'])}; print("
+    done = run_program("-c", words + "sys.modules.keys() & {'torchvision', 'timm', 'sklearn', 'torch._dynamo'})")
+    assert done.stdout == "set()\n", done.stderr

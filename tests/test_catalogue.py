@@ -59,7 +59,7 @@ def test_a_file_for_browsers_comes_with_what_to_do():
 
 def test_a_mistyped_name_is_answered_with_similar_ones():
     with pytest.raises(ValueError, match=r"did you mean mae_vit_base_patch16"):
-        fetch_weights("mae_vit_base_patch_16")
+        fetch_weights("mae_vit_base_pach16")
 
 
 # ---- downloads

@@ -11,6 +11,7 @@ from conftest import TINY
 from timm.models.vision_transformer import VisionTransformer as TimmViT
 from torch import nn
 
+import models_vit
 from models_finetune import Classifier
 from models_mae import MaskedAutoencoder
 from models_vit import VisionTransformer
@@ -109,6 +110,12 @@ def test_without_weights_the_encoder_is_random_and_says_so(tiny):
 
 
 def test_weights_of_another_model_are_refused(tiny, mae_file):
+    error = refused(mae_file, "vit_demo_patch8")
+    assert error.endswith("has width 32, 3 blocks and patches of 8 pixels: write --model vit_tiny_test")
+
+
+def test_weights_of_no_architecture_that_has_a_name_are_refused_tensor_by_tensor(tiny, mae_file, monkeypatch):
+    monkeypatch.delitem(models_vit.ARCHITECTURES, tiny)
     error = refused(mae_file, "vit_demo_patch8")
     assert "is not a vit_demo_patch8 of family mae" in error and "cls_token is (1, 1, 32), wanted (1, 1, 128)" in error
 

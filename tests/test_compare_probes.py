@@ -19,9 +19,10 @@ from util.predictions import FILE, read_predictions
 LABELS = torch.arange(60) % 4
 
 
-def write(folder, said, labels=LABELS, headline="top1", **facts):
-    """A run's predictions; said: {(head, seed): tensor}."""
-    probes = {f"{head}/block1/blr0.1/seed{seed}": {"seed": seed} for head, seed in said}
+def write(folder, said, labels=LABELS, headline="top1", chosen=None, **facts):
+    """A run's predictions; said: {(head, seed): tensor}; chosen: the head that is marked so."""
+    marks = {head: {} if chosen is None else {"chosen": head == chosen} for head, _ in said}
+    probes = {f"{head}/block1/blr0.1/seed{seed}": {"seed": seed, **marks[head]} for head, seed in said}
     tensors = {"index": torch.arange(len(labels)), "labels": labels}
     for name, one in zip(probes, said.values(), strict=True):
         tensors |= {f"said/{name}": one, f"loss/{name}": torch.zeros(len(labels))}
@@ -91,6 +92,24 @@ def test_runs_of_one_label_join_their_seeds(tmp_path, capsys):
     runs = [write(tmp_path / name, {("cls", 0): guesses(0.5, seed)}) for seed, name in enumerate("ab")]
     assert "| cls/block1/blr0.1 | 2 |" in compared([f"MAE={run}" for run in runs], capsys)
     assert "| b: cls/block1/blr0.1 | 1 |" in compared(runs, capsys)
+
+
+def test_the_chosen_probes_alone_are_shown_unless_all_are_asked_for(tmp_path, capsys):
+    said = {(head, seed): guesses(0.5, seed) for head in ("cls", "pos") for seed in range(3)}
+    run = write(tmp_path / "run", said, chosen="pos")
+    text = compared([run], capsys)
+    assert "| pos/block1/blr0.1 (chosen) | 3 |" in text and "cls/" not in text and "differences to pos/block1" in text
+    with pytest.raises(ValueError, match=r"--baseline cls.* pos/block1/blr0\.1$"):
+        compared([run], capsys, "--baseline", "cls/block1/blr0.1")
+    text = compared([run], capsys, "--all", "--baseline", "cls/block1/blr0.1")
+    assert "| pos/block1/blr0.1 (chosen) | 3 |" in text and "| cls/block1/blr0.1 | 3 |" in text
+    assert "chosen: the best optimizer and rate of its head and block on held-out images" in text
+
+
+@pytest.mark.parametrize(("seeds", "note"), [(1, "a single seed has no"), (2, "of 2 seeds, the"), (3, None)])
+def test_few_seeds_are_said_to_be_few(seeds, note, tmp_path, capsys):
+    text = compared([write(tmp_path / "run", {("cls", seed): guesses(0.5, seed) for seed in range(seeds)})], capsys)
+    assert (note is None or note in text) and text.count(" interval") == (note is not None)
 
 
 def test_what_cannot_be_compared_is_refused(tmp_path, capsys):

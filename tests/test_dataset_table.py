@@ -187,7 +187,7 @@ def test_absent_data_set_is_one_line_that_says_where_to_get_it(tmp_path, monkeyp
     def refuse(*_, **__):
         raise OSError("no network")
 
-    monkeypatch.setattr("util.dataset_files.download_and_extract_archive", refuse)
+    monkeypatch.setattr("torchvision.datasets.utils.download_and_extract_archive", refuse)
     with pytest.raises(ValueError) as error:
         build_dataset(name, tmp_path, "train")
     words = str(error.value)

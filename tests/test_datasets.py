@@ -176,7 +176,7 @@ def test_a_folder_without_images_is_named(tmp_path, prepare, message):
 
 
 def test_an_unknown_data_set_is_refused_with_those_there_are(tmp_path):
-    with pytest.raises(ValueError, match=r"unknown data set 'imagenet': choose one of image_folder, imagenet1k, "):
+    with pytest.raises(ValueError, match=r"'imagenet': did you mean imagenet1k, .* There are image_folder, "):
         build_dataset("imagenet", tmp_path, "train")
 
 

@@ -31,7 +31,7 @@ from main_analyze_attention import sizes_of
 from models_vit import VisionTransformer, build_vit
 from probes import ProbeBank, ProbeSpec
 from util.arguments import parse
-from util.checkpoints import converted, load_encoder, save_encoder
+from util.checkpoints import check_model, converted, load_encoder, save_encoder
 from util.families import FAMILIES, drop_rule, unlike_plain_vit
 from util.pos_embed import resample_pos_embed, resample_relative_table, rotary_coordinates
 
@@ -535,6 +535,20 @@ def test_one_changed_tensor_is_refused(name, change, message, file):
     change(weights_in(content, name), used_key(content, name))
     with pytest.raises(ValueError, match=message):
         load_encoder(file(content), "tiny", family=name)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_file_of_another_architecture_is_answered_with_its_name(name, file):
+    size, patch, grid, model = FULL[name]
+    with torch.device("meta"):
+        state, _ = converted(published(name, Size(*size, patch, grid)).content, FAMILIES[name], None)
+    held = rf"width {size[0]}, {size[1]} blocks and patches of {patch} pixels: write --model {model}$"
+    for other in {"vit_demo_patch8", "vit_base_patch4", "tiny"}:
+        with pytest.raises(ValueError, match=f"^file.pth is no {other}: it has {held}"):
+            check_model("file.pth", state, other)
+    check_model("file.pth", state, model)
+    with pytest.raises(ValueError, match=r"is no vit_base_patch16: it has width 48, 2 blocks .* write --model tiny$"):
+        load_encoder(file(published(name).content), "vit_base_patch16", family=name)
 
 
 def test_all_problems_of_a_file_are_in_one_error(file):

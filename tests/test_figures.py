@@ -70,11 +70,23 @@ def test_lines_are_the_numbers_of_the_results(drawn):
             metric = one["metrics"][name]
             entries = ([metric["embedding"]] if "embedding" in metric else []) + metric["blocks"]
             np.testing.assert_array_equal(line.get_ydata(), [entry["mean"] for entry in entries])
-            np.testing.assert_array_equal(line.get_xdata(), np.arange(len(entries)) + (len(entries) == 12))
+            first = -1 if "embedding" in metric else 0  # the block's own number in the file, the embedding before it
+            np.testing.assert_array_equal(line.get_xdata(), np.arange(len(entries)) + first)
     band = drawn[0].axes[0].collections[0].get_paths()[0].vertices[:, 1]
     first = [(block["mean"], block["std"]) for block in results[0]["metrics"]["cls_patch_entropy"]["blocks"]]
     assert band.min() == min(mean - std for mean, std in first) and band.max() == max(mean + std for mean, std in first)
     assert not drawn[0].axes[1].collections  # no spread over images, no band
+
+
+def test_blocks_are_counted_from_0_as_by_the_flags(drawn):
+    draw_attention([result()], ["cls_patch_entropy", "patch_log_amplitude"], "unused")
+    plain, after_embedding = drawn[0].axes
+    assert plain.get_xlabel() == "block (from 0)" and list(plain.get_xticks()) == [0, 3, 6, 9]
+    assert after_embedding.get_xlabel() == "block (from 0); E: embedding"
+    assert [label.get_text() for label in after_embedding.get_xticklabels()] == ["E", "0", "3", "6", "9"]
+    draw_heads([result()], ["cls_patch_entropy"], "unused")
+    assert drawn[-1].get_supxlabel() == "block (from 0)"
+    assert drawn[-1].axes[0].images[0].get_extent()[:2] == [-0.5, 11.5]
 
 
 def test_label_has_one_colour_and_marker_everywhere(drawn):

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from sklearn.neighbors import KNeighborsClassifier
 
 from knn import knn_scores
+from util.probe_results import tell_neighbours
 
 
 def blobs(n, classes=7, width=12, seed=0):
@@ -86,3 +87,15 @@ def test_two_ranks_find_the_neighbours_of_one(tmp_path, run_program):
     assert all(run.returncode == 0 for run in runs), [run.stderr for run in runs]
     one, two = (json.loads(run.stdout.splitlines()[-1]) for run in runs)
     assert one == two == 3 * [one[0]]
+
+
+def test_the_log_has_one_line_for_each_k(caplog):
+    found = {"cls/block5": {"3": {"top1": 50.0}, "10": {"top1": 60.0}}} | {
+        f"abmilp/block5/blr{rate}/seed0": {"3": {"top1": rate}, "10": {"top1": rate + 1}} for rate in (40.0, 45.0)
+    }
+    with caplog.at_level("INFO", "beyond_cls"):
+        tell_neighbours(found)
+    assert caplog.messages == [
+        "k-NN, k = 3: top-1 cls/block5 50.00, abmilp/block5 40.00 to 45.00 (2 probes)",
+        "k-NN, k = 10: top-1 cls/block5 60.00, abmilp/block5 41.00 to 46.00 (2 probes)",
+    ]

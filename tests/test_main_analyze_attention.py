@@ -267,7 +267,7 @@ def test_folder_without_splits_is_analysed_whole(images, tmp_path, result):
         (["--finetune", "", ""], "encoders share a name"),
         (["--finetune", "", "", "--label", "a", "b", "--family", "mae", "mae", "mae"], "3 values for 2 encoders"),
         (["--input_size", "36"], "not divisible by the patch size"),
-        (["--metrics", "entropy"], "--metrics entropy: choose from the groups paper, flow, park, all"),
+        (["--metrics", "entropy"], "--metrics entropy: did you mean cls_patch_entropy, "),
         (["--no_cls_token", "--metrics", "cls_patch_entropy"], "this encoder has no [cls] token and no register token"),
         (["--tsne_blocks", "6"], "block 6 does not exist"),
         (["--reduction", "triton"], "--reduction triton does not run on cpu"),

@@ -239,11 +239,11 @@ def test_a_diverging_run_stops_and_keeps_no_checkpoint_of_it(command, tmp_path):
 
 MISTAKES = {
     "no data": (["--data_path", "absent"], "--data_path absent: there is no such folder"),
-    "unknown model": (["--model", "vit_bas"], "unknown model 'vit_bas': choose one of"),
+    "unknown model": (["--model", "vit_bas"], "unknown model 'vit_bas': did you mean vit_base_patch16, "),
     "classes": (["--nb_classes", "1000"], "has 3 classes: correct it or leave it out"),
     "batch": (["--batch_size", "26"], "is larger than the 24 training images"),
     "weights": (["--finetune", "absent.pth"], "--finetune absent.pth: no such file"),
-    "other weights": (["--model", "vit_tiny_patch16"], "is not a vit_tiny_patch16 of family mae: missing blocks.10"),
+    "other weights": (["--model", "vit_tiny_patch16"], "write --model vit_demo_patch8"),
     "odd batch": (["--batch_size", "7"], "--batch_size 7: mixup and cutmix pair images, so it must be even"),
     "several labels": (["--dataset", "coco"], "--dataset coco has several labels an image"),
     "float16": (["--amp", "float16"], "--amp float16 would need a loss scaler to train; use bfloat16"),

@@ -142,7 +142,7 @@ def test_a_finished_run_is_not_written_over(command):
         (["--data_path", "nowhere"], "--data_path nowhere: there is no such folder"),
         (["--nb_classes", "1000"], "--nb_classes 1000, but"),
         (["--model", "vit_gigantic"], "unknown model 'vit_gigantic': choose one of vit_demo_patch8"),
-        (["--model", "vit_tiny_patch16"], "is not a vit_tiny_patch16 of family mae: missing blocks.10"),
+        (["--model", "vit_tiny_patch16"], "6 blocks and patches of 8 pixels: write --model vit_demo_patch8"),
         (["--finetune", "nothing.pth"], "--finetune nothing.pth: no such file"),
         (["--return_block", "6"], "block 6 does not exist: this encoder has blocks 0 to 5"),
         (["--cls_features", "mean"], "unknown --cls_features 'mean'"),
@@ -205,6 +205,7 @@ def test_held_out_images_choose_the_rate_and_the_test_set_is_used_once(command, 
     assert results["knn"].keys() == {"cls/block5", "pos/block5"}
 
     kept = read_predictions(tmp_path / "run")
+    assert all(kept.facts["probes"][name]["chosen"] == probe["chosen"] for name, probe in probes.items())
     assert kept.index.equal(torch.arange(101)) and list(kept.said) == list(probes)
     for name, probe in probes.items():
         hits = kept.said[name] == kept.labels[:, None]

@@ -176,13 +176,13 @@ def test_a_diverging_run_stops_and_keeps_no_checkpoint_of_it(command, tmp_path):
 
 MISTAKES = {
     "no data": (["--data_path", "absent"], "--data_path absent: there is no such folder"),
-    "unknown model": (["--model", "vit_bas"], "unknown model 'vit_bas': choose one of"),
+    "unknown model": (["--model", "vit_bas"], "unknown model 'vit_bas': did you mean vit_base_patch16, "),
     "batch": (["--batch_size", "13", "--accum_iter", "2"], "is larger than the 24 training images"),
     "mask": (["--mask_ratio", "1"], "--mask_ratio 1.0: a share between 0 and 1"),
     "figures": (["--figure_every", "-1"], "--figure_every -1: write how often, or 0 for once, at the end"),
     "nothing to see": (["--mask_ratio", "0.95"], "leaves none of the 16 patches to be seen"),
-    "checkpoint": (["--resume", "absent.pth"], "there is no file absent.pth"),
-    "data set": (["--dataset", "imagenet"], "unknown data set 'imagenet': choose one of image_folder"),
+    "checkpoint": (["--resume", "absent.pth"], "--resume absent.pth: there is no file"),
+    "data set": (["--dataset", "imagenet"], "unknown data set 'imagenet': did you mean imagenet1k, "),
     "classes": (["--nb_classes", "10"], "--nb_classes 10: pretraining looks at no labels; leave it out"),
     "device": (["--device", "gpu"], "--device gpu: write cuda, cpu or auto"),
 }

@@ -13,7 +13,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 from models_finetune import Classifier
-from models_vit import ARCHITECTURES, Block, VisionTransformer, build_vit, default_input_size
+from models_vit import ARCHITECTURES, Block, DropPath, VisionTransformer, build_vit, default_input_size
 
 VARIANTS = {
     "plain": {},
@@ -233,3 +233,13 @@ def test_a_block_computes_only_the_tokens_that_are_wanted_of_it(post_norm):
     block = randomise(Block(48, 3, init_values=0.3, post_norm=post_norm)).double()
     x = torch.randn(2, 7, 48, dtype=torch.float64)
     torch.testing.assert_close(block(x, kept=slice(3, None)).out, block(x).out[:, 3:])
+
+
+def test_stochastic_depth_is_timms():
+    x = torch.randn(6, 3, 4)
+    for mode in (True, False):
+        kept = []
+        for drop in (DropPath(0.4), timm.layers.DropPath(0.4)):
+            torch.manual_seed(1)
+            kept.append(drop.train(mode)(x))
+        assert kept[0].equal(kept[1])

@@ -150,7 +150,7 @@ def test_probes_read_their_own_block(backbone, batches):
     ("specs", "message"),
     [
         ([ProbeSpec("cls", 2, 0.1, 0)], "block 2 does not exist: this encoder has blocks 0 to 1"),
-        ([ProbeSpec("mean", 1, 0.1, 0)], "unknown --cls_features 'mean': choose among cls, pos"),
+        ([ProbeSpec("mean", 1, 0.1, 0)], "unknown --cls_features 'mean': choose one of cls, pos"),
         ([ProbeSpec("cls", 1, 0.1, 0)] * 2, "asked for twice"),
     ],
 )

@@ -17,14 +17,48 @@ PAGES = [
 README = PAGES[0].read_text()
 
 
+PARSERS = {
+    program: importlib.import_module(program).get_args_parser
+    for program in (*submitit_linprobe.PROGRAMS, "submitit_linprobe")
+}
+
+
 def commands(text: str) -> list[str]:
-    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", text, flags=re.S)).replace("\\\n", " ")
-    return [line.split("#")[0].strip() for line in blocks.splitlines() if line.split("#")[0].strip()]
+    return command_lines("\n".join(re.findall(r"```bash\n(.*?)```", text, flags=re.S)))
 
 
-@pytest.mark.parametrize("command", [command for page in PAGES for command in commands(page.read_text())])
-def test_command_is_understood(command):
-    words = shlex.split(command)
+def command_lines(text: str) -> list[str]:
+    lines = [line.split("#")[0].strip() for line in text.replace("\\\n", " ").splitlines()]
+    return [line for line in lines if line]
+
+
+def examples(program: str) -> list[str]:
+    """The commands at the end of a program's help."""
+    return command_lines(PARSERS[program]().epilog.removeprefix("examples:\n"))
+
+
+@pytest.mark.parametrize("program", PARSERS)
+def test_help_ends_with_examples_and_says_something_of_every_flag_in_a_titled_group(program):
+    parser = PARSERS[program]()
+    assert 2 <= len(examples(program)) <= 4 and all(f"{program}.py" in command for command in examples(program))
+    told = [action for group in parser._action_groups[2:] for action in group._group_actions]
+    assert {action.dest for action in parser._actions} == {"help"} | {action.dest for action in told}
+    assert not [action.dest for action in told if not action.help]
+    assert "accepted for old commands" in [group.title for group in parser._action_groups[-1:]] or program in (
+        "main_pretrain", "main_analyze_attention", "main_analyze_aggregation",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        *(command for page in PAGES for command in commands(page.read_text())),
+        *(command for program in PARSERS for command in examples(program)),
+    ],
+)
+def test_command_is_understood(command, tmp_path):
+    (tmp_path / "args.json").write_text('{"args": {"data_path": "images"}}')
+    words = shlex.split(re.sub(r"--args_from \S+", f"--args_from {tmp_path}/args.json", command))
     program = next(word for word in words if word.endswith((".py", ".sh")))
     assert (ROOT / program).is_file()
     argv = words[words.index(program) + 1 :]

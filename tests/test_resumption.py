@@ -111,6 +111,19 @@ def test_a_run_killed_between_checkpoints_repeats_the_steps_that_were_lost(
         assert steps == sorted(set(steps)), tag
 
 
+@pytest.mark.parametrize("program", ["main_linprobe", "main_finetune"])
+def test_the_seconds_of_a_run_are_those_of_all_its_starts(program, commands, tmp_path, after_step):
+    folder = tmp_path / "run"
+    after_step(4, lambda: (time.sleep(2), signal.raise_signal(signal.SIGTERM)))
+    assert run(program, commands[program], folder) == signals.EXIT_STOPPED
+    first = load_checkpoint(folder / "checkpoint-1-1.pth")["elapsed"]
+    after_step(8, lambda: (time.sleep(2), signal.raise_signal(signal.SIGTERM)))
+    assert run(program, commands[program], folder, "--resume", "auto") == signals.EXIT_STOPPED
+    second = load_checkpoint(folder / "checkpoint-2-2.pth")["elapsed"]
+    assert run(program, commands[program], folder, "--resume", "auto") == 0
+    assert 2 < first < second - 2 and second < json.loads((folder / "results.json").read_text())["seconds"]
+
+
 def test_the_clock_saves_too(commands, tmp_path, after_step):
     after_step(2, kill)
     with pytest.raises(Killed):

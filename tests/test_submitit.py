@@ -103,7 +103,10 @@ def test_what_cannot_run_is_refused_at_submission(more, told, words, capsys):
 def test_an_unknown_flag_is_one_line(words, capsys):
     with pytest.raises(SystemExit):
         dry_run(capsys, *words, "--epoch", "3")
-    assert "unrecognized arguments: --epoch 3" in capsys.readouterr().err
+    assert "--epoch: unknown; did you mean --epochs" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        dry_run(capsys, *words, "--partitio", "gpu")  # the launcher's own are among those to be meant
+    assert "--partitio: unknown; did you mean --partition? --help" in capsys.readouterr().err
 
 
 def test_files_of_the_nodes_may_be_out_of_sight(words, capsys):

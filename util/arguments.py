@@ -1,20 +1,24 @@
 """Command-line arguments that several mains share, in MAE's spelling."""
 
 import argparse
+import itertools
 import json
 import os
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
+from urllib.parse import urlparse
 
 import torch
 
 from models_vit import architecture, default_input_size
 from util import signals
-from util.checkpoints import FAMILIES, Encoder, load_encoder
-from util.datasets import DATASETS, ON_BAD_IMAGE, DeadWorker
+from util.catalogue import CATALOGUE, fetch_weights
+from util.checkpoints import FAMILIES, Encoder, known_family, load_encoder
+from util.choices import instead_of, nearest
+from util.datasets import DATASETS, LOADERS, ON_BAD_IMAGE, DeadWorker, check_dataset, micro_steps_of_a_group
 from util.distributed import PeerLost, said_first
 from util.progress import log
 from util.run_folder import AnotherRun
@@ -28,23 +32,54 @@ PRECISIONS = {
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose help shows defaults and whose errors are one line."""
+    """An ArgumentParser whose help shows defaults and whose errors are one line.
+
+    description: the program's docstring, whose examples, below a line that says so, come after the arguments.
+    """
 
     def __init__(self, description: str | None, **options):
+        description, heading, examples = (description or "").partition("examples:\n")
         # a flag that is cut short would mean something else as soon as another flag begins alike
-        super().__init__(description=description, formatter_class=HelpFormatter, allow_abbrev=False, **options)
+        super().__init__(description=description, epilog=heading + examples, formatter_class=HelpFormatter,
+                         allow_abbrev=False, **options)  # fmt: skip
+        self.beside: list[str] = []  # flags that another program has taken from the same command
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}; --help lists the arguments\n")
+        told = "" if "--help" in message else "; --help lists the arguments"
+        self.exit(2, f"{self.prog}: {message}{told}\n")
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: None = None) -> argparse.Namespace:
+        words = sys.argv[1:] if args is None else args
+        for flag in (word.partition("=")[0] for word in itertools.takewhile(lambda word: word != "--", words)):
+            # before argparse says that a required flag is missing, which may be the one that is misspelt
+            if flag.startswith("--") and flag not in self._option_string_actions and " " not in flag:
+                near = nearest(flag, [*self._option_string_actions, *self.beside])
+                self.error(f"{flag}: unknown; {near}--help lists the arguments")
+        return super().parse_args(words, namespace)
+
+    def _check_value(self, action: argparse.Action, value: object) -> None:
+        if action.choices is not None and value not in action.choices:
+            raise argparse.ArgumentError(action, f"unknown {value!r}: {instead_of(str(value), action.choices)}")
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Defaults beside the flags, where there is one to tell; the description as it was written."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default in (None, False, "") or "default" in (action.help or ""):
+        if action.default in (None, "", []) or action.default is False or "default" in (action.help or ""):
             return action.help
+        if isinstance(action.default, list):
+            return f"{action.help} (default: {' '.join(map(str, action.default))})"
         return super()._get_help_string(action)
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        name = super()._get_default_metavar_for_optional(action)
+        return {int: "N", float: "X", Path: "PATH"}.get(action.type, name)
+
+    def add_usage(self, usage: str | None, actions: Iterable, groups: Iterable, prefix: str | None = None) -> None:
+        """Of many arguments, what has to be given: all are listed below."""
+        many = len(list(actions)) > 12
+        super().add_usage(usage, [one for one in actions if one.required or not many], [] if many else groups, prefix)
 
 
 def add_encoder_arguments(parser: argparse.ArgumentParser, several: bool = False) -> None:
@@ -75,8 +110,8 @@ def add_encoder_arguments(parser: argparse.ArgumentParser, several: bool = False
     )
 
 
-def add_data_arguments(parser: argparse.ArgumentParser, labels: bool = True) -> None:
-    """labels: whether the program uses them; otherwise it has no --nb_classes to offer."""
+def add_data_arguments(parser: argparse.ArgumentParser, labels: bool = True, loaders: bool = True) -> None:
+    """labels: whether the program uses them; otherwise it has no --nb_classes to offer. loaders: so with --loader."""
     group = parser.add_argument_group("data")
     group.add_argument("--data_path", required=True, type=Path, help="folder of the data set")
     group.add_argument("--dataset", default="image_folder", help=f"its kind: {', '.join(DATASETS)}")
@@ -85,13 +120,29 @@ def add_data_arguments(parser: argparse.ArgumentParser, labels: bool = True) -> 
                        help="of a damaged image: stop, or train on the next one and test without it")  # fmt: skip
     told = "checked against the data (default: the data's)" if labels else argparse.SUPPRESS
     group.add_argument("--nb_classes", default=None, type=int, help=told)
+    if loaders:
+        group.add_argument(
+            "--loader",
+            choices=LOADERS,
+            default="pil",
+            help="pil: the recipe's pixels; tensor: sooner, and other by a level of 255 here and there",
+        )
     group.add_argument("--num_workers", default=min(10, len(os.sched_getaffinity(0))), type=int,
                        help="processes that load images")  # fmt: skip
-    group.add_argument("--pin_mem", action=argparse.BooleanOptionalAction, default=True)
+    group.add_argument("--pin_mem", action=argparse.BooleanOptionalAction, default=True,
+                       help="load into memory that a GPU copies from faster; without one, no effect")  # fmt: skip
     group.add_argument("--no_pin_mem", dest="pin_mem", action="store_false", help=argparse.SUPPRESS)  # MAE's spelling
     group.add_argument(
         "--dataloader_affinity_hack", "-dlah", action="store_true", help="let loader workers use all cores"
     )
+
+
+def loading(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """How the arguments want images loaded, for util.datasets.build_loader; device: where the encoder is."""
+    return {
+        "num_workers": args.num_workers, "pin_memory": args.pin_mem and device.type == "cuda",
+        "affinity_hack": args.dataloader_affinity_hack, "device": device,
+    }  # fmt: skip
 
 
 def add_run_arguments(parser: argparse.ArgumentParser, resumable: bool = True, trains: bool = True) -> None:
@@ -113,6 +164,13 @@ def add_run_arguments(parser: argparse.ArgumentParser, resumable: bool = True, t
     # torchrun describes the processes in the environment; commands written for MAE may still name them
     for flag in ("--world_size", "--local_rank", "--local-rank"):
         group.add_argument(flag, type=int, default=None, help=argparse.SUPPRESS)
+
+
+def add_old_arguments(parser: argparse.ArgumentParser):
+    """The last group, to be added to: what commands published with MAE and beyond_cls may say."""
+    group = parser.add_argument_group("accepted for old commands")
+    group.add_argument("--dist_eval", action="store_true", help="MAE's: no effect, evaluation is always shared")
+    return group
 
 
 def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
@@ -154,6 +212,7 @@ def check_training(args: argparse.Namespace) -> None:
         raise ValueError(f"--epochs {args.epochs}: it takes at least one")
     if not 0 <= args.warmup_epochs <= args.epochs:
         raise ValueError(f"--warmup_epochs {args.warmup_epochs} must lie between 0 and --epochs {args.epochs}")
+    micro_steps_of_a_group(getattr(args, "bn_group", None) or args.batch_size, args.batch_size, args.accum_iter)
     check_saving(args)
 
 
@@ -161,6 +220,29 @@ def check_saving(args: argparse.Namespace) -> None:
     for name in ("save_every_minutes", "save_every_steps"):
         if getattr(args, name, 0) < 0:
             raise ValueError(f"--{name} {getattr(args, name)}: write how often, or 0 for never")
+
+
+def check_files(args: argparse.Namespace, remote: bool = False) -> None:
+    """Refuse data, architectures, weights and a checkpoint that are not there, at the cost of a look; ValueError.
+
+    remote: files are out of sight.
+    """
+    check_dataset(args.dataset, None if remote else args.data_path)
+    encoders = [getattr(args, name, None) for name in ("finetune", "model", "family")]
+    weights, models, families = (value if isinstance(value, list) else [value] for value in encoders)
+    for model in models:
+        architecture(model)
+    for index, name in enumerate(weights):
+        if not name or (remote and name not in CATALOGUE):
+            continue
+        if len(models) in (1, len(weights)) and len(families) in (1, len(weights)):
+            known_family(name, models[index % len(models)], families[index % len(families)])
+        downloaded = (name in CATALOGUE and CATALOGUE[name].url) or urlparse(name).scheme in ("http", "https")
+        if args.offline or not downloaded:
+            fetch_weights(name, offline=True)
+    resume = getattr(args, "resume", "")
+    if not (remote or resume in ("", "auto") or Path(resume).is_file()):
+        raise ValueError(f"--resume {resume}: there is no file of that name")
 
 
 # what may change when a run is resumed: where it runs and what it reports, not what it computes (the weights behind

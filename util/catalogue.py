@@ -1,7 +1,6 @@
 """CATALOGUE: the published encoders by name, where their files are, and how they come here: whole and checked."""
 
 import contextlib
-import difflib
 import hashlib
 import http.client
 import sys
@@ -12,10 +11,10 @@ from urllib.parse import urlparse
 from urllib.request import Request, urlopen
 
 import huggingface_hub.constants
-import timm
 import torch
 from tqdm import tqdm
 
+from util.choices import nearest
 from util.files import atomic_path
 from util.progress import log
 from util.seeding import stable_seed
@@ -248,12 +247,13 @@ def fetch_weights(finetune: str, offline: bool = False) -> Path | None:
         return download(entry.url, entry.md5, offline)
     if urlparse(finetune).scheme in ("http", "https", "file"):
         return download(finetune, None, offline)
+    import timm  # a second to import, and few runs need it
+
     if timm.is_model(finetune.split(".")[0]):
         return None
-    similar = difflib.get_close_matches(finetune, CATALOGUE, 3)
     raise ValueError(
-        f"--finetune {finetune}: no such file, and neither a timm model, a URL nor a name of the catalogue"
-        + (f"; did you mean {', '.join(similar)}?" if similar else ", which scripts/list_encoders.py prints")
+        f"--finetune {finetune}: no such file, and neither a timm model, a URL nor a name of the catalogue: "
+        f"{nearest(finetune, CATALOGUE)}scripts/list_encoders.py prints it"
     )
 
 

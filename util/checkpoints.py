@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 import safetensors
 import safetensors.torch
-import timm
 
-from models_vit import VisionTransformer, architecture
+from models_vit import ARCHITECTURES, VisionTransformer, architecture
 from util.catalogue import CATALOGUE, fetch_weights, hugging_face_offline
+from util.choices import instead_of
 from util.datasets import IMAGENET_MEAN, IMAGENET_STD
 from util.distributed import main_process_first
 from util.families import FAMILIES, Family, State, drop_rule, fits, unlike_plain_vit, weights_of
@@ -42,7 +42,8 @@ def load_encoder(
     file than the family's default (see Family). options: of models_vit.VisionTransformer, such as class_token.
     offline: download nothing; ValueError says which file belongs where.
     The backbone is in evaluation mode and frozen. Every tensor of the file is used, or dropped by a rule that the
-    family names; every parameter is set; ValueError lists all that is missing, left over, misshapen or not finite.
+    family names; every parameter is set; ValueError names the architecture that the file is of, where it is another
+    one, or lists all that is missing, left over, misshapen or not finite.
     """
     arch = architecture(model)
     if not finetune:
@@ -65,6 +66,7 @@ def load_encoder(
         mean, std = FAMILIES[family].mean, FAMILIES[family].std
     chosen = FAMILIES[family]
     state, problems = converted(content, chosen, checkpoint_key)
+    check_model(finetune, state, model)
     native = {**arch, **chosen.vit, **chosen.read(state)}
     for name in sorted(native.keys() & options.keys()):
         if native[name] != options[name]:
@@ -95,12 +97,14 @@ def known_family(finetune: str, model: str, family: str | None) -> str | None:
             raise ValueError(f"--finetune {finetune} is no {model}: write --model {entry.model}")
         family = family or entry.family
     if family is not None and family not in FAMILIES:
-        raise ValueError(f"unknown family {family!r}: choose one of {', '.join(FAMILIES)}")
+        raise ValueError(f"unknown family {family!r}: {instead_of(family, FAMILIES)}")
     return family
 
 
 def load_timm(name: str, offline: bool = False) -> tuple[State, tuple[float, ...], tuple[float, ...]]:
     """A pretrained timm model: state dict without its classifier, and the mean and std of its preprocessing."""
+    import timm  # a second to import, and few runs need it
+
     try:
         with hugging_face_offline(offline):
             model = timm.create_model(name, pretrained=True, num_classes=0)
@@ -145,6 +149,31 @@ def converted(content: dict, family: Family, checkpoint_key: str | None) -> tupl
     if stray := sorted(key for key in kept if not key.startswith(family.prefix)):
         return {}, [f"not used, because it is not under {family.prefix}: {', '.join(stray)}"]
     return family.convert({key.removeprefix(family.prefix): value for key, value in kept.items()}), []
+
+
+def sizes_of(state: State) -> tuple[int, int, int] | None:
+    """Width, blocks and patch size of our state dict; heads cannot be told from tensors. None without patch_embed."""
+    stem = state.get("patch_embed.proj.weight")
+    if stem is None or stem.ndim != 4:
+        return None
+    return stem.shape[0], len({key.split(".")[1] for key in state if key.startswith("blocks.")}), stem.shape[-1]
+
+
+def architectures_of(state: State) -> list[str]:
+    """The names of the architectures that have the sizes of a state dict."""
+    named = {name: (arch["embed_dim"], arch["depth"], arch["patch_size"]) for name, arch in ARCHITECTURES.items()}
+    return [name for name, sizes in named.items() if sizes == sizes_of(state)]
+
+
+def check_model(finetune: str, state: State, model: str) -> None:
+    """ValueError where a file is of another architecture that has a name."""
+    fitting = architectures_of(state)
+    if fitting and model not in fitting:
+        width, depth, patch = sizes_of(state)
+        raise ValueError(
+            f"{finetune} is no {model}: it has width {width}, {depth} blocks and patches of {patch} pixels: "
+            f"write --model {' or '.join(fitting)}"
+        )
 
 
 def mismatches(state: State, backbone: VisionTransformer) -> list[str]:

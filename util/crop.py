@@ -1,14 +1,24 @@
-"""The one-draw random crop of MAE's recipe."""
+"""Random crops: the one-draw crop of MAE's recipe, and torchvision's."""
 
 import math
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torchvision import transforms
 from torchvision.transforms import functional as F
+from torchvision.transforms.v2 import functional as v2
 
 
-class RandomResizedCrop(transforms.RandomResizedCrop):
+class TorchvisionCrop(transforms.RandomResizedCrop):
+    """torchvision's RandomResizedCrop, which leaves uint8 tensors uint8 when it resizes them: twice as fast."""
+
+    def forward(self, img: Image.Image | Tensor) -> Image.Image | Tensor:
+        window = self.get_params(img, self.scale, self.ratio)
+        return v2.resized_crop(img, *window, self.size, self.interpolation, antialias=True)
+
+
+class RandomResizedCrop(TorchvisionCrop):
     """torchvision's RandomResizedCrop with a single draw of the window, its sides clamped to the image.
 
     torchvision instead draws up to ten times until the window fits and then falls back to a central crop, so that long

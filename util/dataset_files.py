@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import scipy.io
-from torchvision.datasets.utils import download_and_extract_archive
 
 from util import distributed
 from util.images import FileImages
@@ -28,6 +27,8 @@ def find_folder(
     """
     with distributed.main_process_first():
         if not _marked(root, name, marker) and url:
+            from torchvision.datasets.utils import download_and_extract_archive
+
             log.info("downloading %s", url)
             try:
                 download_and_extract_archive(url, str(into or root), md5=md5)

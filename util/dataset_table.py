@@ -7,12 +7,13 @@ authors call it. Labels count from 0. Nothing is unpickled. Source of splits and
 import functools
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
 from torch.utils.data import Dataset
-from torchvision import datasets
 
+from util.choices import instead_of
 from util.dataset_files import (
     find_folder,
     listed_images,
@@ -44,6 +45,14 @@ class DatasetEntry(NamedTuple):
     source: str = ""  # where to get it
     protocol: str = ""  # of the paper's probes: P-LP (LARS, batch 16,384) or P-SGD (batch 1,024); "" where it has none
     multi_label: bool = False
+    downloads: bool = False  # it comes by itself where it is not there
+
+
+def published() -> ModuleType:
+    """torchvision's data sets, imported late as in util.datasets."""
+    from torchvision import datasets
+
+    return datasets
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -51,14 +60,14 @@ class DatasetEntry(NamedTuple):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _image_folder(root: Path, split: str, allow_subset: bool = False) -> datasets.ImageFolder:
+def _image_folder(root: Path, split: str, allow_subset: bool = False) -> Dataset:
     folder = root / split
     if not root.is_dir():
         raise ValueError("there is no such folder")
     if not folder.is_dir():
         raise ValueError(f"no {split!r} folder in it (expected train/<class>/ and val/<class>/)")
     try:
-        return datasets.ImageFolder(folder, loader=read_rgb)
+        return published().ImageFolder(folder, loader=read_rgb)
     except FileNotFoundError as error:  # no class, or one without images
         raise ValueError(f"{folder} is not an image folder: {error}") from error
 
@@ -118,11 +127,11 @@ def _imagenet1pct(root: Path, split: str, allow_subset: bool) -> Dataset:
 
 
 def _imagenette(root: Path, split: str, allow_subset: bool) -> Dataset:
-    url, md5 = datasets.Imagenette._ARCHIVES["320px"]
+    url, md5 = published().Imagenette._ARCHIVES["320px"]
     folder = find_folder(root, "imagenette2-320", "train", url, md5)
     images = _image_folder(folder, split)
     # wnids in their order are how torchvision numbers the classes too
-    images.classes = [datasets.Imagenette._WNID_TO_CLASS.get(wnid, (wnid,))[0] for wnid in images.classes]
+    images.classes = [published().Imagenette._WNID_TO_CLASS.get(wnid, (wnid,))[0] for wnid in images.classes]
     return images
 
 
@@ -178,7 +187,7 @@ def _stanford_cars(root: Path, split: str, allow_subset: bool) -> Dataset:
 
 def _oxford_pets(root: Path, split: str, allow_subset: bool) -> Dataset:
     name = "oxford-iiit-pet"
-    for part, (url, md5) in zip(("images", "annotations"), datasets.OxfordIIITPet._RESOURCES, strict=True):
+    for part, (url, md5) in zip(("images", "annotations"), published().OxfordIIITPet._RESOURCES, strict=True):
         folder = find_folder(root, name, part, url, md5, into=root / name)
     source = folder / "annotations" / ("trainval.txt" if split == "train" else "test.txt")
     rows = read_rows(source, str, int, int, int)  # image, class, species, breed
@@ -190,7 +199,7 @@ def _oxford_pets(root: Path, split: str, allow_subset: bool) -> Dataset:
 
 
 def _food101(root: Path, split: str, allow_subset: bool) -> Dataset:
-    folder = find_folder(root, "food-101", "meta", datasets.Food101._URL, datasets.Food101._MD5)
+    folder = find_folder(root, "food-101", "meta", published().Food101._URL, published().Food101._MD5)
     source = folder / "meta" / ("train.json" if split == "train" else "test.json")
     content = read_json(source)
     if not (isinstance(content, dict) and all(isinstance(names, list) for names in content.values())):
@@ -284,7 +293,7 @@ def _cifar(folder: Path, parts: list[str], classes: list[str], labels: int) -> A
 
 def _stl10(root: Path, split: str, allow_subset: bool) -> Dataset:
     """Pixels of an image: 3 x width x height, columns first."""
-    folder = find_folder(root, "stl10_binary", "class_names.txt", datasets.STL10.url, datasets.STL10.tgz_md5)
+    folder = find_folder(root, "stl10_binary", "class_names.txt", published().STL10.url, published().STL10.tgz_md5)
     part = "train" if split == "train" else "test"
     classes = read_lines(folder / "class_names.txt")
     source, images = folder / f"{part}_y.bin", folder / f"{part}_X.bin"
@@ -319,10 +328,10 @@ DATASETS = {
         f"{SIMCLR_LIST} (beside train/ and val/ of ImageNet-1k)", "P-SGD"),
     "imagenette": DatasetEntry(
         _imagenette, "ten ImageNet classes, 320 px; downloaded if absent", 10, {"train": 9469, "val": 3925},
-        "https://github.com/fastai/imagenette"),
+        "https://github.com/fastai/imagenette", downloads=True),
     "food101": DatasetEntry(
         _food101, "Food-101; downloaded if absent", 101, {"train": 75_750, "val": 25_250},
-        "https://data.vision.ee.ethz.ch/cvl/datasets_extra/food-101", "P-LP"),
+        "https://data.vision.ee.ethz.ch/cvl/datasets_extra/food-101", "P-LP", downloads=True),
     "nus_wide": DatasetEntry(
         functools.partial(_nus_wide, False), "NUS-WIDE, 81 concepts, official lists", 81,
         {"train": 161_789, "val": 107_859}, NUS_SOURCE, "P-LP", multi_label=True),
@@ -344,16 +353,16 @@ DATASETS = {
         "cars_test/, devkit/, cars_test_annos_withlabels.mat; the authors' own page is gone)", "P-SGD"),
     "oxford_pets": DatasetEntry(
         _oxford_pets, "Oxford-IIIT Pets; downloaded if absent", 37, {"train": 3_680, "val": 3_669},
-        "https://www.robots.ox.ac.uk/~vgg/data/pets", "P-SGD"),
+        "https://www.robots.ox.ac.uk/~vgg/data/pets", "P-SGD", downloads=True),
     "stl10": DatasetEntry(
         _stl10, "STL-10; downloaded if absent", 10, {"train": 5_000, "val": 8_000},
-        "https://cs.stanford.edu/~acoates/stl10"),
+        "https://cs.stanford.edu/~acoates/stl10", downloads=True),
     "cifar10": DatasetEntry(
         _cifar10, "CIFAR-10, binary version; downloaded if absent", 10, {"train": 50_000, "val": 10_000},
-        f"{TORONTO}/cifar.html"),
+        f"{TORONTO}/cifar.html", downloads=True),
     "cifar100": DatasetEntry(
         _cifar100, "CIFAR-100, binary version; downloaded if absent", 100, {"train": 50_000, "val": 10_000},
-        f"{TORONTO}/cifar.html"),
+        f"{TORONTO}/cifar.html", downloads=True),
     "demo": DatasetEntry(
         functools.partial(_demo, 1), "the procedural demo, any number of images", 10, None, DEMO_SOURCE),
     "demo_few": DatasetEntry(
@@ -367,17 +376,32 @@ def build_dataset(name: str, root: Path, split: str, allow_subset: bool = False)
     ValueError says what is missing and where to get it. allow_subset: another number of images than the official one is
     logged instead, and images that a list names and that are not there are left out. Never another number of classes.
     """
-    if name not in DATASETS:
-        raise ValueError(f"unknown data set {name!r}: choose one of {', '.join(DATASETS)}")
-    entry, root = DATASETS[name], Path(root)
+    entry, root = DATASETS[check_dataset(name, root)], Path(root)
     try:
         images = entry.build(root, split, allow_subset)
         _check_counts(entry, images, split, allow_subset)
     except (ValueError, OSError) as error:  # of the system: a folder that may not be read
-        source = f"; it comes from {entry.source}" if entry.source else ""
-        asked = f"--data_path {root}" if name == "image_folder" else f"--dataset {name} --data_path {root}"
-        raise ValueError(f"{asked}: {error}{source}") from error
+        raise ValueError(_lacking(name, root, error)) from error
     return images
+
+
+def check_dataset(name: str, root: Path | None) -> str:
+    """The name; ValueError where it is of no data set, and where the folder of one is not there that is not downloaded.
+
+    root: None where it is out of sight.
+    """
+    if name not in DATASETS:
+        raise ValueError(f"unknown data set {name!r}: {instead_of(name, DATASETS)}")
+    if not (root is None or DATASETS[name].downloads or Path(root).is_dir()):
+        raise ValueError(_lacking(name, root, "there is no such folder"))
+    return name
+
+
+def _lacking(name: str, root: Path, problem: object) -> str:
+    """A problem with the files of a data set, and where to get them."""
+    source = f"; it comes from {DATASETS[name].source}" if DATASETS[name].source else ""
+    asked = f"--data_path {root}" if name == "image_folder" else f"--dataset {name} --data_path {root}"
+    return f"{asked}: {problem}{source}"
 
 
 def _check_counts(entry: DatasetEntry, images: Dataset, split: str, allow_subset: bool) -> None:

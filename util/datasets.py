@@ -1,6 +1,8 @@
-"""Transforms, samples and loaders. Order and augmentation are functions of (seed, epoch, sample index) alone."""
+"""Samples and loaders. Order and augmentation are functions of (seed, epoch, sample index) alone."""
 
 import contextlib
+import copy
+import operator
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -11,59 +13,23 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision import transforms
-from torchvision.transforms import InterpolationMode
 
 from util import distributed, signals
-from util.crop import RandomResizedCrop
 
-# the data sets themselves, for whoever also makes samples of them
-from util.dataset_table import DATASETS, build_dataset, build_splits  # noqa: F401
+# the data sets themselves, and what becomes of their images, for whoever also makes samples of them
+from util.dataset_table import DATASETS, build_dataset, build_splits, check_dataset  # noqa: F401
 from util.images import DamagedImage, UnreadableImage, path_of
 from util.progress import log, progress
 from util.seeding import seeded, stable_seed
-
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-BICUBIC = InterpolationMode.BICUBIC
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# transforms
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def train_transform(
-    input_size: int,
-    mean: tuple[float, ...] = IMAGENET_MEAN,
-    std: tuple[float, ...] = IMAGENET_STD,
-    scale: tuple[float, float] = (0.08, 1.0),
-    crop: str = "mae",
-    hflip: bool = True,
-) -> transforms.Compose:
-    """The recipe's augmentation: random crop to input_size, horizontal flip, normalisation (paper, B.2).
-
-    crop: "mae" draws once, "torchvision" up to ten times; "center" is no augmentation: eval_transform.
-    """
-    if crop == "center":
-        return eval_transform(input_size, mean, std)
-    cropper = {"mae": RandomResizedCrop, "torchvision": transforms.RandomResizedCrop}[crop]
-    steps = [cropper(input_size, scale=scale, interpolation=BICUBIC)]
-    if hflip:
-        steps.append(transforms.RandomHorizontalFlip())
-    return transforms.Compose([*steps, transforms.ToTensor(), transforms.Normalize(mean, std)])
-
-
-def eval_transform(
-    input_size: int, mean: tuple[float, ...] = IMAGENET_MEAN, std: tuple[float, ...] = IMAGENET_STD
-) -> transforms.Compose:
-    """Resize the shorter side to input_size x 256 / 224 (bicubic), central crop, normalisation."""
-    return transforms.Compose([
-        transforms.Resize(int(input_size * 256 / 224), interpolation=BICUBIC),
-        transforms.CenterCrop(input_size),
-        transforms.ToTensor(),
-        transforms.Normalize(mean, std),
-    ])  # fmt: skip
-
+from util.views import (  # noqa: F401
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    LOADERS,
+    View,
+    eval_transform,
+    stretch_transform,
+    train_transform,
+)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # samples
@@ -71,7 +37,7 @@ def eval_transform(
 
 
 class Sample(NamedTuple):
-    image: Tensor  # (3,h,w) normalised
+    image: Tensor  # (3,h,w) normalised; between a loader's worker and the loader, pixels in uint8
     # the class; or (K,) zeros and ones in uint8, which no loss takes for anything else: convert them with .float()
     label: int | np.ndarray
     index: int  # position in the data set
@@ -100,6 +66,8 @@ class KeyedDataset(Dataset):
     (default: the whole data set) that can be read, else the image is zeros and the label is its own. Either way every
     batch has its size, so that ranks stay in step. Files that are not there or not accessible are errors always.
     """
+
+    as_pixels = False  # leave out the normalisation of a View
 
     def __init__(
         self,
@@ -131,16 +99,18 @@ class KeyedDataset(Dataset):
             valid, label = False, self.dataset.targets[index]
             if self.train:
                 image, label = self.stand_in(index)
+        make = self.transform.pixels if self.as_pixels else self.transform
         with seeded("sample", self.seed, epoch, index):
-            view = self.transform(Image.new("RGB", (8, 8)) if image is None else image)
+            view = make(Image.new("RGB", (8, 8)) if image is None else image)
             view = torch.zeros_like(view) if image is None else view
             return Sample(view, label, index, torch.rand(self.noise), valid)
 
-    def read(self, index: int) -> tuple[Image.Image, int | np.ndarray]:
+    def read(self, index: int) -> tuple[Image.Image | Tensor, int | np.ndarray]:
         """An image in RGB and its label. DamagedImage where it cannot be decoded; UnreadableImage where the system says
         why it cannot be read: there is no such file, no permission, a broken disk."""
+        reads = self.transform.read if isinstance(self.transform, View) else operator.getitem
         try:
-            return self.dataset[index]
+            return reads(self.dataset, index)
         except MemoryError:
             raise
         except Exception as error:  # decoders raise anything: OSError without a number, SyntaxError, struct.error
@@ -183,14 +153,12 @@ class GlobalBatches:
         self.rank, self.world = distributed.rank(), distributed.world_size()
         self.epoch = 0
         self.first_step = 0  # optimizer steps of the epoch that are done already, and not loaded again
-        if min(batch_size, accum_iter) < 1:
-            raise ValueError(f"--batch_size {batch_size} and --accum_iter {accum_iter} must be positive")
+        self.joined = micro_steps_of_a_group(group or batch_size, batch_size, accum_iter)
         if self.steps == 0:
             raise ValueError(
                 f"an effective batch of {self.effective} (batch_size {batch_size} x accum_iter {accum_iter} x "
                 f"{self.world} processes) is larger than the {self.length} training images: lower --batch_size"
             )
-        self.joined = _micro_steps_of_a_group(group or batch_size, batch_size, accum_iter)
 
     @property
     def effective(self) -> int:
@@ -215,8 +183,10 @@ class GlobalBatches:
             yield [(self.epoch, index) for index in chunk]
 
 
-def _micro_steps_of_a_group(group: int, batch_size: int, accum_iter: int) -> int:
-    """How many micro-steps of batch_size make a group of images: one, or several."""
+def micro_steps_of_a_group(group: int, batch_size: int, accum_iter: int) -> int:
+    """How many micro-steps of batch_size make a group of images: one, or several. ValueError where they make none."""
+    if min(batch_size, accum_iter) < 1:
+        raise ValueError(f"--batch_size {batch_size} and --accum_iter {accum_iter} must be positive")
     if group < 1 or (group % batch_size and batch_size % group):
         raise ValueError(f"--bn_group {group} and --batch_size {batch_size}: one must be a multiple of the other")
     joined = max(1, group // batch_size)
@@ -286,6 +256,12 @@ class Loader(DataLoader):
 
     damaged: tuple[int, ...] = ()
     known_workers: Sequence | None = None
+    device = torch.device("cpu")  # where its images go, and are normalised
+
+    def ready(self, batch: Sample) -> Sample:
+        """The batch, its images normalised on the loader's device."""
+        images = batch.image.to(self.device, non_blocking=True)
+        return batch._replace(image=self.dataset.transform.normalise(images) if self.dataset.as_pixels else images)
 
     def __iter__(self) -> Iterator[Sample | None]:
         with signals.blocked():
@@ -295,13 +271,13 @@ class Loader(DataLoader):
             self.known_workers = workers
             signals.kill_at_exit(workers)
         if self.dataset.on_bad_image == "error":
-            yield from batches
+            yield from map(self.ready, batches)
             return
         found: set[int] = set()
         for batch in batches:
             found.update(batch.index[~batch.valid].tolist())
             kept = batch if self.dataset.train else batch.readable()
-            yield kept if len(kept.index) else None
+            yield self.ready(kept) if len(kept.index) else None
         everywhere = sorted(set().union(*distributed.gather_objects(found)))
         if distributed.rank() == 0 and not set(everywhere) <= set(self.damaged):
             fate = "replaced by the next" if self.dataset.train else "left out"
@@ -312,10 +288,18 @@ class Loader(DataLoader):
 
 
 def build_loader(
-    dataset: KeyedDataset, batches: Any, num_workers: int, pin_memory: bool = False, affinity_hack: bool = False
-) -> Loader:
-    """Loader of Sample batches in the order of `batches` (GlobalBatches or EvaluationBatches)."""
-    return Loader(
+    dataset: KeyedDataset, batches: Any, num_workers: int, pin_memory: bool = False, affinity_hack: bool = False,
+    device: torch.device | None = None,
+) -> Loader:  # fmt: skip
+    """Loader of Sample batches in the order of `batches` (GlobalBatches or EvaluationBatches).
+
+    device: where the images go, as bytes where their transform is a View (a quarter of what float32 takes between
+    processes and to a GPU), and are normalised; None: they stay on the CPU.
+    """
+    if isinstance(dataset.transform, View):
+        dataset = copy.copy(dataset)
+        dataset.as_pixels = True
+    loader = Loader(
         dataset,
         batch_sampler=batches,
         num_workers=num_workers,
@@ -323,6 +307,8 @@ def build_loader(
         persistent_workers=num_workers > 0,
         worker_init_fn=_use_all_cores if affinity_hack else None,
     )
+    loader.device = device or loader.device
+    return loader
 
 
 class DeadWorker(RuntimeError):

@@ -10,7 +10,6 @@ from fnmatch import fnmatchcase
 from math import isqrt
 from typing import NamedTuple
 
-import timm
 import torch
 from torch import Tensor, nn
 
@@ -143,6 +142,8 @@ def read_timm(state: State) -> dict:
 
 def unlike_plain_vit(model: nn.Module) -> list[str]:
     """What a timm model computes otherwise than models_vit and its keys do not tell."""
+    import timm  # a second to import: --help and mistakes in the arguments do not wait for it
+
     found = [] if type(model) is timm.models.VisionTransformer else [f"it is a {type(model).__name__}"]
     for module in model.modules():
         if isinstance(module, nn.LayerNorm) and module.eps != 1e-6:

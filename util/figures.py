@@ -17,6 +17,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from util.plotting import (
+    BLOCKS,
     COLOURS,
     DASHES,
     MARKERS,
@@ -197,13 +198,13 @@ def draw_heads(results: Sequence[dict], metrics: Sequence[str], target: Path) ->
         for (axis, _), values in zip(cells, maps, strict=True):
             L, H = values.shape
             axis.imshow(
-                values.T, norm=scale, aspect="auto", interpolation="nearest", extent=(0.5, L + 0.5, H + 0.5, 0.5)
+                values.T, norm=scale, aspect="auto", interpolation="nearest", extent=(-0.5, L - 0.5, H + 0.5, 0.5)
             )
-            axis.set(xticks=counted(1, L, 2 if len(results) > 4 else 4), yticks=counted(1, H))
+            axis.set(xticks=counted(0, L - 1, 2 if len(results) > 4 else 4), yticks=counted(1, H))
         cells[0][0].set_ylabel("head")
         unit = cells[0][1]["metrics"][name]["unit"]
         figure.colorbar(ScalarMappable(scale), ax=[axis for axis, _ in row], label=unit, aspect=12)
-    figure.supxlabel("block (from 1)", fontsize=7)
+    figure.supxlabel(BLOCKS, fontsize=7)
     save_figure(figure, target)
 
 
@@ -226,8 +227,8 @@ def draw_spectra(results: Sequence[dict], metrics: Sequence[str], target: Path) 
             if metric["axis"] == "frequency":
                 x = np.arange(profiles.shape[1]) * 2 / math.isqrt(result["patches"])
             for depth, profile in zip(depths, profiles, strict=True):
-                dash = "--" if depth == 0 else "-"
-                axis.plot(x, profile, dash, color=DEPTHS(depth / depths[-1]), linewidth=0.9)
+                dash = "--" if depth < 0 else "-"
+                axis.plot(x, profile, dash, color=DEPTHS((depth + 1) / (depths[-1] + 1)), linewidth=0.9)
             drawn.append(profiles)
             axis.set_xlabel({"frequency": "frequency / π", "rank": "rank"}[metric["axis"]])
             if metric["axis"] == "frequency":
@@ -290,7 +291,7 @@ def draw_token_maps(tsne: dict, label: str, target: Path) -> None:
     for axis, one in zip(axes, maps, strict=False):
         for points, (colour, marker) in zip(one["points"], marks, strict=True):
             axis.scatter(*np.array(points).T, s=4, color=colour, marker=marker, linewidth=0)
-        axis.set_title(f"block {one['block'] + 1}")
+        axis.set_title(f"block {one['block']} (from 0)")
         everything = np.concatenate(one["points"])
         low, high = everything.min(0), everything.max(0)
         half, centre = 0.53 * (high - low).max(), (low + high) / 2  # distances mean something: one scale for both axes

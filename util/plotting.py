@@ -1,7 +1,7 @@
 """What all figures share: the look, how they are written, and how they read attention.json.
 
-Figures have the width of a paper's page, and letters the size they are to have there. Blocks are counted from 1, as the
-paper counts them; depth 0 is what enters the first block. The same input gives the same bytes.
+Figures have the width of a paper's page, and letters the size they are to have there. Blocks are counted from 0, as
+everywhere else; what enters the first block stands before it. The same input gives the same bytes.
 """
 
 import json
@@ -15,9 +15,9 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from torch import Tensor
-from torchvision.transforms import Compose
 
 from attention_stats import METRICS, metric_names
+from util.datasets import View
 from util.files import atomic_path
 
 WIDTH = 6.9  # inches: both columns of a CVPR page
@@ -32,19 +32,6 @@ METADATA = {".png": {}, ".pdf": {"CreationDate": None}, ".svg": {"Date": None}} 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#882255")
 MARKERS, DASHES = "os^DvPX*", ("-", "--", "-.", ":")  # dashes change after all colours were used once
 GREY = {"color": "0.35", "fontsize": 6}
-TITLES = {  # of panels; other metrics are called what they are
-    "cls_self_attention": "[cls]–[cls] attention",
-    "cls_self_attention_relative": "[cls] self-attention, relative",
-    "cls_self_attention_log_ratio": "[cls] self-attention, log",
-    "cls_patch_entropy": "[cls]–patch entropy",
-    "patch_self_attention_relative": "patch self-attention, relative",
-    "patch_patch_entropy": "patch–patch entropy",
-    "patch_patch_distance": "attention distance",
-    "patch_patch_mutual_information": "mutual information",
-    "patch_log_amplitude": "relative log amplitude",
-    "patch_log_singular_values": "singular values, tokens",
-    "image_log_singular_values": "singular values, images",
-}
 
 
 def load_attention(path: Path) -> dict:
@@ -92,13 +79,15 @@ def model_name(result: dict) -> str:
 
 
 def title(name: str) -> str:
-    return TITLES.get(name, name.replace("cls", "[cls]").replace("self_", "self-").replace("_", " "))
+    """Of a panel; a metric that has no title is called what it is."""
+    given = METRICS[name].title if name in METRICS else ""
+    return given or name.replace("cls", "[cls]").replace("self_", "self-").replace("_", " ")
 
 
 def entries(metric: dict) -> tuple[list[int], list[dict]]:
-    """Depths, and what was measured there: the blocks from 1, after the embedding (0) where there is one."""
+    """Depths, and what was measured there: the blocks from 0, after the embedding (-1) where there is one."""
     found = ([metric["embedding"]] if "embedding" in metric else []) + metric["blocks"]
-    first = 0 if "embedding" in metric else 1
+    first = -1 if "embedding" in metric else 0
     return list(range(first, first + len(found))), found
 
 
@@ -113,9 +102,17 @@ def counted(first: int, last: int, parts: int = 4) -> list[int]:
     return [first, *(number for number in range(step, last + 1, step) if number > first)]
 
 
+BLOCKS = "block (from 0)"
+
+
 def block_ticks(axis: Axes, depths: Sequence[int]) -> None:
-    axis.set_xticks(counted(min(depths), max(depths)))
-    axis.set_xlabel("block (0: embedding)" if 0 in depths else "block (from 1)")
+    """E: the embedding, where the depths have it."""
+    ticks = counted(0, max(depths))
+    if min(depths) < 0:
+        axis.set_xticks([-1, *ticks], ["E", *map(str, ticks)])
+    else:
+        axis.set_xticks(ticks)
+    axis.set_xlabel(BLOCKS + "; E: embedding" * (min(depths) < 0))
 
 
 def name_row(axis: Axes, text: str, distance: float) -> None:
@@ -145,10 +142,9 @@ def mark_empty(axis: Axes) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def visible(images: Tensor, transform: Compose) -> np.ndarray:
-    """Images (...,3,h,w) that a transform ending in Normalize has made -> (...,h,w,3) in [0,1]."""
-    normalise = transform.transforms[-1]
-    pixels = images.movedim(-3, -1).numpy() * np.array(normalise.std) + np.array(normalise.mean)
+def visible(images: Tensor, view: View) -> np.ndarray:
+    """Images (...,3,h,w) that a View has made -> (...,h,w,3) in [0,1]."""
+    pixels = images.movedim(-3, -1).numpy() * np.array(view.std) + np.array(view.mean)
     return pixels.clip(0, 1)
 
 

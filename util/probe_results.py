@@ -92,3 +92,16 @@ def tell_scores(scores: dict[str, dict]) -> None:
         rates = list(one)[: list(one).index("loss")]  # in percent
         percents = ", ".join(f"{spoken(rate)} {one[rate]:.2f}" for rate in rates)
         log.info("%s: %s, loss %.4f on %d images", name, percents, one["loss"], one["n"])
+
+
+def tell_neighbours(found: dict[str, dict]) -> None:
+    """{vector: {k: its scores}} to the log, a line for each k; of a head that learns, the range over its probes."""
+    for k in next(iter(found.values()), {}):
+        places: dict[str, list[float]] = {}
+        for vector, scores in found.items():
+            places.setdefault("/".join(vector.split("/")[:2]), []).append(scores[k]["top1"])
+        words = (
+            f"{place} {min(top1):.2f}" + f" to {max(top1):.2f} ({len(top1)} probes)" * (len(top1) > 1)
+            for place, top1 in places.items()
+        )
+        log.info("k-NN, k = %s: top-1 %s", k, ", ".join(words))

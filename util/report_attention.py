@@ -67,7 +67,7 @@ def attention_of(members: Sequence[tuple[Reported, dict]]) -> Html:
         )  # fmt: skip
 
     parts = [figures("attention", first)]
-    told = "Lines: means over images and heads; bands: one standard deviation over images. Blocks are counted from 1."
+    told = "Lines: means over images and heads; bands: one standard deviation over images. Blocks are counted from 0."
     parts.append(element("p", told, class_="soft"))
     parts.append(attention_table(named, [result for _, result in members]))
     if others:
@@ -100,7 +100,7 @@ def attention_table(labels: Sequence[str], results: Sequence[dict]) -> Html:
             by_block.append([*about, *map(small, means), *[NONE] * (depth - len(means))])
     head = ["encoder", "ViT", "measurement", "unit"]
     summary = table([*head, "first block", "middle block", "last block", "mean of blocks", "uniform attention"], rows)
-    full = table([head[0], *head[2:], *(f"block {block}" for block in range(1, depth + 1))], by_block)
+    full = table([head[0], *head[2:], *(f"block {block}" for block in range(depth))], by_block)
     return Html(folded("Table of all measurements", summary) + folded("Block by block", full))
 
 

@@ -17,9 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy
-import timm
 import torch
-import torchvision
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
@@ -66,6 +64,8 @@ def utc_now() -> str:
 
 def provenance(device: torch.device) -> dict[str, Any]:
     """Where a number comes from: command, commit, versions, hardware."""
+    import timm  # here, by now, they cost nothing
+    import torchvision
 
     return {
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),

@@ -126,7 +126,8 @@ class Training:
         self.told: set[int] = set()  # losses whose divergence was reported
         self.last_scalars: dict[str, float] = {}  # of the epoch that has just ended
         self.saved: tuple[int, int] | None = None  # where the newest checkpoint stands
-        self.saved_at = time.monotonic()
+        self.saved_at = self.began = time.monotonic()
+        self.earlier = 0.0  # seconds that the run took in the starts before this one, until it was saved
         self._clear()
 
     def _clear(self) -> None:
@@ -138,10 +139,16 @@ class Training:
         """Optimizer steps behind the run."""
         return self.epoch * self.batches.steps + self.done
 
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the first epoch began, evaluations too, in all starts of the run."""
+        return self.earlier + time.monotonic() - self.began
+
     # -- the loop -----------------------------------------------------------------------------------------------------
 
     def epochs(self) -> Iterator[int]:
         """The epochs that are left, each to be ended by `end_epoch`."""
+        self.began = time.monotonic()
         while self.epoch < self.args.epochs:
             yield self.epoch
 
@@ -247,7 +254,7 @@ class Training:
             "loss_sum": self.loss_sum, "seconds": self.seconds, "waited": self.waited, "history": self.history,
             "scalars": self.last_scalars if ended else {}, "diverged_at": self.diverged_at.tolist(),
             self.method.state_name: self.method.state(), "optimizer": self.optimizer.state_dict(),
-            "args": plain(self.args), "facts": self.facts,
+            "elapsed": self.elapsed, "args": plain(self.args), "facts": self.facts,
         }, step=None if ended else self.done)  # fmt: skip
         self.saved, self.saved_at = (self.epoch, self.done), time.monotonic()
 
@@ -315,6 +322,7 @@ class Training:
             raise ValueError(f"it stands at step {step} of epoch {epoch}")
         self.loss_sum, self.diverged_at = loss_sum.to(self.loss_sum), diverged_at.to(self.diverged_at)
         self.seconds, self.waited = float(state["seconds"]), float(state["waited"])
+        self.earlier = float(state.get("elapsed", 0))  # checkpoints of before did not count
         evaluated = [entry["epoch"] for entry in history if isinstance(entry.get("test", entry.get("val")), dict)]
         if len(evaluated) < len(history) or (state["scalars"] and evaluated[-1:] != [epoch]):
             raise ValueError(f"its history is of the epochs {evaluated}")

@@ -1,0 +1,163 @@
+"""What becomes of images, against torchvision's own transforms and PIL's own decoder."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import datasets as torchvision_datasets
+from torchvision import transforms
+
+from util.crop import RandomResizedCrop
+from util.datasets import EvaluationBatches, KeyedDataset, build_dataset, build_loader
+from util.images import DamagedImage, pixels_of, read_pixels, read_rgb
+from util.seeding import seeded
+from util.views import LOADERS, View, eval_transform, stretch_transform, train_transform
+
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.1)
+BICUBIC = transforms.InterpolationMode.BICUBIC
+NORMALISE = [transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
+FLIP = transforms.RandomHorizontalFlip()
+RECIPES = {
+    "train": (train_transform, {}, [RandomResizedCrop(32, interpolation=BICUBIC), FLIP]),
+    "torchvision's crop": (
+        train_transform,
+        {"crop": "torchvision", "scale": (0.2, 1.0), "hflip": False},
+        [transforms.RandomResizedCrop(32, scale=(0.2, 1.0), interpolation=BICUBIC)],
+    ),
+    "test": (eval_transform, {}, [transforms.Resize(36, interpolation=BICUBIC), transforms.CenterCrop(32)]),
+    "whole": (stretch_transform, {}, [transforms.Resize((32, 32))]),
+}
+
+
+def photo(width=90, height=70, mode="RGB", seed=0):
+    """Smooth shapes and edges; noise would be lost in JPEG."""
+    random = np.random.default_rng(seed)
+    small = Image.fromarray(random.integers(0, 256, (7, 9, 3), dtype=np.uint8))
+    return small.resize((width, height), Image.Resampling.BICUBIC).convert(mode)
+
+
+def jpeg(image, **options):
+    content = io.BytesIO()
+    image.save(content, "JPEG", quality=90, **options)
+    return content.getvalue()
+
+
+@pytest.mark.parametrize(("make", "options", "steps"), RECIPES.values(), ids=RECIPES)
+def test_pixels_are_those_of_torchvisions_transforms_to_the_bit(make, options, steps):
+    plain = transforms.Compose([*steps, *NORMALISE])
+    view = make(32, mean=MEAN, std=STD, **options)
+    for number, size in enumerate([(90, 70), (40, 33), (31, 120), (32, 32)]):
+        image = photo(*size, seed=number)
+        with seeded("view", number):
+            expected = plain(image)
+        with seeded("view", number):
+            assert view(image).equal(expected)
+
+
+@pytest.mark.parametrize("name", ["train", "test", "whole"])
+def test_tensors_show_the_same_window_with_nearly_the_same_pixels(name):
+    make, options, _ = RECIPES[name]
+    exact, close = (make(32, mean=MEAN, std=STD, loader=loader, **options) for loader in LOADERS)
+    for number in range(20):
+        image = photo(90, 70, seed=number)
+        with seeded("view", number):
+            expected = exact.pixels(image).int()
+        with seeded("view", number):
+            difference = (close.pixels(image).int() - expected).abs()
+        assert difference.max() <= 12  # of 255, where a bicubic kernel shoots over an edge
+        assert difference.float().mean() < 0.2
+
+
+@pytest.fixture
+def files(tmp_path):
+    """{name: path} of files in every way that they come."""
+    content = {
+        "colour.jpg": jpeg(photo()),
+        "progressive.jpg": jpeg(photo(), progressive=True),
+        "444.jpg": jpeg(photo(), subsampling=0),
+        "grey.jpg": jpeg(photo(mode="L")),
+        "cmyk.jpg": jpeg(photo(mode="CMYK")),
+        "turned.jpg": jpeg(photo(), exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"),
+    }
+    for mode in ("RGB", "RGBA", "L", "P", "1"):
+        target = io.BytesIO()
+        photo(mode=mode).save(target, "PNG")
+        content[f"{mode}.png"] = target.getvalue()
+    target = io.BytesIO()
+    Image.fromarray((np.arange(900, dtype=np.uint16) * 70).reshape(30, 30)).save(target, "PNG")
+    content["16 bits.png"] = target.getvalue()
+    content["a png.jpg"] = content["RGB.png"]
+    for name, found in content.items():
+        (tmp_path / name).write_bytes(found)
+    return {name: tmp_path / name for name in content}
+
+
+def test_tensors_of_files_are_the_pixels_that_pil_reads(files):
+    for path in files.values():
+        found, expected = read_pixels(path), pixels_of(read_rgb(path))
+        assert found.dtype == torch.uint8
+        assert found.equal(expected), path.name
+
+
+def test_damaged_jpegs_are_damaged_for_either_decoder(files, tmp_path):
+    """What both accept has the same pixels: libjpeg repairs the stream in the same way."""
+    whole, random, refused = files["colour.jpg"].read_bytes(), np.random.default_rng(0), 0
+    for number in range(60):
+        content = bytearray(whole)
+        if number % 2:
+            content = content[: random.integers(2, len(whole))]
+        else:
+            content[random.integers(2, len(whole))] ^= 1 << random.integers(8)
+        path = tmp_path / "damaged.jpg"
+        path.write_bytes(content)
+        try:
+            expected = pixels_of(read_rgb(path))
+        except Exception:  # PIL raises what it likes
+            refused += 1
+            with pytest.raises(Exception):  # noqa: B017
+                read_pixels(path)
+        else:
+            assert read_pixels(path).equal(expected)
+    assert refused > 10
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_loaders_carry_bytes_and_give_what_the_transform_gives(tmp_path, monkeypatch, loader, workers):
+    for name in "abc":
+        (tmp_path / "val" / name).mkdir(parents=True)
+        photo(seed=ord(name)).save(tmp_path / "val" / name / "0.jpg", quality=90)
+    images = build_dataset("image_folder", tmp_path, "val")
+    dataset = KeyedDataset(images, eval_transform(32, MEAN, STD, loader), 0)
+    expected = torch.stack([dataset[0, index].image for index in range(3)])
+    carried, normalise = [], View.normalise
+
+    def watched(view, pixels):
+        carried.append(pixels.dtype)
+        return normalise(view, pixels)
+
+    monkeypatch.setattr(View, "normalise", watched)
+    (batch,) = build_loader(dataset, EvaluationBatches(3, 3), workers)
+    assert batch.image.equal(expected)
+    assert carried == [torch.uint8]
+    assert dataset[0, 0].image.dtype == torch.float32  # a loader leaves the data set as it is
+    plain = torchvision_datasets.ImageFolder(
+        tmp_path / "val", transforms.Compose([transforms.Resize(36, BICUBIC), transforms.CenterCrop(32), *NORMALISE])
+    )
+    if loader == "pil":
+        assert expected.equal(torch.stack([plain[index][0] for index in range(3)]))
+
+
+def test_a_damaged_image_is_damaged_for_tensors_too(tmp_path):
+    (tmp_path / "val" / "a").mkdir(parents=True)
+    (tmp_path / "val" / "a" / "0.jpg").write_bytes(jpeg(photo())[:200])
+    images = build_dataset("image_folder", tmp_path, "val")
+    with pytest.raises(DamagedImage, match=r"cannot read image .*0\.jpg"):
+        KeyedDataset(images, eval_transform(32, loader="tensor"), 0)[0, 0]
+
+
+def test_an_unknown_loader_is_refused():
+    with pytest.raises(ValueError, match="--loader dali: choose one of pil, tensor"):
+        eval_transform(32, loader="dali")
