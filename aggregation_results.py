@@ -12,7 +12,9 @@ from localization import IOUS, summary
 from probe_run import ProbeRun
 from util.checkpoints import Encoder
 
-KEPT_OF_PROBES = ("args", "effective_batch", "bn_group", "n_train", "n_val", "n_test", "command", "commit")
+KEPT_OF_PROBES = (
+    "args", "effective_batch", "bn_group", "n_train", "n_val", "n_test", "train_images", "command", "commit",
+)  # fmt: skip
 
 
 def describe(rules: Sequence[Rule], encoder: Encoder, size: int, run: ProbeRun | None, vectors: Statistics) -> dict:

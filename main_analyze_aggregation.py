@@ -65,7 +65,7 @@ from util.datasets import EvaluationBatches, KeyedDataset, build_loader, eval_tr
 from util.distributed import barrier, distributed, world_size
 from util.images import fingerprint
 from util.progress import log, setup_logging
-from util.run_folder import RunFolder, provenance
+from util.run_folder import RunFolder, provenance, utc_now
 from util.seeding import seeded
 
 ORACLE_ARGUMENTS = ("oracle", "oracle_model", "oracle_family", "oracle_checkpoint_key")
@@ -205,6 +205,7 @@ def main(args: argparse.Namespace) -> None:
             if boxes is not None:
                 result["localization"] = describe_boxes(everything, heads, found, levels, args.boxes, args.loc_step)
         result |= {"over_seeds": over_seeds(result), "seconds": time.perf_counter() - start, **record}
+        result["finished"] = utc_now()
 
         # ---- results
         log.info("%s", table(result))

@@ -54,7 +54,7 @@ from util.figures import draw_figures, draw_token_maps
 from util.files import digest
 from util.images import fingerprint
 from util.progress import log, setup_logging
-from util.run_folder import RunFolder, provenance
+from util.run_folder import RunFolder, provenance, utc_now
 from util.seeding import seeded, stable_seed
 
 TSNE_CLASSES, TSNE_IMAGES = 3, 18  # Park et al. 2023
@@ -125,7 +125,7 @@ def main(args: argparse.Namespace) -> None:
                 log.info("%s: %d images, %.1f images/s", label, len(chosen), len(chosen) / seconds)
                 how = {"amp": args.amp, "reduction": args.reduction, "seed": args.seed, "seconds": seconds,
                        "args": plain(args), "classes": len(images.classes), "n_test": len(images),
-                       "test_images": fingerprint(images)}  # fmt: skip
+                       "test_images": fingerprint(images), "finished": utc_now()}  # fmt: skip
                 result = {**summary(label, encoder, size, found), **how, **provenance(world.device)}
                 if args.tsne_blocks and world.is_main:
                     with signals.deferred(world.size > 1):  # one process need not wait: the pass is complete, and kept

@@ -53,10 +53,11 @@ from util.datasets import (
 )
 from util.distributed import barrier, distributed
 from util.files import digest
+from util.images import fingerprint
 from util.lr_sched import lr_at, scaled_lr
 from util.optim import layer_decay_groups
 from util.progress import log, setup_logging, throughput
-from util.run_folder import RunFolder, provenance
+from util.run_folder import RunFolder, provenance, utc_now
 from util.seeding import seeded
 from util.training import Training
 
@@ -159,6 +160,7 @@ def main(args: argparse.Namespace) -> None:
         run = {
             "args": plain(args), "encoder": encoder.record, "lr": lr, "effective_batch": batches.effective,
             "n_train": len(train_images), "n_test": len(test_images), "classes": num_classes,
+            "train_images": fingerprint(train_images), "test_images": fingerprint(test_images),
             **provenance(world.device),
         }  # fmt: skip
         training.start(run)
@@ -174,7 +176,8 @@ def main(args: argparse.Namespace) -> None:
             metadata = {"family": model.family, "model": args.model, "input_size": str(size)}
             metadata["epochs"] = str(args.epochs)
             folder.save_encoder(model.published_state_dict(), metadata)
-            results = {"last": training.history[-1], "seconds": training.elapsed, **run}
+            run |= {"seconds": training.elapsed, "finished": utc_now()}
+            results = {"last": training.history[-1], **run}
             folder.write("results.json", results)
         barrier()
         folder.close()

@@ -69,7 +69,7 @@ from util.lr_sched import lr_at, scaled_lr
 from util.predictions import FILE, PredictionKeeper
 from util.probe_results import leader, summary, tell, tell_neighbours, tell_scores, warn_of_choices
 from util.progress import log, setup_logging
-from util.run_folder import RunFolder, provenance
+from util.run_folder import RunFolder, provenance, utc_now
 from util.scores import MULTILABEL_METRICS, MultiLabelTally, Tally
 from util.seeding import seeded
 from util.training import Training
@@ -266,7 +266,8 @@ def main(args: argparse.Namespace) -> None:
             "bn_group": args.bn_group or args.batch_size, "steps_per_epoch": batches.steps,
             "lr": dict(zip(probing.names, lrs, strict=True)), "n_train": len(kept), "n_val": len(held_out),
             "n_test": len(test_images), "classes": num_classes, "headline": headline,
-            "test_images": fingerprint(test_images), "oracle": oracle and oracle.record, **provenance(world.device),
+            "train_images": facts["training images"], "test_images": fingerprint(test_images),
+            "oracle": oracle and oracle.record, **provenance(world.device),
         }  # fmt: skip
         if args.eval:
             tell_scores(score("test", keeper))
@@ -307,7 +308,8 @@ def main(args: argparse.Namespace) -> None:
             write_predictions(folder, keeper, specs, run, results)
             if args.knn:
                 run["knn"] = neighbours(bank, frozen, parts, args, num_classes, how)
-            folder.write("results.json", {"probes": results, "seconds": training.elapsed, **run})
+            run |= {"seconds": training.elapsed, "finished": utc_now()}
+            folder.write("results.json", {"probes": results, **run})
         tell(results, headline, args.report)
         folder.close()
 

@@ -1,7 +1,8 @@
 """MAE pretraining: the paper's ViT-S, the demo encoder, or any size of models_vit.
 
 The run folder ends with `encoder.safetensors` (the encoder in MAE's published layout), which every other main takes
-as --finetune, and with `reconstruction.png`: image, masked, reconstruction.
+as --finetune, with `results.json` (the last epoch, and where it comes from), and with `reconstruction.png`: image,
+masked, reconstruction.
 Source: He et al., "Masked Autoencoders Are Scalable Vision Learners", CVPR 2022.
 
 examples:
@@ -45,7 +46,7 @@ from util.lr_sched import lr_at, scaled_lr
 from util.optim import weight_decay_groups
 from util.progress import log, setup_logging, throughput
 from util.reconstructions import draw_reconstructions, examples, reconstruct, tiled
-from util.run_folder import RunFolder, provenance
+from util.run_folder import RunFolder, provenance, utc_now
 from util.seeding import seeded
 from util.training import Training
 
@@ -136,6 +137,8 @@ def main(args: argparse.Namespace) -> None:
                 training.end_epoch()
             metadata = {"family": "mae", "model": args.model, "input_size": str(size), "epochs": str(args.epochs)}
             folder.save_encoder(encoder.state_dict(), metadata)
+            run |= {"seconds": training.elapsed, "finished": utc_now()}
+            folder.write("results.json", {"last": folder.last_line(), **run})
         barrier()
         folder.close()
         log.info("pretraining took %.0f s", training.elapsed)

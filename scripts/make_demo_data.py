@@ -14,10 +14,14 @@ def main(args: argparse.Namespace) -> None:
     generate(args.folder, args.train, args.val, args.seed)
 
 
-if __name__ == "__main__":
+def get_args_parser() -> argparse.ArgumentParser:
     parser = Parser(__doc__)
     parser.add_argument("folder", type=Path, help="where they go")
     parser.add_argument("--train", type=int, default=8000, help="training images")
     parser.add_argument("--val", type=int, default=2000, help="validation images")
     parser.add_argument("--seed", type=int, default=0, help="of all that is drawn")
-    run_main(main, parser.parse_args())
+    return parser
+
+
+if __name__ == "__main__":
+    run_main(main, get_args_parser().parse_args())

@@ -155,9 +155,13 @@ def main(args: argparse.Namespace) -> None:
         print(f"left out: {line}")
 
 
-if __name__ == "__main__":
+def get_args_parser() -> argparse.ArgumentParser:
     parser = Parser(__doc__)
     parser.add_argument("runs", nargs="+", metavar="[LABEL=]RUN", help="folders of runs, of figures, or records")
     parser.add_argument("--output", default=Path("report.html"), type=Path, metavar="FILE", help="where to write it")
     parser.add_argument("--title", default="Report of runs", help="heading of the page")
-    run_main(main, parser.parse_args())
+    return parser
+
+
+if __name__ == "__main__":
+    run_main(main, get_args_parser().parse_args())

@@ -92,6 +92,7 @@ def latex(page: Page) -> str:
         "~": r"\textasciitilde{}",
         "^": r"\textasciicircum{}",
         "±": r"$\pm$",
+        **{letter: f"${letter}$" for letter in "<>|"},  # other letters in the font that LaTeX begins with
     }
 
     def safe(text: str) -> str:
@@ -102,7 +103,8 @@ def latex(page: Page) -> str:
         return safe(text) + (f"$^{{{','.join(map(str, marks))}}}$" if marks else "")
 
     width = len(page.header)
-    lines = [f"% {page.title}", f"\\begin{{tabular}}{{{'l' * page.left}{'r' * (width - page.left)}}}", r"\toprule",
+    lines = [f"% {page.title}", r"% \usepackage{booktabs}",
+             f"\\begin{{tabular}}{{{'l' * page.left}{'r' * (width - page.left)}}}", r"\toprule",
              " & ".join(map(safe, page.header)) + r" \\", r"\midrule"]  # fmt: skip
     lines += [" & ".join(cell(*one) for one in row) + r" \\" for row in page.rows]
     lines.append(r"\bottomrule")
@@ -111,18 +113,24 @@ def latex(page: Page) -> str:
     return "\n".join([*lines, r"\end{tabular}"]) + "\n"
 
 
-def comma_separated(rows: Sequence[Row]) -> str:
-    """A line for each cell, numbers as they are."""
+def comma_separated(rows: Sequence[Row], records: dict[Cell, dict]) -> str:
+    """A line for each cell, numbers as they are, and what was measured on what."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow(["encoder", "vit", "line", "column", *Cell._fields, "ours", "ours_196", "std", "n", "paper",
-                     "difference", "difference_196", "notes"])  # fmt: skip
+                     "difference", "difference_196", "unit", "train_images", "test_images", "weights", "commit",
+                     "notes"])  # fmt: skip
     for row in rows:
         for entry in filter(None, row.entries):
             ours, differences = [*entry.ours, None, None][:2], [*entry.differences, None, None][:2]
             numbers = [*ours, entry.std, entry.n or None, entry.paper, *differences]
             words = ["" if number is None else repr(number) for number in numbers]
-            writer.writerow([row.encoder, row.vit, row.line, entry.column, *entry.cell, *words, "; ".join(entry.notes)])
+            origin = [""] * 5
+            if record := records.get(entry.cell):
+                data, weights = record["data"], record["weights"]
+                origin = [record["unit"], data["n_train"], data["n_test"], weights["source"], record["commit"]]
+            notes = "; ".join(entry.notes)
+            writer.writerow([row.encoder, row.vit, row.line, entry.column, *entry.cell, *words, *origin, notes])
     return stream.getvalue()
 
 
@@ -134,7 +142,7 @@ def text_of(name: str, dataset: str, form: str, results: Path) -> str:
     records = read_ledger(results, sorted(datasets_of(table_of(name, dataset), dataset)))
     rows = rows_of(name, dataset, records, json.loads(PAPER.read_text()))
     if form == "csv":
-        return comma_separated(rows)
+        return comma_separated(rows, records)
     return {"markdown": markdown, "latex": latex}[form](page_of(name, dataset, rows))
 
 

@@ -13,9 +13,10 @@
 #   DEEP=apart          Table 5's deep heads in three runs of their own, where one bank does not fit
 #   IMAGES_PER_SECOND   of the encoder on one of the GPUs, for scripts/expected_hours.py
 #   TRAIN, VAL, EPOCHS  with --smoke: images and epochs (default: 1000, 500, 6)
-#   PRINT=1             show the commands and run nothing
+#   PRINT=1             show every command, with the paths that runs would have, and run nothing
 # Protocol (paper, B.2): LARS, base rate 0.1, effective batch 16,384 normalised in groups of 2,048, 90 epochs (50 for
-# ViT-L and ViT-H), three seeds; tokens before the last norm. The heads of all tables are trained in one pass.
+# ViT-L and ViT-H), three seeds; tokens before the last norm, of CAPI after it, as its public model returns them
+# (--final_norm). The heads of all tables are trained in one pass.
 set -euo pipefail
 usage() {
     echo "usage: bash scripts/$(basename "$0") [--smoke | --slurm FLAG...]" >&2
@@ -96,12 +97,32 @@ weights() {
     echo --model "vit${1#*_vit}" --finetune "$file"
 }
 
+# With PRINT=1, empty files stand here for the results that $out would hold; for scripts that this one runs, too.
+if [ -n "${PRINT:-}" ] && [ -z "${PLANNED:-}" ]; then
+    PLANNED=$(mktemp -d)
+    export PLANNED
+    trap 'rm -rf "$PLANNED"' EXIT
+fi
+
+# there PATTERN...: what is below $out, or would be
+there() {
+    local pattern root path
+    for pattern in "$@"; do
+        for root in "$out" ${PLANNED:+"$PLANNED"}; do
+            for path in "$root"/$pattern; do
+                [ ! -e "$path" ] || echo "$out/${path#"$root"/}"
+            done
+        done
+    done
+}
+
 # program FOLDER RESULT IMAGES MAIN FLAG...: unless FOLDER/RESULT is there, MAIN with its run folder, here or as a job.
 # IMAGES: that the encoder sees, for the estimate of the time.
 program() {
-    local folder=$1 result=$2 images=$3 main=$4 found
+    local folder=$1 result=$2 images=$3 main=$4 place=${1#"$out"/}/$2
     shift 4
-    for found in "$folder"/$result; do [ ! -f "$found" ] || return 0; done
+    [ -z "$(there "$place")" ] || return 0
+    [ -z "${PLANNED:-}" ] || { mkdir -p "$PLANNED/${place%/*}" && touch "$PLANNED/$place"; }
     local command=(python "$main.py" --output_dir "$folder") resume=()
     [ "$main" = main_analyze_aggregation ] || resume=(--resume auto)
     if [ "$mode" = --slurm ]; then
@@ -138,7 +159,8 @@ names=()
 
 deep=(abmilp:depth={2,3,4}{,\,act=gelu,\,act=tanh})
 
-# epochs NAME; heads NAME: those of all tables
+# epochs NAME; tokens NAME: before or after the last norm; heads NAME: those of all tables
+tokens() { case "$1" in capi_*) echo --final_norm ;; esac }
 epochs() { case "$1" in *_large_* | *_huge_*) echo 50 ;; *) echo 90 ;; esac; }
 heads() {
     case "$1" in ijepa_* | capi_*) echo pos abmilp ;; *) echo cls pos abmilp ;; esac
@@ -162,7 +184,7 @@ bank() {
             --warmup_epochs 10 --blr 0.1)
     fi
     program "$folder" results.json $((n * (1281167 + 50000))) main_linprobe $(weights "$name") "${data[@]}" \
-        "${recipe[@]}" --seeds 0 1 2 "$@"
+        "${recipe[@]}" --seeds 0 1 2 $(tokens "$name") "$@"
 }
 
 # probe NAME: the bank of an encoder, which serves Tables 1, 5, 6, 7, 8 and Figures 1, 7, 8, 9
@@ -209,7 +231,7 @@ transfer() {
                 --epochs "$n" --warmup_epochs 10) ;;
     esac
     program "$out/transfer/$name/$set" results.json $((n * images)) main_linprobe $(weights "$name") "${flags[@]}" \
-        "${recipe[@]}" --seeds 0 1 2 --cls_features "${heads[@]}"
+        "${recipe[@]}" --seeds 0 1 2 $(tokens "$name") --cls_features "${heads[@]}"
 }
 
 # attend NAME: attention flow over the validation images (Table 3, Figures 3 to 6 and 10 to 13)
@@ -223,7 +245,7 @@ attend() {
         ibot_*) label=iBOT ;;
         *) label=${1%%_*} ;;
     esac
-    program "$out/attention/$1" '*/attention.json' 50000 main_analyze_attention $(weights "$1") "${data[@]}" \
+    program "$out/attention/$1" "$label/attention.json" 50000 main_analyze_attention $(weights "$1") "${data[@]}" \
         --metrics flow --label "$label"
 }
 
@@ -237,65 +259,52 @@ localise() {
         --probes "$out/probes/$1" --probe_heads abmilp --rules attn-mn --boxes "$BOXES" --boxes_only
 }
 
-# of KIND NAME...: the result files of encoders that there are, of attention, aggregation or localization
-of() {
-    local kind=$1 name file
-    shift
-    for name in "$@"; do
-        for file in "$out/$kind/$name"/{,*/}{attention,aggregation}.json; do [ ! -f "$file" ] || echo "$file"; done
-    done
-}
-
 # tables NUMBER...: records of all runs, and these tables of them. LATER=1: a script that runs others does it once.
 tables() {
     [ -z "${LATER:-}" ] || return 0
-    local runs=() file
-    for file in "$out"/{probes,deep,aggregation,localization}/*/*.json "$out"/{transfer,attention}/*/*/*.json; do
-        case "$file" in */results.json | */attention.json | */aggregation.json) runs+=("${file%/*}") ;; esac
-    done
-    if [ ${#runs[@]} = 0 ] && [ -z "${PRINT:-}" ]; then
+    local runs
+    mapfile -t runs < <(there {probes,deep}/'*/results.json' 'attention/*/*/attention.json' \
+        {aggregation,localization}/'*/aggregation.json' 'transfer/*/*/results.json')
+    runs=("${runs[@]%/*}")
+    if [ ${#runs[@]} = 0 ]; then
         echo "no run has ended: there is nothing to make tables of" >&2
         return 1
     fi
-    [ ${#runs[@]} = 0 ] || show python scripts/record.py "${runs[@]}" --results "$results" --replace
+    show python scripts/record.py "${runs[@]}" --results "$results" --replace
     show python scripts/make_tables.py --table "$@" --dataset "$table_of" --results "$results"
 }
 
-# publish FILE NAME: the file under the name that the paper has for it
+# publish FILE NAME: a figure of a run, under the name that the paper has for it
 publish() {
-    if [ -n "${PRINT:-}" ]; then
+    if [ -n "${PRINT:-}" ] || [ -f "$1" ]; then
+        show mkdir -p "$out/figures"
         show cp "$1" "$out/figures/$2"
-    elif [ -f "$1" ]; then
-        mkdir -p "$out/figures"
-        cp "$1" "$out/figures/$2"
-        echo "$out/figures/$2"
+        [ -n "${PRINT:-}" ] || echo "$out/figures/$2"
     fi
 }
 
 # lines FILE NAME...: attention flow of encoders, block by block
 lines() {
-    local file=$1 found
+    local file=$1 found patterns
     shift
-    found=$(of attention "$@")
-    [ -n "$found$PRINT" ] || return 0
-    [ -n "$PRINT" ] || mkdir -p "$out/figures"
-    show python scripts/plot_attention.py ${found:-attention.json} --kind attention --output "$out/figures/$file"
+    patterns=("${@/#/attention/}")
+    mapfile -t found < <(there "${patterns[@]/%//*/attention.json}")
+    [ ${#found[@]} != 0 ] || return 0
+    show mkdir -p "$out/figures"
+    show python scripts/plot_attention.py "${found[@]}" --kind attention --output "$out/figures/$file"
 }
-PRINT=${PRINT:-}
 
 # bars: Figure 1 of the records
 bars() {
     [ -z "${LATER:-}" ] || return 0
-    [ -n "$PRINT" ] || mkdir -p "$out/figures"
+    show mkdir -p "$out/figures"
     show python scripts/plot_bars.py --dataset "$table_of" --results "$results" --output "$out/figures/figure1.pdf"
 }
 
 # report: one page of all runs
 report() {
-    local runs=() folder
-    for folder in "$out"/{probes,deep,attention,aggregation,localization}/* "$out"/transfer/*/*; do
-        [ ! -d "$folder" ] || runs+=("$folder")
-    done
+    local runs
+    mapfile -t runs < <(there {probes,deep,attention,aggregation,localization}/'*' 'transfer/*/*')
     [ ${#runs[@]} = 0 ] || show python scripts/make_report.py "${runs[@]}" --output "$out/report.html"
 }
 

@@ -31,11 +31,15 @@ def main(args: argparse.Namespace) -> None:
     kind.draw(results, metrics, args.output or Path(f"{args.kind}.png"))
 
 
-if __name__ == "__main__":
+def get_args_parser() -> argparse.ArgumentParser:
     parser = Parser(__doc__)
     parser.add_argument("results", nargs="+", type=Path, metavar="RESULT", help="attention.json of an encoder")
     parser.add_argument("--kind", default="attention", choices=FIGURES, help="of figure, as above")
     parser.add_argument("--metrics", nargs="+", default=None, metavar="METRIC",
                         help=f"groups ({', '.join(GROUPS)}) or {', '.join(METRICS)} (default: the kind's)")  # fmt: skip
     parser.add_argument("--output", type=Path, default=None, help="png, pdf or svg, by its suffix (default: KIND.png)")
-    run_main(main, parser.parse_args())
+    return parser
+
+
+if __name__ == "__main__":
+    run_main(main, get_args_parser().parse_args())

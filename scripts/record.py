@@ -2,6 +2,7 @@
 
 RUN is the --output_dir of main_linprobe.py, main_analyze_attention.py or main_analyze_aggregation.py. Each cell of a
 table that it has measured becomes a file below FOLDER, by data set (util/ledger.py); scripts/make_tables.py reads them.
+Runs that differ in nothing but their --seed, such as those of a sweep, become one record of all their seeds.
 A record says what stands in the way of comparing it with the paper: other images, other sizes, another protocol.
 """
 
@@ -9,18 +10,18 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from models_vit import architecture, default_input_size
-from util.arguments import Parser, run_main
+from util.arguments import FREE, Parser, run_main
 from util.catalogue import CATALOGUE
 from util.datasets import DATASETS
 from util.files import sha256
-from util.ledger import Cell, cell_in, cell_of, make_record, write_record
+from util.ledger import Cell, cell_in, cell_of, joined, make_record, other_counts, write_record
 from util.progress import log, setup_logging
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
@@ -36,6 +37,7 @@ EVERYWHERE = {
     "warmup_epochs": 10, "start_epoch": 0, "blr": 0.1, "min_lr": 0.0, "weight_decay": 0.0, "crop": "mae",
     "no_hflip": False, "final_norm": False, "init": "default", "cache_views": 0,
 }  # fmt: skip
+NORMED = ("capi",)  # families whose public models return tokens after the last norm: D12 in REPRODUCTION.md
 SHORTER = ("large", "huge")  # ViTs whose probes have 50 epochs instead of 90
 ENCODER = {"num_heads": None, "no_cls_token": False}  # arguments that change a published encoder
 
@@ -51,10 +53,7 @@ def obstacles(args: dict, encoder: dict, size: int, n_train: int | None, n_test:
     entry, found = DATASETS[args["dataset"]], []
     if encoder["source"] is None:
         found.append("random weights")
-    for split, count in (("train", n_train), ("val", n_test)):
-        if entry.images and count not in (None, entry.images[split]):
-            purpose = "trained" if split == "train" else "tested"
-            found.append(f"{purpose} on {count:,} images, the data set has {entry.images[split]:,}")
+    found += other_counts(args["dataset"], train=n_train, val=n_test)
     if images != n_test:
         found.append(f"measured on {images:,} of {n_test:,} images")
     if entry.protocol:
@@ -64,13 +63,13 @@ def obstacles(args: dict, encoder: dict, size: int, n_train: int | None, n_test:
     return found
 
 
-def departures(run: dict, head: str, optimizer: str, blr: float, chosen: bool) -> list[str]:
+def departures(run: dict, family: str | None, head: str, optimizer: str, blr: float, chosen: bool) -> list[str]:
     """How the training of a probe differs from the paper's. run: what results.json says of the whole bank."""
     protocol = DATASETS[run["args"]["dataset"]].protocol
     if not protocol:
         return []
     epochs = 50 if any(f"_{size}_" in run["args"]["model"] for size in SHORTER) else 90
-    asked = {**EVERYWHERE, **PROTOCOLS[protocol], "epochs": epochs}
+    asked = {**EVERYWHERE, **PROTOCOLS[protocol], "epochs": epochs, "final_norm": family in NORMED}
     if "sa=" in head:
         asked["optimizer"] = "sgd"  # the paper could not train it with LARS
     if chosen:
@@ -98,17 +97,23 @@ def notes_on(args: dict, encoder: dict) -> list[str]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def facts(path: Path, result: dict, n_train: int | None) -> dict[str, Any]:
-    """What all records of a run have alike."""
-    known = {name: result[name] for name in ("command", "commit", "dirty", "versions", "seconds")}
+def facts(path: Path, result: dict, trained: dict | None) -> dict[str, Any]:
+    """What all records of a run have alike. trained: the run that has trained its probes, if there are any."""
     encoder, log_file = result["encoder"], path.parent / "log.txt"
-    return {
-        **known,
-        "weights": {name: encoder[name] for name in ("family", "source", "sha256")},
-        "data": {"classes": result["classes"], "n_train": n_train, "n_test": result["n_test"],
-                 "fingerprint": result["test_images"]},
+    source = {
+        "command": result["command"], "seed": result["args"]["seed"],
         "hardware": {name: result[name] for name in ("device", "processes", "threads")},
-        "result_sha256": sha256(path), "log_sha256": sha256(log_file) if log_file.is_file() else None,
+        "seconds": result["seconds"], "finished": result["finished"], "result_sha256": sha256(path),
+        "log_sha256": sha256(log_file) if log_file.is_file() else None,  # analyses have none
+    }  # fmt: skip
+    if trained not in (None, result):
+        source["probes"] = {name: trained[name] for name in ("command", "commit")}
+    return {
+        **{name: result[name] for name in ("commit", "dirty", "versions")},
+        "weights": {name: encoder[name] for name in ("family", "source", "sha256")},
+        "data": {"classes": result["classes"], "n_train": trained and trained["n_train"], "n_test": result["n_test"],
+                 "train_fingerprint": trained and trained["train_images"], "fingerprint": result["test_images"]},
+        "sources": [source],
     }  # fmt: skip
 
 
@@ -117,7 +122,7 @@ def probe_records(path: Path, run: dict) -> Iterable[dict]:
     args, encoder, probes, quantity = run["args"], run["encoder"], run["probes"], run["headline"]
     held_out = any("chosen" in probe for probe in probes.values())
     size, last_block = input_size(args), architecture(args["model"])["depth"] - 1
-    common = facts(path, run, run["n_train"])
+    common = facts(path, run, run)
     cells: dict[tuple, list[dict]] = {}
     for name, probe in probes.items():
         if probe.get("chosen", True):
@@ -130,14 +135,14 @@ def probe_records(path: Path, run: dict) -> Iterable[dict]:
         first, counted = mine[0], {probe["last"]["n"] for probe in mine}
         cell = cell_of(args["dataset"], encoder, quantity, head, None if block == last_block else block)
         found = obstacles(args, encoder, size, run["n_train"] + run["n_val"], run["n_test"], min(counted))
-        found += departures(run, head, first["optimizer"], first["blr"], held_out)
+        found += departures(run, encoder["family"], head, first["optimizer"], first["blr"], held_out)
         found += oracle_of(args, head, run["oracle"])
         settings = {
             "program": "main_linprobe.py", "block": block, "optimizer": first["optimizer"], "blr": first["blr"],
             "lr": run["lr"][first["name"]],
             "rate_chosen_on_held_out_images": held_out, "n_val": run["n_val"], "parameters": first["parameters"],
             "effective_batch": run["effective_batch"], "bn_group": run["bn_group"], "input_size": size,
-            **{name: args[name] for name in ("epochs", "amp", "seed", *EVERYWHERE) if name != "blr"},
+            **{name: args[name] for name in ("epochs", "amp", *EVERYWHERE) if name != "blr"},
         }  # fmt: skip
         notes = notes_on(args, encoder) + [f"rate {first['blr']:g} chosen on held-out images"] * held_out
         values, seeds = [probe["last"][quantity] for probe in mine], [probe["seed"] for probe in mine]
@@ -178,7 +183,7 @@ def attention_records(path: Path, result: dict) -> Iterable[dict]:
     found = obstacles(args, encoder, result["input_size"], None, result["n_test"], result["images"])
     settings = {
         "program": "main_analyze_attention.py", "amp": result["amp"], "reduction": result["reduction"],
-        "seed": result["seed"], "input_size": result["input_size"], "images": result["images"],
+        "input_size": result["input_size"], "images": result["images"],
         "patches": result["patches"],
     }  # fmt: skip
     common = facts(path, result, None)
@@ -189,7 +194,7 @@ def aggregation_records(path: Path, result: dict) -> Iterable[dict]:
     """aggregation.json: entropies of the rules' vectors, and what they localise; not the accuracies of their probes."""
     args, encoder, boxes = result["args"], result["encoder"], result.get("localization")
     last_block, trained = architecture(encoder["model"])["depth"] - 1, result["probes"]
-    common = facts(path, result, trained and trained["n_train"])
+    common = facts(path, result, trained)
     groups: dict[tuple, list[dict]] = {}
     for rule in result["rules"]:
         groups.setdefault((rule["head"], rule["block"]), []).append(rule)
@@ -215,15 +220,15 @@ def aggregation_records(path: Path, result: dict) -> Iterable[dict]:
             found = obstacles(args, encoder, result["input_size"], None, result["n_test"], counted[quantity])
             found += oracle_of(args, head, result["oracle"])
             if learned:
-                found += of_probes(trained, head, scores[0])
+                found += of_probes(trained, encoder["family"], head, scores[0])
             if quantity == "maxboxaccv2" and DATASETS[args["dataset"]].protocol:
                 if boxes["transform"] != "resize":
                     found.append("central crops, the paper's reference takes the whole image")
                 if boxes["step"] > PAPER_STEP:
                     found.append(f"thresholds in steps of {boxes['step']}, the paper's reference has {PAPER_STEP}")
             settings = {
-                "program": "main_analyze_aggregation.py", "block": block, "probes": trained and trained["command"],
-                "oracle": result["oracle"] and result["oracle"]["source"], "amp": args["amp"], "seed": args["seed"],
+                "program": "main_analyze_aggregation.py", "block": block,
+                "oracle": result["oracle"] and result["oracle"]["source"], "amp": args["amp"],
                 "input_size": result["input_size"], "images": counted[quantity],
                 **({"transform": boxes["transform"], "step": boxes["step"]} if quantity == "maxboxaccv2" else {}),
             }  # fmt: skip
@@ -232,12 +237,12 @@ def aggregation_records(path: Path, result: dict) -> Iterable[dict]:
             yield make_record(cell, values, seeds, notes=notes, obstacles=found, settings=settings, **common)
 
 
-def of_probes(run: dict, head: str, score: dict) -> list[str]:
+def of_probes(run: dict, family: str | None, head: str, score: dict) -> list[str]:
     """Obstacles of the run that has trained the probes of a rule."""
     official = DATASETS[run["args"]["dataset"]].images
     trained = run["n_train"] + (run["n_val"] or 0)
     few = [f"probes trained on {trained:,} images"] if official and trained != official["train"] else []
-    return few + departures(run, head, score["optimizer"], score["blr"], bool(run["n_val"]))
+    return few + departures(run, family, head, score["optimizer"], score["blr"], bool(run["n_val"]))
 
 
 def input_size(args: dict) -> int:
@@ -255,6 +260,10 @@ def records(path: Path) -> list[dict]:
     """Of the results of a run. ValueError where they are none, or of a data set that has no name."""
     try:
         result = json.loads(path.read_text())
+        if "last" in result:
+            raise ValueError(
+                f"{path} is of the training of an encoder, of which no table has a cell: probe or analyse it"
+            )
         dataset = result["args"]["dataset"]
         if dataset not in DATASETS or dataset == "image_folder":
             names = ", ".join(name for name in DATASETS if name != "image_folder")
@@ -280,18 +289,50 @@ def results_of(run: Path) -> list[Path]:
     return found
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# runs of several seeds
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def settings_of(path: Path, record: dict) -> dict[str, Any]:
+    """Everything that has to be alike in runs of several seeds, those that have trained an analysis's probes too."""
+    result = json.loads(path.read_text())
+    of_probes = result["probes"] if "rules" in result else None  # the run that has trained them
+    asked = {}
+    for prefix, run in (("probes' ", of_probes), ("", result)):
+        for name, value in ({**run["args"], "commit": run["commit"]} if run else {}).items():
+            if name not in {*FREE, "seed", "seeds", "probes"}:
+                asked[f"{prefix}{name}"] = value
+    for field in ("settings", "weights", "data", "versions"):
+        asked |= record[field]
+    return asked | {name: record[name] for name in ("dirty", "obstacles", "notes")}
+
+
+def join_seeds(cell: Cell, found: Sequence[tuple[Path, dict]]) -> dict:
+    """One record of all runs that have measured a cell. ValueError where they differ in anything but the seed."""
+    first, *others = [(path, settings_of(path, record)) for path, record in found]
+    for path, asked in others:
+        names = [name for name in first[1] | asked if first[1].get(name) != asked.get(name)]
+        if names:
+            told = "; ".join(f"{name} {first[1].get(name)} and {asked.get(name)}" for name in names[:3])
+            raise ValueError(
+                f"{first[0].parent} and {path.parent} have measured {cell} and differ in more than the seed ({told}): "
+                "name one of them"
+            )
+    return joined(cell, [record for _, record in found])
+
+
 def main(args: argparse.Namespace) -> None:
     setup_logging()
-    made = [record for run in args.runs for path in results_of(run) for record in records(path)]
-    cells: dict[Cell, dict] = {}
+    found: dict[Cell, list[tuple[Path, dict]]] = {}
+    paths = {path.resolve(): path for run in args.runs for path in results_of(run)}
+    for path in paths.values():
+        for record in records(path):
+            found.setdefault(cell_in(record), []).append((path, record))
+    made = [join_seeds(cell, several) if len(several) > 1 else several[0][1] for cell, several in found.items()]
     for record in made:
-        cell = cell_in(record)
-        if cells.get(cell, record) != record:
-            raise ValueError(f"several of these runs have measured {cell}: name one of them")
-        cells[cell] = record
-    for record in cells.values():
         path = write_record(args.results, record, args.replace)
-        spread = f" ± {record['std']:.3g}" if record["std"] is not None else ""
+        spread = f" ± {record['std']:.3g}, n = {record['n']}" if record["std"] is not None else ""
         log.info("%s: %.4g%s %s", path, record["value"], spread, record["unit"])
 
 

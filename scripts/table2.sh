@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Table 2, transfer of baseline and AbMILP: bash scripts/table2.sh [--smoke | --slurm FLAG...]; see paper.sh
-# Models: MAE, SimMIM, BEiT-v2 ViT-B, I-JEPA H, CAPI L; the baseline is [cls], of the last two the average patch.
+# Models: MAE, SimMIM, BEiT-v2 ViT-B, I-JEPA H, CAPI L; the baseline is [cls], of the last two the average patch;
+# CAPI's tokens after its last norm, as its public model returns them.
 # Data: Food-101, COCO 2017, NUS-WIDE as ImageNet (paper.sh); ImageNet-1 % ($IMAGENET/1percent.txt), CUB, Cars, Pets by SGD
 # without momentum, base rate 0.1, one batch of 1,024, which is normalised as one. FOOD101, COCO, NUS_WIDE, CUB200,
 # STANFORD_CARS and OXFORD_PETS name their folders; data sets without one are left out. COCO and NUS-WIDE count by mean

@@ -2,24 +2,29 @@
 
 The outputs were written by this program, from the authors' own code in folders beside it:
 
-    pip install --no-deps --target site timm==0.9.16 einops    # timm as beyond_cls pins it
-    python tests/original.py --site site --beyond_cls beyond_cls --mae mae --ilse AttentionDeepMIL --sa Kernel_SA-AbMILP
+    pip install --no-deps --target site timm==0.9.16 einops munch    # timm as beyond_cls pins it
+    python tests/original.py --site site --beyond_cls beyond_cls --mae mae --ilse AttentionDeepMIL \\
+        --sa Kernel_SA-AbMILP --wsol wsolevaluation
 
-with gmum/beyond_cls at 22ed799, facebookresearch/mae at efb2a80, AMLab-Amsterdam/AttentionDeepMIL at eb0434b and
-gmum/Kernel_SA-AbMILP at bad56bc. It imports them and calls them; nothing of them is kept here but numbers. Everything
-runs in float64. test_fidelity.py gives the same inputs to this project's code.
+with gmum/beyond_cls at 22ed799, facebookresearch/mae at efb2a80, AMLab-Amsterdam/AttentionDeepMIL at eb0434b,
+gmum/Kernel_SA-AbMILP at bad56bc and clovaai/wsolevaluation at 96f4b88. It imports them and calls them; nothing of them
+is kept here but numbers. Everything runs in float64. test_fidelity.py gives the same inputs to this project's code.
 """
 
 import argparse
 import functools
 import importlib
 import importlib.util
+import itertools
 import json
 import sys
+import tempfile
 import types
+import typing
 import zlib
 from pathlib import Path
 
+import cv2
 import numpy as np
 import torch
 from PIL import Image
@@ -64,6 +69,9 @@ FEATURES = ("cls", "pos", "cp1", "cp2", "cp3", "ca1", "ca2", "ca4", "attn-mn", "
 PROBES = {"cls": ("lars", 6.4), "pos": ("sgd", 0.5), "abmilp": ("lars", 6.4)}
 EPOCHS, WARMUP, MICRO_STEPS, ACCUM, BATCH, CLASSES = 3, 1, 16, 2, 6, 7
 
+THRESHOLD_STEPS = (0.1, 0.01, 0.001)  # the last two: of the reference's command line, and of its training code
+MAP_SIZE = 224
+
 
 def draw(name: str, *shape: int, scale: float = 1.0) -> Tensor:
     """Normal numbers (float64) that the name decides. NumPy promises never to change this generator's stream."""
@@ -96,6 +104,42 @@ def micro_batches(count: int = MICRO_STEPS) -> list[tuple[Tensor, Tensor]]:
 def held_out_batches() -> list[tuple[Tensor, Tensor]]:
     labels = np.random.RandomState(2).randint(0, CLASSES, (2, 10))
     return [(draw(f"test {i}", 10, 3, 32, 32), torch.from_numpy(labels[i]).long()) for i in range(2)]
+
+
+class Located(typing.NamedTuple):
+    """An image of which maps are to find the objects."""
+
+    weights: np.ndarray  # of its patches
+    size: tuple[int, int]  # width, height
+    boxes: np.ndarray  # (m,4) x0, y0, x1, y1
+
+
+def located(count: int = 48) -> list[Located]:
+    """Maps that more or less follow the first of one to four boxes; rings, single patches, constant ones, NaN. Some
+    boxes touch the image's border, or end at its width and height, as those do that count pixels from 1."""
+    random, found = np.random.RandomState(3), []
+    for index in range(count):
+        size = random.randint(40, 600, 2)
+        boxes = np.sort(random.randint(0, size, (1 + index % 4, 2, 2)), axis=1)
+        boxes[0, 1] = np.minimum(boxes[0, 1] + size // 5, size - 1)
+        if index % 5 == 0:
+            boxes[-1, index % 2] = (0, 0) if index % 2 == 0 else size
+        rows, columns = (14, 14) if index % 7 else (6, 9)
+        centre, half = boxes[0].mean(0) / size, (boxes[0, 1] - boxes[0, 0] + 1) / size * random.uniform(0.3, 1.2, 2)
+        x = ((np.arange(columns) + 0.5) / columns - centre[0]) / half[0]
+        y = ((np.arange(rows) + 0.5) / rows - centre[1]) / half[1]
+        distance = x**2 + y[:, None] ** 2
+        weights = 1 / (1 + distance**2) + 0.05 * (index % 4) * random.rand(rows, columns)
+        kind = {11: "constant", 17: "nan", 23: "patch", 29: "constant"}.get(index) or ("ring" if index % 6 == 4 else "")
+        if kind == "ring":
+            weights = ((distance > 0.3) & (distance < 1.2)) + 0.2 * random.rand(rows, columns)
+        elif kind == "constant":  # no contour: the reference predicts the first pixel
+            weights = np.full((rows, columns), 0.25)
+            boxes[0] = 0
+        elif kind in ("patch", "nan"):
+            weights = np.where(np.arange(rows * columns) == 31, np.nan if kind == "nan" else 1.0, 0.0)
+        found.append(Located(weights.reshape(rows, columns), tuple(size.tolist()), boxes.reshape(-1, 4)))
+    return found
 
 
 def few(values: Tensor, count: int = 48) -> list[float]:
@@ -264,6 +308,34 @@ def probing(models_vit: types.ModuleType, heads: types.ModuleType, engine, misc,
     return found
 
 
+def localization(folder: Path) -> dict:
+    """Of all images: how many are found at every threshold and IoU, and the accuracies at the best threshold; by the
+    largest contour (V1) and by any (V2)."""
+    del sys.modules["util"]  # of beyond_cls
+    sys.path.insert(0, str(folder))
+    evaluation, inference = map(importlib.import_module, ("evaluation", "inference"))
+    images = {str(index): image for index, image in enumerate(located())}
+    found = {}
+    with tempfile.TemporaryDirectory() as lists:
+        for name, lines in (
+            ("image_ids", images), ("image_sizes", [",".join(map(str, (i, *one.size))) for i, one in images.items()]),
+            ("localization", [",".join(map(str, (i, *box))) for i, one in images.items() for box in one.boxes]),
+        ):  # fmt: skip
+            (Path(lists) / name).with_suffix(".txt").write_text("".join(f"{line}\n" for line in lines))
+        for version, step in itertools.product((1, 2), THRESHOLD_STEPS):
+            evaluator = evaluation.BoxEvaluator(
+                metadata=evaluation.configure_metadata(lists), dataset_name="ILSVRC", split="val", mask_root="",
+                cam_threshold_list=list(np.arange(0, 1, step)), iou_threshold_list=[30, 50, 70],
+                multi_contour_eval=version == 2,
+            )  # fmt: skip
+            for name, image in images.items():
+                resized = cv2.resize(image.weights, (MAP_SIZE, MAP_SIZE), interpolation=cv2.INTER_CUBIC)
+                evaluator.accumulate(inference.normalize_scoremap(resized), name)
+            counts = [evaluator.num_correct[iou].astype(int).tolist() for iou in evaluator.iou_threshold_list]
+            found[f"V{version} {step}"] = {"found": counts if step > 0.001 else None, "best": evaluator.compute()}
+    return found
+
+
 def main(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     sys.modules["wandb"] = types.SimpleNamespace(run=None)  # imported, not used without a run
@@ -302,12 +374,13 @@ def main(args: argparse.Namespace) -> None:
     mae = by_path(args.mae / "models_vit.py")
     with torch.no_grad():
         found["mae"] = few(vit(mae, num_classes=CLASSES).forward_features(draw("images", 3, 3, 32, 32)))
+    found["localization"] = localization(args.wsol)
     lines = [f"{json.dumps(name)}: {json.dumps(shortened(values))}" for name, values in found.items()]
     FILE.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("site", "beyond_cls", "mae", "ilse", "sa"):
+    for name in ("site", "beyond_cls", "mae", "ilse", "sa", "wsol"):
         parser.add_argument(f"--{name}", type=Path, required=True)
     main(parser.parse_args())

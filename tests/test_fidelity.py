@@ -23,9 +23,11 @@ from aggregation import AGGREGATIONS, parse_head
 from attention_reductions import REDUCTIONS
 from attention_stats import METRICS, reduce_attention
 from engine_linprobe import FrozenTokens, Probing, evaluate
+from localization import levels_of, summary, tally
 from models_vit import Features, VisionTransformer
 from pooling import Needs, Tokens
 from probes import ProbeBank, ProbeSpec
+from util.boxes import Annotation, ImageBoxes
 from util.crop import RandomResizedCrop
 from util.datasets import Sample
 from util.families import FAMILIES
@@ -226,6 +228,29 @@ def test_attention_statistics_are_the_published_ones_but_for_their_epsilons(mode
         for index, metric in enumerate(("cls_update_ratio", "patch_update_ratio")):
             close(METRICS[metric].compute(reduced)[:, 0], magnitudes[:, trace.index, index], rtol=2e-6)
     close(few(trace.out[:, 0]), ORIGINAL[name]["cls"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# localisation
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step", original.THRESHOLD_STEPS)
+def test_images_are_found_where_the_reference_finds_them_at_every_threshold_and_iou(step):
+    """MaxBoxAccV2 and MaxBoxAcc (V1), with boxes that are brought to the size of the map."""
+    images, levels = original.located(), levels_of(step)
+    true = ImageBoxes(None, [Annotation(image.boxes, image.size) for image in images], None)
+    truths = [true.resized(index, original.MAP_SIZE) for index in range(len(images))]
+    total = tally([image.weights[None] for image in images], truths, (original.MAP_SIZE,) * 2, levels)
+    of_threshold = np.searchsorted(levels, (np.arange(0, 1, step) * 255).astype(int))
+    for version, (found,) in {"V1": total.found_v1, "V2": total.found}.items():
+        theirs = ORIGINAL["localization"][f"{version} {step}"]
+        if theirs["found"] is not None:
+            assert found[of_threshold].T.tolist() == theirs["found"]
+        close(100 * found.max(0) / len(images), theirs["best"])
+    scores = summary(total, 0, levels)
+    close(scores["maxboxaccv2"], np.mean(ORIGINAL["localization"][f"V2 {step}"]["best"]))
+    close(scores["maxboxacc"], ORIGINAL["localization"][f"V1 {step}"]["best"][1])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

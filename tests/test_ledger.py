@@ -4,20 +4,24 @@ import copy
 import json
 import math
 from argparse import Namespace
+from datetime import UTC, datetime
 
 import pytest
 
 import main_analyze_aggregation
 import main_analyze_attention
 import main_linprobe
+import submitit_linprobe
 from scripts import record as program
 from util.arguments import parse, plain
 from util.demo_data import generate
-from util.ledger import Cell, cell_of, long_head, read_ledger, read_record, seal_of, short_head, write_record
+from util.files import sha256
+from util.ledger import Cell, cell_in, cell_of, long_head, read_ledger, read_record, seal_of, short_head, write_record
 
 ORIGIN = {
     "command": "main.py", "commit": "abc", "dirty": False, "versions": {"torch": "2.11"}, "device": "CPU",
     "processes": 1, "threads": 2, "seconds": 9.0, "test_images": "f" * 64, "classes": 1000, "oracle": None,
+    "train_images": "a" * 64, "finished": "2025-01-31T12:00:00+00:00",
 }  # fmt: skip
 ENCODER = {"model": "vit_base_patch16", "source": "mae_vit_base_patch16", "family": "mae", "sha256": "e" * 64}
 
@@ -97,7 +101,12 @@ def test_record_says_where_its_number_comes_from(made, tmp_path):
     assert (record["value"], record["std"], record["n"], record["seeds"]) == (68.0, 1.0, 3, [0, 1, 2])
     assert record["obstacles"] == record["notes"] == [] and record["weights"]["sha256"] == "e" * 64
     assert record["settings"]["epochs"] == 90 and record["settings"]["lr"] == 6.4
-    assert record["log_sha256"] and record["result_sha256"] and record["data"]["fingerprint"] == "f" * 64
+    assert record["data"]["fingerprint"] == "f" * 64 and record["data"]["train_fingerprint"] == "a" * 64
+    assert record["sources"] == [{
+        "command": "main.py", "seed": 0, "hardware": {"device": "CPU", "processes": 1, "threads": 2}, "seconds": 9.0,
+        "finished": "2025-01-31T12:00:00+00:00", "result_sha256": sha256(tmp_path / "run" / "results.json"),
+        "log_sha256": sha256(tmp_path / "run" / "log.txt"),
+    }]  # fmt: skip
     path = write_record(tmp_path / "results", record)
     assert path == tmp_path / "results/imagenet1k/mae.vit_base_patch16.top1.cls.json"
     cell = Cell("imagenet1k", "mae", "vit_base_patch16", "top1", "cls")
@@ -136,6 +145,54 @@ def test_resealed_record_of_another_data_set_is_refused_too(made, tmp_path):
     path.write_text(json.dumps({**record, "seal": seal_of(record)}))
     with pytest.raises(ValueError, match=r"belongs into .*demo"):
         read_record(tmp_path, path)
+
+
+def resealed(tmp_path, record):
+    """The record in its place, with the seal of what it is now."""
+    path = tmp_path / cell_in(record).file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**record, "seal": seal_of(record)}))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"value": 71.6}, "value 71.6, where its values give 68.0"),
+        ({"values": [70.0, 71.0, 72.0]}, "value 68.0, where its values give 71.0"),
+        ({"std": 0.1}, "std 0.1, where its values give 1.0"),
+        ({"n": 5}, "n 5, where its values give 3"),
+        ({"unit": "nats"}, "unit nats, where its values give %"),
+        ({"seeds": [0]}, "3 values of 1 seeds"),
+        ({"values": []}, r"it is not what scripts/record.py writes"),
+        ({"sources": []}, "a run without its command"),
+        ({"sources": [{"command": "main.py"}]}, "a run without its seed"),
+        ({"data": {"classes": 10, "n_test": 500}}, "10 classes, where imagenet1k has 1000"),
+        ({"data": {"classes": 1000, "n_test": 500}}, "500 test images, where imagenet1k has 50,000"),
+        ({"dataset": "nowhere"}, r"it is not what scripts/record.py writes \(KeyError\('nowhere'\)\)"),
+    ],
+)
+def test_resealed_record_that_contradicts_itself_is_refused(made, tmp_path, changes, words):
+    path = resealed(tmp_path, {**made(probing())["cls"], **changes})
+    with pytest.raises(ValueError, match=f"{path} contradicts itself: {words}") as error:
+        read_record(tmp_path, path)
+    assert "\n" not in str(error.value)
+
+
+def test_demo_record_cannot_be_made_one_of_imagenet(made, tmp_path):
+    result = probing(flags=["--dataset", "demo"], n_train=1000, n_test=500, classes=10)
+    for probe in result["probes"].values():
+        probe["last"]["n"] = 500
+    record = made(result)["cls"]
+    assert read_record(tmp_path, write_record(tmp_path, record))["obstacles"] == []
+    path = resealed(tmp_path, {**record, "dataset": "imagenet1k"})
+    with pytest.raises(ValueError, match="10 classes, where imagenet1k has 1000"):
+        read_ledger(tmp_path, ["imagenet1k"])
+    path.unlink()
+    renamed = path.with_name("mae.vit_base_patch16.top1.pos.json")
+    (tmp_path / "demo" / path.name).rename(renamed)
+    with pytest.raises(ValueError, match=r"is the record of demo/.* belongs into"):
+        read_ledger(tmp_path, ["imagenet1k"])
 
 
 def test_another_measurement_is_not_written_over(made, tmp_path):
@@ -184,6 +241,21 @@ def test_large_encoders_have_fifty_epochs(made):
     for probe in result["probes"].values():
         probe["block"] = 23
     assert made(result)["cls"]["obstacles"] == []
+
+
+@pytest.mark.parametrize(
+    ("family", "flags", "obstacles"),
+    [
+        ("capi", ["--final_norm"], []), ("capi", [], ["final_norm False, the paper's True"]),
+        ("ijepa", ["--final_norm"], ["final_norm True, the paper's False"]), ("ijepa", [], []),
+    ],
+)  # fmt: skip
+def test_tokens_of_capi_are_those_that_its_public_model_returns(made, tmp_path, family, flags, obstacles):
+    encoder = {**ENCODER, "source": f"{family}_vit_base_patch16", "family": family}
+    trained = probing(head="abmilp", encoder=encoder, flags=flags)
+    assert made(trained)["abmilp"]["obstacles"] == obstacles
+    found = by_quantity(aggregation(encoder=encoder, probes=trained), tmp_path)
+    assert found["aggregation_entropy", "abmilp"]["obstacles"] == obstacles
 
 
 def test_blocks_before_the_last_are_cells_of_their_own(made):
@@ -247,6 +319,111 @@ def test_runs_that_do_not_say_enough_are_refused(made, result, words):
 def test_folder_without_results_is_refused(tmp_path):
     with pytest.raises(ValueError, match="is it the --output_dir of a run that has ended"):
         program.results_of(tmp_path)
+
+
+@pytest.mark.parametrize("epoch", [{"epoch": 5, "loss": 0.4}, {"epoch": 5, "loss": 0.4, "test": {"top1": 50.0}}])
+def test_training_of_an_encoder_is_said_to_be_that(made, epoch):
+    with pytest.raises(ValueError, match="is of the training of an encoder, of which no table has a cell"):
+        made({"last": epoch, "seconds": 3.0, "args": {}})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# runs of several seeds
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def run_of_seed(folder, seed, top, flags=(), **changes):
+    """A run folder like those of submitit_linprobe.py --sweep seed 0 1 2."""
+    result = probing((top,), flags=["--seed", str(seed), "--output_dir", str(folder), *flags], **changes)
+    ((name, probe),) = result["probes"].items()
+    name = name.replace("seed0", f"seed{seed}")
+    result |= {"probes": {name: {**probe, "seed": seed}}, "lr": {name: 6.4}, "command": f"main.py --seed {seed}"}
+    return put(folder, "results.json", result)
+
+
+def put(folder, name, result):
+    folder.mkdir()
+    (folder / name).write_text(json.dumps(result))
+    (folder / "log.txt").write_text(f"log of {folder.name}")
+    return folder
+
+
+def recorded(tmp_path, *runs):
+    program.main(Namespace(runs=list(runs), results=tmp_path / "results", replace=False))
+    return read_ledger(tmp_path / "results", ["imagenet1k"])
+
+
+def test_runs_of_a_sweep_over_seeds_are_one_record_with_all_their_sources(tmp_path):
+    runs = [run_of_seed(tmp_path / f"seed={seed}", seed, top) for seed, top in ((2, 69.0), (0, 67.0), (1, 68.0))]
+    (record,) = recorded(tmp_path, *runs).values()
+    assert (record["value"], record["std"], record["n"]) == (68.0, 1.0, 3)
+    assert (record["values"], record["seeds"], record["obstacles"]) == ([67.0, 68.0, 69.0], [0, 1, 2], [])
+    assert [source["seed"] for source in record["sources"]] == [0, 1, 2]
+    for source, run in zip(record["sources"], (runs[1], runs[2], runs[0]), strict=True):
+        assert source["command"] == f"main.py --seed {source['seed']}"
+        assert source["log_sha256"] == sha256(run / "log.txt")
+        assert source["result_sha256"] == sha256(run / "results.json")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"flags": ["--epochs", "80"]}, "epochs 90 and 80"),
+        ({"flags": ["--crop", "center"]}, "crop mae and center"),
+        ({"flags": ["--multilabel_metric", "any_match", "--warmup_epochs", "5"]}, "warmup_epochs 10 and 5"),
+        ({"commit": "abd"}, "commit abc and abd"),
+        ({"dirty": True}, "dirty False and True"),
+        ({"versions": {"torch": "2.12"}}, "torch 2.11 and 2.12"),
+        ({"encoder": {**ENCODER, "sha256": "d" * 64}}, f"sha256 {'e' * 64} and {'d' * 64}"),
+        ({"test_images": "b" * 64}, f"fingerprint {'f' * 64} and {'b' * 64}"),
+        ({"train_images": "b" * 64}, f"train_fingerprint {'a' * 64} and {'b' * 64}"),
+        ({"bn_group": 1024}, "bn_group 2048 and 1024"),
+    ],
+)
+def test_runs_that_differ_in_more_than_the_seed_are_refused(tmp_path, changes, words):
+    runs = [run_of_seed(tmp_path / "0", 0, 67.0), run_of_seed(tmp_path / "1", 1, 68.0, **changes)]
+    with pytest.raises(ValueError, match=r"/0 and .*/1 have measured imagenet1k/mae.* differ in more") as error:
+        recorded(tmp_path, *runs)
+    assert f"({words}" in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "results").exists()
+
+
+def test_where_a_run_was_made_is_none_of_its_settings(tmp_path):
+    other = {"device": "GPU", "seconds": 2.0, "finished": "2025-02-01T12:00:00+00:00"}
+    runs = [run_of_seed(tmp_path / "0", 0, 67.0),
+            run_of_seed(tmp_path / "1", 1, 68.0, flags=["--num_workers", "3"], **other)]  # fmt: skip
+    (record,) = recorded(tmp_path, *runs).values()
+    assert [source["hardware"]["device"] for source in record["sources"]] == ["CPU", "GPU"]
+
+
+def test_a_seed_counts_once(tmp_path):
+    run = run_of_seed(tmp_path / "0", 0, 67.0)
+    (record,) = recorded(tmp_path, run, run).values()  # the same run twice
+    assert record["n"] == 1
+    with pytest.raises(ValueError, match=r"several of these runs have measured .* with seed 0: name one of them"):
+        recorded(tmp_path, run, run_of_seed(tmp_path / "again", 0, 67.0))
+
+
+def test_analyses_of_the_probes_of_several_seeds_are_joined_and_what_no_seed_decides_counts_once(tmp_path):
+    def analysis(seed, of_pos=5.14):
+        trained = {**probing(flags=["--seed", str(seed)]), "command": f"main_linprobe.py --seed {seed}"}
+        result = aggregation(probes=trained)
+        fixed, learned, _ = result["rules"]
+        rules = [
+            {**fixed, "entropy": {"mean": of_pos}},
+            {**learned, "seed": seed, "entropy": {"mean": 4.8 + seed / 10}},
+        ]
+        result |= {"rules": rules, "localization": None}
+        return put(tmp_path / f"{seed}-{of_pos}", "aggregation.json", result)
+
+    found = {cell.head: record for cell, record in recorded(tmp_path, *map(analysis, (0, 1, 2))).items()}
+    assert found["attn-mn"]["n"] == 1 and found["attn-mn"]["value"] == 5.14
+    assert found["abmilp"]["n"] == 3 and found["abmilp"]["value"] == pytest.approx(4.9)
+    assert [source["probes"]["command"] for source in found["abmilp"]["sources"]] == [
+        f"main_linprobe.py --seed {seed}" for seed in range(3)
+    ]
+    with pytest.raises(ValueError, match="with different results: name one of them"):
+        recorded(tmp_path, tmp_path / "0-5.14", analysis(1, 5.2))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -350,3 +527,26 @@ def test_demo_runs_become_records_of_the_demo(tmp_path):
     }  # fmt: skip
     assert len({record["data"]["fingerprint"] for record in found.values()}) == 1
     assert all(record["obstacles"] == [] and record["data"]["n_test"] == 10 for record in found.values())
+
+
+def test_a_sweep_over_seeds_is_one_record_as_the_launcher_makes_it(tmp_path):
+    generate(tmp_path / "data", 20, 10, workers=1)
+    launcher = submitit_linprobe.get_args_parser().parse_args(
+        ["--job_dir", str(tmp_path / "sweep"), "--sweep", "seed", "0", "1", "2", "--ngpus", "0"]
+    )
+    words = ["--dataset", "demo", "--data_path", str(tmp_path / "data"), "--amp", "float32", "--num_workers", "0",
+             "--model", "vit_demo_patch8", "--finetune", "demo/mae.safetensors", "--cls_features", "cls", "abmilp",
+             "--batch_size", "10", "--epochs", "1", "--warmup_epochs", "0"]  # fmt: skip
+    jobs = submitit_linprobe.plan(launcher, words)
+    for job in jobs:
+        main_linprobe.main(parse(main_linprobe.get_args_parser(), job.argv))
+    program.main(Namespace(runs=[job.folder for job in jobs], results=tmp_path / "results", replace=False))
+    found = read_ledger(tmp_path / "results", ["demo"])
+    assert {cell.head for cell in found} == {"cls", "abmilp"}
+    for record in found.values():
+        assert record["n"] == 3 and record["std"] is not None and record["seeds"] == [0, 1, 2]
+        assert [source["seed"] for source in record["sources"]] == [0, 1, 2]
+        assert [source["log_sha256"] for source in record["sources"]] == [
+            sha256(job.folder / "log.txt") for job in jobs
+        ]
+        assert datetime.fromisoformat(record["sources"][0]["finished"]).tzinfo is UTC

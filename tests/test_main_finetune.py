@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from datetime import UTC, datetime
 
 import pytest
 import safetensors.torch
@@ -65,6 +66,9 @@ def test_a_run_learns_and_leaves_a_classifier_and_its_records(command, tmp_path)
     assert {line["test"]["n"] for line in lines} == {7}
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["last"]["test"] == lines[-1]["test"] and results["n_train"] == 24 and results["classes"] == 3
+    assert results["seconds"] > 0 and results["args"]["epochs"] == 6 and {"commit", "dirty"} < results.keys()
+    assert datetime.fromisoformat(results["finished"]).tzinfo is UTC
+    assert results["train_images"] != results["test_images"]
     encoder = load_encoder(str(tmp_path / "run" / "encoder.safetensors"), "vit_demo_patch8")
     assert encoder.record["family"] == "mae_ft"
 

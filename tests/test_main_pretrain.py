@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from datetime import UTC, datetime
 
 import pytest
 import torch
@@ -54,6 +55,17 @@ def test_a_run_learns_and_leaves_an_encoder_and_its_records(command, tmp_path):
         assert value.equal(encoder.backbone.state_dict()[name]), name
     record = json.loads((tmp_path / "run" / "args.json").read_text())
     assert record["args"]["epochs"] == 6 and record["effective_batch"] == 8 and "commit" in record
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["last"]["epoch"] == 5 and results["last"]["loss"] == losses[-1] and results["seconds"] > 0
+    assert results.items() > record.items() and datetime.fromisoformat(results["finished"]).tzinfo is UTC
+
+
+def test_results_are_those_of_the_last_epoch_after_a_run_that_had_ended_too(command, tmp_path):
+    run(tmp_path / "run", command)
+    before = json.loads((tmp_path / "run" / "results.json").read_text())["last"]
+    (tmp_path / "run" / "results.json").unlink()
+    run(tmp_path / "run", command, "--resume", "auto")
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["last"] == before
 
 
 def pictures(folder):

@@ -3,6 +3,8 @@
 import csv
 import io
 import json
+import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import pytest
 
 from scripts import make_tables as program
 from util.arguments import run_main
-from util.ledger import Cell, cell_in, make_record, write_record
+from util.ledger import Cell, cell_in, make_record, sealed, write_record
 from util.paper_tables import TABLES, table_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -21,9 +23,11 @@ def record(model, arch, quantity, head, values, dataset="imagenet1k", obstacles=
     few = {"n_train": 20, "n_test": 10} if dataset.startswith("demo") else {"n_train": 1_281_167, "n_test": 50_000}
     return make_record(
         cell, values, list(range(len(values))), notes=list(notes), obstacles=list(obstacles),
-        settings={"epochs": 90} if quantity == "top1" else {}, weights={}, command="main.py", commit="abc", dirty=dirty,
-        versions={}, hardware={}, seconds=1.0, result_sha256="r", log_sha256=None,
-        data={"classes": 1000, "fingerprint": "0123456789", **few, **data},
+        settings={"epochs": 90} if quantity == "top1" else {}, weights={"source": "w.pth"}, commit="abc",
+        dirty=dirty, versions={},
+        sources=[{"command": "main.py", "seed": 0, "hardware": {}, "seconds": 1.0, "log_sha256": None,
+                  "result_sha256": "r", "finished": "2025-01-31T12:00:00+00:00"}],
+        data={"classes": 10 if dataset.startswith("demo") else 1000, "fingerprint": "0123456789", **few, **data},
     )  # fmt: skip
 
 
@@ -107,6 +111,12 @@ def test_fewer_seeds_and_changed_code_are_said(tables):
     assert "1 seed, the paper has 3" in text and "changes that were not committed" in text
 
 
+def test_code_of_no_commit_is_said_to_be_that(tables):
+    assert "made by code of no commit" in tables(
+        "--table", "7", records=[record("mae", B, "top1", "ap1", [71.0], dirty=None)]
+    )
+
+
 def test_activations_and_rules_are_rows(tables):
     text = tables("--table", "5", records=[record("mae", B, "top1", "abmilp-d3-tanh", [66.0, 66.5, 67.0])])
     assert row(text, "| MAE | ViT-B/16 | tanh") == (
@@ -137,12 +147,26 @@ def test_latex_holds_the_same_cells(tables, tmp_path):
     assert (tmp_path / "imagenet1k" / "table7.tex").read_text() + "\n" == text
 
 
+def test_latex_escapes_everything_that_means_something_to_it(tables):
+    one = record("mae_ft", B, "top1", "cls", [71.0, 71.2], notes=[r"a&b %c $d #e _f {g} h~i ^j \k ±1 – [l] <m> |n|"])
+    text = tables("--table", "1", "--format", "latex", records=[one])
+    assert r"a\&b \%c \$d \#e \_f \{g\} h\textasciitilde{}i \textasciicircum{}j \textbackslash{}k $\pm$1" in text
+    assert r"-- [l] $<$m$>$ $|$n$|$" in text
+    begin, *body = [line for line in text.splitlines() if line and not line.startswith("%")]
+    columns = len(re.fullmatch(r"\\begin\{tabular\}\{(l+r+)\}", begin)[1])
+    plain = [re.sub(r"\\[&%$#_{}]", "", line) for line in body]
+    for line in plain:
+        assert line.count("{") == line.count("}") and line.count("$") % 2 == 0 and not re.search("[%#~\\[]", line[:1])
+        assert line.startswith("\\") or (line.count("&") == columns - 1 and line.endswith(r"\\"))
+
+
 def test_csv_has_a_line_for_each_cell_with_whole_numbers(tables):
     records = [record("mae", B, "top1", "ap1", [71.0, 71.5]), record("ijepa", H, ENTROPY, "pos", [5.5451774])]
     lines = list(csv.DictReader(io.StringIO(tables("--table", "7", "--format", "csv", records=records))))
     (one,) = [line for line in lines if (line["model"], line["arch"], line["head"]) == ("mae", B, "ap1")]
     assert (one["ours"], one["n"], one["paper"], one["ours_196"]) == ("71.25", "2", "71.4", "")
     assert float(one["difference"]) == pytest.approx(-0.15) and float(one["std"]) == pytest.approx(0.35355339)
+    assert (one["unit"], one["test_images"], one["weights"], one["commit"]) == ("%", "50000", "w.pth", "abc")
     lines = list(csv.DictReader(io.StringIO(tables("--table", "3", "--format", "csv"))))
     (one,) = [line for line in lines if line["model"] == "ijepa"]
     assert float(one["ours_196"]) == pytest.approx(5.278115)
@@ -215,6 +239,82 @@ def test_table_of_a_page_is_kept_and_checked(tables, kept, tmp_path):
 
 def test_committed_tables_are_what_the_committed_records_say():
     program.check(ROOT / "results", ROOT / "README.md")
+
+
+CELLS = ["demo/mae.vit_demo_patch8.top1.cls", "demo/mae.vit_demo_patch8.top1.abmilp",
+         "demo/mae_ft.vit_demo_patch8.top1.ap12", "demo/mae.vit_demo_patch8.top1.abmilp-d3-tanh",
+         "demo/mae.vit_demo_patch8.aggregation_entropy.dino", "demo/mae.vit_demo_patch8.maxboxaccv2.abmilp",
+         "demo/mae_ft.vit_demo_patch8.aggregation_entropy_block_mean.cls",
+         "demo_few/mae.vit_demo_patch8.top1.abmilp"]  # fmt: skip
+
+
+@pytest.fixture
+def copied(tmp_path):
+    """The committed records and tables."""
+    for name in ("demo", "demo_few"):
+        shutil.copytree(ROOT / "results" / name, tmp_path / name)
+    return tmp_path
+
+
+def lines_of(results):
+    """{table: its lines, as CSV has them} of the demo."""
+    texts = {name: program.text_of(name, "demo", "csv", results) for name in TABLES}
+    return {name: list(csv.DictReader(io.StringIO(text))) for name, text in texts.items()}
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_each_committed_record_fills_its_cell_alone(tables, copied, cell):
+    """Without it the check fails with the names of its tables; nothing but its cell is empty in them."""
+    before, path = lines_of(copied), copied / f"{cell}.json"
+    removed = json.loads(path.read_text())
+    path.unlink()
+    error, after = tables("--check", code=2), lines_of(copied)
+    at = [removed[name] for name in Cell._fields]
+    for name in TABLES:
+        shown = [line for line in before[name] if [line[field] for field in Cell._fields] == at]
+        others = [line for line in before[name] if line not in shown]
+        assert all(float(line["ours"]) == removed["value"] for line in shown)
+        empty = [line for line in after[name] if [line[field] for field in Cell._fields] == at]
+        assert [line for line in after[name] if line not in empty] == others
+        assert all(line["ours"] == line["n"] == line["std"] == "" for line in empty)
+        file = str(program.place_of(name, "demo", "markdown", copied))
+        assert (file in error) == bool(shown), name
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda record: {**record, "value": record["value"] + 1}, "was changed after it was made"),
+        (lambda record: {**record, "seal": "0" * 64}, "was changed after it was made"),
+        (lambda record: sealed({**record, "value": record["value"] + 1}), "contradicts itself: value"),
+        (lambda record: sealed({**record, "dataset": "imagenet1k"}), "belongs into"),
+        (lambda record: sealed({**record, "head": "ca4"}), "belongs into"),
+        (lambda record: {}, "is no record of a result"),
+    ],
+)
+def test_damaged_record_fails_the_check_with_its_name(tables, copied, cell, damage, words):
+    path = copied / f"{cell}.json"
+    path.write_text(json.dumps(damage(json.loads(path.read_text()))))
+    error = tables("--check", code=2)
+    assert f"{path} {words}" in error or (words in error and str(path) in error)
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("place", ["imagenet1k/{}", "demo/copy-of-{}", "food101/{}"])
+def test_demo_record_is_read_nowhere_else(tables, copied, cell, place):
+    """As it is, or written again as one of ImageNet's."""
+    source = copied / f"{cell}.json"
+    target = copied / place.format(source.name)
+    target.parent.mkdir(exist_ok=True)
+    shutil.copy(source, target)
+    words = ["--table", "2"] if place.startswith("food101") else ["--check"]
+    assert f"{target} is the record of {cell}: it belongs into" in tables(*words, code=2)
+    forged = sealed({**json.loads(source.read_text()), "dataset": target.parent.name})
+    if target.parent.name != "demo":
+        target.write_text(json.dumps(forged))
+        assert f"{target} contradicts itself: 10 classes, where {target.parent.name} has" in tables(*words, code=2)
 
 
 def test_mistakes_are_one_line(tables):

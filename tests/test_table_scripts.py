@@ -33,7 +33,7 @@ def commands(text):
     """(program, its words, the launcher's arguments or None, processes) of every line."""
     for line in text.splitlines():
         words = shlex.split(line, comments=True)
-        if not words or words[0] in ("cp", "installing"):  # env.sh says that it installs requirements
+        if not words or words[0] in ("cp", "mkdir", "installing"):  # env.sh says that it installs requirements
             continue
         assert words[0] in ("python", "torchrun"), line
         place = next(index for index, word in enumerate(words) if word.endswith(".py"))
@@ -51,8 +51,6 @@ def commands(text):
 def parsed(program, argv):
     """The arguments, as the real parser of the program reads them and checks that they go together."""
     module = importlib.import_module(program.removesuffix(".py").replace("/", "."))
-    if not hasattr(module, "get_args_parser"):
-        return None
     if not program.startswith("main_"):
         return module.get_args_parser().parse_args(argv)
     args = parse(module.get_args_parser(), argv)
@@ -76,6 +74,39 @@ def everything(tmp_path_factory):
     return found
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_command_of_a_script_is_shown_and_understood_with_the_paths_of_the_runs_before_it(script, mode, tmp_path):
+    done = call(script, *MODES[mode], tmp_path=tmp_path, **({} if mode == "smoke" else FOLDERS))
+    assert done.returncode == 0 and not any((tmp_path / name).exists() for name in ("out", "results")), done.stderr
+    found = [(program, parsed(program, argv)) for program, argv, *_ in commands(done.stdout)]
+    runs = {str(args.output_dir): args for program, args in found if program.startswith("main_")}
+    analysed = [f"{folder}/{args.label[0]}" for folder, args in runs.items() if "/attention/" in folder]
+    others = [folder for folder in runs if "/attention/" not in folder]
+    if script.startswith("table") or script == "figure1":
+        name = {"figure1": "fig1"}.get(script, script.removeprefix("table"))
+        record, tables = (dict(found)[f"scripts/{program}.py"] for program in ("record", "make_tables"))
+        assert sorted(map(str, record.runs)) == sorted([*others, *analysed])
+        assert str(record.results) == str(tables.results) == str(tmp_path / "results") and tables.table == [name]
+        assert tables.dataset == ("demo" if mode == "smoke" else "imagenet1k")
+    if script in ("figure3_6", "figure10_13"):
+        drawn = dict(found)["scripts/plot_attention.py"].results
+        assert list(map(str, drawn)) == [f"{folder}/attention.json" for folder in analysed]
+    copied = [shlex.split(line)[1:] for line in done.stdout.splitlines() if line.startswith("cp ")]
+    assert len(copied) == (script in ("figure7", "figure8", "figure9"))
+    assert all(source.rpartition("/")[0] in others and "/out/figures/" in target for source, target in copied)
+
+
+def test_printed_records_are_those_of_all_scripts(everything):
+    """Of reproduce_all.sh, whose scripts leave records and the report to it."""
+    for mode in MODES:
+        by_program = {program: args for program, args, *_ in everything[mode]}
+        runs = {str(args.output_dir) for program, args, *_ in everything[mode] if program.startswith("main_")}
+        of_records = {str(run) for run in by_program["scripts/record.py"].runs}
+        assert {run if "/attention/" not in run else run.rpartition("/")[0] for run in of_records} == runs
+        assert set(by_program["scripts/make_report.py"].runs) == runs
+
+
 def probes(everything, mode):
     return [(args, processes) for program, args, _, processes in everything[mode] if program == "main_linprobe.py"]
 
@@ -89,7 +120,8 @@ def test_probes_are_trained_at_the_papers_protocol(everything, mode):
         assert args.bn_group == (1024 if small else 2048)
         assert args.optimizer == (["sgd"] if small or attended else ["lars"])
         assert args.epochs == (50 if re.search("large|huge", args.model) else 90) and args.warmup_epochs == 10
-        assert (args.blr, args.lr, args.seeds, args.final_norm) == ([0.1], None, [0, 1, 2], False)
+        assert (args.blr, args.lr, args.seeds) == ([0.1], None, [0, 1, 2])
+        assert args.final_norm == args.finetune.startswith("capi_")  # as its public model returns them
         assert args.crop == "mae" and args.momentum is None and not args.allow_subset and args.input_size is None
 
 

@@ -2,7 +2,8 @@
 
 A cell is (dataset, model, arch, quantity, head) in the vocabulary of results/paper_numbers.json; its record is
 `<results>/<dataset>/<model>.<arch>.<quantity>.<head>.json`. A record carries a seal, the sha256 of its own content:
-one that was edited, or that lies where another cell's belongs, is refused with its name.
+one that was edited, or that lies where another cell's belongs, is refused with its name. The seal is against accidents:
+who edits a record can seal it anew, and is found out only where it no longer agrees with itself.
 """
 
 import hashlib
@@ -20,10 +21,12 @@ from util.files import to_json, write_json
 
 WORD = r"[\w=+-]+"  # what the parts of a cell are made of, no dots among it: they part them
 # what a record holds, in this order, beside its cell and its seal
+DERIVED = ("value", "std", "n", "unit")  # of the others
 FIELDS = (
-    "value", "std", "n", "values", "seeds", "unit", "notes", "obstacles", "settings", "weights", "data", "command",
-    "commit", "dirty", "versions", "hardware", "seconds", "result_sha256", "log_sha256",
+    "value", "std", "n", "values", "seeds", "unit", "notes", "obstacles", "settings", "weights", "data", "commit",
+    "dirty", "versions", "sources",
 )  # fmt: skip
+SOURCE = ("command", "seed", "hardware", "seconds", "finished", "result_sha256", "log_sha256")  # each run that it is of
 UNITS = {"aggregation_entropy": "nats", "aggregation_entropy_block_mean": "nats"}  # of all others: percent
 
 
@@ -96,7 +99,10 @@ def long_head(word: str) -> str:
 
 
 def make_record(cell: Cell, values: Sequence[float], seeds: Sequence[int | None], **fields: Any) -> dict:
-    """The record of a cell, sealed. values: one for each seed; ValueError where they are no numbers."""
+    """The record of a cell, sealed. values: one for each seed; ValueError where they are no numbers.
+
+    sources: SOURCE of each run that has measured it; several, where they differ in nothing but their seed.
+    """
     if not values or not all(isinstance(value, int | float) and math.isfinite(value) for value in values):
         raise ValueError(f"{cell}: {list(values)} are no measured values")
     record = {
@@ -106,6 +112,26 @@ def make_record(cell: Cell, values: Sequence[float], seeds: Sequence[int | None]
     if record.keys() != set(FIELDS):
         raise TypeError(f"a record has {', '.join(FIELDS)}; odd: {', '.join(sorted(record.keys() ^ set(FIELDS)))}")
     return sealed({**cell._asdict(), **{name: record[name] for name in FIELDS}})
+
+
+def joined(cell: Cell, records: Sequence[dict]) -> dict:
+    """One record of the records of several seeds, which are alike but for their values and sources. ValueError where
+    two are of one seed. What no seed decides has n = 1, however often it was measured: ValueError where that differs.
+    """
+    values, seeds, sources = ([one for record in records for one in record[name]]
+                              for name in ("values", "seeds", "sources"))  # fmt: skip
+    if set(seeds) == {None}:
+        if len(set(values)) > 1:
+            raise ValueError(f"several of these runs have measured {cell}, with different results: name one of them")
+        return records[0]
+    if twice := [seed for seed in seeds if seeds.count(seed) > 1]:
+        raise ValueError(f"several of these runs have measured {cell} with seed {twice[0]}: name one of them")
+    same = {name: value for name, value in records[0].items() if name in FIELDS and name not in DERIVED}
+    order = sorted(range(len(seeds)), key=lambda index: seeds[index])
+    return make_record(cell, **{
+        **same, "values": [values[i] for i in order], "seeds": [seeds[i] for i in order],
+        "sources": sorted(sources, key=lambda source: source["seed"]),
+    })  # fmt: skip
 
 
 def sealed(record: dict) -> dict:
@@ -152,7 +178,40 @@ def read_record(results: Path, path: Path) -> dict:
         raise ValueError(f"{path} was changed after it was made: its seal is not its content's; make it from its run")
     if path != Path(results) / cell.file:
         raise ValueError(f"{path} is the record of {cell}: it belongs into {Path(results) / cell.file}")
+    if contradiction := disagreement(cell, record):
+        raise ValueError(f"{path} contradicts itself: {contradiction}; make it from its run")
     return record
+
+
+def disagreement(cell: Cell, record: dict) -> str:
+    """Why a record can be no run's, though its seal is its content's; "" where nothing shows that."""
+    try:
+        again = make_record(cell, **{name: record[name] for name in FIELDS if name not in DERIVED})
+        if odd := [name for name in DERIVED if again[name] != record[name]]:
+            return f"{odd[0]} {record[odd[0]]}, where its values give {again[odd[0]]}"
+        if len(record["seeds"]) != len(record["values"]):
+            return f"{len(record['values'])} values of {len(record['seeds'])} seeds"
+        for source in record["sources"] or [{}]:
+            if missing := [name for name in SOURCE if name not in source]:
+                return f"a run without its {missing[0]}"
+        entry, data = DATASETS[cell.dataset], record["data"]
+        if entry.classes not in (None, data["classes"]):
+            return f"{data['classes']} classes, where {cell.dataset} has {entry.classes}"
+        if [words for words in other_counts(cell.dataset, val=data["n_test"]) if words not in record["obstacles"]]:
+            return f"{data['n_test']:,} test images, where {cell.dataset} has {entry.images['val']:,}"
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        return f"it is not what scripts/record.py writes ({error!r})"
+    return ""
+
+
+def other_counts(dataset: str, **counts: int | None) -> list[str]:
+    """In which splits, train or val, a data set was not taken whole: obstacles to a comparison."""
+    official, words = DATASETS[dataset].images, {"train": "trained", "val": "tested"}
+    return [
+        f"{words[split]} on {count:,} images, the data set has {official[split]:,}"
+        for split, count in counts.items()
+        if official and count not in (None, official[split])
+    ]
 
 
 def read_ledger(results: Path, datasets: Sequence[str]) -> dict[Cell, dict]:

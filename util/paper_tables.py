@@ -240,8 +240,8 @@ def measured_on(record: dict) -> list[str]:
                          f"{settings['epochs']} epochs")  # fmt: skip
     elif DATASETS[record["dataset"]].protocol and "epochs" in settings and record["n"] != PAPER_SEEDS:
         notes.append(f"{record['n']} seed{'s' * (record['n'] > 1)}, the paper has {PAPER_SEEDS}")
-    if record["dirty"]:
-        notes.append("made by code with changes that were not committed")
+    if record["dirty"] is not False:
+        notes.append(f"made by code {'with changes that were not committed' if record['dirty'] else 'of no commit'}")
     return notes
 
 

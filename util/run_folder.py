@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
@@ -54,6 +55,11 @@ def code_version() -> dict[str, Any]:
         return json.loads((ROOT / SNAPSHOT_RECORD).read_text())
     status = git("status", "--porcelain")
     return {"commit": git("rev-parse", "HEAD"), "dirty": None if status is None else bool(status)}
+
+
+def utc_now() -> str:
+    """2025-01-31T12:00:00+00:00"""
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def provenance(device: torch.device) -> dict[str, Any]:
@@ -165,6 +171,12 @@ class RunFolder:
                     if json.loads(line)["epoch"] < record["epoch"]:
                         earlier.append(line)
             write_atomically(log_file, "".join(f"{line}\n" for line in [*earlier, to_json(record)]).encode())
+
+    def last_line(self) -> dict[str, Any] | None:
+        """What log_line has written last, perhaps before this process; None where there is nothing."""
+        log_file = self.path and self.path / "log.txt"
+        lines = log_file.read_text().splitlines() if log_file and log_file.exists() else []
+        return json.loads(lines[-1]) if lines else None
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         if self.board is not None:
