@@ -39,7 +39,8 @@ EVERYWHERE = {
 }  # fmt: skip
 NORMED = ("capi",)  # families whose public models return tokens after the last norm: D12 in REPRODUCTION.md
 SHORTER = ("large", "huge")  # ViTs whose probes have 50 epochs instead of 90
-ENCODER = {"num_heads": None, "no_cls_token": False}  # arguments that change a published encoder
+# arguments that change a published encoder, or what it sees
+ENCODER = {"num_heads": None, "no_cls_token": False, "loader": "pil"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -265,6 +266,7 @@ def records(path: Path) -> list[dict]:
                 f"{path} is of the training of an encoder, of which no table has a cell: probe or analyse it"
             )
         dataset = result["args"]["dataset"]
+        result["args"].setdefault("loader", "pil")  # of runs that had no choice
         if dataset not in DATASETS or dataset == "image_folder":
             names = ", ".join(name for name in DATASETS if name != "image_folder")
             raise ValueError(

@@ -215,6 +215,7 @@ def test_another_measurement_is_not_written_over(made, tmp_path):
         ({"flags": ["--momentum", "0.5"]}, "momentum 0.5, the paper's 0.9"),
         ({"flags": ["--input_size", "448"]}, "images of 448 pixels, the paper's have 224"),
         ({"flags": ["--num_heads", "6"]}, "num_heads 6, the paper's None"),
+        ({"flags": ["--loader", "tensor"]}, "loader tensor, the paper's pil"),
         ({"effective_batch": 4096}, "effective_batch 4096, the paper's 16384"),
         ({"bn_group": 512}, "bn_group 512, the paper's 2048"),
         ({"n_train": 1000}, "trained on 1,000 images, the data set has 1,281,167"),
