@@ -381,9 +381,11 @@ def readme_row(name):
     return f"| `{name}` | {entry.description} | {entry.classes or 'any'} | {images} | {entry.protocol or '–'} |"
 
 
-def test_readme_lists_every_data_set():
+def test_page_lists_every_data_set():
     rows = [readme_row(name) for name in DATASETS]
-    assert "\n".join(rows) in PAGE, "the table of docs/datasets.md is behind DATASETS; its rows are:\n" + "\n".join(rows)
+    assert "\n".join(rows) in PAGE, "the table of docs/datasets.md is behind DATASETS; its rows are:\n" + "\n".join(
+        rows
+    )
 
 
 needs_coco = pytest.mark.skipif(not (DATA / "coco256").is_dir(), reason="no shared/data/coco256 here")
