@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from util.html import NONE, VOID, Html, element, filled, number, table
+from util.report_attention import aggregation_result
 from util.report_facts import state
 from util.report_runs import find_runs
 from util.report_sections import SECTIONS
@@ -454,3 +455,9 @@ def test_encoders_of_one_name_and_of_other_data_are_kept_apart(tmp_path, make):
     page = make(tmp_path)
     assert "MAE (one)" in page.text and "MAE (two)" in page.text and "MAE (few)" not in page.text
     assert "On image_folder in images: 3 images" in page.text and "cannot be drawn" not in page.text
+
+
+def test_a_run_that_measured_boxes_alone_is_summed_up_by_them():
+    one = {"mean": 57.288, "n": 3, "std": 2.2}
+    assert aggregation_result({"over_seeds": {"abmilp": {"maxboxaccv2": one}}}) == "MaxBoxAccV2 (%): abmilp 57.29"
+    assert aggregation_result({"over_seeds": {"abmilp": {"top1": one}}}) == "no result yet"

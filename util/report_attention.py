@@ -223,8 +223,14 @@ def boxes_table(found: dict[str, Any]) -> Html:
     return table(["map", "MaxBoxAccV2 (%)", *ious, "MaxBoxAcc (%)"], rows, told)
 
 
+QUANTITIES = {"aggregation_entropy": "entropy of weights (nats)", "maxboxaccv2": "MaxBoxAccV2 (%)"}
+
+
 def aggregation_result(result: dict[str, Any]) -> str:
-    found = {name: quantities.get("aggregation_entropy") for name, quantities in result.get("over_seeds", {}).items()}
-    words = [f"{name} {one['mean']:.2f}" for name, one in found.items() if one is not None]
-    more = f" and {len(words) - 6} more" if len(words) > 6 else ""
-    return f"entropy of weights (nats): {', '.join(words[:6])}{more}" if words else "no result yet"
+    """The entropies; of a run that measured boxes alone, what they score."""
+    for quantity, title in QUANTITIES.items():
+        found = {name: quantities.get(quantity) for name, quantities in result.get("over_seeds", {}).items()}
+        words = [f"{name} {one['mean']:.2f}" for name, one in found.items() if one is not None]
+        if words:
+            return f"{title}: {', '.join(words[:6])}" + (f" and {len(words) - 6} more" if len(words) > 6 else "")
+    return "no result yet"
