@@ -263,6 +263,9 @@ METRICS = {
         title="singular values, images",
     ),
 }  # fmt: skip
+for _name, _metric in METRICS.items():
+    if _unknown := {_metric.lower, _metric.upper, _metric.uniform} - {None, *REFERENCES}:
+        raise ValueError(f"METRICS: {_name} refers to {', '.join(_unknown)}: choose from {', '.join(REFERENCES)}")
 # Figs. 3 to 6 and 10 to 13, in this order
 PAPER_METRICS = ("cls_self_attention", "cls_patch_entropy", "patch_self_attention_relative", "patch_patch_entropy")
 PARK_METRICS = tuple(name for name, metric in METRICS.items() if metric.source == PARK)

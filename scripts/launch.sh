@@ -29,7 +29,10 @@ launch() {
         flags+=(--output_dir "$OUT" --resume auto)
         command=(python "$program.py")
         [ "$gpus" -lt 2 ] || command=(torchrun --standalone --nproc_per_node "$gpus" "$program.py")
-        [ "$gpus" != 0 ] || flags+=(--device cpu)
+        if [ "$gpus" = 0 ]; then
+            flags+=(--device cpu)
+            [ -n "${GPUS:-}" ] || echo "# no GPU here, so this is for the CPU: weeks; GPUS=8 shows the command of a GPU node" >&2
+        fi
     fi
     command+=("${flags[@]}")
     if [ -n "${PRINT:-}" ]; then

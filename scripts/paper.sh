@@ -35,6 +35,10 @@ if [ "$mode" != --smoke ] && [ -z "${IMAGENET:-}" ]; then
     echo "name the folder of ImageNet-1k in IMAGENET, or try --smoke" >&2
     exit 2
 fi
+if [ "$mode" != --smoke ] && [ -z "${PRINT:-}" ] && [ ! -d "$IMAGENET" ]; then
+    echo "IMAGENET=$IMAGENET: there is no such folder" >&2
+    exit 2
+fi
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 slurm=("$@") skipped=() failed=()
 own=${OWN:-runs}
@@ -93,7 +97,10 @@ weights() {
         mae_vit_small_*) file=$own/mae_small/encoder.safetensors ;;
         mae_ft_vit_*) size=${1#mae_ft_vit_} file=$own/mae_ft_${size%%_*}/encoder.safetensors ;;
     esac
-    [[ "$file" != "$own"/* || -f "$file" || -n "${PRINT:-}" ]] || return 1
+    if [[ "$file" = "$own"/* && ! -f "$file" ]]; then
+        [ -n "${PRINT:-}" ] || return 1
+        echo "# $file is not there yet: scripts/pretrain_mae_small.sh or finetune_mae_cls.sh makes it" >&2
+    fi
     echo --model "vit${1#*_vit}" --finetune "$file"
 }
 
@@ -141,7 +148,7 @@ each() {
     local what=$1 name number=0 jobs=()
     shift
     for name in "$@"; do
-        if ! weights "${name%%/*}" > /dev/null; then
+        if ! weights "${name%%/*}" > /dev/null 2>&1; then
             skipped+=("${name%%/*}")
         elif [ "$mode" = --slurm ] && [ -z "${PRINT:-}" ]; then
             "$what" "$name" &
@@ -267,8 +274,8 @@ tables() {
         {aggregation,localization}/'*/aggregation.json' 'transfer/*/*/results.json')
     runs=("${runs[@]%/*}")
     if [ ${#runs[@]} = 0 ]; then
-        echo "no run has ended: there is nothing to make tables of" >&2
-        return 1
+        failed+=("tables $*: no run has ended, there is nothing to make them of")
+        return 0
     fi
     show python scripts/record.py "${runs[@]}" --results "$results" --replace
     show python scripts/make_tables.py --table "$@" --dataset "$table_of" --results "$results"

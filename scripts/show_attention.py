@@ -152,7 +152,11 @@ def main(args: argparse.Namespace) -> None:
             seen = transform(image)
             heads, to_self = attention_of(encoder.backbone, seen, args.block, args.query, PRECISIONS[args.amp])
             rows.append(Maps(label, visible(seen, transform), heads, to_self))
-        which = f"block {args.block} (from 0)" if args.block >= 0 else f"block {-args.block} from the end"
+        which = (
+            f"block {args.block} (from 0)"
+            if args.block >= 0
+            else ("last block" if args.block == -1 else f"block {-args.block} from the end")
+        )
         draw(rows, args.query, f"Attention of {what}, {which}: {path.name}", args.output_dir / f"{path.stem}.png")
 
 

@@ -228,9 +228,9 @@ QUANTITIES = {"aggregation_entropy": "entropy of weights (nats)", "maxboxaccv2":
 
 def aggregation_result(result: dict[str, Any]) -> str:
     """The entropies; of a run that measured boxes alone, what they score."""
-    for quantity, title in QUANTITIES.items():
+    for quantity, heading in QUANTITIES.items():
         found = {name: quantities.get(quantity) for name, quantities in result.get("over_seeds", {}).items()}
         words = [f"{name} {one['mean']:.2f}" for name, one in found.items() if one is not None]
         if words:
-            return f"{title}: {', '.join(words[:6])}" + (f" and {len(words) - 6} more" if len(words) > 6 else "")
+            return f"{heading}: {', '.join(words[:6])}" + (f" and {len(words) - 6} more" if len(words) > 6 else "")
     return "no result yet"
