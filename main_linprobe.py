@@ -202,9 +202,6 @@ def main(args: argparse.Namespace) -> None:
         kept, held_out = hold_out(train_images.targets, args.val_fraction, args.seed)
         if max(args.knn, default=0) > len(kept):
             raise ValueError(f"--knn {max(args.knn)}: there are {len(kept)} training images; name fewer neighbours")
-        batches = GlobalBatches(
-            len(train_images), args.batch_size, args.accum_iter, args.seed, indices=kept, group=args.bn_group
-        )
 
         # ---- a frozen encoder and a bank of probes on its tokens
         with seeded("weights", args.seed):
@@ -221,6 +218,9 @@ def main(args: argparse.Namespace) -> None:
         facts = {"weights": digest(backbone.state_dict()), "training images": fingerprint(train_images)}
 
         # ---- data: order and augmentation depend on (seed, epoch, sample) alone
+        batches = GlobalBatches(
+            len(train_images), args.batch_size, args.accum_iter, args.seed, indices=kept, group=args.bn_group
+        )
         augment = train_transform(size, encoder.mean, encoder.std, crop=args.crop, hflip=not args.no_hflip,
                                   loader=args.loader)  # fmt: skip
         pixels = eval_transform(size, encoder.mean, encoder.std, args.loader)

@@ -214,3 +214,11 @@ def test_saved_weights_are_whole_or_absent(source, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         save_encoder(path, source.state_dict(), {"family": "mae"})
     assert path.read_bytes() == whole and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_family_that_the_file_contradicts_is_taken_and_said(source, tmp_path, caplog):
+    path = tmp_path / "encoder.safetensors"
+    save_encoder(path, source.state_dict(), {"family": "mae"})
+    with caplog.at_level("WARNING"):
+        assert load_encoder(str(path), "vit_tiny_test", family="dino").record["family"] == "dino"
+    assert "says that its family is mae; it is read as dino" in caplog.text

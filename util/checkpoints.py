@@ -62,6 +62,9 @@ def load_encoder(
         content, mean, std = timm_model
     else:
         content = load_plain_or_safetensors(path)
+        said = safetensors_metadata(path).get("family") if path.suffix == ".safetensors" else None
+        if None not in (family, said) and family != said:
+            log.warning("%s says that its family is %s; it is read as %s, as --family wants it", finetune, said, family)
         family = family or detect_family(path, content, checkpoint_key)
         mean, std = FAMILIES[family].mean, FAMILIES[family].std
     chosen = FAMILIES[family]
