@@ -135,8 +135,6 @@ def check(args: argparse.Namespace) -> None:
                    "--loc_map_heads best": args.loc_map_heads == "best"}  # fmt: skip
         if given := [flag for flag, value in needing.items() if value]:
             raise ValueError(f"{given[0]} is about localisation: name the true boxes with --boxes")
-    elif not args.boxes.exists():
-        raise ValueError(f"--boxes {args.boxes}: there is no such file or folder")
     if args.draw_threshold is not None and not 0 <= args.draw_threshold < 1:
         raise ValueError(f"--draw_threshold {args.draw_threshold}: thresholds lie between 0 and 1")
     if args.loc_workers is not None and args.loc_workers < 0:
@@ -147,6 +145,8 @@ def check(args: argparse.Namespace) -> None:
 def main(args: argparse.Namespace) -> None:
     check(args)
     check_files(args)
+    if args.boxes is not None and not args.boxes.exists():
+        raise ValueError(f"--boxes {args.boxes}: there is no such file or folder")
     with distributed(args.device, args.dist_url) as world:
         setup_logging()
 
