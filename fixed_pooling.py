@@ -3,6 +3,8 @@
 Letters: B images, H attention heads, M patches, D width.
 """
 
+import abc
+
 import torch
 from torch import Tensor
 
@@ -45,7 +47,7 @@ class ClsAndMeanPatch(Pooling):
         return Pooled(torch.cat([features.cls, features.patches.mean(1)], dim=1), None)
 
 
-class FixedWeights(Pooling):
+class FixedWeights(Pooling, abc.ABC):
     """sum_j w_j x_j over the patches; weights (B,M).
 
     w is `raw` divided by its sum, in every case: the definition (decision D21 of the reproduction). scale "release"
@@ -56,9 +58,9 @@ class FixedWeights(Pooling):
         super().__init__(tokens.width)
         self.scale = scale
 
+    @abc.abstractmethod
     def raw(self, features: Features) -> Tensor:
         """(B,M) weights of any positive sum."""
-        raise NotImplementedError
 
     def released(self, weights: Tensor, raw: Tensor) -> Tensor:
         """(B,M) what the published code multiplies the tokens by, before it sums them."""

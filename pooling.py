@@ -65,21 +65,15 @@ class Pooling(nn.Module):
 class TokenPool(nn.Module):
     """A learned pooling of tokens (B,M,D) -> Pooled. `width` is the vector's.
 
-    One whose queries depend on no image `folds`: it is `project` of softmax-weighted means of the tokens, with scores
-    given by `columns`. Then banks compute it together with others (folding.py); `forward` stays the definition.
-    normalised: the columns belong to tokens after a LayerNorm without affine.
+    One whose queries depend on no image `folds`: it is a projection of softmax-weighted means of the tokens. Then banks
+    compute it together with others (folding.py), by two methods beside `forward`, which stays the definition:
+    `columns() -> Columns`, of which the scores come, and `project(pooled)`, from the weighted means of each query
+    (B,C,D) to the vector (B,D'). normalised: the columns belong to tokens after a LayerNorm without affine.
     """
 
     folds = False
     normalised = False
     width: int
-
-    def columns(self) -> Columns:
-        raise NotImplementedError
-
-    def project(self, pooled: Tensor) -> Tensor:
-        """Weighted means of each query (B,C,D) -> vector (B,D')."""
-        raise NotImplementedError
 
 
 class PooledTokens(Pooling):
