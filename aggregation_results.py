@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from engine_aggregation import Localization, Rule, Statistics
+from aggregation_stats import VectorStats
+from engine_aggregation import Localization, Rule
 from localization import IOUS, summary
 from probe_run import ProbeRun
 from util.checkpoints import Encoder
@@ -17,7 +18,9 @@ KEPT_OF_PROBES = (
 )  # fmt: skip
 
 
-def describe(rules: Sequence[Rule], encoder: Encoder, size: int, run: ProbeRun | None, vectors: Statistics) -> dict:
+def describe(
+    rules: Sequence[Rule], encoder: Encoder, size: int, run: ProbeRun | None, vectors: VectorStats | None
+) -> dict:
     """What each rule is, what was measured of it and of each pair, and what its probes score."""
     patches = (size // encoder.backbone.patch_size) ** 2
     scores = run.scores() if run is not None else {}
@@ -34,18 +37,17 @@ def describe(rules: Sequence[Rule], encoder: Encoder, size: int, run: ProbeRun |
             "name": rule.name, "head": rule.head, "block": rule.block, "probe": rule.probe, "seed": rule.seed,
             "notes": [*rule.notes, *notes], "scores": {name: scores[name] for name in mine},
         })  # fmt: skip
-    total = vectors.all_ranks()
     result = {
         "encoder": encoder.record, "random_weights": encoder.record["source"] is None, "input_size": size,
-        "patches": patches, "images": total.images, "uniform_entropy": math.log(patches),
+        "patches": patches, "images": vectors.images if vectors else 0, "uniform_entropy": math.log(patches),
         "probes": run and {
             "folder": str(run.folder), "epochs": run.args.epochs,
             **{name: run.results.get(name) for name in KEPT_OF_PROBES},
         },
         "rules": rows,
     }  # fmt: skip
-    if total.images:
-        entropies, result["matrices"] = total.results()
+    if vectors and vectors.images:
+        entropies, result["matrices"] = vectors.results()
         for row, entropy in zip(rows, entropies, strict=True):
             row["entropy"] = entropy
     return result
@@ -60,7 +62,7 @@ def describe_boxes(
     step: float,
 ) -> dict:
     """MaxBoxAccV2 of every map. ValueError where no image has a box left."""
-    total, left_out, boxes_out = found.all_ranks()
+    total = found.tally
     if not total.images:
         raise ValueError("--loc_transform crop: all boxes lie outside of the crops")
     maps = {rule.name: summary(total, number, levels) for number, rule in enumerate(everything)}
@@ -71,7 +73,8 @@ def describe_boxes(
         best = {"best_head": max(names, key=lambda name: maps[name]["maxboxaccv2"])}  # chosen on these images
     return {
         "images": total.images, "boxes": str(source), "transform": "crop" if found.crop else "resize", "step": step,
-        "levels": levels.tolist(), "ious": list(IOUS), "images_left_out": left_out, "boxes_left_out": boxes_out,
+        "levels": levels.tolist(), "ious": list(IOUS), "images_left_out": found.left_out,
+        "boxes_left_out": found.boxes_out,
         "whole_image": {"maxboxaccv2": sum(whole) / len(whole), "boxaccv2": whole}, "maps": maps, **best,
     }  # fmt: skip
 

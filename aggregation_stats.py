@@ -4,7 +4,7 @@ A rule gives each image a vector of weights over the patches, of sum 1, in float
 to them. Letters: B images, R rules, M patches. NaN marks what an image does not have, infinity is meant.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -101,6 +101,19 @@ class VectorStats:
     def merge(self, other: "VectorStats") -> None:
         self.moments.merge(other.moments)
         self.images += other.images
+
+    def state(self) -> dict[str, Any]:
+        """Tensors and plain data, for `take`."""
+        return {"images": self.images, "moments": vars(self.moments)}
+
+    def take(self, state: dict[str, Any]) -> None:
+        """Add the images that another has seen. ValueError or TypeError for what is not its state."""
+        moments = FiniteMoments(**state["moments"])
+        numbers = (self.rules + len(matrices(self.direction, self.floor)) * self.rules**2,)
+        if any(part is not None and part.shape != numbers for part in vars(moments).values()):
+            raise ValueError(f"its moments are not of {numbers[0]} numbers")
+        self.moments.merge(moments)
+        self.images += state["images"]
 
     def results(self) -> tuple[list[dict], dict[str, dict]]:
         """Per rule, the entropy; and the matrices by name. `images`: how many a mean is over; `infinite`: how many more

@@ -5,7 +5,7 @@ Letters: B images, R rules, M patches, H heads.
 
 import time
 from collections.abc import Container, Iterable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,9 +19,9 @@ from localization import Localizer, LostWorker, Tally
 from models_vit import Features, VisionTransformer
 from pooling import Needs, Pooling, Tokens
 from probes import ProbeBank
+from util.analysis import Progress
 from util.boxes import ImageBoxes
 from util.datasets import DeadWorker, Sample, Watched
-from util.distributed import gather_objects
 
 # what the default rules are, in the order of the paper's Table 6; beside them, uniform weights as the reference
 DEFAULT_RULES = ("attn-mn", "attn-lcte", "ca1", "dino", "pos")
@@ -151,43 +151,20 @@ def vectors_of(rules: Sequence[Rule], features: dict[int, Features]) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class Use(Protocol):
-    """Something that takes the vectors of a pass; `rules`: which of them, by number."""
-
-    rules: slice
-
-    def add(self, vectors: Tensor, indices: list[int]) -> None:
-        """One batch (B,R,M) on the CPU, of the images with these indices."""
-
-
-class Statistics:
-    """Entropies and divergences."""
-
-    def __init__(self, rules: slice, number: int, direction: str, floor: float):
-        self.rules, self.stats, self.total = rules, *(VectorStats(number, direction, floor) for _ in range(2))
-
-    def add(self, vectors: Tensor, indices: list[int]) -> None:
-        self.stats.update(vectors)
-
-    def all_ranks(self) -> VectorStats:
-        """Of all images: ranks are merged in their order, which gives the same bits in every run."""
-        for stats in gather_objects(self.stats):
-            self.total.merge(stats)
-        return self.total
-
-
 class Localization:
     """Boxes. `left_out`: images whose boxes all lie outside of the crop; `boxes_out`: boxes that do."""
 
-    def __init__(self, rules: slice, localizer: Localizer, boxes: ImageBoxes, crop: bool, grid: tuple[int, int]):
-        self.rules, self.localizer, self.boxes, self.crop, self.grid = rules, localizer, boxes, crop, grid
+    def __init__(self, localizer: Localizer, boxes: ImageBoxes, crop: bool, grid: tuple[int, int]):
+        self.localizer, self.boxes, self.crop, self.grid = localizer, boxes, crop, grid
+        self.tally = localizer.nothing()
         self.left_out = self.boxes_out = 0
 
     def truth(self, index: int) -> np.ndarray:
         size = self.localizer.size[0]
         return self.boxes.cropped(index, size) if self.crop else self.boxes.resized(index, size)
 
-    def add(self, vectors: Tensor, indices: list[int]) -> None:
+    def update(self, vectors: Tensor, indices: list[int]) -> None:
+        """One batch (B,R,M) on the CPU, of the images with these indices."""
         truths = [self.truth(index) for index in indices]
         if self.crop:
             originally = sum(len(self.boxes.annotations[index].boxes) for index in indices)
@@ -200,32 +177,65 @@ class Localization:
         except LostWorker as error:
             raise DeadWorker(str(error)) from error
 
-    def all_ranks(self) -> tuple[Tally, int, int]:
+    def state(self) -> dict[str, Any]:
+        """Tensors and plain data, for `take`; waits for what is being evaluated."""
         try:
-            mine = self.localizer.result()
+            self.tally += self.localizer.result()
         except LostWorker as error:
             raise DeadWorker(str(error)) from error
-        parts = gather_objects((mine, self.left_out, self.boxes_out))
-        total, left_out, boxes_out = parts[0]
-        for found, images, boxes in parts[1:]:
-            total, left_out, boxes_out = total + found, left_out + images, boxes_out + boxes
-        return total, left_out, boxes_out
+        counts = {name: torch.from_numpy(found) for name, found in self.tally._asdict().items() if name != "images"}
+        return {"images": self.tally.images, **counts, "left_out": self.left_out, "boxes_out": self.boxes_out}
+
+    def take(self, state: dict[str, Any]) -> None:
+        """Add what another has found. ValueError where that is of other maps or levels."""
+        other = Tally(**{name: state[name] if name == "images" else state[name].numpy() for name in Tally._fields})
+        for name, mine, theirs in zip(Tally._fields, self.tally, other, strict=True):
+            if np.shape(mine) != np.shape(theirs):
+                raise ValueError(f"{name} has the shape {np.shape(theirs)} instead of {np.shape(mine)}")
+        self.tally += other
+        self.left_out += state["left_out"]
+        self.boxes_out += state["boxes_out"]
+
+
+class Findings:
+    """What a pass finds in the vectors of rules: entropies and divergences (`vectors`, of the first rules) and boxes
+    (`boxes`, of all); None for what it does not look for."""
+
+    def __init__(self, vectors: VectorStats | None, boxes: Localization | None, states: Sequence[dict] = ()):
+        """states: of others, whose images are these findings' first ones."""
+        self.vectors, self.boxes = vectors, boxes
+        for state in states:
+            for name, part in self._parts():
+                part.take(state[name])
+
+    def _parts(self) -> list[tuple[str, VectorStats | Localization]]:
+        parts = {"vectors": self.vectors, "boxes": self.boxes}
+        return [(name, part) for name, part in parts.items() if part is not None]
+
+    def update(self, vectors: Tensor, indices: list[int]) -> None:
+        """One batch (B,R,M) on the CPU, of the images with these indices."""
+        if self.vectors is not None:
+            self.vectors.update(vectors[:, : self.vectors.rules])
+        if self.boxes is not None:
+            self.boxes.update(vectors, indices)
+
+    def state(self) -> dict[str, Any]:
+        return {name: part.state() for name, part in self._parts()}
 
 
 @torch.no_grad()
 def run_pass(
-    rules: Sequence[Rule], tokens: FrozenTokens, loader: Iterable[Sample], uses: Sequence[Use], device: torch.device,
-    description: str,
+    rules: Sequence[Rule], tokens: FrozenTokens, loader: Iterable[Sample], progress: Progress[Findings],
+    device: torch.device, description: str,
 ) -> None:  # fmt: skip
-    """Give the vectors of every image of this process to all uses, once. FloatingPointError at the first batch whose
-    activations overflow."""
+    """Add the vectors of every image that is left of the pass and this process's. FloatingPointError at the first batch
+    whose activations overflow."""
     seen, start = 0, time.perf_counter()
-    for sample in (watched := Watched(loader, description, agree=True)):
+    for sample in (watched := Watched(loader, description, agree=True, between=progress.reach)):
         features = tokens(sample.image.to(device, non_blocking=True))
         if not all(found.patches.isfinite().all() for found in features.values()):
             raise FloatingPointError(f"{description}: activations are not finite in {tokens.amp}; use another --amp")
         vectors = vectors_of(rules, features).cpu()
-        for use in uses:
-            use.add(vectors[:, use.rules], sample.index.tolist())
+        progress.record.update(vectors, sample.index.tolist())
         seen += len(vectors)
         watched.bar.set_postfix_str(f"{seen / (time.perf_counter() - start):.0f} images/s")

@@ -84,11 +84,10 @@ def compared_rules(rules: Sequence[Rule]) -> list[Rule]:
 
 
 def draw_examples(
-    args: argparse.Namespace, result: dict, rules: Sequence[Rule], tokens: FrozenTokens, images: Dataset,
-    chosen: Sequence[int], pixels: dict[str, View], boxes: ImageBoxes | None, folder: Path, device: torch.device,
+    args: argparse.Namespace, result: dict, rules: Sequence[Rule], tokens: FrozenTokens, examples: Sequence[Example],
+    pixels: dict[str, View], boxes: ImageBoxes | None, folder: Path, device: torch.device,
 ) -> None:  # fmt: skip
     """maps.png, and boxes.png where there are boxes."""
-    examples = choose_examples(args, images, chosen)
     if not examples:
         return
     log.info("examples: %s", ", ".join(example.path for example in examples))

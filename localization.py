@@ -160,7 +160,8 @@ class Localizer:
 
     def __init__(self, maps: int, size: tuple[int, int], levels: np.ndarray, workers: int):
         self.size, self.levels, self.workers = size, levels, workers
-        self.total = no_images(maps, len(levels))
+        self.maps = maps
+        self.total = self.nothing()
         self.jobs: deque[Future] = deque()
         # not forked from here: this process has threads, and perhaps a GPU
         context = get_context("forkserver")
@@ -186,13 +187,18 @@ class Localizer:
             with signals.blocked():  # the workers that this may start
                 self.jobs.append(self._asked(tally, maps[part], truths[part], self.size, self.levels))
             while len(self.jobs) > 8 * self.workers:
-                self._take()
+                self._wait()
+
+    def nothing(self) -> Tally:
+        """What has been found where nothing was added."""
+        return no_images(self.maps, len(self.levels))
 
     def result(self) -> Tally:
-        """Of all that was added, when it is done."""
+        """Of all that was added since the last call, when it is done."""
         while self.jobs:
-            self._take()
-        return self.total
+            self._wait()
+        found, self.total = self.total, self.nothing()
+        return found
 
     def _asked(self, *job: object) -> Future:
         try:
@@ -200,7 +206,7 @@ class Localizer:
         except BrokenProcessPool as error:
             raise LostWorker("a process that evaluates boxes was killed: is there memory enough?") from error
 
-    def _take(self) -> None:
+    def _wait(self) -> None:
         try:
             self.total += self.jobs.popleft().result()
         except BrokenProcessPool as error:

@@ -17,18 +17,19 @@ examples:
 """
 
 import argparse
-import time
+from collections.abc import Collection, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from aggregation_results import describe, describe_boxes, over_seeds, table
-from aggregation_stats import KL_FLOOR
+from aggregation_stats import KL_FLOOR, VectorStats
 from engine_aggregation import (
     DEFAULT_RULES,
+    Findings,
     Localization,
     Rule,
-    Statistics,
     default_rules,
     fixed_rules,
     head_rules,
@@ -37,14 +38,14 @@ from engine_aggregation import (
     run_pass,
 )
 from engine_linprobe import FrozenTokens
-from examples_aggregation import draw_examples
+from examples_aggregation import choose_examples, draw_examples
 from localization import Localizer, levels_of, usable_cores
-from main_analyze_attention import analysed_images, subset
 from oracle import Oracle, build_oracle
 from pooling import Tokens
 from probe_run import ProbeRun, read_run
 from probes import ProbeBank
 from util.aggregation_figures import draw_divergences
+from util.analysis import Progress, analysed_images, subset
 from util.arguments import (
     PRECISIONS,
     Parser,
@@ -62,7 +63,8 @@ from util.boxes import BOX_SOURCES, read_boxes
 from util.checkpoints import Encoder
 from util.choices import nearest
 from util.datasets import EvaluationBatches, KeyedDataset, build_loader, eval_transform, stretch_transform
-from util.distributed import barrier, distributed, world_size
+from util.distributed import barrier, distributed, gather_objects, world_size
+from util.files import digest
 from util.images import fingerprint
 from util.progress import log, setup_logging
 from util.run_folder import RunFolder, provenance, utc_now
@@ -115,7 +117,7 @@ def get_args_parser() -> argparse.ArgumentParser:
                        help="processes that evaluate maps (default: the cores, shared by ranks); 0: none")  # fmt: skip
     boxes.add_argument("--draw_threshold", default=None, type=float, metavar="T",
                        help="of the boxes in the figure (default: the best one at IoU 0.5)")  # fmt: skip
-    add_run_arguments(parser, resumable=False)
+    add_run_arguments(parser, trains=False)
     return parser
 
 
@@ -152,8 +154,8 @@ def main(args: argparse.Namespace) -> None:
 
         # ---- images, frozen encoder, trained probes, rules; every mistake in the arguments shows here
         folder = RunFolder(args.output_dir)
-        if folder.path is not None and (folder.path / "aggregation.json").exists():
-            raise ValueError(f"--output_dir {args.output_dir} already holds results: name another folder, or remove it")
+        if not args.resume:
+            folder.refuse_results("aggregation.json")
         run = read_run(args.probes) if args.probes is not None else None
         images = analysed_images(args)
         chosen = subset(len(images), args.num_images, args.seed)
@@ -177,45 +179,64 @@ def main(args: argparse.Namespace) -> None:
         boxes = None
         if args.boxes is not None:
             boxes = read_boxes(args.boxes, args.box_format, images, args.data_path, chosen, args.allow_subset)
-        barrier()  # no rank writes before rank 0 has looked
+        examples = choose_examples(args, images, chosen)
+
+        # ---- what is looked for, and in which view of the images: each view has a pass of its own
+        levels = levels_of(args.loc_step)
+        workers = args.loc_workers if args.loc_workers is not None else max(1, usable_cores() // world_size())
+        localizer = Localizer(len(everything), (size, size), levels, workers if boxes is not None else 0)
+
+        def findings(parts: Collection[str], states: Sequence[dict]) -> Findings:
+            return Findings(
+                VectorStats(len(rules), args.kl_direction, args.kl_eps) if "vectors" in parts else None,
+                Localization(localizer, boxes, args.loc_transform == "crop", grid) if "boxes" in parts else None,
+                states,
+            )
+
+        pixels = {"crop": eval_transform(size, encoder.mean, encoder.std, args.loader),
+                  "resize": stretch_transform(size, encoder.mean, encoder.std, args.loader)}  # fmt: skip
+        parts = {"crop": [] if args.boxes_only else ["vectors"], "resize": []}
+        parts[args.loc_transform] += ["boxes"] if boxes is not None else []
+        passes = {view: partial(findings, wanted) for view, wanted in parts.items() if wanted}
+
         record = {"args": plain(args), "encoder": encoder.record, "oracle": oracle and oracle.record,
                   "classes": len(images.classes), "n_test": len(images), "test_images": fingerprint(images),
                   **provenance(world.device)}  # fmt: skip
+        weights = digest([module.state_dict() for module in (backbone, *(rule.pooling for rule in everything))])
+        facts = {"n_images": len(images), "rule_names": [rule.name for rule in everything], "weights": weights}
+        progress = Progress(Path(__file__).name, args, folder, "aggregation.json", facts, passes, len(chosen))
+        progress.resume()
+        barrier()  # no rank writes before rank 0 has looked
+        folder.claim()
         folder.write("args.json", record)
 
-        # ---- one pass over the images, each once over all processes; another one where boxes need other pixels
-        pixels = {"crop": eval_transform(size, encoder.mean, encoder.std, args.loader),
-                  "resize": stretch_transform(size, encoder.mean, encoder.std, args.loader)}  # fmt: skip
-        levels = levels_of(args.loc_step)
-        workers = args.loc_workers if args.loc_workers is not None else max(1, usable_cores() // world_size())
-        start = time.perf_counter()
-        with Localizer(len(everything), (size, size), levels, workers if boxes is not None else 0) as localizer:
-            vectors = Statistics(slice(0, len(rules)), len(rules), args.kl_direction, args.kl_eps)
-            found = Localization(slice(0, len(everything)), localizer, boxes, args.loc_transform == "crop", grid)
-            uses = {"crop": [] if args.boxes_only else [vectors], "resize": []}
-            if boxes is not None:
-                uses[args.loc_transform].append(found)
-            for view, of_view in uses.items():
-                if of_view:
-                    dataset = KeyedDataset(images, pixels[view], args.seed, on_bad_image=args.on_bad_image)
-                    batches = EvaluationBatches(len(images), args.batch_size, chosen)
-                    loader = build_loader(dataset, batches, **loading(args, world.device))
-                    run_pass(
-                        everything, tokens, loader, of_view, world.device, "boxes" if view == "resize" else "rules"
-                    )
-            result = describe(rules, encoder, size, run, vectors)
-            if boxes is not None:
-                result["localization"] = describe_boxes(everything, heads, found, levels, args.boxes, args.loc_step)
-        result |= {"over_seeds": over_seeds(result), "seconds": time.perf_counter() - start, **record}
-        result["finished"] = utc_now()
+        with localizer, progress.stoppable():
+            # ---- one pass over the images, each once over all processes; another one where boxes need other pixels
+            for view in list(passes)[len(progress.results) :]:
+                dataset = KeyedDataset(images, pixels[view], args.seed, on_bad_image=args.on_bad_image)
+                batches = EvaluationBatches(len(images), args.batch_size, chosen[progress.seen :])
+                loader = build_loader(dataset, batches, **loading(args, world.device))
+                run_pass(everything, tokens, loader, progress, world.device, f"{view}s")
+                found = passes[view](gather_objects(progress.record.state()))
+                progress.end_pass({"found": found.state(), "seconds": progress.seconds})
 
-        # ---- results
-        log.info("%s", table(result))
-        if folder.path is not None:
+            # ---- results
+            found = {part: state for kept in progress.results for part, state in kept["found"].items()}
+            total = findings(found, [found])
+            result = describe(rules, encoder, size, run, total.vectors)
+            if boxes is not None:
+                located = describe_boxes(everything, heads, total.boxes, levels, args.boxes, args.loc_step)
+                result["localization"] = located
+            seconds = sum(kept["seconds"] for kept in progress.results)
+            result |= {"over_seeds": over_seeds(result), "seconds": seconds, **record, "finished": utc_now()}
+            log.info("%s", table(result))
             folder.write("aggregation.json", result)
-            if not args.boxes_only:
-                draw_divergences(result, folder.path)
-            draw_examples(args, result, rules, tokens, images, chosen, pixels, boxes, folder.path, world.device)
+            if folder.path is not None:
+                if not args.boxes_only:
+                    draw_divergences(result, folder.path)
+                draw_examples(args, result, rules, tokens, examples, pixels, boxes, folder.path, world.device)
+            barrier()
+        folder.close()
 
 
 def find_oracle(

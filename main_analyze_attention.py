@@ -28,10 +28,11 @@ import torch
 
 from attention_reductions import REDUCTIONS, choose_reduction
 from attention_stats import GROUPS, LEGEND, METRICS, REFERENCES, Sizes, metric_names
-from engine_attention import Place, Progress, applicable, measure
+from engine_attention import Place, Recorder, applicable, measure
 from models_vit import VisionTransformer, architecture, check_blocks, default_input_size
 from token_stats import embed_tokens
 from util import signals
+from util.analysis import Progress, analysed_images, subset
 from util.arguments import (
     PRECISIONS,
     Parser,
@@ -48,7 +49,7 @@ from util.arguments import (
     run_main,
 )
 from util.checkpoints import Encoder
-from util.datasets import DATASETS, EvaluationBatches, KeyedDataset, build_dataset, build_loader, eval_transform
+from util.datasets import DATASETS, EvaluationBatches, KeyedDataset, build_loader, eval_transform
 from util.distributed import barrier, distributed
 from util.figures import draw_figures, draw_token_maps
 from util.files import digest
@@ -90,7 +91,7 @@ def main(args: argparse.Namespace) -> None:
         choose_reduction(args.reduction, world.device)
         folder = RunFolder(args.output_dir)
         if not args.resume:
-            refuse_results(folder)
+            folder.refuse_results("*/attention.json")
         images = analysed_images(args)
         chosen = subset(len(images), args.num_images, args.seed)
         encoders = [load(one) for one in one_encoder_each(args)]
@@ -100,9 +101,9 @@ def main(args: argparse.Namespace) -> None:
         run = {"args": plain(args), "encoders": [encoder.record for encoder, _ in encoders], **provenance(world.device)}
         weights = [digest(encoder.backbone.state_dict()) for encoder, _ in encoders]
         facts = {"images": len(images), "encoders": labels, "weights": weights}
-        progress = Progress(args, folder, facts, len(encoders), len(chosen))
-        if not progress.resume(args.resume):
-            refuse_results(folder)
+        passes = {f"encoder {label}": Recorder.of for label in labels}
+        progress = Progress(Path(__file__).name, args, folder, "*/attention.json", facts, passes, len(chosen))
+        progress.resume()
         barrier()  # no rank writes before rank 0 has looked
         folder.claim()
         folder.write("args.json", run)
@@ -151,28 +152,6 @@ def check(args: argparse.Namespace) -> None:
         check_blocks(args.tsne_blocks, architecture(one.model)["depth"])
     if args.tsne_blocks and args.dataset in DATASETS and DATASETS[args.dataset].multi_label:
         raise ValueError(f"--tsne_blocks shows classes, but images of --dataset {args.dataset} have several")
-
-
-def refuse_results(folder: RunFolder) -> None:
-    if folder.path is not None and any(folder.path.glob("*/attention.json")):
-        raise ValueError(f"--output_dir {folder.path} already holds results: name another folder, or remove it")
-
-
-def analysed_images(args: argparse.Namespace) -> torch.utils.data.Dataset:
-    """The validation images of a data set, or all of a plain folder of class folders."""
-    splits = (args.data_path / "train", args.data_path / "val")
-    is_plain = args.dataset == "image_folder" and not any(split.exists() for split in splits)
-    return build_dataset(args.dataset, args.data_path, "." if is_plain else "val", args.allow_subset)
-
-
-def subset(length: int, num_images: int | None, seed: int) -> list[int]:
-    """Indices to analyse, in order: all, or a random subset that is a function of the seed."""
-    if num_images is None:
-        return list(range(length))
-    if not 1 <= num_images <= length:
-        raise ValueError(f"--num_images {num_images}, but there are {length} images: choose from 1 to {length}")
-    generator = torch.Generator().manual_seed(stable_seed("subset", seed))
-    return torch.randperm(length, generator=generator)[:num_images].sort().values.tolist()
 
 
 def one_encoder_each(args: argparse.Namespace) -> list[argparse.Namespace]:

@@ -135,9 +135,7 @@ def program_arguments(args: argparse.Namespace, argv: list[str], folder: Path) -
     module = importlib.import_module(args.main)
     parser = module.get_args_parser()
     parser.beside = list(get_args_parser()._option_string_actions)
-    own = ["--output_dir", str(folder)]
-    if any(action.dest == "resume" for action in parser._actions):
-        own += ["--resume", "auto"]
+    own = ["--output_dir", str(folder), "--resume", "auto"]
     if gpus_per_node(args) == 0:
         own += ["--device", "cpu"]
     argv = [*own, *argv]
@@ -150,7 +148,7 @@ def program_arguments(args: argparse.Namespace, argv: list[str], folder: Path) -
     if check is not None:
         check(told)
     check_files(told, args.remote_paths)
-    if getattr(told, "resume", None) == "auto" and RunFolder(folder).checkpoints() and (folder / "args.json").exists():
+    if told.resume == "auto" and RunFolder(folder).checkpoints() and (folder / "args.json").exists():
         try:
             check_resumed(told, {}, json.loads((folder / "args.json").read_text()))
         except AnotherRun as error:

@@ -130,8 +130,7 @@ program() {
     shift 4
     [ -z "$(there "$place")" ] || return 0
     [ -z "${PLANNED:-}" ] || { mkdir -p "$PLANNED/${place%/*}" && touch "$PLANNED/$place"; }
-    local command=(python "$main.py" --output_dir "$folder") resume=()
-    [ "$main" = main_analyze_aggregation ] || resume=(--resume auto)
+    local command=(python "$main.py" --output_dir "$folder") resume=(--resume auto)
     if [ "$mode" = --slurm ]; then
         command=(python submitit_linprobe.py --main "$main" --job_dir "$folder" --wait --ngpus "$gpus" "${slurm[@]}")
         resume=()  # the launcher's business

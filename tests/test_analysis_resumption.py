@@ -98,7 +98,10 @@ def test_an_analysis_stopped_after_any_batch_again_and_again_is_the_uninterrupte
         error = capsys.readouterr().err
         assert code == signals.EXIT_STOPPED and error.count("\n") == 1, error
         encoder, seen = map(int, place.split("-"))
-        assert f"stopped by {signal.Signals(number).name}: saved after {seen} of 7 images of encoder {encoder}" in error
+        assert (
+            f"stopped by {signal.Signals(number).name}: saved after {seen} of 7 images (encoder {'ab'[encoder]})"
+            in error
+        )
         assert names(folder)[-1] == f"checkpoint-{place}.pth"
         assert not any(folder.glob("*/attention.json"))
         torch.manual_seed(batches)  # the state of the process has no say
@@ -235,7 +238,7 @@ def test_all_processes_stop_at_the_same_batch_and_another_number_of_them_goes_on
         env=environment, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "output").read_text().count("stopped by SIGTERM: saved after 4 of 7 images of encoder 1") == 2
+    assert (tmp_path / "output").read_text().count("stopped by SIGTERM: saved after 4 of 7 images (encoder b)") == 2
     two = analysed(tmp_path / "whole")
     assert differences(analysed(tmp_path / "run"), two) == []
     for other in (analysed(tmp_path / "moved"), two):
@@ -280,10 +283,10 @@ def changed(change):
 BAD = {
     "truncated": (lambda path: path.write_bytes(path.read_bytes()[:-1000]), "cannot be read as a file of tensors"),
     "another program's": (changed(lambda s: s.pop("recorders")), "not a checkpoint of main_analyze_attention.py"),
-    "wrong place": (changed(lambda s: s.update(step=8)), "it stands at image 8 of encoder 1, with 1 results"),
+    "wrong place": (changed(lambda s: s.update(step=8)), "it stands at image 8 of pass 1, with 1 results"),
     "no place": (changed(lambda s: s.update(step="x")), "does not fit this run"),
-    "a result too many": (changed(lambda s: s["results"].append({})), "with 2 results"),
-    "other results": (changed(lambda s: s.update(results=[{"label": "c"}])), "its results are of other encoders"),
+    "a result too many": (changed(lambda s: s["results"].append(["b", {}])), "with 2 results"),
+    "other results": (changed(lambda s: s.update(results=[["encoder c", {}]])), "its results are of other passes"),
     "no results": (changed(lambda s: s.update(results=[7])), "does not fit this run"),
     "no recorder": (changed(lambda s: s.update(recorders=[])), "it is of no process"),
     "strange recorder": (changed(lambda s: s.update(recorders=[{"a": 1}])), "does not fit this run"),

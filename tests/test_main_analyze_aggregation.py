@@ -161,7 +161,7 @@ def test_probes_come_with_their_scores_and_seeds_are_averaged(probes, result):
 def test_numbers_do_not_depend_on_how_the_work_is_done(data, probes, tmp_path, result, flags):
     found = analyse(tmp_path, *inputs(data, probes), *flags)
     assert flags[1] == 1 or {path.name for path in tmp_path.iterdir()} == {
-        "aggregation.json", "args.json", "kl.png", "kl.pdf", "maps.png", "boxes.png"
+        "aggregation.json", "args.json", "kl.png", "kl.pdf", "maps.png", "boxes.png", "checkpoint-1.pth"
     }  # fmt: skip
     found["localization"]["maps"], other = {}, {**result, "localization": {**result["localization"], "maps": {}}}
     assert_same_numbers(found, other)
@@ -206,7 +206,12 @@ def test_probes_are_chosen_by_their_heads(data, probes, tmp_path):
 def test_boxes_alone(data, probes, tmp_path):
     found = analyse(tmp_path, *inputs(data, probes), "--boxes_only", "--rules", "attn-mn", "--num_examples", 2)
     assert "matrices" not in found and "entropy" not in found["rules"][0] and found["localization"]["images"] == 11
-    assert {path.name for path in tmp_path.iterdir()} == {"aggregation.json", "args.json", "boxes.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "aggregation.json",
+        "args.json",
+        "boxes.png",
+        "checkpoint-0.pth",
+    }
 
 
 def test_encoder_without_cls_follows_the_other_rules(data, tmp_path):

@@ -145,18 +145,17 @@ def loading(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def add_run_arguments(parser: argparse.ArgumentParser, resumable: bool = True, trains: bool = True) -> None:
+def add_run_arguments(parser: argparse.ArgumentParser, trains: bool = True) -> None:
     group = parser.add_argument_group("run")
     group.add_argument("--output_dir", default="./output_dir", help="folder of the results; empty to keep nothing")
     group.add_argument("--log_dir", default=None, help="TensorBoard folder (default: --output_dir)")
     group.add_argument("--device", default="auto", help="cuda, cpu, or auto: CUDA where there is one")
     group.add_argument("--seed", default=0, type=int, help="of data order and augmentation, and of new weights")
-    if resumable:
-        group.add_argument("--resume", default="", help='checkpoint to continue from, or "auto": the run\'s newest')
-        within = "an epoch" if trains else "the pass of an encoder"
-        group.add_argument("--save_every_minutes", default=30.0, type=float, metavar="MINUTES",
-                           help=f"checkpoint within {within}, too; 0: not by the clock")  # fmt: skip
-    if resumable and trains:
+    group.add_argument("--resume", default="", help='checkpoint to continue from, or "auto": the run\'s newest')
+    within = "an epoch" if trains else "a pass over the images"
+    group.add_argument("--save_every_minutes", default=30.0, type=float, metavar="MINUTES",
+                       help=f"checkpoint within {within}, too; 0: not by the clock")  # fmt: skip
+    if trains:
         group.add_argument("--save_every_steps", default=0, type=int, metavar="STEPS",
                            help="checkpoint after so many optimizer steps, too; 0: not by their number")  # fmt: skip
     group.add_argument("--dist_url", default="env://", help="rendezvous of the processes (torchrun sets it up)")
@@ -251,7 +250,8 @@ FREE = {
     "output_dir", "log_dir", "resume", "device", "num_workers", "pin_mem", "dataloader_affinity_hack", "dist_url",
     "world_size", "local_rank", "args_from", "data_path", "accum_iter", "eval", "eval_every", "report", "dist_eval",
     "suffix", "save_predictions", "knn", "per_class", "cache_dir", "offline", "on_bad_image", "multilabel_metric",
-    "finetune", "save_every_minutes", "save_every_steps", "figure_every",
+    "finetune", "save_every_minutes", "save_every_steps", "figure_every", "loc_workers", "images", "num_examples",
+    "draw_threshold",
 }  # fmt: skip
 
 

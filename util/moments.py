@@ -61,19 +61,21 @@ class FiniteMoments:
     NaN is left out; infinities are left out and counted. Exact for any split, as Moments.
     """
 
-    def __init__(self, values: Tensor | None = None):
-        """values (B,K): of one batch."""
-        self.count = self.infinite = self.mean = self.squares = None  # (K,)
-        if values is not None:
-            values = values.double()
-            finite = values.isfinite()
-            self.count, self.infinite = finite.sum(0), values.isinf().sum(0)
-            some = self.count.clamp(min=1)
-            self.mean = torch.where(finite, values, 0.0).sum(0) / some
-            self.squares = torch.where(finite, values - self.mean, 0.0).square().sum(0)
+    def __init__(
+        self, count: Tensor | None = None, infinite: Tensor | None = None, mean: Tensor | None = None,
+        squares: Tensor | None = None,
+    ):  # fmt: skip
+        """(K,) each; None: of no images."""
+        self.count, self.infinite, self.mean, self.squares = count, infinite, mean, squares
 
     def update(self, values: Tensor) -> None:
-        self.merge(FiniteMoments(values))
+        """Add one batch of at least one image, (B,K)."""
+        values = values.double()
+        finite = values.isfinite()
+        count = finite.sum(0)
+        mean = torch.where(finite, values, 0.0).sum(0) / count.clamp(min=1)
+        squares = torch.where(finite, values - mean, 0.0).square().sum(0)
+        self.merge(FiniteMoments(count, values.isinf().sum(0), mean, squares))
 
     def merge(self, other: "FiniteMoments") -> None:
         """Add the images that another has seen; either may have seen none."""

@@ -273,6 +273,11 @@ class RunFolder:
             raise ValueError(f"no checkpoint of {self.read_path} can be read: remove them to start the run anew")
         return None, None
 
+    def refuse_results(self, pattern: str) -> None:
+        """ValueError where the folder holds files of these names: an analysis writes into it once."""
+        if self.path is not None and any(self.path.glob(pattern)):
+            raise ValueError(f"--output_dir {self.path} already holds results: name another folder, or remove it")
+
     def refuse_overwriting(self, resume: str) -> None:
         """A run may continue in its own folder only; ValueError."""
         own = resume == "auto" or (resume and Path(resume).resolve().parent == Path(self.read_path or "").resolve())
