@@ -18,7 +18,7 @@ from token_stats import log_spectrum
 from util import signals
 from util.arguments import check_resumed, plain
 from util.datasets import Watched
-from util.distributed import agree, barrier, gather_objects, rank, world_size
+from util.distributed import agree, barrier, gather_objects, leave, rank, world_size
 from util.moments import Covariance, Moments
 from util.progress import log
 from util.run_folder import MISFITS, AnotherRun, RunFolder
@@ -231,6 +231,7 @@ class Progress:
         if self.saved != self.place:
             self.save()
         barrier()  # the first process to end takes the others along
+        leave()
         return (
             f"saved after {self.seen} of {self.images} images of encoder {len(self.results)} in "
             f"{self.folder.read_path}; the same command with --resume auto goes on"
