@@ -112,9 +112,7 @@ def compare(one, two):
 def test_a_process_that_dies_takes_the_others_along_and_a_restart_brings_the_run_back(commands, tmp_path):
     command = [*commands["main_linprobe"], "--epochs", "3", "--save_every_steps", "2", "--resume", "auto"]
     assert run("main_linprobe", command, tmp_path / "whole", "--accum_iter", "2") == 0
-    # as docs/running.md has it: PyTorch may abort a process that it has just restarted ("terminate called without an
-    # active exception", seen once)
-    process = start("main_linprobe", *command, "--output_dir", tmp_path / "run", processes=2, restarts=3)
+    process = start("main_linprobe", *command, "--output_dir", tmp_path / "run", processes=2, restarts=1)
     wait_until(lambda: any((tmp_path / "run").glob("checkpoint-*.pth")), process)
     began = time.monotonic()
     os.kill(children(process.pid)[-1], signal.SIGKILL)

@@ -11,7 +11,7 @@ import torch
 from util import signals
 from util.arguments import check_resumed, plain
 from util.datasets import build_dataset
-from util.distributed import agree, barrier, gather_objects, rank, world_size
+from util.distributed import agree, barrier, gather_objects, leave, rank, world_size
 from util.progress import log
 from util.run_folder import MISFITS, AnotherRun, RunFolder
 from util.seeding import stable_seed
@@ -123,6 +123,7 @@ class Progress(Generic[AnyRecord]):
         if self.saved != self.place:
             self.save()
         barrier()  # the first process to end takes the others along
+        leave()
         return (
             f"saved after {self.seen} of {self.images} images ({self.names[len(self.results)]}) in "
             f"{self.folder.read_path}; the same command with --resume auto goes on"

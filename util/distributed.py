@@ -10,6 +10,10 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+
+# its functions keep, as defaults, the process group that there is when they are imported, and with it threads that may
+# abort the process when Python ends: torch.compile and torchvision import it, perhaps after a group was made
+import torch.distributed.nn
 from torch import Tensor
 
 _control: dist.ProcessGroup | None = None  # of the CPUs, where the default group is of GPUs
@@ -88,7 +92,16 @@ def distributed(device: str, dist_url: str = "env://") -> Iterator[World]:
         if not _peer_is_gone(error):
             raise
         raise PeerLost(f"rank {rank} stops because another process is gone: see the first error") from error
-    dist.destroy_process_group()  # not after an error: the others may be gone, and it would wait for them
+    leave()  # not after an error: the others may be gone, and it would wait for them
+
+
+def leave() -> None:
+    """End the process group, if there is one still; no process may need another one any more.
+
+    Threads of a group that is there when Python ends may abort the process (PyTorch's issue 190489).
+    """
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 class PeerLost(RuntimeError):

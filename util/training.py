@@ -20,7 +20,7 @@ from util import signals
 from util.allocator import keep_freed_memory
 from util.arguments import check_resumed, plain
 from util.datasets import GlobalBatches, Loader, Sample, Watched
-from util.distributed import GradientMean, agree, barrier, rank, world_size
+from util.distributed import GradientMean, agree, barrier, leave, rank, world_size
 from util.progress import log, peak_memory, throughput
 from util.run_folder import MISFITS, AnotherRun, RunFolder
 
@@ -273,6 +273,7 @@ class Training:
         if self.saved != (self.epoch, self.done):
             self.save()
         barrier()  # the first process to end takes the others along
+        leave()
         return (
             f"saved after {self.done} of {self.batches.steps} steps of epoch {self.epoch} in {self.folder.read_path}; "
             "the same command with --resume auto goes on"
