@@ -76,9 +76,9 @@ def test_a_record_holds_mean_and_deviation_of_the_summary_and_of_each_number():
 def _rank(rank: int, folder: str):
     where = {"init_method": f"file://{folder}/store", "timeout": timedelta(minutes=1)}
     dist.init_process_group("gloo", **where, rank=rank, world_size=2)
-    merged = Recorder.merged(gather_objects(recorded(numbers(101)[rank::2])))
+    merged = Recorder.of(gather_objects(recorded(numbers(101)[rank::2]).state()))
     assert_record(merged, numbers(101))
-    unseen = Recorder.merged(gather_objects(recorded(numbers(5) if rank == 1 else numbers(0))))
+    unseen = Recorder.of(gather_objects(recorded(numbers(5) if rank == 1 else numbers(0)).state()))
     assert_record(unseen, numbers(5))
     torch.save([merged.moments.mean, merged.moments.squares], f"{folder}/rank{rank}.pth")
     dist.destroy_process_group()
