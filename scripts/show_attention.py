@@ -27,9 +27,10 @@ from torch import Tensor
 
 from attention_stats import entropy
 from main_analyze_attention import encoder_labels, load, one_encoder_each
-from models_vit import VisionTransformer, attention_from_cls
+from models_vit import VisionTransformer, attention_row
 from util.arguments import PRECISIONS, Parser, add_encoder_arguments, run_main
 from util.datasets import eval_transform
+from util.images import read_rgb
 from util.plotting import STYLE, WIDTH, add_scale, draw_map, save_figure, visible
 
 
@@ -44,8 +45,7 @@ class Maps(NamedTuple):
 
 def read_image(path: Path) -> Image.Image:
     try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
+        return read_rgb(path)
     except Exception as error:  # decoders raise anything
         raise ValueError(f"cannot read image {path}: {error}") from error
 
@@ -76,9 +76,7 @@ def attention_of(
         for step in backbone.trace(image[None]):
             if step.index == block % backbone.depth:
                 break
-    # attention_from_cls takes the first query there is
-    bias = None if step.logit_bias is None else step.logit_bias[:, token:]
-    row = attention_from_cls(step._replace(q=step.q[:, :, token:], logit_bias=bias), 0)[0].double()
+    row = attention_row(step, token, num_prefix=0)[0].double()
     patches = row[:, prefix:]
     return (patches / patches.sum(1, keepdim=True)).unflatten(1, grid), row[:, token]
 
