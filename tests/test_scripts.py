@@ -1,6 +1,7 @@
 """The scripts that turn runs into a table and a picture."""
 
 import json
+import runpy
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,8 @@ import torch
 from PIL import Image
 
 import main_linprobe
+from main_analyze_attention import load
+from probe_run import read_run
 from util.arguments import parse
 from util.demo_data import generate
 
@@ -76,6 +79,20 @@ def test_maps_are_drawn(run, tmp_path):
     done = script("show_maps.py", f"mine={run}", "--images", "2", "--output", tmp_path / "maps.png")
     assert done.returncode == 0, done.stderr
     assert Image.open(tmp_path / "maps.png").size[0] > 300
+
+
+def test_maps_are_of_the_tokens_that_the_probes_were_trained_on(run, tmp_path):
+    argv = ["--args_from", run / "args.json", "--final_norm", "--output_dir", tmp_path / "run"]
+    main_linprobe.main(parse(main_linprobe.get_args_parser(), list(map(str, argv))))
+    found = read_run(tmp_path / "run")
+    encoder, size = load(found.args)
+    images = torch.randn(3, 3, size, size)
+    bank = found.bank(encoder, encoder.backbone.grid_size)
+    (features,) = encoder.backbone(images).values()
+    scores = [p.aggregation.pool.score(encoder.backbone.norm(features.patches)) for p in bank.probes[2:]]
+    expected = 64 * torch.stack([score[..., 0].softmax(1) for score in scores]).mean(0).unflatten(1, (8, 8))
+    maps = runpy.run_path(str(ROOT / "scripts" / "show_maps.py"))["maps_of"](found, encoder, images)
+    torch.testing.assert_close(maps["AbMILP"].float(), expected.detach())
 
 
 @pytest.mark.parametrize("name", ["probe_table.py", "show_maps.py"])
