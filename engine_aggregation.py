@@ -15,12 +15,12 @@ from aggregation import AGGREGATIONS, check_aggregation, parse_head
 from aggregation_stats import VectorStats, normalised
 from engine_linprobe import FrozenTokens
 from fixed_pooling import FixedWeights
-from localization import Localizer, LostWorker, Tally
+from localization import Localizer, Tally
 from models_vit import Features, VisionTransformer
 from pooling import Needs, Pooling, Tokens
 from probes import ProbeBank
 from util.boxes import ImageBoxes
-from util.datasets import DeadWorker, Sample, Watched
+from util.datasets import Sample, Watched
 from util.distributed import gather_objects
 
 # what the default rules are, in the order of the paper's Table 6; beside them, uniform weights as the reference
@@ -152,35 +152,35 @@ def vectors_of(rules: Sequence[Rule], features: dict[int, Features]) -> Tensor:
 
 
 class Use(Protocol):
-    """Something that takes the vectors of a pass; `rules`: which of them, by number."""
-
-    rules: slice
+    """Something that takes the vectors of a pass."""
 
     def add(self, vectors: Tensor, indices: list[int]) -> None:
         """One batch (B,R,M) on the CPU, of the images with these indices."""
 
 
 class Statistics:
-    """Entropies and divergences."""
+    """Entropies and divergences of the first `rules` of a pass."""
 
-    def __init__(self, rules: slice, number: int, direction: str, floor: float):
-        self.rules, self.stats, self.total = rules, *(VectorStats(number, direction, floor) for _ in range(2))
+    def __init__(self, rules: int, direction: str, floor: float):
+        self.stats = VectorStats(rules, direction, floor)
 
     def add(self, vectors: Tensor, indices: list[int]) -> None:
-        self.stats.update(vectors)
+        self.stats.update(vectors[:, : self.stats.rules])
 
     def all_ranks(self) -> VectorStats:
         """Of all images: ranks are merged in their order, which gives the same bits in every run."""
-        for stats in gather_objects(self.stats):
-            self.total.merge(stats)
-        return self.total
+        total, *others = gather_objects(self.stats)
+        for stats in others:
+            total.merge(stats)
+        return total
 
 
 class Localization:
-    """Boxes. `left_out`: images whose boxes all lie outside of the crop; `boxes_out`: boxes that do."""
+    """Boxes of all rules of a pass. `left_out`: images whose boxes all lie outside of the crop; `boxes_out`: boxes that
+    do."""
 
-    def __init__(self, rules: slice, localizer: Localizer, boxes: ImageBoxes, crop: bool, grid: tuple[int, int]):
-        self.rules, self.localizer, self.boxes, self.crop, self.grid = rules, localizer, boxes, crop, grid
+    def __init__(self, localizer: Localizer, boxes: ImageBoxes, crop: bool, grid: tuple[int, int]):
+        self.localizer, self.boxes, self.crop, self.grid = localizer, boxes, crop, grid
         self.left_out = self.boxes_out = 0
 
     def truth(self, index: int) -> np.ndarray:
@@ -195,17 +195,10 @@ class Localization:
         kept = [number for number, truth in enumerate(truths) if len(truth)]
         self.left_out += len(truths) - len(kept)
         maps = vectors.unflatten(2, self.grid).numpy()
-        try:
-            self.localizer.add(maps[kept], [truths[number] for number in kept])
-        except LostWorker as error:
-            raise DeadWorker(str(error)) from error
+        self.localizer.add(maps[kept], [truths[number] for number in kept])
 
     def all_ranks(self) -> tuple[Tally, int, int]:
-        try:
-            mine = self.localizer.result()
-        except LostWorker as error:
-            raise DeadWorker(str(error)) from error
-        parts = gather_objects((mine, self.left_out, self.boxes_out))
+        parts = gather_objects((self.localizer.result(), self.left_out, self.boxes_out))
         total, left_out, boxes_out = parts[0]
         for found, images, boxes in parts[1:]:
             total, left_out, boxes_out = total + found, left_out + images, boxes_out + boxes
@@ -226,6 +219,6 @@ def run_pass(
             raise FloatingPointError(f"{description}: activations are not finite in {tokens.amp}; use another --amp")
         vectors = vectors_of(rules, features).cpu()
         for use in uses:
-            use.add(vectors[:, use.rules], sample.index.tolist())
+            use.add(vectors, sample.index.tolist())
         seen += len(vectors)
         watched.bar.set_postfix_str(f"{seen / (time.perf_counter() - start):.0f} images/s")

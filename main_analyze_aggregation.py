@@ -190,8 +190,8 @@ def main(args: argparse.Namespace) -> None:
         workers = args.loc_workers if args.loc_workers is not None else max(1, usable_cores() // world_size())
         start = time.perf_counter()
         with Localizer(len(everything), (size, size), levels, workers if boxes is not None else 0) as localizer:
-            vectors = Statistics(slice(0, len(rules)), len(rules), args.kl_direction, args.kl_eps)
-            found = Localization(slice(0, len(everything)), localizer, boxes, args.loc_transform == "crop", grid)
+            vectors = Statistics(len(rules), args.kl_direction, args.kl_eps)
+            found = Localization(localizer, boxes, args.loc_transform == "crop", grid)
             uses = {"crop": [] if args.boxes_only else [vectors], "resize": []}
             if boxes is not None:
                 uses[args.loc_transform].append(found)
