@@ -3,6 +3,7 @@
 Letters: B images, R rules, M patches, H heads.
 """
 
+import functools
 import time
 from collections.abc import Container, Iterable, Sequence
 from typing import NamedTuple, Protocol
@@ -66,7 +67,7 @@ def fixed_rules(words: Sequence[str], backbone: VisionTransformer, tokens: Token
         pooling = AGGREGATIONS[aggregation].build(tokens, **dict(options))
         if not pooling.weighs:
             raise ValueError(f"--rules {word}: {AGGREGATIONS[aggregation].description}; it weighs no patches")
-        if any(True for _ in pooling.parameters()):
+        if pooling.learned:
             raise ValueError(f"--rules {word} has to be learned: name the run of a trained one with --probes")
         if pooling.needs.oracle and not has_oracle:
             raise ValueError(f"--rules {word} takes another encoder's attention: name it with --oracle")
@@ -98,7 +99,7 @@ def probe_rules(bank: ProbeBank, last: int, names: Container[str]) -> list[Rule]
     optimizers = {spec.optimizer for spec, _ in weighing}
     rules: dict[str, Rule] = {}
     for spec, probe in weighing:
-        learned = any(True for _ in probe.aggregation.parameters())
+        learned = probe.aggregation.learned
         parts = [f"block{spec.block}"] if blocks != {last} else []
         if learned:
             parts += [spec.optimizer] if len(optimizers) > 1 else []
@@ -132,10 +133,7 @@ def head_rules(backbone: VisionTransformer, tokens: Tokens) -> list[Rule]:
 
 
 def needs_of(rules: Iterable[Rule]) -> Needs:
-    total = Needs()
-    for rule in rules:
-        total = total.union(rule.pooling.needs)
-    return total
+    return functools.reduce(Needs.union, (rule.pooling.needs for rule in rules), Needs())
 
 
 def vectors_of(rules: Sequence[Rule], features: dict[int, Features]) -> Tensor:

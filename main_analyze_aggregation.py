@@ -40,7 +40,7 @@ from engine_linprobe import FrozenTokens
 from examples_aggregation import draw_examples
 from localization import Localizer, levels_of, usable_cores
 from main_analyze_attention import analysed_images, subset
-from oracle import Oracle, build_oracle
+from oracle import ORACLE_ARGUMENTS, Oracle, add_oracle_arguments, build_oracle
 from pooling import Tokens
 from probe_run import ProbeRun, read_run
 from probes import ProbeBank
@@ -68,8 +68,6 @@ from util.progress import log, setup_logging
 from util.run_folder import RunFolder, provenance, utc_now
 from util.seeding import seeded
 
-ORACLE_ARGUMENTS = ("oracle", "oracle_model", "oracle_family", "oracle_checkpoint_key")
-
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = Parser(__doc__)
@@ -83,11 +81,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     rules.add_argument("--rules", nargs="+", default=None, metavar="HEAD",
                        help="heads without parameters, of the last block (default: those of "
                        f"{', '.join(DEFAULT_RULES)} that the encoder can follow; pos is uniform weights)")  # fmt: skip
-    rules.add_argument("--oracle", default=None, metavar="WEIGHTS",
-                       help="encoder whose [cls] attention the rule dino takes; as --finetune")  # fmt: skip
-    rules.add_argument("--oracle_model", default="vit_base_patch16", metavar="MODEL", help="its architecture")
-    rules.add_argument("--oracle_family", default=None, help="format of its file (default: detected)")
-    rules.add_argument("--oracle_checkpoint_key", default=None, help="entry of its file that holds the weights")
+    add_oracle_arguments(rules, default=None)
 
     analysis = parser.add_argument_group("analysis")
     analysis.add_argument("--num_images", default=None, type=int, help="a random subset of this size (default: all)")
@@ -161,7 +155,7 @@ def main(args: argparse.Namespace) -> None:
         with seeded("weights", asked.seed):
             encoder, size = build_encoder(asked)
         backbone, amp = encoder.backbone.to(world.device), PRECISIONS[args.amp]
-        grid = (size // backbone.patch_size, size // backbone.patch_size)
+        grid = backbone.grid_of(size, size)
         given = Tokens(backbone.embed_dim, grid, backbone.num_prefix_tokens)
         bank = run.bank(encoder, grid) if run is not None else None
         oracle = find_oracle(args, run, bank is not None and bank.needs.oracle, encoder, size, amp)

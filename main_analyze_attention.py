@@ -210,7 +210,7 @@ def folder_name(label: str) -> str:
 
 
 def sizes_of(backbone: VisionTransformer, size: int) -> Sizes:
-    grid = (size // backbone.patch_size, size // backbone.patch_size)
+    grid = backbone.grid_of(size, size)
     patches = grid[0] * grid[1]
     return Sizes(backbone.num_prefix_tokens + patches, patches, backbone.num_registers, grid, backbone.patch_size)
 

@@ -33,7 +33,7 @@ from engine_linprobe import FrozenTokens, Probing, evaluate, pooled
 from feature_cache import CachedTokens, FeatureCache, Part
 from knn import knn_scores
 from models_vit import VisionTransformer, architecture, check_blocks
-from oracle import build_oracle
+from oracle import add_oracle_arguments, build_oracle
 from probes import ProbeBank, ProbeSpec
 from util.arguments import (
     PRECISIONS,
@@ -98,11 +98,7 @@ def get_args_parser() -> argparse.ArgumentParser:
             f"--{flag}", default=option.default, type=str if words else int, choices=option.allowed if words else None,
             metavar=None if words else "N", help=f"{option.help}; of heads that do not say {flag.split('_')[-1]}=",
         )  # fmt: skip
-    probe.add_argument("--oracle", default="dino_vit_base_patch16", metavar="WEIGHTS",
-                       help="encoder whose [cls] attention the head dino takes; as --finetune")  # fmt: skip
-    probe.add_argument("--oracle_model", default="vit_base_patch16", metavar="MODEL", help="its architecture")
-    probe.add_argument("--oracle_family", default=None, help="format of its file (default: detected)")
-    probe.add_argument("--oracle_checkpoint_key", default=None, help="entry of its file that holds the weights")
+    add_oracle_arguments(probe, default="dino_vit_base_patch16")
     probe.add_argument("--final_norm", action="store_true", help="probe tokens after the encoder's last norm")
     probe.add_argument("--init", choices=["default", "trunc_normal"], default="default",
                        help="of the classifier: PyTorch's, or MAE's (std 0.01)")  # fmt: skip
@@ -173,7 +169,7 @@ def probe_specs(args: argparse.Namespace, backbone: VisionTransformer) -> list[P
     for aggregation, _ in heads:
         check_aggregation(aggregation, backbone.has_cls)
     blocks = args.return_block if args.return_block is not None else [backbone.depth - 1]
-    backbone.check_blocks(blocks)
+    check_blocks(blocks, backbone.depth)
     # runs of the time when there could be one optimizer saved a word
     optimizers = [args.optimizer] if isinstance(args.optimizer, str) else args.optimizer
     return [
@@ -210,7 +206,7 @@ def main(args: argparse.Namespace) -> None:
         if args.final_norm and isinstance(backbone.norm, torch.nn.Identity):
             raise ValueError(f"--final_norm: encoders of family {encoder.record['family']} have no last norm")
         specs = probe_specs(args, backbone)
-        grid = (size // backbone.patch_size, size // backbone.patch_size)
+        grid = backbone.grid_of(size, size)
         bank = ProbeBank(specs, backbone, grid, num_classes, args.init).to(world.device)
         amp = PRECISIONS[args.amp]
         oracle = build_oracle(args, encoder, size, amp).to(world.device) if bank.needs.oracle else None

@@ -12,6 +12,8 @@ from torch import Tensor
 from util.arguments import build_encoder
 from util.checkpoints import Encoder
 
+ORACLE_ARGUMENTS = ("oracle", "oracle_model", "oracle_family", "oracle_checkpoint_key")
+
 
 class Oracle:
     """Images, as the probed encoder takes them, -> the mean [cls] attention (B,M) of another encoder's last block.
@@ -49,6 +51,15 @@ class Oracle:
             standardised = images if self.same else images * self.factor + self.offset
             (features,) = self.backbone(standardised, cls_attention=True).values()
         return features.cls_attention.mean(1)
+
+
+def add_oracle_arguments(group: argparse._ArgumentGroup, default: str | None) -> None:
+    """ORACLE_ARGUMENTS: what --finetune, --model, --family and --checkpoint_key say, of another encoder."""
+    group.add_argument("--oracle", default=default, metavar="WEIGHTS",
+                       help="encoder whose [cls] attention the head dino takes; as --finetune")  # fmt: skip
+    group.add_argument("--oracle_model", default="vit_base_patch16", metavar="MODEL", help="its architecture")
+    group.add_argument("--oracle_family", default=None, help="format of its file (default: detected)")
+    group.add_argument("--oracle_checkpoint_key", default=None, help="entry of its file that holds the weights")
 
 
 def build_oracle(args: argparse.Namespace, probed: Encoder, size: int, amp: torch.dtype) -> Oracle:

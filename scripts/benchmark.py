@@ -181,8 +181,7 @@ def training_step(
     for word, blr, seed in words:
         name, options = parse_head(word, {})
         specs.append(ProbeSpec(name, backbone.depth - 1, blr, seed, options))
-    side = size // backbone.patch_size
-    bank = ProbeBank(specs, backbone, (side, side), CLASSES).to(backbone.norm.weight.device).train()
+    bank = ProbeBank(specs, backbone, backbone.grid_of(size, size), CLASSES).to(backbone.norm.weight.device).train()
     tokens = FrozenTokens(backbone, bank.blocks, amp, needs=bank.needs)
     optimizer = LARS(bank.parameter_groups([64 * spec.blr for spec in specs]))  # the rates of a batch of 16,384
 

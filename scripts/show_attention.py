@@ -69,7 +69,7 @@ def attention_of(
 
     One row of the attention is computed. For what check_wanted accepts.
     """
-    grid = tuple(side // backbone.patch_size for side in image.shape[1:])
+    grid = backbone.grid_of(*image.shape[1:])
     prefix = backbone.num_prefix_tokens
     token = 0 if query is None else prefix + query[0] * grid[1] + query[1]
     with torch.autocast("cpu", dtype=amp, enabled=amp != torch.float32):

@@ -17,8 +17,9 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from engine_aggregation import fixed_rules, needs_of, probe_rules, vectors_of
+from engine_aggregation import fixed_rules, needs_of, probe_rules
 from engine_linprobe import FrozenTokens
+from examples_aggregation import maps_of
 from main_analyze_attention import load
 from pooling import Tokens
 from probe_run import ProbeRun, read_run
@@ -29,35 +30,36 @@ from util.plotting import STYLE, add_scale, draw_map, save_figure, visible
 from util.seeding import stable_seed
 
 
-def maps_of(run: ProbeRun, encoder: Encoder, images: Tensor) -> dict[str, Tensor]:
+def cls_and_abmilp(run: ProbeRun, encoder: Encoder, images: Tensor) -> dict[str, np.ndarray]:
     """{"[cls]", where the encoder has it, and "AbMILP": (B,rows,columns)} of images (B,3,h,w), in multiples of uniform
     weights. ValueError where the run has no abmilp probe."""
     backbone = encoder.backbone
-    grid = (images.shape[-2] // backbone.patch_size, images.shape[-1] // backbone.patch_size)
+    grid = backbone.grid_of(*images.shape[-2:])
     given = Tokens(backbone.embed_dim, grid, backbone.num_prefix_tokens)
     cls = fixed_rules(["attn-mn"] if backbone.has_cls else [], backbone, given, has_oracle=False)
     rules = probe_rules(run.bank(encoder, grid), backbone.depth - 1, run.scores())
-    learned = [rule for rule in rules if rule.head.startswith("abmilp")]
-    if not learned:
+    abmilp = [rule for rule in rules if rule.head.startswith("abmilp")]
+    if not abmilp:
         raise ValueError(f"{run.folder} has no abmilp probe: its --cls_features must name abmilp")
-    rules = [*cls, *learned]
+    rules = [*cls, *abmilp]
     blocks = tuple(sorted({rule.block for rule in rules}))
     tokens = FrozenTokens(backbone, blocks, torch.float32, run.args.final_norm, needs_of(rules))
-    maps = vectors_of(rules, tokens(images)).unflatten(2, grid) * (grid[0] * grid[1])
-    return {**({"[cls]": maps[:, 0]} if cls else {}), "AbMILP": maps[:, len(cls) :].mean(1)}
+    maps = maps_of(rules, tokens, images, torch.device("cpu"))
+    found = {"[cls]": maps["attn-mn"]} if cls else {}
+    return {**found, "AbMILP": np.mean([maps[rule.name] for rule in abmilp], axis=0)}
 
 
 @rc_context(STYLE)
-def draw(pictures: np.ndarray, columns: dict[str, Tensor], target: Path) -> None:
+def draw(pictures: np.ndarray, columns: dict[str, np.ndarray], target: Path) -> None:
     """pictures (B,h,w,3); columns {title: (B,rows,columns) maps in multiples of uniform}; one row per image."""
-    top = max(float(column.quantile(0.995)) for column in columns.values())
+    top = max(float(np.quantile(column, 0.995)) for column in columns.values())
     rows, count = len(pictures), 1 + len(columns)
     figure = Figure(figsize=(1.3 * count + 0.6, 1.3 * rows + 0.3), layout="constrained")
     axes = figure.subplots(rows, count, squeeze=False)
     for row in range(rows):
         axes[row, 0].imshow(pictures[row])
         for axis, column in zip(axes[row, 1:], columns.values(), strict=True):
-            draw_map(axis, pictures[row], column[row].numpy(), top)
+            draw_map(axis, pictures[row], column[row], top)
     for axis, title in zip(axes[0], ["image", *columns], strict=True):
         axis.set_title(title)
     for axis in axes.flat:
@@ -66,7 +68,6 @@ def draw(pictures: np.ndarray, columns: dict[str, Tensor], target: Path) -> None
     save_figure(figure, target)
 
 
-@torch.no_grad()
 def main(args: argparse.Namespace) -> None:
     if args.images < 1:
         raise ValueError(f"--images {args.images}: it takes at least one")
@@ -80,7 +81,7 @@ def main(args: argparse.Namespace) -> None:
         generator = torch.Generator().manual_seed(stable_seed("maps", args.seed))
         chosen = torch.randperm(len(images), generator=generator)[: args.images].tolist()
         batch = torch.stack([KeyedDataset(images, view, 0)[0, index].image for index in chosen])
-        for name, maps in maps_of(run, encoder, batch).items():
+        for name, maps in cls_and_abmilp(run, encoder, batch).items():
             columns[f"{label or Path(folder).name}: {name}"] = maps
         pictures = visible(batch, view)
     draw(pictures, columns, args.output)
