@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -29,7 +30,7 @@ LEARNED = ("abmilp", "ap", "ep")  # which rule stands beside [cls], the first th
 class Example(NamedTuple):
     path: str
     index: int | None  # in the data set; None for another file
-    image: object  # PIL's
+    image: Image.Image | Tensor
 
 
 def choose_examples(args: argparse.Namespace, images: Dataset, chosen: Sequence[int]) -> list[Example]:

@@ -74,7 +74,7 @@ from util.scores import MULTILABEL_METRICS, MultiLabelTally, Tally
 from util.seeding import seeded
 from util.training import Training
 
-MOMENTUM_RULES = {  # momentum: the paper's, and that of its code's SGD
+OPTIMIZERS = {  # settings of util.lars.LARS; momentum: the paper's, and that of its code's SGD
     "lars": {"momentum": 0.9},
     "sgd": {"momentum": 0.0, "trust_coefficient": None},
 }
@@ -111,7 +111,7 @@ def get_args_parser() -> argparse.ArgumentParser:
                         "2048; default: --batch_size)")  # fmt: skip
     recipe.add_argument("--epochs", default=90, type=int, help="of training")
     recipe.add_argument("--warmup_epochs", default=10, type=int, help="of them with a rate that rises from 0")
-    recipe.add_argument("--optimizer", nargs="+", choices=list(MOMENTUM_RULES), default=["lars"],
+    recipe.add_argument("--optimizer", nargs="+", choices=list(OPTIMIZERS), default=["lars"],
                         help="rule of the updates")  # fmt: skip
     recipe.add_argument("--momentum", default=None, type=float, help="default: 0.9 for LARS, 0 for SGD (paper's code)")
     recipe.add_argument("--weight_decay", default=0.0, type=float, help="of matrices; with SGD of vectors, too")
@@ -374,7 +374,7 @@ def choose_metric(args: argparse.Namespace, multi_label: bool) -> str:
 def build_optimizer(args: argparse.Namespace, specs: list[ProbeSpec], groups: list[dict]) -> LARS:
     """One optimizer; each probe's group follows the rule of its own kind."""
     for spec, group in zip(specs, groups, strict=True):
-        group |= MOMENTUM_RULES[spec.optimizer]
+        group |= OPTIMIZERS[spec.optimizer]
         if args.momentum is not None:
             group["momentum"] = args.momentum
     return LARS(groups, weight_decay=args.weight_decay)

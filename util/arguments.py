@@ -16,10 +16,11 @@ import torch
 from models_vit import architecture, default_input_size
 from util import signals
 from util.catalogue import CATALOGUE, fetch_weights
-from util.checkpoints import FAMILIES, Encoder, known_family, load_encoder
+from util.checkpoints import Encoder, known_family, load_encoder
 from util.choices import instead_of, nearest
 from util.datasets import DATASETS, LOADERS, ON_BAD_IMAGE, check_dataset, micro_steps_of_a_group
 from util.distributed import PeerLost, said_first
+from util.families import FAMILIES
 from util.progress import log
 from util.run_folder import AnotherRun
 
