@@ -39,7 +39,7 @@ from engine_aggregation import (
 from engine_linprobe import FrozenTokens
 from examples_aggregation import draw_examples
 from localization import Localizer, levels_of, usable_cores
-from main_analyze_attention import analysed_images, subset
+from main_analyze_attention import analysed_images, load, subset
 from oracle import ORACLE_ARGUMENTS, Oracle, add_oracle_arguments, build_oracle
 from pooling import Tokens
 from probe_run import ProbeRun, read_run
@@ -51,7 +51,6 @@ from util.arguments import (
     add_data_arguments,
     add_encoder_arguments,
     add_run_arguments,
-    build_encoder,
     check_files,
     loading,
     parse,
@@ -66,7 +65,6 @@ from util.distributed import barrier, distributed, world_size
 from util.images import fingerprint
 from util.progress import log, setup_logging
 from util.run_folder import RunFolder, provenance, utc_now
-from util.seeding import seeded
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -152,8 +150,7 @@ def main(args: argparse.Namespace) -> None:
         images = analysed_images(args)
         chosen = subset(len(images), args.num_images, args.seed)
         asked = run.with_encoder(args) if run is not None and not args.finetune else args
-        with seeded("weights", asked.seed):
-            encoder, size = build_encoder(asked)
+        encoder, size = load(asked)
         backbone, amp = encoder.backbone.to(world.device), PRECISIONS[args.amp]
         grid = backbone.grid_of(size, size)
         given = Tokens(backbone.embed_dim, grid, backbone.num_prefix_tokens)

@@ -24,9 +24,12 @@ import argparse
 import dataclasses
 import functools
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch.utils.data import Dataset
 
 from aggregation import AGGREGATIONS, check_aggregation, option_flags, parse_head
 from engine_linprobe import FrozenTokens, Probing, evaluate, pooled
@@ -50,6 +53,7 @@ from util.arguments import (
     plain,
     run_main,
 )
+from util.checkpoints import Encoder
 from util.datasets import (
     DATASETS,
     EvaluationBatches,
@@ -217,30 +221,19 @@ def main(args: argparse.Namespace) -> None:
         batches = GlobalBatches(
             len(train_images), args.batch_size, args.accum_iter, args.seed, indices=kept, group=args.bn_group
         )
-        augment = train_transform(size, encoder.mean, encoder.std, crop=args.crop, hflip=not args.no_hflip,
-                                  loader=args.loader)  # fmt: skip
-        pixels = eval_transform(size, encoder.mean, encoder.std, args.loader)
-        keyed = functools.partial(KeyedDataset, seed=args.seed, on_bad_image=args.on_bad_image)
-        parts = {
-            "train": Part(keyed(train_images, augment, train=True, indices=kept), kept, args.cache_views),
-            "test": Part(keyed(test_images, pixels), range(len(test_images))),
-        }
-        if held_out:
-            parts["val"] = Part(keyed(train_images, pixels), held_out)
+        parts = image_parts(args, encoder, size, train_images, kept, held_out, test_images)
         orders = {name: EvaluationBatches(len(p.dataset), args.batch_size, p.indices) for name, p in parts.items()}
         orders["train"] = batches
         how = loading(args, world.device)
         tokens, loaders = frozen, {n: build_loader(p.dataset, orders[n], **how) for n, p in parts.items()}
         cache = None
         if args.cache_views and not args.eval:
+            tokens = CachedTokens(frozen, bank, size, world.device)
+            behind = {**facts, "test images": fingerprint(test_images), "oracle": oracle and oracle.record["sha256"]}
             cache = FeatureCache(
-                CachedTokens(frozen, bank, size, world.device), parts, args.cache_dir,
-                {**facts, "test images": fingerprint(test_images), "oracle": oracle and oracle.record["sha256"],
-                 "held out": held_out, "pixels": [size, encoder.mean, encoder.std],
-                 "family": encoder.record["family"],
-                 **{name: plain(args)[name] for name in CACHE_DEPENDS_ON}},
-            )  # fmt: skip
-            tokens, loaders = cache.tokens, {name: cache.loader(name, orders[name]) for name in parts}
+                tokens, parts, args.cache_dir, {**behind, **cache_settings(args, encoder, size, held_out)}
+            )
+            loaders = {name: cache.loader(name, orders[name]) for name in parts}
         tally = functools.partial(MultiLabelTally if multi_label else Tally, len(specs), num_classes, world.device)
 
         def score(part: str, keeper: PredictionKeeper | None = None) -> dict[str, dict]:
@@ -310,11 +303,32 @@ def main(args: argparse.Namespace) -> None:
         folder.close()
 
 
-# arguments that decide what the encoder makes of the images
-CACHE_DEPENDS_ON = (
-    "model", "num_heads", "no_cls_token", "return_block", "cls_features", "amp", "final_norm", "crop", "no_hflip",
-    "loader", "seed", "on_bad_image", *option_flags(),
-)  # fmt: skip
+def image_parts(
+    args: argparse.Namespace, encoder: Encoder, size: int, train_images: Dataset, kept: Sequence[int],
+    held_out: Sequence[int], test_images: Dataset,
+) -> dict[str, Part]:  # fmt: skip
+    """The images of "train", augmented, of "test", and of "val" where some are held out."""
+    augment = train_transform(size, encoder.mean, encoder.std, crop=args.crop, hflip=not args.no_hflip,
+                              loader=args.loader)  # fmt: skip
+    pixels = eval_transform(size, encoder.mean, encoder.std, args.loader)
+    keyed = functools.partial(KeyedDataset, seed=args.seed, on_bad_image=args.on_bad_image)
+    parts = {
+        "train": Part(keyed(train_images, augment, train=True, indices=kept), kept, args.cache_views),
+        "test": Part(keyed(test_images, pixels), range(len(test_images))),
+    }
+    return parts | ({"val": Part(keyed(train_images, pixels), held_out)} if held_out else {})
+
+
+def cache_settings(args: argparse.Namespace, encoder: Encoder, size: int, held_out: Sequence[int]) -> dict[str, Any]:
+    """What a cache of features depends on beside weights and images: where any of it differs, so does its file."""
+    names = (
+        "model", "num_heads", "no_cls_token", "return_block", "cls_features", "amp", "final_norm", "crop", "no_hflip",
+        "loader", "seed", "on_bad_image", *option_flags(),
+    )  # fmt: skip
+    return {
+        "held out": held_out, "pixels": [size, encoder.mean, encoder.std], "family": encoder.record["family"],
+        **{name: plain(args)[name] for name in names},
+    }  # fmt: skip
 
 
 def settle(args: argparse.Namespace) -> None:
