@@ -68,6 +68,14 @@ def test_table_has_a_row_for_each_setting_or_for_those_that_were_chosen(run, tmp
     assert "has none" in script("probe_table.py", f"mine={tmp_path}", "--report", "best").stderr
 
 
+def test_table_says_where_its_runs_are_not_alike(run, tmp_path):
+    results = json.loads((run / "results.json").read_text())
+    results |= {"n_train": 7, "args": {**results["args"], "epochs": 3}}
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    done = script("probe_table.py", f"all={run}", f"few={tmp_path}")
+    assert "over 2 seeds of the probe; 7 or 20 training and 10 test images, 1 or 3 epochs" in done.stdout
+
+
 def test_table_joins_the_seeds_of_runs_of_one_label(run, tmp_path):
     for name in "ab":
         shutil.copytree(run, tmp_path / name)
