@@ -11,7 +11,6 @@ Nothing here knows of PyTorch: worker processes import this module alone.
 """
 
 import contextlib
-import os
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -206,7 +205,3 @@ class Localizer:
 
 def _start_worker() -> None:
     cv2.setNumThreads(1)  # the workers are as many as the cores
-
-
-def usable_cores() -> int:
-    return len(os.sched_getaffinity(0))

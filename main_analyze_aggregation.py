@@ -17,6 +17,7 @@ examples:
 """
 
 import argparse
+import os
 import time
 from pathlib import Path
 
@@ -38,7 +39,7 @@ from engine_aggregation import (
 )
 from engine_linprobe import FrozenTokens
 from examples_aggregation import draw_examples
-from localization import Localizer, levels_of, usable_cores
+from localization import Localizer, levels_of
 from main_analyze_attention import analysed_images, load, subset
 from oracle import ORACLE_ARGUMENTS, Oracle, add_oracle_arguments, build_oracle
 from pooling import Tokens
@@ -172,28 +173,28 @@ def main(args: argparse.Namespace) -> None:
         record = {"args": plain(args), "encoder": encoder.record, "oracle": oracle and oracle.record,
                   "classes": len(images.classes), "n_test": len(images), "test_images": fingerprint(images),
                   **provenance(world.device)}  # fmt: skip
+        folder.claim()
         folder.write("args.json", record)
 
         # ---- one pass over the images, each once over all processes; another one where boxes need other pixels
         pixels = {"crop": eval_transform(size, encoder.mean, encoder.std, args.loader),
                   "resize": stretch_transform(size, encoder.mean, encoder.std, args.loader)}  # fmt: skip
         levels = levels_of(args.loc_step)
-        workers = args.loc_workers if args.loc_workers is not None else max(1, usable_cores() // world_size())
+        workers = 0 if boxes is None else args.loc_workers
+        if workers is None:  # a core each, shared by the processes
+            workers = max(1, len(os.sched_getaffinity(0)) // world_size())
         start = time.perf_counter()
-        with Localizer(len(everything), (size, size), levels, workers if boxes is not None else 0) as localizer:
+        with Localizer(len(everything), (size, size), levels, workers) as localizer:
             vectors = Statistics(len(rules), args.kl_direction, args.kl_eps)
             found = Localization(localizer, boxes, args.loc_transform == "crop", grid)
-            uses = {"crop": [] if args.boxes_only else [vectors], "resize": []}
+            passes = {} if args.boxes_only else {"crop": [vectors]}
             if boxes is not None:
-                uses[args.loc_transform].append(found)
-            for view, of_view in uses.items():
-                if of_view:
-                    dataset = KeyedDataset(images, pixels[view], args.seed, on_bad_image=args.on_bad_image)
-                    batches = EvaluationBatches(len(images), args.batch_size, chosen)
-                    loader = build_loader(dataset, batches, **loading(args, world.device))
-                    run_pass(
-                        everything, tokens, loader, of_view, world.device, "boxes" if view == "resize" else "rules"
-                    )
+                passes.setdefault(args.loc_transform, []).append(found)
+            for view, uses in passes.items():
+                dataset = KeyedDataset(images, pixels[view], args.seed, on_bad_image=args.on_bad_image)
+                batches = EvaluationBatches(len(images), args.batch_size, chosen)
+                loader = build_loader(dataset, batches, **loading(args, world.device))
+                run_pass(everything, tokens, loader, uses, world.device, "boxes" if view == "resize" else "rules")
             result = describe(rules, encoder, size, run, vectors)
             if boxes is not None:
                 result["localization"] = describe_boxes(everything, heads, found, levels, args.boxes, args.loc_step)
@@ -207,6 +208,7 @@ def main(args: argparse.Namespace) -> None:
             if not args.boxes_only:
                 draw_divergences(result, folder.path)
             draw_examples(args, result, rules, tokens, images, chosen, pixels, boxes, folder.path, world.device)
+        folder.close()
 
 
 def find_oracle(

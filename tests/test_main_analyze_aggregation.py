@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_run_folder import claimed_by_another_process
 
 import main_analyze_aggregation
 import main_linprobe
@@ -323,3 +324,12 @@ def test_results_are_not_written_over(data, tmp_path):
     analyse(tmp_path, *flags)
     with pytest.raises(ValueError, match="already holds results"):
         analyse(tmp_path, *flags)
+
+
+def test_a_folder_is_its_own_while_it_is_written_to(data, tmp_path, monkeypatch):
+    def look(*_: object) -> None:
+        raise FloatingPointError(claimed_by_another_process(tmp_path / "out"))
+
+    monkeypatch.setattr(main_analyze_aggregation, "run_pass", look)
+    with pytest.raises(FloatingPointError, match="another process writes there"):
+        analyse(tmp_path / "out", "--data_path", data, "--model", "vit_demo_patch8", "--rules", "pos")
