@@ -143,7 +143,7 @@ def parse_head(word: str, flags: dict[str, Value]) -> tuple[str, tuple[tuple[str
     """
     name, _, text = word.partition(":")
     number = re.fullmatch(r"([a-z-]+)(\d+)", name)
-    if number and AGGREGATIONS.get(number[1], AGGREGATIONS["cls"]).number:
+    if number and number[1] in AGGREGATIONS and AGGREGATIONS[number[1]].number:
         name = number[1]
         text = f"{AGGREGATIONS[name].number}={number[2]}" + ("," + text if text else "")
     entry = check_aggregation(name, has_cls=True)

@@ -22,7 +22,7 @@ def describe(
     rules: Sequence[Rule], encoder: Encoder, size: int, run: ProbeRun | None, vectors: VectorStats | None
 ) -> dict:
     """What each rule is, what was measured of it and of each pair, and what its probes score."""
-    patches = (size // encoder.backbone.patch_size) ** 2
+    patches = math.prod(encoder.backbone.grid_of(size, size))
     scores = run.scores() if run is not None else {}
     settings = {name: run.results["probes"][name] for name in scores}
     rows = []

@@ -167,7 +167,7 @@ class Metric(NamedTuple):
     title: str = ""  # in figures; "" for its name
     over_images: bool = False  # the numbers are no result, the singular values of their covariance over images are
 
-    def record(self, measured: "Reduced | Tensor") -> Tensor:
+    def record(self, measured: Reduced | Tensor) -> Tensor:
         """(B,1 + K): the summary, then the numbers."""
         values = self.compute(measured)
         return torch.cat([self.summary(values)[:, None], values], dim=1)

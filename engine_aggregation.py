@@ -3,6 +3,7 @@
 Letters: B images, R rules, M patches, H heads.
 """
 
+import functools
 import time
 from collections.abc import Container, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -15,13 +16,13 @@ from aggregation import AGGREGATIONS, check_aggregation, parse_head
 from aggregation_stats import VectorStats, normalised
 from engine_linprobe import FrozenTokens
 from fixed_pooling import FixedWeights
-from localization import Localizer, LostWorker, Tally
+from localization import Localizer, Tally
 from models_vit import Features, VisionTransformer
 from pooling import Needs, Pooling, Tokens
 from probes import ProbeBank
 from util.analysis import Progress
 from util.boxes import ImageBoxes
-from util.datasets import DeadWorker, Sample, Watched
+from util.datasets import Sample, Watched
 
 # what the default rules are, in the order of the paper's Table 6; beside them, uniform weights as the reference
 DEFAULT_RULES = ("attn-mn", "attn-lcte", "ca1", "dino", "pos")
@@ -66,7 +67,7 @@ def fixed_rules(words: Sequence[str], backbone: VisionTransformer, tokens: Token
         pooling = AGGREGATIONS[aggregation].build(tokens, **dict(options))
         if not pooling.weighs:
             raise ValueError(f"--rules {word}: {AGGREGATIONS[aggregation].description}; it weighs no patches")
-        if any(True for _ in pooling.parameters()):
+        if pooling.learned:
             raise ValueError(f"--rules {word} has to be learned: name the run of a trained one with --probes")
         if pooling.needs.oracle and not has_oracle:
             raise ValueError(f"--rules {word} takes another encoder's attention: name it with --oracle")
@@ -98,7 +99,7 @@ def probe_rules(bank: ProbeBank, last: int, names: Container[str]) -> list[Rule]
     optimizers = {spec.optimizer for spec, _ in weighing}
     rules: dict[str, Rule] = {}
     for spec, probe in weighing:
-        learned = any(True for _ in probe.aggregation.parameters())
+        learned = probe.aggregation.learned
         parts = [f"block{spec.block}"] if blocks != {last} else []
         if learned:
             parts += [spec.optimizer] if len(optimizers) > 1 else []
@@ -132,10 +133,7 @@ def head_rules(backbone: VisionTransformer, tokens: Tokens) -> list[Rule]:
 
 
 def needs_of(rules: Iterable[Rule]) -> Needs:
-    total = Needs()
-    for rule in rules:
-        total = total.union(rule.pooling.needs)
-    return total
+    return functools.reduce(Needs.union, (rule.pooling.needs for rule in rules), Needs())
 
 
 def vectors_of(rules: Sequence[Rule], features: dict[int, Features]) -> Tensor:
@@ -152,7 +150,8 @@ def vectors_of(rules: Sequence[Rule], features: dict[int, Features]) -> Tensor:
 
 
 class Localization:
-    """Boxes. `left_out`: images whose boxes all lie outside of the crop; `boxes_out`: boxes that do."""
+    """Boxes of all rules of a pass. `left_out`: images whose boxes all lie outside of the crop; `boxes_out`: boxes that
+    do."""
 
     def __init__(self, localizer: Localizer, boxes: ImageBoxes, crop: bool, grid: tuple[int, int]):
         self.localizer, self.boxes, self.crop, self.grid = localizer, boxes, crop, grid
@@ -172,17 +171,11 @@ class Localization:
         kept = [number for number, truth in enumerate(truths) if len(truth)]
         self.left_out += len(truths) - len(kept)
         maps = vectors.unflatten(2, self.grid).numpy()
-        try:
-            self.localizer.add(maps[kept], [truths[number] for number in kept])
-        except LostWorker as error:
-            raise DeadWorker(str(error)) from error
+        self.localizer.add(maps[kept], [truths[number] for number in kept])
 
     def state(self) -> dict[str, Any]:
         """Tensors and plain data, for `take`; waits for what is being evaluated."""
-        try:
-            self.tally += self.localizer.result()
-        except LostWorker as error:
-            raise DeadWorker(str(error)) from error
+        self.tally += self.localizer.result()
         counts = {name: torch.from_numpy(found) for name, found in self.tally._asdict().items() if name != "images"}
         return {"images": self.tally.images, **counts, "left_out": self.left_out, "boxes_out": self.boxes_out}
 

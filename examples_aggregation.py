@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -29,7 +30,7 @@ LEARNED = ("abmilp", "ap", "ep")  # which rule stands beside [cls], the first th
 class Example(NamedTuple):
     path: str
     index: int | None  # in the data set; None for another file
-    image: object  # PIL's
+    image: Image.Image | Tensor
 
 
 def choose_examples(args: argparse.Namespace, images: Dataset, chosen: Sequence[int]) -> list[Example]:
@@ -60,10 +61,10 @@ def choose_examples(args: argparse.Namespace, images: Dataset, chosen: Sequence[
 
 @torch.no_grad()
 def maps_of(
-    rules: Sequence[Rule], tokens: FrozenTokens, batch: Tensor, grid: tuple[int, int], device: torch.device
+    rules: Sequence[Rule], tokens: FrozenTokens, images: Tensor, device: torch.device
 ) -> dict[str, np.ndarray]:  # fmt: skip
-    """{rule: (images,rows,columns)} in multiples of uniform weights."""
-    vectors = vectors_of(rules, tokens(batch.to(device))).cpu()
+    """Images (B,3,h,w) -> {rule: (B,rows,columns)} in multiples of uniform weights."""
+    vectors, grid = vectors_of(rules, tokens(images.to(device))).cpu(), tokens.backbone.grid_of(*images.shape[-2:])
     maps = (vectors * vectors.shape[2]).unflatten(2, grid).numpy()
     return {rule.name: maps[:, number] for number, rule in enumerate(rules)}
 
@@ -94,20 +95,18 @@ def draw_examples(
     shown = shown_rules(rules)
     if shown and not args.boxes_only:
         batch = torch.stack([pixels["crop"](example.image) for example in examples])
-        grid = tuple(side // tokens.backbone.patch_size for side in batch.shape[-2:])
-        draw_maps(visible(batch, pixels["crop"]), maps_of(shown, tokens, batch, grid, device), folder / "maps.png")
+        draw_maps(visible(batch, pixels["crop"]), maps_of(shown, tokens, batch, device), folder / "maps.png")
     compared = compared_rules(shown)
     if boxes is None or not compared:
         return
     view = args.loc_transform
     batch = torch.stack([pixels[view](example.image) for example in examples])
     size = tuple(batch.shape[-2:])
-    grid = tuple(side // tokens.backbone.patch_size for side in size)
     truths = [true_boxes(boxes, example.index, size[0], view == "crop") for example in examples]
     thresholds = {rule.name: threshold_of(result, rule.name, args.draw_threshold) for rule in compared}
     found = {
         name: [largest_box(one, truth, size, thresholds[name]) for one, truth in zip(maps, truths, strict=True)]
-        for name, maps in maps_of(compared, tokens, batch, grid, device).items()
+        for name, maps in maps_of(compared, tokens, batch, device).items()
     }
     draw_boxes(visible(batch, pixels[view]), truths, found, thresholds, folder / "boxes.png")
 

@@ -33,7 +33,7 @@ def knn_scores(
     right = {k: torch.zeros(2, dtype=torch.int64, device=test.device) for k in neighbours}
     for images, labels in zip(test.split(CHUNK), test_labels.split(CHUNK), strict=True):
         similarity, voters = nearest(train, train_labels, images, most)
-        for k in neighbours:
+        for k in right:
             votes = similarity.new_zeros(len(images), classes, dtype=torch.float64)
             votes.scatter_add_(1, voters[:, :k], (similarity[:, :k].double() / TEMPERATURE).exp())
             hits = votes.topk(min(5, classes)).indices == labels[:, None]

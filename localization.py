@@ -10,9 +10,9 @@ Boxes are x0, y0, x1, y1 in pixels, inclusive. Letters: R maps of an image, T le
 Nothing here knows of PyTorch: worker processes import this module alone.
 """
 
-import os
+import contextlib
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
@@ -148,14 +148,18 @@ def summary(total: Tally, number: int, levels: np.ndarray) -> dict:
     }
 
 
-class LostWorker(RuntimeError):
-    """A process that evaluates maps has ended without being asked to."""
+@contextlib.contextmanager
+def _watched_workers() -> Iterator[None]:
+    try:
+        yield
+    except BrokenProcessPool as error:
+        raise signals.DeadWorker("a process that evaluates boxes was killed: is there memory enough?") from error
 
 
 class Localizer:
     """Evaluates maps in worker processes, while the next ones are computed. workers = 0: in this process.
 
-    Use it as a context. Leaving it by an error ends the workers at once.
+    Use it as a context. Leaving it by an error ends the workers at once. signals.DeadWorker where one was killed.
     """
 
     def __init__(self, maps: int, size: tuple[int, int], levels: np.ndarray, workers: int):
@@ -184,8 +188,8 @@ class Localizer:
             if self.pool is None:
                 self.total += tally(maps[part], truths[part], self.size, self.levels)
                 continue
-            with signals.blocked():  # the workers that this may start
-                self.jobs.append(self._asked(tally, maps[part], truths[part], self.size, self.levels))
+            with signals.blocked(), _watched_workers():  # blocked: for those that this may start
+                self.jobs.append(self.pool.submit(tally, maps[part], truths[part], self.size, self.levels))
             while len(self.jobs) > 8 * self.workers:
                 self._wait()
 
@@ -200,22 +204,10 @@ class Localizer:
         found, self.total = self.total, self.nothing()
         return found
 
-    def _asked(self, *job: object) -> Future:
-        try:
-            return self.pool.submit(*job)
-        except BrokenProcessPool as error:
-            raise LostWorker("a process that evaluates boxes was killed: is there memory enough?") from error
-
     def _wait(self) -> None:
-        try:
+        with _watched_workers():
             self.total += self.jobs.popleft().result()
-        except BrokenProcessPool as error:
-            raise LostWorker("a process that evaluates boxes was killed: is there memory enough?") from error
 
 
 def _start_worker() -> None:
     cv2.setNumThreads(1)  # the workers are as many as the cores
-
-
-def usable_cores() -> int:
-    return len(os.sched_getaffinity(0))

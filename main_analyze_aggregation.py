@@ -17,6 +17,7 @@ examples:
 """
 
 import argparse
+import os
 from collections.abc import Collection, Sequence
 from functools import partial
 from pathlib import Path
@@ -39,8 +40,8 @@ from engine_aggregation import (
 )
 from engine_linprobe import FrozenTokens
 from examples_aggregation import choose_examples, draw_examples
-from localization import Localizer, levels_of, usable_cores
-from oracle import Oracle, build_oracle
+from localization import Localizer, levels_of
+from oracle import ORACLE_ARGUMENTS, Oracle, add_oracle_arguments, build_oracle
 from pooling import Tokens
 from probe_run import ProbeRun, read_run
 from probes import ProbeBank
@@ -52,8 +53,8 @@ from util.arguments import (
     add_data_arguments,
     add_encoder_arguments,
     add_run_arguments,
-    build_encoder,
     check_files,
+    frozen_encoder,
     loading,
     parse,
     plain,
@@ -68,9 +69,6 @@ from util.files import digest
 from util.images import fingerprint
 from util.progress import log, setup_logging
 from util.run_folder import RunFolder, provenance, utc_now
-from util.seeding import seeded
-
-ORACLE_ARGUMENTS = ("oracle", "oracle_model", "oracle_family", "oracle_checkpoint_key")
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -85,11 +83,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     rules.add_argument("--rules", nargs="+", default=None, metavar="HEAD",
                        help="heads without parameters, of the last block (default: those of "
                        f"{', '.join(DEFAULT_RULES)} that the encoder can follow; pos is uniform weights)")  # fmt: skip
-    rules.add_argument("--oracle", default=None, metavar="WEIGHTS",
-                       help="encoder whose [cls] attention the rule dino takes; as --finetune")  # fmt: skip
-    rules.add_argument("--oracle_model", default="vit_base_patch16", metavar="MODEL", help="its architecture")
-    rules.add_argument("--oracle_family", default=None, help="format of its file (default: detected)")
-    rules.add_argument("--oracle_checkpoint_key", default=None, help="entry of its file that holds the weights")
+    add_oracle_arguments(rules, default=None)
 
     analysis = parser.add_argument_group("analysis")
     analysis.add_argument("--num_images", default=None, type=int, help="a random subset of this size (default: all)")
@@ -160,10 +154,9 @@ def main(args: argparse.Namespace) -> None:
         images = analysed_images(args)
         chosen = subset(len(images), args.num_images, args.seed)
         asked = run.with_encoder(args) if run is not None and not args.finetune else args
-        with seeded("weights", asked.seed):
-            encoder, size = build_encoder(asked)
+        encoder, size = frozen_encoder(asked)
         backbone, amp = encoder.backbone.to(world.device), PRECISIONS[args.amp]
-        grid = (size // backbone.patch_size, size // backbone.patch_size)
+        grid = backbone.grid_of(size, size)
         given = Tokens(backbone.embed_dim, grid, backbone.num_prefix_tokens)
         bank = run.bank(encoder, grid) if run is not None else None
         oracle = find_oracle(args, run, bank is not None and bank.needs.oracle, encoder, size, amp)
@@ -183,8 +176,10 @@ def main(args: argparse.Namespace) -> None:
 
         # ---- what is looked for, and in which view of the images: each view has a pass of its own
         levels = levels_of(args.loc_step)
-        workers = args.loc_workers if args.loc_workers is not None else max(1, usable_cores() // world_size())
-        localizer = Localizer(len(everything), (size, size), levels, workers if boxes is not None else 0)
+        workers = 0 if boxes is None else args.loc_workers
+        if workers is None:  # a core each, shared by the processes
+            workers = max(1, len(os.sched_getaffinity(0)) // world_size())
+        localizer = Localizer(len(everything), (size, size), levels, workers)
 
         def findings(parts: Collection[str], states: Sequence[dict]) -> Findings:
             return Findings(
@@ -195,9 +190,10 @@ def main(args: argparse.Namespace) -> None:
 
         pixels = {"crop": eval_transform(size, encoder.mean, encoder.std, args.loader),
                   "resize": stretch_transform(size, encoder.mean, encoder.std, args.loader)}  # fmt: skip
-        parts = {"crop": [] if args.boxes_only else ["vectors"], "resize": []}
-        parts[args.loc_transform] += ["boxes"] if boxes is not None else []
-        passes = {view: partial(findings, wanted) for view, wanted in parts.items() if wanted}
+        parts = {} if args.boxes_only else {"crop": ["vectors"]}
+        if boxes is not None:
+            parts.setdefault(args.loc_transform, []).append("boxes")
+        passes = {view: partial(findings, wanted) for view, wanted in parts.items()}
 
         record = {"args": plain(args), "encoder": encoder.record, "oracle": oracle and oracle.record,
                   "classes": len(images.classes), "n_test": len(images), "test_images": fingerprint(images),

@@ -39,10 +39,10 @@ from util.arguments import (
     add_data_arguments,
     add_encoder_arguments,
     add_run_arguments,
-    build_encoder,
     check_files,
     check_input_size,
     check_saving,
+    frozen_encoder,
     loading,
     parse,
     plain,
@@ -56,7 +56,7 @@ from util.files import digest
 from util.images import fingerprint
 from util.progress import log, setup_logging
 from util.run_folder import RunFolder, provenance, utc_now
-from util.seeding import seeded, stable_seed
+from util.seeding import stable_seed
 
 TSNE_CLASSES, TSNE_IMAGES = 3, 18  # Park et al. 2023
 
@@ -94,7 +94,7 @@ def main(args: argparse.Namespace) -> None:
             folder.refuse_results("*/attention.json")
         images = analysed_images(args)
         chosen = subset(len(images), args.num_images, args.seed)
-        encoders = [load(one) for one in one_encoder_each(args)]
+        encoders = [frozen_encoder(one) for one in one_encoder_each(args)]
         for encoder, _ in encoders:
             applicable(names, encoder.backbone)
 
@@ -169,11 +169,6 @@ def one_encoder_each(args: argparse.Namespace) -> list[argparse.Namespace]:
     return [argparse.Namespace(**{**vars(args), **dict(zip(columns, row, strict=True))}) for row in rows]
 
 
-def load(args: argparse.Namespace) -> tuple[Encoder, int]:
-    with seeded("weights", args.seed):  # random weights are a function of the seed
-        return build_encoder(args)
-
-
 def encoder_labels(args: argparse.Namespace) -> list[str]:
     """One name per encoder, distinct also as folders."""
     labels = args.label or [Path(weights).stem or "random weights" for weights in args.finetune]
@@ -189,7 +184,7 @@ def folder_name(label: str) -> str:
 
 
 def sizes_of(backbone: VisionTransformer, size: int) -> Sizes:
-    grid = (size // backbone.patch_size, size // backbone.patch_size)
+    grid = backbone.grid_of(size, size)
     patches = grid[0] * grid[1]
     return Sizes(backbone.num_prefix_tokens + patches, patches, backbone.num_registers, grid, backbone.patch_size)
 

@@ -24,16 +24,19 @@ import argparse
 import dataclasses
 import functools
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch.utils.data import Dataset
 
 from aggregation import AGGREGATIONS, check_aggregation, option_flags, parse_head
 from engine_linprobe import FrozenTokens, Probing, evaluate, pooled
 from feature_cache import CachedTokens, FeatureCache, Part
 from knn import knn_scores
 from models_vit import VisionTransformer, architecture, check_blocks
-from oracle import build_oracle
+from oracle import add_oracle_arguments, build_oracle
 from probes import ProbeBank, ProbeSpec
 from util.arguments import (
     PRECISIONS,
@@ -42,14 +45,15 @@ from util.arguments import (
     add_encoder_arguments,
     add_old_arguments,
     add_run_arguments,
-    build_encoder,
     check_files,
     check_training,
+    frozen_encoder,
     loading,
     parse,
     plain,
     run_main,
 )
+from util.checkpoints import Encoder
 from util.datasets import (
     DATASETS,
     EvaluationBatches,
@@ -71,10 +75,9 @@ from util.probe_results import leader, summary, tell, tell_neighbours, tell_scor
 from util.progress import log, setup_logging
 from util.run_folder import RunFolder, provenance, utc_now
 from util.scores import MULTILABEL_METRICS, MultiLabelTally, Tally
-from util.seeding import seeded
 from util.training import Training
 
-MOMENTUM_RULES = {  # momentum: the paper's, and that of its code's SGD
+OPTIMIZERS = {  # settings of util.lars.LARS; momentum: the paper's, and that of its code's SGD
     "lars": {"momentum": 0.9},
     "sgd": {"momentum": 0.0, "trust_coefficient": None},
 }
@@ -98,11 +101,7 @@ def get_args_parser() -> argparse.ArgumentParser:
             f"--{flag}", default=option.default, type=str if words else int, choices=option.allowed if words else None,
             metavar=None if words else "N", help=f"{option.help}; of heads that do not say {flag.split('_')[-1]}=",
         )  # fmt: skip
-    probe.add_argument("--oracle", default="dino_vit_base_patch16", metavar="WEIGHTS",
-                       help="encoder whose [cls] attention the head dino takes; as --finetune")  # fmt: skip
-    probe.add_argument("--oracle_model", default="vit_base_patch16", metavar="MODEL", help="its architecture")
-    probe.add_argument("--oracle_family", default=None, help="format of its file (default: detected)")
-    probe.add_argument("--oracle_checkpoint_key", default=None, help="entry of its file that holds the weights")
+    add_oracle_arguments(probe, default="dino_vit_base_patch16")
     probe.add_argument("--final_norm", action="store_true", help="probe tokens after the encoder's last norm")
     probe.add_argument("--init", choices=["default", "trunc_normal"], default="default",
                        help="of the classifier: PyTorch's, or MAE's (std 0.01)")  # fmt: skip
@@ -115,7 +114,7 @@ def get_args_parser() -> argparse.ArgumentParser:
                         "2048; default: --batch_size)")  # fmt: skip
     recipe.add_argument("--epochs", default=90, type=int, help="of training")
     recipe.add_argument("--warmup_epochs", default=10, type=int, help="of them with a rate that rises from 0")
-    recipe.add_argument("--optimizer", nargs="+", choices=list(MOMENTUM_RULES), default=["lars"],
+    recipe.add_argument("--optimizer", nargs="+", choices=list(OPTIMIZERS), default=["lars"],
                         help="rule of the updates")  # fmt: skip
     recipe.add_argument("--momentum", default=None, type=float, help="default: 0.9 for LARS, 0 for SGD (paper's code)")
     recipe.add_argument("--weight_decay", default=0.0, type=float, help="of matrices; with SGD of vectors, too")
@@ -173,7 +172,7 @@ def probe_specs(args: argparse.Namespace, backbone: VisionTransformer) -> list[P
     for aggregation, _ in heads:
         check_aggregation(aggregation, backbone.has_cls)
     blocks = args.return_block if args.return_block is not None else [backbone.depth - 1]
-    backbone.check_blocks(blocks)
+    check_blocks(blocks, backbone.depth)
     # runs of the time when there could be one optimizer saved a word
     optimizers = [args.optimizer] if isinstance(args.optimizer, str) else args.optimizer
     return [
@@ -204,13 +203,12 @@ def main(args: argparse.Namespace) -> None:
             raise ValueError(f"--knn {max(args.knn)}: there are {len(kept)} training images; name fewer neighbours")
 
         # ---- a frozen encoder and a bank of probes on its tokens
-        with seeded("weights", args.seed):
-            encoder, size = build_encoder(args)
+        encoder, size = frozen_encoder(args)
         backbone = encoder.backbone.to(world.device)
         if args.final_norm and isinstance(backbone.norm, torch.nn.Identity):
             raise ValueError(f"--final_norm: encoders of family {encoder.record['family']} have no last norm")
         specs = probe_specs(args, backbone)
-        grid = (size // backbone.patch_size, size // backbone.patch_size)
+        grid = backbone.grid_of(size, size)
         bank = ProbeBank(specs, backbone, grid, num_classes, args.init).to(world.device)
         amp = PRECISIONS[args.amp]
         oracle = build_oracle(args, encoder, size, amp).to(world.device) if bank.needs.oracle else None
@@ -221,30 +219,19 @@ def main(args: argparse.Namespace) -> None:
         batches = GlobalBatches(
             len(train_images), args.batch_size, args.accum_iter, args.seed, indices=kept, group=args.bn_group
         )
-        augment = train_transform(size, encoder.mean, encoder.std, crop=args.crop, hflip=not args.no_hflip,
-                                  loader=args.loader)  # fmt: skip
-        pixels = eval_transform(size, encoder.mean, encoder.std, args.loader)
-        keyed = functools.partial(KeyedDataset, seed=args.seed, on_bad_image=args.on_bad_image)
-        parts = {
-            "train": Part(keyed(train_images, augment, train=True, indices=kept), kept, args.cache_views),
-            "test": Part(keyed(test_images, pixels), range(len(test_images))),
-        }
-        if held_out:
-            parts["val"] = Part(keyed(train_images, pixels), held_out)
+        parts = image_parts(args, encoder, size, train_images, kept, held_out, test_images)
         orders = {name: EvaluationBatches(len(p.dataset), args.batch_size, p.indices) for name, p in parts.items()}
         orders["train"] = batches
         how = loading(args, world.device)
         tokens, loaders = frozen, {n: build_loader(p.dataset, orders[n], **how) for n, p in parts.items()}
         cache = None
         if args.cache_views and not args.eval:
+            tokens = CachedTokens(frozen, bank, size, world.device)
+            behind = {**facts, "test images": fingerprint(test_images), "oracle": oracle and oracle.record["sha256"]}
             cache = FeatureCache(
-                CachedTokens(frozen, bank, size, world.device), parts, args.cache_dir,
-                {**facts, "test images": fingerprint(test_images), "oracle": oracle and oracle.record["sha256"],
-                 "held out": held_out, "pixels": [size, encoder.mean, encoder.std],
-                 "family": encoder.record["family"],
-                 **{name: plain(args)[name] for name in CACHE_DEPENDS_ON}},
-            )  # fmt: skip
-            tokens, loaders = cache.tokens, {name: cache.loader(name, orders[name]) for name in parts}
+                tokens, parts, args.cache_dir, {**behind, **cache_settings(args, encoder, size, held_out)}
+            )
+            loaders = {name: cache.loader(name, orders[name]) for name in parts}
         tally = functools.partial(MultiLabelTally if multi_label else Tally, len(specs), num_classes, world.device)
 
         def score(part: str, keeper: PredictionKeeper | None = None) -> dict[str, dict]:
@@ -314,11 +301,32 @@ def main(args: argparse.Namespace) -> None:
         folder.close()
 
 
-# arguments that decide what the encoder makes of the images
-CACHE_DEPENDS_ON = (
-    "model", "num_heads", "no_cls_token", "return_block", "cls_features", "amp", "final_norm", "crop", "no_hflip",
-    "loader", "seed", "on_bad_image", *option_flags(),
-)  # fmt: skip
+def image_parts(
+    args: argparse.Namespace, encoder: Encoder, size: int, train_images: Dataset, kept: Sequence[int],
+    held_out: Sequence[int], test_images: Dataset,
+) -> dict[str, Part]:  # fmt: skip
+    """The images of "train", augmented, of "test", and of "val" where some are held out."""
+    augment = train_transform(size, encoder.mean, encoder.std, crop=args.crop, hflip=not args.no_hflip,
+                              loader=args.loader)  # fmt: skip
+    pixels = eval_transform(size, encoder.mean, encoder.std, args.loader)
+    keyed = functools.partial(KeyedDataset, seed=args.seed, on_bad_image=args.on_bad_image)
+    parts = {
+        "train": Part(keyed(train_images, augment, train=True, indices=kept), kept, args.cache_views),
+        "test": Part(keyed(test_images, pixels), range(len(test_images))),
+    }
+    return parts | ({"val": Part(keyed(train_images, pixels), held_out)} if held_out else {})
+
+
+def cache_settings(args: argparse.Namespace, encoder: Encoder, size: int, held_out: Sequence[int]) -> dict[str, Any]:
+    """What a cache of features depends on beside weights and images: where any of it differs, so does its file."""
+    names = (
+        "model", "num_heads", "no_cls_token", "return_block", "cls_features", "amp", "final_norm", "crop", "no_hflip",
+        "loader", "seed", "on_bad_image", *option_flags(),
+    )  # fmt: skip
+    return {
+        "held out": held_out, "pixels": [size, encoder.mean, encoder.std], "family": encoder.record["family"],
+        **{name: plain(args)[name] for name in names},
+    }  # fmt: skip
 
 
 def settle(args: argparse.Namespace) -> None:
@@ -341,6 +349,10 @@ def settle(args: argparse.Namespace) -> None:
         raise ValueError(f"--lr {args.lr} sets one rate, --blr {args.blr} several: leave out one of them")
     if args.eval and not args.resume:
         raise ValueError("--eval needs the probes: name their checkpoint with --resume")
+    if args.eval_every < 1:
+        raise ValueError(f"--eval_every {args.eval_every}: write after how many epochs, such as 1")
+    if not 0 <= args.start_epoch < args.epochs:
+        raise ValueError(f"--start_epoch {args.start_epoch}: the epochs are 0 to {args.epochs - 1}")
     if (args.bn_group or args.batch_size) < 2:
         raise ValueError("batch normalisation needs at least two images: raise --batch_size or --bn_group")
     if not 0 <= args.val_fraction < 1:
@@ -374,7 +386,7 @@ def choose_metric(args: argparse.Namespace, multi_label: bool) -> str:
 def build_optimizer(args: argparse.Namespace, specs: list[ProbeSpec], groups: list[dict]) -> LARS:
     """One optimizer; each probe's group follows the rule of its own kind."""
     for spec, group in zip(specs, groups, strict=True):
-        group |= MOMENTUM_RULES[spec.optimizer]
+        group |= OPTIMIZERS[spec.optimizer]
         if args.momentum is not None:
             group["momentum"] = args.momentum
     return LARS(groups, weight_decay=args.weight_decay)

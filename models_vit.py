@@ -277,7 +277,7 @@ class VisionTransformer(nn.Module):
         if rope and class_token:
             raise ValueError("rotary positions are defined for registers and patches, not for a [cls] token")
         self.embed_dim, self.depth, self.num_heads, self.patch_size = embed_dim, depth, num_heads, patch_size
-        self.grid_size = (img_size // patch_size, img_size // patch_size)
+        self.grid_size = self.grid_of(img_size, img_size)
         self.num_registers = reg_tokens
         self.num_prefix_tokens = int(class_token) + reg_tokens
         self.num_embedded_prefix = 0 if no_embed_class else self.num_prefix_tokens
@@ -314,13 +314,14 @@ class VisionTransformer(nn.Module):
     def has_cls(self) -> bool:
         return self.cls_token is not None
 
+    def grid_of(self, height: int, width: int) -> Grid:
+        """Rows and columns of patches of an image of height x width pixels."""
+        return height // self.patch_size, width // self.patch_size
+
     def compile_blocks(self, backend: str | Callable = "inductor") -> None:
         """Compile each block where it stands; all share the code, which takes some twenty seconds to make."""
         for block in self.blocks:
             block.compile(backend=backend)
-
-    def check_blocks(self, blocks: Sequence[int]) -> None:
-        check_blocks(blocks, self.depth)
 
     def embed(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Images (B,3,h,w) -> prefix tokens (B,P,D) and patch tokens (B,M,D), positions added.
@@ -355,8 +356,7 @@ class VisionTransformer(nn.Module):
 
     def trace(self, images: Tensor) -> Iterator[BlockTrace]:
         """Images (B,3,h,w) -> one BlockTrace per block, in order; stop iterating to skip the blocks that follow."""
-        grid = (images.shape[-2] // self.patch_size, images.shape[-1] // self.patch_size)
-        return self.trace_tokens(torch.cat(self.embed(images), dim=1), grid)
+        return self.trace_tokens(torch.cat(self.embed(images), dim=1), self.grid_of(*images.shape[-2:]))
 
     def forward(
         self, images: Tensor, blocks: Sequence[int] | None = None, cls_attention: bool = False,
@@ -367,7 +367,7 @@ class VisionTransformer(nn.Module):
         Blocks after the last chosen one are not computed. Raises ValueError for a block that does not exist.
         """
         wanted = {self.depth - 1} if blocks is None else set(blocks)
-        self.check_blocks(sorted(wanted))
+        check_blocks(sorted(wanted), self.depth)
         features = {}
         for step in self.trace(images):
             if step.index in wanted:

@@ -9,8 +9,10 @@ import re
 import torch
 from torch import Tensor
 
-from util.arguments import build_encoder
+from util.arguments import frozen_encoder
 from util.checkpoints import Encoder
+
+ORACLE_ARGUMENTS = ("oracle", "oracle_model", "oracle_family", "oracle_checkpoint_key")
 
 
 class Oracle:
@@ -51,6 +53,15 @@ class Oracle:
         return features.cls_attention.mean(1)
 
 
+def add_oracle_arguments(group: argparse._ArgumentGroup, default: str | None) -> None:
+    """ORACLE_ARGUMENTS: what --finetune, --model, --family and --checkpoint_key say, of another encoder."""
+    group.add_argument("--oracle", default=default, metavar="WEIGHTS",
+                       help="encoder whose [cls] attention the head dino takes; as --finetune")  # fmt: skip
+    group.add_argument("--oracle_model", default="vit_base_patch16", metavar="MODEL", help="its architecture")
+    group.add_argument("--oracle_family", default=None, help="format of its file (default: detected)")
+    group.add_argument("--oracle_checkpoint_key", default=None, help="entry of its file that holds the weights")
+
+
 def build_oracle(args: argparse.Namespace, probed: Encoder, size: int, amp: torch.dtype) -> Oracle:
     """The oracle that --oracle and its companions name. ValueError, with that flag in front, where it does not fit."""
     named = argparse.Namespace(**{
@@ -58,7 +69,7 @@ def build_oracle(args: argparse.Namespace, probed: Encoder, size: int, amp: torc
         "checkpoint_key": args.oracle_checkpoint_key, "num_heads": None, "no_cls_token": False, "input_size": size,
     })  # fmt: skip
     try:
-        return Oracle(build_encoder(named)[0], probed, size, amp)
+        return Oracle(frozen_encoder(named)[0], probed, size, amp)
     except ValueError as error:
         words = re.sub("--(model|family|checkpoint_key)", r"--oracle_\1", str(error))
         raise ValueError(f"--oracle: {words}") from error

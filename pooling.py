@@ -61,6 +61,11 @@ class Pooling(nn.Module):
         super().__init__()
         self.width = width
 
+    @property
+    def learned(self) -> bool:
+        """Whether it has parameters, so that it changes as its probe trains."""
+        return next(self.parameters(), None) is not None
+
 
 class TokenPool(nn.Module):
     """A learned pooling of tokens (B,M,D) -> Pooled. `width` is the vector's.

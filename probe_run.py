@@ -47,13 +47,13 @@ class ProbeRun(NamedTuple):
             raise ValueError(f"--probes {self.folder}: {error}") from error
         return bank.eval().requires_grad_(False)
 
-    def scores(self, epoch: str = "last") -> dict[str, dict]:
+    def scores(self) -> dict[str, dict]:
         """{probe: its scores at the last epoch}, with its rate and with where it diverged, if it did.
 
         Where held-out images have chosen rate and optimizer of each head and block, the chosen probes alone.
         """
         return {
-            name: {**probe[epoch], "blr": probe["blr"], "optimizer": probe.get("optimizer", "lars"),
+            name: {**probe["last"], "blr": probe["blr"], "optimizer": probe.get("optimizer", "lars"),
                    "diverged_at": probe.get("diverged_at")}
             for name, probe in self.results["probes"].items() if probe.get("chosen", True)
         }  # fmt: skip

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from aggregation import Value, check_aggregation, head_name
 from folding import pool_together
-from models_vit import Features, VisionTransformer
+from models_vit import Features, VisionTransformer, check_blocks
 from pooling import Needs, Pooling, Tokens, select
 from util.distributed import gather_tensors
 from util.seeding import seeded
@@ -132,7 +132,7 @@ class ProbeBank(nn.Module):
         names = [spec.name for spec in specs]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"a probe is asked for twice: {', '.join(twice)}")
-        backbone.check_blocks(sorted({spec.block for spec in specs}))
+        check_blocks(sorted({spec.block for spec in specs}), backbone.depth)
         self.specs = tuple(specs)
         tokens = Tokens(backbone.embed_dim, grid, backbone.num_prefix_tokens)
         self.probes = nn.ModuleList(Probe(spec, tokens, backbone.has_cls, num_classes, init) for spec in specs)
@@ -144,8 +144,7 @@ class ProbeBank(nn.Module):
         rows: dict[tuple, int] = {}
         self._distinct, self._row, self._folded = [], [], {}
         for index, (spec, probe) in enumerate(zip(self.specs, self.probes, strict=True)):
-            trained = any(True for _ in probe.aggregation.parameters())
-            key = (index,) if trained else (spec.head, spec.block)
+            key = (index,) if probe.aggregation.learned else (spec.head, spec.block)
             if key not in rows:
                 rows[key] = len(self._distinct)
                 self._distinct.append(index)
@@ -167,8 +166,8 @@ class ProbeBank(nn.Module):
 
     @property
     def learned(self) -> tuple[bool, ...]:
-        """Whether each of the vectors that `pool` returns has parameters, so that it changes as its probe trains."""
-        return tuple(any(True for _ in self._aggregation(row).parameters()) for row in range(len(self._distinct)))
+        """Whether each of the vectors that `pool` returns changes as its probe trains."""
+        return tuple(self._aggregation(row).learned for row in range(len(self._distinct)))
 
     @property
     def blocks(self) -> tuple[int, ...]:

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import torch.nn.functional as F
-from benchmark_loader import endless, loading
+from benchmark_loader import endless, loading, views
 from benchmark_pretrain import pretraining_steps
 from torch import Tensor
 
@@ -181,8 +181,7 @@ def training_step(
     for word, blr, seed in words:
         name, options = parse_head(word, {})
         specs.append(ProbeSpec(name, backbone.depth - 1, blr, seed, options))
-    side = size // backbone.patch_size
-    bank = ProbeBank(specs, backbone, (side, side), CLASSES).to(backbone.norm.weight.device).train()
+    bank = ProbeBank(specs, backbone, backbone.grid_of(size, size), CLASSES).to(backbone.norm.weight.device).train()
     tokens = FrozenTokens(backbone, bank.blocks, amp, needs=bank.needs)
     optimizer = LARS(bank.parameter_groups([64 * spec.blr for spec in specs]))  # the rates of a batch of 16,384
 
@@ -221,7 +220,7 @@ def probing(
         if args.only in (None, name):  # the memory of one is measured without the others
             contestants[name] = training_step(backbone, words, size, amp, lambda: (images, labels))
     if args.data_path is not None:
-        batch = endless(args, args.num_workers, train_transform(size))
+        batch = endless(views(args, args.num_workers, train_transform(size)))
 
         def loaded() -> tuple[Tensor, Tensor]:
             sample = batch()

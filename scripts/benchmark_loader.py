@@ -1,7 +1,9 @@
 """What scripts/benchmark.py races for loading: batches decoded, cropped, flipped and normalised by one core."""
 
 import argparse
-from collections.abc import Callable
+import functools
+import itertools
+from collections.abc import Callable, Iterator
 
 import torch
 from torch.utils.data import DataLoader
@@ -11,7 +13,7 @@ from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import v2
 
 from util.crop import RandomResizedCrop
-from util.datasets import EvaluationBatches, GlobalBatches, KeyedDataset, Sample, build_dataset, build_loader
+from util.datasets import EvaluationBatches, GlobalBatches, KeyedDataset, Loader, build_dataset, build_loader
 from util.views import IMAGENET_MEAN, IMAGENET_STD, LOADERS, View, eval_transform, train_transform
 
 BICUBIC = transforms.InterpolationMode.BICUBIC
@@ -40,12 +42,14 @@ def loading(args: argparse.Namespace) -> dict[str, Callable[[], object]]:
 
     contestants = {}
     if args.dataset == "image_folder":
-        contestants["torchvision, PIL images"] = forever(ImageFolder(folder, plain), args)
-        contestants["torchvision, v2 on tensors"] = forever(ImageFolder(folder, second, loader=decode), args)
-    for loader in LOADERS:
-        contestants[f"--loader {loader}"] = endless(args, 0, train_transform(size, loader=loader))
-    for loader in LOADERS:
-        contestants[f"--loader {loader}, test"] = endless(args, 0, eval_transform(size, loader=loader), test=True)
+        usual = functools.partial(DataLoader, batch_size=args.batch_size, shuffle=True, drop_last=True)
+        contestants["torchvision, PIL images"] = endless(usual(ImageFolder(folder, plain)))
+        contestants["torchvision, v2 on tensors"] = endless(usual(ImageFolder(folder, second, loader=decode)))
+    for name in LOADERS:
+        contestants[f"--loader {name}"] = endless(views(args, 0, train_transform(size, loader=name)))
+    for name in LOADERS:
+        test = views(args, 0, eval_transform(size, loader=name), test=True)
+        contestants[f"--loader {name}, test"] = endless(test)
     return contestants
 
 
@@ -53,37 +57,23 @@ def split_of(args: argparse.Namespace) -> str:
     return "train" if args.dataset != "image_folder" or (args.data_path / "train").is_dir() else "val"
 
 
-def forever(images: ImageFolder, args: argparse.Namespace) -> Callable[[], object]:
-    """Batch after batch of PyTorch's own loader, in random order."""
-    loader = DataLoader(images, args.batch_size, shuffle=True, drop_last=True)
-    state = {"batches": iter(loader)}
-
-    def batch() -> object:
-        found = next(state["batches"], None)
-        if found is None:
-            state["batches"] = iter(loader)
-            found = next(state["batches"])
-        return found
-
-    return batch
-
-
-def endless(args: argparse.Namespace, workers: int, view: View, test: bool = False) -> Callable[[], Sample]:
-    """Batch after batch of views of images, epoch after epoch. test: in the order of an evaluation."""
+def views(args: argparse.Namespace, workers: int, view: View, test: bool = False) -> Loader:
+    """Batches of views of images as the programs load them. test: in the order of an evaluation."""
     images = build_dataset(args.dataset, args.data_path, split_of(args), allow_subset=True)
     batches = GlobalBatches(len(images), args.batch_size, 1, seed=0)
     if test:
         whole = range(batches.steps * args.batch_size)
         batches = EvaluationBatches(len(images), args.batch_size, whole)
-    loader = build_loader(KeyedDataset(images, view, 0, noise=196), batches, num_workers=workers)
-    state = {"batches": iter(loader)}
+    return build_loader(KeyedDataset(images, view, 0, noise=196), batches, num_workers=workers)
 
-    def batch() -> Sample:
-        found = next(state["batches"], None)
-        if found is None:
-            batches.epoch += 1
-            state["batches"] = iter(loader)
-            found = next(state["batches"])
-        return found
 
-    return batch
+def endless(loader: DataLoader) -> Callable[[], object]:
+    """Batch after batch, epoch after epoch."""
+
+    def batches() -> Iterator[object]:
+        for epoch in itertools.count():
+            if isinstance(loader, Loader):
+                loader.batch_sampler.epoch = epoch
+            yield from loader
+
+    return functools.partial(next, batches())

@@ -10,6 +10,7 @@ import json
 import math
 import statistics
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -82,14 +83,20 @@ def table(runs: dict[str, dict], epoch: str = "last") -> str:
             spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
             cells.append(f"{statistics.mean(values):.1f}{spread}" if values else "–")
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
-    run = next(iter(runs.values()))
-    seeds = max(len(values) for row in rows.values() for values in row.values())
-    chosen = any("chosen" in probe for probe in run["probes"].values())
-    over = f", mean ± std over {seeds} seeds of the probe" if seeds > 1 else ""
-    lines += ["", f"{spoken(headlines.pop())} (%), {epoch} epoch{over}; "
-              f"{run['n_train']} training and {run['n_test']} test images, {run['args']['epochs']} epochs"
-              + f"; rates chosen on {run.get('n_val')} held-out images" * chosen]  # fmt: skip
+    seeds = alternatives(len(values) for row in rows.values() for values in row.values() if len(values) > 1)
+    over = f", mean ± std over {seeds} seeds of the probe" if seeds else ""
+    trained, tested = (alternatives(run[count] for run in runs.values()) for count in ("n_train", "n_test"))
+    epochs = alternatives(run["args"]["epochs"] for run in runs.values())
+    chose = [run for run in runs.values() if any("chosen" in probe for probe in run["probes"].values())]
+    held_out = f"; rates chosen on {alternatives(run['n_val'] for run in chose)} held-out images" if chose else ""
+    lines += ["", f"{spoken(headlines.pop())} (%), {epoch} epoch{over}; {trained} training and {tested} test images, "
+              f"{epochs} epochs{held_out}"]  # fmt: skip
     return "\n".join(lines) + "\n"
+
+
+def alternatives(values: Iterable[int]) -> str:
+    """The different ones in words, where not all runs are alike."""
+    return " or ".join(map(str, sorted(set(values))))
 
 
 def main(args: argparse.Namespace) -> None:

@@ -26,10 +26,11 @@ from PIL import Image
 from torch import Tensor
 
 from attention_stats import entropy
-from main_analyze_attention import encoder_labels, load, one_encoder_each
-from models_vit import VisionTransformer, attention_from_cls
-from util.arguments import PRECISIONS, Parser, add_encoder_arguments, run_main
+from main_analyze_attention import encoder_labels, one_encoder_each
+from models_vit import VisionTransformer, attention_row
+from util.arguments import PRECISIONS, Parser, add_encoder_arguments, frozen_encoder, run_main
 from util.datasets import eval_transform
+from util.images import read_rgb
 from util.plotting import STYLE, WIDTH, add_scale, draw_map, save_figure, visible
 
 
@@ -44,8 +45,7 @@ class Maps(NamedTuple):
 
 def read_image(path: Path) -> Image.Image:
     try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
+        return read_rgb(path)
     except Exception as error:  # decoders raise anything
         raise ValueError(f"cannot read image {path}: {error}") from error
 
@@ -69,16 +69,14 @@ def attention_of(
 
     One row of the attention is computed. For what check_wanted accepts.
     """
-    grid = tuple(side // backbone.patch_size for side in image.shape[1:])
+    grid = backbone.grid_of(*image.shape[1:])
     prefix = backbone.num_prefix_tokens
     token = 0 if query is None else prefix + query[0] * grid[1] + query[1]
     with torch.autocast("cpu", dtype=amp, enabled=amp != torch.float32):
         for step in backbone.trace(image[None]):
             if step.index == block % backbone.depth:
                 break
-    # attention_from_cls takes the first query there is
-    bias = None if step.logit_bias is None else step.logit_bias[:, token:]
-    row = attention_from_cls(step._replace(q=step.q[:, :, token:], logit_bias=bias), 0)[0].double()
+    row = attention_row(step, token, num_prefix=0)[0].double()
     patches = row[:, prefix:]
     return (patches / patches.sum(1, keepdim=True)).unflatten(1, grid), row[:, token]
 
@@ -137,7 +135,7 @@ def main(args: argparse.Namespace) -> None:
     if twice := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"several images are called {twice[0]}: show them in different --output_dir")
     labels = encoder_labels(args)
-    encoders = [load(one) for one in one_encoder_each(args)]
+    encoders = [frozen_encoder(one) for one in one_encoder_each(args)]
     for label, (encoder, size) in zip(labels, encoders, strict=True):
         check_wanted(label, encoder.backbone, size, args.block, args.query)
     try:

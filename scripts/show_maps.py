@@ -17,62 +17,48 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from torch import Tensor
 
-import main_linprobe
-from models_vit import VisionTransformer
-from probes import ProbeBank
-from util.arguments import Parser, build_encoder, parse, run_main
-from util.datasets import KeyedDataset, build_splits, eval_transform
+from engine_aggregation import fixed_rules, needs_of, probe_rules
+from engine_linprobe import FrozenTokens
+from examples_aggregation import maps_of
+from pooling import Tokens
+from probe_run import ProbeRun, read_run
+from util.arguments import Parser, frozen_encoder, run_main
+from util.checkpoints import Encoder
+from util.datasets import KeyedDataset, build_dataset, eval_transform
 from util.plotting import STYLE, add_scale, draw_map, save_figure, visible
-from util.run_folder import RunFolder
 from util.seeding import stable_seed
 
 
-def load_run(folder: Path) -> tuple[argparse.Namespace, VisionTransformer, ProbeBank, KeyedDataset]:
-    """Arguments, encoder, trained probes and test images of a probing run. ValueError for an unfinished one."""
-    args = parse(main_linprobe.get_args_parser(), ["--args_from", str(folder / "args.json")])
-    state = RunFolder(folder).find_checkpoint("auto")
-    if state is None:
-        raise ValueError(f"{folder} holds no checkpoint: is it the --output_dir of main_linprobe.py?")
-    _, images, num_classes = build_splits(args.dataset, args.data_path, args.nb_classes, args.allow_subset)
-    encoder, size = build_encoder(args)
+def cls_and_abmilp(run: ProbeRun, encoder: Encoder, images: Tensor) -> dict[str, np.ndarray]:
+    """{"[cls]", where the encoder has it, and "AbMILP": (B,rows,columns)} of images (B,3,h,w), in multiples of uniform
+    weights. ValueError where the run has no abmilp probe."""
     backbone = encoder.backbone
-    specs = main_linprobe.probe_specs(args, backbone)
-    bank = ProbeBank(specs, backbone, (size // backbone.patch_size,) * 2, num_classes)
-    bank.load_probe_states(state["probes"])
-    return args, backbone, bank.eval(), KeyedDataset(images, eval_transform(size, encoder.mean, encoder.std), 0)
-
-
-@torch.no_grad()
-def maps_of(backbone: VisionTransformer, bank: ProbeBank, images: Tensor) -> dict[str, Tensor]:
-    """{"[cls]": (B,M), "AbMILP": (B,M)}: weights over the patches, each summing to 1. ValueError without the heads."""
-    found = {}
-    features = backbone(images, bank.blocks, cls_attention=backbone.has_cls)
-    if backbone.has_cls:
-        attention = features[max(bank.blocks)].cls_attention.mean(1)
-        found["[cls]"] = attention / attention.sum(1, keepdim=True)
-    probes = [(s, p) for s, p in zip(bank.specs, bank.probes, strict=True) if s.aggregation == "abmilp"]
-    if not probes:
-        raise ValueError("the run has no abmilp probe: its --cls_features must name abmilp")
-    M = features[max(bank.blocks)].patches.shape[1]
-    weights = torch.stack([  # of several branches, the mean
-        probe.aggregation(features[spec.block]).weights[..., -M:].reshape(len(images), -1, M).mean(1)
-        for spec, probe in probes
-    ]).mean(0)  # fmt: skip
-    found["AbMILP"] = weights / weights.sum(1, keepdim=True)
-    return found
+    grid = backbone.grid_of(*images.shape[-2:])
+    given = Tokens(backbone.embed_dim, grid, backbone.num_prefix_tokens)
+    cls = fixed_rules(["attn-mn"] if backbone.has_cls else [], backbone, given, has_oracle=False)
+    rules = probe_rules(run.bank(encoder, grid), backbone.depth - 1, run.scores())
+    abmilp = [rule for rule in rules if rule.head.startswith("abmilp")]
+    if not abmilp:
+        raise ValueError(f"{run.folder} has no abmilp probe: its --cls_features must name abmilp")
+    rules = [*cls, *abmilp]
+    blocks = tuple(sorted({rule.block for rule in rules}))
+    tokens = FrozenTokens(backbone, blocks, torch.float32, run.args.final_norm, needs_of(rules))
+    maps = maps_of(rules, tokens, images, torch.device("cpu"))
+    found = {"[cls]": maps["attn-mn"]} if cls else {}
+    return {**found, "AbMILP": np.mean([maps[rule.name] for rule in abmilp], axis=0)}
 
 
 @rc_context(STYLE)
-def draw(pictures: np.ndarray, columns: dict[str, Tensor], target: Path) -> None:
+def draw(pictures: np.ndarray, columns: dict[str, np.ndarray], target: Path) -> None:
     """pictures (B,h,w,3); columns {title: (B,rows,columns) maps in multiples of uniform}; one row per image."""
-    top = max(float(column.quantile(0.995)) for column in columns.values())
+    top = max(float(np.quantile(column, 0.995)) for column in columns.values())
     rows, count = len(pictures), 1 + len(columns)
     figure = Figure(figsize=(1.3 * count + 0.6, 1.3 * rows + 0.3), layout="constrained")
     axes = figure.subplots(rows, count, squeeze=False)
     for row in range(rows):
         axes[row, 0].imshow(pictures[row])
         for axis, column in zip(axes[row, 1:], columns.values(), strict=True):
-            draw_map(axis, pictures[row], column[row].numpy(), top)
+            draw_map(axis, pictures[row], column[row], top)
     for axis, title in zip(axes[0], ["image", *columns], strict=True):
         axis.set_title(title)
     for axis in axes.flat:
@@ -82,17 +68,21 @@ def draw(pictures: np.ndarray, columns: dict[str, Tensor], target: Path) -> None
 
 
 def main(args: argparse.Namespace) -> None:
+    if args.images < 1:
+        raise ValueError(f"--images {args.images}: it takes at least one")
     columns, pictures = {}, None
     for word in args.runs:
         label, _, folder = word.rpartition("=")
-        _, backbone, bank, images = load_run(Path(folder))
+        run = read_run(Path(folder))
+        encoder, size = frozen_encoder(run.args)
+        images = build_dataset(run.args.dataset, run.args.data_path, "val", run.args.allow_subset)
+        view = eval_transform(size, encoder.mean, encoder.std, run.args.loader)
         generator = torch.Generator().manual_seed(stable_seed("maps", args.seed))
         chosen = torch.randperm(len(images), generator=generator)[: args.images].tolist()
-        batch = torch.stack([images[0, index].image for index in chosen])
-        grid = [side // backbone.patch_size for side in batch.shape[-2:]]
-        for name, weights in maps_of(backbone, bank, batch).items():
-            columns[f"{label or Path(folder).name}: {name}"] = (weights * weights.shape[1]).unflatten(1, grid)
-        pictures = visible(batch, images.transform)
+        batch = torch.stack([KeyedDataset(images, view, 0)[0, index].image for index in chosen])
+        for name, maps in cls_and_abmilp(run, encoder, batch).items():
+            columns[f"{label or Path(folder).name}: {name}"] = maps
+        pictures = visible(batch, view)
     draw(pictures, columns, args.output)
 
 

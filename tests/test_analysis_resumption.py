@@ -156,7 +156,9 @@ def test_results_that_a_kill_cut_short_are_written_again_and_so_are_complete_one
         assert differences(found(tmp_path), whole) == []
 
 
-@pytest.mark.parametrize(("place", "name"), [("main_analyze_attention", "load"), ("engine_attention", "Watched")])
+@pytest.mark.parametrize(
+    ("place", "name"), [("main_analyze_attention", "frozen_encoder"), ("engine_attention", "Watched")]
+)
 def test_a_signal_before_the_first_batch_leaves_a_folder_that_can_be_used(
     place, name, command, whole, tmp_path, monkeypatch, capsys
 ):

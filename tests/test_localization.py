@@ -10,7 +10,6 @@ import pytest
 from localization import (
     IOUS,
     Localizer,
-    LostWorker,
     best_overlaps,
     boxes_at,
     levels_of,
@@ -19,6 +18,7 @@ from localization import (
     summary,
     tally,
 )
+from util.signals import DeadWorker
 
 SIZE = (224, 224)
 LEVELS = levels_of(0.001)
@@ -165,7 +165,7 @@ def test_processes_count_as_one_does():
 
 def test_killed_worker_is_an_error_that_says_so():
     truth = np.array([[0, 0, 5, 5]])
-    with pytest.raises(LostWorker, match="was killed"), Localizer(1, (40, 40), LEVELS, 1) as localizer:
+    with pytest.raises(DeadWorker, match="was killed"), Localizer(1, (40, 40), LEVELS, 1) as localizer:
         localizer.add(np.ones((1, 1, 5, 5)), [truth])
         localizer.result()
         for process in localizer.pool._processes.values():

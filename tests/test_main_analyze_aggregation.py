@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_run_folder import claimed_by_another_process
 
 import main_analyze_aggregation
 import main_linprobe
@@ -18,12 +19,11 @@ from localization import best_overlaps, levels_of, score_map
 from main_analyze_aggregation import get_args_parser, stretch_transform
 from models_vit import build_vit
 from probe_run import read_run
-from util.arguments import build_encoder, parse, run_main
+from util.arguments import frozen_encoder, parse, run_main
 from util.boxes import read_boxes
 from util.checkpoints import save_encoder
 from util.datasets import build_dataset, eval_transform
 from util.demo_data import generate
-from util.seeding import seeded
 
 TEST_IMAGES = 11  # no batch size and no number of processes divides it
 FLAGS = ["--amp", "float32", "--device", "cpu", "--num_workers", "0", "--loc_workers", "0", "--loc_step", "0.02"]
@@ -86,8 +86,7 @@ def vectors(data, probes):
     """Of single images, by hand: the rules' vectors {name: (M,)} of the view that a transform makes."""
     run = read_run(probes)
     asked = run.with_encoder(parse(get_args_parser(), ["--data_path", str(data)]))
-    with seeded("weights", asked.seed):
-        encoder, _ = build_encoder(asked)
+    encoder, _ = frozen_encoder(asked)
     bank = run.bank(encoder, (8, 8))
 
     def of(image: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -328,3 +327,12 @@ def test_results_are_not_written_over(data, tmp_path):
     analyse(tmp_path, *flags)
     with pytest.raises(ValueError, match="already holds results"):
         analyse(tmp_path, *flags)
+
+
+def test_a_folder_is_its_own_while_it_is_written_to(data, tmp_path, monkeypatch):
+    def look(*_: object) -> None:
+        raise FloatingPointError(claimed_by_another_process(tmp_path / "out"))
+
+    monkeypatch.setattr(main_analyze_aggregation, "run_pass", look)
+    with pytest.raises(FloatingPointError, match="another process writes there"):
+        analyse(tmp_path / "out", "--data_path", data, "--model", "vit_demo_patch8", "--rules", "pos")

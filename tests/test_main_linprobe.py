@@ -174,6 +174,8 @@ def test_a_finished_run_is_not_written_over(command):
         (["--cache_dir", "cache"], "--cache_dir names where --cache_views V are kept: say how many"),
         (["--knn", "10", "0"], "--knn 0: it takes at least one neighbour"),
         (["--knn", "65"], "--knn 65: there are 64 training images"),
+        (["--eval_every", "0"], "--eval_every 0: write after how many epochs"),
+        (["--start_epoch", "3"], "--start_epoch 3: the epochs are 0 to 2"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(command, mistake, message, capsys, tmp_path):

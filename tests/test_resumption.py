@@ -161,7 +161,7 @@ def raising(call, number=signal.SIGTERM, nth=1):
     ("place", "name", "nth", "saved"),
     [
         ("main_linprobe", "build_splits", 1, "nothing to save"),
-        ("main_linprobe", "build_encoder", 1, "nothing to save"),
+        ("main_linprobe", "frozen_encoder", 1, "nothing to save"),
         ("util.datasets.KeyedDataset", "__getitem__", 1, "before its first step"),
         ("util.datasets.KeyedDataset", "__getitem__", 14, "saved after 1 of 3 steps of epoch 0"),
         ("util.scores.Tally", "update", 1, "saved after 3 of 3 steps of epoch 0"),  # in the first evaluation

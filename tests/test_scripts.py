@@ -1,16 +1,20 @@
 """The scripts that turn runs into a table and a picture."""
 
 import json
+import runpy
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 import main_linprobe
+from main_analyze_attention import load
+from probe_run import read_run
 from util.arguments import parse
 from util.demo_data import generate
 
@@ -64,6 +68,14 @@ def test_table_has_a_row_for_each_setting_or_for_those_that_were_chosen(run, tmp
     assert "has none" in script("probe_table.py", f"mine={tmp_path}", "--report", "best").stderr
 
 
+def test_table_says_where_its_runs_are_not_alike(run, tmp_path):
+    results = json.loads((run / "results.json").read_text())
+    results |= {"n_train": 7, "args": {**results["args"], "epochs": 3}}
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    done = script("probe_table.py", f"all={run}", f"few={tmp_path}")
+    assert "over 2 seeds of the probe; 7 or 20 training and 10 test images, 1 or 3 epochs" in done.stdout
+
+
 def test_table_joins_the_seeds_of_runs_of_one_label(run, tmp_path):
     for name in "ab":
         shutil.copytree(run, tmp_path / name)
@@ -76,6 +88,20 @@ def test_maps_are_drawn(run, tmp_path):
     done = script("show_maps.py", f"mine={run}", "--images", "2", "--output", tmp_path / "maps.png")
     assert done.returncode == 0, done.stderr
     assert Image.open(tmp_path / "maps.png").size[0] > 300
+
+
+def test_maps_are_of_the_tokens_that_the_probes_were_trained_on(run, tmp_path):
+    argv = ["--args_from", run / "args.json", "--final_norm", "--output_dir", tmp_path / "run"]
+    main_linprobe.main(parse(main_linprobe.get_args_parser(), list(map(str, argv))))
+    found = read_run(tmp_path / "run")
+    encoder, size = load(found.args)
+    images = torch.randn(3, 3, size, size)
+    bank = found.bank(encoder, encoder.backbone.grid_size)
+    (features,) = encoder.backbone(images).values()
+    scores = [p.aggregation.pool.score(encoder.backbone.norm(features.patches)) for p in bank.probes[2:]]
+    expected = 64 * torch.stack([score[..., 0].softmax(1) for score in scores]).mean(0).unflatten(1, (8, 8))
+    maps = runpy.run_path(str(ROOT / "scripts" / "show_maps.py"))["cls_and_abmilp"](found, encoder, images)
+    np.testing.assert_allclose(maps["AbMILP"], expected.detach(), rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["probe_table.py", "show_maps.py"])

@@ -50,6 +50,13 @@ def test_map_is_the_row_of_the_full_attention(tiny, options, query, token):
         torch.testing.assert_close(to_self, row[:, token], rtol=1e-5, atol=1e-7)
 
 
+def test_images_are_read_as_those_of_data_sets(tmp_path):
+    grey = np.linspace(0, 2**16 - 1, 64).astype(np.uint16).reshape(8, 8)
+    Image.fromarray(grey).save(tmp_path / "grey.png")
+    picture = runpy.run_path(SCRIPT)["read_image"](tmp_path / "grey.png")
+    np.testing.assert_array_equal(np.array(picture), np.repeat((grey >> 8)[..., None], 3, axis=2))
+
+
 def test_picture_is_what_the_encoder_sees(image_folder):
     image = Image.open(next(image_folder.rglob("*.png"))).convert("RGB")
     transform = eval_transform(32, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))

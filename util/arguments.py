@@ -16,12 +16,14 @@ import torch
 from models_vit import architecture, default_input_size
 from util import signals
 from util.catalogue import CATALOGUE, fetch_weights
-from util.checkpoints import FAMILIES, Encoder, known_family, load_encoder
+from util.checkpoints import Encoder, known_family, load_encoder
 from util.choices import instead_of, nearest
-from util.datasets import DATASETS, LOADERS, ON_BAD_IMAGE, DeadWorker, check_dataset, micro_steps_of_a_group
+from util.datasets import DATASETS, LOADERS, ON_BAD_IMAGE, check_dataset, micro_steps_of_a_group
 from util.distributed import PeerLost, said_first
+from util.families import FAMILIES
 from util.progress import log
 from util.run_folder import AnotherRun
+from util.seeding import seeded
 
 PRECISIONS = {
     "bfloat16": torch.bfloat16,
@@ -284,11 +286,17 @@ def build_encoder(args: argparse.Namespace, **options) -> tuple[Encoder, int]:
     return encoder, size
 
 
+def frozen_encoder(args: argparse.Namespace) -> tuple[Encoder, int]:
+    """build_encoder for what only reads the encoder: random weights, where there are any, are a function of --seed."""
+    with seeded("weights", args.seed):
+        return build_encoder(args)
+
+
 def run_main(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
     """Run a program; what its user can mend is one line on standard error, and the exit code says what happened.
 
-    2: a mistake in the arguments, the files or the disk (ValueError). 1: a run that diverged, lost a loader's worker or
-    another process. signals.EXIT_STOPPED: stopped as requested. 130: Ctrl-C where nothing listens to it any more.
+    2: a mistake in the arguments, the files or the disk (ValueError). 1: a run that diverged, lost a worker or another
+    process. signals.EXIT_STOPPED: stopped as requested. 130: Ctrl-C where nothing listens to it any more.
     """
     threading.excepthook = _quiet_about_disks
     try:
@@ -296,7 +304,7 @@ def run_main(main: Callable[[argparse.Namespace], None], args: argparse.Namespac
             main(args)
     except ValueError as error:
         fail(error, 2)
-    except (FloatingPointError, DeadWorker, PeerLost) as error:
+    except (FloatingPointError, signals.DeadWorker, PeerLost) as error:
         fail(error, 1)
     except signals.Stopped as stop:
         fail(stop, signals.EXIT_STOPPED)

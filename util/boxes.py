@@ -205,7 +205,7 @@ class ImageBoxes:
         return (boxes * float(size) / np.array([width, height, width, height])).astype(np.int64)
 
     def cropped(self, index: int, size: int) -> np.ndarray:
-        """(m,4) in the image as util.datasets.eval_transform makes it: boxes are cut at the crop's border, and those
+        """(m,4) in the image as util.views.eval_transform makes it: boxes are cut at the crop's border, and those
         that lie outside of it are left out, perhaps all."""
         boxes, sides = self.original(index)
         # torchvision's Resize of the shorter side, and its CenterCrop

@@ -49,7 +49,7 @@ class DatasetEntry(NamedTuple):
 
 
 def published() -> ModuleType:
-    """torchvision's data sets, imported late as in util.datasets."""
+    """torchvision's data sets, imported late as in util.views."""
     from torchvision import datasets
 
     return datasets

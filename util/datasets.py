@@ -311,16 +311,12 @@ def build_loader(
     return loader
 
 
-class DeadWorker(RuntimeError):
-    """A loader's worker has ended without being asked to."""
-
-
 class Watched:
     """The batches of a loader, behind a progress bar, ending at once where the program is asked to stop.
 
     A single process ends while it waits for data, too; several look at each other before every batch of an
     evaluation (agree = True), and otherwise leave it to the caller to agree on when to stop. `waited` is the time in
-    seconds that was spent waiting for data. DeadWorker where a worker of the loader was killed.
+    seconds that was spent waiting for data. signals.DeadWorker where a worker of the loader was killed.
 
     between: called with the number of batches behind the pass, those without a readable image too, before every batch
     and at the end; with agree, by all processes together.
@@ -349,7 +345,7 @@ class Watched:
             except RuntimeError as error:
                 if "DataLoader worker" not in str(error):
                     raise
-                raise DeadWorker(" ".join(str(error).split())) from error
+                raise signals.DeadWorker(" ".join(str(error).split())) from error
             self.waited += time.perf_counter() - start
             if sample is not None:
                 yield sample

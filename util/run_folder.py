@@ -29,7 +29,7 @@ from util.progress import log
 from util.safe_load import load_plain
 
 ROOT = Path(__file__).resolve().parent.parent
-SNAPSHOT_RECORD = "snapshot.json"  # in a copy of the code that util.jobs has made
+SNAPSHOT_RECORD = "snapshot.json"  # in a copy of the code that util.snapshot has made
 # what loading a state of wrong content raises, inside of torch too
 MISFITS = (RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError)
 LOCK = ".lock"

@@ -32,6 +32,10 @@ class Stopped(BaseException):
         return f"stopped by {signal.Signals(self.number).name}: {self.told}"
 
 
+class DeadWorker(RuntimeError):
+    """A worker process, of a loader or of an evaluation, has ended without being asked to."""
+
+
 _requested = 0  # number of the first signal
 _last_interrupt = float("-inf")
 _deferred = False
