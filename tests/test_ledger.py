@@ -118,7 +118,8 @@ def test_record_says_where_its_number_comes_from(made, tmp_path):
     [
         lambda text: text.replace("68.0", "71.6", 1), lambda text: text.replace('"dirty": false', '"dirty": true'),
         lambda text: text[:-50], lambda text: text.replace("68.0", "NaN", 1), lambda text: "[]", lambda text: "{}",
-        lambda text: text.replace('"n": 3', '"n": 3, "more": 1'),
+        lambda text: text.replace('"n": 3', '"n": 3, "more": 1'), lambda text: "[" * 100_000,
+        lambda text: text.replace('"n": 3', '"n": 5, "n": 3'), lambda text: "",
     ],
 )  # fmt: skip
 def test_changed_record_is_refused_with_its_name(made, tmp_path, damage):
@@ -147,6 +148,9 @@ def test_resealed_record_of_another_data_set_is_refused_too(made, tmp_path):
         read_record(tmp_path, path)
 
 
+IMAGES = {"n_train": 1_281_167, "fingerprint": "f" * 64}
+
+
 def resealed(tmp_path, record):
     """The record in its place, with the seal of what it is now."""
     path = tmp_path / cell_in(record).file
@@ -167,9 +171,22 @@ def resealed(tmp_path, record):
         ({"values": []}, r"it is not what scripts/record.py writes"),
         ({"sources": []}, "a run without its command"),
         ({"sources": [{"command": "main.py"}]}, "a run without its seed"),
-        ({"data": {"classes": 10, "n_test": 500}}, "10 classes, where imagenet1k has 1000"),
-        ({"data": {"classes": 1000, "n_test": 500}}, "500 test images, where imagenet1k has 50,000"),
+        ({"data": {"classes": 10, "n_test": 500, **IMAGES}}, "10 classes, where imagenet1k has 1000"),
+        ({"data": {"classes": 1000, "n_test": 500, **IMAGES}}, "500 test images, where imagenet1k has 50,000"),
         ({"dataset": "nowhere"}, r"it is not what scripts/record.py writes \(KeyError\('nowhere'\)\)"),
+        ({"seeds": [0, 0, 1]}, r"a seed twice among \[0, 0, 1\]"),
+        ({"seeds": "012"}, "its seeds are not what"),
+        ({"notes": None}, "its notes are not what"),
+        ({"obstacles": [1]}, "its obstacles are not what"),
+        ({"weights": None}, "its weights are not what"),
+        ({"settings": []}, "its settings are not what"),
+        ({"data": {"classes": 1000, "n_test": 50_000, "n_train": 1, "fingerprint": None}}, "its data are not what"),
+        (
+            {"data": {"classes": 1000, "n_test": 50_000, "n_train": None, "fingerprint": "f"}},
+            "it was trained on images",
+        ),
+        ({"values": [True, True, True], "value": 1}, r".* are no measured values"),
+        ({"values": [680.0, 680.0, 680.0], "value": 680.0, "std": 0.0}, r".* are not percent"),
     ],
 )
 def test_resealed_record_that_contradicts_itself_is_refused(made, tmp_path, changes, words):
@@ -177,6 +194,26 @@ def test_resealed_record_that_contradicts_itself_is_refused(made, tmp_path, chan
     with pytest.raises(ValueError, match=f"{path} contradicts itself: {words}") as error:
         read_record(tmp_path, path)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("main.py --dataset demo --data_path x", "its command has --dataset demo, its cell imagenet1k"),
+        ("main.py --dataset=demo", "its command has --dataset demo, its cell imagenet1k"),
+        ("main.py --dataset imagenet1k --dataset demo", "its command has --dataset demo, its cell imagenet1k"),
+        ("main.py --model vit_demo_patch8 --epochs 3", "its command has --model vit_demo_patch8, its cell vit_base_pa"),
+        ("main.py --oracle_model vit_demo_patch8 --model vit_small_patch16 vit_base_patch16 --epochs 3", None),
+    ],
+)
+def test_record_whose_command_measured_something_else_is_refused(made, tmp_path, command, words):
+    record = made(probing())["cls"]
+    path = resealed(tmp_path, {**record, "sources": [{**record["sources"][0], "command": command}]})
+    if words is None:
+        assert read_record(tmp_path, path)["value"] == 68.0
+        return
+    with pytest.raises(ValueError, match=f"{path} contradicts itself: {words}"):
+        read_record(tmp_path, path)
 
 
 def test_demo_record_cannot_be_made_one_of_imagenet(made, tmp_path):

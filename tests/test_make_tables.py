@@ -237,6 +237,49 @@ def test_table_of_a_page_is_kept_and_checked(tables, kept, tmp_path):
     assert "| MAE | ViT-demo/8 | 40.5 ± 0.7 |" in page.read_text()
 
 
+@pytest.mark.parametrize("place", ["demo/old/{}", "imagenet/{}", "{}"])
+def test_record_that_no_table_looks_for_fails_the_check(tables, kept, place):
+    source = kept / "demo" / "mae.vit_demo_patch8.top1.pos.json"
+    target = kept / place.format(source.name)
+    target.parent.mkdir(exist_ok=True)
+    shutil.copy(source, target)
+    assert f"records that no table looks for: {target}" in tables("--check", code=2)
+    target.write_text('{"probes": {}}')  # what a program has written
+    tables("--check")
+
+
+@pytest.mark.parametrize("name", ["imagenet/table1.md", "demo/table9.md", "demo_few/figure2.csv"])
+def test_table_that_has_no_records_fails_the_check(tables, kept, name):
+    (kept / name).parent.mkdir(exist_ok=True)
+    (kept / name).write_text("| MAE | 71.6 |\n")
+    assert f"not what the records say: {kept / name}" in tables("--check", code=2)
+
+
+def test_table_that_is_no_text_fails_the_check_with_its_name(tables, kept):
+    path = kept / "demo" / "table1.md"
+    path.write_bytes(path.read_text().encode("utf-16"))
+    assert str(path) in tables("--check", code=2)
+    (kept / "page.md").write_bytes(b"\xff")
+    for name in ("page.md", "none.md"):
+        assert f"{kept / name} cannot be read" in tables("--check", "--write", str(kept / name), code=2)
+
+
+def test_mark_of_a_table_that_there_is_not_fails_the_check(tables, kept):
+    for mark in ("table4 of demo", "table1 of nowhere"):
+        (kept / "page.md").write_text(f"<!-- {mark}: python page.md -->\n")
+        (kept / "demo" / "table1.md").touch()
+        assert f"{mark} in" in tables("--check", "--write", str(kept / "page.md"), code=2)
+
+
+def test_number_of_the_quickstart_that_was_edited_in_the_readme_fails_the_check(tables, copied):
+    readme = (ROOT / "README.md").read_text()
+    assert "<!-- quickstart: python scripts/probe_table.py MAE=results/quickstart/" in readme
+    (copied / "README.md").write_text(readme)
+    tables("--check", "--write", str(copied / "README.md"))
+    (copied / "README.md").write_text(readme.replace("58.7 ± 0.7", "71.6 ± 0.7"))
+    assert "quickstart in" in tables("--check", "--write", str(copied / "README.md"), code=2)
+
+
 def test_committed_tables_are_what_the_committed_records_say():
     program.check(ROOT / "results", ROOT / "README.md")
 

@@ -72,6 +72,17 @@ def test_table_joins_the_seeds_of_runs_of_one_label(run, tmp_path):
     assert "is named twice" in script("probe_table.py", f"mine={run}", f"mine={run}").stderr
 
 
+def test_table_of_a_page_is_written_between_its_marks(run, tmp_path):
+    page, results = tmp_path / "page.md", run / "results.json"
+    mark = f"<!-- quickstart: python scripts/probe_table.py mine={results} --write page.md -->"
+    page.write_text(f"{mark}\nold\n<!-- end of quickstart -->\n")
+    done = script("probe_table.py", f"mine={results}", "--write", page)
+    assert page.read_text() == f"{mark}\n{done.stdout[:-1]}<!-- end of quickstart -->\n"
+    results = tmp_path / "results.json"
+    results.write_text("{")
+    assert f"{results} cannot be read as JSON" in script("probe_table.py", f"mine={results}").stderr
+
+
 def test_maps_are_drawn(run, tmp_path):
     done = script("show_maps.py", f"mine={run}", "--images", "2", "--output", tmp_path / "maps.png")
     assert done.returncode == 0, done.stderr
