@@ -43,6 +43,15 @@ def probing(tops=(67.0, 68.0, 69.0), head="cls", flags=(), encoder=ENCODER, **ch
     }  # fmt: skip
 
 
+def log_of(result):
+    """The last line of log.txt."""
+    probes = result.get("probes") if isinstance(result, dict) and "rules" not in result else None
+    if not probes:
+        return "{}"
+    last = {name: {"top1": probe["last"]["top1"]} for name, probe in probes.items()}
+    return json.dumps({"epoch": result["args"]["epochs"] - 1, "test": last}) + "\n"
+
+
 @pytest.fixture
 def made(tmp_path):
     """The records of results, by their cell; the folder of each holds a log."""
@@ -50,7 +59,7 @@ def made(tmp_path):
     def run(result, name="results.json"):
         folder = tmp_path / "run"
         folder.mkdir(exist_ok=True)
-        (folder / "log.txt").write_text("{}")
+        (folder / "log.txt").write_text(log_of(result))
         (folder / name).write_text(json.dumps(result))
         return {record["head"]: record for record in program.records(folder / name)}
 
@@ -354,6 +363,54 @@ def test_runs_that_do_not_say_enough_are_refused(made, result, words):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: text.replace("68.0", "71.6"), lambda text: text.replace("seed1", "seed7"), lambda text: "",
+        lambda text: text.replace('"epoch": 89', '"epoch": 88'), lambda text: "log",
+    ],
+)  # fmt: skip
+def test_log_that_is_not_of_the_results_is_refused(made, tmp_path, change):
+    made(probing())
+    log_file = tmp_path / "run" / "log.txt"
+    log_file.write_text(change(log_file.read_text()))
+    with pytest.raises(ValueError, match=f"{log_file} does not end with the scores of results.json") as error:
+        program.records(tmp_path / "run" / "results.json")
+    assert "\n" not in str(error.value)
+    log_file.unlink()
+    (record,) = program.records(tmp_path / "run" / "results.json")
+    assert record["sources"][0]["log_sha256"] is None
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(b"\xff\xfe{", "cannot be read as JSON"), (b"[" * 100_000, "cannot be read as JSON"), (b"{", "cannot be read"),
+     (json.dumps(probing((math.nan,))).encode(), "are no measured values")],
+)  # fmt: skip
+def test_results_that_are_none_are_named(tmp_path, content, words):
+    path = tmp_path / "results.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=words) as error:
+        program.records(path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_run_of_the_demo_that_is_called_imagenet_is_not_written(tmp_path):
+    run = put(tmp_path / "run", "results.json", probing(classes=10, n_test=500, n_train=1000))
+    with pytest.raises(ValueError, match="is no record: 10 classes, where imagenet1k has 1000"):
+        recorded(tmp_path, run)
+    assert not (tmp_path / "results").exists()
+
+
+def test_run_of_which_nothing_is_left_is_said(tmp_path):
+    result = probing()
+    for probe in result["probes"].values():
+        probe["diverged_at"] = {"epoch": 3, "step": 1}
+    run = put(tmp_path / "run", "results.json", result)
+    with pytest.raises(ValueError, match=f"{run}: no probe or measurement that is good for a record"):
+        recorded(tmp_path, run)
+
+
 def test_folder_without_results_is_refused(tmp_path):
     with pytest.raises(ValueError, match="is it the --output_dir of a run that has ended"):
         program.results_of(tmp_path)
@@ -382,7 +439,7 @@ def run_of_seed(folder, seed, top, flags=(), **changes):
 def put(folder, name, result):
     folder.mkdir()
     (folder / name).write_text(json.dumps(result))
-    (folder / "log.txt").write_text(f"log of {folder.name}")
+    (folder / "log.txt").write_text(log_of(result))
     return folder
 
 

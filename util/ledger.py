@@ -158,8 +158,11 @@ def seal_of(record: dict) -> str:
 
 
 def write_record(results: Path, record: dict, replace: bool = False) -> Path:
-    """Write it to its place, whole. ValueError where another measurement of the cell is there, unless replace."""
+    """Write it to its place, whole. ValueError where another measurement of the cell is there, unless replace, and for
+    what read_record would refuse."""
     cell = cell_in(record)
+    if contradiction := disagreement(cell, json.loads(to_json(record))):
+        raise ValueError(f"{cell} is no record: {contradiction}")
     path = Path(results) / cell.file
     if path.exists() and not replace and read_record(results, path) != json.loads(to_json(record)):
         raise ValueError(f"{path} holds another measurement: remove it, or write --replace")
