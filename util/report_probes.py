@@ -113,8 +113,12 @@ def by_setting(probes: Iterable[Probe]) -> list[list[Probe]]:
 
 
 def score_columns(probes: Sequence[Probe], headline: str) -> list[tuple[str, str]]:
-    """(of what, score) of all that was measured; what counts comes first."""
-    found = dict.fromkeys((of, score) for probe in probes for of, scores in probe.scores.items() for score in scores)
+    """(of what, score) of all that was measured; what counts comes first. Of the best epoch, that alone; accuracy per
+    class not where the classes have as many images each, so that it is the same."""
+    found = dict.fromkeys(
+        (of, score) for probe in probes for of, scores in probe.scores.items() for score, value in scores.items()
+        if score == headline or (of != "best" and (score != "per_class" or value != scores.get("top1")))
+    )  # fmt: skip
     order = {"test": 0, "held-out": 1, "best": 2}
     return sorted(found, key=lambda key: (order[key[0]], key[1] == "n", key[1] != headline))
 
@@ -210,7 +214,7 @@ def curves_of(run: Run, probes: Sequence[Probe], watched: str, headline: str) ->
             Line(groups[probe.name], x, [real(r[watched].get(probe.name, {}).get(headline)) for r in tested])
             for probe in probes
         ]
-    return curves
+    return {what: lines for what, lines in curves.items() if any(len(line.x) > 1 for line in lines)}  # else no curve
 
 
 def knn_table(bank: Bank) -> Html | None:
