@@ -14,7 +14,8 @@ from util.datasets import eval_transform
 from util.plotting import visible
 
 SCRIPT = str(Path(__file__).resolve().parent.parent / "scripts" / "show_attention.py")
-attention_of = runpy.run_path(SCRIPT)["attention_of"]
+PROGRAM = runpy.run_path(SCRIPT)
+attention_of = PROGRAM["attention_of"]
 
 
 @pytest.mark.parametrize(
@@ -48,6 +49,15 @@ def test_map_is_the_row_of_the_full_attention(tiny, options, query, token):
         expected = (patches / patches.sum(1, keepdim=True)).unflatten(1, (4, 4))
         torch.testing.assert_close(maps, expected, rtol=1e-5, atol=1e-7)
         torch.testing.assert_close(to_self, row[:, token], rtol=1e-5, atol=1e-7)
+
+
+def test_heads_are_counted_from_0(monkeypatch):
+    figures = []
+    monkeypatch.setitem(PROGRAM["draw"].__wrapped__.__globals__, "save_figure", lambda figure, target: figures.append(figure))
+    maps = PROGRAM["Maps"]("MAE", np.zeros((8, 8, 3)), torch.full((3, 2, 2), 0.25), torch.zeros(3))
+    PROGRAM["draw"]([maps], None, "heading", "unused")
+    titles = [axis.get_title().splitlines()[0] for axis in figures[0].axes if axis.get_title()]
+    assert titles == ["MAE", "mean over heads", "head 0", "head 1", "head 2"]
 
 
 def test_picture_is_what_the_encoder_sees(image_folder):
