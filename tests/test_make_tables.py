@@ -5,15 +5,17 @@ import io
 import json
 import re
 import shutil
+import statistics
 import sys
 from pathlib import Path
 
 import pytest
 
 from scripts import make_tables as program
+from scripts import plot_bars
 from util.arguments import run_main
 from util.ledger import Cell, cell_in, make_record, sealed, write_record
-from util.paper_tables import TABLES, table_of
+from util.paper_tables import TABLES, rows_of, table_of
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -381,3 +383,41 @@ def test_every_value_of_the_papers_tables_has_a_cell():
 def test_cells_of_records_are_their_own():
     one = record("mae", B, "top1", "ap1", [71.0])
     assert cell_in(one) == Cell("imagenet1k", "mae", B, "top1", "ap1")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# figures and pages of the same numbers
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_bars_that_cannot_be_compared_are_hatched():
+    records = [record("mae", B, "top1", "cls", [68.0]), record("mae", B, "top1", "abmilp", [61.0], obstacles=["odd"])]
+    rows = rows_of("fig1", "imagenet1k", {cell_in(one): one for one in records}, json.loads(program.PAPER.read_text()))
+    figure = plot_bars.draw(rows, table_of("fig1", "imagenet1k").columns)
+    assert [bar.get_height() for bar in figure.axes[0].patches if bar.get_hatch()] == [61.0, 0]  # 0: of the legend
+    assert "not comparable with the paper" in [text.get_text() for text in figure.legends[0].texts]
+    plain = plot_bars.draw(rows[:0], table_of("fig1", "imagenet1k").columns)
+    assert not any(bar.get_hatch() for bar in plain.axes[0].patches)
+
+
+def test_numbers_of_the_page_on_aggregation_are_those_of_its_records():
+    probes, found = (
+        json.loads((ROOT / "results" / "aggregation" / f"demo.{name}.json").read_text())
+        for name in ("results", "aggregation")
+    )
+    page, readme = (ROOT / "docs" / "aggregation.md").read_text(), (ROOT / "README.md").read_text()
+    heads = {"pos": "uniform", "attn-mn": "[cls] attention, mean", "attn-lcte": "[cls] attention, head",
+             "ca1": "central patch", "dino": "oracle's", "abmilp": "AbMILP"}  # fmt: skip
+
+    def told(values, digits):
+        spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+        return f"{statistics.mean(values):.{digits}f}{spread}"
+
+    for head, words in heads.items():
+        top1 = [probe["last"]["top1"] for probe in probes["probes"].values() if probe["head"] == head]
+        rules = [rule for rule in found["rules"] if rule["head"] == head]
+        boxes = told([found["localization"]["maps"][rule["name"]]["maxboxaccv2"] for rule in rules], 1)
+        entropy = told([rule["entropy"]["mean"] for rule in rules], 2)
+        (line,) = [line for line in page.splitlines() if line.startswith(f"| {words}")]
+        assert line.endswith(f" | {told(top1, 1)} | {entropy} | {boxes} |")
+        assert head not in ("attn-mn", "abmilp") or re.search(rf"\b{re.escape(boxes)} for ", readme)

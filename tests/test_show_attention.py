@@ -53,7 +53,9 @@ def test_map_is_the_row_of_the_full_attention(tiny, options, query, token):
 
 def test_heads_are_counted_from_0(monkeypatch):
     figures = []
-    monkeypatch.setitem(PROGRAM["draw"].__wrapped__.__globals__, "save_figure", lambda figure, target: figures.append(figure))
+    monkeypatch.setitem(
+        PROGRAM["draw"].__wrapped__.__globals__, "save_figure", lambda figure, target: figures.append(figure)
+    )
     maps = PROGRAM["Maps"]("MAE", np.zeros((8, 8, 3)), torch.full((3, 2, 2), 0.25), torch.zeros(3))
     PROGRAM["draw"]([maps], None, "heading", "unused")
     titles = [axis.get_title().splitlines()[0] for axis in figures[0].axes if axis.get_title()]
