@@ -191,7 +191,7 @@ def check(results: Path, page: Path) -> None:
             odd.append(f"{name} of {dataset} in {page}")
     for name, words in re.findall(r"<!-- (\w+): python scripts/probe_table.py (.*) --write ", text):
         try:
-            runs = [re.sub("(^|=)(?=[^=]*$)", rf"\1{ROOT}/", word) for word in words.split()]
+            runs = [f"{label}={ROOT / path}" for label, _, path in (word.rpartition("=") for word in words.split())]
             probe_table.keep(page, name, words.split(), probe_table.table(probe_table.labelled_runs(runs)), write=False)
         except ValueError:
             odd.append(f"{name} in {page}")

@@ -205,9 +205,13 @@ probe() {
 
 # deepen NAME: the rest of Table 5: deep heads where they are to be apart, and self-attention, which LARS does not train
 deepen() {
-    local act rate=0.1
+    local act rate=0.1 apart=${DEEP:-} made="$out/probes/$1/results.json"
     [ "$mode" != --smoke ] || rate=1
-    if [ -n "${DEEP:-}" ]; then
+    if [ -f "$made" ]; then  # however DEEP is now, its bank has them or has not
+        apart=yes
+        ! grep -q abmilp:depth=4 "$made" || apart=
+    fi
+    if [ -n "$apart" ]; then
         for act in relu gelu tanh; do
             bank "$out/deep/$1-$act" "$1" --cls_features abmilp:depth={2,3,4},act=$act || return 1
         done

@@ -203,6 +203,19 @@ def test_smaller_batches_and_banks_are_the_same_protocol(tmp_path):
     assert len(runs) == 5 and len(heads) == len(set(heads)) == 19
 
 
+@pytest.mark.parametrize("deep", ["", "apart"])
+@pytest.mark.parametrize(("heads", "runs"), [("cls abmilp:depth=4", ["sa"]), ("cls", ["relu", "gelu", "tanh", "sa"])])
+def test_deep_heads_are_trained_once_whatever_the_bank_was_asked_for(tmp_path, deep, heads, runs):
+    folder = tmp_path / "probes" / "mae_vit_base_patch16"
+    folder.mkdir(parents=True)
+    (folder / "results.json").write_text(heads)
+    done = functions(tmp_path, f"""
+        DEEP={deep}
+        program() {{ echo "${{1##*-}}"; }}
+        deepen mae_vit_base_patch16""")  # fmt: skip
+    assert done.stdout.splitlines() == runs, done.stderr
+
+
 def test_encoders_that_nobody_published_are_left_out_and_named(tmp_path):
     """And one that fails does not stop the others."""
     done = functions(tmp_path, """
