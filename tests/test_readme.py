@@ -2,12 +2,15 @@
 
 import importlib
 import re
+import runpy
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
 
 import submitit_linprobe
+import util.arguments
 from util.arguments import parse
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -56,7 +59,7 @@ def test_help_ends_with_examples_and_says_something_of_every_flag_in_a_titled_gr
         *(command for program in PARSERS for command in examples(program)),
     ],
 )
-def test_command_is_understood(command, tmp_path):
+def test_command_is_understood(command, tmp_path, monkeypatch):
     (tmp_path / "args.json").write_text('{"args": {"data_path": "images"}}')
     words = shlex.split(re.sub(r"--args_from \S+", f"--args_from {tmp_path}/args.json", command))
     program = next(word for word in words if word.endswith((".py", ".sh")))
@@ -67,6 +70,12 @@ def test_command_is_understood(command, tmp_path):
         program = f"{launcher.main}.py"
     if program.startswith("main_"):
         parse(importlib.import_module(program.removesuffix(".py")).get_args_parser(), argv)
+    elif program.startswith("scripts/") and program.endswith(".py"):
+        parsed = []  # by the script itself, which then does nothing
+        monkeypatch.setattr(util.arguments, "run_main", lambda main, args: parsed.append(args))
+        monkeypatch.setattr(sys, "argv", [program, *argv])
+        runpy.run_path(program, run_name="__main__")
+        assert len(parsed) == 1
 
 
 ALTERNATIVES = re.findall(r"`((?:main_\w+\.py )?--[^`]+)`", (ROOT / "REPRODUCTION.md").read_text())
