@@ -165,6 +165,8 @@ def has_records(name: str, dataset: str, results: Path) -> bool:
 
 def check(results: Path, page: Path) -> None:
     """ValueError names every table that is not what the records say, and those that are missing."""
+    if not results.is_dir():
+        raise ValueError(f"--results {results}: there is no such folder")
     refuse_strays(results)
     odd, known = [], set()
     for dataset in dict.fromkeys([*recorded_datasets(results), PAPER_DATASET]):

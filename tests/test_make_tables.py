@@ -266,6 +266,11 @@ def test_table_that_is_no_text_fails_the_check_with_its_name(tables, kept):
         assert f"{kept / name} cannot be read" in tables("--check", "--write", str(kept / name), code=2)
 
 
+def test_folder_that_is_not_there_fails_the_check(tables, tmp_path):
+    tmp_path.rename(tmp_path.with_name("gone"))
+    assert f"--results {tmp_path}: there is no such folder" in tables("--check", code=2)
+
+
 def test_mark_of_a_table_that_there_is_not_fails_the_check(tables, kept):
     for mark in ("table4 of demo", "table1 of nowhere"):
         (kept / "page.md").write_text(f"<!-- {mark}: python page.md -->\n")

@@ -4,6 +4,7 @@ import importlib
 import re
 import runpy
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -28,6 +29,23 @@ PARSERS = {
 
 def commands(text: str) -> list[str]:
     return command_lines("\n".join(re.findall(r"```bash\n(.*?)```", text, flags=re.S)))
+
+
+def inline(text: str) -> list[str]:
+    """Commands among the words of a page; RUN and the like stand for names."""
+    return [" ".join(words.split()) for words in re.findall(r"`((?:python|bash) (?:scripts|tests)/[^`]+)`", text)]
+
+
+def shell_script(name: str, *words: str) -> list[str]:
+    """The commands that a script would run."""
+    stubs = """
+        python() { if [ "$1" = -c ]; then echo 1; else printf '%q ' python "$@"; echo; fi; }
+        rm() { :; }; mkdir() { :; }; cp() { :; }; mv() { :; }
+        export -f python rm mkdir cp mv
+        bash "$@" """
+    done = subprocess.run(["bash", "-c", stubs, "bash", f"scripts/{name}.sh", *words], cwd=ROOT, capture_output=True,
+                          text=True, check=True)  # fmt: skip
+    return [line for line in done.stdout.splitlines() if line.startswith("python ")]
 
 
 def command_lines(text: str) -> list[str]:
@@ -56,7 +74,9 @@ def test_help_ends_with_examples_and_says_something_of_every_flag_in_a_titled_gr
     "command",
     [
         *(command for page in PAGES for command in commands(page.read_text())),
+        *sorted({command for page in PAGES for command in inline(page.read_text())}),
         *(command for program in PARSERS for command in examples(program)),
+        *(command for words in ([], ["--short"], ["--real"]) for command in shell_script("quickstart", *words)),
     ],
 )
 def test_command_is_understood(command, tmp_path, monkeypatch):
@@ -72,9 +92,10 @@ def test_command_is_understood(command, tmp_path, monkeypatch):
         parse(importlib.import_module(program.removesuffix(".py")).get_args_parser(), argv)
     elif program.startswith("scripts/") and program.endswith(".py"):
         parsed = []  # by the script itself, which then does nothing
+        monkeypatch.syspath_prepend(ROOT / "scripts")
         monkeypatch.setattr(util.arguments, "run_main", lambda main, args: parsed.append(args))
         monkeypatch.setattr(sys, "argv", [program, *argv])
-        runpy.run_path(program, run_name="__main__")
+        runpy.run_path(str(ROOT / program), run_name="__main__")
         assert len(parsed) == 1
 
 
