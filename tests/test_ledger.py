@@ -189,6 +189,7 @@ def resealed(tmp_path, record):
         ({"obstacles": [1]}, "its obstacles are not what"),
         ({"weights": None}, "its weights are not what"),
         ({"settings": []}, "its settings are not what"),
+        ({"model": "dino"}, "weights of mae, its cell is of dino"),
         ({"data": {"classes": 1000, "n_test": 50_000, "n_train": 1, "fingerprint": None}}, "its data are not what"),
         (
             {"data": {"classes": 1000, "n_test": 50_000, "n_train": None, "fingerprint": "f"}},

@@ -235,6 +235,9 @@ def disagreement(cell: Cell, record: dict) -> str:
             return f"{data['classes']} classes, where {cell.dataset} has {entry.classes}"
         if [words for words in other_counts(cell.dataset, val=data["n_test"]) if words not in record["obstacles"]]:
             return f"{data['n_test']:,} test images, where {cell.dataset} has {entry.images['val']:,}"
+        weights = record["weights"]
+        if "family" in weights and (of_weights := model_of({**weights, "model": cell.arch})) != cell.model:
+            return f"weights of {of_weights}, its cell is of {cell.model}"
         for source in record["sources"]:
             for flag, of_cell in (("--dataset", cell.dataset), ("--model", cell.arch)):
                 asked = re.findall(rf"(?<!\S){flag}[= ]((?:(?!--)\S+ ?)+)", source["command"])
