@@ -243,6 +243,7 @@ img.photo { max-width: 100%; background: #fff; border-radius: 4px; }
   .card { padding: 0.75rem; }
   td a { max-width: 8.5rem; overflow-wrap: anywhere; min-width: 7rem; }
   th, td { padding: 0.3rem 0.45rem; }
+  table.sortable td:not(.number) { white-space: normal; overflow-wrap: anywhere; min-width: 6rem; }
   .wide > img.broad { max-width: none; width: max(100%, 34rem); }
   table.pairs, table.pairs tbody, table.pairs tr, table.pairs th, table.pairs td { display: block; width: auto; }
   table.pairs th { border: 0; padding-bottom: 0; white-space: normal; }

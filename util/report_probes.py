@@ -141,7 +141,7 @@ def settings_rows(bank: Bank, columns: Sequence[tuple[str, str]]) -> list[list[o
             cells.append(cell)
         diverged = sum(probe.diverged != "no" for probe in group)
         rows.append([
-            first.head, whole(first.block), first.optimizer, first.rate, whole(len(group)), *cells, choice_of(first),
+            first.head, *cells, whole(first.block), first.optimizer, first.rate, whole(len(group)), choice_of(first),
             whole(first.parameters), f"{diverged} of {len(group)}" if diverged else "none",
         ])  # fmt: skip
     return rows
@@ -152,7 +152,7 @@ def show_banks(reported: Sequence[Reported]) -> Html:
     headline = reported[0].data.headline
     columns = [key for key in score_columns(everything, headline) if key[1] != "n"]
     rows = [[link(one), *row] for one in reported for row in settings_rows(one.data, columns)]
-    names = ["run", "head", "block (from 0)", "optimizer", "rate", "seeds", *(heading(*key) for key in columns),
+    names = ["run", "head", *(heading(*key) for key in columns), "block (from 0)", "optimizer", "rate", "seeds",
              "choice", "parameters", "diverged"]  # fmt: skip
     told = [
         "test: of the last epoch, or of the newest where a run is not finished; mean ± standard deviation over the "
