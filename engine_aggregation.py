@@ -125,9 +125,9 @@ def notes_on(pooling: Pooling) -> tuple[str, ...]:
 
 
 def head_rules(backbone: VisionTransformer, tokens: Tokens) -> list[Rule]:
-    """The [cls] attention of each head of the last block; heads are counted from 1."""
+    """The [cls] attention of each head of the last block; heads are counted from 0."""
     return [
-        Rule(f"attn-head{head + 1}", f"attn-head{head + 1}", backbone.depth - 1, ClsAttentionOfHead(tokens, head))
+        Rule(f"attn-head{head}", f"attn-head{head}", backbone.depth - 1, ClsAttentionOfHead(tokens, head))
         for head in range(backbone.num_heads)
     ]
 

@@ -250,7 +250,7 @@ def pretrain(args: argparse.Namespace, device: torch.device) -> dict[str, Timing
 
 def loader(args: argparse.Namespace, device: torch.device) -> dict[str, Timing]:
     """What one core decodes and augments."""
-    return race(loading(args), device, args)
+    return race(loading(args, device), device, args)
 
 
 BENCHMARKS = {"analysis": analysis, "probe": probe, "bank": bank, "pretrain": pretrain, "loader": loader}

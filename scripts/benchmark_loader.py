@@ -3,13 +3,13 @@
 import argparse
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
-from torchvision.io import ImageReadMode, decode_image
+from torchvision.io import ImageReadMode, decode_image, decode_jpeg, read_file
 from torchvision.transforms import v2
 
 from util.crop import RandomResizedCrop
@@ -19,9 +19,10 @@ from util.views import IMAGENET_MEAN, IMAGENET_STD, LOADERS, View, eval_transfor
 BICUBIC = transforms.InterpolationMode.BICUBIC
 
 
-def loading(args: argparse.Namespace) -> dict[str, Callable[[], object]]:
+def loading(args: argparse.Namespace, device: torch.device) -> dict[str, Callable[[], object]]:
     """The same number of images by everybody: the recipe as it is usually written, torchvision's second version of its
-    transforms on tensors, and each --loader, of the training view; and each --loader of the test's."""
+    transforms on tensors, also with a GPU that decodes, and each --loader, of the training view; and each --loader of
+    the test's."""
     if args.data_path is None:
         raise ValueError("loader: name a data set with --data_path, of --dataset's kind")
     torch.set_num_threads(1)  # as a loader's worker has it
@@ -45,12 +46,28 @@ def loading(args: argparse.Namespace) -> dict[str, Callable[[], object]]:
         usual = functools.partial(DataLoader, batch_size=args.batch_size, shuffle=True, drop_last=True)
         contestants["torchvision, PIL images"] = endless(usual(ImageFolder(folder, plain)))
         contestants["torchvision, v2 on tensors"] = endless(usual(ImageFolder(folder, second, loader=decode)))
+        files = sorted(str(path) for path in folder.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
+        if files and device.type == "cuda":  # which decodes JPEG alone
+            contestants["torchvision, v2, decoded by the GPU"] = decoded_on(device, files, second, args)
     for name in LOADERS:
         contestants[f"--loader {name}"] = endless(views(args, 0, train_transform(size, loader=name)))
     for name in LOADERS:
         test = views(args, 0, eval_transform(size, loader=name), test=True)
         contestants[f"--loader {name}, test"] = endless(test)
     return contestants
+
+
+def decoded_on(
+    device: torch.device, files: Sequence[str], transform: Callable, args: argparse.Namespace
+) -> Callable[[], torch.Tensor]:
+    """Batch after batch of JPEG files in random order, which a device decodes together and transforms one by one."""
+
+    def batch() -> torch.Tensor:
+        chosen = torch.randint(len(files), (args.batch_size,)).tolist()
+        images = decode_jpeg([read_file(files[place]) for place in chosen], ImageReadMode.RGB, device=device)
+        return torch.stack([transform(image) for image in images])
+
+    return batch
 
 
 def split_of(args: argparse.Namespace) -> str:

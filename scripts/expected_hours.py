@@ -1,4 +1,4 @@
-"""What a run will take: python scripts/expected_hours.py NAME --images 119815030 [--images_per_second 2000] [--gpus 4]
+"""What a run will take: python scripts/expected_hours.py NAME --images 119805030 [--images_per_second 2000] [--gpus 4]
 
 GPU-hours are images / (images/s of one GPU) / 3600, where images/s are given, or were measured on a device like this
 machine's by scripts/benchmark.py for the same architecture (results/benchmark.csv). Otherwise it says that nobody has
@@ -44,6 +44,8 @@ def estimate(name: str, images: int, rate: float | None, gpus: int, source: str)
         return f"# {name}: {images:,} images through the encoder; not measured on this device, so no hours are told"
     hours = images / rate / 3600
     spread = f"{hours:.1f} GPU-hours, {hours / gpus:.1f} h on {gpus} GPU{'s' * (gpus > 1)}"
+    if hours < 0.5:
+        spread = f"{60 * hours:.1f} GPU-minutes"
     return f"# {name}: {images:,} images at {rate:,.0f} images/s ({source}): {spread}"
 
 

@@ -45,7 +45,7 @@ def overview_row(reported: Reported) -> list[object]:
     run, section = reported.run, SECTIONS[reported.run.program]
     said = [state_badge(run), *notes(run)]
     return [
-        link(reported), section.title, element("div", [[one, " "] for one in said], class_="words"),
+        link(reported), section.title, element("div", [[one, " "] for one in said], class_="short words"),
         element("div", section.result(reported.data), class_="words"),
         element("div", data_words(run, images_of(run)), class_="words"),
         element("div", weights_words(run), class_="words"), duration(wall_time(run)), moment(run.written),

@@ -7,6 +7,7 @@ compared with the paper's; it has no difference then. What nobody measured is a 
 """
 
 import argparse
+import contextlib
 import csv
 import io
 import json
@@ -18,6 +19,7 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from scripts import probe_table
 from util.arguments import Parser, run_main
 from util.datasets import DATASETS
 from util.files import keep_table, write_atomically
@@ -163,24 +165,62 @@ def has_records(name: str, dataset: str, results: Path) -> bool:
 
 def check(results: Path, page: Path) -> None:
     """ValueError names every table that is not what the records say, and those that are missing."""
-    odd = []
+    if not results.is_dir():
+        raise ValueError(f"--results {results}: there is no such folder")
+    refuse_strays(results)
+    odd, known = [], set()
     for dataset in dict.fromkeys([*recorded_datasets(results), PAPER_DATASET]):
         for name in TABLES:
             for form in FORMATS:
                 path = place_of(name, dataset, form, results)
-                expected = (
-                    form == "markdown" and dataset in ("demo", PAPER_DATASET) and has_records(name, dataset, results)
-                )
-                text = path.read_text() if path.is_file() else None
-                if (text is not None or expected) and text != text_of(name, dataset, form, results):
+                known.add(path)
+                expected = form == "markdown" and dataset in KEPT and has_records(name, dataset, results)
+                if (path.exists() or expected) and read_page(path) != text_of(name, dataset, form, results):
                     odd.append(str(path))
-    for name, dataset in re.findall(r"<!-- (table\d|fig1) of (\w+): ", page.read_text() if page.is_file() else ""):
+    # a table of no data set or of another number has no records
+    odd += [str(path) for word in ("table", "figure") for form in FORMATS.values()
+            for path in sorted(Path(results).glob(f"*/{word}*.{form}")) if path not in known]  # fmt: skip
+    text = read_page(page)
+    if text is None:
+        raise ValueError(f"{page} cannot be read: name a page of this repository")
+    for name, dataset in re.findall(r"<!-- (table\w+|fig1) of (\w+): ", text):
+        number = name.removeprefix("table")
         try:
-            keep(page, name.removeprefix("table"), dataset, results, write=False)
+            if number not in TABLES or dataset not in DATASETS:
+                raise ValueError(f"there is no {name} of {dataset}")
+            keep(page, number, dataset, results, write=False)
         except ValueError:
             odd.append(f"{name} of {dataset} in {page}")
+    for name, words in re.findall(r"<!-- (\w+): python scripts/probe_table.py (.*) --write ", text):
+        try:
+            runs = [f"{label}={ROOT / path}" for label, _, path in (word.rpartition("=") for word in words.split())]
+            probe_table.keep(page, name, words.split(), probe_table.table(probe_table.labelled_runs(runs)), write=False)
+        except ValueError:
+            odd.append(f"{name} in {page}")
     if odd:
         raise ValueError(f"not what the records say: {', '.join(odd)}; scripts/make_tables.py writes them")
+
+
+def read_page(path: Path) -> str | None:
+    """None where it is not there, or no text."""
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+def refuse_strays(results: Path) -> None:
+    """ValueError for records where no table looks for them."""
+    strays = []
+    for path in sorted(Path(results).rglob("*.json")):
+        if path.parent.parent == Path(results) and path.parent.name in DATASETS:
+            continue  # which tables read
+        with contextlib.suppress(ValueError, RecursionError):
+            record = json.loads(read_page(path) or "")
+            if isinstance(record, dict) and "seal" in record:
+                strays.append(str(path))
+    if strays:
+        raise ValueError(f"records that no table looks for: {', '.join(strays)}; remove them, or bring them back")
 
 
 def keep(page: Path, name: str, dataset: str, results: Path, write: bool) -> None:

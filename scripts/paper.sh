@@ -42,6 +42,8 @@ fi
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 slurm=("$@") skipped=() failed=()
 own=${OWN:-runs}
+# a program that is interrupted ends by itself, saved, and bash would go on with the next one
+trap 'echo "interrupted: the same command goes on from here" >&2; exit 130' INT
 
 # show COMMAND...: run it; with PRINT=1, print it
 show() {
@@ -126,7 +128,7 @@ there() {
 # program FOLDER RESULT IMAGES MAIN FLAG...: unless FOLDER/RESULT is there, MAIN with its run folder, here or as a job.
 # IMAGES: that the encoder sees, for the estimate of the time.
 program() {
-    local folder=$1 result=$2 images=$3 main=$4 place=${1#"$out"/}/$2
+    local folder=$1 images=$3 main=$4 place=${1#"$out"/}/$2
     shift 4
     [ -z "$(there "$place")" ] || return 0
     [ -z "${PLANNED:-}" ] || { mkdir -p "$PLANNED/${place%/*}" && touch "$PLANNED/$place"; }
@@ -179,8 +181,10 @@ heads() {
 
 # bank FOLDER NAME FLAG...: probes of an encoder at the protocol
 bank() {
-    local folder=$1 name=$2 recipe n
+    local folder=$1 name=$2 recipe n images
     n=$(epochs "$name")
+    images=$((n * (1281167 + 50000)))
+    [[ " $* " != *" dino "* ]] || images=$((2 * images))  # the oracle sees them, too
     shift 2
     if [ "$mode" = --smoke ]; then
         recipe=(--batch_size 50 --accum_iter 2 --bn_group 50 --epochs "${EPOCHS:-6}" --warmup_epochs 1 --blr 30
@@ -189,7 +193,7 @@ bank() {
         recipe=(--batch_size "$batch" --accum_iter $((16384 / gpus / batch)) --bn_group 2048 --epochs "$n"
             --warmup_epochs 10 --blr 0.1)
     fi
-    program "$folder" results.json $((n * (1281167 + 50000))) main_linprobe $(weights "$name") "${data[@]}" \
+    program "$folder" results.json "$images" main_linprobe $(weights "$name") "${data[@]}" \
         "${recipe[@]}" --seeds 0 1 2 $(tokens "$name") "$@"
 }
 
@@ -200,9 +204,13 @@ probe() {
 
 # deepen NAME: the rest of Table 5: deep heads where they are to be apart, and self-attention, which LARS does not train
 deepen() {
-    local act rate=0.1
+    local act rate=0.1 apart=${DEEP:-} made="$out/probes/$1/results.json"
     [ "$mode" != --smoke ] || rate=1
-    if [ -n "${DEEP:-}" ]; then
+    if [ -f "$made" ]; then  # however DEEP is now, its bank has them or has not
+        apart=yes
+        ! grep -q abmilp:depth=4 "$made" || apart=
+    fi
+    if [ -n "$apart" ]; then
         for act in relu gelu tanh; do
             bank "$out/deep/$1-$act" "$1" --cls_features abmilp:depth={2,3,4},act=$act || return 1
         done
@@ -276,15 +284,15 @@ tables() {
         failed+=("tables $*: no run has ended, there is nothing to make them of")
         return 0
     fi
-    show python scripts/record.py "${runs[@]}" --results "$results" --replace
-    show python scripts/make_tables.py --table "$@" --dataset "$table_of" --results "$results"
+    show python scripts/record.py "${runs[@]}" --results "$results" --replace || failed+=("records: tables have older ones")
+    show python scripts/make_tables.py --table "$@" --dataset "$table_of" --results "$results" || failed+=("tables $*")
 }
 
 # publish FILE NAME: a figure of a run, under the name that the paper has for it
 publish() {
     if [ -n "${PRINT:-}" ] || [ -f "$1" ]; then
         show mkdir -p "$out/figures"
-        show cp "$1" "$out/figures/$2"
+        show cp "$1" "$out/figures/$2" || { failed+=("$2"); return 0; }
         [ -n "${PRINT:-}" ] || echo "$out/figures/$2"
     fi
 }
@@ -297,21 +305,23 @@ lines() {
     mapfile -t found < <(there "${patterns[@]/%//*/attention.json}")
     [ ${#found[@]} != 0 ] || return 0
     show mkdir -p "$out/figures"
-    show python scripts/plot_attention.py "${found[@]}" --kind attention --output "$out/figures/$file"
+    show python scripts/plot_attention.py "${found[@]}" --kind attention --output "$out/figures/$file" || failed+=("$file")
 }
 
 # bars: Figure 1 of the records
 bars() {
     [ -z "${LATER:-}" ] || return 0
     show mkdir -p "$out/figures"
-    show python scripts/plot_bars.py --dataset "$table_of" --results "$results" --output "$out/figures/figure1.pdf"
+    show python scripts/plot_bars.py --dataset "$table_of" --results "$results" --output "$out/figures/figure1.pdf" ||
+        failed+=("figure1.pdf")
 }
 
 # report: one page of all runs
 report() {
     local runs
     mapfile -t runs < <(there {probes,deep,attention,aggregation,localization}/'*' 'transfer/*/*')
-    [ ${#runs[@]} = 0 ] || show python scripts/make_report.py "${runs[@]}" --output "$out/report.html"
+    [ ${#runs[@]} = 0 ] || show python scripts/make_report.py "${runs[@]}" --output "$out/report.html" ||
+        failed+=("report.html")
 }
 
 # finish: what is not there, and why; exit code 1 where a run has failed

@@ -1,6 +1,7 @@
 """Figure 1: baseline and AbMILP of each encoder as bars: python scripts/plot_bars.py [--dataset demo] --output FILE
 
-Numbers are the ledger's; lines over the bars are standard deviations over seeds, diamonds the paper's values.
+Numbers are the ledger's; lines over the bars are standard deviations over seeds, diamonds the paper's values. What
+cannot be compared with the paper's is hatched; make_tables.py --table fig1 says why.
 """
 
 import argparse
@@ -24,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def draw(rows: list[Row], columns: tuple[str, ...]) -> Figure:
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 2.2), layout="constrained")
-        axis = figure.add_subplot()
+        axis, hatched = figure.add_subplot(), False
         for number, column in enumerate(columns):
             entries = [(place, row.entries[number]) for place, row in enumerate(rows)]
             offset = 0.36 * (number - (len(columns) - 1) / 2)
@@ -32,8 +33,14 @@ def draw(rows: list[Row], columns: tuple[str, ...]) -> Figure:
             heights, spreads = [entry.ours[0] for _, entry in shown], [entry.std or 0 for _, entry in shown]
             axis.bar([x for x, _ in shown], heights, 0.34, yerr=spreads, color=COLOURS[number], label=column,
                      error_kw={"linewidth": 0.8})  # fmt: skip
+            odd = [(x, entry) for x, entry in shown if entry.paper is not None and not entry.differences]
+            if odd:
+                axis.bar([x for x, _ in odd], [entry.ours[0] for _, entry in odd], 0.34, color="none", hatch="///",
+                         edgecolor="white", linewidth=0)  # fmt: skip
+                hatched = True
             for x, entry in shown:
-                axis.annotate(f"{entry.ours[0]:.1f}", (x, 1), ha="center", color="white", fontsize=6)
+                axis.annotate(f"{entry.ours[0]:.1f}", (x, 3), ha="center", color="white", fontsize=6,
+                              bbox={"facecolor": COLOURS[number], "edgecolor": "none", "pad": 1})  # fmt: skip
             paper = [(place + offset, entry.paper) for place, entry in entries if entry.paper is not None]
             if paper:
                 axis.plot(*zip(*paper, strict=True), "D", color="black", markersize=3, markerfacecolor="none",
@@ -41,7 +48,9 @@ def draw(rows: list[Row], columns: tuple[str, ...]) -> Figure:
         axis.set_xticks(range(len(rows)), [f"{row.encoder}\n{row.vit}" for row in rows])
         axis.set_ylabel("top-1 (%)")
         axis.set_ylim(0, 100)
-        figure.legend(loc="outside upper center", ncols=3, frameon=False)
+        if hatched:
+            axis.bar([0], [0], color="white", hatch="///", edgecolor="grey", label="not comparable with the paper")
+        figure.legend(loc="outside upper center", ncols=4, frameon=False)
         return figure
 
 

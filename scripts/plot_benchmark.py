@@ -47,7 +47,8 @@ def draw(runs: dict[tuple[str, ...], list[Row]]):
             axis.barh([row["contestant"] for row in rows], times, color=[COLOURS[0]] + [COLOURS[1]] * (len(rows) - 1))
             for place, (time, row) in enumerate(zip(times, rows, strict=True)):
                 words = f"{time:.2f}   {float(row['images_per_second']):,.1f} images/s"
-                axis.annotate(words, (time, place), xytext=(3, 0), textcoords="offset points", va="center", fontsize=6)
+                axis.annotate(words, (time, place), xytext=(3, 0), textcoords="offset points", va="center", fontsize=6,
+                              bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5})  # fmt: skip
             axis.set_xlim(0, 1.3 * max(times))
             axis.invert_yaxis()
             axis.axvline(1, color="black", linewidth=0.5)

@@ -1,4 +1,4 @@
-"""Table of probing runs: python scripts/probe_table.py LABEL=RUN ... [--output table.md]
+"""Table of probing runs: python scripts/probe_table.py LABEL=RUN ... [--output table.md | --write PAGE]
 
 One column per head, one row per run (its results.json), and per block, optimizer and rate where it has several; the
 score that the run counts on the test set, mean +- standard deviation over seeds. Where held-out images have chosen the
@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from util.arguments import Parser, run_main
-from util.files import write_atomically
+from util.files import keep_table, write_atomically
 from util.probe_results import spoken
 
 
@@ -30,10 +30,13 @@ def labelled_runs(words: list[str]) -> dict[str, dict]:
     runs = {}
     for word in words:
         label, _, folder = word.rpartition("=")
-        path = Path(folder) / "results.json"
+        path = Path(folder) if Path(folder).suffix == ".json" else Path(folder) / "results.json"
         if not path.is_file():
-            raise ValueError(f"{folder} holds no results.json: is it the --output_dir of a finished main_linprobe.py?")
-        run, name = json.loads(path.read_text()), label or Path(folder).name
+            raise ValueError(f"{path} is not there: is it of the --output_dir of a finished main_linprobe.py?")
+        try:
+            run, name = json.loads(path.read_text()), label or Path(folder).name
+        except ValueError as error:
+            raise ValueError(f"{path} cannot be read as JSON: {error}") from error
         if name in runs:
             probes = {f"{path}: {probe}": found for probe, found in run["probes"].items()}
             run = {**runs[name], "probes": {**runs[name]["probes"], **probes}}
@@ -99,16 +102,26 @@ def alternatives(values: Iterable[int]) -> str:
     return " or ".join(map(str, sorted(set(values))))
 
 
+def keep(page: Path, name: str, runs: list[str], text: str, write: bool) -> None:
+    """The table between the marks of a page, which scripts/make_tables.py --check looks at."""
+    keep_table(page, name, f"python scripts/probe_table.py {' '.join(runs)} --write", text, write)
+
+
 def main(args: argparse.Namespace) -> None:
     text = table(labelled_runs(args.runs), args.report)
     print(text)
     if args.output:
         write_atomically(args.output, text.encode())
+    if args.write:
+        keep(args.write, "quickstart", args.runs, text, write=True)
 
 
 if __name__ == "__main__":
     parser = Parser(__doc__)
-    parser.add_argument("runs", nargs="+", metavar="LABEL=RUN", help="folders of main_linprobe.py")
+    parser.add_argument("runs", nargs="+", metavar="LABEL=RUN", help="folders of main_linprobe.py, or their results")
     parser.add_argument("--report", choices=["last", "best"], default="last", help="epoch whose scores are shown")
     parser.add_argument("--output", type=Path, help="write the table there, too")
+    parser.add_argument(
+        "--write", type=Path, metavar="PAGE", help="into a page, between its marks <!-- quickstart: -->"
+    )
     run_main(main, parser.parse_args())

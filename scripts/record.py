@@ -27,6 +27,7 @@ from util.progress import log, setup_logging
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 MISREAD = (KeyError, TypeError, AttributeError, IndexError)  # of JSON that something else has written
 PAPER_ORACLE = "dino_vit_base_patch16"
+SAME = 0.1  # points; predictions that are saved are of an evaluation of their own, which a GPU repeats to rounding
 PAPER_STEP = 0.01  # of thresholds, the coarser one of the reference
 # what the paper's probes were trained with (B.2, and the published code where the text is silent)
 PROTOCOLS = {
@@ -121,6 +122,7 @@ def facts(path: Path, result: dict, trained: dict | None) -> dict[str, Any]:
 def probe_records(path: Path, run: dict) -> Iterable[dict]:
     """results.json: the accuracy of each head, over its seeds."""
     args, encoder, probes, quantity = run["args"], run["encoder"], run["probes"], run["headline"]
+    check_log(path, run)
     held_out = any("chosen" in probe for probe in probes.values())
     size, last_block = input_size(args), architecture(args["model"])["depth"] - 1
     common = facts(path, run, run)
@@ -148,6 +150,28 @@ def probe_records(path: Path, run: dict) -> Iterable[dict]:
         notes = notes_on(args, encoder) + [f"rate {first['blr']:g} chosen on held-out images"] * held_out
         values, seeds = [probe["last"][quantity] for probe in mine], [probe["seed"] for probe in mine]
         yield make_record(cell, values, seeds, notes=notes, obstacles=found, settings=settings, **common)
+
+
+def check_log(path: Path, run: dict) -> None:
+    """ValueError where log.txt, which the record is going to hash, does not end with the scores of results.json."""
+    log_file = path.parent / "log.txt"
+    if not log_file.is_file():
+        return
+    try:
+        last = json.loads(log_file.read_text().splitlines()[-1])
+        tested = last.get("test") or last["val"]
+        ours = {
+            name: (probe["last"] if "test" in last else probe["val"]["last"]) for name, probe in run["probes"].items()
+        }
+        alike = ours.keys() == tested.keys() and last["epoch"] + 1 == run["args"]["epochs"]
+        pairs = [(ours[name][run["headline"]], tested[name][run["headline"]]) for name in ours] if alike else []
+        if alike and all(a == b or abs(a - b) <= SAME for a, b in pairs):
+            return
+    except (*MISREAD, ValueError):
+        pass
+    raise ValueError(
+        f"{log_file} does not end with the scores of {path.name}: one of them is not what the run wrote; run it again"
+    )
 
 
 def one_rate(path: Path, head: str, probes: list[dict]) -> None:
@@ -261,6 +285,10 @@ def records(path: Path) -> list[dict]:
     """Of the results of a run. ValueError where they are none, or of a data set that has no name."""
     try:
         result = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        told = type(error).__name__ if isinstance(error, UnicodeDecodeError) else error  # it quotes the file
+        raise ValueError(f"{path} cannot be read as JSON: {told}") from error
+    try:
         if "last" in result:
             raise ValueError(
                 f"{path} is of the training of an encoder, of which no table has a cell: probe or analyse it"
@@ -274,8 +302,8 @@ def records(path: Path) -> list[dict]:
                 f"--dataset and one of {names}"
             )
         return list(PROGRAMS[path.name](path, result))
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} cannot be read as JSON: {error}") from error
+    except ValueError as error:
+        raise ValueError(str(error) if str(path.parent) in str(error) else f"{path}: {error}") from error
     except MISREAD as error:
         raise ValueError(
             f"{path} is not what its program writes, or was written by an earlier version, which did not say all that "
@@ -332,6 +360,8 @@ def main(args: argparse.Namespace) -> None:
         for record in records(path):
             found.setdefault(cell_in(record), []).append((path, record))
     made = [join_seeds(cell, several) if len(several) > 1 else several[0][1] for cell, several in found.items()]
+    if not made:
+        raise ValueError(f"{', '.join(map(str, args.runs))}: no probe or measurement that is good for a record")
     for record in made:
         path = write_record(args.results, record, args.replace)
         spread = f" ± {record['std']:.3g}, n = {record['n']}" if record["std"] is not None else ""

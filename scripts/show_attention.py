@@ -83,7 +83,7 @@ def attention_of(
 
 @rc_context(STYLE)
 def draw(rows: Sequence[Maps], query: Sequence[int] | None, heading: str, target: Path) -> None:
-    """One image: two lines of cells per encoder. Heads are counted from 1."""
+    """One image: two lines of cells per encoder. Heads are counted from 0."""
     per_line = max(math.ceil(len(maps.heads) / 2) for maps in rows)
     columns = 4 + per_line
     cell = min(0.95, max(0.6, (WIDTH - 0.7) / columns))  # inches; the image and the mean map take two by two
@@ -108,7 +108,7 @@ def draw(rows: Sequence[Maps], query: Sequence[int] | None, heading: str, target
         for index, (axis, weights, own) in enumerate(zip(axes, shown, to_self, strict=True)):
             draw_map(axis, maps.picture, weights.numpy(), top)
             H = float(entropy(weights.flatten()))
-            lines = (f"head {index}", f"H {H:.2f}", f"self {own:.2f}")
+            lines = (f"head {index - 1}", f"H {H:.2f}", f"self {own:.2f}")
             text = "\n".join(lines) if index else f"mean over heads\n{', '.join(lines[1:])}"
             axis.set_title(text, fontsize=5.5 if index else 7, linespacing=1.1)
         M = values[0].numel()

@@ -18,7 +18,7 @@ else
         variable=${place%%:*} name=${place#*:}
         if [ -z "${!variable:-}" ]; then
             echo "left out: $name; name its folder in $variable" >&2
-        elif [ "$name" = imagenet1pct ] && [ ! -f "$IMAGENET/1percent.txt" ] && [ -z "$PRINT" ]; then
+        elif [ "$name" = imagenet1pct ] && [ ! -f "$IMAGENET/1percent.txt" ] && [ -z "${PRINT:-}" ]; then
             echo "left out: $name; $IMAGENET/1percent.txt is not there (SimCLR's list)" >&2
         else
             sets+=("$name")

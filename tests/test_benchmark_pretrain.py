@@ -4,12 +4,15 @@ import argparse
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from torchvision.transforms import v2
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "scripts"))
 
-from benchmark_loader import loading
+from benchmark_loader import decoded_on, loading
 from benchmark_pretrain import hugging_face_twin, pretraining_steps
 
 from models_mae import MaskedAutoencoder
@@ -50,11 +53,22 @@ def test_a_model_without_decoder_is_refused():
 
 
 def test_loaders_go_on_to_the_next_epoch(image_folder):
-    contestants = loading(settings(data_path=image_folder, batch_size=10))
+    contestants = loading(settings(data_path=image_folder, batch_size=10), torch.device("cpu"))
     assert len(contestants) == 6
     for name, batch in contestants.items():
         images = [batch()[0] for _ in range(5)]  # two to an epoch
         assert all(image.shape == (10, 3, 32, 32) and image.dtype == torch.float32 for image in images), name
         assert images[0].equal(images[2]) == name.endswith("test")
     with pytest.raises(ValueError, match="name a data set with --data_path"):
-        loading(settings())
+        loading(settings(), torch.device("cpu"))
+
+
+def test_files_that_a_device_decodes_are_views_of_them(tmp_path):
+    """What a GPU does, on a CPU."""
+    image = Image.fromarray(np.full((20, 30, 3), 200, np.uint8))
+    files = [str(tmp_path / name) for name in ("a.JPEG", "b.jpg")]
+    for file in files:
+        image.save(file, "JPEG")
+    view = v2.Compose([v2.RandomResizedCrop(8), v2.ToDtype(torch.float32, scale=True)])
+    batch = decoded_on(torch.device("cpu"), files, view, settings(batch_size=5))()
+    assert batch.shape == (5, 3, 8, 8) and abs(float(batch.mean()) - 200 / 255) < 0.01

@@ -163,6 +163,9 @@ def test_heads_share_the_scale_of_their_metric(drawn):
         for image, value in zip(pair, values, strict=True):
             np.testing.assert_array_equal(image.get_array().T, value)
             assert image.get_clim() == (np.min(values), np.max(values))
+    axis = images[0].axes
+    assert list(axis.get_yticks()) == list(range(HEADS)) and axis.get_ylabel() == "head (from 0)"
+    assert images[0].get_extent()[2:] == [HEADS - 0.5, -0.5]  # the first head is at 0, above
 
 
 def test_spectra_have_a_line_per_depth_and_the_axis_of_their_kind(drawn):

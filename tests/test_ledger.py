@@ -43,6 +43,15 @@ def probing(tops=(67.0, 68.0, 69.0), head="cls", flags=(), encoder=ENCODER, **ch
     }  # fmt: skip
 
 
+def log_of(result):
+    """The last line of log.txt."""
+    probes = result.get("probes") if isinstance(result, dict) and "rules" not in result else None
+    if not probes:
+        return "{}"
+    last = {name: {"top1": probe["last"]["top1"]} for name, probe in probes.items()}
+    return json.dumps({"epoch": result["args"]["epochs"] - 1, "test": last}) + "\n"
+
+
 @pytest.fixture
 def made(tmp_path):
     """The records of results, by their cell; the folder of each holds a log."""
@@ -50,7 +59,7 @@ def made(tmp_path):
     def run(result, name="results.json"):
         folder = tmp_path / "run"
         folder.mkdir(exist_ok=True)
-        (folder / "log.txt").write_text("{}")
+        (folder / "log.txt").write_text(log_of(result))
         (folder / name).write_text(json.dumps(result))
         return {record["head"]: record for record in program.records(folder / name)}
 
@@ -118,7 +127,8 @@ def test_record_says_where_its_number_comes_from(made, tmp_path):
     [
         lambda text: text.replace("68.0", "71.6", 1), lambda text: text.replace('"dirty": false', '"dirty": true'),
         lambda text: text[:-50], lambda text: text.replace("68.0", "NaN", 1), lambda text: "[]", lambda text: "{}",
-        lambda text: text.replace('"n": 3', '"n": 3, "more": 1'),
+        lambda text: text.replace('"n": 3', '"n": 3, "more": 1'), lambda text: "[" * 100_000,
+        lambda text: text.replace('"n": 3', '"n": 5, "n": 3'), lambda text: "",
     ],
 )  # fmt: skip
 def test_changed_record_is_refused_with_its_name(made, tmp_path, damage):
@@ -147,6 +157,9 @@ def test_resealed_record_of_another_data_set_is_refused_too(made, tmp_path):
         read_record(tmp_path, path)
 
 
+IMAGES = {"n_train": 1_281_167, "fingerprint": "f" * 64}
+
+
 def resealed(tmp_path, record):
     """The record in its place, with the seal of what it is now."""
     path = tmp_path / cell_in(record).file
@@ -167,9 +180,23 @@ def resealed(tmp_path, record):
         ({"values": []}, r"it is not what scripts/record.py writes"),
         ({"sources": []}, "a run without its command"),
         ({"sources": [{"command": "main.py"}]}, "a run without its seed"),
-        ({"data": {"classes": 10, "n_test": 500}}, "10 classes, where imagenet1k has 1000"),
-        ({"data": {"classes": 1000, "n_test": 500}}, "500 test images, where imagenet1k has 50,000"),
+        ({"data": {"classes": 10, "n_test": 500, **IMAGES}}, "10 classes, where imagenet1k has 1000"),
+        ({"data": {"classes": 1000, "n_test": 500, **IMAGES}}, "500 test images, where imagenet1k has 50,000"),
         ({"dataset": "nowhere"}, r"it is not what scripts/record.py writes \(KeyError\('nowhere'\)\)"),
+        ({"seeds": [0, 0, 1]}, r"a seed twice among \[0, 0, 1\]"),
+        ({"seeds": "012"}, "its seeds are not what"),
+        ({"notes": None}, "its notes are not what"),
+        ({"obstacles": [1]}, "its obstacles are not what"),
+        ({"weights": None}, "its weights are not what"),
+        ({"settings": []}, "its settings are not what"),
+        ({"model": "dino"}, "weights of mae, its cell is of dino"),
+        ({"data": {"classes": 1000, "n_test": 50_000, "n_train": 1, "fingerprint": None}}, "its data are not what"),
+        (
+            {"data": {"classes": 1000, "n_test": 50_000, "n_train": None, "fingerprint": "f"}},
+            "it was trained on images",
+        ),
+        ({"values": [True, True, True], "value": 1}, r".* are no measured values"),
+        ({"values": [680.0, 680.0, 680.0], "value": 680.0, "std": 0.0}, r".* are not percent"),
     ],
 )
 def test_resealed_record_that_contradicts_itself_is_refused(made, tmp_path, changes, words):
@@ -177,6 +204,26 @@ def test_resealed_record_that_contradicts_itself_is_refused(made, tmp_path, chan
     with pytest.raises(ValueError, match=f"{path} contradicts itself: {words}") as error:
         read_record(tmp_path, path)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("main.py --dataset demo --data_path x", "its command has --dataset demo, its cell imagenet1k"),
+        ("main.py --dataset=demo", "its command has --dataset demo, its cell imagenet1k"),
+        ("main.py --dataset imagenet1k --dataset demo", "its command has --dataset demo, its cell imagenet1k"),
+        ("main.py --model vit_demo_patch8 --epochs 3", "its command has --model vit_demo_patch8, its cell vit_base_pa"),
+        ("main.py --oracle_model vit_demo_patch8 --model vit_small_patch16 vit_base_patch16 --epochs 3", None),
+    ],
+)
+def test_record_whose_command_measured_something_else_is_refused(made, tmp_path, command, words):
+    record = made(probing())["cls"]
+    path = resealed(tmp_path, {**record, "sources": [{**record["sources"][0], "command": command}]})
+    if words is None:
+        assert read_record(tmp_path, path)["value"] == 68.0
+        return
+    with pytest.raises(ValueError, match=f"{path} contradicts itself: {words}"):
+        read_record(tmp_path, path)
 
 
 def test_demo_record_cannot_be_made_one_of_imagenet(made, tmp_path):
@@ -317,6 +364,54 @@ def test_runs_that_do_not_say_enough_are_refused(made, result, words):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: text.replace("68.0", "71.6"), lambda text: text.replace("seed1", "seed7"), lambda text: "",
+        lambda text: text.replace('"epoch": 89', '"epoch": 88'), lambda text: "log",
+    ],
+)  # fmt: skip
+def test_log_that_is_not_of_the_results_is_refused(made, tmp_path, change):
+    made(probing())
+    log_file = tmp_path / "run" / "log.txt"
+    log_file.write_text(change(log_file.read_text()))
+    with pytest.raises(ValueError, match=f"{log_file} does not end with the scores of results.json") as error:
+        program.records(tmp_path / "run" / "results.json")
+    assert "\n" not in str(error.value)
+    log_file.unlink()
+    (record,) = program.records(tmp_path / "run" / "results.json")
+    assert record["sources"][0]["log_sha256"] is None
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(b"\xff\xfe{", "cannot be read as JSON"), (b"[" * 100_000, "cannot be read as JSON"), (b"{", "cannot be read"),
+     (json.dumps(probing((math.nan,))).encode(), "are no measured values")],
+)  # fmt: skip
+def test_results_that_are_none_are_named(tmp_path, content, words):
+    path = tmp_path / "results.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=words) as error:
+        program.records(path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_run_of_the_demo_that_is_called_imagenet_is_not_written(tmp_path):
+    run = put(tmp_path / "run", "results.json", probing(classes=10, n_test=500, n_train=1000))
+    with pytest.raises(ValueError, match="is no record: 10 classes, where imagenet1k has 1000"):
+        recorded(tmp_path, run)
+    assert not (tmp_path / "results").exists()
+
+
+def test_run_of_which_nothing_is_left_is_said(tmp_path):
+    result = probing()
+    for probe in result["probes"].values():
+        probe["diverged_at"] = {"epoch": 3, "step": 1}
+    run = put(tmp_path / "run", "results.json", result)
+    with pytest.raises(ValueError, match=f"{run}: no probe or measurement that is good for a record"):
+        recorded(tmp_path, run)
+
+
 def test_folder_without_results_is_refused(tmp_path):
     with pytest.raises(ValueError, match="is it the --output_dir of a run that has ended"):
         program.results_of(tmp_path)
@@ -345,7 +440,7 @@ def run_of_seed(folder, seed, top, flags=(), **changes):
 def put(folder, name, result):
     folder.mkdir()
     (folder / name).write_text(json.dumps(result))
-    (folder / "log.txt").write_text(f"log of {folder.name}")
+    (folder / "log.txt").write_text(log_of(result))
     return folder
 
 

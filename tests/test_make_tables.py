@@ -5,15 +5,17 @@ import io
 import json
 import re
 import shutil
+import statistics
 import sys
 from pathlib import Path
 
 import pytest
 
 from scripts import make_tables as program
+from scripts import plot_bars
 from util.arguments import run_main
 from util.ledger import Cell, cell_in, make_record, sealed, write_record
-from util.paper_tables import TABLES, table_of
+from util.paper_tables import TABLES, rows_of, table_of
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -237,6 +239,54 @@ def test_table_of_a_page_is_kept_and_checked(tables, kept, tmp_path):
     assert "| MAE | ViT-demo/8 | 40.5 ± 0.7 |" in page.read_text()
 
 
+@pytest.mark.parametrize("place", ["demo/old/{}", "imagenet/{}", "{}"])
+def test_record_that_no_table_looks_for_fails_the_check(tables, kept, place):
+    source = kept / "demo" / "mae.vit_demo_patch8.top1.pos.json"
+    target = kept / place.format(source.name)
+    target.parent.mkdir(exist_ok=True)
+    shutil.copy(source, target)
+    assert f"records that no table looks for: {target}" in tables("--check", code=2)
+    target.write_text('{"probes": {}}')  # what a program has written
+    tables("--check")
+
+
+@pytest.mark.parametrize("name", ["imagenet/table1.md", "demo/table9.md", "demo_few/figure2.csv"])
+def test_table_that_has_no_records_fails_the_check(tables, kept, name):
+    (kept / name).parent.mkdir(exist_ok=True)
+    (kept / name).write_text("| MAE | 71.6 |\n")
+    assert f"not what the records say: {kept / name}" in tables("--check", code=2)
+
+
+def test_table_that_is_no_text_fails_the_check_with_its_name(tables, kept):
+    path = kept / "demo" / "table1.md"
+    path.write_bytes(path.read_text().encode("utf-16"))
+    assert str(path) in tables("--check", code=2)
+    (kept / "page.md").write_bytes(b"\xff")
+    for name in ("page.md", "none.md"):
+        assert f"{kept / name} cannot be read" in tables("--check", "--write", str(kept / name), code=2)
+
+
+def test_folder_that_is_not_there_fails_the_check(tables, tmp_path):
+    tmp_path.rename(tmp_path.with_name("gone"))
+    assert f"--results {tmp_path}: there is no such folder" in tables("--check", code=2)
+
+
+def test_mark_of_a_table_that_there_is_not_fails_the_check(tables, kept):
+    for mark in ("table4 of demo", "table1 of nowhere"):
+        (kept / "page.md").write_text(f"<!-- {mark}: python page.md -->\n")
+        (kept / "demo" / "table1.md").touch()
+        assert f"{mark} in" in tables("--check", "--write", str(kept / "page.md"), code=2)
+
+
+def test_number_of_the_quickstart_that_was_edited_in_the_readme_fails_the_check(tables, copied):
+    readme = (ROOT / "README.md").read_text()
+    assert "<!-- quickstart: python scripts/probe_table.py MAE=results/quickstart/" in readme
+    (copied / "README.md").write_text(readme)
+    tables("--check", "--write", str(copied / "README.md"))
+    (copied / "README.md").write_text(readme.replace("58.7 ± 0.7", "71.6 ± 0.7"))
+    assert "quickstart in" in tables("--check", "--write", str(copied / "README.md"), code=2)
+
+
 def test_committed_tables_are_what_the_committed_records_say():
     program.check(ROOT / "results", ROOT / "README.md")
 
@@ -338,3 +388,41 @@ def test_every_value_of_the_papers_tables_has_a_cell():
 def test_cells_of_records_are_their_own():
     one = record("mae", B, "top1", "ap1", [71.0])
     assert cell_in(one) == Cell("imagenet1k", "mae", B, "top1", "ap1")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# figures and pages of the same numbers
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_bars_that_cannot_be_compared_are_hatched():
+    records = [record("mae", B, "top1", "cls", [68.0]), record("mae", B, "top1", "abmilp", [61.0], obstacles=["odd"])]
+    rows = rows_of("fig1", "imagenet1k", {cell_in(one): one for one in records}, json.loads(program.PAPER.read_text()))
+    figure = plot_bars.draw(rows, table_of("fig1", "imagenet1k").columns)
+    assert [bar.get_height() for bar in figure.axes[0].patches if bar.get_hatch()] == [61.0, 0]  # 0: of the legend
+    assert "not comparable with the paper" in [text.get_text() for text in figure.legends[0].texts]
+    plain = plot_bars.draw(rows[:0], table_of("fig1", "imagenet1k").columns)
+    assert not any(bar.get_hatch() for bar in plain.axes[0].patches)
+
+
+def test_numbers_of_the_page_on_aggregation_are_those_of_its_records():
+    probes, found = (
+        json.loads((ROOT / "results" / "aggregation" / f"demo.{name}.json").read_text())
+        for name in ("results", "aggregation")
+    )
+    page, readme = (ROOT / "docs" / "aggregation.md").read_text(), (ROOT / "README.md").read_text()
+    heads = {"pos": "uniform", "attn-mn": "[cls] attention, mean", "attn-lcte": "[cls] attention, head",
+             "ca1": "central patch", "dino": "oracle's", "abmilp": "AbMILP"}  # fmt: skip
+
+    def told(values, digits):
+        spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+        return f"{statistics.mean(values):.{digits}f}{spread}"
+
+    for head, words in heads.items():
+        top1 = [probe["last"]["top1"] for probe in probes["probes"].values() if probe["head"] == head]
+        rules = [rule for rule in found["rules"] if rule["head"] == head]
+        boxes = told([found["localization"]["maps"][rule["name"]]["maxboxaccv2"] for rule in rules], 1)
+        entropy = told([rule["entropy"]["mean"] for rule in rules], 2)
+        (line,) = [line for line in page.splitlines() if line.startswith(f"| {words}")]
+        assert line.endswith(f" | {told(top1, 1)} | {entropy} | {boxes} |")
+        assert head not in ("attn-mn", "abmilp") or re.search(rf"\b{re.escape(boxes)} for ", readme)

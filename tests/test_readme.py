@@ -2,12 +2,16 @@
 
 import importlib
 import re
+import runpy
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 import submitit_linprobe
+import util.arguments
 from util.arguments import parse
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,6 +29,23 @@ PARSERS = {
 
 def commands(text: str) -> list[str]:
     return command_lines("\n".join(re.findall(r"```bash\n(.*?)```", text, flags=re.S)))
+
+
+def inline(text: str) -> list[str]:
+    """Commands among the words of a page; RUN and the like stand for names."""
+    return [" ".join(words.split()) for words in re.findall(r"`((?:python|bash) (?:scripts|tests)/[^`]+)`", text)]
+
+
+def shell_script(name: str, *words: str) -> list[str]:
+    """The commands that a script would run."""
+    stubs = """
+        python() { if [ "$1" = -c ]; then echo 1; else printf '%q ' python "$@"; echo; fi; }
+        rm() { :; }; mkdir() { :; }; cp() { :; }; mv() { :; }
+        export -f python rm mkdir cp mv
+        bash "$@" """
+    done = subprocess.run(["bash", "-c", stubs, "bash", f"scripts/{name}.sh", *words], cwd=ROOT, capture_output=True,
+                          text=True, check=True)  # fmt: skip
+    return [line for line in done.stdout.splitlines() if line.startswith("python ")]
 
 
 def command_lines(text: str) -> list[str]:
@@ -53,10 +74,12 @@ def test_help_ends_with_examples_and_says_something_of_every_flag_in_a_titled_gr
     "command",
     [
         *(command for page in PAGES for command in commands(page.read_text())),
+        *sorted({command for page in PAGES for command in inline(page.read_text())}),
         *(command for program in PARSERS for command in examples(program)),
+        *(command for words in ([], ["--short"], ["--real"]) for command in shell_script("quickstart", *words)),
     ],
 )
-def test_command_is_understood(command, tmp_path):
+def test_command_is_understood(command, tmp_path, monkeypatch):
     (tmp_path / "args.json").write_text('{"args": {"data_path": "images"}}')
     words = shlex.split(re.sub(r"--args_from \S+", f"--args_from {tmp_path}/args.json", command))
     program = next(word for word in words if word.endswith((".py", ".sh")))
@@ -67,6 +90,13 @@ def test_command_is_understood(command, tmp_path):
         program = f"{launcher.main}.py"
     if program.startswith("main_"):
         parse(importlib.import_module(program.removesuffix(".py")).get_args_parser(), argv)
+    elif program.startswith("scripts/") and program.endswith(".py"):
+        parsed = []  # by the script itself, which then does nothing
+        monkeypatch.syspath_prepend(ROOT / "scripts")
+        monkeypatch.setattr(util.arguments, "run_main", lambda main, args: parsed.append(args))
+        monkeypatch.setattr(sys, "argv", [program, *argv])
+        runpy.run_path(str(ROOT / program), run_name="__main__")
+        assert len(parsed) == 1
 
 
 ALTERNATIVES = re.findall(r"`((?:main_\w+\.py )?--[^`]+)`", (ROOT / "REPRODUCTION.md").read_text())

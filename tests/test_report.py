@@ -265,8 +265,27 @@ def test_every_probe_and_score_is_there_and_seeds_are_averaged(tmp_path, make):
     for name in bank()["probes"]:
         assert name in page.text
     for said in ("41.00 ± 1.41", "51.00 ± 1.41", "42.00 ± 1.41", "1.2500 ± 0.0000", "769,000", "test top-1 (%)",
-                 "best top-1 (%)", "test loss", "test top-1 per class (%)", "cls: 41.0; abmilp: 51.0"):  # fmt: skip
+                 "best top-1 (%)", "test loss", "cls: 41.0; abmilp: 51.0"):  # fmt: skip
         assert said in page.text, said
+    assert "best loss" not in page.text and "per class" not in page.text  # as many images of each: the same number
+    results = bank()
+    next(iter(results["probes"].values()))["last"]["per_class"] = 39.0
+    put(tmp_path / "uneven" / "results.json", results)
+    assert make(tmp_path / "uneven").text.count("per class (%)") == 2  # of the last epoch, in both tables
+
+
+def test_one_evaluation_is_no_curve(tmp_path, make):
+    put_bank(tmp_path / "run")
+    assert "training loss of run" in make(tmp_path / "run").raw
+    put(tmp_path / "run" / "log.txt", log_of(bank(), epochs=1))
+    assert "training loss of run" not in make(tmp_path / "run").raw
+
+
+def test_runs_of_one_name_are_told_apart_by_the_end_of_their_folders(tmp_path, make):
+    for kind in ("deep", "wide"):
+        put_bank(tmp_path / "far" / "down" / kind / "mae")
+    text = make(*(tmp_path / "far" / "down" / kind / "mae" for kind in ("deep", "wide"))).text
+    assert " deep/mae Linear probes " in text and " wide/mae Linear probes " in text
 
 
 def test_records_of_the_repository_give_the_table_of_readme(make):
@@ -321,11 +340,12 @@ def test_scores_that_are_not_finite_are_said_and_sort_last(tmp_path, make):
 
 def test_arguments_that_differ_from_the_defaults_come_first(tmp_path, make):
     results = bank()
-    results["args"] |= {"optimizer": ["lars"], "epochs": 7, "forgotten_flag": 3}
+    results["args"] |= {"optimizer": ["lars"], "epochs": 7, "forgotten_flag": 3, "resume": "auto", "input_size": None}
     put(tmp_path / "run" / "results.json", results)
-    before, _, after = make(tmp_path / "run").text.partition("All 7 arguments")
+    before, _, after = make(tmp_path / "run").text.partition("All 9 arguments")
     assert "7 (default: 90)" in before and "3 (unknown today)" in before and "optimizer lars" not in before
-    assert "optimizer lars" in after
+    assert "optimizer lars" in after and "input_size –" in after
+    assert "resume auto" in before and "auto (default" not in before and "not set" not in before + after
 
 
 def test_helpers_refuse_what_would_not_be_a_page():

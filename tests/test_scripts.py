@@ -13,9 +13,8 @@ import torch
 from PIL import Image
 
 import main_linprobe
-from main_analyze_attention import load
 from probe_run import read_run
-from util.arguments import parse
+from util.arguments import frozen_encoder, parse
 from util.demo_data import generate
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -84,6 +83,17 @@ def test_table_joins_the_seeds_of_runs_of_one_label(run, tmp_path):
     assert "is named twice" in script("probe_table.py", f"mine={run}", f"mine={run}").stderr
 
 
+def test_table_of_a_page_is_written_between_its_marks(run, tmp_path):
+    page, results = tmp_path / "page.md", run / "results.json"
+    mark = f"<!-- quickstart: python scripts/probe_table.py mine={results} --write page.md -->"
+    page.write_text(f"{mark}\nold\n<!-- end of quickstart -->\n")
+    done = script("probe_table.py", f"mine={results}", "--write", page)
+    assert page.read_text() == f"{mark}\n{done.stdout[:-1]}<!-- end of quickstart -->\n"
+    results = tmp_path / "results.json"
+    results.write_text("{")
+    assert f"{results} cannot be read as JSON" in script("probe_table.py", f"mine={results}").stderr
+
+
 def test_maps_are_drawn(run, tmp_path):
     done = script("show_maps.py", f"mine={run}", "--images", "2", "--output", tmp_path / "maps.png")
     assert done.returncode == 0, done.stderr
@@ -94,7 +104,7 @@ def test_maps_are_of_the_tokens_that_the_probes_were_trained_on(run, tmp_path):
     argv = ["--args_from", run / "args.json", "--final_norm", "--output_dir", tmp_path / "run"]
     main_linprobe.main(parse(main_linprobe.get_args_parser(), list(map(str, argv))))
     found = read_run(tmp_path / "run")
-    encoder, size = load(found.args)
+    encoder, size = frozen_encoder(found.args)
     images = torch.randn(3, 3, size, size)
     bank = found.bank(encoder, encoder.backbone.grid_size)
     (features,) = encoder.backbone(images).values()

@@ -14,7 +14,8 @@ from util.datasets import eval_transform
 from util.plotting import visible
 
 SCRIPT = str(Path(__file__).resolve().parent.parent / "scripts" / "show_attention.py")
-attention_of = runpy.run_path(SCRIPT)["attention_of"]
+PROGRAM = runpy.run_path(SCRIPT)
+attention_of = PROGRAM["attention_of"]
 
 
 @pytest.mark.parametrize(
@@ -55,6 +56,17 @@ def test_images_are_read_as_those_of_data_sets(tmp_path):
     Image.fromarray(grey).save(tmp_path / "grey.png")
     picture = runpy.run_path(SCRIPT)["read_image"](tmp_path / "grey.png")
     np.testing.assert_array_equal(np.array(picture), np.repeat((grey >> 8)[..., None], 3, axis=2))
+
+
+def test_heads_are_counted_from_0(monkeypatch):
+    figures = []
+    monkeypatch.setitem(
+        PROGRAM["draw"].__wrapped__.__globals__, "save_figure", lambda figure, target: figures.append(figure)
+    )
+    maps = PROGRAM["Maps"]("MAE", np.zeros((8, 8, 3)), torch.full((3, 2, 2), 0.25), torch.zeros(3))
+    PROGRAM["draw"]([maps], None, "heading", "unused")
+    titles = [axis.get_title().splitlines()[0] for axis in figures[0].axes if axis.get_title()]
+    assert titles == ["MAE", "mean over heads", "head 0", "head 1", "head 2"]
 
 
 def test_picture_is_what_the_encoder_sees(image_folder):

@@ -4,6 +4,7 @@ import importlib
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -202,6 +203,19 @@ def test_smaller_batches_and_banks_are_the_same_protocol(tmp_path):
     assert len(runs) == 5 and len(heads) == len(set(heads)) == 19
 
 
+@pytest.mark.parametrize("deep", ["", "apart"])
+@pytest.mark.parametrize(("heads", "runs"), [("cls abmilp:depth=4", ["sa"]), ("cls", ["relu", "gelu", "tanh", "sa"])])
+def test_deep_heads_are_trained_once_whatever_the_bank_was_asked_for(tmp_path, deep, heads, runs):
+    folder = tmp_path / "probes" / "mae_vit_base_patch16"
+    folder.mkdir(parents=True)
+    (folder / "results.json").write_text(heads)
+    done = functions(tmp_path, f"""
+        DEEP={deep}
+        program() {{ echo "${{1##*-}}"; }}
+        deepen mae_vit_base_patch16""")  # fmt: skip
+    assert done.stdout.splitlines() == runs, done.stderr
+
+
 def test_encoders_that_nobody_published_are_left_out_and_named(tmp_path):
     """And one that fails does not stop the others."""
     done = functions(tmp_path, """
@@ -224,16 +238,66 @@ def test_through_slurm_encoders_go_at_a_time_and_all_are_waited_for(tmp_path):
 
 def functions(folder, body, *words):
     """A script of these lines, with the functions of paper.sh."""
+    command, settings = script_of(folder, body, *words)
+    return subprocess.run(command, cwd=ROOT, env={**os.environ, **settings}, capture_output=True, text=True)
+
+
+def script_of(folder, body, *words):
     text = f'set -- {" ".join(words)}\nsource scripts/paper.sh "$@"\n{body}'
-    settings = {"IMAGENET": str(folder), "OWN": str(folder), "GPUS": "1", "PRINT": ""}
-    return subprocess.run(["bash", "-c", text, "scripts/some.sh"], cwd=ROOT, env={**os.environ, **settings},
-                          capture_output=True, text=True)  # fmt: skip
+    settings = {"IMAGENET": str(folder), "OWN": str(folder), "OUT": str(folder), "GPUS": "1", "PRINT": ""}
+    return ["bash", "-c", text, "scripts/some.sh"], settings
+
+
+def test_records_and_figures_that_fail_are_said_at_the_end_and_the_rest_is_made(tmp_path):
+    (tmp_path / "probes" / "mae").mkdir(parents=True)
+    (tmp_path / "probes" / "mae" / "results.json").write_text("{}")
+    done = functions(tmp_path, """
+        python() { echo "now $1"; case "$1" in *record* | *plot_bars*) return 2 ;; esac; }
+        tables 1 7
+        bars
+        report
+        finish""")  # fmt: skip
+    programs = ("record", "make_tables", "plot_bars", "make_report")
+    assert done.stdout.splitlines() == [f"now scripts/{name}.py" for name in programs]
+    assert done.stderr.splitlines() == ["failed: records: tables have older ones", "failed: figure1.pdf"]
+    assert done.returncode == 1
+
+
+def test_interruption_ends_the_script_and_not_only_the_program_that_runs(tmp_path):
+    """The programs answer Ctrl-C with a checkpoint and an exit code of their own, after which bash would go on."""
+    command, settings = script_of(tmp_path, """
+        attend() { bash -c 'trap "exit 85" INT; echo "now $0"; while :; do sleep 0.1; done' "$1"; }
+        each attend mae_vit_base_patch16 dino_vit_base_patch16
+        finish""")  # fmt: skip
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    script = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **settings}, start_new_session=True, **pipes)
+    first = script.stdout.readline()
+    os.killpg(script.pid, signal.SIGINT)
+    rest, told = script.communicate(timeout=60)
+    assert first == "now mae_vit_base_patch16\n" and rest == ""
+    assert told == "interrupted: the same command goes on from here\n" and script.returncode == 130
+
+
+def test_images_of_the_oracle_are_counted_too(tmp_path):
+    text = call("table1", tmp_path=tmp_path, IMAGENET="x").stdout
+    told = dict(re.findall(r"# \S+/probes/(\S+): ([\d,]+) images", text))
+    assert told["mae_vit_base_patch16"] == "239,610,060" and told["dino_vit_base_patch16"] == "119,805,030"
+    assert told["capi_vit_large_patch14"] == "66,558,350"
+
+
+def test_transfer_to_one_percent_of_imagenet_is_left_out_without_its_list(tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name not in {*FOLDERS, "PRINT"}}
+    environment |= {"IMAGENET": str(tmp_path), "GPUS": "1", "OUT": str(tmp_path / "out")}
+    done = subprocess.run(["bash", "scripts/table2.sh"], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert f"left out: imagenet1pct; {tmp_path}/1percent.txt is not there (SimCLR's list)" in done.stderr
+    assert "failed: tables 2: no run has ended" in done.stderr and done.returncode == 1
 
 
 @pytest.mark.parametrize(
     ("words", "answer"),
     [
         (["--images_per_second", "1000", "--gpus", "4"], "1.0 GPU-hours, 0.2 h on 4 GPUs"),
+        (["--images_per_second", "10000", "--gpus", "4"], "6.0 GPU-minutes"),
         ([], "not measured on this device, so no hours are told"),
         (["--images_per_second", "0"], None),
     ],

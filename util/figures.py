@@ -198,10 +198,10 @@ def draw_heads(results: Sequence[dict], metrics: Sequence[str], target: Path) ->
         for (axis, _), values in zip(cells, maps, strict=True):
             L, H = values.shape
             axis.imshow(
-                values.T, norm=scale, aspect="auto", interpolation="nearest", extent=(-0.5, L - 0.5, H + 0.5, 0.5)
+                values.T, norm=scale, aspect="auto", interpolation="nearest", extent=(-0.5, L - 0.5, H - 0.5, -0.5)
             )
-            axis.set(xticks=counted(0, L - 1, 2 if len(results) > 4 else 4), yticks=counted(1, H))
-        cells[0][0].set_ylabel("head")
+            axis.set(xticks=counted(0, L - 1, 2 if len(results) > 4 else 4), yticks=counted(0, H - 1))
+        cells[0][0].set_ylabel("head (from 0)")
         unit = cells[0][1]["metrics"][name]["unit"]
         figure.colorbar(ScalarMappable(scale), ax=[axis for axis, _ in row], label=unit, aspect=12)
     figure.supxlabel(BLOCKS, fontsize=7)

@@ -206,6 +206,8 @@ p.loud { color: var(--loud); background: var(--loud-ground); border-left: 4px so
   padding: 0.5rem 0.75rem; border-radius: 4px; }
 .wide { overflow-x: auto; max-width: 100%; }
 .words { white-space: normal; overflow-wrap: anywhere; min-width: 15rem; max-width: 22rem; }
+.short.words { min-width: 7rem; max-width: 12rem; }
+td a { display: inline-block; white-space: normal; overflow-wrap: break-word; max-width: 18rem; }
 .gallery { display: flex; flex-wrap: wrap; gap: 0.5rem 1.5rem; align-items: flex-end; }
 .gallery figure { max-width: 100%; }
 .wide:focus-visible { outline: 2px solid var(--link); }
@@ -239,6 +241,9 @@ img.photo { max-width: 100%; background: #fff; border-radius: 4px; }
 @media (max-width: 40rem) {
   main { padding: 1rem 0.9rem 3rem; }
   .card { padding: 0.75rem; }
+  td a { max-width: 8.5rem; overflow-wrap: anywhere; min-width: 7rem; }
+  th, td { padding: 0.3rem 0.45rem; }
+  table.sortable td:not(.number) { white-space: normal; overflow-wrap: anywhere; min-width: 6rem; }
   .wide > img.broad { max-width: none; width: max(100%, 34rem); }
   table.pairs, table.pairs tbody, table.pairs tr, table.pairs th, table.pairs td { display: block; width: auto; }
   table.pairs th { border: 0; padding-bottom: 0; white-space: normal; }

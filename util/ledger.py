@@ -11,7 +11,7 @@ import json
 import math
 import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +27,17 @@ FIELDS = (
     "dirty", "versions", "sources",
 )  # fmt: skip
 SOURCE = ("command", "seed", "hardware", "seconds", "finished", "result_sha256", "log_sha256")  # each run that it is of
+# what the parts of a record are, where tables count on it
+SHAPES: dict[str, Callable[[Any], bool]] = {
+    "seeds": lambda seeds: type(seeds) is list and all(type(seed) in (int, type(None)) for seed in seeds),
+    "notes": lambda notes: type(notes) is list and all(type(note) is str for note in notes),
+    "obstacles": lambda notes: type(notes) is list and all(type(note) is str for note in notes),
+    "settings": lambda settings: type(settings) is dict,
+    "weights": lambda weights: type(weights) is dict and "source" in weights,
+    "data": lambda data: type(data["fingerprint"]) is str and type(data["n_test"]) is int
+    and type(data["n_train"]) in (int, type(None)),
+    "sources": lambda sources: type(sources) is list,
+}  # fmt: skip
 UNITS = {"aggregation_entropy": "nats", "aggregation_entropy_block_mean": "nats"}  # of all others: percent
 
 
@@ -103,11 +114,14 @@ def make_record(cell: Cell, values: Sequence[float], seeds: Sequence[int | None]
 
     sources: SOURCE of each run that has measured it; several, where they differ in nothing but their seed.
     """
-    if not values or not all(isinstance(value, int | float) and math.isfinite(value) for value in values):
+    unit = UNITS.get(cell.quantity, "%")
+    if not values or not all(type(value) in (int, float) and math.isfinite(value) for value in values):
         raise ValueError(f"{cell}: {list(values)} are no measured values")
+    if unit == "%" and not all(0 <= value <= 100 for value in values):
+        raise ValueError(f"{cell}: {list(values)} are not percent")
     record = {
         "value": statistics.mean(values), "std": statistics.stdev(values) if len(values) > 1 else None,
-        "n": len(values), "values": list(values), "seeds": list(seeds), "unit": UNITS.get(cell.quantity, "%"), **fields,
+        "n": len(values), "values": list(values), "seeds": list(seeds), "unit": unit, **fields,
     }  # fmt: skip
     if record.keys() != set(FIELDS):
         raise TypeError(f"a record has {', '.join(FIELDS)}; odd: {', '.join(sorted(record.keys() ^ set(FIELDS)))}")
@@ -144,8 +158,11 @@ def seal_of(record: dict) -> str:
 
 
 def write_record(results: Path, record: dict, replace: bool = False) -> Path:
-    """Write it to its place, whole. ValueError where another measurement of the cell is there, unless replace."""
+    """Write it to its place, whole. ValueError where another measurement of the cell is there, unless replace, and for
+    what read_record would refuse."""
     cell = cell_in(record)
+    if contradiction := disagreement(cell, json.loads(to_json(record))):
+        raise ValueError(f"{cell} is no record: {contradiction}")
     path = Path(results) / cell.file
     if path.exists() and not replace and read_record(results, path) != json.loads(to_json(record)):
         raise ValueError(f"{path} holds another measurement: remove it, or write --replace")
@@ -161,6 +178,15 @@ def float_of_json(word: str) -> float:
     raise ValueError(f"{word} is no number of JSON")
 
 
+def without_repetition(pairs: list[tuple[str, Any]]) -> dict:
+    """An object of JSON. ValueError where it has a name twice, of which readers show different values."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)} is there twice")
+    return found
+
+
 def cell_in(record: dict) -> Cell:
     return Cell(*(str(record[name]) for name in Cell._fields))
 
@@ -168,12 +194,15 @@ def cell_in(record: dict) -> Cell:
 def read_record(results: Path, path: Path) -> dict:
     """ValueError for what is no record, was changed after it was made, or lies where another cell's belongs."""
     try:
-        record = json.loads(path.read_text(), parse_constant=float_of_json)
+        record = json.loads(path.read_text(), parse_constant=float_of_json, object_pairs_hook=without_repetition)
         cell, names = cell_in(record), {*Cell._fields, *FIELDS, "seal"}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is no record of a result: {error!r}; scripts/record.py makes them") from error
-    if record.keys() != names:
-        raise ValueError(f"{path} is no record of a result: odd are {', '.join(sorted(record.keys() ^ names))}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        told = type(error).__name__ if isinstance(error, UnicodeDecodeError) else repr(error)  # it quotes the file
+        raise ValueError(f"{path} is no record of a result: {told}; scripts/record.py makes them") from error
+    if odd := sorted(record.keys() ^ names):
+        raise ValueError(
+            f"{path} is no record of a result, or one of another version: odd are {', '.join(odd)}; make it anew"
+        )
     if record["seal"] != seal_of(record):
         raise ValueError(f"{path} was changed after it was made: its seal is not its content's; make it from its run")
     if path != Path(results) / cell.file:
@@ -189,16 +218,31 @@ def disagreement(cell: Cell, record: dict) -> str:
         again = make_record(cell, **{name: record[name] for name in FIELDS if name not in DERIVED})
         if odd := [name for name in DERIVED if again[name] != record[name]]:
             return f"{odd[0]} {record[odd[0]]}, where its values give {again[odd[0]]}"
+        if odd := [name for name, known in SHAPES.items() if not known(record[name])]:
+            return f"its {odd[0]} are not what scripts/record.py writes"
+        seeds = [seed for seed in record["seeds"] if seed is not None]
         if len(record["seeds"]) != len(record["values"]):
             return f"{len(record['values'])} values of {len(record['seeds'])} seeds"
+        if len(set(seeds)) != len(seeds):
+            return f"a seed twice among {seeds}"
         for source in record["sources"] or [{}]:
             if missing := [name for name in SOURCE if name not in source]:
                 return f"a run without its {missing[0]}"
         entry, data = DATASETS[cell.dataset], record["data"]
+        if data["n_train"] is None and "epochs" in record["settings"]:
+            return "it was trained on images of which it has no number"
         if entry.classes not in (None, data["classes"]):
             return f"{data['classes']} classes, where {cell.dataset} has {entry.classes}"
         if [words for words in other_counts(cell.dataset, val=data["n_test"]) if words not in record["obstacles"]]:
             return f"{data['n_test']:,} test images, where {cell.dataset} has {entry.images['val']:,}"
+        weights = record["weights"]
+        if "family" in weights and (of_weights := model_of({**weights, "model": cell.arch})) != cell.model:
+            return f"weights of {of_weights}, its cell is of {cell.model}"
+        for source in record["sources"]:
+            for flag, of_cell in (("--dataset", cell.dataset), ("--model", cell.arch)):
+                asked = re.findall(rf"(?<!\S){flag}[= ]((?:(?!--)\S+ ?)+)", source["command"])
+                if asked and of_cell not in asked[-1].split():
+                    return f"its command has {flag} {asked[-1].strip()}, its cell {of_cell}"
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         return f"it is not what scripts/record.py writes ({error!r})"
     return ""

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from util.arguments import plain
 from util.checkpoints import safetensors_metadata
 from util.files import sha256
-from util.html import NONE, Cell, Html, badge, element, folded, gallery, number, pairs, warning
+from util.html import DASH, NONE, Cell, Html, badge, element, folded, gallery, number, pairs, warning
 from util.probe_results import spoken
 from util.report_figures import photo
 from util.report_runs import Run, is_json
@@ -170,8 +170,8 @@ def configuration(run: Run) -> Html:
         return Html(element("p", told, class_="soft") + folded("All arguments", pairs(everything)))
     differing = {
         name: [element("code", spelled(value)),
-               element("span", f" (default: {spelled(known[name])})" if name in known else " (unknown today)",
-                       class_="soft")]
+               element("span", " (unknown today)" if name not in known else
+                       "" if spelled(known[name]) == DASH else f" (default: {spelled(known[name])})", class_="soft")]
         for name, value in run.args.items() if name not in known or known[name] != value
     }  # fmt: skip
     title = f"All {len(everything)} arguments"
@@ -180,10 +180,10 @@ def configuration(run: Run) -> Html:
 
 
 def spelled(value: object) -> str:
-    """An argument as a command line has it."""
+    """An argument as a command line has it; a dash where it is not set."""
     if isinstance(value, list | tuple):
-        return " ".join(map(spelled, value)) or "none"
-    return "not set" if value is None or value == "" else f"{value:g}" if isinstance(value, float) else str(value)
+        return " ".join(map(spelled, value)) or DASH
+    return DASH if value is None or value == "" else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def provenance(run: Run) -> Html:

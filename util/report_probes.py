@@ -113,8 +113,12 @@ def by_setting(probes: Iterable[Probe]) -> list[list[Probe]]:
 
 
 def score_columns(probes: Sequence[Probe], headline: str) -> list[tuple[str, str]]:
-    """(of what, score) of all that was measured; what counts comes first."""
-    found = dict.fromkeys((of, score) for probe in probes for of, scores in probe.scores.items() for score in scores)
+    """(of what, score) of all that was measured; what counts comes first. Of the best epoch, that alone; accuracy per
+    class not where the classes have as many images each, so that it is the same."""
+    found = dict.fromkeys(
+        (of, score) for probe in probes for of, scores in probe.scores.items() for score, value in scores.items()
+        if score == headline or (of != "best" and (score != "per_class" or value != scores.get("top1")))
+    )  # fmt: skip
     order = {"test": 0, "held-out": 1, "best": 2}
     return sorted(found, key=lambda key: (order[key[0]], key[1] == "n", key[1] != headline))
 
@@ -137,7 +141,7 @@ def settings_rows(bank: Bank, columns: Sequence[tuple[str, str]]) -> list[list[o
             cells.append(cell)
         diverged = sum(probe.diverged != "no" for probe in group)
         rows.append([
-            first.head, whole(first.block), first.optimizer, first.rate, whole(len(group)), *cells, choice_of(first),
+            first.head, *cells, whole(first.block), first.optimizer, first.rate, whole(len(group)), choice_of(first),
             whole(first.parameters), f"{diverged} of {len(group)}" if diverged else "none",
         ])  # fmt: skip
     return rows
@@ -148,7 +152,7 @@ def show_banks(reported: Sequence[Reported]) -> Html:
     headline = reported[0].data.headline
     columns = [key for key in score_columns(everything, headline) if key[1] != "n"]
     rows = [[link(one), *row] for one in reported for row in settings_rows(one.data, columns)]
-    names = ["run", "head", "block (from 0)", "optimizer", "rate", "seeds", *(heading(*key) for key in columns),
+    names = ["run", "head", *(heading(*key) for key in columns), "block (from 0)", "optimizer", "rate", "seeds",
              "choice", "parameters", "diverged"]  # fmt: skip
     told = [
         "test: of the last epoch, or of the newest where a run is not finished; mean ± standard deviation over the "
@@ -210,7 +214,7 @@ def curves_of(run: Run, probes: Sequence[Probe], watched: str, headline: str) ->
             Line(groups[probe.name], x, [real(r[watched].get(probe.name, {}).get(headline)) for r in tested])
             for probe in probes
         ]
-    return curves
+    return {what: lines for what, lines in curves.items() if any(len(line.x) > 1 for line in lines)}  # else no curve
 
 
 def knn_table(bank: Bank) -> Html | None:

@@ -101,12 +101,15 @@ def name_of(run: Run, label: str, path: Path) -> str:
 
 
 def distinct(runs: list[Run]) -> list[Run]:
-    """The runs, with names that tell them apart: as much of their folder's as it takes."""
+    """The runs, with names that tell those of a program apart: as much of the end of their folder's as it takes."""
     keys = [(run.name, run.program) for run in runs]
-    return [
-        run if keys.count(key) == 1 else run._replace(name=f"{run.folder}/{run.prefix}".rstrip("/."))
-        for run, key in zip(runs, keys, strict=True)
-    ]
+    paths = [[*run.folder.resolve().parts, *([run.prefix.rstrip(".")] if run.prefix else [])] for run in runs]
+    named = []
+    for run, key, path in zip(runs, keys, paths, strict=True):
+        others = [other for other, of in zip(paths, keys, strict=True) if of == key and other is not path]
+        length = next((n for n in range(2, len(path)) if all(path[-n:] != one[-n:] for one in others)), len(path))
+        named.append(run._replace(name="/".join(path[-length:])) if others else run)
+    return named
 
 
 # ---------------------------------------------------------------------------------------------------------------------
