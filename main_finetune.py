@@ -130,7 +130,7 @@ def main(args: argparse.Namespace) -> None:
         batches = GlobalBatches(len(train_images), args.batch_size, args.accum_iter, args.seed)
         with seeded("weights", args.seed):
             encoder, size = build_encoder(args, drop_path=args.drop_path)
-            facts = {"weights": digest(encoder.backbone.state_dict())}
+            facts = {"weights": digest(encoder.backbone.state_dict()), "training images": fingerprint(train_images)}
             pooled = args.global_pool or (published is not None and "fc_norm.weight" in published)
             if published is None:
                 encoder.backbone.set_input_size(size)
@@ -176,7 +176,7 @@ def main(args: argparse.Namespace) -> None:
         run = {
             "args": plain(args), "encoder": encoder.record, "lr": lr, "effective_batch": batches.effective,
             "n_train": len(train_images), "n_test": len(test_images), "classes": num_classes,
-            "train_images": fingerprint(train_images), "test_images": fingerprint(test_images),
+            "train_images": facts["training images"], "test_images": fingerprint(test_images),
             **provenance(world.device),
         }  # fmt: skip
         training.start(run)

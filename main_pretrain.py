@@ -114,13 +114,14 @@ def main(args: argparse.Namespace) -> None:
         optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
         schedule = functools.partial(lr_at, epochs=args.epochs, warmup_epochs=args.warmup_epochs, min_lr=args.min_lr)
         pretraining = Pretraining(model, optimizer, args.mask_ratio, world.device, PRECISIONS[args.amp])
-        training = Training(args, pretraining, optimizer, schedule, loader, batches, folder)
+        facts = {"training images": fingerprint(images)}
+        training = Training(args, pretraining, optimizer, schedule, loader, batches, folder, facts)
         training.resume(args.resume)
 
         # ---- epochs
         run = {
             "args": plain(args), "lr": lr, "effective_batch": batches.effective, "n_train": len(images),
-            "train_images": fingerprint(images), **provenance(world.device),
+            "train_images": facts["training images"], **provenance(world.device),
         }  # fmt: skip
         training.start(run)
         log.info(

@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import json
+import shutil
 import signal
 import subprocess
 import time
@@ -427,6 +428,22 @@ def test_weights_may_move_and_may_not_change(commands, weights, whole, tmp_path,
         moved.write_bytes(weights.read_bytes())
         assert run(program, commands[program], folder, "--resume", "auto", "--finetune", moved) == 0
         assert differences(outcome(folder), whole(program)) == []
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_images_may_move_and_may_not_be_others(program, commands, image_folder, whole, tmp_path, after_step, capsys):
+    folder, moved = tmp_path / "run", tmp_path / "moved" / "images"
+    after_step(4, lambda: signal.raise_signal(signal.SIGTERM))
+    assert run(program, commands[program], folder) == signals.EXIT_STOPPED
+    shutil.copytree(image_folder, moved)
+    renamed = moved / "train" / "red" / "00.png"
+    renamed.rename(renamed.with_name("other.png"))
+    assert run(program, commands[program], folder, "--resume", "auto", "--data_path", moved) == 2
+    error = capsys.readouterr().err
+    assert "this is another run (training images was" in error and error.count("\n") == 2, error
+    renamed.with_name("other.png").rename(renamed)
+    assert run(program, commands[program], folder, "--resume", "auto", "--data_path", moved) == 0
+    assert differences(outcome(folder), whole(program)) == []
 
 
 def test_random_weights_are_a_function_of_the_seed(commands, tmp_path):
