@@ -258,6 +258,8 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError("--amp float16 would need a loss scaler to train; use bfloat16")
     if args.global_pool and args.cls_token:
         raise ValueError("--global_pool and --cls_token: the classifier reads the mean patch or [cls]; choose one")
+    if args.cutmix_minmax is not None and args.cutmix_minmax[0] >= args.cutmix_minmax[1]:
+        raise ValueError("--cutmix_minmax {} {}: the first must be the smaller one".format(*args.cutmix_minmax))
     if mixes(args) and args.batch_size % 2 and not args.eval:
         raise ValueError(f"--batch_size {args.batch_size}: mixup and cutmix pair images, so it must be even")
 

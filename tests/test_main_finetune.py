@@ -270,7 +270,7 @@ def test_other_files_are_not_evaluated(command, tmp_path, capsys, change, messag
 
 
 def test_a_diverging_run_stops_and_keeps_no_checkpoint_of_it(command, tmp_path):
-    with pytest.raises(FloatingPointError, match=r"training diverged: .* not finite in epoch 0, step 2"):
+    with pytest.raises(FloatingPointError, match=r"training diverged: .* not finite in epoch 0, step 2; lower --lr"):
         run(tmp_path / "run", command, "--lr", "1e30")
     assert not any((tmp_path / "run").glob("checkpoint-*"))
 
@@ -290,6 +290,7 @@ MISTAKES = {
     "mixing": (["--mixup", "nan"], "--mixup nan: write a number, 0 or more"),
     "no rate": (["--layer_decay", "0"], "--layer_decay 0.0: write a number, more than 0"),
     "clipping": (["--clip_grad", "0"], "--clip_grad 0.0: write a number, more than 0"),
+    "sides": (["--cutmix_minmax", "0.9", "0.2"], "--cutmix_minmax 0.9 0.2: the first must be the smaller one"),
     "policy": (["--aa", "xyz"], "--aa xyz: timm has no such policy (Unknown AA policy xyz); the recipe's is rand-m9"),
     "float16": (["--amp", "float16"], "--amp float16 would need a loss scaler to train; use bfloat16"),
     "nothing to evaluate": (["--eval"], "--eval needs a classifier: name its checkpoint with --resume"),

@@ -398,7 +398,8 @@ def test_a_run_that_diverges_is_one_line_and_the_checkpoint_before_stays(
         patch.setattr(method, "losses", poisoned)
         assert run(program, commands[program], tmp_path, "--save_every_steps", 2) == 1
     error = capsys.readouterr().err
-    assert "diverged: the loss or its gradient is not finite in epoch 1, step 1; lower --blr" in error
+    flag = "--blr" if program == "main_linprobe" else "--lr"  # the one that was given
+    assert f"diverged: the loss or its gradient is not finite in epoch 1, step 1; lower {flag}" in error
     assert error.count("\n") == 1
     assert sorted(path.name for path in tmp_path.glob("*.pth")) == ["checkpoint-0.pth", "checkpoint-1-1.pth"]
     assert run(program, commands[program], tmp_path, "--resume", "auto") == 0
