@@ -61,6 +61,8 @@ from util.run_folder import RunFolder, provenance, utc_now
 from util.seeding import seeded
 from util.training import Training
 
+RECIPE_AA = "rand-m9-mstd0.5-inc1"
+
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = Parser(__doc__)
@@ -84,7 +86,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     reg = parser.add_argument_group("regularisation")
     reg.add_argument("--drop_path", default=0.1, type=float, help="stochastic depth of the last block")
     reg.add_argument("--crop_scale", default=0.08, type=float, help="smallest share of the image that a crop covers")
-    reg.add_argument("--aa", default="rand-m9-mstd0.5-inc1", help='RandAugment policy in timm\'s notation; "" for none')
+    reg.add_argument("--aa", default=RECIPE_AA, help='RandAugment policy in timm\'s notation; "" for none')
     reg.add_argument("--color_jitter", default=None, type=float, help="used where --aa is off")
     reg.add_argument("--reprob", default=0.25, type=float, help="probability of random erasing")
     reg.add_argument("--smoothing", default=0.1, type=float, help="label smoothing")
@@ -97,6 +99,15 @@ def get_args_parser() -> argparse.ArgumentParser:
     add_run_arguments(parser)
     old = add_old_arguments(parser)
     old.add_argument("--cls_token", action="store_true", help="MAE's: [cls], which is the default here")
+    old.add_argument("--start_epoch", default=0, type=int, help="first epoch of a run that is not resumed")
+    old.add_argument("--remode", default="pixel", choices=["pixel", "rand", "const"], help="what erases")
+    old.add_argument("--recount", default=1, type=int, help="erased rectangles of an image, at most")
+    old.add_argument("--resplit", action="store_true", help="MAE's: no effect, there or here")
+    old.add_argument("--mixup_prob", default=1.0, type=float, help="share of the batches that are mixed")
+    old.add_argument("--mixup_switch_prob", default=0.5, type=float, help="of them by cutmix, where both are on")
+    old.add_argument("--mixup_mode", default="batch", choices=["batch", "pair", "elem"], help="what shares a mixture")
+    old.add_argument("--cutmix_minmax", default=None, nargs=2, type=float, metavar=("MIN", "MAX"),
+                     help="share of the sides that cutmix takes, instead of --cutmix")  # fmt: skip
     return parser
 
 
@@ -119,8 +130,10 @@ def main(args: argparse.Namespace) -> None:
         batches = GlobalBatches(len(train_images), args.batch_size, args.accum_iter, args.seed)
         with seeded("weights", args.seed):
             encoder, size = build_encoder(args, drop_path=args.drop_path)
-            facts = {"weights": digest(encoder.backbone.state_dict())}
+            facts = {"weights": digest(encoder.backbone.state_dict()), "training images": fingerprint(train_images)}
             pooled = args.global_pool or (published is not None and "fc_norm.weight" in published)
+            if published is None:
+                encoder.backbone.set_input_size(size)
             model = Classifier(encoder.backbone.requires_grad_(True), num_classes, pooled).to(world.device)
         if args.compile:
             encoder.backbone.compile_blocks()
@@ -131,10 +144,13 @@ def main(args: argparse.Namespace) -> None:
         if mixes(args):
             from timm.data import Mixup  # late, as in augmentation
 
-            mixup = Mixup(args.mixup, args.cutmix, label_smoothing=args.smoothing, num_classes=num_classes)
+            mixup = Mixup(
+                args.mixup, args.cutmix, args.cutmix_minmax, args.mixup_prob, args.mixup_switch_prob, args.mixup_mode,
+                label_smoothing=args.smoothing, num_classes=num_classes,
+            )  # fmt: skip
         train_set = KeyedDataset(train_images, augment, args.seed, on_bad_image=args.on_bad_image, train=True)
         train_loader = build_loader(train_set, batches, **loading(args, world.device))
-        pixels = eval_transform(size, encoder.mean, encoder.std)
+        pixels = eval_transform(size, encoder.mean, encoder.std, whole=size > 224)  # as in MAE
         test_set = KeyedDataset(test_images, pixels, args.seed, on_bad_image=args.on_bad_image)
         test_batches = EvaluationBatches(len(test_set), args.batch_size)
         test_loader = build_loader(test_set, test_batches, **loading(args, world.device))
@@ -160,7 +176,7 @@ def main(args: argparse.Namespace) -> None:
         run = {
             "args": plain(args), "encoder": encoder.record, "lr": lr, "effective_batch": batches.effective,
             "n_train": len(train_images), "n_test": len(test_images), "classes": num_classes,
-            "train_images": fingerprint(train_images), "test_images": fingerprint(test_images),
+            "train_images": facts["training images"], "test_images": fingerprint(test_images),
             **provenance(world.device),
         }  # fmt: skip
         training.start(run)
@@ -189,11 +205,14 @@ def augmentation(args: argparse.Namespace, size: int, encoder: Encoder) -> Calla
 
     for name in ("Posterize", "PosterizeIncreasing", "PosterizeOriginal"):
         auto_augment.NAME_TO_OP[name] = posterize
-    return create_transform(
-        size, is_training=True, scale=(args.crop_scale, 1.0), color_jitter=args.color_jitter,
-        auto_augment=args.aa or None, interpolation="bicubic", re_prob=args.reprob, re_mode="pixel",
-        mean=encoder.mean, std=encoder.std,
-    )  # fmt: skip
+    try:
+        return create_transform(
+            size, is_training=True, scale=(args.crop_scale, 1.0), color_jitter=args.color_jitter,
+            auto_augment=args.aa or None, interpolation="bicubic", re_prob=args.reprob, re_mode=args.remode,
+            re_count=args.recount, mean=encoder.mean, std=encoder.std,
+        )  # fmt: skip
+    except (AssertionError, ValueError, KeyError) as error:
+        raise ValueError(f"--aa {args.aa}: timm has no such policy ({error}); the recipe's is {RECIPE_AA}") from error
 
 
 def posterize(image: Image.Image, bits: int, **_: object) -> Image.Image:
@@ -225,7 +244,7 @@ def take_over(model: Classifier, weights: dict[str, torch.Tensor], path: str) ->
 
 
 def mixes(args: argparse.Namespace) -> bool:
-    return args.mixup > 0 or args.cutmix > 0
+    return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
 
 
 def check(args: argparse.Namespace) -> None:
@@ -239,6 +258,8 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError("--amp float16 would need a loss scaler to train; use bfloat16")
     if args.global_pool and args.cls_token:
         raise ValueError("--global_pool and --cls_token: the classifier reads the mean patch or [cls]; choose one")
+    if args.cutmix_minmax is not None and args.cutmix_minmax[0] >= args.cutmix_minmax[1]:
+        raise ValueError("--cutmix_minmax {} {}: the first must be the smaller one".format(*args.cutmix_minmax))
     if mixes(args) and args.batch_size % 2 and not args.eval:
         raise ValueError(f"--batch_size {args.batch_size}: mixup and cutmix pair images, so it must be even")
 

@@ -351,8 +351,6 @@ def settle(args: argparse.Namespace) -> None:
         raise ValueError("--eval needs the probes: name their checkpoint with --resume")
     if args.eval_every < 1:
         raise ValueError(f"--eval_every {args.eval_every}: write after how many epochs, such as 1")
-    if not 0 <= args.start_epoch < args.epochs:
-        raise ValueError(f"--start_epoch {args.start_epoch}: the epochs are 0 to {args.epochs - 1}")
     if (args.bn_group or args.batch_size) < 2:
         raise ValueError("batch normalisation needs at least two images: raise --batch_size or --bn_group")
     if not 0 <= args.val_fraction < 1:

@@ -38,7 +38,6 @@ from util.arguments import (
     plain,
     run_main,
 )
-from util.choices import instead_of
 from util.datasets import GlobalBatches, KeyedDataset, build_dataset, build_loader, train_transform
 from util.distributed import barrier, distributed
 from util.images import fingerprint
@@ -79,6 +78,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     figure.add_argument("--figure_every", default=20, type=int, metavar="EPOCHS",
                         help="draw reconstruction.png every so many epochs, too; 0: at the end only")  # fmt: skip
     add_run_arguments(parser)
+    old = parser.add_argument_group("accepted for old commands")
+    old.add_argument("--start_epoch", default=0, type=int, help="first epoch of a run that is not resumed")
     return parser
 
 
@@ -113,13 +114,14 @@ def main(args: argparse.Namespace) -> None:
         optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
         schedule = functools.partial(lr_at, epochs=args.epochs, warmup_epochs=args.warmup_epochs, min_lr=args.min_lr)
         pretraining = Pretraining(model, optimizer, args.mask_ratio, world.device, PRECISIONS[args.amp])
-        training = Training(args, pretraining, optimizer, schedule, loader, batches, folder)
+        facts = {"training images": fingerprint(images)}
+        training = Training(args, pretraining, optimizer, schedule, loader, batches, folder, facts)
         training.resume(args.resume)
 
         # ---- epochs
         run = {
             "args": plain(args), "lr": lr, "effective_batch": batches.effective, "n_train": len(images),
-            "train_images": fingerprint(images), **provenance(world.device),
+            "train_images": facts["training images"], **provenance(world.device),
         }  # fmt: skip
         training.start(run)
         log.info(
@@ -163,8 +165,6 @@ def record_reconstructions(folder: RunFolder, pretraining: Pretraining, images: 
 def check(args: argparse.Namespace) -> None:
     """Refuse what the arguments alone show to be impossible; ValueError."""
     check_training(args)
-    if args.model not in DECODERS:
-        raise ValueError(f"there is no decoder for {args.model}: {instead_of(args.model, DECODERS)}")
     if not 0 < args.mask_ratio < 1:
         raise ValueError(f"--mask_ratio {args.mask_ratio}: a share between 0 and 1 of the patches, to be predicted")
     patches = ((args.input_size or default_input_size(args.model)) // architecture(args.model)["patch_size"]) ** 2
@@ -177,8 +177,8 @@ def check(args: argparse.Namespace) -> None:
 
 
 def encoder_name(model: str) -> str:
-    """MAE's commands name the autoencoder, mae_vit_base_patch16; this is its encoder."""
-    return model.removeprefix("mae_")
+    """MAE's commands name the autoencoder, mae_vit_base_patch16, perhaps with its decoder; this is its encoder."""
+    return model.removeprefix("mae_").removesuffix("_dec512d8b")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from models_vit import Block, VisionTransformer, init_weights
+from models_vit import ARCHITECTURES, Block, VisionTransformer, init_weights
 from util.pos_embed import sincos_pos_embed
 
 EPS = 1e-6  # beside the variance of a patch's pixels, as published
@@ -170,12 +170,9 @@ class MaskedAutoencoder(nn.Module):
         self.load_state_dict({names.get(key, key): value for key, value in state.items()}, strict=True)
 
 
-# Decoder by encoder: the published one for base and larger; 192 wide for the paper's ViT-S (paper, B.1).
+# Decoder by encoder: the published one for base and larger; 192 wide for the paper's ViT-S (paper, B.1) and smaller.
 DECODERS = {
-    "vit_demo_patch8": {"decoder_embed_dim": 96, "decoder_depth": 2, "decoder_num_heads": 4},
-    "vit_tiny_patch16": {"decoder_embed_dim": 192, "decoder_depth": 8, "decoder_num_heads": 16},
-    "vit_small_patch16": {"decoder_embed_dim": 192, "decoder_depth": 8, "decoder_num_heads": 16},
-    "vit_base_patch16": {"decoder_embed_dim": 512, "decoder_depth": 8, "decoder_num_heads": 16},
-    "vit_large_patch16": {"decoder_embed_dim": 512, "decoder_depth": 8, "decoder_num_heads": 16},
-    "vit_huge_patch14": {"decoder_embed_dim": 512, "decoder_depth": 8, "decoder_num_heads": 16},
+    name: {"decoder_embed_dim": 512 if sizes["embed_dim"] > 384 else 192, "decoder_depth": 8, "decoder_num_heads": 16}
+    for name, sizes in ARCHITECTURES.items()
 }
+DECODERS["vit_demo_patch8"] = {"decoder_embed_dim": 96, "decoder_depth": 2, "decoder_num_heads": 4}

@@ -323,6 +323,15 @@ class VisionTransformer(nn.Module):
         for block in self.blocks:
             block.compile(backend=backend)
 
+    def set_input_size(self, img_size: int) -> None:
+        """Resample the table of positions once, to train it at that size; without this, every forward does."""
+        grid = self.grid_of(img_size, img_size)
+        if self.pos_embed is not None:
+            table = self.pos_embed.detach()
+            table = resample_pos_embed(table, self.grid_size, grid, self.num_embedded_prefix, self.pos_resampling)
+            self.pos_embed = nn.Parameter(table, requires_grad=self.pos_embed.requires_grad)
+        self.grid_size = grid
+
     def embed(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Images (B,3,h,w) -> prefix tokens (B,P,D) and patch tokens (B,M,D), positions added.
 

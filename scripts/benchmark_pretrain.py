@@ -11,7 +11,6 @@ from engine_pretrain import Pretraining
 from models_mae import DECODERS, MaskedAutoencoder
 from models_vit import build_vit
 from util.arguments import PRECISIONS
-from util.choices import instead_of
 from util.datasets import Sample
 from util.distributed import GradientMean
 from util.optim import weight_decay_groups
@@ -41,8 +40,6 @@ def adamw(model: torch.nn.Module) -> torch.optim.AdamW:
 
 def pretraining_steps(args: argparse.Namespace, device: torch.device) -> dict[str, Callable[[], object]]:
     """Forward, loss, backward and optimizer step on the same images: ours, and Hugging Face's with either attention."""
-    if args.model not in DECODERS:
-        raise ValueError(f"there is no decoder for {args.model}: {instead_of(args.model, DECODERS)}")
     size, amp = args.input_size, PRECISIONS[args.amp]
     with seeded("benchmark", 0):
         encoder = build_vit(args.model, img_size=size)

@@ -47,11 +47,6 @@ def test_only_the_chosen_contestant_is_built():
     assert list(pretraining_steps(settings(only="Hugging Face, sdpa"), torch.device("cpu"))) == ["Hugging Face, sdpa"]
 
 
-def test_a_model_without_decoder_is_refused():
-    with pytest.raises(ValueError, match="there is no decoder for vit_base_patch8"):
-        pretraining_steps(settings(model="vit_base_patch8"), torch.device("cpu"))
-
-
 def test_loaders_go_on_to_the_next_epoch(image_folder):
     contestants = loading(settings(data_path=image_folder, batch_size=10), torch.device("cpu"))
     assert len(contestants) == 6

@@ -143,6 +143,44 @@ def test_every_regulariser_has_its_effect(command, tmp_path):
     assert len(set(losses)) == len(choices)
 
 
+def test_maes_own_flags_reach_timm(command, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("timm.data.Mixup", lambda *words, **options: asked.append((words, options)))
+    old = "--start_epoch 2 --remode const --recount 3 --resplit --mixup_prob 0.9 --mixup_switch_prob 0.4 --dist_eval"
+    old += " --mixup_mode elem --cutmix_minmax 0.2 0.8 --mixup 0 --cutmix 0 --nb_classes 3"
+    run(tmp_path / "run", command, *old.split())
+    assert asked == [
+        ((0.0, 0.0, [0.2, 0.8], 0.9, 0.4, "elem"), {"label_smoothing": 0.1, "num_classes": 3}),
+    ]
+    args = parse(main_finetune.get_args_parser(), [*command, *old.split()])
+    erasing = main_finetune.augmentation(args, 32, load_encoder("", "vit_demo_patch8", img_size=32)).transforms[-1]
+    assert (erasing.mode, erasing.max_count, erasing.probability) == ("const", 3, 0.25)
+
+
+@pytest.mark.parametrize(("size", "whole"), [(32, False), (224, False), (232, True), (384, True)])
+def test_the_test_image_is_cropped_up_to_224_pixels_and_whole_above(command, monkeypatch, size, whole):
+    """As in MAE's fine-tuning."""
+    asked = []
+
+    def spy(*words, **options):
+        asked.append((words[0], options))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(main_finetune, "eval_transform", spy)
+    with pytest.raises(KeyboardInterrupt):
+        run("", command, "--input_size", str(size), "--output_dir", "")
+    assert asked == [(size, {"whole": whole})]
+
+
+def test_positions_are_resampled_once_and_trained_at_the_size_that_was_asked(command, tmp_path):
+    run(tmp_path / "run", command, *PLAIN, "--input_size", "64", "--epochs", "1", "--lr", "0", "--min_lr", "0")
+    trained = load_encoder(str(tmp_path / "run" / "encoder.safetensors"), "vit_demo_patch8").backbone
+    start = load_encoder(command[3], "vit_demo_patch8").backbone
+    assert start.grid_size == (4, 4) and trained.grid_size == (8, 8) and trained.pos_embed.shape == (1, 65, 128)
+    images = torch.randn(2, 3, 64, 64)
+    assert trained(images)[5].cls.equal(start(images)[5].cls)
+
+
 def test_randaugment_may_posterize_to_nothing(command):
     """A magnitude of 10, which the noise of the default policy reaches, leaves no bit."""
     args = parse(main_finetune.get_args_parser(), [*command, "--aa", "rand-m10-n8-inc1"])
@@ -232,7 +270,7 @@ def test_other_files_are_not_evaluated(command, tmp_path, capsys, change, messag
 
 
 def test_a_diverging_run_stops_and_keeps_no_checkpoint_of_it(command, tmp_path):
-    with pytest.raises(FloatingPointError, match=r"training diverged: .* not finite in epoch 0, step 2"):
+    with pytest.raises(FloatingPointError, match=r"training diverged: .* not finite in epoch 0, step 2; lower --lr"):
         run(tmp_path / "run", command, "--lr", "1e30")
     assert not any((tmp_path / "run").glob("checkpoint-*"))
 
@@ -246,6 +284,14 @@ MISTAKES = {
     "other weights": (["--model", "vit_tiny_patch16"], "write --model vit_demo_patch8"),
     "odd batch": (["--batch_size", "7"], "--batch_size 7: mixup and cutmix pair images, so it must be even"),
     "several labels": (["--dataset", "coco"], "--dataset coco has several labels an image"),
+    "depth": (["--drop_path", "1"], "--drop_path 1.0: write a number, from 0 up to, but not, 1"),
+    "smoothing": (["--smoothing", "1.5"], "--smoothing 1.5: write a number, from 0 up to, but not, 1"),
+    "erasing": (["--reprob", "2"], "--reprob 2.0: write a number, from 0 to 1"),
+    "mixing": (["--mixup", "nan"], "--mixup nan: write a number, 0 or more"),
+    "no rate": (["--layer_decay", "0"], "--layer_decay 0.0: write a number, more than 0"),
+    "clipping": (["--clip_grad", "0"], "--clip_grad 0.0: write a number, more than 0"),
+    "sides": (["--cutmix_minmax", "0.9", "0.2"], "--cutmix_minmax 0.9 0.2: the first must be the smaller one"),
+    "policy": (["--aa", "xyz"], "--aa xyz: timm has no such policy (Unknown AA policy xyz); the recipe's is rand-m9"),
     "float16": (["--amp", "float16"], "--amp float16 would need a loss scaler to train; use bfloat16"),
     "nothing to evaluate": (["--eval"], "--eval needs a classifier: name its checkpoint with --resume"),
     "both heads": (["--global_pool", "--cls_token"], "the mean patch or [cls]; choose one"),

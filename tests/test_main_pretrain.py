@@ -155,6 +155,20 @@ def test_every_epoch_draws_anew(command, tmp_path):
     assert len({line["loss"] for line in log(tmp_path / "run")}) == 3
 
 
+def test_maes_own_command_is_understood(image_folder):
+    words = "--batch_size 64 --model mae_vit_large_patch16_dec512d8b --norm_pix_loss --mask_ratio 0.75 --epochs 800 "
+    words += "--warmup_epochs 40 --blr 1.5e-4 --weight_decay 0.05 --accum_iter 1 --input_size 224 --min_lr 0 --seed 0 "
+    words += "--log_dir logs --device cuda --start_epoch 0 --num_workers 10 --pin_mem --world_size 1 --local_rank -1"
+    args = parse(main_pretrain.get_args_parser(), [*words.split(), "--data_path", str(image_folder)])
+    main_pretrain.check(args)
+    assert (args.model, args.epochs, args.norm_pix_loss) == ("vit_large_patch16", 800, True)
+
+
+def test_a_run_may_start_at_a_later_epoch(command, tmp_path):
+    run(tmp_path / "run", command, "--start_epoch", "1")
+    assert [line["epoch"] for line in log(tmp_path / "run")] == [1, 2]
+
+
 def test_pretraining_crops_as_torchvision_does(command, tmp_path, monkeypatch):
     asked = []
 
@@ -169,7 +183,7 @@ def test_pretraining_crops_as_torchvision_does(command, tmp_path, monkeypatch):
 
 
 def test_a_diverging_run_stops_and_keeps_no_checkpoint_of_it(command, tmp_path):
-    with pytest.raises(FloatingPointError, match=r"training diverged: .* not finite in epoch 0, step 2"):
+    with pytest.raises(FloatingPointError, match=r"training diverged: .* not finite in epoch 0, step 2; lower --lr"):
         run(tmp_path / "run", command, "--lr", "1e30")
     assert not any((tmp_path / "run").glob("checkpoint-*"))
 
@@ -183,6 +197,15 @@ MISTAKES = {
     "nothing to see": (["--mask_ratio", "0.95"], "leaves none of the 16 patches to be seen"),
     "checkpoint": (["--resume", "absent.pth"], "--resume absent.pth: there is no file"),
     "data set": (["--dataset", "imagenet"], "unknown data set 'imagenet': did you mean imagenet1k, "),
+    "size": (["--input_size", "0"], "--input_size 0 is not divisible by the patch size 8"),
+    "crop": (["--crop_scale", "2"], "--crop_scale 2.0: write a number, more than 0 and at most 1"),
+    "rate": (["--lr", "nan"], "--lr nan: write a number, 0 or more"),
+    "infinite rate": (["--blr", "inf"], "--blr inf: write a number, 0 or more"),
+    "rate at the end": (["--min_lr", "-1"], "--min_lr -1.0: write a number, 0 or more"),
+    "decay": (["--weight_decay", "-1"], "--weight_decay -1.0: write a number, 0 or more"),
+    "workers": (["--num_workers", "-1"], "--num_workers -1: write a number, 0 or more"),
+    "clock": (["--save_every_minutes", "nan"], "--save_every_minutes nan: write how often, or 0 for never"),
+    "start": (["--start_epoch", "3"], "--start_epoch 3: the epochs are 0 to 2"),
     "classes": (["--nb_classes", "10"], "--nb_classes 10: pretraining looks at no labels; leave it out"),
     "device": (["--device", "gpu"], "--device gpu: write cuda, cpu or auto"),
 }

@@ -226,7 +226,10 @@ def test_every_decoder_fits_its_encoder(name):
 
 @pytest.mark.parametrize(
     ("model", "width"),
-    [("vit_small_patch16", 192), ("vit_base_patch16", 512), ("vit_large_patch16", 512), ("vit_huge_patch14", 512)],
-)
+    [
+        ("vit_small_patch16", 192), ("vit_small_patch8", 192), ("vit_base_patch16", 512), ("vit_base_patch8", 512),
+        ("vit_large_patch16", 512), ("vit_huge_patch14", 512),
+    ],
+)  # fmt: skip
 def test_decoders_are_the_papers_192_wide_for_small_and_the_published_512_for_larger_encoders(model, width):
     assert DECODERS[model] == {"decoder_embed_dim": width, "decoder_depth": 8, "decoder_num_heads": 16}

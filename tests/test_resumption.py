@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import json
+import shutil
 import signal
 import subprocess
 import time
@@ -397,7 +398,8 @@ def test_a_run_that_diverges_is_one_line_and_the_checkpoint_before_stays(
         patch.setattr(method, "losses", poisoned)
         assert run(program, commands[program], tmp_path, "--save_every_steps", 2) == 1
     error = capsys.readouterr().err
-    assert "diverged: the loss or its gradient is not finite in epoch 1, step 1; lower --blr" in error
+    flag = "--blr" if program == "main_linprobe" else "--lr"  # the one that was given
+    assert f"diverged: the loss or its gradient is not finite in epoch 1, step 1; lower {flag}" in error
     assert error.count("\n") == 1
     assert sorted(path.name for path in tmp_path.glob("*.pth")) == ["checkpoint-0.pth", "checkpoint-1-1.pth"]
     assert run(program, commands[program], tmp_path, "--resume", "auto") == 0
@@ -427,6 +429,22 @@ def test_weights_may_move_and_may_not_change(commands, weights, whole, tmp_path,
         moved.write_bytes(weights.read_bytes())
         assert run(program, commands[program], folder, "--resume", "auto", "--finetune", moved) == 0
         assert differences(outcome(folder), whole(program)) == []
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_images_may_move_and_may_not_be_others(program, commands, image_folder, whole, tmp_path, after_step, capsys):
+    folder, moved = tmp_path / "run", tmp_path / "moved" / "images"
+    after_step(4, lambda: signal.raise_signal(signal.SIGTERM))
+    assert run(program, commands[program], folder) == signals.EXIT_STOPPED
+    shutil.copytree(image_folder, moved)
+    renamed = moved / "train" / "red" / "00.png"
+    renamed.rename(renamed.with_name("other.png"))
+    assert run(program, commands[program], folder, "--resume", "auto", "--data_path", moved) == 2
+    error = capsys.readouterr().err
+    assert "this is another run (training images was" in error and error.count("\n") == 2, error
+    renamed.with_name("other.png").rename(renamed)
+    assert run(program, commands[program], folder, "--resume", "auto", "--data_path", moved) == 0
+    assert differences(outcome(folder), whole(program)) == []
 
 
 def test_random_weights_are_a_function_of_the_seed(commands, tmp_path):

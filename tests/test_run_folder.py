@@ -5,6 +5,7 @@ import fcntl
 import json
 import logging
 import os
+import shutil
 import time
 
 import pytest
@@ -42,6 +43,12 @@ def test_checkpoints_are_ordered_by_number_and_other_names_ignored(run):
     (run.path / "checkpoint-best.pth").touch()
     run.save_checkpoint(10, {})
     assert [path.name for path in run.checkpoints()] == ["checkpoint-10.pth", "checkpoint-3.pth"]
+
+
+def test_a_folder_that_vanishes_is_not_said_to_hold_a_whole_checkpoint(run):
+    shutil.rmtree(run.path)
+    with pytest.raises(ValueError, match=r"run cannot be written: [^;]+$"):
+        run.save_checkpoint(4, {})
 
 
 def test_auto_resume_starts_anew_where_there_is_no_checkpoint(tmp_path):

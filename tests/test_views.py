@@ -27,6 +27,11 @@ RECIPES = {
         [transforms.RandomResizedCrop(32, scale=(0.2, 1.0), interpolation=BICUBIC)],
     ),
     "test": (eval_transform, {}, [transforms.Resize(36, interpolation=BICUBIC), transforms.CenterCrop(32)]),
+    "test, whole": (
+        eval_transform,
+        {"whole": True},
+        [transforms.Resize(32, interpolation=BICUBIC), transforms.CenterCrop(32)],
+    ),
     "whole": (stretch_transform, {}, [transforms.Resize((32, 32))]),
 }
 

@@ -3,6 +3,7 @@
 import argparse
 import itertools
 import json
+import math
 import os
 import sys
 import threading
@@ -206,11 +207,37 @@ def check_input_size(size: int, model: str) -> None:
         )
 
 
+# what numbers have to be, and the flags that take them
+NUMBERS = {
+    "0 or more": (
+        lambda x: 0 <= x < math.inf,
+        ("lr", "blr", "min_lr", "weight_decay", "start_epoch", "num_workers", "mixup", "cutmix", "color_jitter"),
+    ),
+    "more than 0": (lambda x: 0 < x < math.inf, ("layer_decay", "clip_grad", "recount")),
+    "from 0 to 1": (lambda x: 0 <= x <= 1, ("reprob", "mixup_prob", "mixup_switch_prob", "cutmix_minmax")),
+    "from 0 up to, but not, 1": (lambda x: 0 <= x < 1, ("drop_path", "smoothing")),
+    "more than 0 and at most 1": (lambda x: 0 < x <= 1, ("crop_scale",)),
+}
+
+
+def check_numbers(args: argparse.Namespace) -> None:
+    """Refuse numbers that have no meaning, NaN and infinity among them; ValueError."""
+    for words, (allowed, names) in NUMBERS.items():
+        for name in names:
+            given = getattr(args, name, None)
+            for value in given if isinstance(given, list) else [given]:
+                if value is not None and not allowed(value):
+                    raise ValueError(f"--{name} {value}: write a number, {words}")
+
+
 def check_training(args: argparse.Namespace) -> None:
     """Refuse what no training can do, before anything is read; ValueError."""
-    check_input_size(args.input_size or default_input_size(args.model), args.model)
+    check_input_size(default_input_size(args.model) if args.input_size is None else args.input_size, args.model)
+    check_numbers(args)
     if args.epochs < 1:
         raise ValueError(f"--epochs {args.epochs}: it takes at least one")
+    if args.start_epoch >= args.epochs:
+        raise ValueError(f"--start_epoch {args.start_epoch}: the epochs are 0 to {args.epochs - 1}")
     if not 0 <= args.warmup_epochs <= args.epochs:
         raise ValueError(f"--warmup_epochs {args.warmup_epochs} must lie between 0 and --epochs {args.epochs}")
     micro_steps_of_a_group(getattr(args, "bn_group", None) or args.batch_size, args.batch_size, args.accum_iter)
@@ -219,7 +246,7 @@ def check_training(args: argparse.Namespace) -> None:
 
 def check_saving(args: argparse.Namespace) -> None:
     for name in ("save_every_minutes", "save_every_steps"):
-        if getattr(args, name, 0) < 0:
+        if not getattr(args, name, 0) >= 0:  # NaN, too
             raise ValueError(f"--{name} {getattr(args, name)}: write how often, or 0 for never")
 
 

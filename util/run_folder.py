@@ -153,7 +153,7 @@ class RunFolder:
             trouble = disk_error(error)
             if trouble is None and not isinstance(error, SafetensorError):
                 raise
-            kept = f"; {self.kept[-1]} is whole" if self.kept else ""
+            kept = f"; {self.kept[-1]} is whole" if self.kept and self.kept[-1].exists() else ""
             raise ValueError(f"{flag} {path or self.path} cannot be written: {trouble or error}{kept}") from error
 
     def log_line(self, record: dict[str, Any]) -> None:

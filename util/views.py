@@ -96,13 +96,16 @@ def eval_transform(
     mean: tuple[float, ...] = IMAGENET_MEAN,
     std: tuple[float, ...] = IMAGENET_STD,
     loader: str = "pil",
+    whole: bool = False,
 ) -> View:
-    """Resize the shorter side to input_size x 256 / 224 (bicubic), central crop, normalisation."""
+    """Resize the shorter side to input_size x 256 / 224 (bicubic), central crop, normalisation.
+
+    whole: the shorter side becomes input_size, so that the crop covers it.
+    """
     from torchvision.transforms import CenterCrop, InterpolationMode
 
-    return View(
-        [_resize([int(input_size * 256 / 224)], InterpolationMode.BICUBIC), CenterCrop(input_size)], mean, std, loader
-    )
+    side = input_size if whole else int(input_size * 256 / 224)
+    return View([_resize([side], InterpolationMode.BICUBIC), CenterCrop(input_size)], mean, std, loader)
 
 
 def stretch_transform(size: int, mean: tuple[float, ...], std: tuple[float, ...], loader: str = "pil") -> View:
