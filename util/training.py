@@ -120,7 +120,7 @@ class Training:
         self.args, self.method, self.optimizer, self.schedule = args, method, optimizer, schedule
         self.loader, self.batches, self.folder = loader, batches, folder
         self.facts = {"effective batch": batches.effective, **(facts or {})}
-        self.epoch, self.done = args.start_epoch, 0
+        self.epoch, self.done = getattr(args, "start_epoch", 0), 0
         self.history: list[dict] = []  # what the program keeps of earlier epochs
         self.diverged_at = torch.full((len(method.names),), -1, device=method.device)  # step of the run; -1: it did not
         self.told: set[int] = set()  # losses whose divergence was reported
@@ -268,7 +268,7 @@ class Training:
     def _save_for_later(self) -> str:
         if self.folder.read_path is None:
             return "nothing saved, because --output_dir is empty"
-        if self.saved is None and self.steps_done == self.args.start_epoch * self.batches.steps:
+        if self.saved is None and self.steps_done == getattr(self.args, "start_epoch", 0) * self.batches.steps:
             return "before its first step, so that there was nothing to save"
         if self.saved != (self.epoch, self.done):
             self.save()
