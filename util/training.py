@@ -229,7 +229,7 @@ class Training:
             what = "training" if len(found) == 1 else "every one of the probes"
             raise FloatingPointError(
                 f"{what} diverged: the loss or its gradient is not finite in {places[found.index(max(found))]}; "
-                f"lower --{'blr' if self.args.lr is None else 'lr'}"
+                f"lower --{'blr' if getattr(self.args, 'lr', None) is None else 'lr'}"
             )
         for index in (i for i, step in enumerate(found) if step >= 0 and i not in self.told):
             self.told.add(index)
