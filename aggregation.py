@@ -113,15 +113,13 @@ AGGREGATIONS = {
 }  # fmt: skip
 
 
-def check_aggregation(name: str, has_cls: bool) -> Aggregation:
+def check_aggregation(name: str, has_cls: bool, asked_by: str = "--cls_features") -> Aggregation:
     """The entry of AGGREGATIONS; ValueError where there is none or the encoder lacks the [cls] token it needs."""
     if name not in AGGREGATIONS:
-        raise ValueError(f"unknown --cls_features {name!r}: {instead_of(name, AGGREGATIONS)}")
+        raise ValueError(f"unknown {asked_by} {name!r}: {instead_of(name, AGGREGATIONS)}")
     if AGGREGATIONS[name].needs_cls and not has_cls:
         possible = [other for other, entry in AGGREGATIONS.items() if not entry.needs_cls]
-        raise ValueError(
-            f"--cls_features {name}: this encoder has no [cls] token; probe {' or '.join(possible)} instead"
-        )
+        raise ValueError(f"{asked_by} {name}: this encoder has no [cls] token; write {' or '.join(possible)} instead")
     return AGGREGATIONS[name]
 
 
@@ -134,19 +132,21 @@ def option_flags() -> dict[str, Option]:
     }
 
 
-def parse_head(word: str, flags: dict[str, Value]) -> tuple[str, tuple[tuple[str, Value], ...]]:
+def parse_head(
+    word: str, flags: dict[str, Value], asked_by: str = "--cls_features"
+) -> tuple[str, tuple[tuple[str, Value], ...]]:
     """A word of --cls_features -> its aggregation and its options, as ProbeSpec holds them: (name, options).
 
     "abmilp:depth=2,act=tanh", "ap12" (that is "ap:heads=12"), "cls". flags: {flag: value} of those of option_flags that
     are given. Options at their default are left out, and so are flags that have no effect beside the other options: a
-    head has one name. Raises ValueError, one line, for what does not exist or has no effect.
+    head has one name. asked_by: whose word it is. ValueError, one line, for what does not exist or has no effect.
     """
     name, _, text = word.partition(":")
     number = re.fullmatch(r"([a-z-]+)(\d+)", name)
     if number and number[1] in AGGREGATIONS and AGGREGATIONS[number[1]].number:
         name = number[1]
         text = f"{AGGREGATIONS[name].number}={number[2]}" + ("," + text if text else "")
-    entry = check_aggregation(name, has_cls=True)
+    entry = check_aggregation(name, True, asked_by)
     given: dict[str, Value] = {}
     for setting in text.split(",") if text else []:
         key, equals, value = setting.partition("=")
@@ -154,13 +154,13 @@ def parse_head(word: str, flags: dict[str, Value]) -> tuple[str, tuple[tuple[str
             takes = (
                 f"takes {', '.join(entry.options)}, as in {name}:option=value" if entry.options else "has no options"
             )
-            raise ValueError(f"--cls_features {word}: {nearest(key, entry.options)}{name} {takes}; not {setting!r}")
+            raise ValueError(f"{asked_by} {word}: {nearest(key, entry.options)}{name} {takes}; not {setting!r}")
         if key in given:
-            raise ValueError(f"--cls_features {word}: {key} is set twice")
+            raise ValueError(f"{asked_by} {word}: {key} is set twice")
         try:
             given[key] = entry.options[key].read(value)
         except ValueError as error:
-            raise ValueError(f"--cls_features {word}: {key}={value}: {error}") from None
+            raise ValueError(f"{asked_by} {word}: {key}={value}: {error}") from None
     values = {}
     for key, option in entry.options.items():
         flag = option.flag or f"{name}_{key}"
@@ -171,7 +171,7 @@ def parse_head(word: str, flags: dict[str, Value]) -> tuple[str, tuple[tuple[str
     for key in given:
         if entry.options[key].idle(values):
             others = ", ".join(f"{other}={values[other]}" for other in values if other != key)
-            raise ValueError(f"--cls_features {word}: {key} has no effect with {others}")
+            raise ValueError(f"{asked_by} {word}: {key} has no effect with {others}")
     return name, tuple(
         (key, value) for key, value in values.items()
         if key == entry.number or (value != entry.options[key].default and not entry.options[key].idle(values))

@@ -71,7 +71,7 @@ from util.images import fingerprint
 from util.lars import LARS
 from util.lr_sched import lr_at, scaled_lr
 from util.predictions import FILE, PredictionKeeper
-from util.probe_results import leader, summary, tell, tell_neighbours, tell_scores, warn_of_choices
+from util.probe_results import leader, summary, tell, tell_neighbours, tell_scores, warn_of_choices, warn_of_edges
 from util.progress import log, setup_logging
 from util.run_folder import RunFolder, provenance, utc_now
 from util.scores import MULTILABEL_METRICS, MultiLabelTally, Tally
@@ -298,6 +298,7 @@ def main(args: argparse.Namespace) -> None:
             run |= {"seconds": training.elapsed, "finished": utc_now()}
             folder.write("results.json", {"probes": results, **run})
         tell(results, headline, args.report)
+        warn_of_edges(results)
         folder.close()
 
 

@@ -70,7 +70,7 @@ def read_run(folder: Path) -> ProbeRun:
         results = json.loads(path.read_text())
         probes = {name: probe["last"]["epoch"] for name, probe in results["probes"].items()}
     except (OSError, ValueError, *MISREAD) as error:
-        raise ValueError(f"{path} is not the results.json of main_linprobe.py: {error!r}") from error
+        raise ValueError(f"--probes {folder}: {path.name} is not that of main_linprobe.py") from error
     if not (Path(folder) / "args.json").is_file():
         raise ValueError(f"--probes {folder} holds no args.json, which says what its probes are")
     args = parse(main_linprobe.get_args_parser(), ["--args_from", str(Path(folder) / "args.json")])

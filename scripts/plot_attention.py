@@ -24,7 +24,8 @@ def main(args: argparse.Namespace) -> None:
     metrics = choose_metrics(words, results, kind.axes)
     if not metrics:
         measured = ", ".join(sorted({name for result in results for name in result["metrics"]}))
-        raise ValueError(f"--kind {args.kind}: nothing of {', '.join(words)} was measured; there are {measured}")
+        asked = f"--metrics {' '.join(args.metrics)}" if args.metrics else f"what this figure shows ({words[0]})"
+        raise ValueError(f"--kind {args.kind}: nothing of {asked} was measured; there are {measured}")
     for path, result in zip(args.results, results, strict=True):
         if not set(metrics) & set(result["metrics"]):
             raise ValueError(f"{path} measures none of {', '.join(metrics)}: leave it out, or choose other --metrics")

@@ -25,6 +25,7 @@ from probe_run import ProbeRun, read_run
 from util.arguments import Parser, frozen_encoder, run_main
 from util.checkpoints import Encoder
 from util.datasets import KeyedDataset, build_dataset, eval_transform
+from util.images import fingerprint
 from util.plotting import STYLE, add_scale, draw_map, save_figure, visible
 from util.seeding import stable_seed
 
@@ -70,12 +71,15 @@ def draw(pictures: np.ndarray, columns: dict[str, np.ndarray], target: Path) -> 
 def main(args: argparse.Namespace) -> None:
     if args.images < 1:
         raise ValueError(f"--images {args.images}: it takes at least one")
-    columns, pictures = {}, None
+    columns, pictures, shown = {}, None, None
     for word in args.runs:
         label, _, folder = word.rpartition("=")
         run = read_run(Path(folder))
         encoder, size = frozen_encoder(run.args)
         images = build_dataset(run.args.dataset, run.args.data_path, "val", run.args.allow_subset)
+        if shown not in (None, fingerprint(images)):
+            raise ValueError(f"{folder} was tested on other images than the runs before it: make a figure of each")
+        shown = fingerprint(images)
         view = eval_transform(size, encoder.mean, encoder.std, run.args.loader)
         generator = torch.Generator().manual_seed(stable_seed("maps", args.seed))
         chosen = torch.randperm(len(images), generator=generator)[: args.images].tolist()

@@ -93,6 +93,7 @@ def test_maes_published_commands_are_understood():
         (["--data_pth=x"], "--data_pth: unknown; did you mean --data_path? --help"),
         (["--data_path", "x", "--lr_min", "1"], "--lr_min: unknown; did you mean --min_lr? --help"),
         (["--data_path", "x", "--zzz"], "--zzz: unknown; --help lists the arguments"),
+        (["--data_path", ""], "--data_path: it is empty: is a variable of the shell not set?; --help"),
         (["--data_path", "x", "y"], "unrecognized arguments: y; --help lists the arguments"),
         (["--data_path", "x", "--crop", "tv"], "--crop: unknown 'tv': choose one of mae, torchvision, center; --help"),
         (["--data_path", "x", "--crop", "centre"], "did you mean center? There are mae, torchvision, center; --help"),
@@ -123,7 +124,7 @@ def test_the_nearest_name_comes_first(word, names, near):
     ("flags", "message"),
     [
         (["--epochs", "0", "--warmup_epochs", "0"], "--epochs 0: it takes at least one"),
-        (["--epochs", "3"], "--warmup_epochs 5 must lie between 0 and --epochs 3"),
+        (["--epochs", "3"], "--warmup_epochs 5 does not fit into --epochs 3: write a number from 0 to 3"),
         (["--save_every_steps", "-1"], "--save_every_steps -1: write how often, or 0 for never"),
         (["--input_size", "40"], "--input_size 40 is not divisible by the patch size 16 of vit_base_patch16"),
         (["--input_size", "-32"], "--input_size -32 is not divisible by"),
@@ -140,6 +141,7 @@ def test_impossible_settings_are_refused_before_anything_is_read(flags, message)
     ("program", "mistake", "message"),
     [
         ("main_linprobe", ["--data_path", "absent"], "--data_path absent: there is no such folder"),
+        ("main_linprobe", ["--data_path", __file__], f"--data_path {__file__}: a file, no folder"),
         ("main_linprobe", ["--dataset", "cub200", "--data_path", "absent"], "there is no such folder; it comes from"),
         ("main_linprobe", ["--dataset", "imagnet1k"], "did you mean imagenet1k?"),
         ("main_linprobe", ["--finetune", "absent.pth"], "--finetune absent.pth: no such file"),

@@ -186,6 +186,21 @@ def test_boxes_of_other_images_are_passed_over_when_asked(root, tmp_path):
     read_boxes(path, None, images, root, chosen, allow_subset=True)
 
 
+def test_boxes_of_other_images_alone_are_not_passed_over(root, tmp_path):
+    images = build_dataset("image_folder", root, "val")
+    path = write_csv(tmp_path, root)
+    path.write_text(path.read_text().replace("ILSVRC2012_val_0000", "ILSVRC2012_val_0009"))
+    with pytest.raises(ValueError, match="they are boxes of other images, such as val/n0000000./ILSVRC2012_val_0009"):
+        read_boxes(path, None, images, root, range(3), allow_subset=True)
+
+
+def test_the_folder_of_a_table_stands_for_it(root, tmp_path):
+    images = build_dataset("image_folder", root, "val")
+    path = write_csv(tmp_path, root)
+    for place in (path, path.parent):
+        assert len(read_boxes(place, None, images, root, range(3)).annotations) == 3
+
+
 def test_names_without_folders_must_tell_images_apart(root, tmp_path):
     shutil.copy(root / path_in(root, NAMES[0]), root / "val" / "n00000001")
     images = build_dataset("image_folder", root, "val")

@@ -165,7 +165,7 @@ def test_training_flips_half_of_the_images_unless_told_otherwise():
     [
         (lambda root: root.rmdir(), "there is no such folder"),
         (lambda root: None, "no 'train' folder in it"),
-        (lambda root: (root / "train").mkdir(), "is not an image folder"),
+        (lambda root: (root / "train").mkdir(), "holds no folder of a class"),
         (lambda root: (root / "train" / "cat").mkdir(parents=True), "is not an image folder"),
     ],
 )

@@ -251,7 +251,7 @@ def test_program_draws_every_kind(tmp_path, monkeypatch, capsys):
         (["a.json", "--metrics", "patch_register_attention"], "not measured: there are"),
         (
             ["a.json", "--kind", "spectra", "--metrics", "paper"],
-            "--kind spectra: nothing of paper was measured; there are",
+            "--kind spectra: nothing of --metrics paper was measured; there are",
         ),
         (["a.json", "--output", "a.jpeg"], "a figure is written as .png, .pdf, .svg"),
         (["a.json", "--output", "nowhere/a.png"], "cannot be written: No such file or directory"),

@@ -278,7 +278,7 @@ def test_overflow_stops_the_analysis(data, tmp_path):
         (["--rules", "abmilp"], "--rules abmilp has to be learned: name the run of a trained one with --probes"),
         (["--rules", "dino"], "--rules dino takes another encoder's attention: name it with --oracle"),
         (["--rules", "pos", "pos"], "--rules pos pos names a rule twice"),
-        (["--rules", "mean"], "unknown --cls_features 'mean'"),
+        (["--rules", "mean"], "unknown --rules 'mean'"),
         (["--probes", "/nowhere"], "--probes /nowhere holds no results.json"),
         (["--kl_eps", "-1"], "--kl_eps -1.0"),
         (["--loc_step", "2"], "--loc_step 2.0"),
@@ -306,7 +306,7 @@ def test_probes_of_another_encoder_are_refused(data, probes, tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("results.json", "{", "is not the results.json of main_linprobe.py"),
+        ("results.json", "{", "results.json is not that of main_linprobe.py"),
         ("results.json", '{"probes": {"cls": {"last": {"epoch": 0}}}}', "are of different probes"),
         ("checkpoint-0.pth", "", "no checkpoint of .* can be read"),
         ("args.json", None, "holds no args.json"),

@@ -155,12 +155,15 @@ def test_a_finished_run_is_not_written_over(command):
         ),
         (
             ["--no_cls_token", "--finetune", "", "--cls_features", "cls"],
-            "this encoder has no [cls] token; probe pos or",
+            "this encoder has no [cls] token; write pos or",
         ),
         (["--batch_size", "65"], "larger than the 64 training images"),
         (["--input_size", "30"], "--input_size 30 is not divisible by the patch size 8"),
         (["--global_pool"], "write --cls_features pos"),
-        (["--epochs", "1", "--warmup_epochs", "2"], "--warmup_epochs 2 must lie between 0 and --epochs 1"),
+        (
+            ["--epochs", "1", "--warmup_epochs", "2"],
+            "--warmup_epochs 2 does not fit into --epochs 1: write a number from 0 to 1",
+        ),
         (["--eval"], "--eval needs the probes"),
         (["--lr", "1", "--blr", "1", "2"], "--lr 1.0 sets one rate, --blr [1.0, 2.0] several"),
         (["--family", "imagenet"], "unknown family 'imagenet': choose one of mae, mae_ft"),
@@ -187,7 +190,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(command, mistake, message, capsys
     assert not (tmp_path / "run" / "args.json").exists()
 
 
-def test_held_out_images_choose_the_rate_and_the_test_set_is_used_once(command, tmp_path):
+def test_held_out_images_choose_the_rate_and_the_test_set_is_used_once(command, tmp_path, capsys):
     words = ["--cls_features", "cls", "pos", "--blr", "0.001", "20", "--seeds", "0", "1", "--val_fraction", "0.25"]
     results = run([*command, *words, "--batch_size", "8", "--save_predictions", "--knn", "3"])
     probes = results["probes"]
@@ -205,6 +208,8 @@ def test_held_out_images_choose_the_rate_and_the_test_set_is_used_once(command, 
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.txt").read_text().splitlines()]
     assert all("val" in line and "test" not in line for line in lines)
     assert results["knn"].keys() == {"cls/block5", "pos/block5"}
+    (warning,) = (line for line in capsys.readouterr().out.splitlines() if "at the edge of those tried" in line)
+    assert "cls of block 5 (" in warning and "pos of block 5 (" in warning  # of two rates, both are
 
     kept = read_predictions(tmp_path / "run")
     assert all(kept.facts["probes"][name]["chosen"] == probe["chosen"] for name, probe in probes.items())

@@ -6,12 +6,15 @@ import json
 import logging
 import os
 import shutil
+import subprocess
+import sys
 import time
 
 import pytest
 import torch
 
-from util.run_folder import RunFolder, provenance, wait_for_a_later_name
+from util import run_folder
+from util.run_folder import RunFolder, code_version, provenance, wait_for_a_later_name
 
 
 @pytest.fixture
@@ -206,6 +209,33 @@ def test_what_is_no_checkpoint_of_a_run_is_refused(tmp_path, content, message):
         torch.save(content, path)
     with pytest.raises(ValueError, match=message):
         RunFolder(tmp_path / "run").find_checkpoint(str(path))
+
+
+@pytest.mark.parametrize("resume", ["", "auto", "elsewhere.pth"])
+def test_the_folder_of_another_program_is_refused(resume, tmp_path, monkeypatch):
+    """Or its args.json would be lost, and the checkpoints be called unreadable."""
+    (tmp_path / "args.json").write_text('{"command": "main_pretrain.py --epochs 3"}')
+    monkeypatch.setattr(sys, "argv", ["main_linprobe.py"])
+    with pytest.raises(ValueError, match=r"holds a run of main_pretrain\.py: name another folder"):
+        RunFolder(tmp_path).find_checkpoint(resume)
+    monkeypatch.setattr(sys, "argv", ["main_pretrain.py"])
+    assert RunFolder(tmp_path).find_checkpoint("auto") is None
+
+
+def test_code_is_changed_by_programs_and_not_by_results(tmp_path, monkeypatch):
+    def git(*words):
+        subprocess.run(["git", "-C", tmp_path, "-c", "user.name=n", "-c", "user.email=e", *words], check=True)
+
+    git("init", "-q")
+    (tmp_path / "main.py").write_text("1")
+    git("add", "-A")
+    git("commit", "-qm", "one")
+    monkeypatch.setattr(run_folder, "ROOT", tmp_path)
+    (tmp_path / "table1.md").write_text("| |")
+    assert code_version()["dirty"] is False
+    (tmp_path / "util").mkdir()
+    (tmp_path / "util" / "new.py").write_text("2")
+    assert code_version()["dirty"] is True
 
 
 def test_provenance_is_known_without_git_too(monkeypatch):

@@ -114,6 +114,15 @@ def test_maps_are_of_the_tokens_that_the_probes_were_trained_on(run, tmp_path):
     np.testing.assert_allclose(maps["AbMILP"], expected.detach(), rtol=1e-5)
 
 
+def test_maps_of_runs_on_different_images_are_refused(run, tmp_path):
+    generate(tmp_path / "data", 20, 11, workers=1)
+    argv = ["--args_from", run / "args.json", "--data_path", tmp_path / "data", "--output_dir", tmp_path / "run"]
+    main_linprobe.main(parse(main_linprobe.get_args_parser(), list(map(str, argv))))
+    done = script("show_maps.py", f"one={run}", f"two={tmp_path / 'run'}", "--output", tmp_path / "maps.png")
+    assert done.returncode == 2 and not (tmp_path / "maps.png").exists()
+    assert f"{tmp_path / 'run'} was tested on other images than the runs before it" in done.stderr
+
+
 @pytest.mark.parametrize("name", ["probe_table.py", "show_maps.py"])
 def test_unfinished_run_is_one_line(name, tmp_path):
     done = script(name, f"mine={tmp_path}")

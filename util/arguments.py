@@ -116,7 +116,7 @@ def add_encoder_arguments(parser: argparse.ArgumentParser, several: bool = False
 def add_data_arguments(parser: argparse.ArgumentParser, labels: bool = True, loaders: bool = True) -> None:
     """labels: whether the program uses them; otherwise it has no --nb_classes to offer. loaders: so with --loader."""
     group = parser.add_argument_group("data")
-    group.add_argument("--data_path", required=True, type=Path, help="folder of the data set")
+    group.add_argument("--data_path", required=True, type=named_path, help="folder of the data set")
     group.add_argument("--dataset", default="image_folder", help=f"its kind: {', '.join(DATASETS)}")
     group.add_argument("--allow_subset", action="store_true", help="take fewer images than the data set officially has")
     group.add_argument("--on_bad_image", choices=ON_BAD_IMAGE, default="error",
@@ -239,7 +239,10 @@ def check_training(args: argparse.Namespace) -> None:
     if args.start_epoch >= args.epochs:
         raise ValueError(f"--start_epoch {args.start_epoch}: the epochs are 0 to {args.epochs - 1}")
     if not 0 <= args.warmup_epochs <= args.epochs:
-        raise ValueError(f"--warmup_epochs {args.warmup_epochs} must lie between 0 and --epochs {args.epochs}")
+        raise ValueError(
+            f"--warmup_epochs {args.warmup_epochs} does not fit into --epochs {args.epochs}: write a number from 0 to "
+            f"{args.epochs}"
+        )
     micro_steps_of_a_group(getattr(args, "bn_group", None) or args.batch_size, args.batch_size, args.accum_iter)
     check_saving(args)
 
@@ -248,6 +251,13 @@ def check_saving(args: argparse.Namespace) -> None:
     for name in ("save_every_minutes", "save_every_steps"):
         if not getattr(args, name, 0) >= 0:  # NaN, too
             raise ValueError(f"--{name} {getattr(args, name)}: write how often, or 0 for never")
+
+
+def named_path(text: str) -> Path:
+    """A path from the command line; an empty one would be the folder where the program stands."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("it is empty: is a variable of the shell not set?")
+    return Path(text)
 
 
 def check_files(args: argparse.Namespace, remote: bool = False) -> None:

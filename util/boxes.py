@@ -138,6 +138,7 @@ def _csv_columns(path: Path) -> list[str]:
 
 def _csv(path: Path) -> dict[str, Annotation]:
     """Columns path (or file), x0, y0, x1, y1, in any order, others beside them; w and h are the image's size."""
+    path = path / "boxes.csv" if path.is_dir() else path
     columns = _csv_columns(path)
     name = next((name for name in CSV_NAMES if name in columns), CSV_NAMES[0])
     if missing := [column for column in (name, *CSV_BOX) if column not in columns]:
@@ -170,8 +171,9 @@ BOX_SOURCES = {
         "localization.txt of wsolevaluation, or its folder; image_sizes.txt beside it",
         lambda path: path.name == "localization.txt" or (path / "localization.txt").is_file(), _wsol),
     "csv": BoxSource(
-        "table with the columns path, x0, y0, x1, y1: the demo's and Tiny ImageNet's boxes.csv",
-        lambda path: path.suffix == ".csv" and set(CSV_BOX) <= set(_csv_columns(path)), _csv, by_path=True),
+        "table with the columns path, x0, y0, x1, y1, or a folder with such a boxes.csv, as the demo's",
+        lambda path: (path.suffix == ".csv" and set(CSV_BOX) <= set(_csv_columns(path)))
+        or (path / "boxes.csv").is_file(), _csv, by_path=True),
 }  # fmt: skip
 
 
@@ -253,12 +255,17 @@ def read_boxes(
             twice = next(key for key, count in Counter(keys).items() if count > 1)
             raise ValueError(f"--boxes {path} ({kind}) names images without their folder, and two are called {twice}")
         strangers = sorted(annotations.keys() - set(keys))
+    found = [annotations.get(key) for key in keys]
+    if not any(found):
+        raise ValueError(
+            f"--boxes {path} ({kind}): they are boxes of other images, such as {next(iter(annotations))}, and not of "
+            f"{images.samples[0][0]}"
+        )
     if strangers:
         words = f"{len(strangers):,} images that have boxes do not exist, the first {strangers[0]}"
         if not allow_subset:
             raise ValueError(f"--boxes {path}: {words}; --allow_subset takes the others")
         log.info("%s: %s", path, words)
-    found = [annotations.get(key) for key in keys]
     if without := [index for index in chosen if found[index] is None]:
         raise ValueError(
             f"--boxes {path} ({kind}): {len(without):,} of {len(chosen):,} images have no box, "

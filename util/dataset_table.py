@@ -62,14 +62,14 @@ def published() -> ModuleType:
 
 def _image_folder(root: Path, split: str, allow_subset: bool = False) -> Dataset:
     folder = root / split
-    if not root.is_dir():
-        raise ValueError("there is no such folder")
     if not folder.is_dir():
         raise ValueError(f"no {split!r} folder in it (expected train/<class>/ and val/<class>/)")
     try:
         return published().ImageFolder(folder, loader=read_rgb)
-    except FileNotFoundError as error:  # no class, or one without images
-        raise ValueError(f"{folder} is not an image folder: {error}") from error
+    except FileNotFoundError as error:
+        if not any(path.is_dir() for path in folder.iterdir()):
+            raise ValueError(f"{folder} holds no folder of a class (expected a folder of images per class)") from error
+        raise ValueError(f"{folder} is not an image folder: {error}") from error  # a class without images
 
 
 def _imagenet1k(root: Path, split: str, allow_subset: bool) -> Dataset:
@@ -393,7 +393,9 @@ def check_dataset(name: str, root: Path | None) -> str:
     if name not in DATASETS:
         raise ValueError(f"unknown data set {name!r}: {instead_of(name, DATASETS)}")
     if not (root is None or DATASETS[name].downloads or Path(root).is_dir()):
-        raise ValueError(_lacking(name, root, "there is no such folder"))
+        raise ValueError(
+            _lacking(name, root, "a file, no folder" if Path(root).is_file() else "there is no such folder")
+        )
     return name
 
 

@@ -73,6 +73,22 @@ def warn_of_choices(specs: Sequence[ProbeSpec], held_out: bool) -> None:
         log.warning("several rates or optimizers: choosing one by its test scores flatters it; see --val_fraction")
 
 
+def warn_of_edges(results: dict[str, dict]) -> None:
+    """Say it where the rate that held-out images chose is the smallest or the largest that was tried."""
+    tried: dict[tuple, set[float]] = {}
+    for result in results.values():
+        tried.setdefault((result["head"], result["block"], result["optimizer"]), set()).add(result["blr"])
+    edges = dict.fromkeys(
+        f"{place[0]} of block {place[1]} ({rate:g})"
+        for result in results.values()
+        if result.get("chosen")
+        for place, rate in [((result["head"], result["block"], result["optimizer"]), result["blr"])]
+        if len(tried[place]) > 1 and rate in (min(tried[place]), max(tried[place]))
+    )
+    if edges:
+        log.warning("the best --blr is at the edge of those tried, perhaps not the best there is: %s", ", ".join(edges))
+
+
 def tell(results: dict[str, dict], headline: str, epoch: str) -> None:
     """A summary to the log, by the scores of its "last" or "best" epoch."""
     for name, result in results.items():

@@ -50,10 +50,11 @@ def git(*command: str) -> str | None:
 
 
 def code_version() -> dict[str, Any]:
-    """Commit of the code that runs, and whether it was changed since; of a job's snapshot, as it was when taken."""
+    """Commit of the code that runs, and whether it was changed since (programs, not tables or files that lie about); of
+    a job's snapshot, as it was when taken."""
     if (ROOT / SNAPSHOT_RECORD).exists():
         return json.loads((ROOT / SNAPSHOT_RECORD).read_text())
-    status = git("status", "--porcelain")
+    status = git("status", "--porcelain", "--untracked-files=all", "--", "*.py", "*.sh")
     return {"commit": git("rev-parse", "HEAD"), "dirty": None if status is None else bool(status)}
 
 
@@ -278,8 +279,18 @@ class RunFolder:
         if self.path is not None and any(self.path.glob(pattern)):
             raise ValueError(f"--output_dir {self.path} already holds results: name another folder, or remove it")
 
+    def refuse_other_programs(self) -> None:
+        """ValueError where the folder holds a run of another main: its record, args.json, would be lost."""
+        mine, theirs = Path(sys.argv[0]).name, ""
+        if self.read_path is not None:
+            with contextlib.suppress(OSError, *MISFITS):
+                theirs = json.loads((self.read_path / "args.json").read_text())["command"].split()[0]
+        if mine != theirs and mine.startswith("main_") and theirs.startswith("main_"):
+            raise ValueError(f"--output_dir {self.read_path} holds a run of {theirs}: name another folder")
+
     def refuse_overwriting(self, resume: str) -> None:
         """A run may continue in its own folder only; ValueError."""
+        self.refuse_other_programs()
         own = resume == "auto" or (resume and Path(resume).resolve().parent == Path(self.read_path or "").resolve())
         if self.read_path is None or own:
             return
