@@ -56,7 +56,7 @@ from util.files import digest
 from util.images import fingerprint
 from util.lr_sched import lr_at, scaled_lr
 from util.optim import layer_decay_groups
-from util.progress import log, setup_logging, throughput
+from util.progress import log, setup_logging
 from util.run_folder import RunFolder, provenance, utc_now
 from util.seeding import seeded
 from util.training import Training
@@ -186,7 +186,7 @@ def main(args: argparse.Namespace) -> None:
                 scores = evaluate(model, test_loader, world.device, amp)
                 training.history.append({**stats.record(epoch), "test": scores._asdict()})
                 folder.log_line(training.history[-1])
-                words = throughput(*stats[2:])
+                words = stats.speed()
                 log.info("epoch %d: loss %.4f, top-1 %.2f, %s", epoch, stats.losses[0], scores.top1, words)
                 training.end_epoch({"test_top1": scores.top1})
             metadata = {"family": model.family, "model": args.model, "input_size": str(size)}
@@ -201,7 +201,7 @@ def main(args: argparse.Namespace) -> None:
 
 def augmentation(args: argparse.Namespace, size: int, encoder: Encoder) -> Callable[[Image.Image], torch.Tensor]:
     """RandAugment, or colour jitter, and random erasing, as timm has them."""
-    from timm.data import auto_augment, create_transform  # seconds to import; see util.datasets
+    from timm.data import auto_augment, create_transform  # seconds to import; see util.views
 
     for name in ("Posterize", "PosterizeIncreasing", "PosterizeOriginal"):
         auto_augment.NAME_TO_OP[name] = posterize

@@ -43,7 +43,7 @@ from util.distributed import barrier, distributed
 from util.images import fingerprint
 from util.lr_sched import lr_at, scaled_lr
 from util.optim import weight_decay_groups
-from util.progress import log, setup_logging, throughput
+from util.progress import log, setup_logging
 from util.reconstructions import draw_reconstructions, examples, reconstruct, tiled
 from util.run_folder import RunFolder, provenance, utc_now
 from util.seeding import seeded
@@ -133,7 +133,7 @@ def main(args: argparse.Namespace) -> None:
             for epoch in training.epochs():
                 stats = training.train_one_epoch()
                 folder.log_line(stats.record(epoch))
-                log.info("epoch %d: loss %.4f, %s", epoch, stats.losses[0], throughput(*stats[2:]))
+                log.info("epoch %d: loss %.4f, %s", epoch, stats.losses[0], stats.speed())
                 if epoch + 1 == args.epochs or (args.figure_every and (epoch + 1) % args.figure_every == 0):
                     record_reconstructions(folder, pretraining, images, args.seed, training.steps_done - 1)
                 training.end_epoch()

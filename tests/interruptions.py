@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -48,6 +49,37 @@ def run(program: str, command: list[str], folder: Path, *more: object) -> int:
     except SystemExit as stop:
         return stop.code
     return 0
+
+
+class Killed(BaseException):
+    """Ends a run on the spot, as SIGKILL does, and leaves the test alive."""
+
+
+def kill() -> None:
+    raise Killed
+
+
+def checkpoints(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("*.pth"))
+
+
+def after_calls(monkeypatch: pytest.MonkeyPatch, owner: type, method: str) -> Callable[[int, Callable], None]:
+    """plan(number, action): do something once, after so many calls of a method from now on."""
+    call, due, count = getattr(owner, method), {}, []
+
+    def spy(*words: object) -> None:
+        call(*words)
+        count.append(1)
+        if action := due.pop(len(count), None):
+            action()
+
+    def plan(number: int, action: Callable[[], object]) -> None:
+        due.clear()
+        count.clear()
+        due[number] = action
+
+    monkeypatch.setattr(owner, method, spy)
+    return plan
 
 
 def start(program: str, *words: object, processes: int = 1, restarts: int = 0) -> subprocess.Popen:

@@ -5,7 +5,7 @@ import signal
 
 import pytest
 import torch
-from interruptions import differences, in_processes, run, without_clock
+from interruptions import Killed, after_calls, checkpoints, differences, in_processes, kill, run, without_clock
 
 import main_linprobe
 from engine_aggregation import Findings
@@ -48,36 +48,10 @@ def found(folder):
     return {**without_clock({name: result[name] for name in result.keys() - {"args", "command"}}), "figures": figures}
 
 
-class Killed(BaseException):
-    """Ends a run on the spot, as SIGKILL does, and leaves the test alive."""
-
-
-def kill():
-    raise Killed
-
-
 @pytest.fixture
 def after_batch(monkeypatch):
     """after_batch(number, action): do something once, after so many batches of this start."""
-    update, due, count = Findings.update, {}, []
-
-    def spy(findings, *batch):
-        update(findings, *batch)
-        count.append(1)
-        if action := due.pop(len(count), None):
-            action()
-
-    def plan(number, action):
-        due.clear()
-        count.clear()
-        due[number] = action
-
-    monkeypatch.setattr(Findings, "update", spy)
-    return plan
-
-
-def names(folder):
-    return sorted(path.name for path in folder.glob("*.pth"))
+    return after_calls(monkeypatch, Findings, "update")
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -91,11 +65,11 @@ def test_an_analysis_stopped_in_both_passes_is_the_uninterrupted_one(
         error = capsys.readouterr().err
         assert code == signals.EXIT_STOPPED and error.count("\n") == 1, error
         assert f"stopped by SIGTERM: saved after {seen} of 7 images ({view}) in {tmp_path}" in error
-        assert names(tmp_path)[-1] == f"checkpoint-{place}.pth" and not (tmp_path / "aggregation.json").exists()
+        assert checkpoints(tmp_path)[-1] == f"checkpoint-{place}.pth" and not (tmp_path / "aggregation.json").exists()
     for more in ([], ["--num_workers", 1], ["--num_examples", 2]):  # to its end, and the results twice again
         assert run(PROGRAM, command, tmp_path, "--resume", "auto", *more) == 0
         assert differences(found(tmp_path), whole) == []
-    assert names(tmp_path) == ["checkpoint-1.pth"]
+    assert checkpoints(tmp_path) == ["checkpoint-1.pth"]
     assert "the analysis is complete: its results are written again" in capsys.readouterr().out
     assert run(PROGRAM, command, tmp_path) == 2
     assert "already holds results" in capsys.readouterr().err
@@ -105,7 +79,7 @@ def test_an_analysis_that_is_killed_repeats_the_batches_that_were_lost(command, 
     after_batch(6, kill)
     with pytest.raises(Killed):
         run(PROGRAM, command, tmp_path, "--save_every_minutes", 1e-9)
-    assert names(tmp_path) == ["checkpoint-0.pth", "checkpoint-1-2.pth"]
+    assert checkpoints(tmp_path) == ["checkpoint-0.pth", "checkpoint-1-2.pth"]
     assert run(PROGRAM, command, tmp_path, "--resume", "auto") == 0
     assert differences(found(tmp_path), whole) == []
 
@@ -142,7 +116,7 @@ def test_what_does_not_fit_is_named_and_the_checkpoint_before_it_used(
     after_batch(place, kill)
     with pytest.raises(Killed):
         run(PROGRAM, command, tmp_path, "--save_every_minutes", 1e-9)
-    newest = tmp_path / names(tmp_path)[-1]
+    newest = tmp_path / checkpoints(tmp_path)[-1]
     damaged(newest, change)
     assert run(PROGRAM, command, tmp_path, "--resume", "auto") == 0
     (line,) = (line for line in capsys.readouterr().out.splitlines() if "trying the checkpoint before it" in line)
@@ -167,4 +141,4 @@ def test_another_analysis_is_refused(more, told, command, tmp_path, after_batch,
     assert run(PROGRAM, command, tmp_path, *more) == 2
     error = capsys.readouterr().err
     assert told in error and error.count("\n") == 1
-    assert names(tmp_path) == ["checkpoint-0-4.pth"]
+    assert checkpoints(tmp_path) == ["checkpoint-0-4.pth"]

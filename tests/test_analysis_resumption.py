@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from interruptions import ENVIRONMENT, ROOT, analysed, differences, run
+from interruptions import ENVIRONMENT, ROOT, Killed, after_calls, analysed, checkpoints, differences, kill, run
 
 import main_analyze_attention as program
 from engine_attention import Recorder
@@ -52,36 +52,10 @@ def found(folder):
     return {**analysed(folder), "figures": sorted(path.name for path in folder.rglob("*.png"))}
 
 
-class Killed(BaseException):
-    """Ends a run on the spot, as SIGKILL does, and leaves the test alive."""
-
-
 @pytest.fixture
 def after_batch(monkeypatch):
     """after_batch(number, action): do something once, after so many batches of this start."""
-    add, due, count = Recorder.add, {}, []
-
-    def spy(recorder, observed):
-        add(recorder, observed)
-        count.append(1)
-        if action := due.pop(len(count), None):
-            action()
-
-    def plan(number, action):
-        due.clear()
-        count.clear()
-        due[number] = action
-
-    monkeypatch.setattr(Recorder, "add", spy)
-    return plan
-
-
-def kill():
-    raise Killed
-
-
-def names(folder):
-    return sorted(path.name for path in folder.glob("*.pth"))
+    return after_calls(monkeypatch, Recorder, "add")
 
 
 # ---- stopped and killed
@@ -102,19 +76,19 @@ def test_an_analysis_stopped_after_any_batch_again_and_again_is_the_uninterrupte
             f"stopped by {signal.Signals(number).name}: saved after {seen} of 7 images (encoder {'ab'[encoder]})"
             in error
         )
-        assert names(folder)[-1] == f"checkpoint-{place}.pth"
+        assert checkpoints(folder)[-1] == f"checkpoint-{place}.pth"
         assert not any(folder.glob("*/attention.json"))
         torch.manual_seed(batches)  # the state of the process has no say
     assert run("main_analyze_attention", command, folder, "--resume", "auto", "--num_workers", 1) == 0
     assert differences(found(folder), whole) == []
-    assert names(folder) == ["checkpoint-1.pth"]
+    assert checkpoints(folder) == ["checkpoint-1.pth"]
 
 
 def test_the_seconds_of_a_pass_are_those_of_all_its_starts(command, tmp_path, after_batch):
     for batches in (1, 2):
         after_batch(batches, lambda: (time.sleep(2), signal.raise_signal(signal.SIGTERM)))
         assert run("main_analyze_attention", command, tmp_path, "--resume", "auto") == signals.EXIT_STOPPED
-    assert names(tmp_path)[-1] == "checkpoint-0-6.pth"
+    assert checkpoints(tmp_path)[-1] == "checkpoint-0-6.pth"
     assert run("main_analyze_attention", command, tmp_path, "--resume", "auto") == 0
     seconds = [json.loads((tmp_path / label / "attention.json").read_text())["seconds"] for label in ("a", "b")]
     assert seconds[0] > 4 > seconds[1]
@@ -124,7 +98,7 @@ def test_an_analysis_that_is_killed_repeats_the_batches_that_were_lost(command, 
     after_batch(6, kill)
     with pytest.raises(Killed):
         run("main_analyze_attention", command, tmp_path / "run", "--save_every_minutes", 1e-9)
-    assert names(tmp_path / "run") == ["checkpoint-0.pth", "checkpoint-1-2.pth"]
+    assert checkpoints(tmp_path / "run") == ["checkpoint-0.pth", "checkpoint-1-2.pth"]
     assert run("main_analyze_attention", command, tmp_path / "run", "--resume", "auto") == 0
     assert differences(found(tmp_path / "run"), whole) == []
 
@@ -136,7 +110,7 @@ def test_a_signal_behind_the_pass_loses_nothing(name, ends, command, whole, tmp_
     with monkeypatch.context() as patch:
         patch.setattr(program, name, lambda *args: (signal.raise_signal(signal.SIGTERM), call(*args))[1])
         assert run("main_analyze_attention", command, tmp_path, "--resume", "auto") == ends
-    assert names(tmp_path) == (["checkpoint-0-7.pth"] if ends else ["checkpoint-1.pth"])
+    assert checkpoints(tmp_path) == (["checkpoint-0-7.pth"] if ends else ["checkpoint-1.pth"])
     assert run("main_analyze_attention", command, tmp_path, "--resume", "auto") == 0
     assert differences(found(tmp_path), whole) == []
 
@@ -184,7 +158,7 @@ def test_damaged_images_and_batches_of_nothing_else_do_not_shift_the_place(
         after_batch(batches, lambda: signal.raise_signal(signal.SIGTERM))
         folder = tmp_path / f"run{batches}"
         assert run("main_analyze_attention", words, folder) == signals.EXIT_STOPPED
-        assert names(folder) == [f"checkpoint-0-{2 if batches == 1 else 6}.pth"]
+        assert checkpoints(folder) == [f"checkpoint-0-{2 if batches == 1 else 6}.pth"]
         assert run("main_analyze_attention", words, folder, "--resume", "auto") == 0
         assert differences(found(folder), found(tmp_path / "whole")) == []
 
@@ -259,16 +233,9 @@ def test_all_processes_stop_at_the_same_batch_and_another_number_of_them_goes_on
 @pytest.fixture(scope="module")
 def stopped(command, tmp_path_factory):
     """{name: content} of an analysis that was killed within the pass of its second encoder."""
-    folder, count, add = tmp_path_factory.mktemp("stopped") / "run", [], Recorder.add
-
-    def spy(recorder, observed):
-        add(recorder, observed)
-        count.append(1)
-        if len(count) == 7:
-            raise Killed
-
+    folder = tmp_path_factory.mktemp("stopped") / "run"
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(Recorder, "add", spy)
+        after_calls(patch, Recorder, "add")(7, kill)
         run("main_analyze_attention", command, folder, "--save_every_minutes", 1e-9)
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
@@ -306,7 +273,7 @@ def test_a_bad_checkpoint_is_named_and_the_one_before_it_used(
     damage, reason = BAD[bad]
     for name, content in stopped.items():
         (tmp_path / name).write_bytes(content)
-    assert names(tmp_path) == ["checkpoint-1-2.pth", "checkpoint-1-4.pth"]
+    assert checkpoints(tmp_path) == ["checkpoint-1-2.pth", "checkpoint-1-4.pth"]
     damage(tmp_path / "checkpoint-1-4.pth")
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(program, "measure", lambda *args: kill())
@@ -343,7 +310,7 @@ def test_another_folder_goes_on_from_a_checkpoint_that_is_named(stopped, command
     words = ["--resume", tmp_path / "checkpoint-1-2.pth"]
     after_batch(1, lambda: signal.raise_signal(signal.SIGTERM))
     assert run("main_analyze_attention", command, tmp_path / "fork", *words) == signals.EXIT_STOPPED
-    assert names(tmp_path / "fork") == ["checkpoint-1-4.pth"]
+    assert checkpoints(tmp_path / "fork") == ["checkpoint-1-4.pth"]
     assert run("main_analyze_attention", command, tmp_path / "fork", "--resume", "auto") == 0
     assert differences(found(tmp_path / "fork"), whole) == []
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == stopped

@@ -190,7 +190,7 @@ def test_boxes_of_other_images_alone_are_not_passed_over(root, tmp_path):
     images = build_dataset("image_folder", root, "val")
     path = write_csv(tmp_path, root)
     path.write_text(path.read_text().replace("ILSVRC2012_val_0000", "ILSVRC2012_val_0009"))
-    with pytest.raises(ValueError, match="they are boxes of other images, such as val/n0000000./ILSVRC2012_val_0009"):
+    with pytest.raises(ValueError, match=r"they are boxes of other images, such as val/n0000000./ILSVRC2012_val_0009"):
         read_boxes(path, None, images, root, range(3), allow_subset=True)
 
 

@@ -10,7 +10,7 @@ import time
 
 import pytest
 import torch
-from interruptions import PROGRAMS, differences, flags, outcome, run, scalars
+from interruptions import PROGRAMS, Killed, differences, flags, kill, outcome, run, scalars
 
 from models_vit import build_vit
 from util import distributed, signals
@@ -52,10 +52,6 @@ def whole(commands, tmp_path_factory):
     return of
 
 
-class Killed(BaseException):
-    """Ends a run on the spot, as SIGKILL does, and leaves the test alive."""
-
-
 @pytest.fixture
 def after_step(monkeypatch):
     """after_step(number, action): do something after that optimizer step of the run."""
@@ -72,10 +68,6 @@ def after_step(monkeypatch):
 
     monkeypatch.setattr(Training, "_update", spy)
     return plan
-
-
-def kill():
-    raise Killed
 
 
 # ---- stopped and killed

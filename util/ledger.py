@@ -96,14 +96,6 @@ def short_head(word: str) -> str:
     return "-".join([*parts, *(f"{key}={value}" for key, value in options.items())])
 
 
-def long_head(word: str) -> str:
-    """The other way: abmilp-d2-relu -> abmilp:depth=2; as main_linprobe.py writes it."""
-    deep = re.fullmatch(r"abmilp-d(\d+)-(\w+)", word)
-    if deep:
-        return f"abmilp:depth={deep[1]}" + (f",act={deep[2]}" if deep[2] != "relu" else "")
-    return {"abmilp-sa": "abmilp:sa=both"}.get(word, word)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # records
 # ---------------------------------------------------------------------------------------------------------------------
