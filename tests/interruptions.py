@@ -206,7 +206,7 @@ def analysed(folder: Path) -> dict:
     return {
         "files": {
             str(path.relative_to(folder)): without_clock(json.loads(path.read_text()), CLOCK | {"command", "args"})
-            for path in sorted(folder.glob("*/*.json"))
+            for path in sorted(folder.rglob("*.json"))
         },
         "figures": {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*.p[nd][gf]"))},
         "scalars": {path.name: scalars(path) for path in sorted(folder.iterdir()) if path.is_dir()},

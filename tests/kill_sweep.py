@@ -45,7 +45,7 @@ def interrupt(child: int, number: int, folder: Path, seconds: float, in_writing:
 
 def sweep(program: str, number: int, kills: int, base: list[str], reference: Path, work: Path, seed: int) -> bool:
     """One line per number of workers; whether all runs ended as the reference."""
-    left = analysed if program == "main_analyze_attention" else outcome
+    left = outcome if program in PROGRAMS else analysed
     expected, fine = left(reference), True
     draw = random.Random(f"{program} {number} {seed}")
     took: dict[int, float] = {}
@@ -92,7 +92,7 @@ def main() -> None:
     parser.add_argument("--probing", type=int, default=50, help="runs of main_linprobe per signal")
     parser.add_argument("--pretraining", type=int, default=20, help="runs of main_pretrain per signal")
     parser.add_argument("--finetuning", type=int, default=20, help="runs of main_finetune per signal")
-    parser.add_argument("--analysis", type=int, default=20, help="runs of main_analyze_attention per signal")
+    parser.add_argument("--analysis", type=int, default=20, help="runs of each analysis per signal")
     parser.add_argument("--signals", nargs="+", default=["SIGKILL", "SIGTERM"])
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     args = parser.parse_args()
@@ -106,7 +106,7 @@ def main() -> None:
         print("|" + "---|" * len(columns), flush=True)
         numbers = {
             "main_linprobe": args.probing, "main_pretrain": args.pretraining, "main_finetune": args.finetuning,
-            "main_analyze_attention": args.analysis,
+            "main_analyze_attention": args.analysis, "main_analyze_aggregation": args.analysis,
         }  # fmt: skip
         for program, kills in numbers.items():
             if not kills:
@@ -116,6 +116,8 @@ def main() -> None:
                     "--device", "cpu", "--batch_size", "8"]  # fmt: skip
             if program == "main_analyze_attention":
                 base += ["--metrics", "all", "--save_every_minutes", "1e-9"]
+            elif program == "main_analyze_aggregation":
+                base += ["--boxes", str(work / "data" / "boxes.csv"), "--save_every_minutes", "1e-9"]
             else:
                 base += [*PROGRAMS[program], "--epochs", "3", "--warmup_epochs", "1", "--save_every_steps", "3"]
             if program != "main_pretrain":

@@ -1,11 +1,10 @@
 """An aggregation analysis that is stopped, killed or moved, and resumed, gives the numbers of the uninterrupted one."""
 
-import json
 import signal
 
 import pytest
 import torch
-from interruptions import Killed, after_calls, checkpoints, differences, in_processes, kill, run, without_clock
+from interruptions import Killed, after_calls, analysed, checkpoints, differences, in_processes, kill, run
 
 import main_linprobe
 from engine_aggregation import Findings
@@ -37,15 +36,7 @@ def command(tmp_path_factory):
 def whole(command, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole") / "run"
     assert run(PROGRAM, command, folder) == 0
-    return found(folder)
-
-
-def found(folder):
-    """What the analysis leaves but for what the clock and the command line say of it."""
-    result = json.loads((folder / "aggregation.json").read_text())
-    assert result["seconds"] > 0
-    figures = {path.name: path.read_bytes() for path in sorted(folder.glob("*.png"))}
-    return {**without_clock({name: result[name] for name in result.keys() - {"args", "command"}}), "figures": figures}
+    return analysed(folder)
 
 
 @pytest.fixture
@@ -68,7 +59,7 @@ def test_an_analysis_stopped_in_both_passes_is_the_uninterrupted_one(
         assert checkpoints(tmp_path)[-1] == f"checkpoint-{place}.pth" and not (tmp_path / "aggregation.json").exists()
     for more in ([], ["--num_workers", 1], ["--num_examples", 2]):  # to its end, and the results twice again
         assert run(PROGRAM, command, tmp_path, "--resume", "auto", *more) == 0
-        assert differences(found(tmp_path), whole) == []
+        assert differences(analysed(tmp_path), whole) == []
     assert checkpoints(tmp_path) == ["checkpoint-1.pth"]
     assert "the analysis is complete: its results are written again" in capsys.readouterr().out
     assert run(PROGRAM, command, tmp_path) == 2
@@ -81,7 +72,7 @@ def test_an_analysis_that_is_killed_repeats_the_batches_that_were_lost(command, 
         run(PROGRAM, command, tmp_path, "--save_every_minutes", 1e-9)
     assert checkpoints(tmp_path) == ["checkpoint-0.pth", "checkpoint-1-2.pth"]
     assert run(PROGRAM, command, tmp_path, "--resume", "auto") == 0
-    assert differences(found(tmp_path), whole) == []
+    assert differences(analysed(tmp_path), whole) == []
 
 
 def test_another_number_of_processes_goes_on(command, whole, tmp_path, after_batch):
@@ -90,9 +81,9 @@ def test_another_number_of_processes_goes_on(command, whole, tmp_path, after_bat
     words = [*command, "--output_dir", str(tmp_path / "run"), "--resume", "auto"]
     after_batch(9, kill)
     assert in_processes(2, PROGRAM, words, tmp_path / "output") == [0, 0], (tmp_path / "output").read_text()
-    two = found(tmp_path / "run")
-    assert two["images"] == IMAGES and two["localization"] == whole["localization"]
-    for mine, expected in zip(two["rules"], whole["rules"], strict=True):
+    two, one = (kept["files"]["aggregation.json"] for kept in (analysed(tmp_path / "run"), whole))
+    assert two["images"] == IMAGES and two["localization"] == one["localization"]
+    for mine, expected in zip(two["rules"], one["rules"], strict=True):
         assert mine["entropy"] == pytest.approx(expected["entropy"], rel=1e-6, abs=1e-7)
 
 
@@ -121,7 +112,7 @@ def test_what_does_not_fit_is_named_and_the_checkpoint_before_it_used(
     assert run(PROGRAM, command, tmp_path, "--resume", "auto") == 0
     (line,) = (line for line in capsys.readouterr().out.splitlines() if "trying the checkpoint before it" in line)
     assert told in line and newest.name in line
-    assert differences(found(tmp_path), whole) == []
+    assert differences(analysed(tmp_path), whole) == []
 
 
 @pytest.mark.parametrize(
