@@ -3,4 +3,5 @@
 set -euo pipefail
 source "$(dirname "$0")/env.sh"
 ruff check .
+[ $# -gt 0 ] || set -- --numprocesses auto --maxprocesses 8 --dist loadfile
 exec python -m pytest "$@"
