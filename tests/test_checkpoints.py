@@ -47,6 +47,7 @@ def mae_file(source, tmp_path):
     return path
 
 
+PREFIXES = ("encoder_q", "encoder_k")
 PUBLISHED = {
     "mae": lambda vit: {"model": MaskedAutoencoder(vit, 24, 2, 2).published_state_dict(), "epoch": 3},
     "mae_ft": lambda vit: {"model": Classifier(vit, 5).published_state_dict(), "history": []},
@@ -116,7 +117,7 @@ def test_weights_of_another_model_are_refused(tiny, mae_file):
 
 def test_weights_of_no_architecture_that_has_a_name_are_refused_tensor_by_tensor(tiny, mae_file, monkeypatch):
     monkeypatch.delitem(models_vit.ARCHITECTURES, tiny)
-    error = refused(mae_file, "vit_demo_patch8")
+    error = refused(mae_file, "vit_demo_patch8", family="mae")
     assert "is not a vit_demo_patch8 of family mae" in error and "cls_token is (1, 1, 32), wanted (1, 1, 128)" in error
 
 
@@ -131,9 +132,82 @@ def test_a_truncated_safetensors_file_is_refused(tiny, source, tmp_path):
     assert f"{path} cannot be read as safetensors" in refused(path, tiny)
 
 
-def test_a_flat_file_that_several_families_could_have_written_is_refused_with_their_names(tiny, source, tmp_path):
-    torch.save(source.state_dict(), tmp_path / "flat.pth")
-    assert "say with --family which of dino, timm it is" in refused(tmp_path / "flat.pth", tiny)
+def broken(state):
+    state["blocks.1.attn.qkv.weight"][0, 0] = state["norm.bias"][3] = torch.nan
+
+
+def without_a_block(state):
+    for key in [key for key in state if key.startswith("blocks.1.")]:
+        del state[key]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (broken, "of family timm: blocks.1.attn.qkv.weight, norm.bias hold NaN or infinity"),
+        (without_a_block, "of family timm: missing blocks.1.*"),
+    ],
+)
+def test_damage_is_what_is_said_of_a_damaged_file_that_several_families_could_have_written(
+    tiny, source, tmp_path, damage, message
+):
+    state = source.state_dict()
+    damage(state)
+    torch.save(state, tmp_path / "flat.pth")
+    assert refused(tmp_path / "flat.pth", tiny).endswith(message)
+
+
+def test_a_file_with_a_teacher_and_no_loss_is_answered_with_the_families_that_load_it(tiny, source, tmp_path):
+    teacher = {f"backbone.{key}": value for key, value in source.state_dict().items()}
+    torch.save({"student": teacher, "teacher": teacher}, tmp_path / "like.pth")
+    assert "loads with --family dino_full or --family ibot_full, which make the same encoder of it: write one" in (
+        refused(tmp_path / "like.pth", tiny)
+    )
+    assert load_encoder(str(tmp_path / "like.pth"), tiny, family="dino_full").record["family"] == "dino_full"
+
+
+@pytest.mark.parametrize(
+    ("wrap", "named"),
+    [
+        (lambda q, k: {**q, **k}, "encoders under encoder_q, encoder_k: write --checkpoint_key encoder_q or encoder_k"),
+        (
+            lambda q, k: {"state_dict": q},
+            "an encoder under state_dict.encoder_q: write --checkpoint_key state_dict.enc",
+        ),
+        (lambda q, k: {"net": {f"module.{key}": value for key, value in q.items()}}, "an encoder under net.encoder_q"),
+    ],
+)
+def test_unknown_prefixes_are_named_and_can_be_chosen(tiny, source, images, tmp_path, wrap, named):
+    q, k = ({f"{prefix}.{key}": value for key, value in source.state_dict().items()} for prefix in PREFIXES)
+    torch.save(wrap(q, k), tmp_path / "w.pth")
+    for family in (None, "timm"):
+        error = refused(tmp_path / "w.pth", tiny, family=family, checkpoint_key="")
+        assert named in error and len(error) < 400
+    key = next(word for word in named.replace(",", "").replace(":", "").split() if word.endswith("encoder_q"))
+    loaded = load_encoder(str(tmp_path / "w.pth"), tiny, checkpoint_key=key)
+    assert loaded.backbone(images)[2].patches.equal(source(images)[2].patches)
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (0, 0), (1, 2, 3, 4)], ids=str)
+@pytest.mark.parametrize("name", ["pos_embed", "cls_token", "patch_embed.proj.weight", "blocks.one.x", "norm.weight"])
+def test_tensors_of_strange_shapes_are_refused_in_one_line(tiny, source, tmp_path, name, shape):
+    state = {**source.state_dict(), name: torch.zeros(shape)}
+    for content in (
+        state,
+        {"model": state},
+        {"net": state},
+        {"x": {f"y.{key}": value for key, value in state.items()}},
+    ):
+        torch.save(content, tmp_path / "w.pth")
+        for family in (None, "timm", "mae", "dinov2"):
+            for key in (None, "x.y"):
+                refused(tmp_path / "w.pth", tiny, family=family, checkpoint_key=key)
+
+
+def test_auto_is_the_family_that_is_detected(tiny, mae_file):
+    assert load_encoder(str(mae_file), tiny, family="auto").record == load_encoder(str(mae_file), tiny).record
+    assert load_encoder("", tiny, family="auto").record["family"] is None
+    assert checkpoints.known_family("mae_vit_base_patch16", "vit_base_patch16", "auto") == "mae"
 
 
 @pytest.mark.parametrize(
@@ -143,7 +217,7 @@ def test_a_flat_file_that_several_families_could_have_written_is_refused_with_th
         ({"student": {"norm.weight": torch.ones(1)}}, {"checkpoint_key": "teacher"}, "under --checkpoint_key teacher"),
         ({"student": {"x": torch.ones(1)}}, {"family": "mae"}, "no weights under 'model' (the file holds student)"),
         ({"model": {"decoder_x": torch.ones(1)}}, {"family": "mae"}, "missing blocks.0"),
-        ({}, {"family": "imaginary"}, "unknown family 'imaginary': choose one of mae"),
+        ({}, {"family": "imaginary"}, "unknown family 'imaginary': choose one of auto, mae"),
         (torch.ones(3), {}, "holds a Tensor, not weights by name"),
     ],
 )

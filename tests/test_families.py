@@ -31,7 +31,8 @@ from main_analyze_attention import sizes_of
 from models_vit import VisionTransformer, build_vit
 from probes import ProbeBank, ProbeSpec
 from util.arguments import parse
-from util.checkpoints import check_model, converted, load_encoder, save_encoder
+from util.catalogue import CATALOGUE, cache_path, families_called
+from util.checkpoints import Detected, check_model, converted, detect_family, load_encoder, save_encoder
 from util.families import FAMILIES, drop_rule, unlike_plain_vit
 from util.pos_embed import resample_pos_embed, resample_relative_table, rotary_coordinates
 
@@ -144,7 +145,7 @@ def mae(size: Size) -> Published:
 @layout
 def mae_ft(size: Size) -> Published:
     model = timm_vit(size, num_classes=10)
-    return plain(state_of(model), model, "model", **RUN)
+    return plain(state_of(model), model, "model", **RUN, history=[])
 
 
 @layout
@@ -420,7 +421,11 @@ FULL = {
     "dinov2_reg": (LARGE, 14, 37, "vit_large_patch14"),
     "timm": (BASE, 16, 14, "vit_base_patch16"),
 }
-UNDETECTED = {"dino": "dino, timm"}  # a flat file without a head could be either
+# files that nothing but their authors' names of them tell from timm's: such a name, and what else they could be of
+ANONYMOUS = {
+    "dino": ("dino_vitbase8_pretrain.pth", ("dino",)),
+    "ibot": ("checkpoint_teacher.pth", ("dino", "ibot")),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -472,13 +477,59 @@ def test_every_family_has_a_published_layout_and_size():
 def test_published_file_gives_the_references_tokens_and_attention(name, file):
     reference = published(name)
     path = file(reference.content)
-    if name in UNDETECTED:
-        with pytest.raises(ValueError, match=f"which of {UNDETECTED[name]} it is"):
-            load_encoder(path, "tiny")
-    encoder = load_encoder(path, "tiny", family=name if name in UNDETECTED else None)
+    if name in ANONYMOUS:
+        path = str(Path(path).rename(Path(path).with_name(ANONYMOUS[name][0])))
+    encoder = load_encoder(path, "tiny")
     assert encoder.record["family"] == name
     tokens, attention = errors(encoder.backbone, reference, pictures())
     assert tokens < 5e-6 and attention < 1e-5  # another eps in a norm moves the attention by 3e-5 or more
+
+
+@pytest.mark.parametrize("name", ANONYMOUS)
+def test_a_plain_vit_is_nobodys_unless_its_file_says_so(name, file, caplog):
+    """At its own size, the encoder is the same whosever it is; at another one, the rules of resampling differ."""
+    reference, others = published(name), ANONYMOUS[name][1]
+    path = Path(file(reference.content))
+    encoder = load_encoder(str(path), "tiny")
+    assert encoder.record["family"] == "timm"
+    assert f"can be of the families timm, {', '.join(others)}, which make the same encoder" in caplog.text
+    assert errors(encoder.backbone, reference, pictures())[0] < 5e-6
+    with pytest.raises(ValueError, match=r"positions for 4 x 4 patches, the images 6 x 5: .* name one with --family"):
+        encoder.backbone(pictures(6, 5))
+    named = load_encoder(str(path), "tiny", family=name).backbone
+    assert named(pictures(6, 5))[1].patches.shape == (2, 30, TINY.width)
+
+
+@pytest.mark.parametrize("beside", [{}, {"epoch": 3, "pytorch-lightning_version": "2.1"}], ids=["alone", "lightning"])
+def test_a_wrapper_makes_no_ibot_of_a_plain_vit(beside, file):
+    content = {"state_dict": state_of(timm_vit(TINY)), **beside}
+    assert load_encoder(file(content), "tiny").record["family"] == "timm"
+    assert detect_family(Path("checkpoint_teacher.pth"), content, None).family == ("timm" if beside else "ibot")
+    content["state_dict"]["masked_embed"] = torch.ones(1, TINY.width)
+    assert load_encoder(file(content), "tiny").record["family"] == "ibot"
+
+
+def test_what_deit_publishes_is_not_called_fine_tuned_mae(file):
+    content = {"model": state_of(timm_vit(TINY, num_classes=10))}
+    assert detect_family(Path("deit.pth"), content, None) == Detected("timm", ("mae_ft",))
+    assert detect_family(Path("checkpoint-9.pth"), {**content, "history": []}, None) == Detected("mae_ft")
+
+
+def test_maes_encoder_is_told_by_its_fixed_table(file):
+    state = state_of(timm_vit(TINY))
+    assert detect_family(Path("file.pth"), {"model": state}, None) == Detected("timm", ("mae", "dino"))
+    state["pos_embed"][:, 0] = 0
+    assert detect_family(Path("file.pth"), {"model": state}, None) == Detected("mae")
+    assert detect_family(Path("file.pth"), state, None) == Detected("timm", ("dino",))  # MoCo-v3's begins so, too
+    assert detect_family(Path("file.pth"), {"x": state, "model": {}}, "x").family == "timm"
+
+
+def test_published_files_downloaded_by_their_address_are_their_authors():
+    for entry in CATALOGUE.values():
+        if entry.url:
+            assert entry.family in families_called(cache_path(entry.url))
+            assert entry.family in families_called(Path("folder") / Path(entry.url).name)
+    assert not families_called(Path("checkpoint.pth"))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -659,8 +710,7 @@ def test_safetensors_hold_any_family(tmp_path):
     plain_path = tmp_path / "plain.safetensors"
     state = published("ibot").content["state_dict"]
     safetensors.torch.save_file(state, plain_path)
-    with pytest.raises(ValueError, match=r"which of .*dino.*ibot"):
-        load_encoder(str(plain_path), "tiny")
+    assert detect_family(plain_path, state, None) == Detected("timm", ("mae", "dino", "ibot"))
     save_encoder(plain_path, state, {"family": "ibot"})
     assert load_encoder(str(plain_path), "tiny").record["family"] == "ibot"
 

@@ -107,24 +107,45 @@ def test_everything_that_is_wrong_is_in_the_table(state, tiny, tmp_path, capsys)
         assert problem in text.split("cannot be used:")[1]
 
 
-def test_an_unknown_file_is_compared_with_every_family(tmp_path, capsys):
+def test_of_an_unknown_file_the_names_of_tensors_are_told(tmp_path, capsys):
     path = saved(tmp_path / "w.pth", {"layer.weight": torch.ones(2)}, cfg=argparse.Namespace())
     code, text = inspect(path, capsys)
     assert code == 1 and "holds no weights of a known family" in text and "holds model: dict of 1" in text
-    assert re.search(r"mae +\d problems\n", text)
+    assert "its tensors are called layer.weight; there are mae, " in text and "read as" not in text
 
 
-def test_candidates_are_named_where_there_are_several(state, tmp_path, capsys):
-    torch.save(state, tmp_path / "w.pth")
+def test_candidates_are_named_with_what_they_differ_in_and_the_arguments_of_each(state, tmp_path, capsys):
+    torch.save({f"module.{key}": value for key, value in state.items()}, tmp_path / "w.pth")
     code, text = inspect(tmp_path / "w.pth", capsys)
-    assert code == 1 and "say with --family which of " in text and re.search(r"timm +loads\n", text)
+    assert code == 0 and "timm, dino, which make the same encoder of it at its 32 pixels: read as timm" in text
+    for family, rule in (("timm", "antialias"), ("dino", "offset")):
+        assert re.search(rf"--finetune \S+w.pth --family {family} --data_path \S+  # .*; positions: {rule}\n", text)
+
+
+def test_families_that_load_a_file_of_none_are_named(state, tmp_path, capsys):
+    teacher = {f"backbone.{key}": value for key, value in state.items()}
+    torch.save({"student": teacher, "teacher": teacher}, tmp_path / "w.pth")
+    code, text = inspect(tmp_path / "w.pth", capsys)
+    assert code == 1 and "--family dino_full or --family ibot_full" in text and re.search(r"dino_full +loads\n", text)
+
+
+def test_what_a_checkpoint_key_leaves_is_counted(state, tmp_path, capsys):
+    torch.save({f"{name}.{key}": value for name in "qk" for key, value in state.items()}, tmp_path / "w.pth")
+    code, text = inspect(tmp_path / "w.pth", capsys, checkpoint_key="q")
+    assert code == 0 and f"left behind   {len(state)} tensors that are not under q\n" in text
+    assert "--checkpoint_key q --family timm" in text
 
 
 def test_sizes_without_a_name_are_said_to_be(state, tiny, tmp_path, capsys, monkeypatch):
     path = saved(tmp_path / "w.pth", state)
     monkeypatch.delitem(models_vit.ARCHITECTURES, tiny)
     code, text = inspect(path, capsys, family="mae")
-    assert code == 1 and "its sizes are of no architecture that has a name here" in text
+    assert (
+        code == 1 and "no architecture has its sizes (width 32, 3 blocks, patches of 8 pixels): there are vit_" in text
+    )
+    monkeypatch.setitem(models_vit.ARCHITECTURES, tiny, models_vit.sizes(32, 4, 2, 8))
+    assert f"write --model {tiny} to see what is missing;" in inspect(path, capsys, family="mae")[1]
+    assert "missing blocks.3.*" in inspect(path, capsys, family="mae", model=tiny)[1]
 
 
 @pytest.mark.parametrize(
@@ -134,6 +155,7 @@ def test_sizes_without_a_name_are_said_to_be(state, tiny, tmp_path, capsys, monk
         (ROOT / "README.md", {}, "cannot be read as a file of tensors"),
         ("simmim_vit_base_patch16", {}, "drive.google.com"),
         (ROOT / "README.md", {"model": "vit_enormous"}, "unknown model 'vit_enormous'"),
+        (ROOT / "README.md", {"family": "mea"}, "unknown family 'mea': did you mean mae"),
     ],
 )
 def test_a_mistake_is_said(file, options, message, capsys):

@@ -351,3 +351,12 @@ def test_legacy_storages_cannot_be_larger_than_the_file(tmp_path):
     (tmp_path / "f.pth").write_bytes(file.getvalue() + pickled)
     with pytest.raises(ValueError, match="its storages are larger than its"):
         load_plain(tmp_path / "f.pth")
+
+
+def test_numpys_files_are_called_so(tmp_path):
+    np.savez(tmp_path / "w.npz", a=np.ones(3))
+    np.savez_compressed(tmp_path / "small.npz", a=np.ones(3000))
+    np.save(tmp_path / "w.npy", np.ones(3))
+    for name in ("w.npz", "small.npz", "w.npy"):
+        with pytest.raises(ValueError, match="it is NumPy's: convert it to a state dict of PyTorch"):
+            load_plain(tmp_path / name)

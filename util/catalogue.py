@@ -257,6 +257,12 @@ def fetch_weights(finetune: str, offline: bool = False) -> Path | None:
     )
 
 
+def families_called(path: Path) -> set[str]:
+    """Families that have a published file of this name, or whose download is at this path."""
+    urls = [(entry.family, entry.url) for entry in CATALOGUE.values() if entry.url]
+    return {family for family, url in urls if path.name == Path(urlparse(url).path).name or path == cache_path(url)}
+
+
 def cache_path(url: str) -> Path:
     """Where the file behind a URL is kept: in torch.hub's checkpoint folder."""
     # several authors call all of their files alike (iBOT: checkpoint_teacher.pth), so the URL is part of the name

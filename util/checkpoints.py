@@ -1,18 +1,31 @@
 """Published encoders: where they are, and a loader that takes all of a file or refuses it."""
 
+import inspect
 import json
+import re
 from pathlib import Path
 from typing import NamedTuple
 
 import safetensors
 import safetensors.torch
+import torch
 
 from models_vit import ARCHITECTURES, VisionTransformer, architecture
-from util.catalogue import CATALOGUE, fetch_weights, hugging_face_offline
+from util.catalogue import CATALOGUE, families_called, fetch_weights, hugging_face_offline
 from util.choices import instead_of
 from util.datasets import IMAGENET_MEAN, IMAGENET_STD
 from util.distributed import main_process_first
-from util.families import FAMILIES, Family, State, drop_rule, fits, unlike_plain_vit, weights_of
+from util.families import (
+    FAMILIES,
+    Family,
+    State,
+    drop_rule,
+    encoders_in,
+    fits,
+    is_state,
+    unlike_plain_vit,
+    weights_of,
+)
 from util.files import atomic_path, sha256
 from util.progress import log
 from util.safe_load import load_plain
@@ -27,6 +40,29 @@ class Encoder(NamedTuple):
     record: dict  # model, source, family, sha256: for args.json and results
 
 
+class Detected(NamedTuple):
+    """The family that a file is read as, and others that it can be of.
+
+    All of them make the same encoder of it at the size of its own table of positions, with the same preprocessing; to
+    other sizes, they resample the table by different rules.
+    """
+
+    family: str
+    others: tuple[str, ...] = ()
+
+
+class Reading(NamedTuple):
+    """A file read as one of a family: what became of its tensors."""
+
+    family: str
+    models: list[str]  # the architectures whose sizes it has
+    weights: State  # as in the file
+    state: State  # as in the model
+    options: dict  # of the model, but for those of its architecture
+    backbone: VisionTransformer | None  # on the meta device: names and shapes only
+    problems: list[str]
+
+
 def load_encoder(
     finetune: str,
     model: str,
@@ -38,22 +74,25 @@ def load_encoder(
     """The encoder `model` with the weights that `finetune` names, or random ones where it is empty.
 
     finetune: a file (.pth or .safetensors), a name of CATALOGUE, a URL, or the name of a timm model.
-    family: a name of FAMILIES; where it is None, the file must fit exactly one. checkpoint_key: another encoder of the
-    file than the family's default (see Family). options: of models_vit.VisionTransformer, such as class_token.
+    family: a name of FAMILIES; None or "auto": see detect_family. Where that leaves several, which differ in how they
+    resample positions, the backbone takes no images of another size than its table's. checkpoint_key: another encoder
+    of the file than the family's default (see Family). options: of models_vit.VisionTransformer, such as class_token.
     offline: download nothing; ValueError says which file belongs where.
     The backbone is in evaluation mode and frozen. Every tensor of the file is used, or dropped by a rule that the
     family names; every parameter is set; ValueError names the architecture that the file is of, where it is another
     one, or lists all that is missing, left over, misshapen or not finite.
     """
     arch = architecture(model)
+    checkpoint_key = checkpoint_key or None  # "" leaves one of several encoders without
     if not finetune:
-        if family:
+        if family not in (None, "auto"):
             raise ValueError(f"--family {family} needs weights: name them with --finetune")
         backbone = VisionTransformer(**{**arch, **options})
         record = {"model": model, "source": None, "family": None, "sha256": None}
         return Encoder(backbone.eval().requires_grad_(False), IMAGENET_MEAN, IMAGENET_STD, record)
 
     family = known_family(finetune, model, family)
+    detected = None
     with main_process_first():  # what it downloads, the others find
         path = fetch_weights(finetune, offline)
         timm_model = load_timm(finetune, offline) if path is None else None
@@ -65,12 +104,15 @@ def load_encoder(
         said = safetensors_metadata(path).get("family") if path.suffix == ".safetensors" else None
         if None not in (family, said) and family != said:
             log.warning("%s says that its family is %s; it is read as %s, as --family wants it", finetune, said, family)
-        family = family or detect_family(path, content, checkpoint_key)
+        detected = Detected(family) if family else detect_family(path, content, checkpoint_key)
+        family = detected.family
         mean, std = FAMILIES[family].mean, FAMILIES[family].std
     chosen = FAMILIES[family]
     state, problems = converted(content, chosen, checkpoint_key)
     check_model(finetune, state, model)
     native = {**arch, **chosen.vit, **chosen.read(state)}
+    if detected is not None and detected.others:
+        native["pos_resampling"] = "unknown"
     for name in sorted(native.keys() & options.keys()):
         if native[name] != options[name]:
             log.warning("%s: %s = %s, where its authors have %s", finetune, name, options[name], native[name])
@@ -79,8 +121,12 @@ def load_encoder(
     backbone = VisionTransformer(**options)
     problems = problems or mismatches(state, backbone)
     if problems:
+        if elsewhere := misplaced(content, state, checkpoint_key):
+            problems = [elsewhere]
         raise ValueError(f"{finetune} is not a {model} of family {family}: {'; '.join(problems)}")
     backbone.load_state_dict(state, strict=True)
+    if detected is not None and detected.others:
+        log.warning("%s %s", finetune, undecided(detected, options["img_size"]))
     digest = sha256(path) if path is not None else None
     record = {"model": model, "source": Path(finetune).name, "family": family, "sha256": digest}
     log.info("loaded %s (%s, family %s, %d tensors)", finetune, model, family, len(state))
@@ -93,15 +139,24 @@ def load_encoder(
 
 
 def known_family(finetune: str, model: str, family: str | None) -> str | None:
-    """The family that the arguments name, or the catalogue does. ValueError where they do not go together."""
+    """The family that the arguments name, or the catalogue does; None where it is to be detected ("auto").
+
+    ValueError where they do not go together.
+    """
+    family = named_family(family)
     if finetune in CATALOGUE:
         entry = CATALOGUE[finetune]
         if entry.model != model:
             raise ValueError(f"--finetune {finetune} is no {model}: write --model {entry.model}")
         family = family or entry.family
-    if family is not None and family not in FAMILIES:
-        raise ValueError(f"unknown family {family!r}: {instead_of(family, FAMILIES)}")
     return family
+
+
+def named_family(family: str | None) -> str | None:
+    """What --family says, where it is not "auto"; ValueError for a name that does not exist."""
+    if family not in (None, "auto", *FAMILIES):
+        raise ValueError(f"unknown family {family!r}: {instead_of(family, ['auto', *FAMILIES])}")
+    return None if family == "auto" else family
 
 
 def load_timm(name: str, offline: bool = False) -> tuple[State, tuple[float, ...], tuple[float, ...]]:
@@ -147,7 +202,9 @@ def converted(content: dict, family: Family, checkpoint_key: str | None) -> tupl
     if weights is None:
         key = checkpoint_key or family.key
         where = f"no weights under {key!r}" if key else "not a flat file of weights"
-        return {}, [f"{where} (the file holds {', '.join(map(str, list(content)[:5]))}{', ...' * (len(content) > 5)})"]
+        held = f"the file holds {', '.join(map(str, list(content)[:5]))}{', ...' * (len(content) > 5)}"
+        elsewhere = "" if family.prefix else where_encoders_are(content, checkpoint_key)
+        return {}, [f"{where} ({'; '.join(filter(None, [held, elsewhere]))})"]
     kept = {key: value for key, value in weights.items() if drop_rule(family, key) is None}
     if stray := sorted(key for key in kept if not key.startswith(family.prefix)):
         return {}, [f"not used, because it is not under {family.prefix}: {', '.join(stray)}"]
@@ -159,7 +216,8 @@ def sizes_of(state: State) -> tuple[int, int, int] | None:
     stem = state.get("patch_embed.proj.weight")
     if stem is None or stem.ndim != 4:
         return None
-    return stem.shape[0], len({key.split(".")[1] for key in state if key.startswith("blocks.")}), stem.shape[-1]
+    depth = 1 + max((int(block[1]) for key in state if (block := re.match(r"blocks\.(\d+)\.", key))), default=-1)
+    return stem.shape[0], depth, stem.shape[-1]  # a block that is missing is not of another architecture
 
 
 def architectures_of(state: State) -> list[str]:
@@ -184,29 +242,149 @@ def mismatches(state: State, backbone: VisionTransformer) -> list[str]:
     wanted = backbone.state_dict()
     problems = []
     if missing := sorted(wanted.keys() - state.keys()):
-        problems.append(f"missing {', '.join(missing)}")
+        problems.append(f"missing {', '.join(by_block(missing, wanted))}")
     if extra := sorted(state.keys() - wanted.keys()):
-        problems.append(f"not used {', '.join(extra)}")
-    for name in sorted(wanted.keys() & state.keys()):
+        problems.append(f"not used {', '.join(by_block(extra, state))}")
+    shared = sorted(wanted.keys() & state.keys())
+    for name in shared:
         if state[name].shape != wanted[name].shape:
             problems.append(f"{name} is {tuple(state[name].shape)}, wanted {tuple(wanted[name].shape)}")
-        elif not state[name].isfinite().all():
-            problems.append(f"{name} holds NaN or infinity")
+    if broken := [name for name in shared if not state[name].isfinite().all()]:
+        problems.append(f"{', '.join(by_block(broken, wanted))} hold{'s' * (len(broken) == 1)} NaN or infinity")
     return problems
 
 
-def detect_family(path: Path, content: dict, checkpoint_key: str | None) -> str:
-    """The one family that a file fits: as its safetensors metadata says, else by its keys."""
-    if path.suffix == ".safetensors" and (said := safetensors_metadata(path).get("family")) in FAMILIES:
-        return said
+def by_block(names: list[str], among: dict) -> list[str]:
+    """Names of tensors; "blocks.7.*" stands for all that a block has."""
+    whole = {key.split(".")[1] for key in names if key.startswith("blocks.")}
+    whole -= {key.split(".")[1] for key in among.keys() - set(names) if key.startswith("blocks.")}
+    parts = [key.split(".") for key in names]
+    blocks = [part[1] for part in parts if part[0] == "blocks" and part[1] in whole]
+    blocks.sort(key=lambda block: (len(block), block))  # 10 after 9
+    rest = [".".join(part) for part in parts if not (part[0] == "blocks" and part[1] in whole)]
+    return [f"blocks.{block}.*" for block in dict.fromkeys(blocks)] + rest
+
+
+def read_as(content: dict, name: str, model: str | None, checkpoint_key: str | None) -> Reading:
+    """A file's content as one of a family, of the architecture `model` or of that which its sizes tell."""
+    family = FAMILIES[name]
+    weights = weights_of(content, family, checkpoint_key) or {}
+    state, problems = converted(content, family, checkpoint_key)
+    options = {**family.vit, **family.read(state)}
+    models = [model] if model else architectures_of(state)
+    if not problems and not models:
+        problems = [misplaced(content, state, checkpoint_key) or no_architecture(state)]
+    if problems:
+        return Reading(name, models, weights, state, options, None, problems)
+    size = native_size(state, {**architecture(models[0]), **options})
+    try:
+        with torch.device("meta"):
+            backbone = VisionTransformer(**{**architecture(models[0]), **options, "img_size": size})
+    except ValueError as error:  # such as heads of this family that do not divide the width
+        return Reading(name, models, weights, state, options, None, [str(error)])
+    return Reading(name, models, weights, state, options, backbone, mismatches(state, backbone))
+
+
+def no_architecture(state: State) -> str:
+    if sizes_of(state) is None:
+        return "it has no patch_embed.proj.weight, as every encoder has"
+    width, depth, patch = sizes_of(state)
+    near = [name for name, arch in ARCHITECTURES.items() if (arch["embed_dim"], arch["patch_size"]) == (width, patch)]
+    advice = f"there are {', '.join(ARCHITECTURES)}"
+    if near:
+        advice = f"write --model {' or '.join(near)} to see what is missing"
+    return (
+        f"no architecture has its sizes (width {width}, {depth} blocks, patches of {patch} pixels): {advice}; "
+        "a new one is a line of ARCHITECTURES in models_vit.py"
+    )
+
+
+def detect_family(path: Path, content: dict, checkpoint_key: str | None) -> Detected:
+    """The family of a file: as its safetensors metadata says; else by its structure.
+
+    What fits only because everybody calls the tensors of a plain ViT alike needs more: the mark of a method in the file
+    (see Family), or, for a file with nothing but weights, the name under which its authors publish it. Without either,
+    such a file is "timm", which is nobody's method, and the others that it can be of are returned, too.
+    ValueError where several fit otherwise, or none does; it says what would.
+    """
     flat = path.suffix == ".safetensors"  # such files have no entries
+    if flat and (said := safetensors_metadata(path).get("family")) in FAMILIES:
+        return Detected(said)
     fitting = [name for name, family in FAMILIES.items() if fits(content, family, checkpoint_key, flat)]
-    if len(fitting) == 1:
-        return fitting[0]
-    if fitting:
-        raise ValueError(f"{path} can be of several families: say with --family which of {', '.join(fitting)} it is")
+    marked = [
+        name for name in fitting
+        if FAMILIES[name].marked(weights_of(content, FAMILIES[name], checkpoint_key, flat), content)
+    ]  # fmt: skip
+    called = [name for name in fitting if name in families_called(path) and only_weights(content, FAMILIES[name])]
+    found = marked or called
+    if not found and "timm" in fitting and all(alike(content, "timm", name, checkpoint_key) for name in fitting):
+        return Detected("timm", tuple(name for name in fitting if name != "timm"))
+    if len(found) == 1:
+        if not marked:
+            log.info("%s: family %s, because its authors' file is called so", path, found[0])
+        return Detected(found[0])
     where = f" under --checkpoint_key {checkpoint_key}" if checkpoint_key else ""
-    raise ValueError(f"{path} holds no weights of a known family{where}: there are {', '.join(FAMILIES)}")
+    loading = found or [name for name in FAMILIES if not read_as(content, name, None, checkpoint_key).problems]
+    if loading:
+        same = len(loading) > 1 and all(alike(content, loading[0], name, checkpoint_key) for name in loading)
+        raise ValueError(
+            f"{path} does not tell its family{where}, but loads with --family {' or --family '.join(loading)}"
+            f"{', which make the same encoder of it' * same}: write {'one of them' if len(loading) > 1 else 'that'}"
+        )
+    told = where_encoders_are(content, checkpoint_key) or what_it_holds(content)
+    raise ValueError(f"{path} holds no weights of a known family{where}: {told}")
+
+
+def only_weights(content: dict, family: Family) -> bool:
+    return is_state(content) or (family.key is not None and set(content) == {family.key})
+
+
+def alike(content: dict, one: str, other: str, checkpoint_key: str | None) -> bool:
+    """Whether two families make the same encoder of a file, at the size of its table of positions."""
+    defaults = {name: option.default for name, option in inspect.signature(VisionTransformer).parameters.items()}
+    states, options = [], []
+    for name in (one, other):
+        family, (state, _) = FAMILIES[name], converted(content, FAMILIES[name], checkpoint_key)
+        states.append(state)
+        options.append({**defaults, **family.vit, **family.read(state), "mean": family.mean, "std": family.std})
+        del options[-1]["pos_resampling"]
+        options[-1]["pos_embed"] = options[-1]["pos_embed"] != "none"  # what is not learned is in the file all the same
+    tensors, others = states
+    same = tensors.keys() == others.keys() and all(
+        value is others[key] or value.equal(others[key]) for key, value in tensors.items()
+    )
+    return same and options[0] == options[1]
+
+
+def undecided(detected: Detected, size: int) -> str:
+    """What is left open where several families fit, and what to do about it."""
+    names = [detected.family, *detected.others]
+    rules = ", ".join(f"{name}: {resampling(name)}" for name in names)
+    return (
+        f"can be of the families {', '.join(names)}, which make the same encoder of it at its {size} pixels: read as "
+        f"{detected.family}; other input sizes need --family, for positions are resampled differently ({rules})"
+    )
+
+
+def resampling(family: str) -> str:
+    return FAMILIES[family].vit.get("pos_resampling", "antialias")
+
+
+def what_it_holds(content: dict) -> str:
+    names = [key for state in (content, *content.values()) if is_state(state) for key in state]
+    beginning = f"its tensors are called {', '.join(names[:3])}{', ...' * (len(names) > 3)}; " if names else ""
+    return f"{beginning}there are {', '.join(FAMILIES)}"
+
+
+def misplaced(content: dict, state: State, checkpoint_key: str | None) -> str:
+    """Where a file has encoders, if a state dict that was made of it is none."""
+    return where_encoders_are(content, checkpoint_key) if state and "patch_embed.proj.weight" not in state else ""
+
+
+def where_encoders_are(content: dict, checkpoint_key: str | None) -> str:
+    names = [] if checkpoint_key else encoders_in(content)
+    several = "there are encoders" if len(names) > 1 else "there is an encoder"
+    return f"{several} under {', '.join(names)}: write --checkpoint_key {' or '.join(names)}" if names else ""
 
 
 def native_size(state: State, options: dict) -> int:

@@ -35,6 +35,9 @@ class Family(NamedTuple):
     prefix: str = ""  # of all keys that are used
     beside: tuple[str, ...] = ()  # other entries of the file that tell it from its likes
     read: Callable[[State], dict] = lambda state: {}  # more options, where the family's files differ in structure
+    # (weights, file) -> whether a file that fits shows that it is of this family, and not just one of the plain ViTs,
+    # whose tensors everybody calls alike
+    marked: Callable[[State, dict], bool] = lambda weights, content: True
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
 
@@ -124,9 +127,10 @@ def convert_dinov2(state: State) -> State:
 
 def read_timm(state: State) -> dict:
     """What timm's plain ViTs differ in and their keys tell: tokens, positions, last norm, layer scale, biases."""
-    prefix = {name: state[name].shape[1] for name in ("cls_token", "reg_token") if name in state}
+    prefix = {name: state[name] for name in ("cls_token", "reg_token") if name in state and state[name].ndim > 1}
+    prefix = {name: token.shape[1] for name, token in prefix.items()}
     options = {
-        "class_token": "cls_token" in prefix,
+        "class_token": "cls_token" in state,
         "reg_tokens": prefix.get("reg_token", 0),
         "pos_embed": "learned" if "pos_embed" in state else "none",
         "final_norm": "affine" if "norm.weight" in state else "none",
@@ -134,7 +138,7 @@ def read_timm(state: State) -> dict:
         "qkv_bias": "blocks.0.attn.qkv.bias" in state,
         "proj_bias": "blocks.0.attn.proj.bias" in state,
     }
-    if "pos_embed" in state and prefix:
+    if "pos_embed" in state and state["pos_embed"].ndim > 1 and prefix:
         rows = state["pos_embed"].shape[1]
         options["no_embed_class"] = isqrt(rows) ** 2 == rows
     return options
@@ -156,10 +160,19 @@ def unlike_plain_vit(model: nn.Module) -> list[str]:
     return sorted(set(found))
 
 
+def mae_marked(weights: State, content: dict) -> bool:
+    """MAE's decoder, or the zero position of [cls] in its fixed table, which its files have under "model"."""
+    table, home = weights["pos_embed"], content.get("model")
+    at_home = is_state(home) and unwrapped(home).get("pos_embed") is table
+    of_mae = at_home and table.ndim == 3 and not table[:, :1].any()
+    return of_mae or any(key == "mask_token" or key.startswith("decoder_") for key in weights)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # the table
 # ---------------------------------------------------------------------------------------------------------------------
 
+ENTRIES = ("state_dict", "model")  # where trainers put a model's state dict
 LEARNED = {"pos_embed": "learned"}
 HEADS = ("head.*", "fc_norm.*", "lm_head.*", "cls_pt_layers.*", "rel_pos_bias.*")
 BEIT = {"pos_embed": "none", "rel_pos_bias": True, "init_values": 0.1}
@@ -170,17 +183,18 @@ FAMILIES = {
     "mae": Family(
         "MAE: encoder files, files with decoder, and the checkpoints of main_pretrain.py",
         key="model", needs=("cls_token", "pos_embed", "norm.weight"), lacks=HEADS, drop=("decoder_*", "mask_token"),
-        vit={"pos_resampling": "plain"},
+        vit={"pos_resampling": "plain"}, marked=mae_marked,
     ),
     "mae_ft": Family(
         "MAE fine-tuned on [cls]: the checkpoints of main_finetune.py",
         key="model", needs=("pos_embed", "norm.weight", "head.weight"), lacks=("decoder_*", "fc_norm.*"),
-        drop=("head.*",), vit={"pos_resampling": "plain"},
+        drop=("head.*",), vit={"pos_resampling": "plain"}, marked=lambda weights, content: "history" in content,
     ),
     "mae_ft_mean": Family(
         "MAE fine-tuned on the mean patch: its authors' fine-tuned files",
         key="model", needs=("pos_embed", "fc_norm.weight", "head.weight"), lacks=("norm.*",),
         drop=("fc_norm.*", "head.*"), vit={"final_norm": "none", "pos_resampling": "plain"},
+        marked=lambda weights, content: "model" in content,
     ),
     "simmim": Family(
         "SimMIM pretraining files",
@@ -211,6 +225,7 @@ FAMILIES = {
         "I-JEPA; --checkpoint_key encoder for the context encoder",
         key="target_encoder", needs=("pos_embed", "norm.weight"), lacks=("cls_token", "fc.*"), drop=(),
         vit={"class_token": False, "pos_resampling": "plain"},
+        marked=lambda weights, content: "target_encoder" in content,
     ),
     "capi": Family(
         "CAPI: the backbone without its predictor",
@@ -222,7 +237,7 @@ FAMILIES = {
     "dino": Family(
         "DINO backbone files",
         key=None, needs=("cls_token", "pos_embed", "norm.weight"), drop=(), vit={**LEARNED, "pos_resampling": "offset"},
-        lacks=("*.gamma", "mask_token", "reg*_token*", "backbone.*", *HEADS),
+        lacks=("*.gamma", "mask_token", "reg*_token*", "backbone.*", *HEADS), marked=lambda weights, content: False,
     ),
     "dino_full": Family(
         "DINO with student, teacher and heads; --checkpoint_key student for the student",
@@ -233,6 +248,7 @@ FAMILIES = {
         "iBOT backbone files (checkpoint_teacher.pth, checkpoint_student.pth)",
         key="state_dict", needs=("cls_token", "pos_embed", "norm.weight"), lacks=("head.*", "fc.*", "*.gamma"),
         drop=("masked_embed",), vit={**LEARNED, "pos_resampling": "offset"},
+        marked=lambda weights, content: "masked_embed" in weights,
     ),
     "ibot_full": Family(
         "iBOT with student, teacher and heads; --checkpoint_key student for the student",
@@ -278,6 +294,7 @@ FAMILIES = {
         key=None, needs=("blocks.0.norm1.weight", "patch_embed.proj.weight"),
         lacks=("decoder_*", "mask_token", "*.gamma_1", "*.relative_position_bias_table", "register_tokens"),
         drop=("head.*", "fc_norm.*", "attn_pool.*"), vit={}, read=read_timm,
+        marked=lambda weights, content: False,
     ),
 }  # fmt: skip
 
@@ -295,23 +312,53 @@ def unwrapped(weights: State) -> State:
 
 
 def is_state(value: object) -> bool:
-    return isinstance(value, dict) and bool(value) and all(isinstance(item, Tensor) for item in value.values())
+    """Whether it is tensors by name, and at least one."""
+    pairs = value.items() if isinstance(value, dict) else ()
+    return bool(pairs) and all(isinstance(key, str) and isinstance(item, Tensor) for key, item in pairs)
+
+
+def part_of(content: dict, name: str) -> State | None:
+    """The tensors that a name stands for: an entry, what keys begin with, or both ("state_dict.encoder_q")."""
+    if is_state(content.get(name)):
+        return unwrapped(content[name])
+    entry, _, rest = name.partition(".")
+    if rest and is_state(content.get(entry)):
+        return part_of(unwrapped(content[entry]), rest)
+    chosen = {key.removeprefix(f"{name}."): value for key, value in content.items() if str(key).startswith(f"{name}.")}
+    return chosen if is_state(chosen) else None
+
+
+def encoders_in(content: dict) -> list[str]:
+    """The names, for part_of, of all that looks like a ViT below the top of a file."""
+    states = {"": content} if is_state(content) else content
+    found = []
+    for entry, state in states.items():
+        for key in unwrapped(state) if is_state(state) else ():
+            stem, is_vit, _ = key.partition("patch_embed.proj.weight")
+            name = ".".join(filter(None, [str(entry), *stem.split(".")]))
+            found += [name] if is_vit and name and part_of(content, name) else []
+    return found
 
 
 def weights_of(content: dict, family: Family, checkpoint_key: str | None = None, flat: bool = True) -> State | None:
     """The tensors of a file of this family, or None where the file is built differently.
 
-    flat: accept a file of nothing but tensors for any family (safetensors have no entries).
+    A family of flat files may be in one of the entries that trainers put weights in. flat: accept a file of nothing
+    but tensors for any family (safetensors have no entries).
     """
     if checkpoint_key is None:
-        found = content if family.key is None else content.get(family.key, content if flat else None)
-        return unwrapped(found) if is_state(found) else None
+        places = [content.get(family.key, content if flat else None)]
+        if family.key is None:
+            places = [content, *map(content.get, ENTRIES)]
+        return next((unwrapped(place) for place in places if is_state(place)), None)
     if checkpoint_key in content:
         return unwrapped(content[checkpoint_key]) if is_state(content[checkpoint_key]) else None
     weights = weights_of(content, family, flat=flat) if family.prefix else None
     other = f"{checkpoint_key.removeprefix('module.').removesuffix('.')}."
     chosen = {key: value for key, value in (weights or {}).items() if key.startswith(other)}
-    return {family.prefix + key.removeprefix(other): value for key, value in chosen.items()} or None
+    if chosen:
+        return {family.prefix + key.removeprefix(other): value for key, value in chosen.items()}
+    return part_of(unwrapped(content) if is_state(content) else content, other.removesuffix("."))
 
 
 def fits(content: dict, family: Family, checkpoint_key: str | None, flat: bool) -> bool:
@@ -319,6 +366,6 @@ def fits(content: dict, family: Family, checkpoint_key: str | None, flat: bool) 
     weights = weights_of(content, family, checkpoint_key, flat)
     if weights is None or any(key not in weights for key in family.needs):
         return False
-    if weights is not content and any(entry not in content for entry in family.beside):
+    if not is_state(content) and any(entry not in content for entry in family.beside):
         return False
     return not any(fnmatchcase(key, pattern) for key in weights for pattern in family.lacks)

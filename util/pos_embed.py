@@ -39,9 +39,16 @@ def resample_pos_embed(
     Patch rows are resampled bicubically in float32, by the rule of the weights' own code; prefix rows stay.
     "antialias": timm's, to the bit (DINOv2 with registers too). "plain": without antialiasing (MAE, I-JEPA, MSN).
     "offset": plain, with 0.1 added to the new sizes where the scale is computed (DINO, iBOT, DINOv2).
+    "unknown": not at all, ValueError: the weights can be of several families, which differ in this.
     """
     if old == new:
         return table
+    if rule == "unknown":
+        raise ValueError(
+            f"the weights have positions for {old[0]} x {old[1]} patches, the images {new[0]} x {new[1]}: the families "
+            "that the weights can be of resample positions differently; name one with --family "
+            "(scripts/inspect_checkpoint.py lists them)"
+        )
     prefix, patches = table[:, :num_prefix], table[:, num_prefix:]
     patches = patches.float().reshape(1, *old, -1).permute(0, 3, 1, 2)
     if rule == "offset":

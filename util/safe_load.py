@@ -293,15 +293,26 @@ class PickleReader:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+NUMPY = (
+    "it is NumPy's: convert it to a state dict of PyTorch; for JAX's ViTs, timm does: "
+    "torch.save(timm.create_model(NAME, checkpoint_path=FILE).state_dict(), 'weights.pth')"
+)
+
+
 def _is_zip(path: Path) -> bool:
-    """Whether it is a zip file. ValueError for an empty file and for a zip that is larger unpacked than packed."""
+    """Whether it is a zip file. ValueError for an empty file, NumPy's, or a zip larger unpacked than packed."""
     size = path.stat().st_size
     if not size:
         raise ValueError("the file is empty")
     with open(path, "rb") as file:
-        if file.read(4) != b"PK\x03\x04":
-            return False
+        magic = file.read(6)
+    if magic == b"\x93NUMPY":
+        raise ValueError(NUMPY)
+    if not magic.startswith(b"PK\x03\x04"):
+        return False
     with zipfile.ZipFile(path) as archive:  # torch stores its records as they are: whatever expands is no torch file
+        if any(name.endswith(".npy") for name in archive.namelist()):
+            raise ValueError(NUMPY)
         if sum(record.file_size for record in archive.infolist()) > size:
             raise ValueError("its records are larger than the file")
     return True
