@@ -101,7 +101,9 @@ def add_encoder_arguments(parser: argparse.ArgumentParser, several: bool = False
     group.add_argument(
         "--family", **default(None), help=f"format of the file: {', '.join(FAMILIES)}, or auto (default): detected"
     )
-    group.add_argument("--checkpoint_key", **default(None), help="entry of the file, or prefix of its names, with the weights")
+    group.add_argument(
+        "--checkpoint_key", **default(None), help="entry of the file, or prefix of its names, with the weights"
+    )
     group.add_argument("--offline", action="store_true", help="download no weights: use files and the cache only")
     group.add_argument(
         "--num_heads", default=None, type=int, help="of attention (default: the model's or the family's)"
