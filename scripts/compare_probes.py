@@ -2,9 +2,9 @@
 
 RUN is the --output_dir of main_linprobe.py --save_predictions. Probes that differ in nothing but their seed are one
 row: the mean of their scores, its standard deviation over seeds, and two confidence intervals of it: over test images
-(other images of the same kind) and over seeds (other initial weights). Runs of one label, such as those of several
---seed, join their seeds. Then the difference to the baseline, image by image and seed by seed. Where held-out images
-have chosen rates, the chosen ones alone; --all shows the others, too.
+(other images of the same kind) and, from three on, over seeds (other initial weights). Runs of one label, such as those
+of several --seed, join their seeds. Then the difference to the baseline, image by image and seed by seed. Where
+held-out images have chosen rates, the chosen ones alone; --all shows the others, too.
 
 Intervals are Student's, paired where two probes are compared; those over images of scores that are no mean over images
 (map, per_class) are percentiles of a bootstrap that resamples images, alike for all probes.
@@ -30,6 +30,8 @@ from util.files import write_atomically, write_json
 from util.predictions import Predictions, read_predictions
 from util.progress import progress
 from util.scores import average_precision
+
+FEWEST_SEEDS = 3  # for an interval: of two, Student's at 95 % is the mean -+ 9 standard deviations
 
 
 class Interval(NamedTuple):
@@ -83,9 +85,9 @@ BY_IMAGE = {"top1": top1, "any_match": any_match, "label_accuracy": label_accura
 OF_ALL = {"map": mean_average_precision, "per_class": per_class}
 
 
-def student(values: np.ndarray, confidence: float) -> Interval:
-    """Of the mean of values (k,); nothing for a single one."""
-    if len(values) < 2:
+def student(values: np.ndarray, confidence: float, fewest: int = 2) -> Interval:
+    """Of the mean of values (k,); nothing for fewer than `fewest`."""
+    if len(values) < fewest:
         return Interval(np.nan, np.nan)
     half = stats.t.ppf((1 + confidence) / 2, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
     return Interval(float(values.mean() - half), float(values.mean() + half))
@@ -173,14 +175,15 @@ def compare(
     found = []
     for name, scores in each.items():
         values, base = np.array(list(scores.values())), each[baseline]
-        row = Row(name, values.tolist(), chosen[name], over_images(name), student(values, confidence))
+        row = Row(name, values.tolist(), chosen[name], over_images(name), student(values, confidence, FEWEST_SEEDS))
         if name != baseline:
             pairs = (
                 np.array([scores[seed] - base[seed] for seed in scores]) if scores.keys() == base.keys() else values[:0]
             )
             row = row._replace(
                 difference=row.mean - float(np.mean(list(base.values()))),
-                difference_over_images=over_images(name, baseline), difference_over_seeds=student(pairs, confidence),
+                difference_over_images=over_images(name, baseline),
+                difference_over_seeds=student(pairs, confidence, FEWEST_SEEDS),
             )  # fmt: skip
         found.append(row)
     return found
@@ -203,9 +206,10 @@ def table(rows: list[Row], headline: str, baseline: str, confidence: float, n: i
     notes = [f"{headline} in percent on {n:,} test images; differences to {baseline}"]
     if any(row.chosen for row in rows):
         notes.append("chosen: the best optimizer and rate of its head and block on held-out images")
-    if fewest := min((len(row.each) for row in rows if len(row.each) < 3), default=0):
+    if fewest := min((len(row.each) for row in rows if len(row.each) < FEWEST_SEEDS), default=0):
         notes.append("a single seed has no deviation and no interval over seeds" if fewest == 1 else
-                     "of 2 seeds, the deviation and the interval over seeds say little")  # fmt: skip
+                     "of 2 seeds, the deviation says little, and an interval over seeds would say nothing: "
+                     "there is one from 3 seeds on")  # fmt: skip
     return "\n".join([*lines, "", "; ".join(notes), ""])
 
 

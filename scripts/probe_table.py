@@ -93,7 +93,7 @@ def table(runs: dict[str, dict], epoch: str = "last") -> str:
     chose = [run for run in runs.values() if any("chosen" in probe for probe in run["probes"].values())]
     held_out = f"; rates chosen on {alternatives(run['n_val'] for run in chose)} held-out images" if chose else ""
     lines += ["", f"{spoken(headlines.pop())} (%), {epoch} epoch{over}; {trained} training and {tested} test images, "
-              f"{epochs} epochs{held_out}"]  # fmt: skip
+              f"{epochs} epoch{'s' * (epochs != '1')}{held_out}"]  # fmt: skip
     return "\n".join(lines) + "\n"
 
 

@@ -364,8 +364,9 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError(f"{', '.join(map(str, args.runs))}: no probe or measurement that is good for a record")
     for record in made:
         path = write_record(args.results, record, args.replace)
-        spread = f" ± {record['std']:.3g}, n = {record['n']}" if record["std"] is not None else ""
-        log.info("%s: %.4g%s %s", path, record["value"], spread, record["unit"])
+        spread = f" ± {record['std']:.3g}" if record["std"] is not None else ""
+        seeds = f", {record['n']} seeds" if record["std"] is not None else ""
+        log.info("%s: %.4g%s %s%s", path, record["value"], spread, record["unit"], seeds)
 
 
 def get_args_parser() -> argparse.ArgumentParser:

@@ -255,7 +255,7 @@ def test_flags_speak_for_heads_that_do_not_say_otherwise(word, flags, name):
 @pytest.mark.parametrize(
     ("word", "message"),
     [
-        ("mean", "unknown --cls_features 'mean': choose one of cls, pos, both, abmilp"),
+        ("mean", "unknown --cls_features 'mean': choose one of " + ", ".join(AGGREGATIONS)),
         ("cls3", "unknown --cls_features 'cls3'"),
         ("cls:depth=2", "cls has no options; not 'depth=2'"),
         ("abmilp:dept=2", "abmilp takes depth, act, .*, as in abmilp:option=value; not 'dept=2'"),
@@ -278,6 +278,12 @@ def test_a_head_that_cannot_be_is_refused_in_one_line(word, message):
 
 @pytest.mark.parametrize("name", AGGREGATIONS)
 def test_the_page_on_probing_lists_every_head_with_its_options(name):
-    lines = (ROOT / "docs" / "probing.md").read_text().partition("## Heads")[2].splitlines()
-    (row,) = [line for line in lines if re.match(rf"\|[^|]*`{name}\d*`", line)]
-    assert all(f"`{option}`" in row for option in AGGREGATIONS[name].options if option != AGGREGATIONS[name].number)
+    lines = (ROOT / "docs" / "probing.md").read_text().partition("## Heads")[2].partition("\n## ")[0].splitlines()
+    options = [f"`{option}`" for option in AGGREGATIONS[name].options if option != AGGREGATIONS[name].number]
+    rows = [line for line in lines if re.match(rf"\|[^|]*`{name}\d*`", line)]
+    if not rows:
+        row = f"| `{name}` | {AGGREGATIONS[name].description} | {', '.join(options)} |"
+        pytest.fail(f"docs/probing.md, 'Heads', has no row for the head {name}: add this row:\n{row}", pytrace=False)
+    assert len(rows) == 1, f"docs/probing.md has several rows for the head {name}"
+    if missing := [option for option in options if option not in rows[0]]:
+        pytest.fail(f"docs/probing.md: the row of the head {name} lacks its option {', '.join(missing)}", pytrace=False)

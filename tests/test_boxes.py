@@ -96,7 +96,18 @@ def test_every_source_gives_the_same_boxes(root, tmp_path, name):
 
 
 def test_all_sources_are_tested():
+    if untested := BOX_SOURCES.keys() - {name.split()[0] for name in WRITERS}:
+        pytest.fail(f"tests/test_boxes.py: WRITERS has no {', '.join(sorted(untested))}: write a function that writes "
+                    "BOXES in that format, by which reading it is tested", pytrace=False)  # fmt: skip
     assert {name.split()[0] for name in WRITERS} == BOX_SOURCES.keys()
+
+
+def test_the_page_on_aggregation_lists_every_source():
+    page = (Path(__file__).resolve().parents[1] / "docs" / "aggregation.md").read_text()
+    if rows := [
+        f"| `{name}` | {BOX_SOURCES[name].description} |" for name in BOX_SOURCES if f"| `{name}` |" not in page
+    ]:
+        pytest.fail("docs/aggregation.md has no row for a format of boxes: add\n" + "\n".join(rows), pytrace=False)
 
 
 def test_resized_boxes_are_cut_off_to_whole_pixels(root, tmp_path):

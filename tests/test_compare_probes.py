@@ -110,6 +110,8 @@ def test_the_chosen_probes_alone_are_shown_unless_all_are_asked_for(tmp_path, ca
 def test_few_seeds_are_said_to_be_few(seeds, note, tmp_path, capsys):
     text = compared([write(tmp_path / "run", {("cls", seed): guesses(0.5, seed) for seed in range(seeds)})], capsys)
     assert (note is None or note in text) and text.count(" interval") == (note is not None)
+    (row,) = [line for line in text.splitlines() if line.startswith("| cls/")]
+    assert (row.split(" | ")[5] == "–") == (seeds < 3) and (row.split(" | ")[3] == "–") == (seeds < 2)
 
 
 def test_what_cannot_be_compared_is_refused(tmp_path, capsys):

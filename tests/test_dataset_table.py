@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import shutil
 import signal
 import tarfile
@@ -192,7 +193,8 @@ def test_absent_data_set_is_one_line_that_says_where_to_get_it(tmp_path, monkeyp
         build_dataset(name, tmp_path, "train")
     words = str(error.value)
     assert words.startswith(f"--dataset {name} --data_path {tmp_path}: ") and "\n" not in words
-    assert words.endswith(f"; it comes from {DATASETS[name].source}") and "https://" in words
+    assert words.endswith(f"; it comes from {DATASETS[name].source}")
+    assert re.search("https?://", DATASETS[name].source), f"util/dataset_table.py: the source of {name} has no address"
     with pytest.raises(ValueError, match=r"there is no such folder|cannot be downloaded"):
         build_dataset(name, tmp_path / "absent", "train")
 
@@ -369,10 +371,17 @@ def test_official_counts_are_the_papers():
         for name, entry in DATASETS.items()
         if entry.protocol
     }
+    if missing := [name for name in found if name not in official]:
+        pytest.fail(
+            f"tests/test_dataset_table.py: `official` has no {', '.join(missing)}: restate its classes, images "
+            "for training and for testing, as its authors count them, and its protocol",
+            pytrace=False,
+        )
     assert found == official
-    assert [name for name, entry in DATASETS.items() if entry.multi_label] == [
-        "nus_wide", "nus_wide_labelled", "coco", "coco2014",
-    ]  # fmt: skip
+    several = {"nus_wide", "nus_wide_labelled", "coco", "coco2014"}
+    if odd := several ^ {name for name, entry in DATASETS.items() if entry.multi_label}:
+        pytest.fail(f"tests/test_dataset_table.py: `several` and DATASETS disagree on whether images of "
+                    f"{', '.join(sorted(odd))} have several labels", pytrace=False)  # fmt: skip
 
 
 def readme_row(name):
@@ -382,10 +391,9 @@ def readme_row(name):
 
 
 def test_page_lists_every_data_set():
-    rows = [readme_row(name) for name in DATASETS]
-    assert "\n".join(rows) in PAGE, "the table of docs/datasets.md is behind DATASETS; its rows are:\n" + "\n".join(
-        rows
-    )
+    rows = "\n".join(readme_row(name) for name in DATASETS)
+    if rows not in PAGE:
+        pytest.fail(f"the table of docs/datasets.md is behind DATASETS; its rows are:\n{rows}", pytrace=False)
 
 
 needs_coco = pytest.mark.skipif(not (DATA / "coco256").is_dir(), reason="no shared/data/coco256 here")

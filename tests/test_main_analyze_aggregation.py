@@ -19,6 +19,7 @@ from localization import best_overlaps, levels_of, score_map
 from main_analyze_aggregation import get_args_parser, stretch_transform
 from models_vit import build_vit
 from probe_run import read_run
+from util.aggregation_figures import spoken
 from util.arguments import frozen_encoder, parse, run_main
 from util.boxes import read_boxes
 from util.checkpoints import save_encoder
@@ -336,3 +337,13 @@ def test_a_folder_is_its_own_while_it_is_written_to(data, tmp_path, monkeypatch)
     monkeypatch.setattr(main_analyze_aggregation, "run_pass", look)
     with pytest.raises(FloatingPointError, match="another process writes there"):
         analyse(tmp_path / "out", "--data_path", data, "--model", "vit_demo_patch8", "--rules", "pos")
+
+
+def test_figures_call_rules_by_plain_names():
+    names = {
+        "abmilp:depth=2,act=tanh/seed1": "AbMILP, depth=2, act=tanh, seed 1",
+        "ca2:scale=release": "central 2 × 2, scale=release",
+        "cp2": "mean of central 2 × 2", "ep8/block3": "EP, 8 queries, block 3",
+        "ap12:content=all": "AP, 12 heads, content=all",
+    }  # fmt: skip
+    assert {name: spoken(name).replace("\N{NO-BREAK SPACE}", " ") for name in names} == names

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from aggregation import AGGREGATIONS
 from engine_linprobe import Probing
 from models_vit import Features, VisionTransformer
 from probes import ProbeBank, ProbeNorm, ProbeSpec
@@ -45,7 +46,7 @@ def train(specs, backbone, batches, lrs, accum_iter=1, epochs=2, kind=LARS, afte
         def __call__(self, images):
             return batches[int(images[0, 0])][0]
 
-    args = Namespace(epochs=epochs, seed=0, save_every_minutes=0, save_every_steps=0)
+    args = Namespace(epochs=epochs, seed=0, lr=None, save_every_minutes=0, save_every_steps=0)
     order = Namespace(accum_iter=accum_iter, joined=1, steps=len(batches) // accum_iter, effective=32 * accum_iter)
     probing = Probing(bank, Tokens(), optimizer, torch.device("cpu"))
     training = Training(
@@ -150,7 +151,7 @@ def test_probes_read_their_own_block(backbone, batches):
     ("specs", "message"),
     [
         ([ProbeSpec("cls", 2, 0.1, 0)], "block 2 does not exist: this encoder has blocks 0 to 1"),
-        ([ProbeSpec("mean", 1, 0.1, 0)], "unknown --cls_features 'mean': choose one of cls, pos"),
+        ([ProbeSpec("mean", 1, 0.1, 0)], "unknown --cls_features 'mean': choose one of " + ", ".join(AGGREGATIONS)),
         ([ProbeSpec("cls", 1, 0.1, 0)] * 2, "asked for twice"),
     ],
 )
@@ -161,7 +162,8 @@ def test_impossible_banks_are_refused(backbone, specs, message):
 
 def test_cls_probe_needs_a_cls_token():
     backbone = VisionTransformer(**TINY, class_token=False)
-    with pytest.raises(ValueError, match=r"has no \[cls\] token; probe pos or abmilp"):
+    without = [name for name, entry in AGGREGATIONS.items() if not entry.needs_cls]
+    with pytest.raises(ValueError, match=rf"has no \[cls\] token; probe {' or '.join(without)} instead"):
         ProbeBank([ProbeSpec("cls", 1, 0.1, 0)], backbone, (2, 2), 5)
 
 

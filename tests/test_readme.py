@@ -12,7 +12,9 @@ import pytest
 
 import submitit_linprobe
 import util.arguments
+from attention_stats import METRICS
 from util.arguments import parse
+from util.catalogue import CATALOGUE
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [
@@ -128,3 +130,10 @@ def test_code_map_names_every_module():
     modules = [*ROOT.glob("*.py"), *(path for path in (ROOT / "util").glob("*.py") if path.name != "__init__.py")]
     missing = [str(path.relative_to(ROOT)) for path in modules if f"]({path.relative_to(ROOT)})" not in README]
     assert not missing
+
+
+@pytest.mark.parametrize(("words", "table"), [("measurements", METRICS), ("published files", CATALOGUE)])
+def test_numbers_of_entries_are_those_of_the_tables(words, table):
+    (told,) = re.findall(rf"(\d+) {words}", README)
+    if int(told) != len(table):
+        pytest.fail(f"README.md says {told} {words}, and there are {len(table)}: say so", pytrace=False)

@@ -45,7 +45,7 @@ def test_table_averages_seeds_of_each_head(run, tmp_path):
     (tmp_path / "results.json").write_text(json.dumps(results))
     done = script("probe_table.py", f"mine={tmp_path}", "--output", tmp_path / "table.md")
     assert "| mine | 11.0 ± 1.4 | 51.0 ± 1.4 |" in done.stdout
-    assert "20 training and 10 test images, 1 epochs" in (tmp_path / "table.md").read_text()
+    assert "20 training and 10 test images, 1 epoch" in (tmp_path / "table.md").read_text()
 
 
 def test_table_has_a_row_for_each_setting_or_for_those_that_were_chosen(run, tmp_path):

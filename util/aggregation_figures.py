@@ -23,20 +23,25 @@ TITLES = {  # of heads; others are called what they are
     "dino": "oracle's [cls]",
     "pos": "uniform",
 }
+SQUARE = "\\1\N{NO-BREAK SPACE}×\N{NO-BREAK SPACE}\\1"
 PATTERNS = (
-    (r"^abmilp:?", "AbMILP "), (r" $", ""), (r"^ap1\b", "AP, 1 head"), (r"^ap(\d+)", r"AP, \1 heads"),
-    (r"^ca1$", "central patch"), (r"^ca(\d+)$", r"central \1 × \1"), (r"^attn-head", "[cls], head "),
+    (r"^abmilp$", "AbMILP"), (r"^ap1$", "AP, 1 head"), (r"^ap(\d+)$", r"AP, \1 heads"),
+    (r"^ep1$", "EP, 1 query"), (r"^ep(\d+)$", r"EP, \1 queries"), (r"^attn-head", "[cls], head "),
+    (r"^ca1$", "central patch"), (r"^ca(\d+)$", "central " + SQUARE),
+    (r"^cp1$", "central patch alone"), (r"^cp(\d+)$", "mean of central " + SQUARE),
 )  # fmt: skip
 TRUE, BOXES = "#1F77FF", ("#FF3B30", "#2ECC40")  # Fig. 8: truth blue, [cls] red, aggregation green
 
 
 def spoken(name: str) -> str:
-    """A rule's name as figures have it: abmilp/seed0 is AbMILP, seed 0."""
+    """A rule's name as figures have it: abmilp:depth=2/seed0 is AbMILP, depth=2, seed 0."""
     head, *parts = name.split("/")
-    word = TITLES.get(head, head)
+    word, _, options = head.partition(":")
+    word = TITLES.get(word, word)
     for pattern, words in PATTERNS:
         word = re.sub(pattern, words, word)
-    return ", ".join([word, *(re.sub(r"^(seed|block)", "\\1\N{NO-BREAK SPACE}", part) for part in parts)])
+    places = (re.sub(r"^(seed|block)", "\\1\N{NO-BREAK SPACE}", part) for part in parts)
+    return ", ".join(filter(None, [word, *options.split(","), *places]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -119,8 +124,11 @@ def draw_maps(pictures: Sequence[np.ndarray], columns: dict[str, np.ndarray], ta
         axes[row, 0].imshow(picture)
         for axis, maps in zip(axes[row, 1:], large.values(), strict=True):
             draw_map(axis, picture, np.nan_to_num(maps[row]), top)
-    for axis, name in zip(axes[0], ["image", *map(spoken, columns)], strict=True):
-        axis.set_title("\n".join(wrap(name, int(side / 0.065))), fontsize=7)
+    letters = side / 0.065  # that a line has room for at 7 points
+    titles = [wrap(name, int(letters), break_long_words=False) for name in ["image", *map(spoken, columns)]]
+    size = 7 * min(1, letters / max(len(line) for lines in titles for line in lines))
+    for axis, lines in zip(axes[0], titles, strict=True):
+        axis.set_title("\n".join(lines), fontsize=size)
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
         axis.spines[:].set_visible(False)

@@ -42,7 +42,7 @@ class DatasetEntry(NamedTuple):
     description: str
     classes: int | None = None  # None: whatever there is
     images: dict[str, int] | None = None  # the official count of each split
-    source: str = ""  # where to get it
+    source: str = ""  # where to get it, with an address; needed where `images` are counted
     protocol: str = ""  # of the paper's probes: P-LP (LARS, batch 16,384) or P-SGD (batch 1,024); "" where it has none
     multi_label: bool = False
     downloads: bool = False  # it comes by itself where it is not there
