@@ -2,6 +2,7 @@
 
 import functools
 import http.server
+import logging
 import os
 import subprocess
 import sys
@@ -20,6 +21,13 @@ ROOT = Path(__file__).resolve().parent.parent
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2}
 
 torch.set_num_threads(1)  # tiny tensors only wait for more
+
+
+@pytest.fixture(autouse=True)
+def logs_end_with_their_test():
+    """Programs log to standard output as it was when they started: pytest's, which it closes after the test."""
+    yield
+    logging.root.handlers = [one for one in logging.root.handlers if type(one) is not logging.StreamHandler]
 
 
 @pytest.fixture

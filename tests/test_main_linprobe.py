@@ -166,7 +166,7 @@ def test_a_finished_run_is_not_written_over(command):
         ),
         (["--eval"], "--eval needs the probes"),
         (["--lr", "1", "--blr", "1", "2"], "--lr 1.0 sets one rate, --blr [1.0, 2.0] several"),
-        (["--family", "imagenet"], "unknown family 'imagenet': choose one of mae, mae_ft"),
+        (["--family", "imagenet"], "unknown family 'imagenet': choose one of auto, mae, mae_ft"),
         (["--bn_group", "24"], "--bn_group 24 and --batch_size 16: one must be a multiple of the other"),
         (["--bn_group", "32"], "takes 2 micro-steps of --batch_size 16: --accum_iter 1 must be a multiple of 2"),
         (["--bn_group", "1"], "batch normalisation needs at least two images: raise --batch_size or --bn_group"),

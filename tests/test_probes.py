@@ -163,7 +163,7 @@ def test_impossible_banks_are_refused(backbone, specs, message):
 def test_cls_probe_needs_a_cls_token():
     backbone = VisionTransformer(**TINY, class_token=False)
     without = [name for name, entry in AGGREGATIONS.items() if not entry.needs_cls]
-    with pytest.raises(ValueError, match=rf"has no \[cls\] token; probe {' or '.join(without)} instead"):
+    with pytest.raises(ValueError, match=rf"has no \[cls\] token; write {' or '.join(without)} instead"):
         ProbeBank([ProbeSpec("cls", 1, 0.1, 0)], backbone, (2, 2), 5)
 
 
