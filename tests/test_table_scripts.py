@@ -1,6 +1,7 @@
 """The scripts of tables and figures: every command they would run is understood by its program, and is the protocol."""
 
 import importlib
+import contextlib
 import os
 import re
 import shlex
