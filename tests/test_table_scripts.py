@@ -1,7 +1,7 @@
 """The scripts of tables and figures: every command they would run is understood by its program, and is the protocol."""
 
-import importlib
 import contextlib
+import importlib
 import os
 import re
 import shlex
@@ -271,10 +271,18 @@ def test_interruption_ends_the_script_and_not_only_the_program_that_runs(tmp_pat
         each attend mae_vit_base_patch16 dino_vit_base_patch16
         finish""")  # fmt: skip
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    script = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **settings}, start_new_session=True, **pipes)
-    first = script.stdout.readline()
-    os.killpg(script.pid, signal.SIGINT)
-    rest, told = script.communicate(timeout=60)
+    script = subprocess.Popen(
+        command, cwd=ROOT, env={**os.environ, **settings}, start_new_session=True, **pipes,
+        # a shell does not trap what was ignored when it began, as in what "&" has put into the background
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    try:
+        first = script.stdout.readline()
+        os.killpg(script.pid, signal.SIGINT)
+        rest, told = script.communicate(timeout=60)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(script.pid, signal.SIGKILL)
     assert first == "now mae_vit_base_patch16\n" and rest == ""
     assert told == "interrupted: the same command goes on from here\n" and script.returncode == 130
 
