@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models_vit import Attention
-from pooling import Columns, Pooled, TokenPool
+from probing.pooling import Columns, Pooled, TokenPool
 from util.pos_embed import sincos_pos_embed
 
 ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "tanh": nn.Tanh}

@@ -6,15 +6,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from data_sets.loader import Sample, Watched
 from models_finetune import Classifier
-from util.datasets import Sample, Watched
+from runtime.training import OneNetwork
 from util.scores import Scores, Tally
 from util.seeding import seeded, stable_seed
-from util.training import OneNetwork
 
 
 class FineTuning(OneNetwork):
-    """A classifier and its optimizer, as a util.training.Method.
+    """A classifier and its optimizer, as a runtime.training.Method.
 
     mixup: timm's Mixup, which returns soft labels (label smoothing is then its business). Mixing and stochastic depth
     draw from (seed, epoch, chunk): a resumed run repeats them, and so does another split into processes and

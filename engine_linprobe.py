@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from data_sets.loader import Sample, Watched
 from models_vit import Features, VisionTransformer
-from pooling import Needs
-from probes import ProbeBank
-from util.datasets import Sample, Watched
-from util.predictions import PredictionKeeper
+from probing.bank import ProbeBank
+from probing.pooling import Needs
+from probing.predictions import PredictionKeeper
+from runtime.training import all_finite
 from util.scores import MultiLabelScores, MultiLabelTally, Scores, Tally
-from util.training import all_finite
 
 # what a bank takes: the tokens of its blocks, or the vectors that they pool to
 Read = dict[int, Features] | list[Tensor]
@@ -58,7 +58,7 @@ class FrozenTokens(NamedTuple):
 
 
 class Probing:
-    """A bank of probes and its optimizer (a group per probe), as a util.training.Method.
+    """A bank of probes and its optimizer (a group per probe), as a runtime.training.Method.
 
     Losses are summed over probes, so no probe's gradient depends on its neighbours. A probe whose loss, gradient or
     new weights are not finite keeps the weights, statistics and momentum that it had before that step, for good.

@@ -3,13 +3,13 @@
 import torch
 from torch import Tensor
 
+from data_sets.loader import Sample
 from models_mae import MaskedAutoencoder
-from util.datasets import Sample
-from util.training import OneNetwork
+from runtime.training import OneNetwork
 
 
 class Pretraining(OneNetwork):
-    """A masked autoencoder and its optimizer, as a util.training.Method; the masks come with the samples."""
+    """A masked autoencoder and its optimizer, as a runtime.training.Method; the masks come with the samples."""
 
     program = "main_pretrain.py"
 

@@ -24,9 +24,13 @@ from pathlib import Path
 
 import torch
 
-from aggregation_results import describe, describe_boxes, over_seeds, table
-from aggregation_stats import KL_FLOOR, VectorStats
-from engine_aggregation import (
+from aggregation.boxes import BOX_SOURCES, read_boxes
+from aggregation.divergence import KL_FLOOR, VectorStats
+from aggregation.examples import choose_examples, draw_examples
+from aggregation.figures import draw_divergences
+from aggregation.localization import Localizer, levels_of
+from aggregation.results import describe, describe_boxes, over_seeds, table
+from aggregation.rules import (
     DEFAULT_RULES,
     Findings,
     Localization,
@@ -38,16 +42,7 @@ from engine_aggregation import (
     probe_rules,
     run_pass,
 )
-from engine_linprobe import FrozenTokens
-from examples_aggregation import choose_examples, draw_examples
-from localization import Localizer, levels_of
-from oracle import ORACLE_ARGUMENTS, Oracle, add_oracle_arguments, build_oracle
-from pooling import Tokens
-from probe_run import ProbeRun, read_run
-from probes import ProbeBank
-from util.aggregation_figures import draw_divergences
-from util.analysis import Progress, analysed_images, subset
-from util.arguments import (
+from cli.arguments import (
     PRECISIONS,
     Parser,
     add_data_arguments,
@@ -60,15 +55,20 @@ from util.arguments import (
     plain,
     run_main,
 )
-from util.boxes import BOX_SOURCES, read_boxes
-from util.checkpoints import Encoder
+from data_sets.images import fingerprint
+from data_sets.loader import EvaluationBatches, KeyedDataset, build_loader, eval_transform, stretch_transform
+from encoders.load import Encoder
+from encoders.oracle import ORACLE_ARGUMENTS, Oracle, add_oracle_arguments, build_oracle
+from engine_linprobe import FrozenTokens
+from probing.bank import ProbeBank
+from probing.finished_run import ProbeRun, read_run
+from probing.pooling import Tokens
+from runtime.analysis import Progress, analysed_images, subset
+from runtime.folder import RunFolder, provenance, utc_now
 from util.choices import nearest
-from util.datasets import EvaluationBatches, KeyedDataset, build_loader, eval_transform, stretch_transform
 from util.distributed import barrier, distributed, gather_objects, world_size
 from util.files import digest
-from util.images import fingerprint
 from util.progress import log, setup_logging
-from util.run_folder import RunFolder, provenance, utc_now
 
 
 def get_args_parser() -> argparse.ArgumentParser:

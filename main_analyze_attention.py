@@ -1,7 +1,7 @@
 """Attention flow, block by block, over a data set: Figs. 3 to 6 and 10 to 13, and the entropies of Table 3.
 
-For every encoder, `<output_dir>/<label>/attention.json` holds each metric of attention_stats.METRICS that --metrics
-names, in each block: mean and standard deviation over the images, of its summary and of each head. util.figures.FIGURES
+For every encoder, `<output_dir>/<label>/attention.json` holds each metric of attention.metrics.METRICS that --metrics
+names, in each block: mean and standard deviation over the images, of its summary and of each head. FIGURES
 draws them: attention (the paper's four), park, heads, spectra. Under torchrun the images are shared among the
 processes, each taken once.
 
@@ -26,14 +26,12 @@ from pathlib import Path
 
 import torch
 
-from attention_reductions import REDUCTIONS, choose_reduction
-from attention_stats import GROUPS, LEGEND, METRICS, REFERENCES, Sizes, metric_names
-from engine_attention import Place, Recorder, applicable, measure
-from models_vit import VisionTransformer, architecture, check_blocks, default_input_size
-from token_stats import embed_tokens
-from util import signals
-from util.analysis import Progress, analysed_images, subset
-from util.arguments import (
+from attention.figures import draw_figures, draw_token_maps
+from attention.measure import Place, Recorder, applicable, measure
+from attention.metrics import GROUPS, LEGEND, METRICS, REFERENCES, Sizes, metric_names
+from attention.reductions import REDUCTIONS, choose_reduction
+from attention.tokens import embed_tokens
+from cli.arguments import (
     PRECISIONS,
     Parser,
     add_data_arguments,
@@ -48,14 +46,16 @@ from util.arguments import (
     plain,
     run_main,
 )
-from util.checkpoints import Encoder
-from util.datasets import DATASETS, EvaluationBatches, KeyedDataset, build_loader, eval_transform
+from data_sets.images import fingerprint
+from data_sets.loader import DATASETS, EvaluationBatches, KeyedDataset, build_loader, eval_transform
+from encoders.load import Encoder
+from models_vit import VisionTransformer, architecture, check_blocks, default_input_size
+from runtime.analysis import Progress, analysed_images, subset
+from runtime.folder import RunFolder, provenance, utc_now
+from util import signals
 from util.distributed import barrier, distributed
-from util.figures import draw_figures, draw_token_maps
 from util.files import digest
-from util.images import fingerprint
 from util.progress import log, setup_logging
-from util.run_folder import RunFolder, provenance, utc_now
 from util.seeding import stable_seed
 
 TSNE_CLASSES, TSNE_IMAGES = 3, 18  # Park et al. 2023
@@ -155,7 +155,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def one_encoder_each(args: argparse.Namespace) -> list[argparse.Namespace]:
-    """The arguments of each encoder, as util.arguments.build_encoder reads them."""
+    """The arguments of each encoder, as cli.arguments.build_encoder reads them."""
     count = len(args.finetune)
     columns = {"finetune": args.finetune}
     for name in ("model", "family", "checkpoint_key"):

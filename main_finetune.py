@@ -24,9 +24,7 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageOps
 
-from engine_finetune import FineTuning, evaluate
-from models_finetune import Classifier
-from util.arguments import (
+from cli.arguments import (
     PRECISIONS,
     Parser,
     add_data_arguments,
@@ -41,8 +39,8 @@ from util.arguments import (
     plain,
     run_main,
 )
-from util.checkpoints import Encoder, load_plain_or_safetensors
-from util.datasets import (
+from data_sets.images import fingerprint
+from data_sets.loader import (
     DATASETS,
     EvaluationBatches,
     GlobalBatches,
@@ -51,15 +49,17 @@ from util.datasets import (
     build_splits,
     eval_transform,
 )
+from encoders.load import Encoder, load_plain_or_safetensors
+from engine_finetune import FineTuning, evaluate
+from models_finetune import Classifier
+from runtime.folder import RunFolder, provenance, utc_now
+from runtime.training import Training
 from util.distributed import barrier, distributed
 from util.files import digest
-from util.images import fingerprint
 from util.lr_sched import lr_at, scaled_lr
 from util.optim import layer_decay_groups
 from util.progress import log, setup_logging
-from util.run_folder import RunFolder, provenance, utc_now
 from util.seeding import seeded
-from util.training import Training
 
 RECIPE_AA = "rand-m9-mstd0.5-inc1"
 
@@ -201,7 +201,7 @@ def main(args: argparse.Namespace) -> None:
 
 def augmentation(args: argparse.Namespace, size: int, encoder: Encoder) -> Callable[[Image.Image], torch.Tensor]:
     """RandAugment, or colour jitter, and random erasing, as timm has them."""
-    from timm.data import auto_augment, create_transform  # seconds to import; see util.views
+    from timm.data import auto_augment, create_transform  # seconds to import; see data_sets.views
 
     for name in ("Posterize", "PosterizeIncreasing", "PosterizeOriginal"):
         auto_augment.NAME_TO_OP[name] = posterize

@@ -31,14 +31,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from aggregation import AGGREGATIONS, check_aggregation, option_flags, parse_head
-from engine_linprobe import FrozenTokens, Probing, evaluate, pooled
-from feature_cache import CachedTokens, FeatureCache, Part
-from knn import knn_scores
-from models_vit import VisionTransformer, architecture, check_blocks
-from oracle import add_oracle_arguments, build_oracle
-from probes import ProbeBank, ProbeSpec
-from util.arguments import (
+from cli.arguments import (
     PRECISIONS,
     Parser,
     add_data_arguments,
@@ -53,8 +46,8 @@ from util.arguments import (
     plain,
     run_main,
 )
-from util.checkpoints import Encoder
-from util.datasets import (
+from data_sets.images import fingerprint
+from data_sets.loader import (
     DATASETS,
     EvaluationBatches,
     GlobalBatches,
@@ -65,17 +58,24 @@ from util.datasets import (
     hold_out,
     train_transform,
 )
+from encoders.load import Encoder
+from encoders.oracle import add_oracle_arguments, build_oracle
+from engine_linprobe import FrozenTokens, Probing, evaluate, pooled
+from models_vit import VisionTransformer, architecture, check_blocks
+from probing.bank import ProbeBank, ProbeSpec
+from probing.feature_cache import CachedTokens, FeatureCache, Part
+from probing.heads import AGGREGATIONS, check_aggregation, option_flags, parse_head
+from probing.knn import knn_scores
+from probing.predictions import FILE, PredictionKeeper
+from probing.results import leader, summary, tell, tell_neighbours, tell_scores, warn_of_choices, warn_of_edges
+from runtime.folder import RunFolder, provenance, utc_now
+from runtime.training import Training
 from util.distributed import distributed
 from util.files import digest
-from util.images import fingerprint
 from util.lars import LARS
 from util.lr_sched import lr_at, scaled_lr
-from util.predictions import FILE, PredictionKeeper
-from util.probe_results import leader, summary, tell, tell_neighbours, tell_scores, warn_of_choices, warn_of_edges
 from util.progress import log, setup_logging
-from util.run_folder import RunFolder, provenance, utc_now
 from util.scores import MULTILABEL_METRICS, MultiLabelTally, Tally
-from util.training import Training
 
 OPTIMIZERS = {  # settings of util.lars.LARS; momentum: the paper's, and that of its code's SGD
     "lars": {"momentum": 0.9},
@@ -397,7 +397,7 @@ def neighbours(
 ) -> dict[str, dict]:  # fmt: skip
     """{vector: {k: its scores}} of k-NN classification on the vectors that the probes read; nothing is augmented.
 
-    how: to load images, see util.arguments.loading.
+    how: to load images, see cli.arguments.loading.
     """
     plain_train = Part(KeyedDataset(parts["train"].dataset.dataset, parts["test"].dataset.transform, args.seed,
                                     on_bad_image=args.on_bad_image), parts["train"].indices)  # fmt: skip

@@ -23,10 +23,7 @@ import functools
 import torch
 from torch.utils.data import Dataset
 
-from engine_pretrain import Pretraining
-from models_mae import DECODERS, MaskedAutoencoder
-from models_vit import architecture, build_vit, default_input_size
-from util.arguments import (
+from cli.arguments import (
     PRECISIONS,
     Parser,
     add_data_arguments,
@@ -38,16 +35,19 @@ from util.arguments import (
     plain,
     run_main,
 )
-from util.datasets import GlobalBatches, KeyedDataset, build_dataset, build_loader, train_transform
+from data_sets.images import fingerprint
+from data_sets.loader import GlobalBatches, KeyedDataset, build_dataset, build_loader, train_transform
+from engine_pretrain import Pretraining
+from models_mae import DECODERS, MaskedAutoencoder
+from models_vit import architecture, build_vit, default_input_size
+from runtime.folder import RunFolder, provenance, utc_now
+from runtime.training import Training
 from util.distributed import barrier, distributed
-from util.images import fingerprint
 from util.lr_sched import lr_at, scaled_lr
 from util.optim import weight_decay_groups
 from util.progress import log, setup_logging
 from util.reconstructions import draw_reconstructions, examples, reconstruct, tiled
-from util.run_folder import RunFolder, provenance, utc_now
 from util.seeding import seeded
-from util.training import Training
 
 
 def get_args_parser() -> argparse.ArgumentParser:

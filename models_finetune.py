@@ -30,7 +30,7 @@ class Classifier(nn.Module):
 
     @property
     def family(self) -> str:
-        """Of its published_state_dict, in util.families."""
+        """Of its published_state_dict, in encoders.families."""
         return "mae_ft" if self.fc_norm is None else "mae_ft_mean"
 
     def forward(self, images: Tensor) -> Tensor:

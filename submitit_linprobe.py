@@ -38,11 +38,11 @@ import submitit
 import torch
 from submitit.core.utils import FailedJobError, pickle_load
 
+from cli.arguments import Parser, check_files, check_resumed, parse, run_main
+from runtime.folder import ROOT, AnotherRun, RunFolder
+from runtime.jobs import GONE, Task, state_of
+from runtime.snapshot import take_snapshot
 from util import signals
-from util.arguments import Parser, check_files, check_resumed, parse, run_main
-from util.jobs import GONE, Task, state_of
-from util.run_folder import ROOT, AnotherRun, RunFolder
-from util.snapshot import take_snapshot
 
 PROGRAMS = sorted(path.stem for path in ROOT.glob("main_*.py"))
 WARNING = 120  # seconds between SLURM's signal and the end of a job's time

@@ -25,19 +25,19 @@ from benchmark_loader import endless, loading, views
 from benchmark_pretrain import pretraining_steps
 from torch import Tensor
 
-from aggregation import parse_head
-from attention_stats import PAPER_METRICS
-from engine_attention import Recorder, applicable, observe
+from attention.measure import Recorder, applicable, observe
+from attention.metrics import PAPER_METRICS
+from cli.arguments import PRECISIONS, Parser, run_main
+from data_sets.loader import train_transform
 from engine_linprobe import FrozenTokens
 from main_analyze_attention import sizes_of
 from models_vit import VisionTransformer, build_vit
-from probes import ProbeBank, ProbeSpec
-from util.arguments import PRECISIONS, Parser, run_main
+from probing.bank import ProbeBank, ProbeSpec
+from probing.heads import parse_head
+from runtime.folder import provenance
 from util.choices import instead_of
-from util.datasets import train_transform
 from util.lars import LARS
 from util.progress import log, progress, setup_logging
-from util.run_folder import provenance
 from util.seeding import seeded
 
 

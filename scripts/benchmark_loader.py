@@ -12,9 +12,9 @@ from torchvision.datasets import ImageFolder
 from torchvision.io import ImageReadMode, decode_image, decode_jpeg, read_file
 from torchvision.transforms import v2
 
-from util.crop import RandomResizedCrop
-from util.datasets import EvaluationBatches, GlobalBatches, KeyedDataset, Loader, build_dataset, build_loader
-from util.views import IMAGENET_MEAN, IMAGENET_STD, LOADERS, View, eval_transform, train_transform
+from data_sets.crop import RandomResizedCrop
+from data_sets.loader import EvaluationBatches, GlobalBatches, KeyedDataset, Loader, build_dataset, build_loader
+from data_sets.views import IMAGENET_MEAN, IMAGENET_STD, LOADERS, View, eval_transform, train_transform
 
 BICUBIC = transforms.InterpolationMode.BICUBIC
 

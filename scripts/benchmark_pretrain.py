@@ -7,15 +7,15 @@ import torch
 from torch import Tensor
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
+from cli.arguments import PRECISIONS
+from data_sets.loader import Sample
 from engine_pretrain import Pretraining
 from models_mae import DECODERS, MaskedAutoencoder
 from models_vit import build_vit
-from util.arguments import PRECISIONS
-from util.datasets import Sample
+from runtime.training import all_finite
 from util.distributed import GradientMean
 from util.optim import weight_decay_groups
 from util.seeding import seeded
-from util.training import all_finite
 
 MASK_RATIO = 0.75
 RATE = 1e-4  # any: it costs the same
@@ -55,7 +55,7 @@ def pretraining_steps(args: argparse.Namespace, device: torch.device) -> dict[st
             model.compile_blocks()
         method = Pretraining(model, adamw(model), MASK_RATIO, device, amp)
 
-        def step() -> Tensor:  # as util.training takes it
+        def step() -> Tensor:  # as runtime.training takes it
             mean = GradientMean([p for group in method.groups for p in group], 1)
             losses = method.losses(sample, ())
             losses.sum().backward()

@@ -24,10 +24,10 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from util.arguments import Parser, run_main
+from cli.arguments import Parser, run_main
+from probing.predictions import Predictions, read_predictions
 from util.choices import instead_of
 from util.files import write_atomically, write_json
-from util.predictions import Predictions, read_predictions
 from util.progress import progress
 from util.scores import average_precision
 

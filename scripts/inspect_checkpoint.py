@@ -14,10 +14,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from torch import Tensor
 
-from models_vit import architecture
-from util.arguments import Parser, run_main
-from util.catalogue import CATALOGUE, fetch_weights
-from util.checkpoints import (
+from cli.arguments import Parser, run_main
+from encoders.catalogue import CATALOGUE, fetch_weights
+from encoders.families import FAMILIES, drop_rule
+from encoders.load import (
     Detected,
     Reading,
     detect_family,
@@ -28,7 +28,7 @@ from util.checkpoints import (
     resampling,
     undecided,
 )
-from util.families import FAMILIES, drop_rule
+from models_vit import architecture
 from util.files import sha256
 
 

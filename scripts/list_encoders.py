@@ -9,8 +9,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from util.arguments import Parser, run_main
-from util.catalogue import CATALOGUE, PUBLICATIONS
+from cli.arguments import Parser, run_main
+from encoders.catalogue import CATALOGUE, PUBLICATIONS
 from util.files import keep_table
 
 COMMAND = "python scripts/list_encoders.py --write"

@@ -9,8 +9,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from attention_stats import GROUPS, METRICS
-from util.arguments import Parser, run_main
+from attention.metrics import GROUPS, METRICS
+from cli.arguments import Parser, run_main
 from util.files import keep_table
 
 COMMAND = "python scripts/list_metrics.py --write"

@@ -6,8 +6,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from util.arguments import Parser, run_main
-from util.demo_data import generate
+from cli.arguments import Parser, run_main
+from data_sets.demo import generate
 
 
 def main(args: argparse.Namespace) -> None:

@@ -13,10 +13,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from util.arguments import Parser, run_main
-from util.files import write_atomically
-from util.html import Html, badge, element, gallery, identifier, page, table, warning
-from util.report_facts import (
+from cli.arguments import Parser, run_main
+from report.facts import (
     DEMO,
     DIRTY,
     RANDOM,
@@ -32,8 +30,10 @@ from util.report_facts import (
     wall_time,
     weights_words,
 )
-from util.report_runs import Found, Run, find_runs
-from util.report_sections import SECTIONS
+from report.html import Html, badge, element, gallery, identifier, page, table, warning
+from report.runs import Found, Run, find_runs
+from report.sections import SECTIONS
+from util.files import write_atomically
 
 MALFORMED = (KeyError, TypeError, ValueError, AttributeError, IndexError)  # what a wrong record raises
 

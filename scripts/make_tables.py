@@ -1,6 +1,6 @@
 """The paper's tables, with what was measured beside what the paper has: python scripts/make_tables.py [--dataset demo]
 
-Numbers come from the records of the ledger alone (util/ledger.py; scripts/record.py makes them). Each table is written
+Numbers come from the records of the ledger alone (paper/ledger.py; scripts/record.py makes them). Each table is written
 to `<results>/<dataset>/tableN.md`, or as LaTeX or CSV. Notes say what was measured on what, and why a cell cannot be
 compared with the paper's; it has no difference then. What nobody measured is a dash.
 --check: whether all tables that are there, and those between the marks of README.md, are what the records say.
@@ -19,12 +19,12 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from cli.arguments import Parser, run_main
+from data_sets.loader import DATASETS
+from paper.ledger import Cell, read_ledger, recorded_datasets
+from paper.tables import PAPER_DATASET, TABLES, Row, datasets_of, rows_of, table_of
 from scripts import probe_table
-from util.arguments import Parser, run_main
-from util.datasets import DATASETS
 from util.files import keep_table, write_atomically
-from util.ledger import Cell, read_ledger, recorded_datasets
-from util.paper_tables import PAPER_DATASET, TABLES, Row, datasets_of, rows_of, table_of
 
 ROOT = Path(__file__).resolve().parent.parent
 PAPER = ROOT / "results" / "paper_numbers.json"

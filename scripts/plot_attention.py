@@ -11,9 +11,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from attention_stats import GROUPS, METRICS
-from util.arguments import Parser, run_main
-from util.figures import FIGURES
+from attention.figures import FIGURES
+from attention.metrics import GROUPS, METRICS
+from cli.arguments import Parser, run_main
 from util.plotting import choose_metrics, load_attention
 
 

@@ -14,9 +14,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import matplotlib
 from matplotlib.figure import Figure
 
-from util.arguments import Parser, run_main
-from util.ledger import read_ledger
-from util.paper_tables import PAPER_DATASET, Row, rows_of, table_of
+from cli.arguments import Parser, run_main
+from paper.ledger import read_ledger
+from paper.tables import PAPER_DATASET, Row, rows_of, table_of
 from util.plotting import COLOURS, STYLE, WIDTH, save_figure
 
 ROOT = Path(__file__).resolve().parent.parent

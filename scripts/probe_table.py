@@ -15,9 +15,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from util.arguments import Parser, run_main
+from cli.arguments import Parser, run_main
+from probing.results import spoken
 from util.files import keep_table, write_atomically
-from util.probe_results import spoken
 
 
 def labelled_runs(words: list[str]) -> dict[str, dict]:

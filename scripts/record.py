@@ -1,7 +1,7 @@
 """Records of results in the ledger: python scripts/record.py RUN ... [--results FOLDER]
 
 RUN is the --output_dir of main_linprobe.py, main_analyze_attention.py or main_analyze_aggregation.py. Each cell of a
-table that it has measured becomes a file below FOLDER, by data set (util/ledger.py); scripts/make_tables.py reads them.
+table that it has measured becomes a file below FOLDER, by data set (paper/ledger.py), for scripts/make_tables.py.
 Runs that differ in nothing but their --seed, such as those of a sweep, become one record of all their seeds.
 A record says what stands in the way of comparing it with the paper: other images, other sizes, another protocol.
 """
@@ -16,12 +16,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from cli.arguments import FREE, Parser, run_main
+from data_sets.loader import DATASETS
+from encoders.catalogue import CATALOGUE
 from models_vit import architecture, default_input_size
-from util.arguments import FREE, Parser, run_main
-from util.catalogue import CATALOGUE
-from util.datasets import DATASETS
+from paper.ledger import Cell, cell_in, cell_of, joined, make_record, other_counts, write_record
 from util.files import sha256
-from util.ledger import Cell, cell_in, cell_of, joined, make_record, other_counts, write_record
 from util.progress import log, setup_logging
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"

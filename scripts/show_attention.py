@@ -25,12 +25,12 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 from torch import Tensor
 
-from attention_stats import entropy
+from attention.metrics import entropy
+from cli.arguments import PRECISIONS, Parser, add_encoder_arguments, frozen_encoder, run_main
+from data_sets.images import read_rgb
+from data_sets.loader import eval_transform
 from main_analyze_attention import encoder_labels, one_encoder_each
 from models_vit import VisionTransformer, attention_row
-from util.arguments import PRECISIONS, Parser, add_encoder_arguments, frozen_encoder, run_main
-from util.datasets import eval_transform
-from util.images import read_rgb
 from util.plotting import STYLE, WIDTH, add_scale, draw_map, save_figure, visible
 
 

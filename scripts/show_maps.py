@@ -17,15 +17,15 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from engine_aggregation import fixed_rules, needs_of, probe_rules
+from aggregation.examples import maps_of
+from aggregation.rules import fixed_rules, needs_of, probe_rules
+from cli.arguments import Parser, frozen_encoder, run_main
+from data_sets.images import fingerprint
+from data_sets.loader import KeyedDataset, build_dataset, eval_transform
+from encoders.load import Encoder
 from engine_linprobe import FrozenTokens
-from examples_aggregation import maps_of
-from pooling import Tokens
-from probe_run import ProbeRun, read_run
-from util.arguments import Parser, frozen_encoder, run_main
-from util.checkpoints import Encoder
-from util.datasets import KeyedDataset, build_dataset, eval_transform
-from util.images import fingerprint
+from probing.finished_run import ProbeRun, read_run
+from probing.pooling import Tokens
 from util.plotting import STYLE, add_scale, draw_map, save_figure, visible
 from util.seeding import stable_seed
 

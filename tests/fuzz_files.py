@@ -36,10 +36,10 @@ from PIL import Image
 from test_boxes import make_images, write_csv, write_kaggle, write_wsol, write_xml
 from test_safe_loading import RAW, attacks
 
-from util.boxes import read_boxes
-from util.datasets import DATASETS, KeyedDataset, build_dataset, eval_transform
-from util.demo_data import generate
-from util.run_folder import load_checkpoint, sealed
+from aggregation.boxes import read_boxes
+from data_sets.demo import generate
+from data_sets.loader import DATASETS, KeyedDataset, build_dataset, eval_transform
+from runtime.folder import load_checkpoint, sealed
 
 Mutation = Callable[[bytes, random.Random, Path], bytes]  # (file, draw, marker that an attack would leave) -> file
 

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from interruptions import PROGRAMS, ROOT, analysed, differences, finish, launch, outcome
 
-from util.demo_data import generate
+from data_sets.demo import generate
 from util.signals import EXIT_STOPPED
 
 

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from abmilp import AbMILP
-from aggregation import AGGREGATIONS
 from models_vit import Features
-from pooling import Tokens
+from probing.heads import AGGREGATIONS
+from probing.pooling import Tokens
 
 
 def tokens(B=3, M=9, D=16):

@@ -10,11 +10,11 @@ import torch
 from timm.layers import AttentionPoolLatent
 from torch import nn
 
-from aggregation import AGGREGATIONS, head_name, option_flags, parse_head
-from attentive import AttentivePool, EfficientPool
-from fixed_pooling import central_cells
 from models_vit import Features, VisionTransformer
-from pooling import Tokens
+from probing.attentive import AttentivePool, EfficientPool
+from probing.fixed import central_cells
+from probing.heads import AGGREGATIONS, head_name, option_flags, parse_head
+from probing.pooling import Tokens
 
 ROOT = Path(__file__).resolve().parent.parent
 D, GRID, HEADS = 16, (3, 3), 4

@@ -7,11 +7,11 @@ import torch
 from interruptions import Killed, after_calls, analysed, checkpoints, differences, in_processes, kill, run
 
 import main_linprobe
-from engine_aggregation import Findings
+from aggregation.rules import Findings
+from cli.arguments import parse
+from data_sets.demo import generate
+from runtime.folder import load_checkpoint, sealed
 from util import signals
-from util.arguments import parse
-from util.demo_data import generate
-from util.run_folder import load_checkpoint, sealed
 
 IMAGES, BATCH = 7, 2  # 4 batches in each of the two passes
 PROGRAM = "main_analyze_aggregation"

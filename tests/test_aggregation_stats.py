@@ -8,7 +8,7 @@ import scipy.special
 import scipy.stats
 import torch
 
-from aggregation_stats import KL_FLOOR, VectorStats, divergences, entropies, normalised, same_peaks
+from aggregation.divergence import KL_FLOOR, VectorStats, divergences, entropies, normalised, same_peaks
 from util.moments import FiniteMoments
 
 M = 49

@@ -14,9 +14,9 @@ import torch
 from interruptions import ENVIRONMENT, ROOT, Killed, after_calls, analysed, checkpoints, differences, kill, run
 
 import main_analyze_attention as program
-from engine_attention import Recorder
+from attention.measure import Recorder
+from runtime.folder import load_checkpoint, sealed
 from util import signals
-from util.run_folder import load_checkpoint, sealed
 
 IMAGES, BATCH = 7, 2  # 4 batches for each of the two encoders
 
@@ -131,7 +131,7 @@ def test_results_that_a_kill_cut_short_are_written_again_and_so_are_complete_one
 
 
 @pytest.mark.parametrize(
-    ("place", "name"), [("main_analyze_attention", "frozen_encoder"), ("engine_attention", "Watched")]
+    ("place", "name"), [("main_analyze_attention", "frozen_encoder"), ("attention.measure", "Watched")]
 )
 def test_a_signal_before_the_first_batch_leaves_a_folder_that_can_be_used(
     place, name, command, whole, tmp_path, monkeypatch, capsys
@@ -176,7 +176,8 @@ def test_images_of_which_none_can_be_read_are_one_line(command, image_folder, tm
 PROCESSES = """
 import json, signal, sys, torch
 from pathlib import Path
-import engine_attention, main_analyze_attention
+import main_analyze_attention
+from attention import measure
 main_analyze_attention.draw_figures = lambda results, folder: None
 from interruptions import in_processes
 from util import distributed
@@ -188,7 +189,7 @@ def go(name, processes=2):
     words = [*argv, "--output_dir", str(folder / name), "--resume", "auto"]
     return in_processes(processes, program, words, output)
 
-add, count = engine_attention.Recorder.add, []
+add, count = measure.Recorder.add, []
 def stop(recorder, observed):
     add(recorder, observed)
     count.append(1)
@@ -196,9 +197,9 @@ def stop(recorder, observed):
         signal.raise_signal(signal.SIGTERM)
 
 assert go("whole") == [0, 0], output.read_text()
-engine_attention.Recorder.add = stop
+measure.Recorder.add = stop
 assert go("run") == [85, 85], output.read_text()
-engine_attention.Recorder.add = add
+measure.Recorder.add = add
 (folder / "moved").mkdir()
 for path in (folder / "run").glob("*.pth"):
     (folder / "moved" / path.name).write_bytes(path.read_bytes())

@@ -13,16 +13,16 @@ import main_finetune
 import main_linprobe
 import main_pretrain
 import submitit_linprobe
-from aggregation import AGGREGATIONS
-from attention_stats import METRICS
+from attention.metrics import METRICS
+from cli.arguments import build_encoder, check_training, parse, plain, run_main
+from data_sets.loader import DATASETS
+from encoders.catalogue import CATALOGUE
+from encoders.families import FAMILIES
 from models_vit import ARCHITECTURES
+from probing.heads import AGGREGATIONS
 from util import signals
-from util.arguments import build_encoder, check_training, parse, plain, run_main
-from util.catalogue import CATALOGUE
 from util.choices import instead_of
-from util.datasets import DATASETS
 from util.distributed import PeerLost
-from util.families import FAMILIES
 
 PARSER = main_finetune.get_args_parser
 

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import attention_reductions
-from attention_reductions import FLOAT32_LOGITS, REDUCTIONS, TILE_BYTES, choose_reduction, tiles
-from attention_stats import GROUPS, METRICS, PAPER_METRICS, REFERENCES, Reduced, Sizes, reduce_attention
+from attention import reductions as attention_reductions
+from attention.metrics import GROUPS, METRICS, PAPER_METRICS, REFERENCES, Reduced, Sizes, reduce_attention
+from attention.reductions import FLOAT32_LOGITS, REDUCTIONS, TILE_BYTES, choose_reduction, tiles
 from models_vit import BlockTrace, attention_from_cls, build_vit
 
 B, H, D_HEAD, M = 2, 3, 64, 70  # M is no multiple of the query chunk

@@ -164,7 +164,7 @@ def ptx(tmp_path_factory) -> dict[str, str]:
 
 
 def compute_sums() -> dict[str, dict[str, Tensor]]:
-    from attention_triton import attention_sums
+    from attention.kernel import attention_sums
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -182,7 +182,7 @@ def compile_for_hopper() -> dict[str, str]:
     import triton
     from triton.backends.compiler import GPUTarget
 
-    import attention_triton
+    from attention import kernel as attention_triton
 
     floats = {"own", "prefix", "patches", "entropy", "distance", "received", "bias"}
     assembly = {}
@@ -293,7 +293,7 @@ def test_kernels_compile_for_hopper_with_full_float32_and_tensor_core_bfloat16_p
     ],
 )
 def test_unfit_inputs_are_refused(change, message):
-    from attention_triton import attention_sums
+    from attention.kernel import attention_sums
 
     q, k = random_qk(1, dtype=change.get("dtype", torch.float32))
     with pytest.raises(ValueError, match=message):

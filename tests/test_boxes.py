@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 from torchvision.transforms.functional import center_crop, resize
 
-from util.boxes import BOX_SOURCES, Annotation, ImageBoxes, read_boxes
-from util.datasets import build_dataset
-from util.demo_data import generate
+from aggregation.boxes import BOX_SOURCES, Annotation, ImageBoxes, read_boxes
+from data_sets.demo import generate
+from data_sets.loader import build_dataset
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 NAMES = [f"ILSVRC2012_val_{number:08d}" for number in (1, 2, 3)]

@@ -13,10 +13,10 @@ import timm
 import torch
 
 import models_vit
-from util import catalogue
-from util.arguments import Parser, add_encoder_arguments, build_encoder
-from util.catalogue import CATALOGUE, PUBLICATIONS, CatalogueEntry, cache_path, download, fetch_weights
-from util.families import FAMILIES
+from cli.arguments import Parser, add_encoder_arguments, build_encoder
+from encoders import catalogue
+from encoders.catalogue import CATALOGUE, PUBLICATIONS, CatalogueEntry, cache_path, download, fetch_weights
+from encoders.families import FAMILIES
 
 # ---- the table
 
@@ -29,8 +29,8 @@ def test_an_entry_is_complete_and_can_be_quoted(name):
     assert urlparse(entry.url or entry.page).scheme == "https" and " " not in (entry.url or entry.page)
     assert entry.md5 is None or re.fullmatch(r"[0-9a-f]{6,32}", entry.md5)
     if entry.publication not in PUBLICATIONS:
-        pytest.fail(f"util/catalogue.py: {name} is of {entry.publication!r}, which PUBLICATIONS lacks: add its paper "
-                    "and licence", pytrace=False)  # fmt: skip
+        pytest.fail(f"encoders/catalogue.py: {name} is of {entry.publication!r}, which PUBLICATIONS lacks: add its "
+                    "paper and licence", pytrace=False)  # fmt: skip
     paper = PUBLICATIONS[entry.publication]
     assert paper.title and paper.licence and re.fullmatch(r"\d{4}\.\d{5}", paper.arxiv)
     for figure in entry.figures:

@@ -12,13 +12,13 @@ from timm.models.vision_transformer import VisionTransformer as TimmViT
 from torch import nn
 
 import models_vit
+from data_sets.loader import IMAGENET_MEAN
+from encoders import load as checkpoints
+from encoders.families import FAMILIES
+from encoders.load import load_encoder, save_encoder
 from models_finetune import Classifier
 from models_mae import MaskedAutoencoder
 from models_vit import VisionTransformer
-from util import checkpoints
-from util.checkpoints import load_encoder, save_encoder
-from util.datasets import IMAGENET_MEAN
-from util.families import FAMILIES
 
 
 def refused(*arguments, **options):

@@ -12,9 +12,9 @@ from scipy import stats
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 import compare_probes
 
-from util.checkpoints import save_encoder
+from encoders.load import save_encoder
+from probing.predictions import FILE, read_predictions
 from util.files import digest, to_json
-from util.predictions import FILE, read_predictions
 
 LABELS = torch.arange(60) % 4
 

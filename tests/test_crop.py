@@ -7,7 +7,7 @@ import scipy.stats
 import torch
 from PIL import Image
 
-from util.crop import RandomResizedCrop
+from data_sets.crop import RandomResizedCrop
 
 RATIO = (3 / 4, 4 / 3)
 

@@ -14,8 +14,8 @@ import torchvision.datasets
 from miniatures import ARRAYS, CLASSES, MINIATURES, make_pets, write
 from scipy.io import savemat
 
-from util.dataset_files import read_matlab
-from util.dataset_table import DATASETS, build_dataset, build_splits
+from data_sets.readers import read_matlab
+from data_sets.table import DATASETS, build_dataset, build_splits
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 PAGE = (Path(__file__).resolve().parent.parent / "docs" / "datasets.md").read_text()
@@ -194,7 +194,7 @@ def test_absent_data_set_is_one_line_that_says_where_to_get_it(tmp_path, monkeyp
     words = str(error.value)
     assert words.startswith(f"--dataset {name} --data_path {tmp_path}: ") and "\n" not in words
     assert words.endswith(f"; it comes from {DATASETS[name].source}")
-    assert re.search("https?://", DATASETS[name].source), f"util/dataset_table.py: the source of {name} has no address"
+    assert re.search("https?://", DATASETS[name].source), f"data_sets/table.py: the source of {name} has no address"
     with pytest.raises(ValueError, match=r"there is no such folder|cannot be downloaded"):
         build_dataset(name, tmp_path / "absent", "train")
 

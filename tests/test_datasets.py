@@ -7,8 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from util import distributed
-from util.datasets import (
+from data_sets.loader import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     EvaluationBatches,
@@ -21,6 +20,7 @@ from util.datasets import (
     hold_out,
     train_transform,
 )
+from util import distributed
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from torchvision.datasets import ImageFolder
 
-from util import demo_data
-from util.demo_data import CLASSES, SIZE, generate, render
+from data_sets import demo as demo_data
+from data_sets.demo import CLASSES, SIZE, generate, render
 
 
 def contents(folder):

@@ -38,8 +38,8 @@ def test_two_processes_exchange_what_they_should(run_program, tmp_path):
 THREADS = """
 import importlib, os, sys
 from pathlib import Path
-from util.arguments import parse, run_main
-from util.datasets import Watched
+from cli.arguments import parse, run_main
+from data_sets.loader import Watched
 
 def left():
     return {Path(f"/proc/self/task/{task}/comm").read_text().strip() for task in os.listdir("/proc/self/task")}

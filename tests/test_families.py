@@ -25,15 +25,15 @@ from torch import Tensor, nn
 import main_analyze_attention
 import main_linprobe
 import models_vit
-from attention_stats import METRICS
-from engine_attention import applicable, measure
+from attention.measure import applicable, measure
+from attention.metrics import METRICS
+from cli.arguments import parse
+from encoders.catalogue import CATALOGUE, cache_path, families_called
+from encoders.families import FAMILIES, drop_rule, unlike_plain_vit
+from encoders.load import Detected, check_model, converted, detect_family, load_encoder, save_encoder
 from main_analyze_attention import sizes_of
 from models_vit import VisionTransformer, build_vit
-from probes import ProbeBank, ProbeSpec
-from util.arguments import parse
-from util.catalogue import CATALOGUE, cache_path, families_called
-from util.checkpoints import Detected, check_model, converted, detect_family, load_encoder, save_encoder
-from util.families import FAMILIES, drop_rule, unlike_plain_vit
+from probing.bank import ProbeBank, ProbeSpec
 from util.pos_embed import resample_pos_embed, resample_relative_table, rotary_coordinates
 
 LAYER_NORM = partial(nn.LayerNorm, eps=1e-6)

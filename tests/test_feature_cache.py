@@ -9,12 +9,12 @@ import torch
 from miniatures import make_coco
 from PIL import Image
 
-import feature_cache
 import main_linprobe
+from cli.arguments import parse
+from data_sets.loader import DATASETS
+from encoders.load import save_encoder
 from models_vit import build_vit
-from util.arguments import parse
-from util.checkpoints import save_encoder
-from util.datasets import DATASETS
+from probing import feature_cache
 
 EPOCHS = 3
 

@@ -19,24 +19,24 @@ from torchvision.transforms import InterpolationMode
 
 import main_linprobe
 from abmilp import AbMILP
-from aggregation import AGGREGATIONS, parse_head
-from attention_reductions import REDUCTIONS
-from attention_stats import METRICS, reduce_attention
+from aggregation.boxes import Annotation, ImageBoxes
+from aggregation.localization import levels_of, summary, tally
+from attention.metrics import METRICS, reduce_attention
+from attention.reductions import REDUCTIONS
+from data_sets.crop import RandomResizedCrop
+from data_sets.loader import Sample
+from encoders.families import FAMILIES
 from engine_linprobe import FrozenTokens, Probing, evaluate
-from localization import levels_of, summary, tally
 from models_vit import Features, VisionTransformer
-from pooling import Needs, Tokens
-from probes import ProbeBank, ProbeSpec
-from util.boxes import Annotation, ImageBoxes
-from util.crop import RandomResizedCrop
-from util.datasets import Sample
-from util.families import FAMILIES
+from probing.bank import ProbeBank, ProbeSpec
+from probing.heads import AGGREGATIONS, parse_head
+from probing.pooling import Needs, Tokens
+from runtime.folder import RunFolder
+from runtime.training import Training
 from util.lars import LARS
 from util.lr_sched import lr_at
 from util.pos_embed import sincos_pos_embed
-from util.run_folder import RunFolder
 from util.scores import Tally
-from util.training import Training
 
 ORIGINAL = json.loads(original.FILE.read_text())
 GRID, NUM_PATCHES = (4, 4), 16  # of original.VIT

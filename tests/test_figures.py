@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_rgba
 
-import util.figures
-from attention_stats import GROUPS, METRICS, REFERENCES, Sizes
-from util.figures import FIGURES, draw_attention, draw_figures, draw_heads, draw_spectra, draw_token_maps
+import attention.figures
+from attention.figures import FIGURES, draw_attention, draw_figures, draw_heads, draw_spectra, draw_token_maps
+from attention.metrics import GROUPS, METRICS, REFERENCES, Sizes
 from util.plotting import COLOURS, choose_metrics, model_name
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,7 +48,7 @@ def result(label="MAE", model="vit_base_patch16", depth=12, cls=True, level=0.5)
 def drawn(monkeypatch):
     """Figures as they were about to be written."""
     figures = []
-    monkeypatch.setattr(util.figures, "save_figure", lambda figure, target: figures.append(figure))
+    monkeypatch.setattr(attention.figures, "save_figure", lambda figure, target: figures.append(figure))
     return figures
 
 
@@ -201,7 +201,7 @@ def test_same_results_give_the_same_bytes(tmp_path, suffix):
 
 
 def test_all_figures_of_what_was_measured_are_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(util.figures, "save_figure", lambda figure, target: target.write_text(""))
+    monkeypatch.setattr(attention.figures, "save_figure", lambda figure, target: target.write_text(""))
     everything, flow = result(), result()
     flow["metrics"] = {name: flow["metrics"][name] for name in GROUPS["flow"] if name in flow["metrics"]}
     for name, one in (("all", everything), ("flow", flow)):

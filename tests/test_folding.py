@@ -7,11 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from aggregation import AGGREGATIONS, parse_head
-from folding import pool_together
 from models_vit import Features, VisionTransformer
-from pooling import NORM_EPS, Tokens, select
-from probes import ProbeBank, ProbeSpec
+from probing.bank import ProbeBank, ProbeSpec
+from probing.folding import pool_together
+from probing.heads import AGGREGATIONS, parse_head
+from probing.pooling import NORM_EPS, Tokens, select
 from util.lars import LARS
 
 TINY = {"img_size": 24, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2, "reg_tokens": 1}

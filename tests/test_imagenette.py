@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from torchvision.datasets import Imagenette
 
-from util.datasets import DATASETS, build_splits
+from data_sets.loader import DATASETS, build_splits
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image, ImageFile
 
-from util import distributed
-from util.datasets import (
+from data_sets.images import DamagedImage, UnreadableImage, read_rgb
+from data_sets.loader import (
     EvaluationBatches,
     GlobalBatches,
     KeyedDataset,
@@ -19,7 +19,7 @@ from util.datasets import (
     eval_transform,
     train_transform,
 )
-from util.images import DamagedImage, UnreadableImage, read_rgb
+from util import distributed
 
 NOISE = np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8)
 
@@ -219,7 +219,7 @@ def test_damaged_images_of_all_ranks_are_counted_once_and_logged_once(folder, mo
 PROGRAM = """
 import json
 import sys
-from util.datasets import EvaluationBatches, GlobalBatches, KeyedDataset, build_dataset, build_loader, eval_transform
+from data_sets.loader import EvaluationBatches, GlobalBatches, KeyedDataset, build_dataset, build_loader, eval_transform
 from util.distributed import distributed, gather_objects
 
 with distributed("cpu") as world:

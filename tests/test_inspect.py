@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import models_vit
+from encoders.catalogue import CATALOGUE, PUBLICATIONS
+from encoders.load import load_encoder
 from scripts import inspect_checkpoint, list_encoders, list_metrics
-from util.catalogue import CATALOGUE, PUBLICATIONS
-from util.checkpoints import load_encoder
 from util.files import sha256
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from sklearn.neighbors import KNeighborsClassifier
 
-from knn import knn_scores
-from util.probe_results import tell_neighbours
+from probing.knn import knn_scores
+from probing.results import tell_neighbours
 
 
 def blobs(n, classes=7, width=12, seed=0):
@@ -70,7 +70,7 @@ import sys
 import torch
 
 sys.path.insert(0, "tests")
-from knn import knn_scores
+from probing.knn import knn_scores
 from test_knn import blobs
 from util.distributed import distributed
 

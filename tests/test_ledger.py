@@ -12,11 +12,11 @@ import main_analyze_aggregation
 import main_analyze_attention
 import main_linprobe
 import submitit_linprobe
+from cli.arguments import parse, plain
+from data_sets.demo import generate
+from paper.ledger import Cell, cell_in, cell_of, read_ledger, read_record, seal_of, short_head, write_record
 from scripts import record as program
-from util.arguments import parse, plain
-from util.demo_data import generate
 from util.files import sha256
-from util.ledger import Cell, cell_in, cell_of, read_ledger, read_record, seal_of, short_head, write_record
 
 ORIGIN = {
     "command": "main.py", "commit": "abc", "dirty": False, "versions": {"torch": "2.11"}, "device": "CPU",

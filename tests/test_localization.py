@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 import pytest
 
-from localization import (
+from aggregation.localization import (
     IOUS,
     Localizer,
     best_overlaps,

@@ -14,17 +14,17 @@ from test_run_folder import claimed_by_another_process
 import main_analyze_aggregation
 import main_linprobe
 import models_vit
-from aggregation_stats import entropies, normalised
-from localization import best_overlaps, levels_of, score_map
+from aggregation.boxes import read_boxes
+from aggregation.divergence import entropies, normalised
+from aggregation.figures import spoken
+from aggregation.localization import best_overlaps, levels_of, score_map
+from cli.arguments import frozen_encoder, parse, run_main
+from data_sets.demo import generate
+from data_sets.loader import build_dataset, eval_transform
+from encoders.load import save_encoder
 from main_analyze_aggregation import get_args_parser, stretch_transform
 from models_vit import build_vit
-from probe_run import read_run
-from util.aggregation_figures import spoken
-from util.arguments import frozen_encoder, parse, run_main
-from util.boxes import read_boxes
-from util.checkpoints import save_encoder
-from util.datasets import build_dataset, eval_transform
-from util.demo_data import generate
+from probing.finished_run import read_run
 
 TEST_IMAGES = 11  # no batch size and no number of processes divides it
 FLAGS = ["--amp", "float32", "--device", "cpu", "--num_workers", "0", "--loc_workers", "0", "--loc_step", "0.02"]

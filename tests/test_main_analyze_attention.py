@@ -15,13 +15,13 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main_analyze_attention
-from attention_stats import GROUPS, METRICS, REFERENCES, Sizes, metric_names, reduce_attention
-from engine_attention import applicable, measure
+from attention.measure import applicable, measure
+from attention.metrics import GROUPS, METRICS, REFERENCES, Sizes, metric_names, reduce_attention
+from cli.arguments import parse, run_main
+from data_sets.loader import Sample, build_dataset, eval_transform
+from encoders.load import save_encoder
 from main_analyze_attention import get_args_parser, images_of_few_classes
 from models_vit import build_vit
-from util.arguments import parse, run_main
-from util.checkpoints import save_encoder
-from util.datasets import Sample, build_dataset, eval_transform
 from util.seeding import seeded
 
 ROOT = Path(__file__).resolve().parent.parent

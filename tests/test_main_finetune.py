@@ -10,12 +10,12 @@ import torch
 from PIL import Image
 
 import main_finetune
+from cli.arguments import parse, run_main
+from encoders.load import load_encoder, save_encoder
 from models_finetune import Classifier
 from models_vit import VisionTransformer, build_vit
-from util.arguments import parse, run_main
-from util.checkpoints import load_encoder, save_encoder
-from util.run_folder import load_checkpoint, sealed
-from util.training import Training
+from runtime.folder import load_checkpoint, sealed
+from runtime.training import Training
 
 
 @pytest.fixture(scope="module")

@@ -15,11 +15,11 @@ from PIL import Image
 
 import main_linprobe
 import submitit_linprobe
+from cli.arguments import parse, run_main
+from data_sets.loader import DATASETS
+from encoders.load import save_encoder
 from models_vit import build_vit
-from util.arguments import parse, run_main
-from util.checkpoints import save_encoder
-from util.datasets import DATASETS
-from util.predictions import FILE, read_predictions
+from probing.predictions import FILE, read_predictions
 from util.scores import multilabel_scores
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -10,11 +10,11 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main_pretrain
+from cli.arguments import parse, run_main
+from encoders.load import load_encoder
 from models_mae import MaskedAutoencoder
-from util.arguments import parse, run_main
-from util.checkpoints import load_encoder
-from util.run_folder import load_checkpoint, sealed
-from util.training import Training
+from runtime.folder import load_checkpoint, sealed
+from runtime.training import Training
 
 
 @pytest.fixture

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from cli.arguments import run_main
+from paper.ledger import Cell, cell_in, make_record, sealed, write_record
+from paper.tables import TABLES, rows_of, table_of
 from scripts import make_tables as program
 from scripts import plot_bars
-from util.arguments import run_main
-from util.ledger import Cell, cell_in, make_record, sealed, write_record
-from util.paper_tables import TABLES, rows_of, table_of
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from engine_attention import Recorder
+from attention.measure import Recorder
 from util.distributed import gather_objects
 from util.moments import Covariance, Moments
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from encoders.load import Encoder
+from encoders.oracle import Oracle
 from models_vit import VisionTransformer
-from oracle import Oracle
-from util.checkpoints import Encoder
 
 TINY = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
 

@@ -7,15 +7,15 @@ import pytest
 import torch
 from torch import nn
 
-from aggregation import AGGREGATIONS
+from data_sets.loader import Sample
 from engine_linprobe import Probing
 from models_vit import Features, VisionTransformer
-from probes import ProbeBank, ProbeNorm, ProbeSpec
-from util.datasets import Sample
+from probing.bank import ProbeBank, ProbeNorm, ProbeSpec
+from probing.heads import AGGREGATIONS
+from runtime.folder import RunFolder
+from runtime.training import Training
 from util.lars import LARS
 from util.lr_sched import lr_at
-from util.run_folder import RunFolder
-from util.training import Training
 
 TINY = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
 SPECS = [ProbeSpec(head, 1, 0.1, seed) for head in ("cls", "pos", "abmilp") for seed in (0, 1)]

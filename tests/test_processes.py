@@ -14,9 +14,9 @@ import torch
 from interruptions import ENVIRONMENT, PROGRAMS, differences, end, flags, outcome, run, start, wait_until
 from PIL import Image
 
+from encoders.load import save_encoder
 from models_vit import build_vit
 from util import signals
-from util.checkpoints import save_encoder
 from util.signals import EXIT_STOPPED
 
 
@@ -186,7 +186,7 @@ def test_children_of_a_program_that_listens_can_be_terminated():
 
 LEFT_OPEN = """
 from util import signals
-from util.datasets import EvaluationBatches, KeyedDataset, build_dataset, build_loader, eval_transform
+from data_sets.loader import EvaluationBatches, KeyedDataset, build_dataset, build_loader, eval_transform
 import sys
 with signals.listening():
     images = KeyedDataset(build_dataset("image_folder", sys.argv[1], "val"), eval_transform(16), 0)

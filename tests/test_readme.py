@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
+import cli.arguments
 import submitit_linprobe
-import util.arguments
-from attention_stats import METRICS
-from util.arguments import parse
-from util.catalogue import CATALOGUE
+from attention.metrics import METRICS
+from cli.arguments import parse
+from encoders.catalogue import CATALOGUE
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [
@@ -95,7 +95,7 @@ def test_command_is_understood(command, tmp_path, monkeypatch):
     elif program.startswith("scripts/") and program.endswith(".py"):
         parsed = []  # by the script itself, which then does nothing
         monkeypatch.syspath_prepend(ROOT / "scripts")
-        monkeypatch.setattr(util.arguments, "run_main", lambda main, args: parsed.append(args))
+        monkeypatch.setattr(cli.arguments, "run_main", lambda main, args: parsed.append(args))
         monkeypatch.setattr(sys, "argv", [program, *argv])
         runpy.run_path(str(ROOT / program), run_name="__main__")
         assert len(parsed) == 1
@@ -127,8 +127,13 @@ def test_links_lead_somewhere(page):
 
 
 def test_code_map_names_every_module():
-    modules = [*ROOT.glob("*.py"), *(path for path in (ROOT / "util").glob("*.py") if path.name != "__init__.py")]
-    missing = [str(path.relative_to(ROOT)) for path in modules if f"]({path.relative_to(ROOT)})" not in README]
+    modules = [
+        path.relative_to(ROOT)
+        for pattern in ("*.py", "*/*.py")
+        for path in ROOT.glob(pattern)
+        if path.parent.name not in ("tests", "scripts") and path.name != "__init__.py"
+    ]
+    missing = [str(path) for path in modules if f"]({path})" not in README]
     assert not missing
 
 

@@ -12,11 +12,11 @@ from PIL import Image
 from torch import nn
 
 import main_linprobe
+from cli.arguments import parse
+from data_sets.loader import KeyedDataset, build_dataset, train_transform
+from encoders.load import save_encoder
 from models_vit import build_vit
-from probes import ProbeBank, ProbeSpec
-from util.arguments import parse
-from util.checkpoints import save_encoder
-from util.datasets import KeyedDataset, build_dataset, train_transform
+from probing.bank import ProbeBank, ProbeSpec
 from util.seeding import stable_seed
 
 EPOCHS, EFFECTIVE, GROUP, WARMUP, BLR = 20, 16, 8, 2, 60.0

@@ -6,9 +6,9 @@ import torch
 from conftest import TINY
 from PIL import Image
 
+from data_sets.table import build_dataset
 from models_mae import MaskedAutoencoder, normalised, patchify, unpatchify
 from models_vit import VisionTransformer
-from util.dataset_table import build_dataset
 from util.reconstructions import GREY, draw_reconstructions, examples, reconstruct, tiled
 
 

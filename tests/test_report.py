@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from util.html import NONE, VOID, Html, element, filled, number, table
-from util.report_attention import aggregation_result
-from util.report_facts import state
-from util.report_runs import find_runs
-from util.report_sections import SECTIONS
+from report.attention import aggregation_result
+from report.facts import state
+from report.html import NONE, VOID, Html, element, filled, number, table
+from report.runs import find_runs
+from report.sections import SECTIONS
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = str(ROOT / "scripts" / "make_report.py")

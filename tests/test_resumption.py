@@ -12,12 +12,12 @@ import pytest
 import torch
 from interruptions import PROGRAMS, Killed, differences, flags, kill, outcome, run, scalars
 
+from data_sets.loader import KeyedDataset
+from encoders.load import save_encoder
 from models_vit import build_vit
+from runtime.folder import load_checkpoint, sealed
+from runtime.training import Training
 from util import distributed, signals
-from util.checkpoints import save_encoder
-from util.datasets import KeyedDataset
-from util.run_folder import load_checkpoint, sealed
-from util.training import Training
 
 
 @pytest.fixture(scope="module")
@@ -155,10 +155,10 @@ def raising(call, number=signal.SIGTERM, nth=1):
     [
         ("main_linprobe", "build_splits", 1, "nothing to save"),
         ("main_linprobe", "frozen_encoder", 1, "nothing to save"),
-        ("util.datasets.KeyedDataset", "__getitem__", 1, "before its first step"),
-        ("util.datasets.KeyedDataset", "__getitem__", 14, "saved after 1 of 3 steps of epoch 0"),
+        ("data_sets.loader.KeyedDataset", "__getitem__", 1, "before its first step"),
+        ("data_sets.loader.KeyedDataset", "__getitem__", 14, "saved after 1 of 3 steps of epoch 0"),
         ("util.scores.Tally", "update", 1, "saved after 3 of 3 steps of epoch 0"),  # in the first evaluation
-        ("util.run_folder", "write_atomically", 1, "saved after 0 of 3 steps of epoch 1"),  # writing log.txt
+        ("runtime.folder", "write_atomically", 1, "saved after 0 of 3 steps of epoch 1"),  # writing log.txt
     ],
 )
 def test_a_signal_in_any_phase_ends_the_run_and_loses_nothing(
@@ -209,7 +209,7 @@ def test_a_request_that_compiled_code_takes_for_an_error_is_honoured_all_the_sam
 
 def test_a_run_that_has_ended_is_not_stopped(commands, tmp_path, monkeypatch):
     """A signal behind the last step that matters changes nothing but costs nothing either."""
-    encoder = importlib.import_module("util.run_folder")
+    encoder = importlib.import_module("runtime.folder")
     monkeypatch.setattr(encoder, "save_encoder", raising(encoder.save_encoder))
     assert run("main_pretrain", commands["main_pretrain"], tmp_path / "run", "--epochs", 1) == 0
     assert (tmp_path / "run" / "encoder.safetensors").exists()
@@ -452,7 +452,7 @@ def test_random_weights_are_a_function_of_the_seed(commands, tmp_path):
 
 def test_a_process_that_does_not_see_the_checkpoint_says_so(tmp_path, monkeypatch):
     """Rank 0 chooses; another machine without the shared folder must not begin anew."""
-    from util.run_folder import RunFolder
+    from runtime.folder import RunFolder
 
     monkeypatch.setattr(distributed, "rank", lambda: 1)
     monkeypatch.setattr(distributed, "from_main", lambda value: (str(tmp_path / "checkpoint-3.pth"), None))

@@ -13,8 +13,8 @@ import time
 import pytest
 import torch
 
-from util import run_folder
-from util.run_folder import RunFolder, code_version, provenance, wait_for_a_later_name
+from runtime import folder as run_folder
+from runtime.folder import RunFolder, code_version, provenance, wait_for_a_later_name
 
 
 @pytest.fixture

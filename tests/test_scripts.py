@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 
 import main_linprobe
-from probe_run import read_run
-from util.arguments import frozen_encoder, parse
-from util.demo_data import generate
+from cli.arguments import frozen_encoder, parse
+from data_sets.demo import generate
+from probing.finished_run import read_run
 
 ROOT = Path(__file__).resolve().parent.parent
 

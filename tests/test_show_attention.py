@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
+from data_sets.loader import eval_transform
 from models_vit import build_vit
-from util.datasets import eval_transform
 from util.plotting import visible
 
 SCRIPT = str(Path(__file__).resolve().parent.parent / "scripts" / "show_attention.py")

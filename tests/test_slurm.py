@@ -19,8 +19,8 @@ import pytest
 from interruptions import ENVIRONMENT, ROOT, differences, outcome
 
 import submitit_linprobe as launcher
-from util.arguments import run_main
-from util.demo_data import generate
+from cli.arguments import run_main
+from data_sets.demo import generate
 
 pytestmark = pytest.mark.slurm
 CLUSTER = ["bash", str(ROOT / "tests" / "slurm" / "cluster.sh")]

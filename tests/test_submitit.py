@@ -10,9 +10,11 @@ import pytest
 import submitit
 
 import submitit_linprobe as launcher
-from util import jobs, run_folder, signals, snapshot
+from runtime import folder as run_folder
+from runtime import jobs, snapshot
+from runtime.folder import RunFolder
+from util import signals
 from util.distributed import rendezvous_port, slurm_rendezvous
-from util.run_folder import RunFolder
 from util.signals import EXIT_STOPPED
 
 
@@ -122,7 +124,8 @@ def test_another_run_in_the_folder_is_refused(words, tmp_path, capsys):
 
 def test_a_snapshot_is_the_code_as_it_is_now_and_is_made_once(tmp_path, monkeypatch):
     root = tmp_path / "checkout"
-    for name in ("main_a.py", "util/b.py", "tests/test_a.py", "results/figure.png", "runs/code/1/main_a.py"):
+    committed = ("main_a.py", "util/__init__.py", "util/b.py", "tests/test_a.py", "results/figure.png")
+    for name in (*committed, "runs/code/1/main_a.py"):
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("committed")
@@ -131,18 +134,18 @@ def test_a_snapshot_is_the_code_as_it_is_now_and_is_made_once(tmp_path, monkeypa
         subprocess.run([*git, *command], check=True)
     (root / "main_a.py").write_text("changed since")
     (root / "util" / "new.py").write_text("git does not know it")
-    for module in ("util.snapshot.ROOT", "util.run_folder.ROOT"):
+    for module in ("runtime.snapshot.ROOT", "runtime.folder.ROOT"):
         monkeypatch.setattr(module, root)
     copy = snapshot.take_snapshot(tmp_path / "code")
     found = {str(path.relative_to(copy)) for path in copy.rglob("*") if path.is_file()}
-    assert found == {"main_a.py", "util/b.py", "util/new.py", "snapshot.json"}
+    assert found == {"main_a.py", "util/__init__.py", "util/b.py", "util/new.py", "snapshot.json"}
     assert (copy / "main_a.py").read_text() == "changed since"
     record = json.loads((copy / "snapshot.json").read_text())
     assert record["dirty"] is True and len(record["commit"]) == 40
     assert snapshot.take_snapshot(tmp_path / "code") == copy
     (root / "main_a.py").write_text("changed again")
     assert snapshot.take_snapshot(tmp_path / "code") != copy and (copy / "main_a.py").read_text() == "changed since"
-    monkeypatch.setattr("util.run_folder.ROOT", copy)
+    monkeypatch.setattr("runtime.folder.ROOT", copy)
     assert run_folder.code_version() == record  # what a run from the copy says of itself
 
 
@@ -180,7 +183,7 @@ def test_one_process_in_an_allocation_waits_for_no_others(environment):
 
 
 def test_the_task_is_read_before_signals_are_taken_so_it_imports_little():
-    code = "import sys, util.jobs; sys.exit('torch' in sys.modules)"
+    code = "import sys, runtime.jobs; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=run_folder.ROOT, check=False).returncode == 0
 
 

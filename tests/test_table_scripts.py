@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import submitit_linprobe
-from util.arguments import parse
+from cli.arguments import parse
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = [*(f"table{number}" for number in (1, 2, 3, 5, 6, 7, 8)), "figure1", "figure3_6", "figure7", "figure8",

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from token_stats import embed_tokens, log_amplitude, log_singular_values
+from attention.tokens import embed_tokens, log_amplitude, log_singular_values
 
 
 @pytest.mark.parametrize("side", [1, 2, 7, 8, 14])

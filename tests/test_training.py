@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from util.training import all_finite
+from runtime.training import all_finite
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import submitit_linprobe
-from util.arguments import parse
+from cli.arguments import parse
 
 ROOT = Path(__file__).resolve().parent.parent
 PRETRAIN, FINETUNE = "scripts/pretrain_mae_small.sh", "scripts/finetune_mae_cls.sh"

@@ -9,11 +9,11 @@ from PIL import Image
 from torchvision import datasets as torchvision_datasets
 from torchvision import transforms
 
-from util.crop import RandomResizedCrop
-from util.datasets import EvaluationBatches, KeyedDataset, build_dataset, build_loader
-from util.images import DamagedImage, pixels_of, read_pixels, read_rgb
+from data_sets.crop import RandomResizedCrop
+from data_sets.images import DamagedImage, pixels_of, read_pixels, read_rgb
+from data_sets.loader import EvaluationBatches, KeyedDataset, build_dataset, build_loader
+from data_sets.views import LOADERS, View, eval_transform, stretch_transform, train_transform
 from util.seeding import seeded
-from util.views import LOADERS, View, eval_transform, stretch_transform, train_transform
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.1)
 BICUBIC = transforms.InterpolationMode.BICUBIC

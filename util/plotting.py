@@ -16,8 +16,8 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from attention_stats import METRICS, metric_names
-from util.datasets import View
+from attention.metrics import METRICS, metric_names
+from data_sets.loader import View
 from util.files import atomic_path
 
 WIDTH = 6.9  # inches: both columns of a CVPR page

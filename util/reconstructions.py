@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
+from data_sets.loader import KeyedDataset, Sample, eval_transform
 from models_mae import MaskedAutoencoder, denormalised, unpatchify
-from util.datasets import KeyedDataset, Sample, eval_transform
 from util.plotting import STYLE, WIDTH, save_figure, visible
 
 COLUMNS = ("image", "masked", "reconstruction", "reconstruction + visible")

@@ -1,0 +1,317 @@
+"""FIGURES drawn from attention.json alone: lines over the blocks, heat maps of the heads, spectra; and t-SNE's maps."""
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from textwrap import wrap
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib import colormaps, rc_context
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import ListedColormap, Normalize, to_rgb
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+from util.plotting import (
+    BLOCKS,
+    COLOURS,
+    DASHES,
+    MARKERS,
+    STYLE,
+    WIDTH,
+    block_ticks,
+    choose_metrics,
+    column,
+    counted,
+    entries,
+    head_panel,
+    mark_empty,
+    model_name,
+    name_row,
+    save_figure,
+    title,
+)
+
+LINES = {  # of reference values, by the field of attention.json
+    "uniform": {"color": "0.4", "linewidth": 0.8, "linestyle": (0, (5, 3)), "zorder": 1},
+    "upper": {"color": "0.4", "linewidth": 0.8, "linestyle": (0, (1, 1.5)), "zorder": 1},
+}
+LEGEND = {"uniform": "uniform attention", "upper": "largest possible value"}
+DEPTHS = ListedColormap(colormaps["viridis"](np.linspace(0, 0.92, 256)))  # without the yellow, which white paper hides
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# lines over the blocks
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@rc_context(STYLE)
+def draw_attention(results: Sequence[dict], metrics: Sequence[str], target: Path) -> None:
+    """Means over images (and heads) against the block, with bands of +-1 standard deviation over the images.
+
+    A column per metric, a row per architecture, a colour and marker per label. Dashed: the value where every key gets
+    the same attention; dotted: an upper bound. A value further from the data than the data are wide is not drawn, but
+    named above the panel like the others, with an arrow. ValueError for two results of one label and architecture.
+    """
+    keys = [(result["label"], model_name(result)) for result in results]
+    if twice := [key for key in keys if keys.count(key) > 1]:
+        raise ValueError(f"two results are both called {twice[0][0]!r} ({twice[0][1]}): draw them apart, or rename one")
+    labels, models = (list(dict.fromkeys(names)) for names in zip(*keys, strict=True))
+    columns = math.ceil(len(metrics) / math.ceil(len(metrics) / 4))  # of five, three and two
+    chunks = [metrics[start : start + columns] for start in range(0, len(metrics), columns)]
+    rows = [(model, chunk) for chunk in chunks for model in models]
+    width = WIDTH if columns > 2 else WIDTH * (columns + 1) / 4
+    figure = Figure(figsize=(width, 1.7 * len(rows) + 0.1), layout="constrained")
+    axes = figure.subplots(len(rows), columns, squeeze=False)
+    handles = {}  # of the legend, by what it says
+    for line, (model, chunk) in zip(axes, rows, strict=True):
+        of_model = [result for result in results if model_name(result) == model]
+        for axis, name in zip(line, chunk, strict=False):
+            handles |= draw_panel(axis, name, of_model, labels)
+        if len(models) > 1:
+            name_row(line[0], model, 45)
+        for axis in line[len(chunk) :]:
+            axis.remove()
+    named = [word for word in (*labels, *LEGEND.values()) if word in handles]
+    entry = 0.45 + 0.055 * max(map(len, named), default=0)  # inches
+    count = max(1, min(len(named), int(width / entry)))
+    figure.set_figheight(figure.get_figheight() + 0.15 * math.ceil(len(named) / count))
+    figure.legend([handles[word] for word in named], named, loc="outside upper center", frameon=False, ncols=count)
+    save_figure(figure, target)
+
+
+def draw_panel(axis: Axes, name: str, results: Sequence[dict], labels: Sequence[str]) -> dict[str, Line2D]:
+    """One metric of encoders of one architecture; returns what a legend says of it."""
+    handles, ranges = {}, []
+    having = [result for result in results if name in result["metrics"]]
+    for result in having:
+        depths, found = entries(result["metrics"][name])
+        mean, std = column(found, "mean"), column(found, "std")
+        if np.isnan(mean).all():
+            continue
+        number = labels.index(result["label"])
+        colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
+        (handles[result["label"]],) = axis.plot(
+            depths, mean, DASHES[number // len(COLOURS) % len(DASHES)], color=colour, marker=marker, markersize=3,
+            markeredgewidth=0, markevery=math.ceil(len(depths) / 13), linewidth=1.1, zorder=3,
+        )  # fmt: skip
+        spread = np.nan_to_num(std)
+        if spread.any():
+            axis.fill_between(depths, mean - spread, mean + spread, color=colour, alpha=0.15, linewidth=0, zorder=2)
+        ranges += [np.nanmin(mean - spread), np.nanmax(mean + spread)]
+    if not handles:
+        head_panel(axis, title(name))
+        mark_empty(axis)
+        return {}
+    drawn, words = draw_references(axis, [result["metrics"][name] for result in having], min(ranges), max(ranges))
+    head_panel(axis, title(name), ("; " if len("; ".join(words)) <= 36 else "\n").join(words))
+    metric = having[0]["metrics"][name]
+    definition = re.sub(r"_(\w+)", r"$_{\1}$", metric["definition"])
+    pure = metric["unit"] in ("probability", "ratio")
+    axis.set_ylabel(metric["unit"] if len(metric["definition"]) > 20 else
+                    definition if pure else f"{definition} ({metric['unit']})")  # fmt: skip
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(axis="y", linewidth=0.3, alpha=0.6)
+    block_ticks(axis, depths)
+    return handles | drawn
+
+
+def draw_references(
+    axis: Axes, metrics: Sequence[dict], low: float, high: float
+) -> tuple[dict[str, Line2D], list[str]]:
+    """The uniform value and the bounds of one metric of several encoders, whose data lie in [low, high].
+
+    Sets the limits of the axis. Returns what a legend says, and the values by name.
+    """
+    room = max(high - low, 1e-3 * max(abs(low), abs(high)), 1e-9)
+    limits, handles, words, seen = [low, high], {}, [], set()
+    for kind, word, reach in (("uniform", "uniform", room), ("upper", "largest", room / 2)):
+        named = {metric[kind]["value"]: metric[kind]["name"] for metric in metrics if metric.get(kind)}
+        texts = []
+        for value, name in named.items():
+            if value in seen:  # entropies are bounded by their uniform value
+                continue
+            seen.add(value)
+            number = f"{value:.3g}"
+            text = number if name == number or len(name) > 5 else f"{name} = {number}"  # a long name says the kind
+            if low - reach <= value <= high + reach:
+                axis.axhline(value, **LINES[kind])
+                handles[LEGEND[kind]] = Line2D([], [], **LINES[kind])
+                limits.append(value)
+            else:
+                text += " ↑" if value > high else " ↓"
+            texts.append(text)
+        words += [f"{word} {', '.join(texts)}"] if texts else []
+    margin = 0.05 * (max(limits) - min(limits)) or room
+    lowest = max((metric["lower"]["value"] for metric in metrics if metric.get("lower")), default=-math.inf)
+    # where the axis reaches the smallest possible value, it ends there, and bands with it
+    axis.set_ylim(lowest if min(limits) - room / 2 <= lowest else min(limits) - margin, max(limits) + margin)
+    return handles, words
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# a panel per encoder
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def encoder_panels(
+    results: Sequence[dict], metrics: Sequence[str], height: float, labels: float
+) -> tuple[Figure, dict[str, list[tuple[Axes, dict]]]]:
+    """A figure, and {metric: [(axis, result)]}: a row of panels per metric, more where encoders are many.
+
+    height: of a row, in inches; labels: what the labels of its vertical axis take, in points.
+    """
+    columns = min(len(results), 8)
+    chunks = [results[start : start + columns] for start in range(0, len(results), columns)]
+    rows = [(name, chunk) for name in metrics for chunk in chunks]
+    figure = Figure(figsize=(min(WIDTH, 1.7 * columns + 1), height * len(rows) + 0.3), layout="constrained")
+    axes = figure.subplots(len(rows), columns, squeeze=False)
+    letters = int((figure.get_figwidth() - 1) / columns / 0.062)
+    several = len({model_name(result) for result in results}) > 1
+    panels = {name: [] for name in metrics}
+    for number, (line, (name, chunk)) in enumerate(zip(axes, rows, strict=True)):
+        for axis, result in zip(line, chunk, strict=False):
+            if number == 0 or len(chunks) > 1:
+                lines = [*wrap(result["label"], letters), *([model_name(result)] if several else [])]
+                axis.set_title("\n".join(lines))
+            panels[name].append((axis, result))
+            if name not in result["metrics"]:
+                mark_empty(axis)
+        for axis in line[len(chunk) :]:
+            axis.remove()
+        name_row(line[0], "\n".join(wrap(title(name), 18)), labels)
+    return figure, panels
+
+
+@rc_context(STYLE)
+def draw_heads(results: Sequence[dict], metrics: Sequence[str], target: Path) -> None:
+    """Heat maps, block x head: means over the images; a row per metric with a scale of its own, a panel per encoder."""
+    figure, panels = encoder_panels(results, metrics, height=1.3, labels=27)
+    for name, row in panels.items():
+        cells = [(axis, result) for axis, result in row if name in result["metrics"]]
+        maps = [column(entries(result["metrics"][name])[1], "mean_per_head") for _, result in cells]
+        scale = Normalize(min(map(np.nanmin, maps)), max(map(np.nanmax, maps)))
+        for (axis, _), values in zip(cells, maps, strict=True):
+            L, H = values.shape
+            axis.imshow(
+                values.T, norm=scale, aspect="auto", interpolation="nearest", extent=(-0.5, L - 0.5, H - 0.5, -0.5)
+            )
+            axis.set(xticks=counted(0, L - 1, 2 if len(results) > 4 else 4), yticks=counted(0, H - 1))
+        cells[0][0].set_ylabel("head (from 0)")
+        unit = cells[0][1]["metrics"][name]["unit"]
+        figure.colorbar(ScalarMappable(scale), ax=[axis for axis, _ in row], label=unit, aspect=12)
+    figure.supxlabel(BLOCKS, fontsize=7)
+    save_figure(figure, target)
+
+
+@rc_context(STYLE)
+def draw_spectra(results: Sequence[dict], metrics: Sequence[str], target: Path) -> None:
+    """Profiles over frequency or rank, a line per depth: a row per metric with one axis, a panel per encoder.
+
+    The embedding is dashed; colours run from it to the last block. Frequencies are those of the grid's diagonal, as a
+    fraction of pi (of half a cycle per patch).
+    """
+    figure, panels = encoder_panels(results, metrics, height=1.6, labels=38)
+    for name, row in panels.items():
+        cells = [(axis, result) for axis, result in row if name in result["metrics"]]
+        drawn = []
+        for axis, result in cells:
+            metric = result["metrics"][name]
+            depths, found = entries(metric)
+            profiles = column(found, f"mean_per_{metric['axis']}")
+            x = np.arange(1, profiles.shape[1] + 1)
+            if metric["axis"] == "frequency":
+                x = np.arange(profiles.shape[1]) * 2 / math.isqrt(result["patches"])
+            for depth, profile in zip(depths, profiles, strict=True):
+                dash = "--" if depth < 0 else "-"
+                axis.plot(x, profile, dash, color=DEPTHS((depth + 1) / (depths[-1] + 1)), linewidth=0.9)
+            drawn.append(profiles)
+            axis.set_xlabel({"frequency": "frequency / π", "rank": "rank"}[metric["axis"]])
+            if metric["axis"] == "frequency":
+                axis.set(xlim=(-0.03, 1.03), xticks=(0, 0.5, 1), xticklabels=("0", "½", "1"))
+            else:
+                axis.xaxis.set_major_locator(MaxNLocator(2, integer=True))
+            axis.spines[["top", "right"]].set_visible(False)
+            axis.grid(axis="y", linewidth=0.3, alpha=0.6)
+        low, high = min(map(np.nanmin, drawn)), max(map(np.nanmax, drawn))
+        for axis, _ in cells:
+            axis.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
+        for axis, _ in cells[1:]:
+            axis.tick_params(labelleft=axis.get_subplotspec().is_first_col())
+        cells[0][0].set_ylabel(cells[0][1]["metrics"][name]["unit"])
+    bar = figure.colorbar(ScalarMappable(Normalize(0, 1), DEPTHS), ax=figure.axes, aspect=30, shrink=0.7)
+    bar.set_ticks([0, 1], labels=["embedding", "last block"])
+    save_figure(figure, target)
+
+
+class Kind(NamedTuple):
+    """How results become a figure, and which metrics it shows unless told otherwise."""
+
+    draw: Callable[[Sequence[dict], Sequence[str], Path], None]
+    metrics: str  # a group of attention.metrics.GROUPS
+    axes: tuple[str | None, ...]  # the values of Metric.axis that it can draw
+    suffixes: tuple[str, ...]  # as main_analyze_attention.py writes it
+
+
+FIGURES = {
+    "attention": Kind(draw_attention, "paper", (None, "head", "frequency", "rank"), (".png", ".pdf")),
+    "park": Kind(draw_attention, "park", (None, "head", "frequency", "rank"), (".png", ".pdf")),
+    "heads": Kind(draw_heads, "paper", ("head",), (".png",)),
+    "spectra": Kind(draw_spectra, "park", ("frequency", "rank"), (".png",)),
+}
+
+
+def draw_figures(results: Sequence[dict], folder: Path) -> None:
+    """All of FIGURES for which something was measured."""
+    for name, kind in FIGURES.items():
+        if metrics := choose_metrics([kind.metrics], results, kind.axes):
+            for suffix in kind.suffixes:
+                kind.draw(results, metrics, Path(folder) / f"{name}{suffix}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# t-SNE
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@rc_context(STYLE)
+def draw_token_maps(tsne: dict, label: str, target: Path) -> None:
+    """The t-SNE of tsne.json: a panel per block, a point per patch token; a colour per class, a shade per image."""
+    maps, classes = tsne["maps"], list(dict.fromkeys(tsne["classes"]))
+    columns = min(len(maps), 4)
+    rows = math.ceil(len(maps) / columns)
+    side = WIDTH / max(columns, 3)
+    figure = Figure(figsize=(side * columns, side * rows + 0.45), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    marks = [image_mark(tsne["classes"], classes, image) for image in range(len(tsne["classes"]))]
+    for axis, one in zip(axes, maps, strict=False):
+        for points, (colour, marker) in zip(one["points"], marks, strict=True):
+            axis.scatter(*np.array(points).T, s=4, color=colour, marker=marker, linewidth=0)
+        axis.set_title(f"block {one['block']} (from 0)")
+        everything = np.concatenate(one["points"])
+        low, high = everything.min(0), everything.max(0)
+        half, centre = 0.53 * (high - low).max(), (low + high) / 2  # distances mean something: one scale for both axes
+        axis.set(xticks=[], yticks=[], box_aspect=1)
+        axis.set(xlim=(centre[0] - half, centre[0] + half), ylim=(centre[1] - half, centre[1] + half))
+    for axis in axes[len(maps) :]:
+        axis.remove()
+    figure.suptitle(f"{label}: t-SNE of the patch tokens of {len(marks)} images", fontsize=8)
+    colours = [COLOURS[number % len(COLOURS)] for number in range(len(classes))]
+    handles = [Line2D([], [], color=colour, marker="o", markersize=4, linestyle="") for colour in colours]
+    figure.legend(handles, classes, loc="outside lower center", ncols=min(len(classes), 6), frameon=False,
+                  title="colour: class; shade and shape: image", title_fontsize=6.5)  # fmt: skip
+    save_figure(figure, target)
+
+
+def image_mark(names: Sequence[str], classes: Sequence[str], image: int) -> tuple[np.ndarray, str]:
+    """Colour and marker of one of the images whose classes are `names`: its class's colour, darker to lighter."""
+    of_class = [index for index, name in enumerate(names) if name == names[image]]
+    place = of_class.index(image)
+    colour = np.array(to_rgb(COLOURS[classes.index(names[image]) % len(COLOURS)]))
+    shade = 1.0 if len(of_class) == 1 else 0.55 + 0.9 * place / (len(of_class) - 1)  # below 1 towards black
+    mixed = colour * shade if shade <= 1 else 1 - (1 - colour) * (2 - shade)
+    return mixed, MARKERS[place % len(MARKERS)]

@@ -1,0 +1,155 @@
+"""One pass of a frozen encoder over images: every metric in every block, as moments over the images.
+
+A pass can be stopped between two batches and goes on from there, to the same bits.
+"""
+
+import time
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attention.metrics import METRICS, Metric, Sizes, reduce_attention
+from attention.tokens import log_spectrum
+from data_sets.loader import Watched
+from models_vit import BlockTrace, VisionTransformer
+from runtime.analysis import Progress
+from util.distributed import gather_objects
+from util.moments import Covariance, Moments
+
+Place = tuple[str, int]  # a metric, and the block (of tokens: the number of blocks before them)
+
+
+def applicable(names: Collection[str], backbone: VisionTransformer) -> dict[str, Metric]:
+    """The metrics among the names whose tokens the encoder has. ValueError where there is none."""
+    absent = {"cls"} if not backbone.has_cls else set()
+    absent |= {"registers"} if not backbone.num_registers else set()
+    found = {name: METRICS[name] for name in METRICS if name in names and not absent & set(METRICS[name].needs)}
+    if not found:
+        missing = " and ".join(f"no {'[cls]' if token == 'cls' else 'register'} token" for token in sorted(absent))
+        raise ValueError(f"--metrics {' '.join(names)}: this encoder has {missing}")
+    return found
+
+
+def observe(
+    step: BlockTrace, metrics: dict[str, Metric], num_prefix: int, has_cls: bool, sizes: Sizes, reduction: str
+) -> Iterator[tuple[Place, Tensor]]:
+    """What the metrics say of one block, (B,..) each; those of tokens, also of what enters the first block."""
+    of_attention = {name: metric for name, metric in metrics.items() if not metric.of_tokens}
+    if of_attention:
+        wanted = {need for metric in of_attention.values() for need in metric.needs}
+        reduced = reduce_attention(step, num_prefix, has_cls, reduction, wanted, sizes)
+        for name, metric in of_attention.items():
+            yield (name, step.index), metric.record(reduced)
+    for depth, tokens in ((0, step.x), (step.index + 1, step.out)):
+        if depth == 0 and step.index > 0:
+            continue
+        patches = tokens[:, num_prefix:].unflatten(1, sizes.grid)
+        for name, metric in metrics.items():
+            if metric.of_tokens:
+                yield (name, depth), metric.compute(patches) if metric.over_images else metric.record(patches)
+
+
+class Recorder:
+    """What was observed so far, by place."""
+
+    def __init__(self):
+        self.moments = Moments()  # of all records of an image as one vector: one update per batch
+        self.widths: dict[Place, int] = {}
+        self.covariances: dict[Place, Covariance] = {}
+
+    @classmethod
+    def of(cls, states: Sequence[dict[str, Any]]) -> "Recorder":
+        """Of the images that all of these have seen; merged in their order: the same bits everywhere and in every run.
+        ValueError or KeyError for what is no state."""
+        total = cls()
+        for state in states:
+            moments = Moments(**state["moments"])
+            widths = {(name, block): width for name, block, width in state["widths"]}
+            numbers = (sum(widths.values()),)
+            if widths and not moments.mean.shape == moments.squares.shape == numbers:
+                raise ValueError(f"its moments are not of {numbers[0]} numbers")
+            total.widths = total.widths or widths
+            total.moments.merge(moments)
+            for name, block, kept in state["covariances"]:
+                total.covariances.setdefault((name, block), Covariance()).merge(Covariance(**kept))
+        return total
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "moments": vars(self.moments),
+            "widths": [[*place, width] for place, width in self.widths.items()],
+            "covariances": [[*place, vars(covariance)] for place, covariance in self.covariances.items()],
+        }
+
+    def add(self, observed: dict[Place, Tensor]) -> None:
+        """One batch of at least one image."""
+        records = {place: record for place, record in observed.items() if not METRICS[place[0]].over_images}
+        for place, vectors in observed.items():
+            if place not in records:
+                self.covariances.setdefault(place, Covariance()).update(vectors.cpu())
+        if records:
+            widths = {place: record.shape[1] for place, record in records.items()}
+            if self.widths not in ({}, widths):
+                raise ValueError("--resume: what was observed before is of other numbers: the code has changed since")
+            self.widths = widths
+            self.moments.update(torch.cat(list(records.values()), dim=1).cpu())
+
+    def results(self) -> dict[Place, dict]:
+        """count, mean and std over the images of the summary, and of each number per axis, as JSON has them."""
+        found = {}
+        if self.widths:
+            widths = list(self.widths.values())
+            parts = (self.moments.mean.split(widths), self.moments.std().split(widths))
+            for place, mean, std in zip(self.widths, *parts, strict=True):
+                axis = METRICS[place[0]].axis
+                entry = {"count": self.moments.count, "mean": float(mean[0]), "std": float(std[0])}
+                if axis is not None:
+                    entry |= {f"mean_per_{axis}": mean[1:].tolist(), f"std_per_{axis}": std[1:].tolist()}
+                found[place] = entry
+        for place, covariance in self.covariances.items():
+            rank = min(covariance.count - 1, len(covariance.mean))  # more cannot differ from zero
+            spectrum = log_spectrum(covariance.matrix(), rank)
+            mean = float(spectrum.mean()) if rank else None
+            found[place] = {
+                "count": covariance.count, "mean": mean, "std": None,
+                f"mean_per_{METRICS[place[0]].axis}": spectrum.tolist(),
+            }  # fmt: skip
+        return found
+
+
+@torch.no_grad()
+def measure(
+    backbone: VisionTransformer,
+    loader: Iterable,
+    metrics: dict[str, Metric],
+    sizes: Sizes,
+    amp: torch.dtype,
+    reduction: str,
+    device: torch.device,
+    description: str = "attention",
+    progress: Progress[Recorder] | None = None,
+) -> dict[Place, dict]:
+    """{(metric, block): count, mean, std, ...} over the images of all processes, each counted once.
+
+    Metrics of tokens have a block more: 0 is what enters the first block. FloatingPointError at the first batch whose
+    activations overflow. progress: what was seen before, to be gone on with; the loader has the images that are left.
+    """
+    recorder, between = (progress.record, progress.reach) if progress else (Recorder(), lambda done: None)
+    seen, start = 0, time.perf_counter()
+    for sample in (watched := Watched(loader, description, agree=True, between=between)):
+        images = sample.image.to(device, non_blocking=True)
+        observed = {}
+        with torch.autocast(device.type, dtype=amp, enabled=amp != torch.float32):
+            for step in backbone.trace(images):
+                observed |= observe(step, metrics, backbone.num_prefix_tokens, backbone.has_cls, sizes, reduction)
+                last = step.out
+        if not last.isfinite().all():  # what overflows in any block reaches the last
+            raise FloatingPointError(f"{description}: activations are not finite in {amp}; use another --amp")
+        recorder.add(observed)
+        seen += len(images)
+        watched.bar.set_postfix_str(f"{seen / (time.perf_counter() - start):.0f} images/s")
+    if not (found := Recorder.of(gather_objects(recorder.state())).results()):
+        raise ValueError(f"{description}: none of the images can be read")
+    return found

@@ -1,0 +1,286 @@
+"""Attention flow: one block's trace in, one number per image and head out, and no N x N attention matrix in between.
+
+Letters: B images, N tokens (prefix first), P prefix tokens ([cls], then R registers), M patches, H heads, D width.
+Query i attends to key j with probability A_ij, softmax over all N keys; i = 0 is [cls].
+
+Every probability is the exponential of a difference of log-sum-exps. The one over the patch keys is computed first and
+the logits of the prefix are merged into it, so that patch probabilities stay exact where [cls] takes nearly all of the
+attention and 1 - A_i0 would cancel. No epsilon is added anywhere.
+"""
+
+import math
+from collections.abc import Callable, Collection, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from attention.reductions import Grid, attention_sums
+from attention.tokens import log_amplitude, log_singular_values
+from models_vit import BlockTrace, attention_from_cls
+from util.choices import nearest
+
+
+class Sizes(NamedTuple):
+    """Of what an encoder sees of an image; bounds of metrics depend on them."""
+
+    tokens: int  # N
+    patches: int  # M
+    registers: int  # R
+    grid: Grid
+    patch_size: int  # pixels
+
+
+class Rows(NamedTuple):
+    """What the attention rows of some queries amount to: (B,H,M) for the patches, (B,H) for [cls]."""
+
+    to_self: Tensor  # A_ii
+    to_self_log_ratio: Tensor  # ln(A_ii / sum of A_ij over the patches j)
+    to_cls: Tensor | None  # A_i0; None without [cls]
+    to_registers: Tensor  # sum of A_ij over the registers j
+    to_patch: Tensor  # mean of A_ij over the patches j
+    patch_entropy: Tensor  # nats; entropy of the row renormalised over the patches (Eq. 6)
+
+
+class Reduced(NamedTuple):
+    """One block's attention, by kind of query, in float64; rows of registers are not kept. None where not wanted."""
+
+    cls: Rows | None  # None without [cls]
+    patches: Rows
+    cls_update_ratio: Tensor | None  # (B,) |update_0| / |x_0|, 2-norms
+    patch_update_ratio: Tensor  # (B,M)
+    cls_attention: Tensor | None  # (B,H,M) A_0j
+    distance: Tensor | None  # (B,H,M) sum_j a'_ij |r_i - r_j|, in pixels
+    received: Tensor | None  # (B,H,M) sum_i a'_ij, what patch j gets from all patches
+
+
+def reduce_attention(
+    trace: BlockTrace,
+    num_prefix: int,
+    has_cls: bool,
+    reduction: str = "auto",
+    wanted: Collection[str] = (),
+    sizes: Sizes | None = None,
+) -> Reduced:
+    """One block's trace -> what each query's attention row amounts to, whatever the caller's autocast.
+
+    On float32 inputs all reductions agree with the definitions in float64 within 1e-5 (nats, or relative for
+    probabilities), however large the logits; "auto" takes the fastest of the device. wanted: optional fields to
+    compute; "distance" needs the sizes. ValueError for a reduction that does not run on the device.
+    """
+    grid = sizes.grid if sizes else (1, trace.q.shape[2] - num_prefix)
+    sums = attention_sums(
+        trace.q, trace.k, trace.scale, trace.logit_bias, num_prefix, grid,
+        distance="distance" in wanted, received="received" in wanted, reduction=reduction,
+    )  # fmt: skip
+    lse = torch.cat([sums.patches[..., None], sums.prefix], dim=-1).logsumexp(-1)
+    prefix = (sums.prefix - lse[..., None]).exp()
+    rows = Rows(
+        to_self=(sums.own - lse).exp(),
+        to_self_log_ratio=sums.own - sums.patches,
+        to_cls=prefix[..., 0] if has_cls else None,
+        to_registers=prefix[..., int(has_cls) :].sum(-1),
+        to_patch=(sums.patches - lse).exp() / (trace.q.shape[2] - num_prefix),
+        patch_entropy=sums.patch_entropy,
+    )
+    wide = torch.promote_types(trace.x.dtype, torch.float32)
+    update, x = (torch.linalg.vector_norm(tokens, dim=-1, dtype=wide) for tokens in (trace.update, trace.x))
+    ratio = update.double() / x.double()
+
+    def of(queries: int | slice) -> Rows:
+        return Rows(*(None if values is None else values[:, :, queries] for values in rows))
+
+    return Reduced(
+        cls=of(0) if has_cls else None,
+        patches=of(slice(num_prefix, None)),
+        cls_update_ratio=ratio[:, 0] if has_cls else None,
+        patch_update_ratio=ratio[:, num_prefix:],
+        cls_attention=attention_from_cls(trace, num_prefix).double() if "cls_attention" in wanted else None,
+        distance=sums.distance * sizes.patch_size if sums.distance is not None else None,
+        received=sums.received,
+    )
+
+
+def entropy(weights: Tensor) -> Tensor:
+    """Entropy in nats of non-negative weights (...,M), normalised first: Eq. 6."""
+    return torch.special.entr(weights / weights.sum(-1, keepdim=True)).sum(-1)
+
+
+def mutual_information(received: Tensor, patch_entropy: Tensor) -> Tensor:
+    """Normalised mutual information of query and key patches; (B,H,M) twice -> (B,H) from 0 to 1.
+
+    With uniform queries, p(k) = mean_i a'_ik and I = H(k) - mean_i H(a'_i): no sum over pairs is needed. It is divided
+    by sqrt(H(q) H(k)), H(q) = ln M (Park et al. 2023). Where all queries attend to one and the same patch it is 0.
+    """
+    key_entropy = entropy(received)
+    information = (key_entropy - patch_entropy.mean(2)).clamp(min=0)
+    normaliser = (math.log(received.shape[2]) * key_entropy).sqrt()
+    return torch.where(information > 0, information / normaliser, 0.0)
+
+
+def farthest(sizes: Sizes) -> float:
+    return math.dist((0, 0), (sizes.grid[0] - 1, sizes.grid[1] - 1)) * sizes.patch_size
+
+
+def mean_distance(sizes: Sizes) -> float:
+    """Of all ordered pairs of patches, a patch and itself included."""
+    rows, columns = sizes.grid
+    total = sum(
+        (rows - abs(down)) * (columns - abs(across)) * math.hypot(down, across)
+        for down in range(1 - rows, rows)
+        for across in range(1 - columns, columns)
+    )
+    return total / sizes.patches**2 * sizes.patch_size
+
+
+REFERENCES: dict[str, Callable[[Sizes], float]] = {  # by the name that figures print
+    "0": lambda s: 0.0,
+    "1": lambda s: 1.0,
+    "1/N": lambda s: 1 / s.tokens,
+    "1/M": lambda s: 1 / s.patches,
+    "R/N": lambda s: s.registers / s.tokens,
+    "ln M": lambda s: math.log(s.patches),
+    "-ln M": lambda s: -math.log(s.patches),
+    "mean distance": mean_distance,
+    "largest distance": farthest,
+}
+
+
+class Metric(NamedTuple):
+    """K numbers per image and block, one per head unless `axis` says otherwise, and what sums them up.
+
+    `lower`, `upper` and `uniform` name entries of REFERENCES. `needs`: of the encoder, "cls" or "registers"; of
+    reduce_attention, what it is to compute.
+    """
+
+    unit: str
+    definition: str  # in the letters of LEGEND
+    source: str  # where it is shown
+    compute: Callable[[Reduced | Tensor], Tensor]  # -> (B,K)
+    needs: tuple[str, ...] = ()
+    lower: str | None = "0"  # smallest possible value
+    upper: str | None = None  # largest possible value
+    uniform: str | None = None  # value where every key gets the same attention
+    of_tokens: bool = False  # computed from the patch tokens (B,rows,columns,D) leaving a block, not from Reduced
+    axis: str | None = "head"  # None: one number per image
+    summary: Callable[[Tensor], Tensor] = lambda values: values.mean(1)  # (B,K) -> (B,)
+    title: str = ""  # in figures; "" for its name
+    over_images: bool = False  # the numbers are no result, the singular values of their covariance over images are
+
+    def record(self, measured: Reduced | Tensor) -> Tensor:
+        """(B,1 + K): the summary, then the numbers."""
+        values = self.compute(measured)
+        return torch.cat([self.summary(values)[:, None], values], dim=1)
+
+
+LEGEND = (
+    "i, j, k run over the patches, r over the registers, 0 is [cls]; A_ij is the attention of query i to key j, "
+    "softmax over all N tokens; a'_ij = A_ij / Σ_k A_ik; H(a) = -Σ_j a_j ln a_j; p_i is the position of patch i; "
+    "x_i enters the block, update_i is what attention adds to it (before LayerScale), z_i leaves the block"
+)
+LOGGED = "logged by the paper's code"
+PARK = "Park et al. 2023"
+METRICS = {
+    "cls_self_attention": Metric(
+        "probability", "A_00", "Fig. 3, 10", lambda r: r.cls.to_self, needs=("cls",), upper="1", uniform="1/N",
+        title="[cls]–[cls] attention",
+    ),
+    "patch_self_attention": Metric(
+        "probability", "mean_i A_ii", LOGGED, lambda r: r.patches.to_self.mean(2), upper="1", uniform="1/N"
+    ),
+    "cls_self_attention_relative": Metric(
+        "ratio", "A_00 / Σ_j A_0j", LOGGED, lambda r: r.cls.to_self_log_ratio.exp(), needs=("cls",), uniform="1/M",
+        title="[cls] self-attention, relative",
+    ),
+    "cls_self_attention_log_ratio": Metric(
+        "nats", "ln(A_00 / Σ_j A_0j)", "this project: means of the ratio are those of its largest values",
+        lambda r: r.cls.to_self_log_ratio, needs=("cls",), lower=None, uniform="-ln M",
+        title="[cls] self-attention, log",
+    ),
+    "patch_self_attention_relative": Metric(
+        "probability", "mean_i a'_ii", "Fig. 5, 12", lambda r: r.patches.to_self_log_ratio.exp().mean(2),
+        upper="1", uniform="1/M",
+        title="patch self-attention, relative",
+    ),
+    "cls_patch_attention": Metric(
+        "probability", "mean_j A_0j", LOGGED, lambda r: r.cls.to_patch, needs=("cls",), upper="1/M", uniform="1/N"
+    ),
+    "patch_cls_attention": Metric(
+        "probability", "mean_i A_i0", LOGGED, lambda r: r.patches.to_cls.mean(2), needs=("cls",), upper="1",
+        uniform="1/N",
+    ),
+    "cls_register_attention": Metric(
+        "probability", "Σ_r A_0r", "Darcet et al. 2024", lambda r: r.cls.to_registers, needs=("cls", "registers"),
+        upper="1", uniform="R/N",
+    ),
+    "patch_register_attention": Metric(
+        "probability", "mean_i Σ_r A_ir", "Darcet et al. 2024", lambda r: r.patches.to_registers.mean(2),
+        needs=("registers",), upper="1", uniform="R/N",
+    ),
+    "cls_patch_entropy": Metric(
+        "nats", "H(a'_0)", "Fig. 4, 11; Table 3", lambda r: r.cls.patch_entropy, needs=("cls",), upper="ln M",
+        uniform="ln M",
+        title="[cls]–patch entropy",
+    ),
+    "cls_patch_entropy_of_mean": Metric(
+        "nats", "H(mean over heads of A_0j, renormalised)", "Table 6",
+        lambda r: entropy(r.cls_attention.mean(1))[:, None],
+        needs=("cls", "cls_attention"), upper="ln M", uniform="ln M", axis=None,
+    ),
+    "patch_patch_entropy": Metric(
+        "nats", "mean_i H(a'_i)", "Fig. 6, 13", lambda r: r.patches.patch_entropy.mean(2), upper="ln M", uniform="ln M",
+        title="patch–patch entropy",
+    ),
+    "cls_update_ratio": Metric(
+        "ratio", "|update_0| / |x_0|", LOGGED, lambda r: r.cls_update_ratio[:, None], needs=("cls",), axis=None
+    ),
+    "patch_update_ratio": Metric(
+        "ratio", "mean_i |update_i| / |x_i|", LOGGED, lambda r: r.patch_update_ratio.mean(1, keepdim=True), axis=None
+    ),
+    "patch_patch_distance": Metric(
+        "pixels", "mean_i Σ_j a'_ij |p_i - p_j|", PARK, lambda r: r.distance.mean(2), needs=("distance",),
+        upper="largest distance", uniform="mean distance",
+        title="attention distance",
+    ),
+    "patch_patch_mutual_information": Metric(
+        "ratio", "I(q;k) / √(H(q) H(k)), p(q) = 1/M, p(k|q) = a'_qk", PARK,
+        lambda r: mutual_information(r.received, r.patches.patch_entropy), needs=("received",), upper="1", uniform="0",
+        title="mutual information",
+    ),
+    "patch_log_amplitude": Metric(
+        "log ratio", "ln|F z| of the highest diagonal frequency less that of the mean, F over the grid", PARK,
+        log_amplitude, lower=None, of_tokens=True, axis="frequency", summary=lambda values: values[:, -1],
+        title="relative log amplitude",
+    ),
+    "patch_log_singular_values": Metric(
+        "log", "ln of the singular values of the covariance of z_i over patches; their mean", PARK,
+        lambda tokens: log_singular_values(tokens.flatten(1, 2)), lower=None, of_tokens=True, axis="rank",
+        title="singular values, tokens",
+    ),
+    "image_log_singular_values": Metric(
+        "log", "ln of the singular values of the covariance of mean_i z_i over images; their mean", PARK,
+        lambda tokens: tokens.double().mean((1, 2)), lower=None, of_tokens=True, axis="rank", over_images=True,
+        title="singular values, images",
+    ),
+}  # fmt: skip
+for _name, _metric in METRICS.items():
+    if _unknown := {_metric.lower, _metric.upper, _metric.uniform} - {None, *REFERENCES}:
+        raise ValueError(f"METRICS: {_name} refers to {', '.join(_unknown)}: choose from {', '.join(REFERENCES)}")
+# Figs. 3 to 6 and 10 to 13, in this order
+PAPER_METRICS = ("cls_self_attention", "cls_patch_entropy", "patch_self_attention_relative", "patch_patch_entropy")
+PARK_METRICS = tuple(name for name, metric in METRICS.items() if metric.source == PARK)
+GROUPS = {
+    "paper": PAPER_METRICS,
+    "flow": tuple(name for name in METRICS if name not in PARK_METRICS),  # all that costs next to nothing
+    "park": PARK_METRICS,
+    "all": tuple(METRICS),
+}
+
+
+def metric_names(words: Sequence[str]) -> list[str]:
+    """Metrics by name or group, in the order of the words; ValueError for what is neither."""
+    if unknown := [word for word in words if word not in GROUPS and word not in METRICS]:
+        near = nearest(unknown[0], [*GROUPS, *METRICS])
+        raise ValueError(f"--metrics {' '.join(unknown)}: {near}choose from the groups {', '.join(GROUPS)}, or by name "
+                         f"from {', '.join(METRICS)}")  # fmt: skip
+    return list(dict.fromkeys(name for word in words for name in GROUPS.get(word, (word,))))

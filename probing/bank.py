@@ -1,0 +1,246 @@
+"""Linear probes on frozen tokens, and banks of them that train together, each as if it were alone.
+
+A probe is aggregation -> BatchNorm1d without affine -> Linear. Letters: B images, D' width of the aggregated vector,
+K classes, S probes.
+"""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models_vit import Features, VisionTransformer, check_blocks
+from probing.folding import pool_together
+from probing.heads import Value, check_aggregation, head_name
+from probing.pooling import Needs, Pooling, Tokens, select
+from util.distributed import gather_tensors
+from util.seeding import seeded
+
+BN_EPS = 1e-6  # MAE's linear probe
+
+
+@dataclass(frozen=True)
+class ProbeSpec:
+    """One probe of a bank. `name` identifies it everywhere: in logs, results and checkpoints."""
+
+    aggregation: str
+    block: int  # 0-based
+    blr: float  # base learning rate; the rate is blr x effective batch / 256
+    seed: int  # of the initial weights
+    options: tuple[tuple[str, Value], ...] = ()  # of the aggregation; from aggregation.parse_head
+    optimizer: str = "lars"  # or "sgd"
+    lr: float | None = None  # the rate itself, where it is given instead of blr
+
+    @property
+    def head(self) -> str:
+        """The aggregation with its options, such as abmilp, abmilp:depth=2,act=tanh or ap12."""
+        return head_name(self.aggregation, self.options)
+
+    @property
+    def name(self) -> str:
+        rate = f"blr{self.blr!r}" if self.lr is None else f"lr{self.lr!r}"
+        # LARS is the recipe's and goes without saying, like an option at its default
+        optimizer = "" if self.optimizer == "lars" else f"{self.optimizer}/"
+        return f"{self.head}/block{self.block}/{optimizer}{rate}/seed{self.seed}"
+
+
+class ProbeNorm(nn.BatchNorm1d):
+    """BatchNorm1d without affine whose running statistics do not depend on how a batch is split over ranks.
+
+    Training normalises each group of images (a micro-batch, if nothing else is said) by its own statistics, as
+    nn.BatchNorm1d does, and remembers them; `commit` then updates the running ones, group by group in the order of the
+    data, over all ranks. One process gets nn.BatchNorm1d's values, and other world sizes the same ones.
+    """
+
+    def __init__(self, width: int):
+        super().__init__(width, eps=BN_EPS, momentum=0.1, affine=False)
+        # (G,2,D') of each forward pass since the last commit: mean and unbiased variance of its G groups of images
+        self.pending: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return F.batch_norm(x, self.running_mean, self.running_var, training=False, eps=self.eps)
+        (normalised,), (statistics,) = normalise([x])
+        self.pending.append(statistics)
+        return normalised
+
+    @torch.no_grad()
+    def commit(self, statistics: Tensor) -> None:
+        """statistics (groups, 2, D'), in the order of the data."""
+        for mean, variance in statistics:
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance, self.momentum)
+            self.num_batches_tracked += 1
+
+
+def normalise(vectors: Sequence[Tensor], groups: int = 1) -> tuple[list[Tensor], list[Tensor]]:
+    """Batch normalisation without affine of several (B,D') in one call, and each one's (G,2,D') batch statistics.
+
+    groups: G, into which the images are cut, in their order; each is normalised by itself. The statistics are the mean
+    and the unbiased variance. ValueError for groups of fewer than two images.
+    """
+    joined = torch.cat(vectors, dim=1) if len(vectors) > 1 else vectors[0]  # channels do not know of each other
+    images, width = joined.shape
+    if images // groups < 2:
+        raise ValueError("batch normalisation needs at least two images: raise --batch_size or --bn_group")
+    if groups > 1:  # as channels, which do not know of each other either
+        joined = joined.view(groups, -1, width).transpose(0, 1).flatten(1)
+    with torch.no_grad():
+        variance, mean = torch.var_mean(joined, dim=0)
+    normalised = F.batch_norm(joined, None, None, training=True, eps=BN_EPS)
+    if groups > 1:
+        normalised = normalised.unflatten(1, (groups, width)).transpose(0, 1).flatten(0, 1)
+    widths = [vector.shape[1] for vector in vectors]
+    statistics = torch.stack([mean, variance]).unflatten(1, (groups, width)).transpose(0, 1)
+    return list(normalised.split(widths, dim=1)), list(statistics.split(widths, dim=2))
+
+
+class Probe(nn.Module):
+    """aggregation -> norm -> classifier. Initial weights depend on the spec alone, whatever else is built.
+
+    init: of the classifier, "default" (PyTorch's, the paper's code) or "trunc_normal" (std 0.01, MAE's linear probe).
+    """
+
+    def __init__(self, spec: ProbeSpec, tokens: Tokens, has_cls: bool, num_classes: int, init: str = "default"):
+        super().__init__()
+        entry = check_aggregation(spec.aggregation, has_cls)
+        # the learning rate is not among the words, so that rates are compared from equal starts
+        with seeded("probe", spec.head, spec.block, spec.seed):
+            self.aggregation = entry.build(tokens, **dict(spec.options))
+            self.norm = ProbeNorm(self.aggregation.width)
+            self.classifier = nn.Linear(self.aggregation.width, num_classes)
+            if init == "trunc_normal":
+                nn.init.trunc_normal_(self.classifier.weight, std=0.01)
+                nn.init.zeros_(self.classifier.bias)
+
+    def forward(self, features: Features) -> Tensor:
+        """Tokens of the probe's block -> logits (B,K)."""
+        return self.classifier(self.norm(self.aggregation(features).vector))
+
+
+class ProbeBank(nn.Module):
+    """Probes on one frozen backbone. They share nothing but the tokens, so each trains as it would alone."""
+
+    def __init__(
+        self, specs: Sequence[ProbeSpec], backbone: VisionTransformer, grid: tuple[int, int], num_classes: int,
+        init: str = "default",
+    ):  # fmt: skip
+        super().__init__()
+        names = [spec.name for spec in specs]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"a probe is asked for twice: {', '.join(twice)}")
+        check_blocks(sorted({spec.block for spec in specs}), backbone.depth)
+        self.specs = tuple(specs)
+        tokens = Tokens(backbone.embed_dim, grid, backbone.num_prefix_tokens)
+        self.probes = nn.ModuleList(Probe(spec, tokens, backbone.has_cls, num_classes, init) for spec in specs)
+        self._plan()
+
+    def _plan(self) -> None:
+        """Which probes share a vector (_distinct: one probe of each; _row: the vector of each probe), and which
+        vectors are pooled together (_folded)."""
+        rows: dict[tuple, int] = {}
+        self._distinct, self._row, self._folded = [], [], {}
+        for index, (spec, probe) in enumerate(zip(self.specs, self.probes, strict=True)):
+            key = (index,) if probe.aggregation.learned else (spec.head, spec.block)
+            if key not in rows:
+                rows[key] = len(self._distinct)
+                self._distinct.append(index)
+                pool = getattr(probe.aggregation, "pool", None)
+                if pool is not None and pool.folds:
+                    together = spec.block, probe.aggregation.content, pool.normalised
+                    self._folded.setdefault(together, []).append(rows[key])
+            self._row.append(rows[key])
+
+    @property
+    def distinct(self) -> tuple[ProbeSpec, ...]:
+        """A probe for each of the vectors that `pool` returns: the first of those that share it."""
+        return tuple(self.specs[index] for index in self._distinct)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """D' of each of the vectors that `pool` returns."""
+        return tuple(self._aggregation(row).width for row in range(len(self._distinct)))
+
+    @property
+    def learned(self) -> tuple[bool, ...]:
+        """Whether each of the vectors that `pool` returns changes as its probe trains."""
+        return tuple(self._aggregation(row).learned for row in range(len(self._distinct)))
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        return tuple(sorted({spec.block for spec in self.specs}))
+
+    @property
+    def needs(self) -> Needs:
+        """What the probes read beside the tokens."""
+        return functools.reduce(Needs.union, (probe.aggregation.needs for probe in self.probes))
+
+    def forward(self, features: dict[int, Features] | list[Tensor], groups: int = 1) -> list[Tensor]:
+        """{block: Features} -> logits (B,K) of every probe, in the order of `specs`.
+
+        What Probe.forward defines, computed together: see pool, whose vectors may stand for the features. Nothing is
+        ever mixed across probes, so that one that holds NaN or infinity leaves the others' numbers as they are.
+        groups: of images, each a batch of its own for the normalisation in training.
+        """
+        vectors = features if isinstance(features, list) else self.pool(features)
+        if not self.training:
+            return [
+                probe.classifier(probe.norm(vectors[row])) for row, probe in zip(self._row, self.probes, strict=True)
+            ]
+        normalised, statistics = normalise(vectors, groups)
+        logits = []
+        for row, probe in zip(self._row, self.probes, strict=True):
+            probe.norm.pending.append(statistics[row])
+            logits.append(probe.classifier(normalised[row]))
+        return logits
+
+    def pool(self, features: dict[int, Features]) -> list[Tensor]:
+        """The vectors (B,D') of the bank's distinct poolings: those without parameters are computed once for all."""
+        vectors = [None] * len(self._distinct)
+        for (block, content, normalised), rows in self._folded.items():
+            pools = [self._aggregation(row).pool for row in rows]
+            tokens = select(features[block], content)
+            for row, vector in zip(rows, pool_together(pools, tokens, normalised), strict=True):
+                vectors[row] = vector
+        return [
+            self._aggregation(row)(features[self.specs[self._distinct[row]].block]).vector if vector is None else vector
+            for row, vector in enumerate(vectors)
+        ]
+
+    def _aggregation(self, row: int) -> Pooling:
+        return self.probes[self._distinct[row]].aggregation
+
+    def commit_statistics(self) -> None:
+        """Bring every probe's running statistics up to date, alike on all ranks; call once per optimizer step."""
+        norms = [probe.norm for probe in self.probes]
+        local = torch.cat([torch.stack(norm.pending).flatten(2) for norm in norms], dim=2)  # (A, G, sum of 2 D')
+        everywhere = torch.stack(gather_tensors(local), dim=1).flatten(0, 2)  # micro-step, rank, group: data order
+        widths = [2 * norm.num_features for norm in norms]
+        for norm, statistics in zip(norms, everywhere.split(widths, dim=1), strict=True):
+            norm.commit(statistics.unflatten(1, (2, -1)))
+            norm.pending.clear()
+
+    def parameter_groups(self, peak_lrs: Sequence[float]) -> list[dict]:
+        """One optimizer group per probe; `peak_lr` is what the schedule scales."""
+        return [
+            {"params": list(probe.parameters()), "lr": lr, "peak_lr": lr}
+            for probe, lr in zip(self.probes, peak_lrs, strict=True)
+        ]
+
+    def probe_states(self) -> dict[str, dict[str, Tensor]]:
+        """{probe name: its parameters and buffers}."""
+        return {spec.name: probe.state_dict() for spec, probe in zip(self.specs, self.probes, strict=True)}
+
+    def load_probe_states(self, states: dict[str, dict[str, Tensor]]) -> None:
+        """The inverse of probe_states; ValueError where the probes differ."""
+        wanted, found = {spec.name for spec in self.specs}, set(states)
+        if wanted != found:
+            raise ValueError(f"the checkpoint holds the probes {sorted(found)}, this run has {sorted(wanted)}")
+        for spec, probe in zip(self.specs, self.probes, strict=True):
+            try:
+                probe.load_state_dict(states[spec.name], strict=True)
+            except RuntimeError as error:
+                raise ValueError(f"the checkpoint's probe {spec.name} does not fit: {error}") from error

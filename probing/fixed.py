@@ -1,0 +1,152 @@
+"""Poolings without parameters: [cls], means, and the fixed weightings of the paper's Table 6.
+
+Letters: B images, H attention heads, M patches, D width.
+"""
+
+import abc
+
+import torch
+from torch import Tensor
+
+from models_vit import Features
+from probing.pooling import Needs, Pooled, Pooling, Tokens
+
+
+class ClsToken(Pooling):
+    """The [cls] token; no weights."""
+
+    weighs = False
+
+    def __init__(self, tokens: Tokens):
+        super().__init__(tokens.width)
+
+    def forward(self, features: Features) -> Pooled:
+        return Pooled(features.cls, None)
+
+
+class MeanPatch(Pooling):
+    """The mean of the patch tokens; weights (B,M), all 1/M."""
+
+    def __init__(self, tokens: Tokens):
+        super().__init__(tokens.width)
+
+    def forward(self, features: Features) -> Pooled:
+        M = features.patches.shape[1]
+        return Pooled(features.patches.mean(1), features.patches.new_full((len(features.patches), M), 1 / M))
+
+
+class ClsAndMeanPatch(Pooling):
+    """[cls] and the mean of the patch tokens, concatenated (B,2D); no weights."""
+
+    weighs = False
+
+    def __init__(self, tokens: Tokens):
+        super().__init__(2 * tokens.width)
+
+    def forward(self, features: Features) -> Pooled:
+        return Pooled(torch.cat([features.cls, features.patches.mean(1)], dim=1), None)
+
+
+class FixedWeights(Pooling, abc.ABC):
+    """sum_j w_j x_j over the patches; weights (B,M).
+
+    w is `raw` divided by its sum, in every case: the definition (decision D21 of the reproduction). scale "release"
+    takes the vector of the published code instead: see `released`.
+    """
+
+    def __init__(self, tokens: Tokens, scale: str = "sum"):
+        super().__init__(tokens.width)
+        self.scale = scale
+
+    @abc.abstractmethod
+    def raw(self, features: Features) -> Tensor:
+        """(B,M) weights of any positive sum."""
+
+    def released(self, weights: Tensor, raw: Tensor) -> Tensor:
+        """(B,M) what the published code multiplies the tokens by, before it sums them."""
+        return weights
+
+    def forward(self, features: Features) -> Pooled:
+        raw = self.raw(features)
+        weights = raw / raw.sum(1, keepdim=True)
+        factors = self.released(weights, raw) if self.scale == "release" else weights
+        return Pooled(torch.einsum("bm,bmd->bd", factors.to(features.patches.dtype), features.patches), weights)
+
+
+class MeanClsAttention(FixedWeights):
+    """Weights: the [cls] attention of the block, averaged over heads."""
+
+    needs = Needs(cls_attention=True)
+
+    def raw(self, features: Features) -> Tensor:
+        return features.cls_attention.mean(1)
+
+
+class LowestEntropyClsAttention(FixedWeights):
+    """Weights: the [cls] attention of the head whose attention over patches has the lowest entropy in this image."""
+
+    needs = Needs(cls_attention=True)
+
+    def raw(self, features: Features) -> Tensor:
+        attention = features.cls_attention
+        over_patches = attention / attention.sum(-1, keepdim=True)
+        chosen = torch.special.entr(over_patches).sum(-1).argmin(1)  # (B,)
+        return attention[torch.arange(len(attention), device=attention.device), chosen]
+
+
+def central_cells(grid: tuple[int, int], size: int) -> list[int]:
+    """Indices (row-major) of the size x size patches in the middle of a grid.
+
+    From row g/2 - ceil(size/2) on, likewise columns: of a 14 x 14 grid, size 1 is cell (6, 6) and size 2 the centre.
+    An odd side has its middle row for size 1. ValueError where they do not fit.
+    """
+    if not 1 <= size <= min(grid):
+        raise ValueError(f"there are no {size} x {size} central patches in a grid of {grid[0]} x {grid[1]}")
+    rows, columns = ([(side + 1) // 2 - (size + 1) // 2 + i for i in range(size)] for side in grid)
+    return [row * grid[1] + column for row in rows for column in columns]
+
+
+class CentralAttention(FixedWeights):
+    """Weights: the attention of the size x size central patches over all patches, averaged over them and heads.
+
+    The release averages the weighted tokens instead of summing them: a factor 1/M.
+    """
+
+    def __init__(self, tokens: Tokens, size: int = 1, scale: str = "sum"):
+        super().__init__(tokens, scale)
+        self.cells = central_cells(tokens.grid, size)
+        self.needs = Needs(cells=frozenset(self.cells))
+
+    def raw(self, features: Features) -> Tensor:
+        return torch.stack([features.patch_attention[cell].mean(1) for cell in self.cells]).mean(0)
+
+    def released(self, weights: Tensor, raw: Tensor) -> Tensor:
+        return weights / weights.shape[1]
+
+
+class CentralPatches(FixedWeights):
+    """The mean of the size x size central patch tokens."""
+
+    def __init__(self, tokens: Tokens, size: int = 1):
+        super().__init__(tokens)
+        weights = torch.zeros(tokens.grid[0] * tokens.grid[1])
+        weights[central_cells(tokens.grid, size)] = 1.0
+        self.register_buffer("cells", weights, persistent=False)
+
+    def raw(self, features: Features) -> Tensor:
+        return self.cells.expand(len(features.patches), -1)
+
+
+class OracleAttention(FixedWeights):
+    """Weights: the mean [cls] attention of another encoder's last block (in the paper, DINO's).
+
+    The release does not normalise it, and averages the weighted tokens instead of summing them: a factor 1/M.
+    """
+
+    needs = Needs(oracle=True)
+
+    def raw(self, features: Features) -> Tensor:
+        return features.oracle
+
+    def released(self, weights: Tensor, raw: Tensor) -> Tensor:
+        return raw / raw.shape[1]

@@ -1,0 +1,130 @@
+"""A job: what each of its processes runs, and how it comes back after a stop.
+
+Little is imported here: submitit takes no signals before it has read the Task, and they would end the job.
+"""
+
+import dataclasses
+import importlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from types import TracebackType
+from typing import NoReturn
+
+import submitit
+from submitit.core.utils import JobPaths
+from submitit.helpers import DelayedSubmission
+
+from util import signals
+
+GONE = "GONE"  # from the queue
+ATTEMPTS = 5  # to ask SLURM: what ends a job is sent several times within moments, and ends the messenger, too
+REQUEUE_WAIT = 60  # seconds that processes leave their first one to put the job back, which ends them
+
+
+class JobFailed(RuntimeError):
+    """The program has ended with an error, which it has told already."""
+
+
+@dataclasses.dataclass
+class Task:
+    """What every process of a job runs. submitit's signal handlers give way to the program's own while it runs: so a
+    request to stop ends it between two steps, saved, and only then the job is put back into the queue."""
+
+    program: str
+    argv: list[str]
+
+    def checkpoint(self) -> DelayedSubmission:
+        """What submitit puts back into the queue: the same again, which resumes."""
+        return DelayedSubmission(self)
+
+    def __call__(self) -> None:
+        from cli.arguments import parse, run_main
+        from util.distributed import rendezvous_port
+
+        job = submitit.JobEnvironment()
+        job.paths.result_pickle.unlink(missing_ok=True)  # of an earlier start
+        if job.name() == "local" and job.num_tasks > 1:  # on SLURM, util.distributed knows
+            os.environ.update({
+                "RANK": str(job.global_rank), "WORLD_SIZE": str(job.num_tasks), "LOCAL_RANK": str(job.local_rank),
+                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(rendezvous_port(int(job.job_id))),
+            })  # fmt: skip
+        sys.argv = [f"{self.program}.py", *self.argv]  # what records and errors name
+        sys.excepthook = _quiet_about_failures
+        try:
+            module = importlib.import_module(self.program)
+            args = parse(module.get_args_parser(), self.argv)
+            run_main(module.main, args)
+            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+                signal.signal(number, signal.SIG_IGN)  # nothing is left to stop, and Python's end would be a failure
+        except SystemExit as end:
+            if isinstance(end.__cause__, signals.Stopped):
+                come_back(job, end.__cause__)
+            if end.code:
+                raise JobFailed(str(end.__cause__ or f"exit code {end.code}")) from None
+
+
+def _quiet_about_failures(kind: type, error: BaseException, trace: TracebackType | None) -> None:
+    if kind is not JobFailed:
+        sys.__excepthook__(kind, error, trace)
+
+
+def come_back(job: submitit.JobEnvironment, stop: signals.Stopped) -> NoReturn:
+    """End a process that was asked to stop, with its job put back into the queue where that is what the signal meant.
+
+    Pre-emption and the user's scancel both come as SIGTERM. But SLURM calls a job that it cancels, or puts back by
+    itself, COMPLETING by then, and one that it only warns RUNNING; and to requeue a job that its user cancels
+    would bring it back to life. On one machine, SIGTERM and Ctrl-C mean the end, SIGUSR2 is submitit's time-out.
+    """
+    on_slurm = job.name() == "slurm"
+    wanted = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2) if on_slurm else (signal.SIGUSR2,)
+    known = state_of(job.job_id) if on_slurm else "RUNNING"
+    if stop.number not in wanted:
+        _leave(job, "ended")
+    if known not in ("RUNNING", None):
+        _leave(job, f"{known} already: SLURM goes on with it")
+    if job.global_rank != 0:
+        if on_slurm:  # where a process that ends takes the others along
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(REQUEUE_WAIT)
+        _leave(job)
+    if _a_process_failed(job):  # SLURM ends the others with the signal of a pre-emption
+        _leave(job, "ended, because another of its processes has failed")
+    print(f"job {job.job_id} goes back into the queue", file=sys.stderr)
+    try:
+        signal.raise_signal(getattr(signal, f"SIG{job.USR_SIG}"))  # submitit's handler: checkpoint, requeue, exit
+    except (subprocess.SubprocessError, OSError) as error:
+        if state_of(job.job_id) == "RUNNING":  # else it is there, and scontrol was ended together with the job
+            _leave(job, f"cannot go back into the queue ({error}): submit it again to go on")
+    _leave(job)
+
+
+def _leave(job: submitit.JobEnvironment, why: str = "") -> NoReturn:
+    if why and job.global_rank == 0:
+        print(f"job {job.job_id}: {why}", file=sys.stderr)
+    sys.exit(signals.EXIT_STOPPED)
+
+
+def state_of(job_id: str) -> str | None:
+    """What SLURM calls a job of the queue, or one that has ended a moment ago; GONE where it knows none; None where it
+    does not answer."""
+    command = ["squeue", "--noheader", "--states=all", "--format=%T", "--jobs", job_id]
+    for _ in range(ATTEMPTS):
+        try:
+            told = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        if told.returncode >= 0:
+            break
+    if told.stdout.split():
+        return told.stdout.split()[0]
+    return GONE if told.returncode == 0 or "Invalid job id" in told.stderr else None
+
+
+def _a_process_failed(job: submitit.JobEnvironment) -> bool:
+    """Whether a process of this start has left an error; every one removes what an earlier start has left."""
+    folder = os.environ["SUBMITIT_FOLDER"]
+    ranks = range(job.num_tasks)
+    return any(JobPaths(folder, job_id=job.job_id, task_id=rank).result_pickle.exists() for rank in ranks)
