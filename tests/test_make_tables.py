@@ -110,11 +110,11 @@ def test_values_of_the_papers_other_tables_say_where_they_stand(tables):
 
 def test_fewer_seeds_and_changed_code_are_said(tables):
     text = tables("--table", "7", records=[record("mae", B, "top1", "ap1", [71.0], dirty=True)])
-    assert "1 seed, the paper has 3" in text and "changes that were not committed" in text
+    assert "1 seed, the paper has 3" in text and "uncommitted changes" in text
 
 
 def test_code_of_no_commit_is_said_to_be_that(tables):
-    assert "made by code of no commit" in tables(
+    assert "made by code of an unknown commit" in tables(
         "--table", "7", records=[record("mae", B, "top1", "ap1", [71.0], dirty=None)]
     )
 
@@ -133,7 +133,7 @@ def test_demo_has_tables_of_its_own_without_the_papers_values(tables, tmp_path):
     mine.append(record("mae", "vit_demo_patch8", "top1", "abmilp", [30.0], "demo_few"))
     text = tables("--dataset", "demo", "--table", "1", records=mine)
     assert "| MAE | ViT-demo/8 | 41.0 ± 1.4 | – | 41.0 ± 1.4 |" in text and "paper" not in text
-    assert "10 test images of demo (list 01234567)" in text
+    assert "10 test images of demo (01234567)" in text
     text = tables("--dataset", "demo", "--table", "2")
     own = "41.0 ± 1.4 <sup>1, 2</sup>"
     assert f"| MAE | ViT-demo/8 | {own} | {own} | – | 30.0 <sup>3, 4</sup> |" in text
@@ -245,7 +245,7 @@ def test_record_that_no_table_looks_for_fails_the_check(tables, kept, place):
     target = kept / place.format(source.name)
     target.parent.mkdir(exist_ok=True)
     shutil.copy(source, target)
-    assert f"records that no table looks for: {target}" in tables("--check", code=2)
+    assert f"records that no table reads: {target}" in tables("--check", code=2)
     target.write_text('{"probes": {}}')  # what a program has written
     tables("--check")
 
@@ -268,7 +268,7 @@ def test_table_that_is_no_text_fails_the_check_with_its_name(tables, kept):
 
 def test_folder_that_is_not_there_fails_the_check(tables, tmp_path):
     tmp_path.rename(tmp_path.with_name("gone"))
-    assert f"--results {tmp_path}: there is no such folder" in tables("--check", code=2)
+    assert f"--results {tmp_path}: does not exist" in tables("--check", code=2)
 
 
 def test_mark_of_a_table_that_there_is_not_fails_the_check(tables, kept):
@@ -304,7 +304,7 @@ def copied(tmp_path):
     for name in ("demo", "demo_few"):
         shutil.copytree(ROOT / "results" / name, tmp_path / name)
     for name in TABLES:  # test_committed_tables_are_what_the_committed_records_say asks for one that is missing
-        path = program.place_of(name, "demo", "markdown", tmp_path)
+        path = program.path_of(name, "demo", "markdown", tmp_path)
         if not path.exists() and program.has_records(name, "demo", tmp_path):
             path.write_text(program.text_of(name, "demo", "markdown", tmp_path))
     return tmp_path
@@ -331,7 +331,7 @@ def test_each_committed_record_fills_its_cell_alone(tables, copied, cell):
         empty = [line for line in after[name] if [line[field] for field in Cell._fields] == at]
         assert [line for line in after[name] if line not in empty] == others
         assert all(line["ours"] == line["n"] == line["std"] == "" for line in empty)
-        file = str(program.place_of(name, "demo", "markdown", copied))
+        file = str(program.path_of(name, "demo", "markdown", copied))
         assert (file in error) == bool(shown), name
 
 
@@ -342,9 +342,9 @@ def test_each_committed_record_fills_its_cell_alone(tables, copied, cell):
         (lambda record: {**record, "value": record["value"] + 1}, "was changed after it was made"),
         (lambda record: {**record, "seal": "0" * 64}, "was changed after it was made"),
         (lambda record: sealed({**record, "value": record["value"] + 1}), "contradicts itself: value"),
-        (lambda record: sealed({**record, "dataset": "imagenet1k"}), "belongs into"),
-        (lambda record: sealed({**record, "head": "ca4"}), "belongs into"),
-        (lambda record: {}, "is no record of a result"),
+        (lambda record: sealed({**record, "dataset": "imagenet1k"}), "belongs in"),
+        (lambda record: sealed({**record, "head": "ca4"}), "belongs in"),
+        (lambda record: {}, "is not a record"),
     ],
 )
 def test_damaged_record_fails_the_check_with_its_name(tables, copied, cell, damage, words):
@@ -364,15 +364,15 @@ def test_demo_record_is_read_nowhere_else(tables, copied, cell, place):
     target.parent.mkdir(exist_ok=True)
     shutil.copy(source, target)
     words = ["--table", "2"] if place.startswith("food101") else ["--check"]
-    assert f"{target} is the record of {cell}: it belongs into" in tables(*words, code=2)
+    assert f"{target} is the record of {cell}: it belongs in" in tables(*words, code=2)
     forged = sealed({**json.loads(source.read_text()), "dataset": target.parent.name})
     if target.parent.name != "demo":
         target.write_text(json.dumps(forged))
-        assert f"{target} contradicts itself: 10 classes, where {target.parent.name} has" in tables(*words, code=2)
+        assert f"{target} contradicts itself: 10 classes, but {target.parent.name} has" in tables(*words, code=2)
 
 
 def test_mistakes_are_one_line(tables):
-    assert "holds no records" in tables(code=2)
+    assert "has no records" in tables(code=2)
     assert "choose one of" in tables("--dataset", "image_folder", code=2)
     assert "--output and --write are for one table" in tables("--table", "1", "2", "--output", "x", code=2)
     one = record("mae", B, "top1", "ap1", [71.0])
