@@ -29,14 +29,16 @@ TOLERANCE = {"points": 1.0, "ratio": 1e-4}
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def shown_records(page: Path, results: Path) -> dict[Path, dict]:
+def shown_records(page: Path) -> dict[Path, dict]:
     """The programs' results that a page links or names in its marks; of a folder, all below it but goldens."""
     paths: set[Path] = set()
     for name in re.findall(r"(?:\]\(|[= ])(?:\.\./)*(results/[\w./+-]+)", page.read_text()):
-        path = results.parent / name
-        paths |= set(path.rglob("*.json")) if path.is_dir() else {path} if path.suffix == ".json" else set()
+        path = ROOT / name
+        paths |= set(path.rglob("*.json") if path.is_dir() else [path])
     found = {}
-    for path in sorted(path for path in paths if path.parent.name != GOLDEN):
+    for path in sorted(
+        path for path in paths if path.suffix == ".json" and path.parent.name != GOLDEN and path.is_file()
+    ):
         try:
             content = json.loads(path.read_text())
         except (OSError, ValueError) as error:

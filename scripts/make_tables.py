@@ -181,7 +181,7 @@ def check(results: Path, pages: Sequence[Path], computed: Path | None = None) ->
     stale = stale_tables(results) + [name for page in pages for name in stale_in_page(page, results)]
     problems = [f"not what the records say: {', '.join(stale)}; write them with {SCRIPT}"] if stale else []
     gap = history_gap()
-    for path, record in {path: r for page in pages for path, r in shown_records(page, results).items()}.items():
+    for path, record in {path: r for page in pages for path, r in shown_records(page).items()}.items():
         problems += origin_problems(path, record, known_history=not gap)
     if gap:
         print(f"the commits of the records were not checked: {gap}")

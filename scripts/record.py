@@ -16,7 +16,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from cli.arguments import FREE, Parser, run_main
+from cli.arguments import RESUMABLE_FLAGS, Parser, run_main
 from data_sets.table import DATASETS
 from encoders.catalogue import CATALOGUE
 from models_vit import architecture, default_input_size
@@ -319,7 +319,7 @@ def settings_of(path: Path, record: dict) -> dict[str, Any]:
     trained = result["probes"] if "rules" in result else None
     for prefix, run in (("probes' ", trained), ("", result)):
         for name, value in ({**run["args"], "commit": run["commit"]} if run else {}).items():
-            if name not in {*FREE, "seed", "seeds", "probes"}:
+            if name not in {*RESUMABLE_FLAGS, "seed", "seeds", "probes"}:
                 settings[f"{prefix}{name}"] = value
     for field in ("settings", "weights", "data", "versions"):
         settings |= record[field]
