@@ -14,7 +14,8 @@ from encoders.load import Encoder
 from probing.finished_run import ProbeRun
 
 KEPT_OF_PROBES = (
-    "args", "effective_batch", "bn_group", "n_train", "n_val", "n_test", "train_images", "command", "commit", "seeds_vary",
+    "args", "effective_batch", "bn_group", "n_train", "n_val", "n_test", "train_images", "command", "commit",
+    "seeds_vary",
 )  # fmt: skip
 
 

@@ -15,7 +15,6 @@ from paper.ledger import Cell
 from probing.results import seeds_note
 from util.plotting import model_name
 
-
 PAPER_DATASET = "imagenet1k"
 DASH = "–"
 PRINTED_PATCHES = 196  # the paper prints ln 196 for all models without [cls]

@@ -209,10 +209,10 @@ def test_resealed_record_that_contradicts_itself_is_refused(made, tmp_path, chan
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        ("main.py --dataset demo --data_path x", "its command has --dataset demo, but the cell is of imagenet1k"),
-        ("main.py --dataset=demo", "its command has --dataset demo, but the cell is of imagenet1k"),
-        ("main.py --dataset imagenet1k --dataset demo", "its command has --dataset demo, but the cell is of imagenet1k"),
-        ("main.py --model vit_demo_patch8 --epochs 3", "its command has --model vit_demo_patch8, but the cell is of vit_base_pa"),
+        ("main.py --dataset demo --data_path x", "--dataset demo, but the cell is of imagenet1k"),
+        ("main.py --dataset=demo", "--dataset demo, but the cell is of imagenet1k"),
+        ("main.py --dataset imagenet1k --dataset demo", "--dataset demo, but the cell is of imagenet1k"),
+        ("main.py --model vit_demo_patch8 --epochs 3", "--model vit_demo_patch8, but the cell is of vit_base_patch16"),
         ("main.py --oracle_model vit_demo_patch8 --model vit_small_patch16 vit_base_patch16 --epochs 3", None),
     ],
 )
@@ -222,7 +222,7 @@ def test_record_whose_command_measured_something_else_is_refused(made, tmp_path,
     if words is None:
         assert read_record(tmp_path, path)["value"] == 68.0
         return
-    with pytest.raises(ValueError, match=f"{path} contradicts itself: {words}"):
+    with pytest.raises(ValueError, match=f"{path} contradicts itself: its command has {words}"):
         read_record(tmp_path, path)
 
 
