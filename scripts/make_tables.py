@@ -31,6 +31,7 @@ from util.files import keep_table, write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 PAPER = ROOT / "results" / "paper_numbers.json"
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 REQUIRED = (PAPER_DATASET, "demo")  # data sets whose tables must be written
 
 
@@ -211,15 +212,15 @@ def stale_in_page(page: Path, results: Path) -> list[str]:
     if (text := read_page(page)) is None:
         raise ValueError(f"{page} cannot be read: give a page of this repository")
     stale = []
-    for name, options in re.findall(rf"<!-- ([\w ]+): {re.escape(SCRIPT)} (.*) --write ", text):
+    for name, command in re.findall(r"<!-- ((?:table\w+|fig1) of \w+|runs|rules): (.*) -->", text):
         try:
-            args = get_args_parser().parse_args(options.split())
+            args = get_args_parser().parse_args(command.removeprefix(SCRIPT).partition(" --write")[0].split())
             if args.runs or args.rules:
                 write_runs(args, page, write=False)
             else:
                 (table,) = args.table
                 keep(page, table, args.dataset, results, write=False)
-        except (ValueError, SystemExit):
+        except (ValueError, TypeError, SystemExit):
             stale.append(f"{name} in {page}")
     return stale
 
@@ -280,8 +281,7 @@ def main(args: argparse.Namespace) -> None:
     if args.check:
         if args.table:
             raise ValueError("--check checks every written table: leave out --table")
-        pages = [args.write] if args.write else [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-        check(args.results, pages, args.computed)
+        check(args.results, [args.write] if args.write else PAGES, args.computed)
     elif args.runs or args.rules:
         text = write_runs(args, args.write)
         print(text)
