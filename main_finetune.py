@@ -50,8 +50,7 @@ from data_sets.loader import (
     eval_transform,
 )
 from encoders.load import Encoder, load_plain_or_safetensors
-from engine_finetune import FineTuning, evaluate
-from models_finetune import Classifier
+from engine_finetune import Classifier, FineTuning, evaluate
 from runtime.folder import RunFolder, provenance, utc_now
 from runtime.training import Training
 from util.distributed import barrier, distributed

@@ -16,6 +16,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from data_sets.readers import missing_files, read_lines
+from util.files import digest
 from util.progress import log
 
 Size = tuple[int, int]  # width and height
@@ -233,6 +234,9 @@ class ImageBoxes:
 
     def __init__(self, images: Dataset | None, annotations: Sequence[Annotation | None], source: Path):
         self.images, self.annotations, self.source = images, annotations, source
+
+    def fingerprint(self) -> str:
+        return digest([annotation and (annotation.boxes, annotation.size) for annotation in self.annotations])
 
     def original(self, index: int) -> tuple[np.ndarray, Size]:
         """Boxes (m,4), and the size of the image in which they were drawn. ValueError if they do not fit the file."""

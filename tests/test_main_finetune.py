@@ -12,7 +12,7 @@ from PIL import Image
 import main_finetune
 from cli.arguments import parse, run_main
 from encoders.load import load_encoder, save_encoder
-from models_finetune import Classifier
+from engine_finetune import Classifier
 from models_vit import VisionTransformer, build_vit
 from runtime.folder import load_checkpoint, sealed
 from runtime.training import Training
