@@ -60,6 +60,7 @@ from cli.arguments import (
     add_run_arguments,
     check_files,
     frozen_encoder,
+    identity,
     loading,
     parse,
     plain,
@@ -162,7 +163,7 @@ def main(args: argparse.Namespace) -> None:
         if not args.resume:
             folder.refuse_results("aggregation.json")
         run = read_run(args.probes) if args.probes is not None else None
-        images = analysed_images(args)
+        images = analysed_images(args.dataset, args.data_path, args.allow_subset)
         chosen = subset(len(images), args.num_images, args.seed)
         asked = run.with_encoder(args) if run is not None and not args.finetune else args
         encoder, size = frozen_encoder(asked)
@@ -220,8 +221,9 @@ def main(args: argparse.Namespace) -> None:
             "weights": digest([network.state_dict() for network in networks]), "boxes": boxes and boxes.fingerprint(),
             "scores of the probes": run and to_json(run.scores()),
         }  # fmt: skip
-        progress = Progress(Path(__file__).name, args, folder, "aggregation.json", facts, passes, len(chosen))
-        progress.resume()
+        progress = Progress(Path(__file__).name, folder, "aggregation.json", identity(args, facts), passes,
+                            len(chosen), args.batch_size, args.save_every_minutes)  # fmt: skip
+        progress.resume(args.resume)
         barrier()  # no rank writes before rank 0 has looked
         folder.claim()
         folder.write("args.json", record)

@@ -41,6 +41,7 @@ from cli.arguments import (
     check_files,
     check_training,
     frozen_encoder,
+    identity,
     loading,
     parse,
     plain,
@@ -69,7 +70,7 @@ from probing.knn import knn_scores
 from probing.predictions import FILE, PredictionKeeper
 from probing.results import leader, summary, tell, tell_neighbours, tell_scores, warn_of_choices, warn_of_edges
 from runtime.folder import RunFolder, provenance, utc_now
-from runtime.training import Training
+from runtime.training import Plan, Training
 from util.distributed import distributed
 from util.files import digest
 from util.lars import LARS
@@ -243,7 +244,11 @@ def main(args: argparse.Namespace) -> None:
         optimizer = build_optimizer(args, specs, bank.parameter_groups(lrs))
         schedule = functools.partial(lr_at, epochs=args.epochs, warmup_epochs=args.warmup_epochs, min_lr=args.min_lr)
         probing = Probing(bank, tokens, optimizer, world.device, multi_label, args.bn_group)
-        training = Training(args, probing, optimizer, schedule, loaders["train"], batches, folder, facts)
+        plan = Plan(args.epochs, args.seed, args.save_every_minutes, args.save_every_steps)
+        run_identity = identity(args, facts)
+        training = Training(
+            plan, probing, optimizer, schedule, loaders["train"], batches, folder, run_identity, args.start_epoch
+        )
         training.resume(args.resume, evaluate_only=args.eval)
         keeper = (
             PredictionKeeper(probing.names, num_classes, multi_label, world.device) if args.save_predictions else None
