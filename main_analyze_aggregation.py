@@ -25,8 +25,9 @@ from pathlib import Path
 
 import torch
 
+from aggregation import DEFAULT_RULES, KL_FLOOR
 from aggregation.boxes import BOX_SOURCES, ImageBoxes, read_boxes
-from aggregation.divergence import KL_FLOOR, VectorStats
+from aggregation.divergence import VectorStats
 from aggregation.examples import (
     Example,
     best_threshold,
@@ -41,7 +42,6 @@ from aggregation.figures import draw_divergences
 from aggregation.localization import Localizer, levels_of
 from aggregation.results import describe, describe_boxes, over_seeds, table
 from aggregation.rules import (
-    DEFAULT_RULES,
     Findings,
     Localization,
     Rule,

@@ -11,8 +11,6 @@ from torch import Tensor
 
 from util.moments import FiniteMoments
 
-KL_FLOOR = 1e-8  # decision D26 of the reproduction: the paper's Fig. 7
-
 
 def normalised(weights: Tensor, patches: int) -> Tensor:
     """Weights over tokens, prefix first, (B,N) or (B,H,N) -> (B,M) over the patches, summing to 1, in float64.

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from aggregation import DEFAULT_RULES
 from aggregation.boxes import ImageBoxes
 from aggregation.divergence import VectorStats, normalised
 from aggregation.localization import Localizer, Tally
@@ -23,8 +24,6 @@ from probing.fixed import FixedWeights
 from probing.heads import AGGREGATIONS, check_aggregation, parse_head
 from probing.pooling import Needs, Pooling, Tokens
 from runtime.analysis import Progress
-
-DEFAULT_RULES = ("attn-mn", "attn-lcte", "ca1", "dino", "pos")  # the paper's Table 6, and uniform weights
 
 
 class Rule(NamedTuple):
