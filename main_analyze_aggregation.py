@@ -43,8 +43,6 @@ from aggregation.rules import (
     run_pass,
 )
 from cli.arguments import (
-    PRECISIONS,
-    Parser,
     add_data_arguments,
     add_encoder_arguments,
     add_run_arguments,
@@ -52,10 +50,10 @@ from cli.arguments import (
     frozen_encoder,
     identity,
     loading,
-    parse,
     plain,
-    run_main,
+    precision,
 )
+from cli.console import Parser, parse, run_main
 from data_sets.images import fingerprint
 from data_sets.loader import EvaluationBatches, KeyedDataset, build_loader, eval_transform, stretch_transform
 from encoders.load import Encoder
@@ -156,7 +154,7 @@ def main(args: argparse.Namespace) -> None:
         chosen = subset(len(images), args.num_images, args.seed)
         asked = run.with_encoder(args) if run is not None and not args.finetune else args
         encoder, size = frozen_encoder(asked)
-        backbone, amp = encoder.backbone.to(world.device), PRECISIONS[args.amp]
+        backbone, amp = encoder.backbone.to(world.device), precision(args.amp)
         grid = backbone.grid_of(size, size)
         given = Tokens(backbone.embed_dim, grid, backbone.num_prefix_tokens)
         bank = run.bank(encoder, grid) if run is not None else None

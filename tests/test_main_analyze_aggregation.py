@@ -18,7 +18,8 @@ from aggregation.boxes import read_boxes
 from aggregation.divergence import entropies, normalised
 from aggregation.figures import spoken
 from aggregation.localization import best_overlaps, levels_of, score_map
-from cli.arguments import frozen_encoder, parse, run_main
+from cli.arguments import frozen_encoder
+from cli.console import parse, run_main
 from data_sets.demo import generate
 from data_sets.loader import build_dataset, eval_transform
 from encoders.load import save_encoder
