@@ -46,6 +46,9 @@ class Method(Protocol):
     def step(self, alive: Tensor) -> Tensor:
         """The optimizer step, after the exchange of gradients. Which of the `alive` (S,) losses still are."""
 
+    def check(self) -> None:
+        """ValueError if losses are not finite for another reason than training; each rank must call it."""
+
     def state(self) -> dict[str, Any]:
         """Weights and buffers, of tensors by name."""
 
@@ -72,6 +75,9 @@ class OneNetwork:
     def step(self, alive: Tensor) -> Tensor:
         self.optimizer.step()
         return alive
+
+    def check(self) -> None:
+        """Nothing but training can make its losses infinite or NaN."""
 
     def state(self) -> dict[str, Any]:
         return self.model.published_state_dict()
@@ -238,6 +244,7 @@ class Training:
 
     def _look_for_divergence(self) -> None:
         """Report losses that diverged since the last look; reading them waits for a GPU."""
+        self.method.check()
         found = self.diverged_at.tolist()
         places = [f"epoch {step // self.batches.steps}, step {step % self.batches.steps}" for step in found]
         if min(found) >= 0:
