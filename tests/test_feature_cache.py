@@ -154,3 +154,33 @@ def test_two_processes_share_the_work_and_the_features(demo, place, tmp_path, ru
     assert_same((state, results["probes"]), expected)
     assert results["knn"].keys() == alone["knn"].keys()
     assert results["knn"]["cls/block5"] == alone["knn"]["cls/block5"]
+
+
+def test_features_of_other_pixels_are_not_taken_for_these(command, image_folder, tmp_path):
+    """Equal names, sizes of images and labels: the pixels differ."""
+    copy = tmp_path / "inverted"
+    for path in image_folder.rglob("*.png"):
+        target = copy / path.relative_to(image_folder)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(255 - np.asarray(Image.open(path))).save(target)
+    kept = ["--cache_views", "1", "--cache_dir", str(tmp_path / "cache")]
+    run(command, tmp_path / "first", *kept)
+    changed = ["--data_path", str(copy)]
+    expected = run(command, tmp_path / "plain", *changed, "--cache_views", "1")
+    assert_same(run(command, tmp_path / "second", *changed, *kept), expected, 0)
+
+
+@pytest.mark.parametrize("suffix", ["f32", "safetensors"])
+@pytest.mark.parametrize("position", [0.02, 0.5, 0.99])
+def test_a_changed_byte_of_the_cache_is_named(command, suffix, position, tmp_path):
+    words = ["--cache_views", "1", "--cache_dir", str(tmp_path / "cache")]
+    expected = run(command, tmp_path / "first", *words)
+    (path,) = (tmp_path / "cache").glob(f"*.{suffix}")
+    content = bytearray(path.read_bytes())
+    content[int(position * len(content))] ^= 255
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"cached features are damaged: delete .*{path.stem}"):
+        run(command, tmp_path / "second", *words)
+    for damaged in (tmp_path / "cache").iterdir():
+        damaged.unlink()
+    assert_same(run(command, tmp_path / "third", *words), expected, 0)
