@@ -9,7 +9,7 @@ from urllib.parse import urlparse
 
 import torch
 
-from cli.console import Parser, any_int, named_path, non_negative, non_negative_int, positive_int
+from cli.console import Parser, any_int, fail, named_path, non_negative, non_negative_int, parse, positive_int, run_main  # noqa: F401  (branches under way import them from here)
 from data_sets.loader import DATASETS, LOADERS, ON_BAD_IMAGE, check_dataset, micro_steps_of_a_group
 from encoders.catalogue import CATALOGUE, fetch_weights
 from encoders.families import FAMILIES
