@@ -36,7 +36,7 @@ from cli.arguments import (
 from cli.console import Parser, parse, run_main
 from data_sets.images import fingerprint
 from data_sets.loader import GlobalBatches, KeyedDataset, build_dataset, build_loader, train_transform
-from engine_pretrain import Pretraining
+from engine_pretrain import Pretraining, draw_reconstructions, examples, reconstruct, tiled
 from models_mae import DECODERS, MaskedAutoencoder
 from models_vit import architecture, build_vit, default_input_size
 from runtime.folder import RunFolder, provenance, utc_now
@@ -45,7 +45,6 @@ from util.distributed import barrier, distributed
 from util.lr_sched import lr_at, scaled_lr
 from util.optim import weight_decay_groups
 from util.progress import log, setup_logging
-from util.reconstructions import draw_reconstructions, examples, reconstruct, tiled
 from util.seeding import seeded
 
 
