@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cli.arguments import parse, run_main
+from cli.console import parse, run_main
 
 COMMON = [
     "--model", "vit_demo_patch8", "--input_size", "32", "--batch_size", "8", "--epochs", "3", "--warmup_epochs", "1",
