@@ -1,6 +1,6 @@
 """Compare maps of [cls] and AbMILP: python scripts/show_maps.py LABEL=RUN ... --output maps.png
 
-Each row is an image of the runs' validation set. Each run (the --output_dir of main_linprobe.py with abmilp probes) adds
+Rows are images of the runs' validation set. Each run (an --output_dir of main_linprobe.py with abmilp probes) adds
 the [cls] attention of its encoder's last block, averaged over heads, and the AbMILP weights, averaged over seeds. Maps
 are in multiples of the uniform weight 1/M, on one colour scale.
 """
