@@ -1,7 +1,7 @@
 """What a report says about any run: state, data, warnings, arguments, provenance."""
 
 import argparse
-import importlib
+import importlib.util
 import math
 import statistics
 from collections.abc import Callable, Hashable, Iterable, Sequence
@@ -224,9 +224,12 @@ def configuration(run: Run) -> list[object]:
     defaults = default_arguments(run.program)
     arguments = {name: code(format_argument(value)) for name, value in run.args.items()}
     differing = {}
-    for name in [name for name, value in run.args.items() if name not in defaults or defaults[name] != value]:
-        default = f" (default: {format_argument(defaults[name])})" if name in defaults else " (unknown today)"
-        differing[name] = arguments[name] + default
+    for name, value in run.args.items():
+        if name not in defaults:
+            differing[name] = arguments[name] + " (unknown today)"
+        elif defaults[name] != value:
+            default = format_argument(defaults[name])
+            differing[name] = arguments[name] + ("" if default == DASH else f" (default: {default})")
     return [
         Text("Arguments that differ from the defaults" if arguments else "Arguments are not recorded."),
         pairs(differing),
