@@ -274,7 +274,7 @@ def _coco(year: int, root: Path, split: str, allow_subset: bool) -> FileImages:
         images = sorted((image["id"], folder / name / image["file_name"]) for image in content["images"])
         boxes = [(box["image_id"], box["category_id"]) for box in content["annotations"]]
         for key in ("categories", "images", "annotations"):
-            refuse_duplicates([entry["id"] for entry in content[key] if "id" in entry], f"an id of {key},", source)
+            refuse_duplicates([entry["id"] for entry in content[key] if "id" in entry], f"{key}: id", source)
         rows = {image: row for row, (image, _) in enumerate(images)}
         columns = {category: column for column, (category, _) in enumerate(categories)}
         hash(tuple(boxes))  # TypeError for lists and the like

@@ -1,6 +1,7 @@
 """Every data set, from miniature copies in the layout that its authors distribute, and what is said of damaged ones."""
 
 import hashlib
+import json
 import re
 import shutil
 import tarfile
@@ -270,6 +271,8 @@ def change(path, old, new):
     path.write_text(text.replace(old, new))
 
 
+FOOD, NUS = "food-101/meta/train.json", "NUS-WIDE/ImageList/TrainImagelist.txt"
+CUB_IMAGES = "CUB_200_2011/images.txt"
 CUB, PETS = "CUB_200_2011/image_class_labels.txt", "oxford-iiit-pet/annotations/trainval.txt"
 COCO, ZEBRA = "annotations/instances_train2017.json", "NUS-WIDE/Groundtruth/TrainTestLabels/Labels_zebra_Train.txt"
 
@@ -302,6 +305,72 @@ def test_what_a_list_says_wrong_is_said_with_its_path(miniature, name, path, old
     with pytest.raises(ValueError, match=message) as error:
         build_dataset(name, root, "train")
     assert path in str(error.value) and "\n" not in str(error.value)
+
+
+def coco_entry(kind, **changes):
+    """Repeat an entry of a list in COCO's file, with changes."""
+
+    def damage(root):
+        content = json.loads((root / COCO).read_text())
+        for number, annotation in enumerate(content["annotations"]):
+            annotation["id"] = 100 + number
+        content[kind].append(content[kind][0] | changes)
+        (root / COCO).write_text(json.dumps(content))
+
+    return damage
+
+
+def edit(path, old, new):
+    return lambda root: change(root / path, old, new)
+
+
+def repeat(path, line):
+    return edit(path, line, f"{line}\n{line}")
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        ("coco", coco_entry("images"), "images: id 9 appears twice"),
+        ("coco", coco_entry("images", id=77), r"image .*000000000009\.jpg appears twice"),
+        ("coco", coco_entry("annotations"), "annotations: id 100 appears twice"),
+        ("coco", coco_entry("categories"), "categories: id 90 appears twice"),
+        ("coco", coco_entry("categories", id=4), "class toothbrush appears twice"),
+        ("cub200", repeat(CUB_IMAGES, "3 001.Black_footed_Albatross/Bird_0003.jpg"), "number 3 appears twice"),
+        ("cub200", repeat(CUB, "2 1"), "number 2 appears twice"),
+        ("cub200", repeat("CUB_200_2011/classes.txt", "2 002.Laysan_Albatross"), "number 2 appears twice"),
+        ("cub200", edit(CUB_IMAGES, "0002.jpg", "0001.jpg"), r"0001\.jpg appears twice"),
+        ("cub200", edit("CUB_200_2011/train_test_split.txt", "2 1", "2 2"), "label 2 of entry 2"),
+        ("oxford_pets", repeat(PETS, "Abyssinian_2 1 1 1"), r"Abyssinian_2\.jpg appears twice"),
+        ("oxford_pets", edit(PETS, "Abyssinian_10 1", "Abyssinian_10 2"), "class 2 is .*but also"),
+        ("food101", edit(FOOD, '"apple_pie/3"', '"apple_pie/7"'), r"apple_pie/7\.jpg appears twice"),
+        ("food101", edit(FOOD, '"apple_pie/3"', '"waffles/9"'), "listed for another class"),
+        ("nus_wide", edit(NUS, "Train_2", "Train_0"), r"Train_0\.jpg appears twice"),
+        ("nus_wide", repeat("NUS-WIDE/ConceptsList/Concepts81.txt", "zebra"), "class zebra appears twice"),
+    ],
+)  # fmt: skip
+def test_what_is_listed_twice_or_contradicts_itself_is_refused(miniature, name, damage, message):
+    root, *_ = miniature(name)
+    build_dataset(name, root, "train")
+    damage(root)
+    with pytest.raises(ValueError, match=message) as error:
+        build_dataset(name, root, "train")
+    assert "\n" not in str(error.value)
+
+
+def test_images_listed_twice_for_the_flat_validation_folder_are_refused(miniature):
+    root, *_ = miniature("imagenet1k", flat="kaggle")
+    line = next(line for line in (root / "LOC_val_solution.csv").read_text().splitlines() if "00000002" in line)
+    repeat("LOC_val_solution.csv", line)(root)
+    with pytest.raises(ValueError, match=r"LOC_val_solution\.csv: image ILSVRC2012_val_00000002 appears twice"):
+        build_dataset("imagenet1k", root, "val")
+
+
+def test_an_image_in_both_lists_is_refused(miniature):
+    root, *_ = miniature("food101")
+    edit(FOOD.replace("train", "test"), "apple_pie/2", "apple_pie/3")(root)
+    with pytest.raises(ValueError, match=r"1 images are in both splits, such as .*apple_pie/3\.jpg"):
+        build_splits("food101", root, None)
 
 
 def test_labels_of_cars_out_of_range_and_test_annotations_without_labels_are_refused(miniature):
