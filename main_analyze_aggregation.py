@@ -53,8 +53,6 @@ from aggregation.rules import (
     run_pass,
 )
 from cli.arguments import (
-    PRECISIONS,
-    Parser,
     add_data_arguments,
     add_encoder_arguments,
     add_run_arguments,
@@ -62,10 +60,10 @@ from cli.arguments import (
     frozen_encoder,
     identity,
     loading,
-    parse,
     plain,
-    run_main,
+    precision,
 )
+from cli.console import Parser, parse, run_main
 from data_sets.images import fingerprint
 from data_sets.loader import EvaluationBatches, KeyedDataset, View, build_loader, eval_transform, stretch_transform
 from encoders.load import Encoder
@@ -169,7 +167,7 @@ def main(args: argparse.Namespace) -> None:
         encoder, size = frozen_encoder(asked)
         if run is not None:
             check_encoder(run, asked, encoder, size)
-        backbone, amp = encoder.backbone.to(world.device), PRECISIONS[args.amp]
+        backbone, amp = encoder.backbone.to(world.device), precision(args.amp)
         grid = backbone.grid_of(size, size)
         given = Tokens(backbone.embed_dim, grid, backbone.num_prefix_tokens)
         bank = run.bank(encoder, grid) if run is not None else None

@@ -27,8 +27,6 @@ import torch
 from PIL import Image, ImageOps
 
 from cli.arguments import (
-    PRECISIONS,
-    Parser,
     add_data_arguments,
     add_encoder_arguments,
     add_old_arguments,
@@ -38,10 +36,10 @@ from cli.arguments import (
     check_training,
     identity,
     loading,
-    parse,
     plain,
-    run_main,
+    precision,
 )
+from cli.console import Parser, parse, run_main
 from data_sets.images import fingerprint
 from data_sets.loader import (
     DATASETS,
@@ -168,7 +166,7 @@ def main(args: argparse.Namespace) -> None:
         groups = layer_decay_groups(model, encoder.backbone.depth, args.weight_decay, args.layer_decay)
         optimizer = torch.optim.AdamW([{**group, "peak_lr": lr} for group in groups], lr=lr, fused=True)
         schedule = functools.partial(lr_at, epochs=args.epochs, warmup_epochs=args.warmup_epochs, min_lr=args.min_lr)
-        amp = PRECISIONS[args.amp]
+        amp = precision(args.amp)
         tuning = FineTuning(model, optimizer, world.device, amp, args.smoothing, mixup, args.clip_grad)
         plan = Plan(args.epochs, args.seed, args.save_every_minutes, args.save_every_steps)
         training = Training(

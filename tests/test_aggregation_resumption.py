@@ -11,7 +11,7 @@ from PIL import Image
 
 import main_linprobe
 from aggregation.rules import Findings
-from cli.arguments import parse
+from cli.console import parse
 from data_sets.demo import generate
 from runtime.folder import load_checkpoint, sealed
 from util import signals

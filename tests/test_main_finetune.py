@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 import main_finetune
-from cli.arguments import parse, run_main
+from cli.console import parse, run_main
 from encoders.load import load_encoder, save_encoder
 from engine_finetune import Classifier
 from models_vit import VisionTransformer, build_vit

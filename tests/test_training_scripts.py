@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-import submitit_linprobe
-from cli.arguments import parse
+import cli.launcher
+from cli.console import parse
 
 ROOT = Path(__file__).resolve().parent.parent
 PRETRAIN, FINETUNE = "scripts/pretrain_mae_small.sh", "scripts/finetune_mae_cls.sh"
@@ -26,7 +26,7 @@ def asked(script, *words, **settings):
     assert done.returncode == 0, done.stderr
     argv = shlex.split(done.stdout)
     if "submitit_linprobe.py" in argv:
-        launcher, rest = submitit_linprobe.get_args_parser().parse_known_args(argv[2:])
+        launcher, rest = cli.launcher.get_args_parser().parse_known_args(argv[2:])
         processes, program = launcher.nodes * launcher.ngpus, launcher.main
         assert str(launcher.job_dir) == "run"
     else:
