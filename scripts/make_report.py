@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from cli.arguments import Parser, run_main
+from cli.console import Parser, run_main
 from report import facts
 from report.facts import RunReport
 from report.page import Group, Text, render, table
