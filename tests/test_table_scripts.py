@@ -307,11 +307,11 @@ def test_transfer_to_one_percent_of_imagenet_is_left_out_without_its_list(tmp_pa
     [
         (["--images_per_second", "1000", "--gpus", "4"], "1.0 GPU-hours, 0.2 h on 4 GPUs"),
         (["--images_per_second", "10000", "--gpus", "4"], "6.0 GPU-minutes"),
-        ([], "not measured on this device, so no hours are told"),
+        ([], "was not measured, so hours are unknown"),
         (["--images_per_second", "0"], None),
     ],
 )
-def test_hours_are_told_only_of_measured_speeds(words, answer, tmp_path):
+def test_hours_are_printed_only_for_known_speeds(words, answer, tmp_path):
     command = [sys.executable, "scripts/expected_hours.py", "bank", "--images", "3600000", "--benchmark",
                str(tmp_path / "none.csv"), "--model", "vit_base_patch16", "--other", "flag", *words]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
