@@ -263,6 +263,7 @@ def test_another_measurement_is_not_written_over(made, tmp_path):
         ({"flags": ["--momentum", "0.5"]}, "momentum 0.5, the paper's 0.9"),
         ({"flags": ["--input_size", "448"]}, "images of 448 pixels, the paper's have 224"),
         ({"flags": ["--num_heads", "6"]}, "num_heads 6, the paper's None"),
+        ({"args": {"mean": [0.5, 0.5, 0.5]}}, "mean [0.5, 0.5, 0.5], the paper's None"),
         ({"flags": ["--loader", "tensor"]}, "loader tensor, the paper's pil"),
         ({"effective_batch": 4096}, "effective_batch 4096, the paper's 16384"),
         ({"bn_group": 512}, "bn_group 512, the paper's 2048"),
@@ -274,8 +275,16 @@ def test_another_measurement_is_not_written_over(made, tmp_path):
     ],
 )  # fmt: skip
 def test_departures_from_the_paper_are_said(made, changes, obstacle):
-    (record,) = made(probing(**changes)).values()
+    result = probing(**{name: value for name, value in changes.items() if name != "args"})
+    result["args"] |= changes.get("args", {})
+    (record,) = made(result).values()
     assert obstacle in record["obstacles"]
+
+
+def test_encoder_of_unnamed_sizes_has_a_cell_of_the_last_block_and_says_what_was_assumed(made):
+    record = made(probing(encoder={**ENCODER, "model": "vit_64x4", "assumed": ["8 heads"]}))["cls"]
+    assert record["arch"] == "vit_64x4" and record["notes"] == ["assumed of the weights: 8 heads"]
+    assert "images of unknown pixels, the paper's have 224" in record["obstacles"]
 
 
 def test_images_that_could_not_be_read_are_an_obstacle(made):
