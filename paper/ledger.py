@@ -46,11 +46,6 @@ class Cell(NamedTuple):
         return str(self.file.with_suffix(""))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# names
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def cell_of(dataset: str, encoder: dict, quantity: str, head: str, block: int | None = None) -> Cell:
     """encoder: as load_encoder records it; head: as --cls_features spells it; block: None for the last block."""
     suffix = "" if block is None else f"-block{block}"
@@ -88,11 +83,6 @@ def short_head(head: str) -> str:
         del options["sa"]
         parts.append("sa")
     return "-".join([*parts, *(f"{key}={value}" for key, value in options.items())])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# records
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def make_record(cell: Cell, values: Sequence[float], seeds: Sequence[int | None], **fields: Any) -> dict:

@@ -35,11 +35,6 @@ PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 REQUIRED = (PAPER_DATASET, "demo")  # data sets whose tables must be written
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# formats
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 class Page(NamedTuple):
     title: str
     header: list[str]
@@ -161,10 +156,6 @@ def has_records(name: str, dataset: str, results: Path) -> bool:
     return any(entry and entry.ours for row in rows_of(name, dataset, records, ()) for entry in row.entries)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# tables in pages, and the check
-# ---------------------------------------------------------------------------------------------------------------------
-
 SCRIPT = "python scripts/make_tables.py"
 
 
@@ -247,11 +238,6 @@ def refuse_strays(results: Path) -> None:
             strays.append(str(path))
     if strays:
         raise ValueError(f"records that no table reads: {', '.join(strays)}; remove them, or move them back")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# the program
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def write_runs(args: argparse.Namespace, page: Path | None, write: bool = True) -> str:

@@ -46,11 +46,6 @@ ENCODER = {"num_heads": None, "no_cls_token": False, "loader": "pil", "mean": No
 ENCODER |= {"grid": None, "timm_name": None}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# obstacles to a comparison with the paper
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def obstacles(args: dict, encoder: dict, size: int, n_train: int | None, n_test: int, images: int) -> list[str]:
     """n_train: None where nothing was trained; images: those of the n_test that were measured."""
     reasons = ["random weights"] if encoder["source"] is None else []
@@ -106,11 +101,6 @@ def sizes_of(model: str) -> tuple[int | None, int | None]:
         return architecture(model)["depth"], default_input_size(model)
     except ValueError:
         return None, None
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# the programs' results
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def origin(path: Path, result: dict, trained: dict | None) -> dict[str, Any]:
@@ -320,11 +310,6 @@ def results_of(run: Path) -> list[Path]:
     if not paths:
         raise ValueError(f"{run} has none of {', '.join(PROGRAMS)}: give the --output_dir of a finished run")
     return paths
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# runs of several seeds
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def settings_of(path: Path, record: dict) -> dict[str, Any]:
