@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from runtime.folder import SNAPSHOT_RECORD
+from runtime.provenance import SNAPSHOT_RECORD
 
 DEPTH = 2  # of folders below a named one, as in quickstart/probes/MAE
 

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from runtime import folder as run_folder
-from runtime.folder import RunFolder, code_version, provenance, wait_for_a_later_name
+from runtime.folder import RunFolder, wait_for_a_later_name
+from runtime.provenance import code_version, provenance
 
 
 @pytest.fixture
