@@ -43,11 +43,14 @@ from aggregation.rules import (
     run_pass,
 )
 from cli.arguments import (
+    ORACLE_ARGUMENTS,
     PRECISIONS,
     Parser,
     add_data_arguments,
     add_encoder_arguments,
+    add_oracle_arguments,
     add_run_arguments,
+    build_oracle,
     check_files,
     frozen_encoder,
     loading,
@@ -58,7 +61,7 @@ from cli.arguments import (
 from data_sets.images import fingerprint
 from data_sets.loader import EvaluationBatches, KeyedDataset, build_loader, eval_transform, stretch_transform
 from encoders.load import Encoder
-from encoders.oracle import ORACLE_ARGUMENTS, Oracle, add_oracle_arguments, build_oracle
+from encoders.oracle import Oracle
 from engine_linprobe import FrozenTokens
 from probing.bank import ProbeBank
 from probing.finished_run import ProbeRun, read_run

@@ -37,7 +37,9 @@ from cli.arguments import (
     add_data_arguments,
     add_encoder_arguments,
     add_old_arguments,
+    add_oracle_arguments,
     add_run_arguments,
+    build_oracle,
     check_files,
     check_training,
     frozen_encoder,
@@ -58,10 +60,10 @@ from data_sets.loader import (
     hold_out,
     train_transform,
 )
+from encoders.architectures import known_depth
 from encoders.load import Encoder
-from encoders.oracle import add_oracle_arguments, build_oracle
 from engine_linprobe import FrozenTokens, Probing, evaluate, pooled
-from models_vit import VisionTransformer, architecture, check_blocks
+from models_vit import VisionTransformer, check_blocks
 from probing.bank import ProbeBank, ProbeSpec
 from probing.feature_cache import CachedTokens, FeatureCache, Part
 from probing.heads import AGGREGATIONS, check_aggregation, option_flags, parse_head
@@ -321,7 +323,8 @@ def image_parts(
 def cache_settings(args: argparse.Namespace, encoder: Encoder, size: int, held_out: Sequence[int]) -> dict[str, Any]:
     """What a cache of features depends on beside weights and images: where any of it differs, so does its file."""
     names = (
-        "model", "num_heads", "no_cls_token", "return_block", "cls_features", "amp", "final_norm", "crop", "no_hflip",
+        "model", "num_heads", "grid", "timm_name", "no_cls_token", "return_block",
+        "cls_features", "amp", "final_norm", "crop", "no_hflip",
         "loader", "seed", "on_bad_image", *option_flags(),
     )  # fmt: skip
     return {
@@ -345,7 +348,7 @@ def settle(args: argparse.Namespace) -> None:
     args.cls_features = args.cls_features or ["cls"]
     for aggregation, _ in chosen_heads(args):
         check_aggregation(aggregation, not args.no_cls_token)
-    check_blocks(args.return_block or [], architecture(args.model)["depth"])
+    check_blocks(args.return_block or [], known_depth(args.model))
     if args.lr is not None and len(args.blr) > 1:
         raise ValueError(f"--lr {args.lr} sets one rate, --blr {args.blr} several: leave out one of them")
     if args.eval and not args.resume:
