@@ -53,6 +53,7 @@ from cli.arguments import (
     build_oracle,
     check_files,
     frozen_encoder,
+    identity,
     loading,
     parse,
     plain,
@@ -154,7 +155,7 @@ def main(args: argparse.Namespace) -> None:
         if not args.resume:
             folder.refuse_results("aggregation.json")
         run = read_run(args.probes) if args.probes is not None else None
-        images = analysed_images(args)
+        images = analysed_images(args.dataset, args.data_path, args.allow_subset)
         chosen = subset(len(images), args.num_images, args.seed)
         asked = run.with_encoder(args) if run is not None and not args.finetune else args
         encoder, size = frozen_encoder(asked)
@@ -203,8 +204,18 @@ def main(args: argparse.Namespace) -> None:
                   **provenance(world.device)}  # fmt: skip
         weights = digest([module.state_dict() for module in (backbone, *(rule.pooling for rule in everything))])
         facts = {"n_images": len(images), "rule_names": [rule.name for rule in everything], "weights": weights}
-        progress = Progress(Path(__file__).name, args, folder, "aggregation.json", facts, passes, len(chosen))
-        progress.resume()
+        run_identity = identity(args, facts)
+        progress = Progress(
+            Path(__file__).name,
+            folder,
+            "aggregation.json",
+            run_identity,
+            passes,
+            len(chosen),
+            args.batch_size,
+            args.save_every_minutes,
+        )
+        progress.resume(args.resume)
         barrier()  # no rank writes before rank 0 has looked
         folder.claim()
         folder.write("args.json", record)

@@ -41,6 +41,7 @@ from cli.arguments import (
     check_input_size,
     check_saving,
     frozen_encoder,
+    identity,
     loading,
     one_encoder_each,
     parse,
@@ -94,7 +95,7 @@ def main(args: argparse.Namespace) -> None:
         folder = RunFolder(args.output_dir)
         if not args.resume:
             folder.refuse_results("*/attention.json")
-        images = analysed_images(args)
+        images = analysed_images(args.dataset, args.data_path, args.allow_subset)
         chosen = subset(len(images), args.num_images, args.seed)
         encoders = [frozen_encoder(one) for one in one_encoder_each(args)]
         for encoder, _ in encoders:
@@ -104,8 +105,18 @@ def main(args: argparse.Namespace) -> None:
         weights = [digest(encoder.backbone.state_dict()) for encoder, _ in encoders]
         facts = {"images": len(images), "encoders": labels, "weights": weights}
         passes = {f"encoder {label}": Recorder.of for label in labels}
-        progress = Progress(Path(__file__).name, args, folder, "*/attention.json", facts, passes, len(chosen))
-        progress.resume()
+        run_identity = identity(args, facts)
+        progress = Progress(
+            Path(__file__).name,
+            folder,
+            "*/attention.json",
+            run_identity,
+            passes,
+            len(chosen),
+            args.batch_size,
+            args.save_every_minutes,
+        )
+        progress.resume(args.resume)
         barrier()  # no rank writes before rank 0 has looked
         folder.claim()
         folder.write("args.json", run)

@@ -34,6 +34,7 @@ from cli.arguments import (
     build_encoder,
     check_files,
     check_training,
+    identity,
     loading,
     parse,
     plain,
@@ -53,7 +54,7 @@ from encoders.load import Encoder, load_plain_or_safetensors
 from engine_finetune import FineTuning, evaluate
 from models_finetune import Classifier
 from runtime.folder import RunFolder, provenance, utc_now
-from runtime.training import Training
+from runtime.training import Plan, Training
 from util.distributed import barrier, distributed
 from util.files import digest
 from util.lr_sched import lr_at, scaled_lr
@@ -162,7 +163,11 @@ def main(args: argparse.Namespace) -> None:
         schedule = functools.partial(lr_at, epochs=args.epochs, warmup_epochs=args.warmup_epochs, min_lr=args.min_lr)
         amp = PRECISIONS[args.amp]
         tuning = FineTuning(model, optimizer, world.device, amp, args.smoothing, mixup, args.clip_grad)
-        training = Training(args, tuning, optimizer, schedule, train_loader, batches, folder, facts)
+        plan = Plan(args.epochs, args.seed, args.save_every_minutes, args.save_every_steps)
+        run_identity = identity(args, facts)
+        training = Training(
+            plan, tuning, optimizer, schedule, train_loader, batches, folder, run_identity, args.start_epoch
+        )
         if published is None:
             training.resume(args.resume, evaluate_only=args.eval)
         else:

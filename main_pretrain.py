@@ -30,6 +30,7 @@ from cli.arguments import (
     add_run_arguments,
     check_files,
     check_training,
+    identity,
     loading,
     parse,
     plain,
@@ -41,7 +42,7 @@ from engine_pretrain import Pretraining
 from models_mae import DECODERS, MaskedAutoencoder
 from models_vit import architecture, build_vit, default_input_size
 from runtime.folder import RunFolder, provenance, utc_now
-from runtime.training import Training
+from runtime.training import Plan, Training
 from util.distributed import barrier, distributed
 from util.lr_sched import lr_at, scaled_lr
 from util.optim import weight_decay_groups
@@ -115,7 +116,11 @@ def main(args: argparse.Namespace) -> None:
         schedule = functools.partial(lr_at, epochs=args.epochs, warmup_epochs=args.warmup_epochs, min_lr=args.min_lr)
         pretraining = Pretraining(model, optimizer, args.mask_ratio, world.device, PRECISIONS[args.amp])
         facts = {"training images": fingerprint(images)}
-        training = Training(args, pretraining, optimizer, schedule, loader, batches, folder, facts)
+        plan = Plan(args.epochs, args.seed, args.save_every_minutes, args.save_every_steps)
+        run_identity = identity(args, facts)
+        training = Training(
+            plan, pretraining, optimizer, schedule, loader, batches, folder, run_identity, args.start_epoch
+        )
         training.resume(args.resume)
 
         # ---- epochs

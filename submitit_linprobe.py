@@ -38,9 +38,10 @@ import submitit
 import torch
 from submitit.core.utils import FailedJobError, pickle_load
 
-from cli.arguments import Parser, check_files, check_resumed, parse, run_main
+from cli.arguments import Parser, check_files, identity, parse, run_main
 from runtime.folder import ROOT, AnotherRun, RunFolder
 from runtime.jobs import GONE, Task, state_of
+from runtime.resumable import check_identity
 from runtime.snapshot import take_snapshot
 from util import signals
 
@@ -150,7 +151,7 @@ def program_arguments(args: argparse.Namespace, argv: list[str], folder: Path) -
     check_files(told, args.remote_paths)
     if told.resume == "auto" and RunFolder(folder).checkpoints() and (folder / "args.json").exists():
         try:
-            check_resumed(told, {}, json.loads((folder / "args.json").read_text()))
+            check_identity(identity(told), json.loads((folder / "args.json").read_text())["args"])
         except AnotherRun as error:
             raise ValueError(str(error).replace("--output_dir", "--job_dir")) from error
     return argv

@@ -25,7 +25,6 @@ from cli.encoder_arguments import (  # noqa: F401
     one_encoder_each,
 )
 from data_sets.loader import DATASETS, LOADERS, ON_BAD_IMAGE, check_dataset, micro_steps_of_a_group
-from runtime.folder import AnotherRun
 from util import signals
 from util.choices import instead_of, nearest
 from util.distributed import PeerLost, said_first
@@ -240,9 +239,9 @@ def check_files(args: argparse.Namespace, remote: bool = False) -> None:
         raise ValueError(f"--resume {resume}: there is no file of that name")
 
 
-# what may change when a run is resumed: where it runs and what it reports, not what it computes (the weights behind
-# --finetune are compared themselves, so that a file may move)
-FREE = {
+# flags that may change when a run is resumed: where it runs and what it reports, not what it computes (the weights of
+# --finetune are compared by their digest, so the file may move)
+RESUMABLE_FLAGS = {
     "output_dir", "log_dir", "resume", "device", "num_workers", "pin_mem", "dataloader_affinity_hack", "dist_url",
     "world_size", "local_rank", "args_from", "data_path", "accum_iter", "eval", "eval_every", "report", "dist_eval",
     "suffix", "save_predictions", "knn", "per_class", "cache_dir", "offline", "on_bad_image", "multilabel_metric",
@@ -251,19 +250,10 @@ FREE = {
 }  # fmt: skip
 
 
-def check_resumed(args: argparse.Namespace, facts: dict, state: dict) -> None:
-    """Refuse to continue a run with another method; AnotherRun names what differs. state: of its checkpoint.
-
-    facts: what else has to be alike, such as the effective batch; what only one side knows is not compared.
-    """
-    now, before = {**plain(args), **facts}, {**state.get("args", {}), **state.get("facts", {})}
-    changed = [
-        f"{name} was {before[name]}, is {now[name]}"
-        for name in now
-        if name in before and name not in FREE and before[name] != now[name]
-    ]
-    if changed:
-        raise AnotherRun(f"--resume: this is another run ({'; '.join(changed)}): name another --output_dir")
+def identity(args: argparse.Namespace, facts: dict[str, Any] | None = None) -> dict[str, Any]:
+    """What must be equal when a run is resumed: the arguments outside RESUMABLE_FLAGS, and `facts`, plain data such as
+    digests of weights and images."""
+    return {name: value for name, value in plain(args).items() if name not in RESUMABLE_FLAGS} | (facts or {})
 
 
 def run_main(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:

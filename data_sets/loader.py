@@ -59,7 +59,8 @@ MAX_BAD_IN_A_ROW = 1000  # then it is the disk or the folder, not an image
 class KeyedDataset(Dataset):
     """A data set whose item (epoch, index) is augmented with randomness from (seed, epoch, index) and nothing else.
 
-    So a sample looks the same whichever worker or rank makes it. noise: uniform numbers to draw beside the image.
+    So a sample looks the same whichever worker or rank makes it. An item (epoch, index, seed) has a seed of its own.
+    noise: uniform numbers to draw beside the image.
 
     on_bad_image: what becomes of an image that cannot be decoded. "error": DamagedImage names it. "skip": its sample
     has valid = False and keeps its index; with train = True, image and label are those of the next index of `indices`
@@ -88,8 +89,8 @@ class KeyedDataset(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, key: tuple[int, int]) -> Sample:
-        epoch, index = key
+    def __getitem__(self, key: tuple[int, ...]) -> Sample:
+        epoch, index, seed = (*key, self.seed)[:3]
         image, valid = None, True
         try:
             image, label = self.read(index)
@@ -100,7 +101,7 @@ class KeyedDataset(Dataset):
             if self.train:
                 image, label = self.stand_in(index)
         make = self.transform.pixels if self.as_pixels else self.transform
-        with seeded("sample", self.seed, epoch, index):
+        with seeded("sample", seed, epoch, index):
             view = make(Image.new("RGB", (8, 8)) if image is None else image)
             view = torch.zeros_like(view) if image is None else view
             return Sample(view, label, index, torch.rand(self.noise), valid)
@@ -141,28 +142,29 @@ class GlobalBatches:
 
     indices: the samples to take, where that is not the whole data set. group: images that have to be on one rank, in
     micro-steps that follow each other; ValueError where an effective batch does not consist of such groups.
+
+    seeds: independent orders, which take turns group by group; keys are then (epoch, index, seed), and `accum_iter` and
+    `joined` count the micro-steps of all seeds.
     """
 
     def __init__(
         self, length: int, batch_size: int, accum_iter: int, seed: int, shuffle: bool = True,
-        indices: Sequence[int] | None = None, group: int | None = None,
+        indices: Sequence[int] | None = None, group: int | None = None, seeds: Sequence[int] = (),
     ):  # fmt: skip
         self.indices = torch.arange(length) if indices is None else torch.as_tensor(indices)
-        self.length, self.batch_size, self.accum_iter = len(self.indices), batch_size, accum_iter
-        self.seed, self.shuffle = seed, shuffle
+        self.length, self.batch_size = len(self.indices), batch_size
+        self.seeds, self.keyed, self.shuffle = tuple(seeds) or (seed,), bool(seeds), shuffle
         self.rank, self.world = distributed.rank(), distributed.world_size()
+        self.effective = batch_size * accum_iter * self.world  # images per optimizer step, of each seed
         self.epoch = 0
         self.first_step = 0  # optimizer steps of the epoch that are done already, and not loaded again
-        self.joined = micro_steps_of_a_group(group or batch_size, batch_size, accum_iter)
+        self.accum_iter = accum_iter * len(self.seeds)
+        self.joined = micro_steps_of_a_group(group or batch_size, batch_size, accum_iter) * len(self.seeds)
         if self.steps == 0:
             raise ValueError(
                 f"an effective batch of {self.effective} (batch_size {batch_size} x accum_iter {accum_iter} x "
                 f"{self.world} processes) is larger than the {self.length} training images: lower --batch_size"
             )
-
-    @property
-    def effective(self) -> int:
-        return self.batch_size * self.accum_iter * self.world
 
     @property
     def steps(self) -> int:
@@ -172,15 +174,22 @@ class GlobalBatches:
     def __len__(self) -> int:
         return (self.steps - self.first_step) * self.accum_iter
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def __iter__(self) -> Iterator[list[tuple[int, ...]]]:
+        joined = self.joined // len(self.seeds)
+        chunks = torch.stack([self._groups(seed, joined) for seed in self.seeds], dim=1).flatten(0, 2)
+        first = self.first_step * self.accum_iter
+        for number, chunk in enumerate(chunks[first:].tolist(), start=first):
+            seed = self.seeds[number // joined % len(self.seeds)]
+            yield [(self.epoch, index, seed)[: 3 if self.keyed else 2] for index in chunk]
+
+    def _groups(self, seed: int, joined: int) -> Tensor:
+        """(groups, joined, batch_size) indices of this rank in this epoch, in the order of one seed."""
         order = self.indices
         if self.shuffle:
-            generator = torch.Generator().manual_seed(stable_seed("order", self.seed, self.epoch))
+            generator = torch.Generator().manual_seed(stable_seed("order", seed, self.epoch))
             order = order[torch.randperm(self.length, generator=generator)]
         order = order[: self.steps * self.effective]
-        chunks = order.view(-1, self.world, self.joined, self.batch_size)[:, self.rank].flatten(0, 1)
-        for chunk in chunks[self.first_step * self.accum_iter :].tolist():
-            yield [(self.epoch, index) for index in chunk]
+        return order.view(-1, self.world, joined, self.batch_size)[:, self.rank]
 
 
 def micro_steps_of_a_group(group: int, batch_size: int, accum_iter: int) -> int:

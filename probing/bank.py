@@ -4,6 +4,7 @@ A probe is aggregation -> BatchNorm1d without affine -> Linear. Letters: B image
 K classes, S probes.
 """
 
+import copy
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -153,6 +154,14 @@ class ProbeBank(nn.Module):
                     together = spec.block, probe.aggregation.content, pool.normalised
                     self._folded.setdefault(together, []).append(rows[key])
             self._row.append(rows[key])
+
+    def subset(self, indices: Sequence[int]) -> "ProbeBank":
+        """A bank of some of these probes, which are shared, not copied."""
+        part = copy.copy(self)
+        part._modules = {"probes": nn.ModuleList(self.probes[i] for i in indices)}
+        part.specs = tuple(self.specs[i] for i in indices)
+        part._plan()
+        return part
 
     @property
     def distinct(self) -> tuple[ProbeSpec, ...]:

@@ -33,7 +33,7 @@ class ProbeRun(NamedTuple):
     def bank(self, encoder: Encoder, grid: tuple[int, int]) -> ProbeBank:
         """The trained probes, in evaluation mode. ValueError where they were trained on other weights or sizes."""
         backbone: VisionTransformer = encoder.backbone
-        if self.state["facts"].get("weights") != digest(backbone.state_dict()):
+        if self.state["identity"].get("weights") != digest(backbone.state_dict()):
             raise ValueError(
                 f"--probes {self.folder} was trained on another encoder, {self.args.finetune or 'random weights'}: "
                 "name that one with --finetune, or leave --finetune out"
@@ -78,7 +78,7 @@ def read_run(folder: Path) -> ProbeRun:
     state = RunFolder(folder).find_checkpoint("auto", evaluate_only=True)
     if state is None:
         raise ValueError(f"--probes {folder} holds no checkpoint of its probes")
-    if {"probes", "facts"} - state.keys() or state["probes"].keys() != probes.keys():
+    if {"probes", "identity"} - state.keys() or state["probes"].keys() != probes.keys():
         raise ValueError(f"--probes {folder}: its checkpoint and its results.json are of different probes")
     if set(probes.values()) != {state["epoch"]}:
         raise ValueError(

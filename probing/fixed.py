@@ -90,7 +90,8 @@ class LowestEntropyClsAttention(FixedWeights):
     def raw(self, features: Features) -> Tensor:
         attention = features.cls_attention
         over_patches = attention / attention.sum(-1, keepdim=True)
-        chosen = torch.special.entr(over_patches).sum(-1).argmin(1)  # (B,)
+        entropy = torch.special.entr(over_patches).sum(-1)
+        chosen = entropy.nan_to_num(nan=torch.inf).argmin(1)  # (B,); NaN: a head that attends to no patch
         return attention[torch.arange(len(attention), device=attention.device), chosen]
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy
+import PIL
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
@@ -77,6 +78,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
             "torchvision": torchvision.__version__,
             "timm": timm.__version__,
             "numpy": numpy.__version__,
+            "pillow": PIL.__version__,
         },
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU",
         "processes": distributed.world_size(),

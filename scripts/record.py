@@ -16,7 +16,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from cli.arguments import FREE, Parser, run_main
+from cli.arguments import RESUMABLE_FLAGS, Parser, run_main
 from data_sets.loader import DATASETS
 from encoders.catalogue import CATALOGUE
 from models_vit import architecture, default_input_size
@@ -331,7 +331,7 @@ def settings_of(path: Path, record: dict) -> dict[str, Any]:
     asked = {}
     for prefix, run in (("probes' ", of_probes), ("", result)):
         for name, value in ({**run["args"], "commit": run["commit"]} if run else {}).items():
-            if name not in {*FREE, "seed", "seeds", "probes"}:
+            if name not in {*RESUMABLE_FLAGS, "seed", "seeds", "probes"}:
                 asked[f"{prefix}{name}"] = value
     for field in ("settings", "weights", "data", "versions"):
         asked |= record[field]

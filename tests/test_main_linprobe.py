@@ -351,3 +351,14 @@ def test_damaged_images_are_left_out_of_the_score_where_that_is_asked_for(comman
     argv[argv.index("--output_dir") + 1] = str(tmp_path / "skipping")
     (probe,) = run([*argv, "--on_bad_image", "skip"])["probes"].values()
     assert probe["last"]["n"] == 99
+
+
+def test_a_run_is_not_resumed_after_its_test_images_changed(command, data, tmp_path):
+    copy = tmp_path / "data"
+    shutil.copytree(data, copy)
+    argv = [str(copy) if word == str(data) else word for word in command]
+    run(argv)
+    first, second = sorted((copy / "val" / "class0").iterdir())[:2]
+    shutil.copy(first, second)
+    with pytest.raises(ValueError, match=r"another run.*test images"):
+        run([*argv, "--resume", "auto"])

@@ -183,7 +183,7 @@ def test_pretraining_crops_as_torchvision_does(command, tmp_path, monkeypatch):
 
 
 def test_a_diverging_run_stops_and_keeps_no_checkpoint_of_it(command, tmp_path):
-    with pytest.raises(FloatingPointError, match=r"training diverged: .* not finite in epoch 0, step 2; lower --lr"):
+    with pytest.raises(FloatingPointError, match="not finite in epoch 0, step 2; lower the learning rate"):
         run(tmp_path / "run", command, "--lr", "1e30")
     assert not any((tmp_path / "run").glob("checkpoint-*"))
 
