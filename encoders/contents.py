@@ -45,9 +45,9 @@ def is_state(value: object) -> bool:
 
 
 def not_a_tensor(value: object) -> str:
-    """What an entry of a state dict is, if not a tensor with values; "" for such a tensor."""
+    """What an entry of a state dict is, if not a tensor; "" for a tensor."""
     if type(value) in (Tensor, torch.nn.Parameter):
-        return "" if value.device.type != "meta" else "a tensor without values (device meta)"
+        return ""
     if isinstance(value, Foreign):
         if value.name.startswith("numpy"):
             return "a NumPy array"

@@ -55,8 +55,8 @@ def detect_family(
         return Detected(damaged[0])  # which the loader refuses with the list of problems
     if not shown and complete and (len(complete) == 1 or "timm" in complete):
         first = "timm" if "timm" in complete else complete[0]
-        if all(alike(readings[first], readings[name]) for name in complete):
-            return Detected(first, tuple(name for name in complete if name != first))
+        same = [name for name in complete if alike(readings[first], readings[name])]
+        return Detected(first, tuple(name for name in same if name != first))
     names = shown or complete
     advice = "" if names else obstacle(content) or where_encoders_are(content, checkpoint_key)
     if not names and not advice:

@@ -86,7 +86,7 @@ def load_encoder(
         detected = detect_family(path, content, checkpoint_key, grid, **options)
 
     reading = read_as(content, detected.family, model, checkpoint_key, grid, **options)
-    problems = reading.problems or not_finite(reading)
+    problems = [*reading.problems, *not_finite(reading)]
     if "patch_embed.proj.weight" not in reading.state:
         problems = [*problems, *filter(None, [obstacle(content) or where_encoders_are(content, checkpoint_key)])]
     if problems:

@@ -178,14 +178,17 @@ def mismatches(state: State, shapes: State) -> list[str]:
     for name in sorted(shapes.keys() & state.keys()):
         if state[name].shape != shapes[name].shape:
             problems.append(f"{name} is {tuple(state[name].shape)}, wanted {tuple(shapes[name].shape)}")
+        elif state[name].is_meta:
+            problems.append(f"{name} is a tensor without values (device meta)")
         elif state[name].dtype not in FLOATS:
             problems.append(f"{name} holds {state[name].dtype} values, not float16, bfloat16, float32 or float64")
     return problems
 
 
 def not_finite(reading: Reading) -> list[str]:
-    """The tensors of a complete reading that hold NaN or infinity, in float32, too."""
-    broken = [name for name, value in reading.state.items() if not value.float().isfinite().all()]
+    """The tensors that hold NaN or infinity, or values that float32 cannot."""
+    values = {name: value for name, value in reading.state.items() if value.dtype in FLOATS and not value.is_meta}
+    broken = [name for name, value in values.items() if not value.float().isfinite().all()]
     verb = "holds" if len(broken) == 1 else "hold"
     return [f"{', '.join(by_block(sorted(broken), reading.shapes))} {verb} NaN or infinity"] if broken else []
 

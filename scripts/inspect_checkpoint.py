@@ -89,7 +89,7 @@ def main(args: Namespace) -> None:
     if args.num_heads:
         options["num_heads"] = args.num_heads
     reading = read_as(content, detected.family, args.model or FROM_FILE, args.checkpoint_key, args.grid, **options)
-    problems = reading.problems or not_finite(reading)
+    problems = [*reading.problems, *not_finite(reading)]
     print(f"family        {describe(detected)}\narchitecture  {reading.model or 'unknown'}")
     print(f"tensors       {len(reading.weights)}, {sum(value.numel() for value in reading.weights.values()):,} numbers")
     if reading.shapes:
