@@ -1,6 +1,7 @@
 """What a weight file does not tell is stated by a flag or logged; no encoder is computed wrongly in silence."""
 
 import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -370,7 +371,8 @@ def test_sharded_files_and_folders_are_answered_with_what_converts_them(write, s
 # ---- a trained encoder
 
 
-REAL = Path(__file__).resolve().parents[2] / "shared/data/real_encoders/dinov2_vits14_fp16.safetensors"
+SHARED = Path(os.environ.get("BEYOND_CLS_SHARED", Path(__file__).resolve().parents[2] / "shared"))
+REAL = SHARED / "data/real_encoders/dinov2_vits14_fp16.safetensors"
 
 
 @pytest.mark.skipif(not REAL.exists(), reason=f"no trained encoder at {REAL}")
