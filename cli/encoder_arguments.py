@@ -7,6 +7,7 @@ import re
 from typing import TYPE_CHECKING
 from urllib.parse import urlparse
 
+from cli.console import positive_int
 from encoders.architectures import FROM_FILE, architecture, default_input_size
 from encoders.catalogue import CATALOGUE, fetch_weights, known_family
 from encoders.families import FAMILIES
@@ -44,11 +45,11 @@ def add_encoder_arguments(parser: argparse.ArgumentParser, several: bool = False
     group.add_argument("--timm_name", **default(None), metavar="NAME",
                        help="timm model whose configuration the file has: heads, activation, norms, mean and std; the "
                             "tokens are compared with timm's")  # fmt: skip
-    group.add_argument("--num_heads", default=None, type=int, help="attention heads (default: the model's)")
+    group.add_argument("--num_heads", default=None, type=positive_int, help="attention heads (default: the model's)")
     group.add_argument("--mean", default=None, type=float, nargs=3, metavar="X",
                        help="of the pixels, per channel (default: the family's)")  # fmt: skip
     group.add_argument("--std", default=None, type=float, nargs=3, metavar="X", help="likewise")
-    group.add_argument("--grid", default=None, type=int, nargs=2, metavar=("ROWS", "COLUMNS"),
+    group.add_argument("--grid", default=None, type=positive_int, nargs=2, metavar=("ROWS", "COLUMNS"),
                        help="patches that the file's positions were made for (default: a square)")  # fmt: skip
     group.add_argument("--offline", action="store_true", help="download no weights: use files and the cache only")
     group.add_argument("--no_cls_token", action="store_true", help="the encoder has no [cls] token")
@@ -79,10 +80,6 @@ def check_input_size(size: int | None, model: str) -> None:
 def check_encoder(args: argparse.Namespace) -> None:
     """Refuse what the flags of one encoder alone show to be impossible; ValueError."""
     check_input_size(args.input_size, args.model)
-    if args.num_heads is not None and args.num_heads < 1:
-        raise ValueError(f"--num_heads {args.num_heads}: it must be at least 1")
-    if args.grid and min(args.grid) < 1:
-        raise ValueError(f"--grid {args.grid[0]} {args.grid[1]}: rows and columns must be at least 1")
     if args.std and not min(args.std) > 0:
         raise ValueError(f"--std {' '.join(map(str, args.std))}: values must be positive")
     for name in ("mean", "std"):

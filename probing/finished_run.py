@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import main_linprobe
-from cli.arguments import parse
+from cli.console import parse
 from encoders.load import Encoder
 from models_vit import VisionTransformer
 from probing.bank import ProbeBank

@@ -24,7 +24,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from cli.arguments import Parser, run_main
+from cli.console import Parser, run_main
 from probing.predictions import Predictions, read_predictions
 from util.choices import instead_of
 from util.files import write_atomically, write_json

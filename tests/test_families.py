@@ -27,7 +27,7 @@ import main_linprobe
 import models_vit
 from attention.measure import applicable, measure
 from attention.metrics import METRICS
-from cli.arguments import parse
+from cli.console import parse
 from encoders.catalogue import CATALOGUE, cache_path, families_called
 from encoders.contents import without_wrappers
 from encoders.detect import detect_family

@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 
 import main_linprobe
-from cli.arguments import frozen_encoder, parse
+from cli.arguments import frozen_encoder
+from cli.console import parse
 from data_sets.demo import generate
 from probing.finished_run import read_run
 
@@ -121,6 +122,17 @@ def test_maps_of_runs_on_different_images_are_refused(run, tmp_path):
     done = script("show_maps.py", f"one={run}", f"two={tmp_path / 'run'}", "--output", tmp_path / "maps.png")
     assert done.returncode == 2 and not (tmp_path / "maps.png").exists()
     assert f"{tmp_path / 'run'} was tested on other images than the runs before it" in done.stderr
+
+
+def test_maps_of_several_rates_are_not_averaged_and_labels_must_differ(run, tmp_path):
+    argv = ["--args_from", run / "args.json", "--blr", "0.1", "1", "--output_dir", tmp_path / "run"]
+    main_linprobe.main(parse(main_linprobe.get_args_parser(), list(map(str, argv))))
+    found = read_run(tmp_path / "run")
+    encoder, size = frozen_encoder(found.args)
+    maps = runpy.run_path(str(ROOT / "scripts" / "show_maps.py"))["cls_and_abmilp"]
+    assert list(maps(found, encoder, torch.randn(1, 3, size, size))) == ["[cls]", "AbMILP, blr0.1", "AbMILP, blr1.0"]
+    done = script("show_maps.py", run, f"{run.name}={run}", "--output", tmp_path / "maps.png")
+    assert done.returncode == 2 and f"two runs are called {run.name}: write LABEL=RUN" in done.stderr
 
 
 @pytest.mark.parametrize("name", ["probe_table.py", "show_maps.py"])
