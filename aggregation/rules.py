@@ -62,8 +62,8 @@ def fixed_rules(words: Sequence[str], backbone: VisionTransformer, tokens: Token
     """Rules without parameters, of the last block. ValueError for what learns, weighs nothing or lacks its source."""
     rules = []
     for word in words:
-        aggregation, options = parse_head(word, {}, "--rules")
-        check_aggregation(aggregation, backbone.has_cls, "--rules")
+        aggregation, options = parse_head(word, {})
+        check_aggregation(aggregation, backbone.has_cls)
         pooling = AGGREGATIONS[aggregation].build(tokens, **dict(options))
         if not pooling.weighs:
             raise ValueError(f"--rules {word}: {AGGREGATIONS[aggregation].description}; it weighs no patches")

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 
 from cli.arguments import plain
 from encoders.load import safetensors_metadata
-from probing.results import spoken
+from probing.results import metric_label
 from report.figures import photo
 from report.html import DASH, NONE, Cell, Html, badge, element, folded, gallery, number, pairs, warning
 from report.runs import Run, is_json
@@ -248,7 +248,7 @@ def trained_weights(path: Path) -> object:
 
 def column_of(score: str) -> str:
     """Heading of a score, with its unit."""
-    return "loss" if score == "loss" else "images" if score == "n" else f"{spoken(score)} (%)"
+    return "loss" if score == "loss" else "images" if score == "n" else f"{metric_label(score)} (%)"
 
 
 def shown(score: str, value: float, spread: float | None = None) -> Cell:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from probing.results import spoken
+from probing.results import metric_label
 from report.facts import Reported, card, column_of, link, real, scores_of, shown, together, whole
 from report.figures import Line, draw_curves, drawing
 from report.html import DASH, NONE, Cell, Html, element, filled, folded, grid, table
@@ -210,7 +210,7 @@ def curves_of(run: Run, probes: Sequence[Probe], watched: str, headline: str) ->
     tested = [record for record in run.epochs if isinstance(record.get(watched), dict)]
     if tested:
         x = [record["epoch"] + 1 for record in tested]
-        curves[f"{spoken(headline)} ({'held-out' if watched == 'val' else 'test'} images, %)"] = [
+        curves[f"{metric_label(headline)} ({'held-out' if watched == 'val' else 'test'} images, %)"] = [
             Line(groups[probe.name], x, [real(r[watched].get(probe.name, {}).get(headline)) for r in tested])
             for probe in probes
         ]
@@ -238,4 +238,4 @@ def bank_result(bank: Bank) -> str:
         mean, _ = together([probe.scores[of].get(bank.headline, math.nan) for probe in group])
         words.append(f"{names[group[0].name]}: {mean:.1f}" if math.isfinite(mean) else f"{names[group[0].name]}: NaN")
     more = f" and {len(groups) - 6} more" if len(groups) > 6 else ""
-    return f"{of} {spoken(bank.headline)} (%) – {'; '.join(words)}{more}" if words else "no score yet"
+    return f"{of} {metric_label(bank.headline)} (%) – {'; '.join(words)}{more}" if words else "no score yet"

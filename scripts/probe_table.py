@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cli.arguments import Parser, run_main
-from probing.results import spoken
+from probing.results import metric_label
 from util.files import keep_table, write_atomically
 
 
@@ -92,7 +92,8 @@ def table(runs: dict[str, dict], epoch: str = "last") -> str:
     epochs = alternatives(run["args"]["epochs"] for run in runs.values())
     chose = [run for run in runs.values() if any("chosen" in probe for probe in run["probes"].values())]
     held_out = f"; rates chosen on {alternatives(run['n_val'] for run in chose)} held-out images" if chose else ""
-    lines += ["", f"{spoken(headlines.pop())} (%), {epoch} epoch{over}; {trained} training and {tested} test images, "
+    label = metric_label(headlines.pop())
+    lines += ["", f"{label} (%), {epoch} epoch{over}; {trained} training and {tested} test images, "
               f"{epochs} epoch{'s' * (epochs != '1')}{held_out}"]  # fmt: skip
     return "\n".join(lines) + "\n"
 
