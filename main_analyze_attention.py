@@ -32,21 +32,18 @@ from attention.metrics import GROUPS, LEGEND, METRICS, REFERENCES, Sizes, metric
 from attention.reductions import REDUCTIONS, choose_reduction
 from attention.tokens import embed_tokens
 from cli.arguments import (
-    PRECISIONS,
-    Parser,
     add_data_arguments,
     add_encoder_arguments,
     add_run_arguments,
     check_files,
     check_input_size,
-    check_saving,
     frozen_encoder,
     identity,
     loading,
-    parse,
     plain,
-    run_main,
+    precision,
 )
+from cli.console import Parser, parse, run_main
 from data_sets.images import fingerprint
 from data_sets.loader import DATASETS, EvaluationBatches, KeyedDataset, build_loader, eval_transform
 from encoders.load import Encoder
@@ -130,7 +127,7 @@ def main(args: argparse.Namespace) -> None:
                 batches = EvaluationBatches(len(images), args.batch_size, chosen[progress.seen :])
                 loader = build_loader(dataset, batches, **loading(args, world.device))
                 found = measure(
-                    backbone, loader, applicable(names, backbone), sizes_of(backbone, size), PRECISIONS[args.amp],
+                    backbone, loader, applicable(names, backbone), sizes_of(backbone, size), precision(args.amp),
                     args.reduction, world.device, label, progress,
                 )  # fmt: skip
                 seconds = progress.seconds
@@ -153,7 +150,6 @@ def main(args: argparse.Namespace) -> None:
 
 def check(args: argparse.Namespace) -> None:
     """Refuse what the arguments alone show to be impossible; ValueError."""
-    check_saving(args)
     metric_names(args.metrics)
     encoder_labels(args)
     if args.batch_size < 1:

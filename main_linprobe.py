@@ -32,8 +32,6 @@ import torch
 from torch.utils.data import Dataset
 
 from cli.arguments import (
-    PRECISIONS,
-    Parser,
     add_data_arguments,
     add_encoder_arguments,
     add_old_arguments,
@@ -43,10 +41,10 @@ from cli.arguments import (
     frozen_encoder,
     identity,
     loading,
-    parse,
     plain,
-    run_main,
+    precision,
 )
+from cli.console import Parser, parse, run_main
 from data_sets.images import fingerprint
 from data_sets.loader import (
     DATASETS,
@@ -223,7 +221,7 @@ def main(args: argparse.Namespace) -> None:
         specs = probe_specs(args, backbone)
         grid = backbone.grid_of(size, size)
         bank = ProbeBank(specs, backbone, grid, num_classes, args.init).to(world.device)
-        amp = PRECISIONS[args.amp]
+        amp = precision(args.amp)
         oracle = build_oracle(args, encoder, size, amp).to(world.device) if bank.needs.oracle else None
         frozen = FrozenTokens(backbone, bank.blocks, amp, args.final_norm, bank.needs, oracle)
         facts = {

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from data_sets.images import DamagedImage, UnreadableImage, path_of
+from data_sets.images import ON_BAD_IMAGE, DamagedImage, UnreadableImage, path_of
 
 # the data sets themselves, and what becomes of their images, for whoever also makes samples of them
 from data_sets.table import DATASETS, build_dataset, build_splits, check_dataset  # noqa: F401
@@ -52,7 +52,6 @@ class Sample(NamedTuple):
         return Sample(*(field[self.valid] for field in self))
 
 
-ON_BAD_IMAGE = ("error", "skip")
 MAX_BAD_IN_A_ROW = 1000  # then it is the disk or the folder, not an image
 
 
@@ -112,7 +111,7 @@ class KeyedDataset(Dataset):
         reads = self.transform.read if isinstance(self.transform, View) else operator.getitem
         try:
             return reads(self.dataset, index)
-        except MemoryError:
+        except (MemoryError, UnreadableImage):
             raise
         except Exception as error:  # decoders raise anything: OSError without a number, SyntaxError, struct.error
             kind = DamagedImage if getattr(error, "errno", None) is None else UnreadableImage

@@ -1,19 +1,28 @@
-"""Linear probes in a report: every probe of results.json, averages over seeds, curves by epoch."""
+"""Linear probes: a table of means over seeds, a table of every probe, curves over the epochs, k-NN."""
 
 import functools
 import math
 import re
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
-from probing.results import metric_label
-from report.facts import Reported, card, column_of, link, real, scores_of, shown, together, whole
+from report import facts
+from report.facts import RunReport, count_cell, mean_std, metric_label, real, score_cell
 from report.figures import Line, draw_curves, drawing
-from report.html import DASH, NONE, Cell, Html, element, filled, folded, grid, table
-from report.runs import Run
+from report.page import DASH, NONE, Cell, Group, Table, Text, number, table
+from report.runs import Record, Run
+
+Key = tuple[str, str]  # the evaluation ("test" or one of EVALUATIONS) and the score
+COUNTS = ("n", "classes")  # scores that are numbers of images and classes
+EVALUATIONS = {
+    "held-out": "on training images that no probe was trained on; they choose rate and optimizer",
+    "best": "at the epoch that is best on the test images themselves, hence optimistic",
+}
 
 
-class Probe(NamedTuple):
+@dataclass(frozen=True)
+class Probe:
     name: str
     head: str
     block: int | None  # from 0
@@ -21,10 +30,9 @@ class Probe(NamedTuple):
     rate: Cell
     seed: int | None
     parameters: int | None
-    diverged: str
-    chosen: bool | None
-    # by what they are of: "test" (last epoch), "best" (the epoch that is best on the test set), "held-out"
-    scores: dict[str, dict[str, float]]
+    diverged: int | None  # epoch from 1
+    chosen: bool | None  # by held-out images; None: there are none
+    scores: dict[Key, float]
     best_epoch: int | None  # from 1
 
     @property
@@ -32,210 +40,258 @@ class Probe(NamedTuple):
         return self.head, self.block, self.optimizer, self.rate
 
 
-class Bank(NamedTuple):
+@dataclass(frozen=True)
+class Bank:
     headline: str
     probes: list[Probe]
     curves: dict[str, list[Line]]
-    knn: dict[str, dict[str, dict[str, float]]]
+    knn: dict[str, dict[str, dict[Key, float]]]  # {vector: {neighbours: scores}}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# reading
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def read_bank(run: Run) -> Bank:
-    """Probes of results.json; of a run that has none yet, those of its newest evaluation."""
+    """The probes of results.json; of a run without one, those of its newest evaluation."""
     watched = "val" if any("val" in record for record in run.epochs) else "test"
-    if not run.results:
-        headline, probes = headline_of(run), unfinished_probes(run, watched)
-        return Bank(headline, probes, curves_of(run, probes, watched, headline), {})
-    result = run.results[0]
-    probes = []
-    for name, probe in result["probes"].items():
-        scores = {"test": scores_of(probe["last"])}
-        if "best" in probe:
-            scores["best"] = scores_of(probe["best"])
-        if "val" in probe:
-            scores["held-out"] = scores_of(probe["val"]["last"])
-        best = (probe.get("best") or {}).get("epoch")
-        at = probe.get("diverged_at")
-        probes.append(Probe(
-            name, probe["head"], probe["block"], probe.get("optimizer") or "lars", rate_of(probe), probe["seed"],
-            probe.get("parameters"), f"epoch {at['epoch'] + 1}" if at else "no", probe.get("chosen"), scores,
-            None if best is None else best + 1,
-        ))  # fmt: skip
-    knn = {vector: {k: scores_of(found) for k, found in of_k.items()} for vector, of_k in result.get("knn", {}).items()}
-    headline = result.get("headline", "top1")
-    return Bank(headline, probes, curves_of(run, probes, watched, headline), knn)
+    headline = run.record.get("headline") or ("per_class" if run.args.get("per_class") else "top1")
+    result = run.results[0] if run.results else {"probes": unfinished_probes(run, watched)}
+    probes = [read_probe(name, record) for name, record in result["probes"].items()]
+    vectors = result.get("knn", {}).items()
+    knn = {vector: {k: scores_of(scores) for k, scores in by_k.items()} for vector, by_k in vectors}
+    return Bank(headline, probes, read_curves(run, probes, watched, headline), knn)
 
 
-def headline_of(run: Run) -> str:
-    known = run.asked.get("headline")
-    return known if isinstance(known, str) else "per_class" if run.args.get("per_class") else "top1"
+def scores_of(record: dict[str, Any], evaluation: str = "test") -> dict[Key, float]:
+    return {(evaluation, name): real(value) for name, value in record.items() if name != "epoch"}
 
 
-def rate_of(probe: dict[str, Any]) -> Cell:
-    key = "lr" if probe.get("lr") is not None else "blr"
-    return Cell(f"{key} {real(probe[key]):g}", real(probe[key]))
+def read_probe(name: str, record: dict[str, Any]) -> Probe:
+    rate = next((key for key in ("lr", "blr") if record.get(key) is not None), None)
+    best, diverged = record.get("best") or {}, record["diverged_at"]
+    scores = scores_of(record["last"]) | scores_of(best, "best")
+    return Probe(
+        name,
+        record["head"],
+        record["block"],
+        record.get("optimizer") or "lars",
+        NONE if rate is None else Cell(f"{rate} {real(record[rate]):g}", real(record[rate])),
+        record["seed"],
+        record.get("parameters"),
+        None if diverged is None else diverged["epoch"] + 1,
+        record.get("chosen"),
+        scores | (scores_of(record["val"]["last"], "held-out") if "val" in record else {}),
+        best["epoch"] + 1 if best else None,
+    )
 
 
-def unfinished_probes(run: Run, watched: str) -> list[Probe]:
-    """Named by args.json and log.txt: abmilp:depth=2/block11/sgd/blr0.1/seed0."""
-    evaluated = [record for record in run.epochs if isinstance(record.get(watched), dict)]
-    newest = evaluated[-1][watched] if evaluated else {}
-    names = list(run.asked["lr"]) if isinstance(run.asked.get("lr"), dict) else list(newest)
-    probes = []
-    for place, name in enumerate(names):
+def unfinished_probes(run: Run, watched: str) -> dict[str, dict[str, Any]]:
+    """{name: record as in results.json}, from names such as abmilp:depth=2/block11/sgd/blr0.1/seed0 and log.txt."""
+    newest = next((record[watched] for record in reversed(run.epochs) if isinstance(record.get(watched), dict)), {})
+    names = list(run.started["lr"]) if isinstance(run.started.get("lr"), dict) else list(newest)
+    probes = {}
+    for i, name in enumerate(names):
         parts = re.fullmatch(r"(.+)/block(\d+)/(?:(\w+)/)?(blr|lr)([^/]+)/seed(-?\d+)", name)
-        head, block, optimizer, kind, rate, seed = parts.groups() if parts else (name, None, None, None, None, None)
-        losses = [real(record["train_loss"][place]) for record in run.epochs if "train_loss" in record]
-        lost = next((epoch for epoch, loss in enumerate(losses, 1) if not math.isfinite(loss)), None)
-        scores = {"held-out" if watched == "val" else "test": scores_of(newest[name])} if name in newest else {}
-        probes.append(Probe(
-            name, head, None if block is None else int(block), optimizer or "lars",
-            Cell(f"{kind} {float(rate):g}", float(rate)) if rate else NONE, None if seed is None else int(seed),
-            None, f"epoch {lost}" if lost else "no", None, scores, None,
-        ))  # fmt: skip
+        head, block, optimizer, kind, rate, seed = parts.groups() if parts else (name, None, None, "blr", None, None)
+        losses = [(r["epoch"], real(r["train_loss"][i])) for r in run.epochs if "train_loss" in r]
+        lost = next(({"epoch": epoch} for epoch, loss in losses if not math.isfinite(loss)), None)
+        scores = newest.get(name, {})
+        probes[name] = {"head": head, "block": block and int(block), "optimizer": optimizer, "seed": seed and int(seed)}
+        probes[name] |= {kind: rate and float(rate), "diverged_at": lost, "last": scores if watched == "test" else {}}
+        probes[name] |= {"val": {"last": scores}} if watched == "val" else {}
     return probes
 
 
-def told_apart(probes: Sequence[Probe]) -> dict[str, str]:
-    """{probe: its setting in words}: the head, and of block, optimizer and rate what is not alike for all."""
-    parts = [(probe.head, f"block {probe.block}", probe.optimizer, str(probe.rate.shown)) for probe in probes]
-    several = [place == 0 or len(set(column)) > 1 for place, column in enumerate(zip(*parts, strict=True))]
+def read_curves(run: Run, probes: Sequence[Probe], watched: str, headline: str) -> dict[str, list[Line]]:
+    """{label: curves} of the training loss and the headline score. ValueError if log.txt has other probes."""
+    names = [probe.name for probe in probes]
+    losses = {r["epoch"] + 1: dict(zip(names, r["train_loss"], strict=True)) for r in run.epochs if "train_loss" in r}
+    evaluations = {r["epoch"] + 1: r[watched] for r in run.epochs if isinstance(r.get(watched), dict)}
+    if any(scores.keys() != set(names) for scores in evaluations.values()):
+        raise ValueError("log.txt is of other probes")
+    scores = {x: {name: by_name[name].get(headline) for name in names} for x, by_name in evaluations.items()}
+    labels = setting_labels(probes)
+    curves = {
+        "training loss": losses,
+        f"{'held-out' if watched == 'val' else watched} {metric_label(headline)}": scores,
+    }
     return {
-        probe.name: ", ".join(word for word, told in zip(words, several, strict=True) if told)
-        for probe, words in zip(probes, parts, strict=True)
+        label: [Line(labels[name], list(values), [real(y[name]) for y in values.values()]) for name in names]
+        for label, values in curves.items()
+        if len(values) > 1
     }
 
 
-def by_setting(probes: Iterable[Probe]) -> list[list[Probe]]:
-    groups: dict[tuple, list[Probe]] = {}
-    for probe in probes:
-        groups.setdefault(probe.setting, []).append(probe)
-    return list(groups.values())
+# ---------------------------------------------------------------------------------------------------------------------
+# showing
+# ---------------------------------------------------------------------------------------------------------------------
 
 
-def score_columns(probes: Sequence[Probe], headline: str) -> list[tuple[str, str]]:
-    """(of what, score) of all that was measured; what counts comes first. Of the best epoch, that alone; accuracy per
-    class not where the classes have as many images each, so that it is the same."""
-    found = dict.fromkeys(
-        (of, score) for probe in probes for of, scores in probe.scores.items() for score, value in scores.items()
-        if score == headline or (of != "best" and (score != "per_class" or value != scores.get("top1")))
-    )  # fmt: skip
-    order = {"test": 0, "held-out": 1, "best": 2}
-    return sorted(found, key=lambda key: (order[key[0]], key[1] == "n", key[1] != headline))
+def setting_labels(probes: Sequence[Probe]) -> dict[str, str]:
+    """{probe: its head, and those of block, optimizer and rate that are not the same for all}."""
+    parts = [(probe.head, f"block {probe.block}", probe.optimizer, str(probe.rate.text)) for probe in probes]
+    differs = [i == 0 or len(set(column)) > 1 for i, column in enumerate(zip(*parts, strict=True))]
+    return {
+        probe.name: ", ".join(part for part, shown in zip(of_probe, differs, strict=True) if shown)
+        for probe, of_probe in zip(probes, parts, strict=True)
+    }
 
 
-def heading(of: str, score: str) -> str:
-    return f"{of} {column_of(score)}"
+def by_setting(probes: Sequence[Probe]) -> list[list[Probe]]:
+    return facts.group_by(probes, lambda probe: probe.setting)
 
 
-def settings_rows(bank: Bank, columns: Sequence[tuple[str, str]]) -> list[list[object]]:
-    """A row for each setting of a bank: means over its seeds."""
-    rows = []
-    for group in by_setting(bank.probes):
-        first, cells = group[0], []
-        for of, score in columns:
-            values = [probe.scores[of][score] for probe in group if score in probe.scores.get(of, {})]
-            lost = sum(not math.isfinite(value) for value in values)
-            cell = shown(score, *together(values)) if values else NONE
-            if lost and len(values) > 1:
-                cell = Cell(f"not finite in {lost} of {len(values)}", math.nan)
-            cells.append(cell)
-        diverged = sum(probe.diverged != "no" for probe in group)
-        rows.append([
-            first.head, *cells, whole(first.block), first.optimizer, first.rate, whole(len(group)), choice_of(first),
-            whole(first.parameters), f"{diverged} of {len(group)}" if diverged else "none",
-        ])  # fmt: skip
-    return rows
+def score_columns(probes: Sequence[Probe], headline: str) -> list[Key]:
+    """Scores that were measured, the headline first; of the best epoch, the headline alone. Accuracy per class is left
+    out where it equals the accuracy, as it does with equally many images of each class."""
+
+    def shown(probe: Probe, key: Key) -> bool:
+        same = key[1] == "per_class" and probe.scores[key] == probe.scores.get((key[0], "top1"))
+        return key[1] == headline or (key[0] != "best" and not same)
+
+    keys = dict.fromkeys(key for probe in probes for key in probe.scores if shown(probe, key))
+    order = ("test", *EVALUATIONS)
+    return sorted(keys, key=lambda key: (order.index(key[0]), key[1] in COUNTS, key[1] != headline))
 
 
-def show_banks(reported: Sequence[Reported]) -> Html:
-    everything = [probe for one in reported for probe in one.data.probes]
-    headline = reported[0].data.headline
-    columns = [key for key in score_columns(everything, headline) if key[1] != "n"]
-    rows = [[link(one), *row] for one in reported for row in settings_rows(one.data, columns)]
-    names = ["run", "head", *(heading(*key) for key in columns), "block (from 0)", "optimizer", "rate", "seeds",
-             "choice", "parameters", "diverged"]  # fmt: skip
-    told = [
-        "test: of the last epoch, or of the newest where a run is not finished; mean ± standard deviation over the "
-        "seeds of the probe (of a sample)."
-    ]
-    if any("best" in probe.scores for probe in everything):
-        told.append("best: of the epoch that is best on the test set itself, hence flattering.")
-    if any("held-out" in probe.scores for probe in everything):
-        told.append("held-out: of training images that no probe was trained on; they choose rate and optimizer.")
-    if any(unchosen(one.data.probes) for one in reported):
-        told.append("Several rates or optimizers of a head, and no held-out images: whoever takes the one that is best "
-                    "here has chosen it on the test set.")  # fmt: skip
-    summary = table(*filled(names, rows), "Averaged over seeds") if rows else element("p", "No probe is known yet.")
-    return Html(element("p", " ".join(told), class_="soft") + summary + "".join(map(bank_card, reported)))
+def diverged(probes: Sequence[Probe]) -> int:
+    return sum(probe.diverged is not None for probe in probes)
 
 
-def unchosen(probes: Sequence[Probe]) -> bool:
-    """Whether a head of a block has several rates or optimizers of which nothing chooses one."""
-    places = {(probe.head, probe.block) for probe in probes}
-    return len(by_setting(probes)) > len(places) and all(probe.chosen is None for probe in probes)
+def seed_mean(probes: Sequence[Probe], key: Key) -> Cell:
+    """Mean and standard deviation over the seeds of a setting; no mean where a seed diverged or has no such number."""
+    n, values = len(probes), [probe.scores[key] for probe in probes if key in probe.scores]
+    if not values:
+        return NONE
+    lost = sum(not math.isfinite(value) for value in values)
+    for count, problem in ((diverged(probes), "diverged"), (lost, "not finite"), (n - len(values), "missing")):
+        if count:
+            return Cell(f"{problem} in {count} of {n}" if n > 1 else problem, math.nan)
+    return score_cell(key[1], *mean_std(values))
 
 
-def bank_card(one: Reported) -> Html:
-    bank: Bank = one.data
-    columns = score_columns(bank.probes, bank.headline)
-    rows = []
-    for probe in bank.probes:
-        cells = [shown(s, probe.scores[of][s]) if s in probe.scores.get(of, {}) else NONE for of, s in columns]
-        rows.append([probe.name, probe.head, whole(probe.block), probe.rate, probe.optimizer, whole(probe.seed), *cells,
-                     whole(probe.best_epoch), choice_of(probe), whole(probe.parameters), probe.diverged])  # fmt: skip
-    names = ["probe", "head", "block (from 0)", "rate", "optimizer", "seed", *(heading(*key) for key in columns),
-             "best epoch (from 1)", "choice", "parameters", "diverged"]  # fmt: skip
-    probes = folded(f"Every probe ({len(rows)})", table(*filled(names, rows))) if rows else None
-    figures = [
-        drawing(functools.partial(draw_curves, lines, ylabel), f"{ylabel} of {one.run.name}")
-        for ylabel, lines in bank.curves.items()
-    ]
-    return card(one, grid(figures), knn_table(bank), probes)
+def choice(probes: Sequence[Probe]) -> str:
+    chosen = sum(bool(probe.chosen) for probe in probes)
+    return DASH if not chosen else "chosen" if chosen == len(probes) else f"chosen in {chosen} of {len(probes)}"
 
 
-def choice_of(probe: Probe) -> str:
-    return "chosen" if probe.chosen else DASH
+def show_banks(reports: Sequence[RunReport]) -> list[object]:
+    tables = [block for group in facts.same_data(reports) for block in seed_table(group)]
+    return [*tables, *map(bank_card, reports)]
 
 
-def curves_of(run: Run, probes: Sequence[Probe], watched: str, headline: str) -> dict[str, list[Line]]:
-    """{what it is: curves}: training loss and the score that counts, by epoch from 1, as far as they are logged."""
-    groups, curves = told_apart(probes), {}
-    losses = [record for record in run.epochs if isinstance(record.get("train_loss"), list)]
-    if losses:
-        x = [record["epoch"] + 1 for record in losses]
-        curves["training loss"] = [
-            Line(groups[probe.name], x, [real(record["train_loss"][place]) for record in losses])
-            for place, probe in enumerate(probes)
-        ]
-    tested = [record for record in run.epochs if isinstance(record.get(watched), dict)]
-    if tested:
-        x = [record["epoch"] + 1 for record in tested]
-        curves[f"{metric_label(headline)} ({'held-out' if watched == 'val' else 'test'} images, %)"] = [
-            Line(groups[probe.name], x, [real(r[watched].get(probe.name, {}).get(headline)) for r in tested])
-            for probe in probes
-        ]
-    return {what: lines for what, lines in curves.items() if any(len(line.x) > 1 for line in lines)}  # else no curve
-
-
-def knn_table(bank: Bank) -> Html | None:
-    if not bank.knn:
-        return None
-    names = list(dict.fromkeys(s for of_k in bank.knn.values() for found in of_k.values() for s in found))
+def seed_table(reports: Sequence[RunReport]) -> list[object]:
+    """Runs on the same images: a row per setting, means over its seeds."""
+    probes = [probe for report in reports for probe in report.data.probes]
+    columns = [key for key in score_columns(probes, reports[0].data.headline) if key[1] not in COUNTS]
     rows = [
-        [vector, Cell(k, float(k)), *(shown(name, found.get(name, math.nan)) for name in names)]
-        for vector, of_k in bank.knn.items() for k, found in of_k.items()
-    ]  # fmt: skip
-    return table(["vector", "neighbours", *map(column_of, names)], rows, "k-nearest-neighbour classification, test")
+        {
+            "run": facts.run_cell(report),
+            "head": group[0].head,
+            **{column_name(key): seed_mean(group, key) for key in columns},
+            "seeds": count_cell(len(group)),
+            "diverged": DASH if (lost := diverged(group)) == 0 else f"{lost} of {len(group)}",
+            "choice": choice(group),
+            **setting_cells(group[0]),
+        }
+        for report in reports
+        for group in by_setting(report.data.probes)
+    ]
+    explanation = "Mean ± standard deviation (n - 1) over the seeds; test: at the last epoch, or the newest evaluation."
+    for name, meaning in EVALUATIONS.items():
+        explanation += f" {name}: {meaning}." * any(key[0] == name for key in columns)
+    return [
+        Text(f"On {facts.data_words(reports[0].run.record)}", "heading"),
+        Text(explanation),
+        *(remark for report in reports for remark in remarks(report)),
+        table(rows, "Averaged over seeds") if rows else Text("No probe is known yet."),
+        facts.differences(reports),
+    ]
+
+
+def remarks(report: RunReport) -> list[Text]:
+    """What varies between the seeds of a run, and why its scores may mislead."""
+    probes, record, name = report.data.probes, report.run.record, report.run.name
+    settings = by_setting(probes)
+    scored = {f"{p.scores['test', 'n']:,.0f}" for p in probes if ("test", "n") in p.scores}
+    found = [Text(f"{name}: {seeds_note(record)}.")] if len(settings) < len(probes) else []
+    if len(settings) > len({(p.head, p.block) for p in probes}) and all(p.chosen is None for p in probes):
+        line = "several rates or optimizers, no held-out images: the best row is chosen on the test images."
+        found.append(Text(f"{name}: {line}", "loud"))
+    if scored and "n_test" in record and scored != {f"{record['n_test']:,}"}:
+        found.append(
+            Text(f"{name}: only {' or '.join(scored)} of {record['n_test']:,} test images were scored.", "loud")
+        )
+    return found
+
+
+def seeds_note(record: Record) -> str:
+    if record.get("seeds_vary", ["weights"]) == ["weights"]:
+        return "seeds vary initial weights only: narrower than independent runs"
+    return "seeds vary initial weights, data order and augmentation"
+
+
+def bank_card(report: RunReport) -> Group:
+    bank: Bank = report.data
+    columns = score_columns(bank.probes, bank.headline)
+    rows = [
+        {
+            "probe": probe.name,
+            "head": probe.head,
+            "seed": count_cell(probe.seed),
+            "diverged": DASH if probe.diverged is None else f"in epoch {probe.diverged}",
+            **{column_name(key): score_cell(key[1], probe.scores[key]) for key in columns if key in probe.scores},
+            "best epoch (from 1)": count_cell(probe.best_epoch),
+            "choice": choice([probe]),
+            **setting_cells(probe),
+        }
+        for probe in bank.probes
+    ]
+    figures = [
+        drawing(functools.partial(draw_curves, lines, label), f"{label} of {report.run.name}")
+        for label, lines in bank.curves.items()
+    ]
+    probes = Group("details", [table(rows)], f"Every probe ({len(rows)})") if rows else None
+    return facts.card(report, Group("grid", figures) if figures else None, knn_table(bank), probes)
+
+
+def setting_cells(probe: Probe) -> dict[str, object]:
+    return {
+        "block (from 0)": count_cell(probe.block),
+        "optimizer": probe.optimizer,
+        "rate": probe.rate,
+        "parameters": count_cell(probe.parameters),
+    }
+
+
+def column_name(key: Key) -> str:
+    return f"{key[0]} {metric_label(key[1])}"
+
+
+def knn_table(bank: Bank) -> Table | None:
+    rows = [
+        {
+            "vector": vector,
+            "neighbours": Cell(k, float(k)),
+            **{column_name(key): score_cell(key[1], scores[key]) for key in scores},
+        }
+        for vector, by_k in bank.knn.items()
+        for k, scores in by_k.items()
+    ]
+    return table(rows, "k-nearest-neighbour classification") if rows else None
 
 
 def bank_result(bank: Bank) -> str:
-    """The score that counts, setting by setting: of those that held-out images have chosen, where they have."""
-    words = []
-    of = "test" if any("test" in probe.scores for probe in bank.probes) else "held-out"
-    probes = [probe for probe in bank.probes if probe.chosen is not False and of in probe.scores]
-    names, groups = told_apart(probes), by_setting(probes)
-    for group in groups[:6]:
-        mean, _ = together([probe.scores[of].get(bank.headline, math.nan) for probe in group])
-        words.append(f"{names[group[0].name]}: {mean:.1f}" if math.isfinite(mean) else f"{names[group[0].name]}: NaN")
-    more = f" and {len(groups) - 6} more" if len(groups) > 6 else ""
-    return f"{of} {metric_label(bank.headline)} (%) – {'; '.join(words)}{more}" if words else "no score yet"
+    """The headline score of each setting; only of those that held-out images chose, where they did."""
+    key = "test" if any(("test", bank.headline) in probe.scores for probe in bank.probes) else "held-out", bank.headline
+    probes = [probe for probe in bank.probes if probe.chosen is not False]
+    cells = {group[0].name: seed_mean(group, key) for group in by_setting(probes)}
+    labels, parts = setting_labels(probes), []
+    for name, cell in cells.items():
+        parts.append(f"{labels[name]}: {number(cell.value).text if math.isfinite(cell.value) else cell.text}")
+    if all(cell == NONE for cell in cells.values()):
+        return "no score yet"
+    more = f" and {len(parts) - 6} more" if len(parts) > 6 else ""
+    return f"{column_name(key)} – {'; '.join(parts[:6])}{more}"

@@ -9,7 +9,7 @@ Letters: S losses, one per network that trains on its own: the probes of a bank,
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -301,8 +301,11 @@ class Training:
             "the same command with --resume auto goes on"
         )
 
-    def resume(self, resume: str, evaluate_only: bool = False) -> None:
-        """Continue from the checkpoint that --resume asks for, if there is one; see RunFolder.find_checkpoint."""
+    def resume(self, resume: str, evaluate_only: bool = False, evaluated: Sequence[str] = ()) -> None:
+        """Continue from the checkpoint that --resume asks for, if there is one; see RunFolder.find_checkpoint.
+
+        evaluated: names of `identity` that must be equal if the checkpoint is only evaluated."""
+        self.evaluated = evaluated
         state = self.folder.find_checkpoint(resume, evaluate_only, lambda s: self._restore(s, evaluate_only))
         if state is not None and not evaluate_only:
             self.epoch, self.done = state["epoch"], state["step"]
@@ -329,7 +332,10 @@ class Training:
         if missing:
             raise ValueError(f"not a checkpoint of {self.method.program} (no {', '.join(sorted(missing))})")
         try:
-            if not evaluate_only:
+            if evaluate_only:
+                kept = {name: self.identity[name] for name in self.evaluated}
+                check_identity(kept, state["identity"], "give the flags of the run, as --args_from its args.json does")
+            else:
                 check_identity(self.identity, state["identity"])
             self.method.load(state[name])
             if not evaluate_only:

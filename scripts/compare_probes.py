@@ -23,7 +23,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from cli.arguments import Parser, run_main
+from cli.console import Parser, run_main
 from probing.predictions import Predictions, read_predictions
 from probing.results import seeds_note
 from util.choices import instead_of

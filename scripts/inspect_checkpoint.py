@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from torch import Tensor
 
-from cli.arguments import Parser, run_main
+from cli.console import Parser, run_main
 from encoders.catalogue import CATALOGUE, fetch_weights
 from encoders.families import FAMILIES, drop_rule
 from encoders.load import (

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from cli.arguments import Parser, run_main
+from cli.console import Parser, run_main
 from data_sets.loader import DATASETS
 from paper.ledger import Cell, read_ledger, recorded_datasets
 from paper.tables import PAPER_DATASET, TABLES, Row, datasets_of, rows_of, table_of

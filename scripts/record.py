@@ -16,7 +16,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from cli.arguments import RESUMABLE_FLAGS, Parser, run_main
+from cli.arguments import RESUMABLE_FLAGS
+from cli.console import Parser, run_main
 from data_sets.loader import DATASETS
 from encoders.catalogue import CATALOGUE
 from models_vit import architecture, default_input_size

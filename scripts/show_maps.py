@@ -13,20 +13,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
-from matplotlib import rc_context
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from aggregation.examples import maps_of
+from aggregation.figures import draw_maps
 from aggregation.rules import fixed_rules, needs_of, probe_rules
-from cli.arguments import Parser, frozen_encoder, run_main
+from cli.arguments import frozen_encoder
+from cli.console import Parser, run_main
 from data_sets.images import fingerprint
 from data_sets.loader import KeyedDataset, build_dataset, eval_transform
 from encoders.load import Encoder
 from engine_linprobe import FrozenTokens
 from probing.finished_run import ProbeRun, read_run
 from probing.pooling import Tokens
-from util.plotting import STYLE, add_scale, draw_map, save_figure, visible
+from util.plotting import visible
 from util.seeding import stable_seed
 
 
@@ -44,28 +44,9 @@ def cls_and_abmilp(run: ProbeRun, encoder: Encoder, images: Tensor) -> dict[str,
     rules = [*cls, *abmilp]
     blocks = tuple(sorted({rule.block for rule in rules}))
     tokens = FrozenTokens(backbone, blocks, torch.float32, run.args.final_norm, needs_of(rules))
-    maps = maps_of(rules, tokens, images, torch.device("cpu"))
+    maps = maps_of(rules, tokens, images)
     found = {"[cls]": maps["attn-mn"]} if cls else {}
     return {**found, "AbMILP": np.mean([maps[rule.name] for rule in abmilp], axis=0)}
-
-
-@rc_context(STYLE)
-def draw(pictures: np.ndarray, columns: dict[str, np.ndarray], target: Path) -> None:
-    """pictures (B,h,w,3); columns {title: (B,rows,columns) maps in multiples of uniform}; one row per image."""
-    top = max(float(np.quantile(column, 0.995)) for column in columns.values())
-    rows, count = len(pictures), 1 + len(columns)
-    figure = Figure(figsize=(1.3 * count + 0.6, 1.3 * rows + 0.3), layout="constrained")
-    axes = figure.subplots(rows, count, squeeze=False)
-    for row in range(rows):
-        axes[row, 0].imshow(pictures[row])
-        for axis, column in zip(axes[row, 1:], columns.values(), strict=True):
-            draw_map(axis, pictures[row], column[row], top)
-    for axis, title in zip(axes[0], ["image", *columns], strict=True):
-        axis.set_title(title)
-    for axis in axes.flat:
-        axis.axis("off")
-    add_scale(figure, top, more=any(float(column.max()) > top for column in columns.values()))
-    save_figure(figure, target)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -87,7 +68,7 @@ def main(args: argparse.Namespace) -> None:
         for name, maps in cls_and_abmilp(run, encoder, batch).items():
             columns[f"{label or Path(folder).name}: {name}"] = maps
         pictures = visible(batch, view)
-    draw(pictures, columns, args.output)
+    draw_maps(pictures, columns, args.output)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from data_sets.loader import IMAGENET_MEAN
 from encoders import load as checkpoints
 from encoders.families import FAMILIES
 from encoders.load import load_encoder, save_encoder
-from models_finetune import Classifier
+from engine_finetune import Classifier
 from models_mae import MaskedAutoencoder
 from models_vit import VisionTransformer
 

@@ -27,7 +27,7 @@ import main_linprobe
 import models_vit
 from attention.measure import applicable, measure
 from attention.metrics import METRICS
-from cli.arguments import parse
+from cli.console import parse
 from encoders.catalogue import CATALOGUE, cache_path, families_called
 from encoders.families import FAMILIES, drop_rule, unlike_plain_vit
 from encoders.load import Detected, check_model, converted, detect_family, load_encoder, save_encoder

@@ -10,7 +10,7 @@ from miniatures import make_coco
 from PIL import Image
 
 import main_linprobe
-from cli.arguments import parse
+from cli.console import parse
 from data_sets.loader import DATASETS
 from encoders.load import save_encoder
 from models_vit import build_vit

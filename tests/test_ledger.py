@@ -8,11 +8,12 @@ from datetime import UTC, datetime
 
 import pytest
 
+import cli.launcher
 import main_analyze_aggregation
 import main_analyze_attention
 import main_linprobe
-import submitit_linprobe
-from cli.arguments import parse, plain
+from cli.arguments import plain
+from cli.console import parse
 from data_sets.demo import generate
 from paper.ledger import Cell, cell_in, cell_of, read_ledger, read_record, seal_of, short_head, write_record
 from scripts import record as program
@@ -627,13 +628,13 @@ def test_demo_runs_become_records_of_the_demo(tmp_path):
 
 def test_a_sweep_over_seeds_is_one_record_as_the_launcher_makes_it(tmp_path):
     generate(tmp_path / "data", 20, 10, workers=1)
-    launcher = submitit_linprobe.get_args_parser().parse_args(
+    launcher = cli.launcher.get_args_parser().parse_args(
         ["--job_dir", str(tmp_path / "sweep"), "--sweep", "seed", "0", "1", "2", "--ngpus", "0"]
     )
     words = ["--dataset", "demo", "--data_path", str(tmp_path / "data"), "--amp", "float32", "--num_workers", "0",
              "--model", "vit_demo_patch8", "--finetune", "demo/mae.safetensors", "--cls_features", "cls", "abmilp",
              "--batch_size", "10", "--epochs", "1", "--warmup_epochs", "0"]  # fmt: skip
-    jobs = submitit_linprobe.plan(launcher, words)
+    jobs = cli.launcher.plan(launcher, words)
     for job in jobs:
         main_linprobe.main(parse(main_linprobe.get_args_parser(), job.argv))
     program.main(Namespace(runs=[job.folder for job in jobs], results=tmp_path / "results", replace=False))

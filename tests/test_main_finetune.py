@@ -10,12 +10,13 @@ import torch
 from PIL import Image
 
 import main_finetune
-from cli.arguments import parse, run_main
+from cli.console import parse, run_main
 from encoders.load import load_encoder, save_encoder
-from models_finetune import Classifier
+from engine_finetune import Classifier
 from models_vit import VisionTransformer, build_vit
 from runtime.folder import load_checkpoint, sealed
 from runtime.training import Training
+from util.progress import setup_logging
 
 
 @pytest.fixture(scope="module")
@@ -253,10 +254,61 @@ def test_published_classifiers_are_evaluated_as_maes_command_asks(command, tmp_p
     assert not (tmp_path / "none").exists()
 
 
+@pytest.fixture
+def trained(command, tmp_path, image_folder):
+    """A run on a copy of the images, and the flags that evaluate it: (folder of the images, run, flags)."""
+    shutil.copytree(image_folder, tmp_path / "images")
+    flags = [*command, "--data_path", str(tmp_path / "images"), *PLAIN, "--epochs", "1", "--output_dir", ""]
+    run(tmp_path / "run", flags)
+    return tmp_path / "images", tmp_path / "run", flags
+
+
+@pytest.mark.parametrize("name", ["checkpoint-0.pth", "encoder.safetensors"])
+def test_other_classes_than_those_of_training_are_not_evaluated(trained, capsys, name):
+    images, folder, flags = trained
+    for split in ("train", "val"):
+        (images / split / "red").rename(images / split / "a red one")  # now the first class
+    message = mistake([*flags, "--eval", "--resume", str(folder / name)], capsys)
+    assert "class names was" in message or "is class blue, the data has a red one" in message
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [(["--input_size", "40"], "pixels"), (["--finetune", ""], "family"), (["--num_heads", "2"], "num_heads")],
+)
+def test_a_checkpoint_is_evaluated_with_the_network_and_pixels_of_its_training(trained, capsys, change, name):
+    _, folder, flags = trained
+    words = [*flags, "--eval", "--resume", str(folder / "checkpoint-0.pth")]
+    assert f"{name} was" in (message := mistake([*words, *change], capsys)) and "--args_from" in message
+    run("", ["--args_from", str(folder / "args.json"), "--eval", "--resume", words[-1], "--output_dir", ""])
+
+
+def test_published_classifiers_are_evaluated_on_imagenets_classes_in_their_order(tmp_path, capsys):
+    from timm.data import ImageNetInfo
+
+    setup_logging()
+    path, wnids = str(tmp_path / "mae_finetuned.pth"), ImageNetInfo("imagenet1k").label_names()
+    main_finetune.check_classes(path, wnids)
+    for classes in (sorted(map(str, range(1000))), wnids[1:] + wnids[:1]):
+        with pytest.raises(
+            ValueError, match=r"mae_finetuned\.pth is taken for a classifier of ImageNet-1k: .*n01440764"
+        ):
+            main_finetune.check_classes(path, classes)
+    main_finetune.check_classes(path, ["b", "a"])
+    assert "does not name its classes: the scores assume the order b, a" in capsys.readouterr().out
+
+
+def test_other_test_images_are_another_run(trained, capsys):
+    images, folder, flags = trained
+    Image.new("RGB", (40, 40), "white").save(next((images / "val" / "red").iterdir()))
+    message = mistake([*flags, "--output_dir", str(folder), "--resume", "auto"], capsys)
+    assert "test images was" in message and "training images" not in message
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda state: state.pop("head.weight"), "holds no classifier: it has no head.weight"),
+        (lambda state: state.pop("head.weight"), "holds no classifier (no head.weight)"),
         (lambda state: state.pop("norm.bias"), "missing norm.bias"),
         (lambda state: state.update({"head.weight": torch.zeros(5, 128)}), "size mismatch for head.weight"),
     ],

@@ -13,9 +13,9 @@ import torch
 from miniatures import make_coco
 from PIL import Image
 
+import cli.launcher
 import main_linprobe
-import submitit_linprobe
-from cli.arguments import parse, run_main
+from cli.console import parse, run_main
 from data_sets.loader import DATASETS
 from encoders.load import save_encoder
 from models_vit import build_vit
@@ -292,10 +292,10 @@ def test_mae_command_means_maes_probe():
         "--job_dir job --nodes 4 --batch_size 512 --model vit_base_patch16 --cls_token --finetune mae.pth --epochs 90 "
         "--blr 0.1 --weight_decay 0.0 --dist_eval --data_path imagenet"
     )
-    launcher, rest = submitit_linprobe.get_args_parser().parse_known_args(argv)
+    launcher, rest = cli.launcher.get_args_parser().parse_known_args(argv)
     args = parse(main_linprobe.get_args_parser(), rest)
     main_linprobe.settle(args)
-    assert (launcher.nodes, submitit_linprobe.gpus_per_node(launcher)) == (4, 8)
+    assert (launcher.nodes, cli.launcher.gpus_per_node(launcher)) == (4, 8)
     assert args.cls_features == ["cls"] and args.final_norm and args.init == "trunc_normal"
     assert (args.batch_size, args.epochs, args.blr, args.optimizer) == (512, 90, [0.1], ["lars"])
 

@@ -10,7 +10,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main_pretrain
-from cli.arguments import parse, run_main
+from cli.console import parse, run_main
 from encoders.load import load_encoder
 from models_mae import MaskedAutoencoder
 from runtime.folder import load_checkpoint, sealed

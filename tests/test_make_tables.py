@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from cli.arguments import run_main
+from cli.console import run_main
 from paper.ledger import Cell, cell_in, make_record, sealed, write_record
 from paper.tables import TABLES, rows_of, table_of
 from scripts import make_tables as program

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import main_linprobe
-from cli.arguments import parse, run_main
+from cli.console import parse, run_main
 from encoders.load import save_encoder
 from models_vit import build_vit
 

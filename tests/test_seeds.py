@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import main_linprobe
-from cli.arguments import parse
+from cli.console import parse
 from encoders.load import save_encoder
 from models_vit import build_vit
 

@@ -10,6 +10,7 @@ import pytest
 import submitit
 
 import submitit_linprobe as launcher
+from cli.launcher import PROGRAMS
 from runtime import folder as run_folder
 from runtime import jobs, snapshot
 from runtime.folder import RunFolder
@@ -55,7 +56,7 @@ def test_without_gpus_a_job_asks_for_none_and_computes_on_the_cpu(words, capsys)
     assert "--gpus" not in text and "--ntasks-per-node=3" in text and "--device cpu" in text
 
 
-@pytest.mark.parametrize("program", launcher.PROGRAMS)
+@pytest.mark.parametrize("program", PROGRAMS)
 def test_every_program_can_be_a_job_that_resumes(program, words, capsys):
     if program == "main_pretrain":
         words = words[:-2]
@@ -84,7 +85,7 @@ def test_a_sweep_is_an_array_of_jobs_with_folders_of_their_own(words, tmp_path, 
         (["--epochs", "0"], "--epochs 0: it takes at least one"),
         (["--dataset", "absent"], "unknown data set"),
         (["--output_dir", "elsewhere"], "the run folder is --job_dir"),
-        (["--timeout", "2"], "--timeout 2: a job is asked to stop 120 seconds"),
+        (["--timeout", "2"], "--timeout 2: must exceed 120 seconds"),
         (["--cluster", "local", "--nodes", "2"], "--nodes 2: --cluster local is this one machine"),
         (["--job_dir", "runs/%j"], "SLURM replaces %"),
         (["--sweep", "seed"], "--sweep seed: write the values"),
