@@ -13,7 +13,7 @@ from util.files import digest
 
 ENCODER_ARGUMENTS = (
     *("model", "finetune", "family", "checkpoint_key", "num_heads", "no_cls_token", "input_size", "seed"),
-    *("mean", "std", "grid", "timm_name", "interpolation"),
+    *("timm_name", "mean", "std", "grid"),
 )
 # raised by JSON files and checkpoints of another program
 WRONG_CONTENT = (KeyError, TypeError, AttributeError, IndexError)

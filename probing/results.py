@@ -24,7 +24,7 @@ def seeds_note(run: dict) -> str:
     """What differs between the seeds of a run, for the line under a number. run: its results.json."""
     vary = run.get("seeds_vary", ["weights"])
     if vary == ["weights"]:
-        return "seeds vary initial weights only, which is less than independent runs vary"
+        return "seeds vary initial weights only: narrower than independent runs"
     *names, last = (SEEDS_VARY[name] for name in vary)
     return f"seeds vary {', '.join(names)} and {last}"
 
