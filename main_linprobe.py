@@ -35,7 +35,9 @@ from cli.arguments import (
     add_data_arguments,
     add_encoder_arguments,
     add_old_arguments,
+    add_oracle_arguments,
     add_run_arguments,
+    build_oracle,
     check_files,
     check_training,
     frozen_encoder,
@@ -43,6 +45,7 @@ from cli.arguments import (
     loading,
     plain,
     precision,
+    shared_arguments,
 )
 from cli.console import Parser, parse, run_main
 from data_sets.images import fingerprint
@@ -57,23 +60,24 @@ from data_sets.loader import (
     hold_out,
     train_transform,
 )
+from encoders.architectures import known_depth
 from encoders.load import Encoder
-from encoders.oracle import add_oracle_arguments, build_oracle
 from engine_linprobe import FrozenTokens, Probing, evaluate, pooled
-from models_vit import VisionTransformer, architecture, check_blocks
+from models_vit import VisionTransformer, check_blocks
 from probing.bank import ProbeBank, ProbeSpec
 from probing.feature_cache import CachedTokens, FeatureCache, Part
 from probing.heads import AGGREGATIONS, check_aggregation, option_flags, parse_head
 from probing.knn import knn_scores
 from probing.predictions import FILE, PredictionKeeper
 from probing.results import leader, summary, tell, tell_neighbours, tell_scores, warn_of_choices, warn_of_edges
-from runtime.folder import RunFolder, provenance, utc_now
+from runtime.folder import RunFolder
+from runtime.processes import process_group, require_same_run
+from runtime.provenance import provenance, utc_now
 from runtime.training import Plan, Training
-from util.distributed import distributed
 from util.files import digest
 from util.lars import LARS
 from util.lr_sched import lr_at, scaled_lr
-from util.progress import log, setup_logging
+from util.progress import log
 from util.scores import MULTILABEL_METRICS, MultiLabelTally, Tally
 
 OPTIMIZERS = {  # settings of util.lars.LARS; momentum: the paper's, and that of its code's SGD
@@ -191,8 +195,7 @@ def main(args: argparse.Namespace) -> None:
     check_files(args)
     multi_label = DATASETS[args.dataset].multi_label
     headline = choose_metric(args, multi_label)
-    with distributed(args.device, args.dist_url) as world:
-        setup_logging()
+    with process_group(args.device, args.dist_url, shared_arguments(args)) as world:
         folder = RunFolder(args.output_dir + args.suffix if args.output_dir else "", args.log_dir)
         if not args.eval:
             folder.refuse_overwriting(args.resume)
@@ -220,6 +223,7 @@ def main(args: argparse.Namespace) -> None:
             "weights": digest(backbone.state_dict()), "training images": fingerprint(train_images),
             "test images": fingerprint(test_images),
         }  # fmt: skip
+        require_same_run(facts)
 
         # ---- data: order and augmentation depend on (seed, epoch, sample) alone
         seeds = data_seeds(args)
@@ -388,7 +392,7 @@ def settle(args: argparse.Namespace) -> None:
     args.cls_features = args.cls_features or ["cls"]
     for aggregation, _ in chosen_heads(args):
         check_aggregation(aggregation, not args.no_cls_token)
-    check_blocks(args.return_block or [], architecture(args.model)["depth"])
+    check_blocks(args.return_block or [], known_depth(args.model))
     if args.lr is not None and len(args.blr) > 1:
         raise ValueError(f"--lr {args.lr} sets one rate, --blr {args.blr} several: leave out one of them")
     if args.eval and not args.resume:
