@@ -52,33 +52,33 @@ from aggregation.rules import (
     probe_rules,
     run_pass,
 )
-from cli.arguments import (
-    add_data_arguments,
+from cli.arguments import add_data_arguments, add_run_arguments, check_files, identity, loading, plain, shared_arguments
+from cli.console import Parser, parse, run_main
+from cli.encoder_arguments import (
+    ORACLE_ARGUMENTS,
     add_encoder_arguments,
-    add_run_arguments,
-    check_files,
+    add_oracle_arguments,
+    build_oracle,
     frozen_encoder,
-    identity,
-    loading,
-    plain,
     precision,
 )
-from cli.console import Parser, parse, run_main
 from data_sets.images import fingerprint
 from data_sets.loader import EvaluationBatches, KeyedDataset, View, build_loader, eval_transform, stretch_transform
+from encoders.architectures import FROM_FILE, default_input_size
 from encoders.load import Encoder
-from encoders.oracle import ORACLE_ARGUMENTS, Oracle, add_oracle_arguments, build_oracle
+from encoders.oracle import Oracle
 from engine_linprobe import FrozenTokens
-from models_vit import default_input_size
 from probing.bank import ProbeBank
 from probing.finished_run import ProbeRun, read_run
 from probing.pooling import Tokens
 from runtime.analysis import Progress, analysed_images, subset
-from runtime.folder import RunFolder, provenance, utc_now
+from runtime.folder import RunFolder
+from runtime.processes import process_group
+from runtime.provenance import provenance, utc_now
 from util.choices import nearest
-from util.distributed import barrier, distributed, gather_objects, world_size
+from util.distributed import barrier, gather_objects, world_size
 from util.files import digest, to_json
-from util.progress import log, setup_logging
+from util.progress import log
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -153,9 +153,7 @@ def main(args: argparse.Namespace) -> None:
     check_files(args)
     if args.boxes is not None and not args.boxes.exists():
         raise ValueError(f"--boxes {args.boxes}: there is no such file or folder")
-    with distributed(args.device, args.dist_url) as world:
-        setup_logging()
-
+    with process_group(args.device, args.dist_url, shared_arguments(args)) as world:
         # ---- images, frozen encoder, trained probes, rules; every mistake in the arguments shows here
         folder = RunFolder(args.output_dir)
         if not args.resume:
@@ -259,7 +257,7 @@ def draw(
 ) -> None:  # fmt: skip
     """kl, maps and boxes, as far as they were measured and there are examples."""
     if not args.boxes_only:
-        draw_divergences(result, folder)
+        draw_divergences(result, [folder / "kl.png", folder / "kl.pdf"])
     if examples:
         log.info("examples: %s", ", ".join(example.path for example in examples))
     shown = shown_rules(rules) if examples else []
@@ -275,13 +273,13 @@ def draw(
 
 def check_encoder(run: ProbeRun, args: argparse.Namespace, encoder: Encoder, size: int) -> None:
     """Refuse an encoder that differs from that of the probes in more than its weights' file; ValueError."""
-    described = {**encoder.record, "num_heads": args.num_heads, "input_size": size}
-    trained = {
-        **run.results.get("encoder", {}), "num_heads": run.args.num_heads,
-        "input_size": run.args.input_size or default_input_size(run.args.model),
-    }  # fmt: skip
+    stated = ("num_heads", "mean", "std", "grid", "timm_name")
+    described = {**encoder.record, **{name: vars(args)[name] for name in stated}, "input_size": size}
+    own_size = size if run.args.model == FROM_FILE else default_input_size(run.args.model)
+    trained = {**run.results.get("encoder", {}), **{name: vars(run.args)[name] for name in stated}}
+    trained["input_size"] = run.args.input_size or own_size
     described = json.loads(json.dumps(described))  # lists and tuples alike
-    names = [name for name in described if name in trained and name not in ("source", "sha256")]
+    names = [name for name in described if name in trained and name not in ("source", "sha256", "assumed")]
     if different := [
         f"{name} {trained[name]}, not {described[name]}" for name in names if trained[name] != described[name]
     ]:

@@ -34,8 +34,8 @@ from torchvision.transforms import v2
 
 from attention.measure import Recorder, applicable, observe
 from attention.metrics import PAPER_METRICS
-from cli.arguments import PRECISIONS, precision
 from cli.console import Parser, run_main
+from cli.encoder_arguments import PRECISIONS, precision
 from data_sets.crop import RandomResizedCrop
 from data_sets.loader import KeyedDataset, Loader, Sample, build_loader
 from data_sets.order import EvaluationBatches, GlobalBatches
@@ -48,7 +48,7 @@ from models_mae import DECODERS, MaskedAutoencoder
 from models_vit import VisionTransformer, build_vit
 from probing.bank import ProbeBank, ProbeSpec
 from probing.heads import parse_head
-from runtime.folder import provenance
+from runtime.provenance import provenance
 from runtime.training import all_finite
 from util.choices import instead_of
 from util.distributed import GradientMean
