@@ -186,12 +186,8 @@ def check_input_size(size: int, model: str) -> None:
 NUMBERS = {
     "0 or more": (
         lambda x: 0 <= x < math.inf,
-        ("lr", "blr", "min_lr", "weight_decay", "start_epoch", "mixup", "cutmix", "color_jitter"),
+        ("lr", "blr", "min_lr", "weight_decay", "start_epoch"),
     ),
-    "more than 0": (lambda x: 0 < x < math.inf, ("layer_decay", "clip_grad", "recount")),
-    "from 0 to 1": (lambda x: 0 <= x <= 1, ("reprob", "mixup_prob", "mixup_switch_prob", "cutmix_minmax")),
-    "from 0 up to, but not, 1": (lambda x: 0 <= x < 1, ("drop_path", "smoothing")),
-    "more than 0 and at most 1": (lambda x: 0 < x <= 1, ("crop_scale",)),
 }
 
 
