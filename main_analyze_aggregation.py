@@ -89,12 +89,12 @@ def main(args: argparse.Namespace) -> None:
         chosen = subset(len(images), args.num_images, args.seed)
         asked = run.with_encoder(args) if run is not None and not args.finetune else args
         encoder, size = frozen_encoder(asked)
-        if run is not None:
-            check_encoder(run, asked, encoder, size)
         backbone, amp = encoder.backbone.to(world.device), precision(args.amp)
         grid = backbone.grid_of(size, size)
         shape = Tokens(backbone.embed_dim, grid, backbone.num_prefix_tokens)
         bank = run.bank(encoder, grid) if run is not None else None
+        if run is not None:
+            check_encoder(run, asked, encoder, size)
         oracle = find_oracle(args, run, bank is not None and bank.needs.oracle, encoder, size, amp)
         rules = find_rules(args, backbone, shape, run, bank, oracle is not None)
         heads = head_rules(backbone, shape) if args.loc_map_heads == "best" else []
