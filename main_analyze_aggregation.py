@@ -23,8 +23,9 @@ from functools import partial
 from pathlib import Path
 
 from cli.analyze_aggregation import check, get_args_parser
-from cli.arguments import check_files, frozen_encoder, identity, loading, plain, precision
+from cli.arguments import check_files, identity, loading, plain, precision
 from cli.console import checked, parse, run_main
+from cli.encoder_arguments import ORACLE_ARGUMENTS, build_oracle, frozen_encoder
 
 if __name__ == "__main__":  # before the slow imports: --help and mistakes answer at once
     ARGS = checked(parse(get_args_parser(__doc__)), check, check_files)
@@ -59,10 +60,10 @@ from aggregation.rules import (
 )
 from data_sets.images import fingerprint
 from data_sets.loader import EvaluationBatches, KeyedDataset, View, build_loader, eval_transform, stretch_transform
-from encoders.load import Encoder
-from encoders.oracle import ORACLE_ARGUMENTS, Oracle, build_oracle
+from encoders.load import Encoder, input_size
+from encoders.oracle import Oracle
 from engine_linprobe import FrozenTokens
-from models_vit import VisionTransformer, default_input_size
+from models_vit import VisionTransformer
 from probing.bank import ProbeBank
 from probing.finished_run import ProbeRun, read_run
 from probing.pooling import Tokens
@@ -202,11 +203,12 @@ def check_encoder(run: ProbeRun, args: argparse.Namespace, encoder: Encoder, siz
     """Refuse an encoder that reads its images in another way than that of the probes; ValueError.
 
     Its weights are compared when the probes are loaded."""
-    encoder_now = {**encoder.record, "num_heads": args.num_heads, "input_size": size}
+    stated = ("num_heads", "mean", "std", "grid", "timm_name")
+    encoder_now = {**encoder.record, **{name: vars(args)[name] for name in stated}, "input_size": size}
     encoder_now = json.loads(json.dumps(encoder_now))  # tuples become lists, as in the run's results
-    encoder_then = {**run.results.get("encoder", {}), "num_heads": run.args.num_heads,
-                    "input_size": run.args.input_size or default_input_size(run.args.model)}  # fmt: skip
-    names = encoder_now.keys() & encoder_then.keys() - {"source", "sha256"}
+    encoder_then = {**run.results.get("encoder", {}), **{name: vars(run.args)[name] for name in stated},
+                    "input_size": input_size(encoder, run.args.input_size)}  # fmt: skip
+    names = encoder_now.keys() & encoder_then.keys() - {"source", "sha256", "assumed"}
     different = [name for name in sorted(names) if encoder_then[name] != encoder_now[name]]
     if different:
         changes = "; ".join(f"{name} {encoder_then[name]}, not {encoder_now[name]}" for name in different)

@@ -23,8 +23,9 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from cli.arguments import build_encoder, check_files, identity, loading, plain, precision
+from cli.arguments import check_files, identity, loading, plain, precision
 from cli.console import checked, parse, run_main
+from cli.encoder_arguments import build_encoder
 from cli.finetune import check, get_args_parser, mixes
 
 if __name__ == "__main__":  # before the slow imports: --help and mistakes answer at once

@@ -22,6 +22,7 @@ import functools
 from cli.arguments import check_files, identity, loading, plain, precision
 from cli.console import checked, parse, run_main
 from cli.pretrain import check, get_args_parser
+from encoders.architectures import default_input_size
 
 if __name__ == "__main__":  # before the slow imports: --help and mistakes answer at once
     ARGS = checked(parse(get_args_parser(__doc__)), check, check_files)
@@ -33,7 +34,7 @@ from data_sets.images import fingerprint
 from data_sets.loader import GlobalBatches, KeyedDataset, build_dataset, build_loader, train_transform
 from engine_pretrain import Pretraining, draw_reconstructions, examples, reconstruct, tiled
 from models_mae import DECODERS, MaskedAutoencoder
-from models_vit import build_vit, default_input_size
+from models_vit import build_vit
 from runtime.folder import RunFolder, provenance, utc_now
 from runtime.training import Plan, Training
 from util.distributed import barrier, distributed

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from aggregation import DEFAULT_RULES, KL_FLOOR
 from aggregation.boxes import BOX_SOURCES
-from cli.arguments import add_data_arguments, add_encoder_arguments, add_run_arguments
+from cli.arguments import add_data_arguments, add_run_arguments
 from cli.console import Parser, inner_share, non_negative_int, positive_int, share_below_one
-from encoders.oracle import add_oracle_arguments
+from cli.encoder_arguments import add_encoder_arguments, add_oracle_arguments
 
 
 def get_args_parser(description: str | None = None) -> Parser:

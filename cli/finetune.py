@@ -4,7 +4,6 @@ import argparse
 
 from cli.arguments import (
     add_data_arguments,
-    add_encoder_arguments,
     add_old_arguments,
     add_run_arguments,
     add_schedule_arguments,
@@ -20,6 +19,7 @@ from cli.console import (
     share,
     share_below_one,
 )
+from cli.encoder_arguments import add_encoder_arguments
 from data_sets.table import DATASETS
 
 

@@ -4,7 +4,7 @@ import argparse
 
 from cli.arguments import add_data_arguments, add_run_arguments, add_schedule_arguments, check_training
 from cli.console import Parser, inner_share, non_negative, non_negative_int, positive_share
-from models_vit import architecture, default_input_size
+from encoders.architectures import architecture, default_input_size
 
 
 def encoder_name(model: str) -> str:
