@@ -325,7 +325,7 @@ def test_probes_of_an_encoder_that_reads_its_images_otherwise_are_refused(data, 
     encoder = ["--model", "vit_demo_patch8", "--finetune", weights]
     probes = probe(data, tmp_path / "probes", *encoder, "--cls_features", "abmilp")
     assert analyse(tmp_path / "same", *inputs(data, probes), *encoder, "--num_images", 1)["images"] == 1
-    with pytest.raises(ValueError, match=f"probes of .* were trained with {message}: leave out --finetune"):
+    with pytest.raises(ValueError, match=f"probes of .* were trained with {message}: drop --finetune"):
         analyse(tmp_path / "other", *inputs(data, probes), *encoder, *flags)
 
 
