@@ -23,9 +23,9 @@ from functools import partial
 from pathlib import Path
 
 from cli.analyze_aggregation import check, get_args_parser
-from cli.arguments import check_files, identity, loading, plain, precision
+from cli.arguments import check_files, identity, loading, plain, shared_arguments
 from cli.console import checked, parse, run_main
-from cli.encoder_arguments import ORACLE_ARGUMENTS, build_oracle, frozen_encoder
+from cli.encoder_arguments import ORACLE_ARGUMENTS, build_oracle, frozen_encoder, precision
 
 if __name__ == "__main__":  # before the slow imports: --help and mistakes answer at once
     ARGS = checked(parse(get_args_parser(__doc__)), check, check_files)
@@ -68,19 +68,19 @@ from probing.bank import ProbeBank
 from probing.finished_run import ProbeRun, read_run
 from probing.pooling import Tokens
 from runtime.analysis import Progress, analysed_images, subset
-from runtime.folder import RunFolder, provenance, utc_now
+from runtime.folder import RunFolder
+from runtime.processes import process_group
+from runtime.provenance import provenance, utc_now
 from util.choices import nearest
-from util.distributed import barrier, distributed, gather_objects, world_size
+from util.distributed import barrier, gather_objects, world_size
 from util.files import digest, to_json
-from util.progress import log, setup_logging
+from util.progress import log
 
 
 def main(args: argparse.Namespace) -> None:
     check(args)
     check_files(args)
-    with distributed(args.device, args.dist_url) as world:
-        setup_logging()
-
+    with process_group(args.device, args.dist_url, shared_arguments(args)) as world:
         # ---- images, frozen encoder, trained probes, rules
         folder = RunFolder(args.output_dir)
         if not args.resume:

@@ -23,9 +23,9 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from cli.arguments import check_files, identity, loading, plain, precision
+from cli.arguments import check_files, identity, loading, plain, shared_arguments
 from cli.console import checked, parse, run_main
-from cli.encoder_arguments import build_encoder
+from cli.encoder_arguments import build_encoder, precision
 from cli.finetune import check, get_args_parser, mixes
 
 if __name__ == "__main__":  # before the slow imports: --help and mistakes answer at once
@@ -46,13 +46,15 @@ from data_sets.loader import (
 from data_sets.table import check_wnids
 from encoders.load import Encoder, load_plain_or_safetensors, safetensors_metadata
 from engine_finetune import Classifier, FineTuning, evaluate
-from runtime.folder import RunFolder, provenance, utc_now
+from runtime.folder import RunFolder
+from runtime.processes import process_group
+from runtime.provenance import provenance, utc_now
 from runtime.training import Plan, Training
-from util.distributed import barrier, distributed
+from util.distributed import barrier
 from util.files import digest
 from util.lr_sched import lr_at, scaled_lr
 from util.optim import layer_decay_groups
-from util.progress import log, setup_logging
+from util.progress import log
 from util.seeding import seeded
 
 # what must be as in training if a checkpoint is evaluated; the weights of --finetune are replaced
@@ -62,8 +64,7 @@ NETWORK = ("model", "num_heads", "no_cls_token", "global_pool", "class names", "
 def main(args: argparse.Namespace) -> None:
     check(args)
     check_files(args)
-    with distributed(args.device, args.dist_url) as world:
-        setup_logging()
+    with process_group(args.device, args.dist_url, shared_arguments(args)) as world:
         folder = RunFolder(args.output_dir, args.log_dir)
         if not args.eval:
             folder.refuse_overwriting(args.resume)

@@ -19,8 +19,9 @@ examples:
 import argparse
 import functools
 
-from cli.arguments import check_files, identity, loading, plain, precision
+from cli.arguments import check_files, identity, loading, plain, shared_arguments
 from cli.console import checked, parse, run_main
+from cli.encoder_arguments import precision
 from cli.pretrain import check, get_args_parser
 from encoders.architectures import default_input_size
 
@@ -35,20 +36,21 @@ from data_sets.loader import GlobalBatches, KeyedDataset, build_dataset, build_l
 from engine_pretrain import Pretraining, draw_reconstructions, examples, reconstruct, tiled
 from models_mae import DECODERS, MaskedAutoencoder
 from models_vit import build_vit
-from runtime.folder import RunFolder, provenance, utc_now
+from runtime.folder import RunFolder
+from runtime.processes import process_group
+from runtime.provenance import provenance, utc_now
 from runtime.training import Plan, Training
-from util.distributed import barrier, distributed
+from util.distributed import barrier
 from util.lr_sched import lr_at, scaled_lr
 from util.optim import weight_decay_groups
-from util.progress import log, setup_logging
+from util.progress import log
 from util.seeding import seeded
 
 
 def main(args: argparse.Namespace) -> None:
     check(args)
     check_files(args)
-    with distributed(args.device, args.dist_url) as world:
-        setup_logging()
+    with process_group(args.device, args.dist_url, shared_arguments(args)) as world:
         folder = RunFolder(args.output_dir, args.log_dir)
         folder.refuse_overwriting(args.resume)
 
