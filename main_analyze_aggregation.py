@@ -65,6 +65,7 @@ from cli.arguments import (
     loading,
     plain,
     precision,
+    shared_arguments,
 )
 from cli.console import Parser, parse, run_main
 from data_sets.images import fingerprint
@@ -77,11 +78,13 @@ from probing.bank import ProbeBank
 from probing.finished_run import ProbeRun, read_run
 from probing.pooling import Tokens
 from runtime.analysis import Progress, analysed_images, subset
-from runtime.folder import RunFolder, provenance, utc_now
+from runtime.folder import RunFolder
+from runtime.processes import process_group
+from runtime.provenance import provenance, utc_now
 from util.choices import nearest
-from util.distributed import barrier, distributed, gather_objects, world_size
+from util.distributed import barrier, gather_objects, world_size
 from util.files import digest, to_json
-from util.progress import log, setup_logging
+from util.progress import log
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -156,9 +159,7 @@ def main(args: argparse.Namespace) -> None:
     check_files(args)
     if args.boxes is not None and not args.boxes.exists():
         raise ValueError(f"--boxes {args.boxes}: there is no such file or folder")
-    with distributed(args.device, args.dist_url) as world:
-        setup_logging()
-
+    with process_group(args.device, args.dist_url, shared_arguments(args)) as world:
         # ---- images, frozen encoder, trained probes, rules; every mistake in the arguments shows here
         folder = RunFolder(args.output_dir)
         if not args.resume:
@@ -262,7 +263,7 @@ def draw(
 ) -> None:  # fmt: skip
     """kl, maps and boxes, as far as they were measured and there are examples."""
     if not args.boxes_only:
-        draw_divergences(result, folder)
+        draw_divergences(result, [folder / "kl.png", folder / "kl.pdf"])
     if examples:
         log.info("examples: %s", ", ".join(example.path for example in examples))
     shown = shown_rules(rules) if examples else []

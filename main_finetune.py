@@ -38,6 +38,7 @@ from cli.arguments import (
     loading,
     plain,
     precision,
+    shared_arguments,
 )
 from cli.console import Parser, parse, run_main
 from data_sets.images import fingerprint
@@ -52,13 +53,15 @@ from data_sets.loader import (
 )
 from encoders.load import Encoder, load_plain_or_safetensors, safetensors_metadata
 from engine_finetune import Classifier, FineTuning, evaluate
-from runtime.folder import RunFolder, provenance, utc_now
+from runtime.folder import RunFolder
+from runtime.processes import process_group
+from runtime.provenance import provenance, utc_now
 from runtime.training import Plan, Training
-from util.distributed import barrier, distributed
+from util.distributed import barrier
 from util.files import digest
 from util.lr_sched import lr_at, scaled_lr
 from util.optim import layer_decay_groups
-from util.progress import log, setup_logging
+from util.progress import log
 from util.seeding import seeded
 
 RECIPE_AA = "rand-m9-mstd0.5-inc1"
@@ -116,8 +119,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> None:
     check(args)
     check_files(args)
-    with distributed(args.device, args.dist_url) as world:
-        setup_logging()
+    with process_group(args.device, args.dist_url, shared_arguments(args)) as world:
         folder = RunFolder(args.output_dir, args.log_dir)
         if not args.eval:
             folder.refuse_overwriting(args.resume)

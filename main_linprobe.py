@@ -45,6 +45,7 @@ from cli.arguments import (
     loading,
     plain,
     precision,
+    shared_arguments,
 )
 from cli.console import Parser, parse, run_main
 from data_sets.images import fingerprint
@@ -69,13 +70,14 @@ from probing.heads import AGGREGATIONS, check_aggregation, option_flags, parse_h
 from probing.knn import knn_scores
 from probing.predictions import FILE, PredictionKeeper
 from probing.results import leader, summary, tell, tell_neighbours, tell_scores, warn_of_choices, warn_of_edges
-from runtime.folder import RunFolder, provenance, utc_now
+from runtime.folder import RunFolder
+from runtime.processes import process_group, require_same_run
+from runtime.provenance import provenance, utc_now
 from runtime.training import Plan, Training
-from util.distributed import distributed
 from util.files import digest
 from util.lars import LARS
 from util.lr_sched import lr_at, scaled_lr
-from util.progress import log, setup_logging
+from util.progress import log
 from util.scores import MULTILABEL_METRICS, MultiLabelTally, Tally
 
 OPTIMIZERS = {  # settings of util.lars.LARS; momentum: the paper's, and that of its code's SGD
@@ -193,8 +195,7 @@ def main(args: argparse.Namespace) -> None:
     check_files(args)
     multi_label = DATASETS[args.dataset].multi_label
     headline = choose_metric(args, multi_label)
-    with distributed(args.device, args.dist_url) as world:
-        setup_logging()
+    with process_group(args.device, args.dist_url, shared_arguments(args)) as world:
         folder = RunFolder(args.output_dir + args.suffix if args.output_dir else "", args.log_dir)
         if not args.eval:
             folder.refuse_overwriting(args.resume)
@@ -222,6 +223,7 @@ def main(args: argparse.Namespace) -> None:
             "weights": digest(backbone.state_dict()), "training images": fingerprint(train_images),
             "test images": fingerprint(test_images),
         }  # fmt: skip
+        require_same_run(facts)
 
         # ---- data: order and augmentation depend on (seed, epoch, sample) alone
         seeds = data_seeds(args)

@@ -210,6 +210,18 @@ RESUMABLE_FLAGS = {
 }  # fmt: skip
 
 
+# arguments that processes of one run may have different values of: paths (their content is compared) and resources
+NODE_FLAGS = {
+    "data_path", "finetune", "args_from", "cache_dir", "local_rank", "device", "num_workers", "loc_workers", "pin_mem",
+    "dataloader_affinity_hack",
+}  # fmt: skip
+
+
+def shared_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """{flag: value} of the arguments that must be equal in all processes of a run."""
+    return {f"--{name}": value for name, value in plain(args).items() if name not in NODE_FLAGS}
+
+
 def identity(args: argparse.Namespace, facts: dict[str, Any] | None = None) -> dict[str, Any]:
     """What must be equal when a run is resumed: the arguments outside RESUMABLE_FLAGS, and `facts`, plain data such as
     digests of weights and images."""

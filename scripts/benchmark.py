@@ -35,7 +35,7 @@ from main_analyze_attention import sizes_of
 from models_vit import VisionTransformer, build_vit
 from probing.bank import ProbeBank, ProbeSpec
 from probing.heads import parse_head
-from runtime.folder import provenance
+from runtime.provenance import provenance
 from util.choices import instead_of
 from util.lars import LARS
 from util.progress import log, progress, setup_logging
