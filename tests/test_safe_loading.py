@@ -9,6 +9,7 @@ import pickle
 import random
 import struct
 import sys
+import tarfile
 import types
 import zipfile
 
@@ -278,6 +279,16 @@ def test_raw_opcodes_cannot_do_more(name, tmp_path):
         load_plain(path)
     assert "\n" not in str(error.value)
     assert not marker.exists()
+
+
+def test_torchscript_and_tar_archives_are_refused_with_what_to_do(tmp_path):
+    torch.jit.save(torch.jit.script(nn.Linear(2, 2)), tmp_path / "f.pt")
+    with pytest.raises(ValueError, match=r"a TorchScript archive: .*torch\.jit\.load\(FILE\)\.state_dict"):
+        load_plain(tmp_path / "f.pt")
+    with tarfile.open(tmp_path / "f.tar", "w") as archive:
+        archive.add(tmp_path / "f.pt")
+    with pytest.raises(ValueError, match="a tar archive: unpack it"):
+        load_plain(tmp_path / "f.tar")
 
 
 def test_a_module_saved_whole_is_refused_with_what_to_do(authors, tmp_path):

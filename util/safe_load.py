@@ -14,6 +14,7 @@ import io
 import pathlib
 import pickle
 import struct
+import tarfile
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -259,10 +260,17 @@ def _is_zip(path: Path) -> bool:
     if magic == b"\x93NUMPY":
         raise ValueError(NUMPY)
     if not magic.startswith(b"PK\x03\x04"):
+        if tarfile.is_tarfile(path):
+            raise ValueError("it is a tar archive: unpack it and name a file in it")
         return False
     with zipfile.ZipFile(path) as archive:  # torch stores its records as they are: whatever expands is no torch file
         if any(name.endswith(".npy") for name in archive.namelist()):
             raise ValueError(NUMPY)
+        if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+            raise ValueError(
+                "it is a TorchScript archive: if you trust it, save its tensors: "
+                "torch.save(torch.jit.load(FILE).state_dict(), 'weights.pth')"
+            )
         if sum(record.file_size for record in archive.infolist()) > size:
             raise ValueError("its records are larger than the file")
     return True
