@@ -31,31 +31,22 @@ from attention.measure import Place, Recorder, applicable, measure
 from attention.metrics import GROUPS, LEGEND, METRICS, REFERENCES, Sizes, metric_names
 from attention.reductions import REDUCTIONS, choose_reduction
 from attention.tokens import embed_tokens
-from cli.arguments import (
-    add_data_arguments,
-    add_encoder_arguments,
-    add_run_arguments,
-    check_files,
-    check_input_size,
-    frozen_encoder,
-    identity,
-    loading,
-    one_encoder_each,
-    plain,
-    precision,
-)
+from cli.arguments import add_data_arguments, add_run_arguments, check_files, identity, loading, plain, shared_arguments
 from cli.console import Parser, parse, run_main
+from cli.encoder_arguments import add_encoder_arguments, check_input_size, frozen_encoder, one_encoder_each, precision
 from data_sets.images import fingerprint
 from data_sets.loader import DATASETS, EvaluationBatches, KeyedDataset, build_loader, eval_transform
 from encoders.architectures import known_depth
 from encoders.load import Encoder
 from models_vit import VisionTransformer, check_blocks
 from runtime.analysis import Progress, analysed_images, subset
-from runtime.folder import RunFolder, provenance, utc_now
+from runtime.folder import RunFolder
+from runtime.processes import process_group
+from runtime.provenance import provenance, utc_now
 from util import signals
-from util.distributed import barrier, distributed
+from util.distributed import barrier
 from util.files import digest
-from util.progress import log, setup_logging
+from util.progress import log
 from util.seeding import stable_seed
 
 TSNE_CLASSES, TSNE_IMAGES = 3, 18  # Park et al. 2023
@@ -84,9 +75,7 @@ def main(args: argparse.Namespace) -> None:
     check(args)
     check_files(args)
     names, labels = metric_names(args.metrics), encoder_labels(args)
-    with distributed(args.device, args.dist_url) as world:
-        setup_logging()
-
+    with process_group(args.device, args.dist_url, shared_arguments(args)) as world:
         # ---- images and frozen encoders; every mistake in the arguments shows here
         choose_reduction(args.reduction, world.device)
         folder = RunFolder(args.output_dir)
@@ -100,7 +89,7 @@ def main(args: argparse.Namespace) -> None:
 
         run = {"args": plain(args), "encoders": [encoder.record for encoder, _ in encoders], **provenance(world.device)}
         weights = [digest(encoder.backbone.state_dict()) for encoder, _ in encoders]
-        facts = {"images": len(images), "encoders": labels, "weights": weights}
+        facts = {"images": fingerprint(images), "encoders": labels, "weights": weights}
         passes = {f"encoder {label}": Recorder.of for label in labels}
         run_identity = identity(args, facts)
         progress = Progress(
@@ -136,7 +125,7 @@ def main(args: argparse.Namespace) -> None:
                 log.info("%s: %d images, %.1f images/s", label, len(chosen), len(chosen) / seconds)
                 how = {"amp": args.amp, "reduction": args.reduction, "seed": args.seed, "seconds": seconds,
                        "args": plain(args), "classes": len(images.classes), "n_test": len(images),
-                       "test_images": fingerprint(images), "finished": utc_now()}  # fmt: skip
+                       "test_images": facts["images"], "finished": utc_now()}  # fmt: skip
                 result = {**summary(label, encoder, size, found), **how, **provenance(world.device)}
                 if args.tsne_blocks and world.is_main:
                     with signals.deferred(world.size > 1):  # one process need not wait: the pass is complete, and kept
