@@ -1,12 +1,12 @@
 """Command-line arguments that several mains share, in MAE's spelling."""
 
+from __future__ import annotations
+
 import argparse
 import math
 import os
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from cli.console import Parser, any_int, fail, named_path, non_negative, non_negative_int, parse, positive_int, run_main  # noqa: F401  (branches under way import them from here)
 from cli.encoder_arguments import (  # noqa: F401  (likewise)
@@ -20,7 +20,16 @@ from cli.encoder_arguments import (  # noqa: F401  (likewise)
     frozen_encoder,
     one_encoder_each,
 )
-from data_sets.loader import DATASETS, LOADERS, ON_BAD_IMAGE, check_dataset, micro_steps_of_a_group
+from data_sets.images import ON_BAD_IMAGE
+from data_sets.order import micro_steps_of_a_group
+from data_sets.table import DATASETS, check_dataset
+from data_sets.views import LOADERS
+from util.lazy import lazy
+
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = lazy("torch")
 
 PRECISIONS = {  # names of --amp -> torch's
     "bfloat16": "bfloat16",
