@@ -25,8 +25,8 @@ from collections.abc import Sequence
 import torch
 from torch.utils.data import Dataset
 
-from cli.arguments import identity, loading, plain, precision, shared_arguments
-from cli.encoder_arguments import build_oracle, frozen_encoder
+from cli.arguments import identity, loading, plain, shared_arguments
+from cli.encoder_arguments import build_oracle, frozen_encoder, precision
 from data_sets.images import fingerprint
 from data_sets.loader import KeyedDataset, build_loader
 from data_sets.order import EvaluationBatches, GlobalBatches, hold_out
