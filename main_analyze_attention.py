@@ -130,8 +130,8 @@ def main(args: argparse.Namespace) -> None:
                     backbone, loader, applicable(names, backbone), sizes_of(backbone, size), precision(args.amp),
                     args.reduction, world.device, label, progress,
                 )  # fmt: skip
-                seconds = progress.seconds
-                log.info("%s: %d images, %.1f images/s", label, len(chosen), len(chosen) / seconds)
+                seconds, count = progress.seconds, next(iter(found.values()))["count"]
+                log.info("%s: %d images, %.1f images/s", label, count, count / seconds)
                 how = {"amp": args.amp, "reduction": args.reduction, "seed": args.seed, "seconds": seconds,
                        "args": plain(args), "classes": len(images.classes), "n_test": len(images),
                        "test_images": fingerprint(images), "finished": utc_now()}  # fmt: skip

@@ -3,11 +3,18 @@
 Letters: B images, M patches on a grid of rows and columns, D width.
 """
 
-import numpy as np
-import torch
-from torch import Tensor
+from __future__ import annotations
 
-# added to amplitudes before the logarithm (Park et al.'s code): a frequency that is absent has no logarithm
+from typing import TYPE_CHECKING
+
+from util.lazy import lazy
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+torch = lazy("torch")
+
+# added to amplitudes before the logarithm (Park et al.'s code): absent frequencies have no logarithm
 AMPLITUDE_FLOOR = 1e-6
 
 
@@ -15,7 +22,7 @@ def log_amplitude(tokens: Tensor) -> Tensor:
     """Relative log amplitude of the tokens' Fourier transform over the grid, along its diagonal.
 
     Tokens (B,g,g,D) -> (B,g - g // 2): ln(|F| + 1e-6), mean over channels, at the frequencies (f, f), f = 0, 1, ..,
-    less its value at 0. Negative values mean that coarse structure prevails. ValueError for an oblong grid.
+    less its value at 0. Negative values: coarse structure prevails. ValueError for an oblong grid.
     """
     rows, columns = tokens.shape[1:3]
     if rows != columns:
@@ -33,8 +40,8 @@ def log_amplitude(tokens: Tensor) -> Tensor:
 def log_spectrum(covariance: Tensor, rank: int) -> Tensor:
     """Logarithms of the `rank` largest singular values of covariances (...,K,K), largest first; float64.
 
-    Singular values below the rounding of float32 tokens, 1.4e-14 of the largest, are given that value: what a constant
-    image leaves there is noise, and its logarithm would dominate a mean over images.
+    Singular values below the rounding of float32 tokens, 1.4e-14 of the largest, are raised to it: a constant
+    image has only noise there, whose logarithm would dominate a mean over images.
     """
     values = torch.linalg.eigvalsh(covariance.double()).flip(-1)
     floor = values[..., :1] * torch.finfo(torch.float32).eps ** 2
@@ -58,7 +65,7 @@ def embed_tokens(tokens: np.ndarray, seed: int) -> np.ndarray:
 
     Fewer than 61 tokens lower the perplexity to a third of their number, as scikit-learn advises.
     """
-    from sklearn.manifold import TSNE  # takes seconds to import, and few runs need it
+    from sklearn.manifold import TSNE  # takes seconds to import
 
     perplexity = min(20.0, (len(tokens) - 1) / 3)
     reducer = TSNE(perplexity=perplexity, learning_rate="auto", init="random", max_iter=1000, random_state=seed)
