@@ -53,9 +53,12 @@ from aggregation.rules import (
     run_pass,
 )
 from cli.arguments import (
+    ORACLE_ARGUMENTS,
     add_data_arguments,
     add_encoder_arguments,
+    add_oracle_arguments,
     add_run_arguments,
+    build_oracle,
     check_files,
     frozen_encoder,
     identity,
@@ -66,10 +69,10 @@ from cli.arguments import (
 from cli.console import Parser, parse, run_main
 from data_sets.images import fingerprint
 from data_sets.loader import EvaluationBatches, KeyedDataset, View, build_loader, eval_transform, stretch_transform
+from encoders.architectures import FROM_FILE, default_input_size
 from encoders.load import Encoder
-from encoders.oracle import ORACLE_ARGUMENTS, Oracle, add_oracle_arguments, build_oracle
+from encoders.oracle import Oracle
 from engine_linprobe import FrozenTokens
-from models_vit import default_input_size
 from probing.bank import ProbeBank
 from probing.finished_run import ProbeRun, read_run
 from probing.pooling import Tokens
@@ -275,13 +278,13 @@ def draw(
 
 def check_encoder(run: ProbeRun, args: argparse.Namespace, encoder: Encoder, size: int) -> None:
     """Refuse an encoder that differs from that of the probes in more than its weights' file; ValueError."""
-    described = {**encoder.record, "num_heads": args.num_heads, "input_size": size}
-    trained = {
-        **run.results.get("encoder", {}), "num_heads": run.args.num_heads,
-        "input_size": run.args.input_size or default_input_size(run.args.model),
-    }  # fmt: skip
+    stated = ("num_heads", "mean", "std", "grid", "timm_name")
+    described = {**encoder.record, **{name: vars(args)[name] for name in stated}, "input_size": size}
+    own_size = size if run.args.model == FROM_FILE else default_input_size(run.args.model)
+    trained = {**run.results.get("encoder", {}), **{name: vars(run.args)[name] for name in stated}}
+    trained["input_size"] = run.args.input_size or own_size
     described = json.loads(json.dumps(described))  # lists and tuples alike
-    names = [name for name in described if name in trained and name not in ("source", "sha256")]
+    names = [name for name in described if name in trained and name not in ("source", "sha256", "assumed")]
     if different := [
         f"{name} {trained[name]}, not {described[name]}" for name in names if trained[name] != described[name]
     ]:

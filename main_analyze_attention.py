@@ -40,14 +40,16 @@ from cli.arguments import (
     frozen_encoder,
     identity,
     loading,
+    one_encoder_each,
     plain,
     precision,
 )
 from cli.console import Parser, parse, run_main
 from data_sets.images import fingerprint
 from data_sets.loader import DATASETS, EvaluationBatches, KeyedDataset, build_loader, eval_transform
+from encoders.architectures import known_depth
 from encoders.load import Encoder
-from models_vit import VisionTransformer, architecture, check_blocks, default_input_size
+from models_vit import VisionTransformer, check_blocks
 from runtime.analysis import Progress, analysed_images, subset
 from runtime.folder import RunFolder, provenance, utc_now
 from util import signals
@@ -155,25 +157,10 @@ def check(args: argparse.Namespace) -> None:
     if args.batch_size < 1:
         raise ValueError(f"--batch_size {args.batch_size}: it takes at least one image")
     for one in one_encoder_each(args):
-        check_input_size(one.input_size or default_input_size(one.model), one.model)
-        check_blocks(args.tsne_blocks, architecture(one.model)["depth"])
+        check_input_size(one.input_size, one.model)
+        check_blocks(args.tsne_blocks, known_depth(one.model))
     if args.tsne_blocks and args.dataset in DATASETS and DATASETS[args.dataset].multi_label:
         raise ValueError(f"--tsne_blocks shows classes, but images of --dataset {args.dataset} have several")
-
-
-def one_encoder_each(args: argparse.Namespace) -> list[argparse.Namespace]:
-    """The arguments of each encoder, as cli.arguments.build_encoder reads them."""
-    count = len(args.finetune)
-    columns = {"finetune": args.finetune}
-    for name in ("model", "family", "checkpoint_key"):
-        values = getattr(args, name)
-        if len(values) not in (1, count):
-            raise ValueError(
-                f"--{name} has {len(values)} values for {count} encoders: write one for all or one for each"
-            )
-        columns[name] = values if len(values) == count else values * count
-    rows = zip(*columns.values(), strict=True)
-    return [argparse.Namespace(**{**vars(args), **dict(zip(columns, row, strict=True))}) for row in rows]
 
 
 def encoder_labels(args: argparse.Namespace) -> list[str]:

@@ -35,7 +35,9 @@ from cli.arguments import (
     add_data_arguments,
     add_encoder_arguments,
     add_old_arguments,
+    add_oracle_arguments,
     add_run_arguments,
+    build_oracle,
     check_files,
     check_training,
     frozen_encoder,
@@ -57,10 +59,10 @@ from data_sets.loader import (
     hold_out,
     train_transform,
 )
+from encoders.architectures import known_depth
 from encoders.load import Encoder
-from encoders.oracle import add_oracle_arguments, build_oracle
 from engine_linprobe import FrozenTokens, Probing, evaluate, pooled
-from models_vit import VisionTransformer, architecture, check_blocks
+from models_vit import VisionTransformer, check_blocks
 from probing.bank import ProbeBank, ProbeSpec
 from probing.feature_cache import CachedTokens, FeatureCache, Part
 from probing.heads import AGGREGATIONS, check_aggregation, option_flags, parse_head
@@ -388,7 +390,7 @@ def settle(args: argparse.Namespace) -> None:
     args.cls_features = args.cls_features or ["cls"]
     for aggregation, _ in chosen_heads(args):
         check_aggregation(aggregation, not args.no_cls_token)
-    check_blocks(args.return_block or [], architecture(args.model)["depth"])
+    check_blocks(args.return_block or [], known_depth(args.model))
     if args.lr is not None and len(args.blr) > 1:
         raise ValueError(f"--lr {args.lr} sets one rate, --blr {args.blr} several: leave out one of them")
     if args.eval and not args.resume:

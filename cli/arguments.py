@@ -5,18 +5,22 @@ import math
 import os
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
 import torch
 
 from cli.console import Parser, any_int, fail, named_path, non_negative, non_negative_int, parse, positive_int, run_main  # noqa: F401  (branches under way import them from here)
+from cli.encoder_arguments import (  # noqa: F401  (likewise)
+    ORACLE_ARGUMENTS,
+    add_encoder_arguments,
+    add_oracle_arguments,
+    build_encoder,
+    build_oracle,
+    check_input_size,
+    check_weights,
+    frozen_encoder,
+    one_encoder_each,
+)
 from data_sets.loader import DATASETS, LOADERS, ON_BAD_IMAGE, check_dataset, micro_steps_of_a_group
-from encoders.catalogue import CATALOGUE, fetch_weights
-from encoders.families import FAMILIES
-from encoders.load import Encoder, known_family, load_encoder
-from models_vit import architecture, default_input_size
-from util.progress import log
-from util.seeding import seeded
 
 PRECISIONS = {  # names of --amp -> torch's
     "bfloat16": "bfloat16",
@@ -29,36 +33,6 @@ PRECISIONS = {  # names of --amp -> torch's
 def precision(name: str) -> torch.dtype:
     """The dtype that --amp names."""
     return getattr(torch, PRECISIONS[name])
-
-
-def add_encoder_arguments(parser: argparse.ArgumentParser, several: bool = False) -> None:
-    """several: --finetune names any number of encoders; --model, --family and --checkpoint_key one for all, or each."""
-
-    def default(value: str | None) -> dict:
-        return {"default": [value], "nargs": "+"} if several else {"default": value}
-
-    group = parser.add_argument_group("encoders" if several else "encoder")
-    # not argparse choices: the one-line error of models_vit.architecture is shorter than argparse's usage
-    group.add_argument("--model", **default("vit_base_patch16"), metavar="MODEL", help="architecture, by name")
-    group.add_argument(
-        "--finetune", **default(""), metavar="WEIGHTS",
-        help="weights: a file, a catalogue name, a URL or a timm model's name; empty for random weights",
-    )  # fmt: skip
-    group.add_argument(
-        "--family", **default(None), help=f"format of the file: {', '.join(FAMILIES)}, or auto (default): detected"
-    )
-    group.add_argument(
-        "--checkpoint_key", **default(None), help="entry of the file, or prefix of its names, with the weights"
-    )
-    group.add_argument("--offline", action="store_true", help="download no weights: use files and the cache only")
-    group.add_argument(
-        "--num_heads", default=None, type=int, help="of attention (default: the model's or the family's)"
-    )
-    group.add_argument("--no_cls_token", action="store_true", help="the encoder has no [cls] token")
-    group.add_argument("--input_size", default=None, type=int, help="pixels (default: the model's, 224)")
-    group.add_argument(
-        "--amp", default="bfloat16", choices=list(PRECISIONS), help="precision of the backbone; heads stay in float32"
-    )
 
 
 def add_data_arguments(parser: Parser, labels: bool = True, loaders: bool = True) -> None:
@@ -174,14 +148,6 @@ def plain(args: argparse.Namespace) -> dict:
     return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
 
 
-def check_input_size(size: int, model: str) -> None:
-    patch_size = architecture(model)["patch_size"]
-    if size < 1 or size % patch_size:
-        raise ValueError(
-            f"--input_size {size} is not divisible by the patch size {patch_size} of {model}: name a multiple of it"
-        )
-
-
 # what numbers have to be, and the flags that take them
 NUMBERS = {
     "0 or more": (
@@ -207,7 +173,7 @@ def check_numbers(args: argparse.Namespace) -> None:
 
 def check_training(args: argparse.Namespace) -> None:
     """Refuse what no training can do, before anything is read; ValueError."""
-    check_input_size(default_input_size(args.model) if args.input_size is None else args.input_size, args.model)
+    check_input_size(args.input_size, args.model)
     check_numbers(args)
     if args.epochs < 1:
         raise ValueError(f"--epochs {args.epochs}: it takes at least one")
@@ -227,18 +193,7 @@ def check_files(args: argparse.Namespace, remote: bool = False) -> None:
     remote: files are out of sight.
     """
     check_dataset(args.dataset, None if remote else args.data_path)
-    encoders = [getattr(args, name, None) for name in ("finetune", "model", "family")]
-    weights, models, families = (value if isinstance(value, list) else [value] for value in encoders)
-    for model in models:
-        architecture(model)
-    for index, name in enumerate(weights):
-        if not name or (remote and name not in CATALOGUE):
-            continue
-        if len(models) in (1, len(weights)) and len(families) in (1, len(weights)):
-            known_family(name, models[index % len(models)], families[index % len(families)])
-        downloaded = (name in CATALOGUE and CATALOGUE[name].url) or urlparse(name).scheme in ("http", "https")
-        if args.offline or not downloaded:
-            fetch_weights(name, offline=True)
+    check_weights(args, remote)
     resume = getattr(args, "resume", "")
     if not (remote or resume in ("", "auto") or Path(resume).is_file()):
         raise ValueError(f"--resume {resume}: there is no file of that name")
@@ -259,23 +214,3 @@ def identity(args: argparse.Namespace, facts: dict[str, Any] | None = None) -> d
     """What must be equal when a run is resumed: the arguments outside RESUMABLE_FLAGS, and `facts`, plain data such as
     digests of weights and images."""
     return {name: value for name, value in plain(args).items() if name not in RESUMABLE_FLAGS} | (facts or {})
-
-
-def build_encoder(args: argparse.Namespace, **options) -> tuple[Encoder, int]:
-    """The encoder that the arguments name, and its input size in pixels; options of models_vit.VisionTransformer."""
-    if args.no_cls_token:
-        options["class_token"] = False
-    if args.num_heads:
-        options["num_heads"] = args.num_heads
-    size = args.input_size or default_input_size(args.model)
-    check_input_size(size, args.model)
-    encoder = load_encoder(args.finetune, args.model, args.family, args.checkpoint_key, offline=args.offline, **options)
-    if not args.finetune:
-        log.warning("no --finetune: the encoder's weights are random")
-    return encoder, size
-
-
-def frozen_encoder(args: argparse.Namespace) -> tuple[Encoder, int]:
-    """build_encoder for what only reads the encoder: random weights, where there are any, are a function of --seed."""
-    with seeded("weights", args.seed):
-        return build_encoder(args)

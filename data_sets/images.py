@@ -20,8 +20,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
+from util.lazy import lazy
+
 if TYPE_CHECKING:
     from torch import Tensor
+
+torch, io = lazy("torch"), lazy("torchvision.io")
 
 ON_BAD_IMAGE = ("error", "skip")
 
@@ -90,13 +94,10 @@ def read_pixels(path: str | Path) -> Tensor:
     torchvision uses the same JPEG library as Pillow. What it refuses is left to Pillow: damaged files, and colours
     other than RGB and grey.
     """
-    import torch  # late, as in data_sets.views
-    from torchvision.io import ImageReadMode, decode_jpeg
-
     data = np.fromfile(path, dtype=np.uint8)
     if data[:2].tobytes() == b"\xff\xd8":
         with contextlib.suppress(RuntimeError):
-            pixels = decode_jpeg(torch.from_numpy(data), mode=ImageReadMode.UNCHANGED)
+            pixels = io.decode_jpeg(torch.from_numpy(data), mode=io.ImageReadMode.UNCHANGED)
             if len(pixels) in (1, 3):
                 return pixels.expand(3, -1, -1)
     return pixels_of(read_rgb(path))
@@ -104,8 +105,6 @@ def read_pixels(path: str | Path) -> Tensor:
 
 def pixels_of(image: Image.Image | Tensor) -> Tensor:
     """(3,h,w) uint8 of an image in RGB."""
-    import torch
-
     return image if isinstance(image, torch.Tensor) else torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 

@@ -14,7 +14,8 @@ from runtime.folder import RunFolder
 from util.files import digest
 
 ENCODER_ARGUMENTS = (
-    "model", "finetune", "family", "checkpoint_key", "num_heads", "no_cls_token", "input_size", "seed",
+    "model", "finetune", "family", "checkpoint_key", "timm_name", "num_heads", "mean", "std", "grid", "no_cls_token",
+    "input_size", "seed",
 )  # fmt: skip
 MISREAD = (KeyError, TypeError, AttributeError, IndexError)  # of JSON and checkpoints that something else has written
 

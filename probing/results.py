@@ -121,3 +121,13 @@ def tell_neighbours(found: dict[str, dict]) -> None:
             for place, top1 in places.items()
         )
         log.info("k-NN, k = %s: top-1 %s", k, ", ".join(words))
+
+
+def seeds_note(run: dict) -> str:
+    """What the seeds of a run vary, for the line under a table; run: any dict that may have its "seeds_vary"."""
+    varied = run.get("seeds_vary") or ["weights"]  # of runs that are older than the field
+    if varied == ["weights"]:
+        return "seeds vary initial weights only: narrower than independent runs"
+    names = {"weights": "initial weights", "order": "data order", "views": "augmentation"}
+    *most, last = [names[what] for what in varied]
+    return f"seeds vary {', '.join(most)} and {last}"

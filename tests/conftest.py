@@ -16,6 +16,7 @@ from PIL import Image
 
 import models_mae
 import models_vit
+from encoders.load import save_encoder
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2}
@@ -51,6 +52,15 @@ def image_folder(tmp_path_factory):
             pixels[..., index % 3] += 120
             Image.fromarray(pixels.astype(np.uint8)).save(path)
     return folder
+
+
+@pytest.fixture(scope="session")
+def pretrained(tmp_path_factory):
+    """The file of a random encoder of 4 x 4 patches."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "encoder.safetensors"
+    save_encoder(path, models_vit.build_vit("vit_demo_patch8", img_size=32).state_dict(), {"family": "mae"})
+    return path
 
 
 @pytest.fixture

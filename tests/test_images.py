@@ -336,13 +336,13 @@ def test_a_missing_file_is_an_error_even_where_damaged_ones_are_skipped(folder):
 
 def test_nothing_but_damaged_images_is_an_error(folder):
     spoil(folder, *range(10))
-    with pytest.raises(UnreadableImage, match="nor any that could stand in for it"):
+    with pytest.raises(UnreadableImage, match="nor any that could replace it"):
         list(pass_over(folder, "train"))
     assert set(pass_over(folder, "val")) == {None}
 
 
 def test_unknown_way_with_damaged_images_is_refused(folder):
-    with pytest.raises(ValueError, match="--on_bad_image ignore: choose from error, skip"):
+    with pytest.raises(ValueError, match="'ignore': choose from error, skip"):
         KeyedDataset(build_dataset("image_folder", folder, "val"), eval_transform(16), 0, on_bad_image="ignore")
 
 

@@ -161,5 +161,5 @@ def test_a_damaged_image_is_damaged_for_tensors_too(tmp_path):
 
 
 def test_an_unknown_loader_is_refused():
-    with pytest.raises(ValueError, match="--loader dali: choose one of pil, tensor"):
+    with pytest.raises(ValueError, match="'dali': choose one of pil, tensor"):
         eval_transform(32, loader="dali")
