@@ -262,7 +262,7 @@ def draw(
 ) -> None:  # fmt: skip
     """kl, maps and boxes, as far as they were measured and there are examples."""
     if not args.boxes_only:
-        draw_divergences(result, folder)
+        draw_divergences(result, [folder / "kl.png", folder / "kl.pdf"])
     if examples:
         log.info("examples: %s", ", ".join(example.path for example in examples))
     shown = shown_rules(rules) if examples else []

@@ -45,8 +45,8 @@ def display_name(rule: str) -> str:
 
 
 @rc_context(STYLE)
-def draw_divergences(result: dict, folder: Path) -> None:
-    """kl.png and kl.pdf from aggregation.json: mean divergences of pairs of rules, and the rules' entropies."""
+def draw_divergences(result: dict, targets: Sequence[Path]) -> None:
+    """aggregation.json as a figure in each of the targets: mean divergences of pairs of rules, the rules' entropies."""
     rules, matrix = result["rules"], result["matrices"]["kl"]
     names, values = [display_name(rule["name"]) for rule in rules], np.array(matrix["mean"], dtype=float)
     infinite = np.array(result["matrices"]["kl_exact"]["infinite"]) * (1 - np.eye(len(rules)))
@@ -73,8 +73,8 @@ def draw_divergences(result: dict, folder: Path) -> None:
     bars.set_ylim(*heat.get_ylim())
     if infinite.any():
         figure.text(0.995, 0.004, "* infinite in some images without the floor on the weights", ha="right", **GREY)
-    for suffix in (".png", ".pdf"):
-        save_figure(figure, folder / f"kl{suffix}")
+    for target in targets:
+        save_figure(figure, target)
 
 
 def draw_entropies(axis: Axes, rules: Sequence[dict], uniform: float) -> None:

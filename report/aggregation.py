@@ -1,14 +1,14 @@
 """Aggregation: means over seeds, divergences of each pair of rules, entropies, localisation."""
 
-import functools
 import math
 from collections.abc import Sequence
 
 import numpy as np
 
+from aggregation.figures import draw_divergences
 from report import facts
 from report.facts import RunReport, count_cell, real
-from report.figures import draw_matrix, drawing
+from report.figures import drawing
 from report.page import DASH, NONE, Cell, Group, Table, Text, number, table
 from report.runs import Record, Run
 
@@ -76,23 +76,16 @@ def blocks_of(result: Record) -> list[object]:
 
 def divergences(result: Record) -> list[object]:
     """ValueError for matrices that do not have a row and a column per rule."""
-    names, matrix, exact = (
-        [r["name"] for r in result["rules"]],
-        result["matrices"]["kl"],
-        result["matrices"]["kl_exact"],
-    )
-    values, infinite = (np.array(rows, dtype=float) for rows in (matrix["mean"], exact["infinite"]))  # null: NaN
-    images = np.array(matrix.get("images", result["images"])) * np.ones_like(values)
-    if not values.shape == infinite.shape == (len(names), len(names)):
+    names, matrix = [rule["name"] for rule in result["rules"]], result["matrices"]["kl"]
+    values = np.array(matrix["mean"], dtype=float)  # null: NaN
+    if values.shape != (len(names), len(names)):
         raise ValueError(f"{len(names)} rules, but divergences of shape {values.shape}")
-    starred = (infinite > 0) & ~np.eye(len(names), dtype=bool)
+    images = np.array(matrix.get("images", result["images"]))
     caption = f"{matrix['definition']}; mean over {images.max():,.0f} images."
     caption += f" Some pairs are finite in {images.min():,.0f} of them." * bool(images.min() < images.max())
-    caption += " *: infinite in some images if weights are not raised to a floor." * bool(starred.any())
-    draw = functools.partial(draw_matrix, names, values, starred, matrix["unit"])
     rows = [[name, *(number(value, 3) for value in line)] for name, line in zip(names, values, strict=True)]
     return [
-        drawing(draw, "Divergence of each pair of rules", caption, wide=True),
+        drawing(lambda path: draw_divergences(result, [path]), "Divergence of each pair of rules", caption, wide=True),
         Group("details", [Table(["row, column", *names], rows)], "The divergences as a table"),
     ]
 

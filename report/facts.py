@@ -221,14 +221,11 @@ def default_arguments(program: str) -> Record:
 
 def configuration(run: Run) -> list[object]:
     """Arguments that differ from the defaults, and all of them, folded."""
-    defaults = default_arguments(run.program)
-    arguments = {name: code(format_argument(value)) for name, value in run.args.items()}
-    differing = {}
+    defaults, differing, arguments = default_arguments(run.program), {}, {}
     for name, value in run.args.items():
-        if name not in defaults:
-            differing[name] = arguments[name] + " (unknown today)"
-        elif defaults[name] != value:
-            default = format_argument(defaults[name])
+        arguments[name] = code(format_argument(value))
+        if name not in defaults or defaults[name] != value:
+            default = format_argument(defaults[name]) if name in defaults else "unknown today"
             differing[name] = arguments[name] + ("" if default == DASH else f" (default: {default})")
     return [
         Text("Arguments that differ from the defaults" if arguments else "Arguments are not recorded."),
@@ -248,42 +245,40 @@ def differences(reports: Sequence[RunReport]) -> Group | None:
 
 def provenance(run: Run) -> Table:
     """Command, commits, versions, hardware, weights, data and time."""
-    record, oracle = run.record, run.record.get("oracle")
-    dirty = {True: badge("uncommitted changes", "loud"), False: "no uncommitted changes"}
+    record, words = run.record, {True: badge("uncommitted changes", "loud"), False: "no uncommitted changes"}
     commits = [
-        join([code(one.get("commit") or "unknown"), " ", dirty.get(one.get("dirty"), badge("state unknown", "loud"))])
+        join([code(one.get("commit")), " ", words.get(one.get("dirty"), badge("state unknown", "loud"))])
         for one in (run.started, *run.results)
         if one
     ]
     facts: dict[str, object] = {
-        "command": code(record.get("command") or "not recorded"),
+        "command": code(record.get("command")),
         "commit": Markup(", then ").join(dict.fromkeys(commits)),
         "versions": format_fields(record.get("versions")),
         "hardware": format_fields({name: record.get(name) for name in ("device", "processes", "threads")}),
-        "weights": Markup("; ").join(code(format_fields(one)) for one in encoders(run)),
-        "oracle": code(format_fields(oracle)) if oracle else DASH,
+        "weights": Markup("; ").join(code(format_fields(encoder)) for encoder in encoders(run)) or DASH,
+        "oracle": code(format_fields(record.get("oracle"))),
         "data": data_words(record, image_count(run)),
-        "fingerprint of the test images": code(record.get("test_images") or DASH),
+        "fingerprint of the test images": code(record.get("test_images")),
         "encoder written": trained_weights(path) if (path := weights_file(run)) else DASH,
         "wall time": time_cell(run).text,
         "records": join([code(f"{run.folder}/{run.prefix}"), f", newest of {format_time(run.written)}"]),
     }
-    return pairs({name: value for name, value in facts.items() if value != DASH})
+    return pairs(facts)
 
 
 def format_fields(fields: object) -> str:
-    if not isinstance(fields, dict):
-        return DASH
-    return ", ".join(f"{name} {'not recorded' if value is None else value}" for name, value in fields.items())
+    known = fields.items() if isinstance(fields, dict) else ()
+    return ", ".join(f"{name} {format_argument(value)}" for name, value in known) or DASH
 
 
 def trained_weights(path: Path) -> Markup:
     try:
         with safe_open(path, "np") as file:
-            facts = format_fields(dict(sorted((file.metadata() or {}).items())))
+            metadata = format_fields(dict(sorted((file.metadata() or {}).items())))
     except (OSError, SafetensorError) as error:
         return badge(f"{path.name} cannot be read: {error}", "loud")
-    return join([f"{path.name} ({facts or 'no metadata'}), sha256 ", code(sha256(path))])
+    return join([f"{path.name} ({metadata}), sha256 ", code(sha256(path))])
 
 
 def photos(paths: Sequence[Path], folder: Path | None = None) -> list[object]:

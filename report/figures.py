@@ -9,14 +9,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure as Canvas
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-from report.page import DASH, Figure, Text
+from report.page import Figure, Text
 from util.plotting import COLOURS, STYLE, save_figure
 
 LEGEND = 8  # groups of lines with a colour of their own
@@ -95,27 +94,4 @@ def draw_curves(lines: Sequence[Line], ylabel: str, target: Path) -> None:
             handles.append(Line2D([], [], color="0.75"))
             labels.append(f"{len(groups) - LEGEND} others")
         figure.legend(handles, labels, loc="outside upper left", ncols=2, frameon=False, fontsize=6.5)
-    save_figure(figure, target)
-
-
-@rc_context(SVG)
-def draw_matrix(names: Sequence[str], values: np.ndarray, starred: np.ndarray, label: str, target: Path) -> None:
-    """A heat map (row, column) with its numbers; starred cells have an asterisk, NaN is a dash."""
-    R = len(names)
-    cell = min(0.5, max(0.3, 5.2 / R))  # inches
-    labels = [shorten(name, 28) for name in names]
-    margin = 0.06 * max(map(len, labels)) + 0.2
-    figure = Canvas(figsize=(cell * R + margin + 0.9, 0.72 * cell * R + 0.7 * margin + 0.3), layout="constrained")
-    axis = figure.add_subplot()
-    top = max(float(np.nanmax(values)), 1e-9) if np.isfinite(values).any() else 1.0
-    image = axis.imshow(values, cmap="Blues", vmin=0, vmax=top, aspect="auto")
-    for (row, column), value in np.ndenumerate(values):
-        text = DASH if not np.isfinite(value) else f"{value:.2f}" if value >= 0.005 or value == 0 else "<.01"
-        axis.text(column, row, text + "*" * bool(starred[row, column]), ha="center", va="center",
-                  fontsize=6.5 if cell > 0.35 else 5.5, color="white" if value > 0.6 * top else "black")  # fmt: skip
-    axis.set_xticks(range(R), labels, rotation=40, ha="right", rotation_mode="anchor")
-    axis.set_yticks(range(R), labels)
-    axis.tick_params(length=0)
-    axis.spines[:].set_visible(False)
-    figure.colorbar(image, ax=axis, aspect=25, pad=0.02, label=label)
     save_figure(figure, target)

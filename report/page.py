@@ -93,7 +93,7 @@ def badge(text: str, style: str = "") -> Markup:
 
 
 def code(text: object) -> Markup:
-    return Markup("<code>{}</code>").format(text)
+    return Markup("<code>{}</code>").format(DASH if text is None else text)
 
 
 def number(value: float | None, digits: int = 1, spread: float | None = None) -> Cell:

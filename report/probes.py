@@ -3,14 +3,13 @@
 import functools
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 from report import facts
 from report.facts import RunReport, count_cell, mean_std, metric_label, real, score_cell
 from report.figures import Line, draw_curves, drawing
-from report.page import DASH, NONE, Cell, Group, Table, Text, number, table
+from report.page import DASH, NONE, Cell, Group, Text, table
 from report.runs import Record, Run
 
 Key = tuple[str, str]  # the evaluation ("test" or one of EVALUATIONS) and the score
@@ -21,31 +20,21 @@ EVALUATIONS = {
 }
 
 
-@dataclass(frozen=True)
-class Probe:
+class Probe(NamedTuple):
     name: str
-    head: str
-    block: int | None  # from 0
-    optimizer: str
-    rate: Cell
-    seed: int | None
-    parameters: int | None
+    setting: dict[str, object]  # head, block, optimizer, rate, parameters: everything but the seed
+    seed: Cell
     diverged: int | None  # epoch from 1
     chosen: bool | None  # by held-out images; None: there are none
     scores: dict[Key, float]
-    best_epoch: int | None  # from 1
-
-    @property
-    def setting(self) -> tuple:
-        return self.head, self.block, self.optimizer, self.rate
+    best_epoch: Cell
 
 
-@dataclass(frozen=True)
-class Bank:
+class Bank(NamedTuple):
     headline: str
     probes: list[Probe]
     curves: dict[str, list[Line]]
-    knn: dict[str, dict[str, dict[Key, float]]]  # {vector: {neighbours: scores}}
+    knn: dict[str, dict[str, Record]]  # {vector: {neighbours: scores}}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -56,70 +45,69 @@ class Bank:
 def read_bank(run: Run) -> Bank:
     """The probes of results.json; of a run without one, those of its newest evaluation."""
     watched = "val" if any("val" in record for record in run.epochs) else "test"
-    headline = run.record.get("headline") or ("per_class" if run.args.get("per_class") else "top1")
-    result = run.results[0] if run.results else {"probes": unfinished_probes(run, watched)}
-    probes = [read_probe(name, record) for name, record in result["probes"].items()]
-    vectors = result.get("knn", {}).items()
-    knn = {vector: {k: scores_of(scores) for k, scores in by_k.items()} for vector, by_k in vectors}
-    return Bank(headline, probes, read_curves(run, probes, watched, headline), knn)
+    headline = run.record.get("headline") or "top1"
+    records = run.results[0]["probes"] if run.results else unfinished_probes(run, watched)
+    probes = [read_probe(name, record) for name, record in records.items()]
+    return Bank(headline, probes, read_curves(run, probes, watched, headline), run.record.get("knn", {}))
 
 
-def scores_of(record: dict[str, Any], evaluation: str = "test") -> dict[Key, float]:
-    return {(evaluation, name): real(value) for name, value in record.items() if name != "epoch"}
-
-
-def read_probe(name: str, record: dict[str, Any]) -> Probe:
+def read_probe(name: str, record: Record) -> Probe:
     rate = next((key for key in ("lr", "blr") if record.get(key) is not None), None)
-    best, diverged = record.get("best") or {}, record["diverged_at"]
-    scores = scores_of(record["last"]) | scores_of(best, "best")
-    return Probe(
-        name,
-        record["head"],
-        record["block"],
-        record.get("optimizer") or "lars",
-        NONE if rate is None else Cell(f"{rate} {real(record[rate]):g}", real(record[rate])),
-        record["seed"],
-        record.get("parameters"),
-        None if diverged is None else diverged["epoch"] + 1,
-        record.get("chosen"),
-        scores | (scores_of(record["val"]["last"], "held-out") if "val" in record else {}),
-        best["epoch"] + 1 if best else None,
-    )
+    evaluations = {"test": record["last"], "best": record.get("best"), "held-out": record.get("val", {}).get("last")}
+    scores = {(e, s): real(v) for e, values in evaluations.items() for s, v in (values or {}).items() if s != "epoch"}
+    setting = {
+        "head": record["head"],
+        "block (from 0)": count_cell(record["block"]),
+        "optimizer": record["optimizer"],
+        "rate": Cell(f"{rate} {real(record[rate]):g}", real(record[rate])) if rate else NONE,
+        "parameters": count_cell(record["parameters"]),
+    }
+    diverged, best = record["diverged_at"], record.get("best")
+    lost = None if diverged is None else diverged["epoch"] + 1
+    best_epoch = count_cell(best["epoch"] + 1 if best else None)
+    return Probe(name, setting, count_cell(record["seed"]), lost, record.get("chosen"), scores, best_epoch)
 
 
 def unfinished_probes(run: Run, watched: str) -> dict[str, dict[str, Any]]:
     """{name: record as in results.json}, from names such as abmilp:depth=2/block11/sgd/blr0.1/seed0 and log.txt."""
-    newest = next((record[watched] for record in reversed(run.epochs) if isinstance(record.get(watched), dict)), {})
+    newest = next((r[watched] for r in reversed(run.epochs) if isinstance(r.get(watched), dict)), {})
     names = list(run.started["lr"]) if isinstance(run.started.get("lr"), dict) else list(newest)
     probes = {}
     for i, name in enumerate(names):
         parts = re.fullmatch(r"(.+)/block(\d+)/(?:(\w+)/)?(blr|lr)([^/]+)/seed(-?\d+)", name)
         head, block, optimizer, kind, rate, seed = parts.groups() if parts else (name, None, None, "blr", None, None)
-        losses = [(r["epoch"], real(r["train_loss"][i])) for r in run.epochs if "train_loss" in r]
-        lost = next(({"epoch": epoch} for epoch, loss in losses if not math.isfinite(loss)), None)
+        lost = (r["epoch"] for r in run.epochs if "train_loss" in r and not math.isfinite(real(r["train_loss"][i])))
+        lost = next(lost, None)
         scores = newest.get(name, {})
-        probes[name] = {"head": head, "block": block and int(block), "optimizer": optimizer, "seed": seed and int(seed)}
-        probes[name] |= {kind: rate and float(rate), "diverged_at": lost, "last": scores if watched == "test" else {}}
-        probes[name] |= {"val": {"last": scores}} if watched == "val" else {}
+        probes[name] = {
+            "head": head,
+            "block": block and int(block),
+            "optimizer": optimizer or "lars",
+            kind: rate and float(rate),
+            "seed": seed and int(seed),
+            "parameters": None,
+            "diverged_at": None if lost is None else {"epoch": lost},
+            "last": scores if watched == "test" else {},
+            "val": {"last": scores if watched == "val" else {}},
+        }
     return probes
 
 
 def read_curves(run: Run, probes: Sequence[Probe], watched: str, headline: str) -> dict[str, list[Line]]:
     """{label: curves} of the training loss and the headline score. ValueError if log.txt has other probes."""
-    names = [probe.name for probe in probes]
-    losses = {r["epoch"] + 1: dict(zip(names, r["train_loss"], strict=True)) for r in run.epochs if "train_loss" in r}
-    evaluations = {r["epoch"] + 1: r[watched] for r in run.epochs if isinstance(r.get(watched), dict)}
-    if any(scores.keys() != set(names) for scores in evaluations.values()):
+    names, labels = [probe.name for probe in probes], setting_labels(probes)
+    losses, scores = {}, {}
+    for record in run.epochs:
+        if "train_loss" in record:
+            losses[record["epoch"] + 1] = dict(zip(names, record["train_loss"], strict=True))
+        if isinstance(record.get(watched), dict):
+            scores[record["epoch"] + 1] = {name: of_name.get(headline) for name, of_name in record[watched].items()}
+    if any(by_name.keys() != set(names) for by_name in scores.values()):
         raise ValueError("log.txt is of other probes")
-    scores = {x: {name: by_name[name].get(headline) for name in names} for x, by_name in evaluations.items()}
-    labels = setting_labels(probes)
-    curves = {
-        "training loss": losses,
-        f"{'held-out' if watched == 'val' else watched} {metric_label(headline)}": scores,
-    }
+    evaluation = "held-out" if watched == "val" else watched
     return {
         label: [Line(labels[name], list(values), [real(y[name]) for y in values.values()]) for name in names]
-        for label, values in curves.items()
+        for label, values in (("training loss", losses), (column_name((evaluation, headline)), scores))
         if len(values) > 1
     }
 
@@ -130,51 +118,64 @@ def read_curves(run: Run, probes: Sequence[Probe], watched: str, headline: str) 
 
 
 def setting_labels(probes: Sequence[Probe]) -> dict[str, str]:
-    """{probe: its head, and those of block, optimizer and rate that are not the same for all}."""
-    parts = [(probe.head, f"block {probe.block}", probe.optimizer, str(probe.rate.text)) for probe in probes]
-    differs = [i == 0 or len(set(column)) > 1 for i, column in enumerate(zip(*parts, strict=True))]
-    return {
-        probe.name: ", ".join(part for part, shown in zip(of_probe, differs, strict=True) if shown)
-        for probe, of_probe in zip(probes, parts, strict=True)
-    }
+    """{probe: its head, and what else of its setting is not the same for all}."""
+    texts = [{key: str(getattr(value, "text", value)) for key, value in probe.setting.items()} for probe in probes]
+    several = ["head", *(key for key in ("block (from 0)", "optimizer", "rate") if len({t[key] for t in texts}) > 1)]
+    words = [[f"block {t[key]}" if key == "block (from 0)" else t[key] for key in several] for t in texts]
+    return {probe.name: ", ".join(parts) for probe, parts in zip(probes, words, strict=True)}
 
 
-def by_setting(probes: Sequence[Probe]) -> list[list[Probe]]:
-    return facts.group_by(probes, lambda probe: probe.setting)
+def by_setting(probes: Iterable[Probe]) -> list[list[Probe]]:
+    return facts.group_by(probes, lambda probe: tuple(probe.setting.values()))
 
 
 def score_columns(probes: Sequence[Probe], headline: str) -> list[Key]:
     """Scores that were measured, the headline first; of the best epoch, the headline alone. Accuracy per class is left
     out where it equals the accuracy, as it does with equally many images of each class."""
-
-    def shown(probe: Probe, key: Key) -> bool:
-        same = key[1] == "per_class" and probe.scores[key] == probe.scores.get((key[0], "top1"))
-        return key[1] == headline or (key[0] != "best" and not same)
-
-    keys = dict.fromkeys(key for probe in probes for key in probe.scores if shown(probe, key))
+    keys = dict.fromkeys(key for probe in probes for key in probe.scores if key[0] != "best" or key[1] == headline)
+    same = [
+        key
+        for key in keys
+        if key[1] == "per_class" and all(p.scores.get(key) == p.scores.get((key[0], "top1")) for p in probes)
+    ]
+    shown = [key for key in keys if key not in same or key[1] == headline]
     order = ("test", *EVALUATIONS)
-    return sorted(keys, key=lambda key: (order.index(key[0]), key[1] in COUNTS, key[1] != headline))
+    return sorted(shown, key=lambda key: (order.index(key[0]), key[1] in COUNTS, key[1] != headline))
 
 
-def diverged(probes: Sequence[Probe]) -> int:
-    return sum(probe.diverged is not None for probe in probes)
+def column_name(key: Key) -> str:
+    return f"{key[0]} {metric_label(key[1])}"
 
 
 def seed_mean(probes: Sequence[Probe], key: Key) -> Cell:
     """Mean and standard deviation over the seeds of a setting; no mean where a seed diverged or has no such number."""
     n, values = len(probes), [probe.scores[key] for probe in probes if key in probe.scores]
-    if not values:
-        return NONE
-    lost = sum(not math.isfinite(value) for value in values)
-    for count, problem in ((diverged(probes), "diverged"), (lost, "not finite"), (n - len(values), "missing")):
-        if count:
+    problems = {
+        "diverged": sum(probe.diverged is not None for probe in probes),
+        "not finite": sum(not math.isfinite(value) for value in values),
+        "missing": n - len(values),
+    }
+    for problem, count in problems.items():
+        if count and values:
             return Cell(f"{problem} in {count} of {n}" if n > 1 else problem, math.nan)
-    return score_cell(key[1], *mean_std(values))
+    return score_cell(key[1], *mean_std(values)) if values else NONE
 
 
 def choice(probes: Sequence[Probe]) -> str:
     chosen = sum(bool(probe.chosen) for probe in probes)
     return DASH if not chosen else "chosen" if chosen == len(probes) else f"chosen in {chosen} of {len(probes)}"
+
+
+def bank_result(bank: Bank) -> str:
+    """The headline score of each setting; only of those that held-out images chose, where they did."""
+    key = "test" if any(("test", bank.headline) in probe.scores for probe in bank.probes) else "held-out", bank.headline
+    probes = [probe for probe in bank.probes if probe.chosen is not False]
+    cells = {group[0].name: seed_mean(group, key) for group in by_setting(probes)}
+    if all(cell == NONE for cell in cells.values()):
+        return "no score yet"
+    labels, more = setting_labels(probes), f" and {len(cells) - 6} more" if len(cells) > 6 else ""
+    texts = [f"{labels[name]}: {cell.text.partition(' ±')[0]}" for name, cell in cells.items()]
+    return f"{column_name(key)} – {'; '.join(texts[:6])}{more}"
 
 
 def show_banks(reports: Sequence[RunReport]) -> list[object]:
@@ -184,17 +185,15 @@ def show_banks(reports: Sequence[RunReport]) -> list[object]:
 
 def seed_table(reports: Sequence[RunReport]) -> list[object]:
     """Runs on the same images: a row per setting, means over its seeds."""
-    probes = [probe for report in reports for probe in report.data.probes]
-    columns = [key for key in score_columns(probes, reports[0].data.headline) if key[1] not in COUNTS]
+    columns = score_columns([probe for report in reports for probe in report.data.probes], reports[0].data.headline)
     rows = [
         {
             "run": facts.run_cell(report),
-            "head": group[0].head,
-            **{column_name(key): seed_mean(group, key) for key in columns},
+            "head": group[0].setting["head"],
+            **{column_name(key): seed_mean(group, key) for key in columns if key[1] not in COUNTS},
             "seeds": count_cell(len(group)),
-            "diverged": DASH if (lost := diverged(group)) == 0 else f"{lost} of {len(group)}",
             "choice": choice(group),
-            **setting_cells(group[0]),
+            **group[0].setting,
         }
         for report in reports
         for group in by_setting(report.data.probes)
@@ -206,7 +205,7 @@ def seed_table(reports: Sequence[RunReport]) -> list[object]:
         Text(f"On {facts.data_words(reports[0].run.record)}", "heading"),
         Text(explanation),
         *(remark for report in reports for remark in remarks(report)),
-        table(rows, "Averaged over seeds") if rows else Text("No probe is known yet."),
+        table(rows, "Averaged over seeds"),
         facts.differences(reports),
     ]
 
@@ -217,13 +216,13 @@ def remarks(report: RunReport) -> list[Text]:
     settings = by_setting(probes)
     scored = {f"{p.scores['test', 'n']:,.0f}" for p in probes if ("test", "n") in p.scores}
     found = [Text(f"{name}: {seeds_note(record)}.")] if len(settings) < len(probes) else []
-    if len(settings) > len({(p.head, p.block) for p in probes}) and all(p.chosen is None for p in probes):
+    heads = {(probe.setting["head"], probe.setting["block (from 0)"]) for probe in probes}
+    if len(settings) > len(heads) and all(probe.chosen is None for probe in probes):
         line = "several rates or optimizers, no held-out images: the best row is chosen on the test images."
         found.append(Text(f"{name}: {line}", "loud"))
     if scored and "n_test" in record and scored != {f"{record['n_test']:,}"}:
-        found.append(
-            Text(f"{name}: only {' or '.join(scored)} of {record['n_test']:,} test images were scored.", "loud")
-        )
+        line = f"only {' or '.join(scored)} of {record['n_test']:,} test images were scored."
+        found.append(Text(f"{name}: {line}", "loud"))
     return found
 
 
@@ -239,59 +238,25 @@ def bank_card(report: RunReport) -> Group:
     rows = [
         {
             "probe": probe.name,
-            "head": probe.head,
-            "seed": count_cell(probe.seed),
+            "head": probe.setting["head"],
+            "seed": probe.seed,
             "diverged": DASH if probe.diverged is None else f"in epoch {probe.diverged}",
             **{column_name(key): score_cell(key[1], probe.scores[key]) for key in columns if key in probe.scores},
-            "best epoch (from 1)": count_cell(probe.best_epoch),
+            "best epoch (from 1)": probe.best_epoch,
             "choice": choice([probe]),
-            **setting_cells(probe),
+            **probe.setting,
         }
         for probe in bank.probes
+    ]
+    knn = [
+        {"vector": vector, "neighbours": Cell(k, float(k))}
+        | {column_name(("test", score)): score_cell(score, real(value)) for score, value in scores.items()}
+        for vector, by_k in bank.knn.items()
+        for k, scores in by_k.items()
     ]
     figures = [
         drawing(functools.partial(draw_curves, lines, label), f"{label} of {report.run.name}")
         for label, lines in bank.curves.items()
     ]
-    probes = Group("details", [table(rows)], f"Every probe ({len(rows)})") if rows else None
-    return facts.card(report, Group("grid", figures) if figures else None, knn_table(bank), probes)
-
-
-def setting_cells(probe: Probe) -> dict[str, object]:
-    return {
-        "block (from 0)": count_cell(probe.block),
-        "optimizer": probe.optimizer,
-        "rate": probe.rate,
-        "parameters": count_cell(probe.parameters),
-    }
-
-
-def column_name(key: Key) -> str:
-    return f"{key[0]} {metric_label(key[1])}"
-
-
-def knn_table(bank: Bank) -> Table | None:
-    rows = [
-        {
-            "vector": vector,
-            "neighbours": Cell(k, float(k)),
-            **{column_name(key): score_cell(key[1], scores[key]) for key in scores},
-        }
-        for vector, by_k in bank.knn.items()
-        for k, scores in by_k.items()
-    ]
-    return table(rows, "k-nearest-neighbour classification") if rows else None
-
-
-def bank_result(bank: Bank) -> str:
-    """The headline score of each setting; only of those that held-out images chose, where they did."""
-    key = "test" if any(("test", bank.headline) in probe.scores for probe in bank.probes) else "held-out", bank.headline
-    probes = [probe for probe in bank.probes if probe.chosen is not False]
-    cells = {group[0].name: seed_mean(group, key) for group in by_setting(probes)}
-    labels, parts = setting_labels(probes), []
-    for name, cell in cells.items():
-        parts.append(f"{labels[name]}: {number(cell.value).text if math.isfinite(cell.value) else cell.text}")
-    if all(cell == NONE for cell in cells.values()):
-        return "no score yet"
-    more = f" and {len(parts) - 6} more" if len(parts) > 6 else ""
-    return f"{column_name(key)} – {'; '.join(parts[:6])}{more}"
+    every = Group("details", [table(rows)], f"Every probe ({len(rows)})")
+    return facts.card(report, Group("grid", figures), table(knn, "k-nearest-neighbour classification"), every)

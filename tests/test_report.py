@@ -284,7 +284,7 @@ def test_arguments_that_differ_from_the_defaults_come_first(tmp_path, make):
     results["args"] |= {"optimizer": ["lars"], "epochs": 7, "forgotten_flag": 3, "resume": "auto", "input_size": None}
     put(tmp_path / "run" / "results.json", results)
     before, _, after = make(tmp_path / "run").text.partition("All 9 arguments")
-    assert "7 (default: 90)" in before and "3 (unknown today)" in before and "optimizer lars" not in before
+    assert "7 (default: 90)" in before and "3 (default: unknown today)" in before and "optimizer lars" not in before
     assert "optimizer lars" in after and "input_size –" in after
     assert "resume auto" in before and "auto (default" not in before
 
@@ -381,7 +381,7 @@ def test_every_probe_is_listed_and_seeds_are_averaged(tmp_path, make):
     assert all(page.row(name) for name in bank()["probes"])
     assert page.row("run", "cls")[2:6] == ["41.00 ± 1.41", "1.2500 ± 0.0000", "42.00 ± 1.41", "2"]
     assert page.row("run", "abmilp")[2] == "51.00 ± 1.41"
-    for text in ("769,000", "test top-1 (%)", "best top-1 (%)", "test loss", "cls: 41.0; abmilp: 51.0"):
+    for text in ("769,000", "test top-1 (%)", "best top-1 (%)", "test loss", "cls: 41.00; abmilp: 51.00"):
         assert text in page.text, text
     assert "best loss" not in page.text and "per class" not in page.text  # as many images of each: the same number
     results = bank()
@@ -408,7 +408,7 @@ def test_held_out_scores_choose_and_the_test_images_do_not(tmp_path, make):
     put_bank(tmp_path / "run", held_out=True, n_val=50)
     page = make(tmp_path / "run")
     assert "held-out top-1 (%)" in page.text and "best top-1" not in page.text and "50 held-out" in page.text
-    assert "cls: 41.0" in page.text and "abmilp: 51.0" not in page.text and "chosen" in page.row("run", "cls")
+    assert "cls: 41.00" in page.text and "abmilp: 51.00" not in page.text and "chosen" in page.row("run", "cls")
     put_bank(tmp_path / "one rate")
     assert "chosen on the test images" not in make(tmp_path / "one rate").text
     results = bank()
