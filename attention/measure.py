@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attention.metrics import METRICS, Metric, Sizes, reduce_attention
+from attention.metrics import LEGEND, METRICS, REFERENCES, Metric, Sizes, reduce_attention
 from attention.tokens import log_spectrum
 from data_sets.loader import Watched
+from encoders.load import Encoder
 from models_vit import BlockTrace, VisionTransformer
 from runtime.analysis import Progress
 from util.distributed import gather_objects
@@ -162,3 +163,52 @@ def measure(
     if not (results := Recorder.of(gather_objects(recorder.state())).results()):
         raise ValueError(f"{description}: none of the images can be read")
     return results
+
+
+def summary(label: str, encoder: Encoder, input_size: int, numbers: dict[Place, dict]) -> dict:
+    """attention.json: what was measured, on what, and what each number means; enough to draw every figure.
+
+    numbers: of `measure`. Blocks are counted from 0; metrics of tokens also have an entry `embedding`.
+    """
+    backbone = encoder.backbone
+    sizes = Sizes.of(backbone, input_size)
+
+    def reference(name: str | None) -> dict | None:
+        return None if name is None else {"name": name, "value": REFERENCES[name](sizes)}
+
+    measured = {}
+    for name in dict.fromkeys(name for name, _ in numbers):
+        metric = METRICS[name]
+        entry = {key: getattr(metric, key) for key in ("unit", "definition", "source", "axis")}
+        entry |= {bound: reference(getattr(metric, bound)) for bound in ("lower", "upper", "uniform")}
+        if metric.of_tokens:
+            entry["embedding"] = numbers[name, 0]
+        entry["blocks"] = [{"block": b, **numbers[name, b + metric.of_tokens]} for b in range(backbone.depth)]
+        measured[name] = entry
+    return {
+        "label": label,
+        "encoder": encoder.record,
+        "random_weights": encoder.record["source"] is None,
+        "images": next(iter(numbers.values()))["count"],
+        "input_size": input_size,
+        "patch_size": sizes.patch_size,
+        "patches": sizes.patches,
+        "tokens": sizes.tokens,
+        "registers": sizes.registers,
+        "heads": backbone.num_heads,
+        "legend": LEGEND,
+        "metrics": measured,
+    }
+
+
+def table(result: dict) -> str:
+    """A line per metric of attention.json: the first, middle and last block, and the mean over all blocks."""
+    depth = len(next(iter(result["metrics"].values()))["blocks"])
+    shown = dict.fromkeys((0, depth // 2, depth - 1))
+    lines = [f"{'':34}" + "".join(f"{f'block {block}':>11}" for block in shown) + f"{'all blocks':>12}  unit"]
+    for name, metric in result["metrics"].items():
+        means = [block["mean"] for block in metric["blocks"]]
+        if None not in means:
+            columns = "".join(f"{means[block]:>11.4g}" for block in shown)
+            lines.append(f"  {name:32}{columns}{sum(means) / depth:>12.4g}  {metric['unit']}")
+    return "\n".join(lines)

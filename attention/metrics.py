@@ -23,7 +23,7 @@ from util.lazy import lazy
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from models_vit import BlockTrace
+    from models_vit import BlockTrace, VisionTransformer
 torch = lazy("torch")
 
 
@@ -35,6 +35,12 @@ class Sizes(NamedTuple):
     registers: int  # R
     grid: Grid
     patch_size: int  # pixels
+
+    @classmethod
+    def of(cls, backbone: VisionTransformer, input_size: int) -> Sizes:
+        grid = backbone.grid_of(input_size, input_size)
+        patches = grid[0] * grid[1]
+        return cls(backbone.num_prefix_tokens + patches, patches, backbone.num_registers, grid, backbone.patch_size)
 
 
 class Rows(NamedTuple):
