@@ -52,21 +52,16 @@ from aggregation.rules import (
     probe_rules,
     run_pass,
 )
-from cli.arguments import (
+from cli.arguments import add_data_arguments, add_run_arguments, check_files, identity, loading, plain, shared_arguments
+from cli.console import Parser, parse, run_main
+from cli.encoder_arguments import (
     ORACLE_ARGUMENTS,
-    add_data_arguments,
     add_encoder_arguments,
     add_oracle_arguments,
-    add_run_arguments,
     build_oracle,
-    check_files,
     frozen_encoder,
-    identity,
-    loading,
-    plain,
     precision,
 )
-from cli.console import Parser, parse, run_main
 from data_sets.images import fingerprint
 from data_sets.loader import EvaluationBatches, KeyedDataset, View, build_loader, eval_transform, stretch_transform
 from encoders.architectures import FROM_FILE, default_input_size
@@ -77,11 +72,13 @@ from probing.bank import ProbeBank
 from probing.finished_run import ProbeRun, read_run
 from probing.pooling import Tokens
 from runtime.analysis import Progress, analysed_images, subset
-from runtime.folder import RunFolder, provenance, utc_now
+from runtime.folder import RunFolder
+from runtime.processes import process_group
+from runtime.provenance import provenance, utc_now
 from util.choices import nearest
-from util.distributed import barrier, distributed, gather_objects, world_size
+from util.distributed import barrier, gather_objects, world_size
 from util.files import digest, to_json
-from util.progress import log, setup_logging
+from util.progress import log
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -156,9 +153,7 @@ def main(args: argparse.Namespace) -> None:
     check_files(args)
     if args.boxes is not None and not args.boxes.exists():
         raise ValueError(f"--boxes {args.boxes}: there is no such file or folder")
-    with distributed(args.device, args.dist_url) as world:
-        setup_logging()
-
+    with process_group(args.device, args.dist_url, shared_arguments(args)) as world:
         # ---- images, frozen encoder, trained probes, rules; every mistake in the arguments shows here
         folder = RunFolder(args.output_dir)
         if not args.resume:

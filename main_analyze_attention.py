@@ -3,9 +3,9 @@
 import argparse
 
 from cli.analyze_attention import check, encoder_labels, folder_name, get_args_parser
-from cli.arguments import check_files, identity, loading, plain, precision
+from cli.arguments import check_files, identity, loading, plain, shared_arguments
 from cli.console import checked, parse, run_main
-from cli.encoder_arguments import frozen_encoder, one_encoder_each
+from cli.encoder_arguments import frozen_encoder, one_encoder_each, precision
 
 if __name__ == "__main__":  # before the slow imports: --help and mistakes answer at once
     ARGS = checked(parse(get_args_parser()), check, check_files)
@@ -23,20 +23,20 @@ from data_sets.order import EvaluationBatches
 from data_sets.views import eval_transform
 from encoders.architectures import check_blocks
 from runtime.analysis import Progress, analysed_images, subset
-from runtime.folder import RunFolder, provenance, utc_now
+from runtime.folder import RunFolder
+from runtime.processes import process_group
+from runtime.provenance import provenance, utc_now
 from util import signals
-from util.distributed import barrier, distributed
+from util.distributed import barrier
 from util.files import digest
-from util.progress import log, setup_logging
+from util.progress import log
 
 
 def main(args: argparse.Namespace) -> None:
     check(args)
     check_files(args)
     names, labels = metric_names(args.metrics), encoder_labels(args)
-    with distributed(args.device, args.dist_url) as world:
-        setup_logging()
-
+    with process_group(args.device, args.dist_url, shared_arguments(args)) as world:
         # ---- images and frozen encoders; every mistake in the arguments shows here
         choose_reduction(args.reduction, world.device)
         folder = RunFolder(args.output_dir)
@@ -56,7 +56,7 @@ def main(args: argparse.Namespace) -> None:
             Path(__file__).name,
             folder,
             "*/attention.json",
-            identity(args, {"test images": pixels, "encoders": labels, "weights": weights}),
+            identity(args, {"images": pixels, "encoders": labels, "weights": weights}),
             {f"encoder {label}": Recorder.of for label in labels},
             len(chosen),
             args.batch_size,

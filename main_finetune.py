@@ -28,18 +28,17 @@ from PIL import Image, ImageOps
 
 from cli.arguments import (
     add_data_arguments,
-    add_encoder_arguments,
     add_old_arguments,
     add_run_arguments,
-    build_encoder,
     check_files,
     check_training,
     identity,
     loading,
     plain,
-    precision,
+    shared_arguments,
 )
 from cli.console import Parser, parse, run_main
+from cli.encoder_arguments import add_encoder_arguments, build_encoder, precision
 from data_sets.images import fingerprint
 from data_sets.loader import (
     DATASETS,
@@ -52,13 +51,15 @@ from data_sets.loader import (
 )
 from encoders.load import Encoder, load_plain_or_safetensors, safetensors_metadata
 from engine_finetune import Classifier, FineTuning, evaluate
-from runtime.folder import RunFolder, provenance, utc_now
+from runtime.folder import RunFolder
+from runtime.processes import process_group
+from runtime.provenance import provenance, utc_now
 from runtime.training import Plan, Training
-from util.distributed import barrier, distributed
+from util.distributed import barrier
 from util.files import digest
 from util.lr_sched import lr_at, scaled_lr
 from util.optim import layer_decay_groups
-from util.progress import log, setup_logging
+from util.progress import log
 from util.seeding import seeded
 
 RECIPE_AA = "rand-m9-mstd0.5-inc1"
@@ -116,8 +117,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> None:
     check(args)
     check_files(args)
-    with distributed(args.device, args.dist_url) as world:
-        setup_logging()
+    with process_group(args.device, args.dist_url, shared_arguments(args)) as world:
         folder = RunFolder(args.output_dir, args.log_dir)
         if not args.eval:
             folder.refuse_overwriting(args.resume)

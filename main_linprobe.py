@@ -33,20 +33,17 @@ from torch.utils.data import Dataset
 
 from cli.arguments import (
     add_data_arguments,
-    add_encoder_arguments,
     add_old_arguments,
-    add_oracle_arguments,
     add_run_arguments,
-    build_oracle,
     check_files,
     check_training,
-    frozen_encoder,
     identity,
     loading,
     plain,
-    precision,
+    shared_arguments,
 )
 from cli.console import Parser, parse, run_main
+from cli.encoder_arguments import add_encoder_arguments, add_oracle_arguments, build_oracle, frozen_encoder, precision
 from data_sets.images import fingerprint
 from data_sets.loader import (
     DATASETS,
@@ -68,14 +65,23 @@ from probing.feature_cache import CachedTokens, FeatureCache, Part
 from probing.heads import AGGREGATIONS, check_aggregation, option_flags, parse_head
 from probing.knn import knn_scores
 from probing.predictions import FILE, PredictionKeeper
-from probing.results import leader, summary, tell, tell_neighbours, tell_scores, warn_of_choices, warn_of_edges
-from runtime.folder import RunFolder, provenance, utc_now
+from probing.results import (
+    best_probe,
+    log_neighbours,
+    log_scores,
+    log_summary,
+    summary,
+    warn_of_choices,
+    warn_of_edges,
+)
+from runtime.folder import RunFolder
+from runtime.processes import process_group, require_same_run
+from runtime.provenance import provenance, utc_now
 from runtime.training import Plan, Training
-from util.distributed import distributed
 from util.files import digest
 from util.lars import LARS
 from util.lr_sched import lr_at, scaled_lr
-from util.progress import log, setup_logging
+from util.progress import log
 from util.scores import MULTILABEL_METRICS, MultiLabelTally, Tally
 
 OPTIMIZERS = {  # settings of util.lars.LARS; momentum: the paper's, and that of its code's SGD
@@ -193,8 +199,7 @@ def main(args: argparse.Namespace) -> None:
     check_files(args)
     multi_label = DATASETS[args.dataset].multi_label
     headline = choose_metric(args, multi_label)
-    with distributed(args.device, args.dist_url) as world:
-        setup_logging()
+    with process_group(args.device, args.dist_url, shared_arguments(args)) as world:
         folder = RunFolder(args.output_dir + args.suffix if args.output_dir else "", args.log_dir)
         if not args.eval:
             folder.refuse_overwriting(args.resume)
@@ -205,7 +210,7 @@ def main(args: argparse.Namespace) -> None:
         )
         kept, held_out = hold_out(train_images.targets, args.val_fraction, args.seed)
         if max(args.knn, default=0) > len(kept):
-            raise ValueError(f"--knn {max(args.knn)}: there are {len(kept)} training images; name fewer neighbours")
+            raise ValueError(f"--knn {max(args.knn)}: must be <= {len(kept)}, the number of training images")
 
         # ---- a frozen encoder and a bank of probes on its tokens
         encoder, size = frozen_encoder(args)
@@ -222,6 +227,7 @@ def main(args: argparse.Namespace) -> None:
             "weights": digest(backbone.state_dict()), "training images": fingerprint(train_images),
             "test images": fingerprint(test_images),
         }  # fmt: skip
+        require_same_run(facts)
 
         # ---- data: order and augmentation depend on (seed, epoch, sample) alone
         seeds = data_seeds(args)
@@ -273,7 +279,7 @@ def main(args: argparse.Namespace) -> None:
             "seeds_vary": seeds_vary(args), "oracle": oracle and oracle.record, **provenance(world.device),
         }  # fmt: skip
         if args.eval:
-            tell_scores(score("test", keeper))
+            log_scores(score("test", keeper))
             write_predictions(folder, keeper, specs, run, {})
             return
 
@@ -301,7 +307,7 @@ def main(args: argparse.Namespace) -> None:
                 if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
                     record[watched] = score(watched)
                     training.history.append({"epoch": epoch, watched: record[watched]})
-                log.info("epoch %d: %s%s", epoch, leader(record.get(watched), headline, watched), stats.speed())
+                log.info("epoch %d: %s%s", epoch, best_probe(record.get(watched), headline, watched), stats.speed())
                 folder.log_line(record)
                 figures = record.get(watched, {}).items()
                 training.end_epoch({f"{watched}_{headline}/{name}": scores[headline] for name, scores in figures})
@@ -314,7 +320,7 @@ def main(args: argparse.Namespace) -> None:
                 run["knn"] = neighbours(bank, frozen, parts, args, num_classes, how)
             run |= {"seconds": training.elapsed, "finished": utc_now()}
             folder.write("results.json", {"probes": results, **run})
-        tell(results, headline, args.report)
+        log_summary(results, headline, args.report)
         warn_of_edges(results)
         folder.close()
 
@@ -456,7 +462,7 @@ def neighbours(
     for spec, learned, ours, theirs in zip(bank.distinct, bank.learned, train, test, strict=True):
         name = spec.name if learned else f"{spec.head}/block{spec.block}"
         found[name] = knn_scores(ours, train_labels, theirs, test_labels, args.knn, num_classes)
-    tell_neighbours(found)
+    log_neighbours(found)
     return found
 
 
@@ -469,7 +475,7 @@ def write_predictions(
     probes = {spec.name: {"head": spec.head, **dataclasses.asdict(spec)} for spec in specs}
     for name, result in results.items():
         probes[name] |= {key: result[key] for key in ("chosen",) if key in result}
-    known = "headline", "test_images", "classes", "encoder", "command", "commit", "dirty"
+    known = "headline", "seeds_vary", "test_images", "classes", "encoder", "command", "commit", "dirty"
     tensors, metadata = keeper.gather({"probes": probes, **{name: run[name] for name in known}})
     folder.save_tensors(FILE, tensors, metadata)
 

@@ -31,20 +31,23 @@ from cli.arguments import (
     identity,
     loading,
     plain,
-    precision,
+    shared_arguments,
 )
 from cli.console import Parser, parse, run_main
+from cli.encoder_arguments import precision
 from data_sets.images import fingerprint
 from data_sets.loader import GlobalBatches, KeyedDataset, build_dataset, build_loader, train_transform
 from engine_pretrain import Pretraining, draw_reconstructions, examples, reconstruct, tiled
 from models_mae import DECODERS, MaskedAutoencoder
 from models_vit import architecture, build_vit, default_input_size
-from runtime.folder import RunFolder, provenance, utc_now
+from runtime.folder import RunFolder
+from runtime.processes import process_group
+from runtime.provenance import provenance, utc_now
 from runtime.training import Plan, Training
-from util.distributed import barrier, distributed
+from util.distributed import barrier
 from util.lr_sched import lr_at, scaled_lr
 from util.optim import weight_decay_groups
-from util.progress import log, setup_logging
+from util.progress import log
 from util.seeding import seeded
 
 
@@ -84,8 +87,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> None:
     check(args)
     check_files(args)
-    with distributed(args.device, args.dist_url) as world:
-        setup_logging()
+    with process_group(args.device, args.dist_url, shared_arguments(args)) as world:
         folder = RunFolder(args.output_dir, args.log_dir)
         folder.refuse_overwriting(args.resume)
 

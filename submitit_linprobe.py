@@ -20,8 +20,8 @@ from pathlib import Path
 import submitit
 from submitit.core.utils import FailedJobError, pickle_load
 
-from runtime.folder import ROOT
 from runtime.jobs import GONE, Task, state_of
+from runtime.provenance import ROOT
 from runtime.snapshot import take_snapshot
 from util import signals
 

@@ -6,7 +6,7 @@ import functools
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 from PIL import Image
@@ -147,10 +147,3 @@ def read_class_folders(folder: Path) -> FileImages:
             "remove them, or put their images in"
         )
     return FileImages(paths, targets, classes)
-
-
-def refuse_duplicates(values: Sequence, what: str, source: Path | str) -> None:
-    """ValueError with the first of the values that appears twice."""
-    if len(set(values)) < len(values):
-        value = next(value for value, count in Counter(values).items() if count > 1)
-        raise ValueError(f"{source}: {what} {value} appears twice")

@@ -6,13 +6,13 @@ import json
 import os
 import struct
 import zlib
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from data_sets.files import refuse_duplicates
 from data_sets.images import FileImages
 from util import distributed
 from util.progress import log
@@ -153,6 +153,13 @@ def zero_based(labels: Iterable[int], classes: int, path: Path, first: int = 1) 
                 f"{path}: label {label + first} of entry {number} is not between {first} and {classes - 1 + first}"
             )
     return shifted
+
+
+def refuse_duplicates(values: Sequence, what: str, source: Path | str) -> None:
+    """ValueError with the first of the values that appears twice."""
+    if len(set(values)) < len(values):
+        value = next(value for value, count in Counter(values).items() if count > 1)
+        raise ValueError(f"{source}: {what} {value} appears twice")
 
 
 def same_length(what: Iterable, path: Path, others: Iterable, other: Path) -> None:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data_sets.demo import CLASSES as DEMO_CLASSES
-from data_sets.files import Skipped, class_names, read_class_folders, refuse_duplicates
+from data_sets.files import Skipped, class_names, read_class_folders
 from data_sets.images import ArrayImages, FileImages, path_of
 from data_sets.readers import (
     find_folder,
@@ -27,6 +27,7 @@ from data_sets.readers import (
     read_matlab,
     read_rows,
     read_table,
+    refuse_duplicates,
     same_length,
     zero_based,
 )
@@ -175,7 +176,9 @@ IMAGENETTE = {
 
 def _imagenette(root: Path, split: str, allow_subset: bool) -> FileImages:
     images = _image_folder(find_folder(root, "imagenette2-320", "train", *ARCHIVES["imagenette"]), split)
-    images.classes = [IMAGENETTE.get(wnid, wnid) for wnid in images.classes]
+    if images.classes != list(IMAGENETTE):
+        raise ValueError(f"{root} holds other classes than Imagenette's: {', '.join(images.classes[:3])}, ...")
+    images.classes = list(IMAGENETTE.values())
     return images
 
 

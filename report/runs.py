@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from runtime.folder import SNAPSHOT_RECORD
+from runtime.provenance import SNAPSHOT_RECORD
 
 DEPTH = 3  # levels of subfolders that are searched, as in quickstart/attention/MAE
 Record = Mapping[str, Any]

@@ -10,6 +10,7 @@ import torch
 
 from data_sets.loader import build_dataset
 from runtime.folder import MISFITS, AnotherRun, RunFolder
+from runtime.processes import require_same_run
 from runtime.resumable import check_identity
 from util import signals
 from util.distributed import agree, barrier, gather_objects, leave, rank, world_size
@@ -139,6 +140,7 @@ class Progress(Generic[AnyRecord]):
     def resume(self, resume: str) -> None:
         """Continue from the checkpoint that `resume` names, see RunFolder.find_checkpoint. ValueError where there is
         none to continue from and the folder holds results."""
+        require_same_run(self.identity)
         if self.folder.find_checkpoint(resume, restore=self._restore) is None:
             self.folder.refuse_results(self.pattern)
         elif self.folder.kept:

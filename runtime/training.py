@@ -18,6 +18,7 @@ from torch import Tensor
 
 from data_sets.loader import GlobalBatches, Loader, Sample, Watched
 from runtime.folder import MISFITS, AnotherRun, RunFolder
+from runtime.processes import require_same_run
 from runtime.resumable import check_identity
 from util import signals
 from util.allocator import keep_freed_memory
@@ -305,6 +306,7 @@ class Training:
         """Continue from the checkpoint that --resume asks for, if there is one; see RunFolder.find_checkpoint.
 
         evaluated: names of `identity` that must be equal if the checkpoint is only evaluated."""
+        require_same_run(self.identity)
         self.evaluated = evaluated
         state = self.folder.find_checkpoint(resume, evaluate_only, lambda s: self._restore(s, evaluate_only))
         if state is not None and not evaluate_only:

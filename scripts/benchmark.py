@@ -27,15 +27,15 @@ from torch import Tensor
 
 from attention.measure import Recorder, applicable, observe
 from attention.metrics import PAPER_METRICS
-from cli.arguments import PRECISIONS, precision
 from cli.console import Parser, run_main
+from cli.encoder_arguments import PRECISIONS, precision
 from data_sets.loader import train_transform
 from engine_linprobe import FrozenTokens
 from main_analyze_attention import sizes_of
 from models_vit import VisionTransformer, build_vit
 from probing.bank import ProbeBank, ProbeSpec
 from probing.heads import parse_head
-from runtime.folder import provenance
+from runtime.provenance import provenance
 from util.choices import instead_of
 from util.lars import LARS
 from util.progress import log, progress, setup_logging

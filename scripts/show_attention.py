@@ -27,10 +27,9 @@ from torch import Tensor
 
 from attention.metrics import entropy
 from cli.analyze_attention import encoder_labels
-from cli.arguments import precision
 from cli.console import Parser, run_main
-from cli.encoder_arguments import add_encoder_arguments, frozen_encoder, one_encoder_each
-from data_sets.loader import eval_transform
+from cli.encoder_arguments import add_encoder_arguments, frozen_encoder, one_encoder_each, precision
+from data_sets.views import eval_transform
 from models_vit import VisionTransformer, attention_row
 from util.plotting import STYLE, WIDTH, add_scale, draw_map, save_figure, visible
 

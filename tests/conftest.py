@@ -67,12 +67,12 @@ def pretrained(tmp_path_factory):
 def run_program():
     """Start a program in a process of its own, or in several under torchrun, on the CPU."""
 
-    def run(*command: object, processes: int = 1) -> subprocess.CompletedProcess:
+    def run(*command: object, processes: int = 1, cwd: Path = ROOT) -> subprocess.CompletedProcess:
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
         words = [sys.executable, *(launcher if processes > 1 else []), *command]
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         return subprocess.run(
-            list(map(str, words)), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
+            list(map(str, words)), cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False
         )
 
     return run

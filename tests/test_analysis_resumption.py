@@ -69,7 +69,7 @@ def test_an_analysis_of_other_pixels_is_another_one(command, image_folder, tmp_p
     ImageOps.invert(Image.open(path)).save(path)
     capsys.readouterr()
     assert run("main_analyze_attention", command, tmp_path / "run", "--resume", "auto") == 2
-    assert "test images was" in capsys.readouterr().err
+    assert "images was" in capsys.readouterr().err
 
 
 # ---- stopped and killed

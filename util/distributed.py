@@ -191,6 +191,37 @@ def from_main(value: Any) -> Any:
     return parts[0]
 
 
+def require_equal(values: dict[str, Any], remedy: str) -> None:
+    """Compare plain data of all ranks. Where a value is not the same everywhere, all ranks leave the process group and
+    raise the same ValueError, which names each such value, the ranks that have it, and the remedy."""
+    if world_size() == 1:
+        return
+    everywhere = gather_objects(values)
+    differences = []
+    for name in dict.fromkeys(name for of_rank in everywhere for name in of_rank):
+        ranks: dict[str, list[int]] = {}
+        for number, of_rank in enumerate(everywhere):
+            ranks.setdefault(str(of_rank.get(name)), []).append(number)
+        if len(ranks) > 1:
+            differences.append(
+                f"{name} ({', '.join(f'{_short(value)} on {_listed(r)}' for value, r in ranks.items())})"
+            )
+    if differences:
+        barrier()
+        leave()
+        raise ValueError(f"the processes of this run differ in {', '.join(differences)}: {remedy}")
+
+
+def _short(value: str) -> str:
+    """Of a long text, such as a digest, the beginning."""
+    return value if len(value) <= 60 else f"{value[:8]}..."
+
+
+def _listed(ranks: list[int]) -> str:
+    shown = ", ".join(map(str, ranks[:4])) + (f" and {len(ranks) - 4} more" if len(ranks) > 4 else "")
+    return f"rank{'s' if len(ranks) > 1 else ''} {shown}"
+
+
 def gather_tensors(value: Tensor) -> list[Tensor]:
     """The tensor of every rank, in rank order, on every rank. Shapes must agree."""
     if world_size() == 1:
