@@ -226,7 +226,13 @@ def test_the_exit_code_says_what_happened_in_one_line(error, code, capsys):
     assert stopped.value.code == code and capsys.readouterr().err.count("\n") == 1
 
 
-READY = ["main_analyze_attention", "submitit_linprobe"]  # TODO: every main, as soon as its parser has moved to cli/
+READY = [
+    "main_analyze_aggregation",
+    "main_analyze_attention",
+    "main_finetune",
+    "main_pretrain",
+    "submitit_linprobe",
+]  # TODO: every main, as soon as its parser has moved to cli/
 
 
 @pytest.mark.parametrize("program", READY)
