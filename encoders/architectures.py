@@ -40,7 +40,7 @@ def known_depth(name: str) -> int | None:
 
 
 def check_blocks(blocks: Sequence[int], depth: int | None) -> None:
-    """ValueError for a block that does not exist in an encoder of that depth; None: of a depth not known yet."""
+    """ValueError for a block that an encoder of that depth does not have. depth: None if not known yet."""
     for block in blocks:
         if block < 0 or (depth is not None and block >= depth):
             raise ValueError(f"block {block} does not exist: this encoder has blocks 0 to {depth and depth - 1}")
