@@ -199,36 +199,6 @@ def test_an_impossible_batch_is_refused(sizes, message):
         GlobalBatches(25, *sizes, seed=0)
 
 
-def damage_png(path):
-    Image.new("RGB", (40, 40)).save(path)
-    data = bytearray(path.read_bytes())
-    data[40:60] = bytes(20)
-    path.write_bytes(data)
-
-
-def cut_png(path):
-    Image.effect_noise((40, 40), 80).save(path)
-    path.write_bytes(path.read_bytes()[:700])
-
-
-def no_image(path):
-    path.write_text("<html>not found</html>")
-
-
-@pytest.mark.parametrize(
-    ("damage", "workers"), [(damage_png, 0), (cut_png, 0), (no_image, 0), (lambda path: path.touch(), 0), (cut_png, 1)]
-)
-def test_an_image_that_cannot_be_read_is_named_in_one_line(tmp_path, damage, workers):
-    path = tmp_path / "train" / "cat" / "broken.png"
-    path.parent.mkdir(parents=True)
-    damage(path)
-    dataset = KeyedDataset(build_dataset("image_folder", tmp_path, "train"), eval_transform(32), seed=0)
-    with pytest.raises(ValueError) as error:
-        list(build_loader(dataset, EvaluationBatches(1, 1), workers))
-    assert str(error.value).startswith(f"cannot read image {path}: ")
-    assert "\n" not in str(error.value)
-
-
 def test_held_out_images_are_a_fraction_of_every_class_and_a_function_of_the_seed():
     targets = np.repeat(np.arange(6), [40, 20, 10, 3, 2, 1])
     kept, held = hold_out(targets, 0.1, seed=0)
