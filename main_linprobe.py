@@ -69,7 +69,15 @@ from probing.feature_cache import CachedTokens, FeatureCache, Part
 from probing.heads import AGGREGATIONS, check_aggregation, option_flags, parse_head
 from probing.knn import knn_scores
 from probing.predictions import FILE, PredictionKeeper
-from probing.results import leader, summary, tell, tell_neighbours, tell_scores, warn_of_choices, warn_of_edges
+from probing.results import (
+    best_probe,
+    log_neighbours,
+    log_scores,
+    log_summary,
+    summary,
+    warn_of_choices,
+    warn_of_edges,
+)
 from runtime.folder import RunFolder
 from runtime.processes import process_group, require_same_run
 from runtime.provenance import provenance, utc_now
@@ -206,7 +214,7 @@ def main(args: argparse.Namespace) -> None:
         )
         kept, held_out = hold_out(train_images.targets, args.val_fraction, args.seed)
         if max(args.knn, default=0) > len(kept):
-            raise ValueError(f"--knn {max(args.knn)}: there are {len(kept)} training images; name fewer neighbours")
+            raise ValueError(f"--knn {max(args.knn)}: must be <= {len(kept)}, the number of training images")
 
         # ---- a frozen encoder and a bank of probes on its tokens
         encoder, size = frozen_encoder(args)
@@ -275,7 +283,7 @@ def main(args: argparse.Namespace) -> None:
             "seeds_vary": seeds_vary(args), "oracle": oracle and oracle.record, **provenance(world.device),
         }  # fmt: skip
         if args.eval:
-            tell_scores(score("test", keeper))
+            log_scores(score("test", keeper))
             write_predictions(folder, keeper, specs, run, {})
             return
 
@@ -303,7 +311,7 @@ def main(args: argparse.Namespace) -> None:
                 if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
                     record[watched] = score(watched)
                     training.history.append({"epoch": epoch, watched: record[watched]})
-                log.info("epoch %d: %s%s", epoch, leader(record.get(watched), headline, watched), stats.speed())
+                log.info("epoch %d: %s%s", epoch, best_probe(record.get(watched), headline, watched), stats.speed())
                 folder.log_line(record)
                 figures = record.get(watched, {}).items()
                 training.end_epoch({f"{watched}_{headline}/{name}": scores[headline] for name, scores in figures})
@@ -316,7 +324,7 @@ def main(args: argparse.Namespace) -> None:
                 run["knn"] = neighbours(bank, frozen, parts, args, num_classes, how)
             run |= {"seconds": training.elapsed, "finished": utc_now()}
             folder.write("results.json", {"probes": results, **run})
-        tell(results, headline, args.report)
+        log_summary(results, headline, args.report)
         warn_of_edges(results)
         folder.close()
 
@@ -458,7 +466,7 @@ def neighbours(
     for spec, learned, ours, theirs in zip(bank.distinct, bank.learned, train, test, strict=True):
         name = spec.name if learned else f"{spec.head}/block{spec.block}"
         found[name] = knn_scores(ours, train_labels, theirs, test_labels, args.knn, num_classes)
-    tell_neighbours(found)
+    log_neighbours(found)
     return found
 
 
@@ -471,7 +479,7 @@ def write_predictions(
     probes = {spec.name: {"head": spec.head, **dataclasses.asdict(spec)} for spec in specs}
     for name, result in results.items():
         probes[name] |= {key: result[key] for key in ("chosen",) if key in result}
-    known = "headline", "test_images", "classes", "encoder", "command", "commit", "dirty"
+    known = "headline", "seeds_vary", "test_images", "classes", "encoder", "command", "commit", "dirty"
     tensors, metadata = keeper.gather({"probes": probes, **{name: run[name] for name in known}})
     folder.save_tensors(FILE, tensors, metadata)
 

@@ -61,8 +61,8 @@ def fixed_rules(heads: Sequence[str], backbone: VisionTransformer, tokens: Token
     oracle that is missing."""
     rules = []
     for head in heads:
-        aggregation, options = parse_head(head, {}, "--rules")
-        check_aggregation(aggregation, backbone.has_cls, "--rules")
+        aggregation, options = parse_head(head, {})
+        check_aggregation(aggregation, backbone.has_cls)
         pooling = AGGREGATIONS[aggregation].build(tokens, **dict(options))
         if not pooling.weighs:
             raise ValueError(f"--rules {head}: {AGGREGATIONS[aggregation].description}; it weighs no patches")

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from paper.tables import DASH, PROTOCOL, RULES
-from probing.results import seeds_note, spoken
+from probing.results import metric_label, seeds_note
 
 Row = dict[str, list[float]]  # {head: scores, one per seed}
 WEIGHTS = {"pos": "uniform (`pos`)", **RULES}
@@ -93,7 +93,7 @@ def runs_table(names: Sequence[str], epoch: str = "last") -> str:
     several = [len(scores) for row in rows.values() for scores in row.values() if len(scores) > 1]
     spread = f", mean ± std over {alternatives(several)} seeds" if several else ""
     epochs, n_train = alternatives(run["args"]["epochs"] for run in runs), alternatives(run["n_train"] for run in runs)
-    note = f"{spoken(runs[0].get('headline', 'top1'))} (%), {epoch} epoch{spread}; {n_train} training and "
+    note = f"{metric_label(runs[0].get('headline', 'top1'))} (%), {epoch} epoch{spread}; {n_train} training and "
     note += f"{runs[0]['n_test']} test images, {epochs} epoch{'s' * (epochs != '1')}"
     if chose := [run["n_val"] for run in runs if any("chosen" in probe for probe in run["probes"].values())]:
         note += f"; rates chosen on {alternatives(chose)} held-out images"

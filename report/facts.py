@@ -14,7 +14,7 @@ from markupsafe import Markup
 from safetensors import SafetensorError, safe_open
 
 from cli.arguments import plain
-from probing.results import spoken
+from probing.results import metric_label as short_label
 from report.figures import photo
 from report.page import DASH, NONE, Cell, Group, Table, Text, badge, code, join, number, pairs
 from report.runs import Record, Run, args_of
@@ -64,7 +64,7 @@ def group_by(items: Iterable[Any], key: Callable[[Any], Hashable]) -> list[list[
 def metric_label(score: str) -> str:
     """Column heading of a score, with its unit."""
     counts = {"loss": "loss", "n": "images", "classes": "classes with a positive image"}
-    return counts.get(score) or f"{spoken(score).replace('_', ' ')} (%)"
+    return counts.get(score) or f"{short_label(score).replace('_', ' ')} (%)"
 
 
 def score_cell(score: str, value: float, spread: float | None = None) -> Cell:

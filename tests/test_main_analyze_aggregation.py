@@ -285,7 +285,7 @@ def test_overflow_stops_the_analysis(data, tmp_path):
         (["--rules", "abmilp"], "--rules abmilp is learned: name the run that trained it with --probes"),
         (["--rules", "dino"], "--rules dino needs the attention of another encoder: name it with --oracle"),
         (["--rules", "pos", "pos"], "--rules pos pos names a rule twice"),
-        (["--rules", "mean"], "unknown --rules 'mean'"),
+        (["--rules", "mean"], "unknown head 'mean'"),
         (["--probes", "/nowhere"], "--probes /nowhere holds no results.json"),
         (["--kl_eps", "-1"], "--kl_eps -1.0"),
         (["--loc_step", "2"], "--loc_step must be in (0, 1), got 2.0"),
@@ -365,7 +365,7 @@ def test_scores_of_other_images_and_missing_maps_are_said_under_the_table(data, 
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("results.json", "{", "results.json is not that of main_linprobe.py"),
+        ("results.json", "{", "results.json is damaged"),
         ("results.json", '{"probes": {"cls": {"last": {"epoch": 0}}}}', "are of different probes"),
         ("checkpoint-0.pth", "", "no checkpoint of .* can be read"),
         ("args.json", None, "holds no args.json"),
