@@ -69,7 +69,9 @@ from cli.arguments import (
 )
 from cli.console import Parser, parse, run_main
 from data_sets.images import fingerprint
-from data_sets.loader import EvaluationBatches, KeyedDataset, View, build_loader, eval_transform, stretch_transform
+from data_sets.loader import KeyedDataset, build_loader
+from data_sets.order import EvaluationBatches
+from data_sets.views import View, eval_transform, stretch_transform
 from encoders.architectures import FROM_FILE, default_input_size
 from encoders.load import Encoder
 from encoders.oracle import Oracle

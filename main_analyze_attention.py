@@ -47,7 +47,10 @@ from cli.arguments import (
 )
 from cli.console import Parser, parse, run_main
 from data_sets.images import fingerprint
-from data_sets.loader import DATASETS, EvaluationBatches, KeyedDataset, build_loader, eval_transform
+from data_sets.loader import KeyedDataset, build_loader
+from data_sets.order import EvaluationBatches
+from data_sets.table import DATASETS
+from data_sets.views import eval_transform
 from encoders.architectures import known_depth
 from encoders.load import Encoder
 from models_vit import VisionTransformer, check_blocks

@@ -42,15 +42,10 @@ from cli.arguments import (
 )
 from cli.console import Parser, parse, run_main
 from data_sets.images import fingerprint
-from data_sets.loader import (
-    DATASETS,
-    EvaluationBatches,
-    GlobalBatches,
-    KeyedDataset,
-    build_loader,
-    build_splits,
-    eval_transform,
-)
+from data_sets.loader import KeyedDataset, build_loader
+from data_sets.order import EvaluationBatches, GlobalBatches
+from data_sets.table import DATASETS, build_splits
+from data_sets.views import eval_transform
 from encoders.load import Encoder, load_plain_or_safetensors, safetensors_metadata
 from engine_finetune import Classifier, FineTuning, evaluate
 from runtime.folder import RunFolder

@@ -49,17 +49,10 @@ from cli.arguments import (
 )
 from cli.console import Parser, parse, run_main
 from data_sets.images import fingerprint
-from data_sets.loader import (
-    DATASETS,
-    EvaluationBatches,
-    GlobalBatches,
-    KeyedDataset,
-    build_loader,
-    build_splits,
-    eval_transform,
-    hold_out,
-    train_transform,
-)
+from data_sets.loader import KeyedDataset, build_loader
+from data_sets.order import EvaluationBatches, GlobalBatches, hold_out
+from data_sets.table import DATASETS, build_splits
+from data_sets.views import eval_transform, train_transform
 from encoders.architectures import known_depth
 from encoders.load import Encoder
 from engine_linprobe import FrozenTokens, Probing, evaluate, pooled

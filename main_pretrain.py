@@ -36,7 +36,10 @@ from cli.arguments import (
 )
 from cli.console import Parser, parse, run_main
 from data_sets.images import fingerprint
-from data_sets.loader import GlobalBatches, KeyedDataset, build_dataset, build_loader, train_transform
+from data_sets.loader import KeyedDataset, build_loader
+from data_sets.order import GlobalBatches
+from data_sets.table import build_dataset
+from data_sets.views import train_transform
 from engine_pretrain import Pretraining, draw_reconstructions, examples, reconstruct, tiled
 from models_mae import DECODERS, MaskedAutoencoder
 from models_vit import architecture, build_vit, default_input_size

@@ -20,7 +20,10 @@ from cli.encoder_arguments import (  # noqa: F401  (likewise)
     frozen_encoder,
     one_encoder_each,
 )
-from data_sets.loader import DATASETS, LOADERS, ON_BAD_IMAGE, check_dataset, micro_steps_of_a_group
+from data_sets.images import ON_BAD_IMAGE
+from data_sets.order import micro_steps_of_a_group
+from data_sets.table import DATASETS, check_dataset
+from data_sets.views import LOADERS
 
 PRECISIONS = {  # names of --amp -> torch's
     "bfloat16": "bfloat16",

@@ -29,7 +29,7 @@ from attention.measure import Recorder, applicable, observe
 from attention.metrics import PAPER_METRICS
 from cli.arguments import PRECISIONS, precision
 from cli.console import Parser, run_main
-from data_sets.loader import train_transform
+from data_sets.views import train_transform
 from engine_linprobe import FrozenTokens
 from main_analyze_attention import sizes_of
 from models_vit import VisionTransformer, build_vit

@@ -13,7 +13,9 @@ from torchvision.io import ImageReadMode, decode_image, decode_jpeg, read_file
 from torchvision.transforms import v2
 
 from data_sets.crop import RandomResizedCrop
-from data_sets.loader import EvaluationBatches, GlobalBatches, KeyedDataset, Loader, build_dataset, build_loader
+from data_sets.loader import KeyedDataset, Loader, build_loader
+from data_sets.order import EvaluationBatches, GlobalBatches
+from data_sets.table import build_dataset
 from data_sets.views import IMAGENET_MEAN, IMAGENET_STD, LOADERS, View, eval_transform, train_transform
 
 BICUBIC = transforms.InterpolationMode.BICUBIC

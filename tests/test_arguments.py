@@ -15,7 +15,7 @@ import main_pretrain
 from attention.metrics import METRICS
 from cli.arguments import build_encoder, check_training, plain
 from cli.console import parse, run_main
-from data_sets.loader import DATASETS
+from data_sets.table import DATASETS
 from encoders.catalogue import CATALOGUE
 from encoders.families import FAMILIES
 from models_vit import ARCHITECTURES

@@ -7,19 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
-from data_sets.loader import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    EvaluationBatches,
-    GlobalBatches,
-    KeyedDataset,
-    build_dataset,
-    build_loader,
-    build_splits,
-    eval_transform,
-    hold_out,
-    train_transform,
-)
+from data_sets.loader import KeyedDataset, build_loader
+from data_sets.order import EvaluationBatches, GlobalBatches, hold_out
+from data_sets.table import build_dataset, build_splits
+from data_sets.views import IMAGENET_MEAN, IMAGENET_STD, eval_transform, train_transform
 from util import distributed
 
 

@@ -12,17 +12,10 @@ import torch
 from PIL import Image, ImageFile
 
 from data_sets.images import ON_BAD_IMAGE, ArrayImages, DamagedImage, UnreadableImage, read_rgb
-from data_sets.loader import (
-    EvaluationBatches,
-    GlobalBatches,
-    KeyedDataset,
-    Loader,
-    build_dataset,
-    build_loader,
-    eval_transform,
-    train_transform,
-)
-from data_sets.views import LOADERS
+from data_sets.loader import KeyedDataset, Loader, build_loader
+from data_sets.order import EvaluationBatches, GlobalBatches
+from data_sets.table import build_dataset
+from data_sets.views import LOADERS, eval_transform, train_transform
 from util import distributed
 
 NOISE = np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8)
@@ -285,7 +278,10 @@ def test_damaged_images_of_all_ranks_are_counted_once_and_logged_once(folder, mo
 PROGRAM = """
 import json
 import sys
-from data_sets.loader import EvaluationBatches, GlobalBatches, KeyedDataset, build_dataset, build_loader, eval_transform
+from data_sets.loader import KeyedDataset, build_loader
+from data_sets.order import EvaluationBatches, GlobalBatches
+from data_sets.table import build_dataset
+from data_sets.views import eval_transform
 from util.distributed import distributed, gather_objects
 
 with distributed("cpu") as world:

@@ -11,7 +11,9 @@ from torchvision import transforms
 
 from data_sets.crop import RandomResizedCrop
 from data_sets.images import pixels_of, read_pixels, read_rgb
-from data_sets.loader import EvaluationBatches, KeyedDataset, build_dataset, build_loader
+from data_sets.loader import KeyedDataset, build_loader
+from data_sets.order import EvaluationBatches
+from data_sets.table import build_dataset
 from data_sets.views import LOADERS, View, eval_transform, stretch_transform, train_transform
 from util.seeding import seeded
 
