@@ -52,22 +52,16 @@ from aggregation.rules import (
     probe_rules,
     run_pass,
 )
-from cli.arguments import (
+from cli.arguments import add_data_arguments, add_run_arguments, check_files, identity, loading, plain, shared_arguments
+from cli.console import Parser, parse, run_main
+from cli.encoder_arguments import (
     ORACLE_ARGUMENTS,
-    add_data_arguments,
     add_encoder_arguments,
     add_oracle_arguments,
-    add_run_arguments,
     build_oracle,
-    check_files,
     frozen_encoder,
-    identity,
-    loading,
-    plain,
     precision,
-    shared_arguments,
 )
-from cli.console import Parser, parse, run_main
 from data_sets.images import fingerprint
 from data_sets.loader import KeyedDataset, build_loader
 from data_sets.order import EvaluationBatches

@@ -31,21 +31,9 @@ from attention.measure import Place, Recorder, applicable, measure
 from attention.metrics import GROUPS, LEGEND, METRICS, REFERENCES, Sizes, metric_names
 from attention.reductions import REDUCTIONS, choose_reduction
 from attention.tokens import embed_tokens
-from cli.arguments import (
-    add_data_arguments,
-    add_encoder_arguments,
-    add_run_arguments,
-    check_files,
-    check_input_size,
-    frozen_encoder,
-    identity,
-    loading,
-    one_encoder_each,
-    plain,
-    precision,
-    shared_arguments,
-)
+from cli.arguments import add_data_arguments, add_run_arguments, check_files, identity, loading, plain, shared_arguments
 from cli.console import Parser, parse, run_main
+from cli.encoder_arguments import add_encoder_arguments, check_input_size, frozen_encoder, one_encoder_each, precision
 from data_sets.images import fingerprint
 from data_sets.loader import KeyedDataset, build_loader
 from data_sets.order import EvaluationBatches

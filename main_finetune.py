@@ -28,19 +28,17 @@ from PIL import Image, ImageOps
 
 from cli.arguments import (
     add_data_arguments,
-    add_encoder_arguments,
     add_old_arguments,
     add_run_arguments,
-    build_encoder,
     check_files,
     check_training,
     identity,
     loading,
     plain,
-    precision,
     shared_arguments,
 )
 from cli.console import Parser, parse, run_main
+from cli.encoder_arguments import add_encoder_arguments, build_encoder, precision
 from data_sets.images import fingerprint
 from data_sets.loader import KeyedDataset, build_loader
 from data_sets.order import EvaluationBatches, GlobalBatches

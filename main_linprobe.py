@@ -33,21 +33,17 @@ from torch.utils.data import Dataset
 
 from cli.arguments import (
     add_data_arguments,
-    add_encoder_arguments,
     add_old_arguments,
-    add_oracle_arguments,
     add_run_arguments,
-    build_oracle,
     check_files,
     check_training,
-    frozen_encoder,
     identity,
     loading,
     plain,
-    precision,
     shared_arguments,
 )
 from cli.console import Parser, parse, run_main
+from cli.encoder_arguments import add_encoder_arguments, add_oracle_arguments, build_oracle, frozen_encoder, precision
 from data_sets.images import fingerprint
 from data_sets.loader import KeyedDataset, build_loader
 from data_sets.order import EvaluationBatches, GlobalBatches, hold_out

@@ -31,10 +31,10 @@ from cli.arguments import (
     identity,
     loading,
     plain,
-    precision,
     shared_arguments,
 )
 from cli.console import Parser, parse, run_main
+from cli.encoder_arguments import precision
 from data_sets.images import fingerprint
 from data_sets.loader import KeyedDataset, build_loader
 from data_sets.order import GlobalBatches

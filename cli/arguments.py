@@ -1,41 +1,22 @@
 """Command-line arguments that several mains share, in MAE's spelling."""
 
+from __future__ import annotations
+
 import argparse
 import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from cli.console import Parser, any_int, fail, named_path, non_negative, non_negative_int, parse, positive_int, run_main  # noqa: F401  (branches under way import them from here)
-from cli.encoder_arguments import (  # noqa: F401  (likewise)
-    ORACLE_ARGUMENTS,
-    add_encoder_arguments,
-    add_oracle_arguments,
-    build_encoder,
-    build_oracle,
-    check_input_size,
-    check_weights,
-    frozen_encoder,
-    one_encoder_each,
-)
+from cli.console import Parser, any_int, named_path, non_negative, non_negative_int, positive_int
+from cli.encoder_arguments import check_input_size, check_weights
 from data_sets.images import ON_BAD_IMAGE
 from data_sets.order import micro_steps_of_a_group
 from data_sets.table import DATASETS, check_dataset
 from data_sets.views import LOADERS
 
-PRECISIONS = {  # names of --amp -> torch's
-    "bfloat16": "bfloat16",
-    "float16": "float16",
-    "float32": "float32",
-    "none": "float32",  # beyond_cls's other name for float32
-}
-
-
-def precision(name: str) -> torch.dtype:
-    """The dtype that --amp names."""
-    return getattr(torch, PRECISIONS[name])
+if TYPE_CHECKING:
+    import torch
 
 
 def add_data_arguments(parser: Parser, labels: bool = True, loaders: bool = True) -> None:

@@ -27,8 +27,8 @@ from torch import Tensor
 
 from attention.measure import Recorder, applicable, observe
 from attention.metrics import PAPER_METRICS
-from cli.arguments import PRECISIONS, precision
 from cli.console import Parser, run_main
+from cli.encoder_arguments import PRECISIONS, precision
 from data_sets.views import train_transform
 from engine_linprobe import FrozenTokens
 from main_analyze_attention import sizes_of

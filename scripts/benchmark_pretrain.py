@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
-from cli.arguments import precision
+from cli.encoder_arguments import precision
 from data_sets.loader import Sample
 from engine_pretrain import Pretraining
 from models_mae import DECODERS, MaskedAutoencoder

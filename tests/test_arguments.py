@@ -13,8 +13,9 @@ import main_finetune
 import main_linprobe
 import main_pretrain
 from attention.metrics import METRICS
-from cli.arguments import build_encoder, check_training, plain
+from cli.arguments import check_training, plain
 from cli.console import parse, run_main
+from cli.encoder_arguments import build_encoder
 from data_sets.table import DATASETS
 from encoders.catalogue import CATALOGUE
 from encoders.families import FAMILIES

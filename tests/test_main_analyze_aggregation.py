@@ -20,8 +20,8 @@ from aggregation.divergence import entropies, normalised
 from aggregation.figures import display_name
 from aggregation.localization import best_overlaps, levels_of, score_map
 from aggregation.results import table as table_of
-from cli.arguments import frozen_encoder
 from cli.console import parse, run_main
+from cli.encoder_arguments import frozen_encoder
 from data_sets.demo import generate
 from data_sets.table import build_dataset
 from data_sets.views import eval_transform
