@@ -277,7 +277,7 @@ def trained_weights(path: Path) -> Markup:
         with safe_open(path, "np") as file:
             metadata = format_fields(dict(sorted((file.metadata() or {}).items())))
     except (OSError, SafetensorError) as error:
-        return badge(f"{path.name} cannot be read: {error}", "loud")
+        return Markup.escape(f"{path.name} cannot be read: {error}")
     return join([f"{path.name} ({metadata}), sha256 ", code(sha256(path))])
 
 

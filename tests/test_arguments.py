@@ -226,7 +226,12 @@ def test_the_exit_code_says_what_happened_in_one_line(error, code, capsys):
     assert stopped.value.code == code and capsys.readouterr().err.count("\n") == 1
 
 
-READY = ["submitit_linprobe"]  # TODO: every main, as soon as its parser has moved to cli/
+READY = [
+    "submitit_linprobe",
+    "main_pretrain",
+    "main_finetune",
+    "main_analyze_aggregation",
+]  # TODO: every main, as soon as its parser has moved to cli/
 
 
 @pytest.mark.parametrize("program", READY)

@@ -219,7 +219,7 @@ def test_hidden_files_of_other_systems_are_skipped_and_counted(root, tmp_path, c
     for name in NAMES:
         (folder / f"._{name}.xml").write_bytes(b"\0\5\x16\7")
     assert len(read_boxes(folder, None, images, root, range(3)).annotations) == 3
-    assert "3 hidden .xml files ignored" in capsys.readouterr().out
+    assert "3 .xml files of the operating system ignored" in capsys.readouterr().out
     for path in folder.glob("[!.]*"):
         path.unlink()
     with pytest.raises(ValueError, match="none of the known formats"):
