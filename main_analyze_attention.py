@@ -39,9 +39,9 @@ from data_sets.loader import KeyedDataset, build_loader
 from data_sets.order import EvaluationBatches
 from data_sets.table import DATASETS
 from data_sets.views import eval_transform
-from encoders.architectures import known_depth
+from encoders.architectures import check_blocks, known_depth
 from encoders.load import Encoder
-from models_vit import VisionTransformer, check_blocks
+from models_vit import VisionTransformer
 from runtime.analysis import Progress, analysed_images, subset
 from runtime.folder import RunFolder
 from runtime.processes import process_group
