@@ -21,7 +21,9 @@ from attention.metrics import GROUPS, METRICS, REFERENCES, Sizes, metric_names, 
 from attention.tokens import images_of_few_classes
 from cli.analyze_attention import get_args_parser
 from cli.console import parse, run_main
-from data_sets.loader import Sample, build_dataset, eval_transform
+from data_sets.loader import Sample
+from data_sets.table import build_dataset
+from data_sets.views import eval_transform
 from encoders.load import save_encoder
 from models_vit import build_vit
 from util.seeding import seeded
