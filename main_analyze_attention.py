@@ -36,9 +36,9 @@ from cli.console import Parser, parse, run_main
 from cli.encoder_arguments import add_encoder_arguments, check_input_size, frozen_encoder, one_encoder_each, precision
 from data_sets.images import fingerprint
 from data_sets.loader import DATASETS, EvaluationBatches, KeyedDataset, build_loader, eval_transform
-from encoders.architectures import known_depth
+from encoders.architectures import check_blocks, known_depth
 from encoders.load import Encoder
-from models_vit import VisionTransformer, check_blocks
+from models_vit import VisionTransformer
 from runtime.analysis import Progress, analysed_images, subset
 from runtime.folder import RunFolder
 from runtime.processes import process_group
