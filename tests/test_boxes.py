@@ -10,7 +10,7 @@ from torchvision.transforms.functional import center_crop, resize
 
 from aggregation.boxes import BOX_SOURCES, Annotation, ImageBoxes, read_boxes
 from data_sets.demo import generate
-from data_sets.loader import build_dataset
+from data_sets.table import build_dataset
 from util.progress import setup_logging
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
