@@ -16,7 +16,7 @@ from attention.metrics import METRICS
 from cli.arguments import check_training, plain
 from cli.console import parse, run_main
 from cli.encoder_arguments import build_encoder
-from data_sets.loader import DATASETS
+from data_sets.table import DATASETS
 from encoders.catalogue import CATALOGUE
 from encoders.families import FAMILIES
 from models_vit import ARCHITECTURES
