@@ -16,7 +16,7 @@ from PIL import Image
 import cli.launcher
 import main_linprobe
 from cli.console import parse, run_main
-from data_sets.loader import DATASETS
+from data_sets.table import DATASETS
 from encoders.load import save_encoder
 from models_vit import build_vit
 from probing.predictions import FILE, read_predictions
