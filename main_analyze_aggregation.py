@@ -59,7 +59,9 @@ from aggregation.rules import (
     run_pass,
 )
 from data_sets.images import fingerprint
-from data_sets.loader import EvaluationBatches, KeyedDataset, View, build_loader, eval_transform, stretch_transform
+from data_sets.loader import KeyedDataset, build_loader
+from data_sets.order import EvaluationBatches
+from data_sets.views import View, eval_transform, stretch_transform
 from encoders.load import Encoder, input_size
 from encoders.oracle import Oracle
 from engine_linprobe import FrozenTokens

@@ -35,15 +35,10 @@ import torch
 from PIL import Image, ImageOps
 
 from data_sets.images import fingerprint
-from data_sets.loader import (
-    EvaluationBatches,
-    GlobalBatches,
-    KeyedDataset,
-    build_loader,
-    build_splits,
-    eval_transform,
-)
-from data_sets.table import check_wnids
+from data_sets.loader import KeyedDataset, build_loader
+from data_sets.order import EvaluationBatches, GlobalBatches
+from data_sets.table import build_splits, check_wnids
+from data_sets.views import eval_transform
 from encoders.load import Encoder, load_plain_or_safetensors, safetensors_metadata
 from engine_finetune import Classifier, FineTuning, evaluate
 from runtime.folder import RunFolder

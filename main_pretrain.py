@@ -32,7 +32,10 @@ import torch
 from torch.utils.data import Dataset
 
 from data_sets.images import fingerprint
-from data_sets.loader import GlobalBatches, KeyedDataset, build_dataset, build_loader, train_transform
+from data_sets.loader import KeyedDataset, build_loader
+from data_sets.order import GlobalBatches
+from data_sets.table import build_dataset
+from data_sets.views import train_transform
 from engine_pretrain import Pretraining, draw_reconstructions, examples, reconstruct, tiled
 from models_mae import DECODERS, MaskedAutoencoder
 from models_vit import build_vit

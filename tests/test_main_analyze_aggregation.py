@@ -23,7 +23,8 @@ from aggregation.results import table as table_of
 from cli.console import parse, run_main
 from cli.encoder_arguments import frozen_encoder
 from data_sets.demo import generate
-from data_sets.loader import build_dataset, eval_transform
+from data_sets.table import build_dataset
+from data_sets.views import eval_transform
 from encoders.load import save_encoder
 from main_analyze_aggregation import get_args_parser, stretch_transform
 from models_vit import build_vit
