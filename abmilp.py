@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models_vit import Attention
-from probing.pooling import Columns, Pooled, TokenPool
+from probing.pooling import Columns, Pooled, TokenPool, Tokens
 from util.pos_embed import sincos_pos_embed
 
 ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "tanh": nn.Tanh}
@@ -38,7 +38,7 @@ class ResidualSelfAttention(nn.Module):
     def __init__(self, dim: int):
         super().__init__()
         if dim < 8:
-            raise ValueError(f"residual self-attention has queries of width D/8: {dim} is too narrow")
+            raise ValueError(f"residual self-attention needs tokens of width >= 8 (queries have D/8), got {dim}")
         self.query, self.key, self.value = nn.Linear(dim, dim // 8), nn.Linear(dim, dim // 8), nn.Linear(dim, dim)
         self.gamma = nn.Parameter(torch.zeros(1))
 
@@ -79,7 +79,7 @@ class AbMILP(TokenPool):
     ):
         super().__init__()
         if depth < 1:
-            raise ValueError(f"AbMILP has a depth of at least 1, not {depth}")
+            raise ValueError(f"AbMILP depth must be >= 1, got {depth}")
         self.width = branches * dim
         self.values_attend = sa in ("both", "residual")
         self.self_attention = None
@@ -105,6 +105,11 @@ class AbMILP(TokenPool):
         weights = self.score(scored).softmax(dim=1).transpose(1, 2)  # (B,H,M)
         vector = self.project(torch.einsum("bhm,bmd->bhd", weights, values))
         return Pooled(vector, weights.squeeze(1) if weights.shape[1] == 1 else weights)
+
+    @classmethod
+    def of(cls, tokens: Tokens, content: str, **options: int | str) -> "AbMILP":
+        num_prefix = tokens.num_prefix if content == "all" else 0
+        return cls(tokens.width, grid=tokens.grid, num_prefix=num_prefix, **options)
 
     @property
     def folds(self) -> bool:

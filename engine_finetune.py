@@ -1,4 +1,7 @@
-"""What a micro-step of end-to-end fine-tuning computes, and the exact evaluation of a classifier."""
+"""End-to-end fine-tuning: the classifier, a micro-step of its training, and its exact evaluation.
+
+Letters as in models_vit; K classes.
+"""
 
 from collections.abc import Callable, Iterable
 
@@ -7,18 +10,60 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data_sets.loader import Sample, Watched
-from models_finetune import Classifier
+from models_vit import NORMS, VisionTransformer
 from runtime.training import OneNetwork
 from util.scores import Scores, Tally
 from util.seeding import seeded, stable_seed
 
 
+class Classifier(nn.Module):
+    """A linear classifier on the normalised [cls] token (the paper's MAE-FT), or on the normalised mean patch token.
+
+    global_pool: the mean patch. The encoder's final norm, which acts on single tokens, is then replaced by a new norm
+    of the mean, `fc_norm`, as in MAE's published fine-tuned models. ValueError if there is no [cls] token to classify.
+    """
+
+    def __init__(self, backbone: VisionTransformer, num_classes: int, global_pool: bool = False):
+        super().__init__()
+        if not (backbone.has_cls or global_pool):
+            raise ValueError(
+                "fine-tuning on [cls] needs an encoder with a [cls] token: drop --no_cls_token, or add --global_pool"
+            )
+        self.backbone = backbone
+        self.fc_norm = NORMS["layernorm"](backbone.embed_dim) if global_pool else None
+        if global_pool:
+            backbone.norm = nn.Identity()
+        self.head = nn.Linear(backbone.embed_dim, num_classes)
+        nn.init.trunc_normal_(self.head.weight, std=2e-5)  # as in MAE: nearly uniform predictions at first
+        nn.init.zeros_(self.head.bias)
+
+    @property
+    def family(self) -> str:
+        """The name in encoders.families of published_state_dict's layout."""
+        return "mae_ft" if self.fc_norm is None else "mae_ft_mean"
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B,3,h,w) -> logits (B,K)."""
+        (features,) = self.backbone(images).values()
+        if self.fc_norm is None:
+            return self.head(self.backbone.norm(features.cls))
+        return self.head(self.fc_norm(features.patches.mean(1)))
+
+    def published_state_dict(self) -> dict[str, Tensor]:
+        """Weights in MAE's published layout: encoder keys as in timm, `fc_norm.*` with global_pool, and `head.*`."""
+        return {key.removeprefix("backbone."): value for key, value in self.state_dict().items()}
+
+    def load_published_state_dict(self, state: dict[str, Tensor]) -> None:
+        """The inverse of published_state_dict; strict."""
+        names = {key.removeprefix("backbone."): key for key in self.state_dict()}
+        self.load_state_dict({names.get(key, key): value for key, value in state.items()}, strict=True)
+
+
 class FineTuning(OneNetwork):
     """A classifier and its optimizer, as a runtime.training.Method.
 
-    mixup: timm's Mixup, which returns soft labels (label smoothing is then its business). Mixing and stochastic depth
-    draw from (seed, epoch, chunk): a resumed run repeats them, and so does another split into processes and
-    micro-steps.
+    mixup: timm's Mixup, which returns soft labels and does the label smoothing. Mixing and stochastic depth draw from
+    (seed, epoch, chunk), hence equally in a resumed run and in any split into processes and micro-steps.
     """
 
     program = "main_finetune.py"
@@ -56,8 +101,8 @@ class FineTuning(OneNetwork):
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, loader: Iterable, device: torch.device, amp: torch.dtype) -> Scores:
-    """Scores of a classifier; each sample counts once, over all processes."""
+def evaluate(model: Classifier, loader: Iterable, device: torch.device, amp: torch.dtype) -> Scores:
+    """Scores of a classifier over all processes; each sample counts once."""
     model.eval()
     tally = Tally(1, model.head.out_features, device)
     for sample in Watched(loader, "test", agree=True):

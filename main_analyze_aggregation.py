@@ -17,6 +17,7 @@ examples:
 """
 
 import argparse
+import json
 import os
 from collections.abc import Collection, Sequence
 from functools import partial
@@ -24,14 +25,23 @@ from pathlib import Path
 
 import torch
 
-from aggregation.boxes import BOX_SOURCES, read_boxes
-from aggregation.divergence import KL_FLOOR, VectorStats
-from aggregation.examples import choose_examples, draw_examples
+from aggregation import DEFAULT_RULES, KL_FLOOR
+from aggregation.boxes import BOX_SOURCES, ImageBoxes, read_boxes
+from aggregation.divergence import VectorStats
+from aggregation.examples import (
+    Example,
+    best_threshold,
+    compared_rules,
+    draw_example_boxes,
+    draw_example_maps,
+    examples_from_files,
+    random_examples,
+    shown_rules,
+)
 from aggregation.figures import draw_divergences
 from aggregation.localization import Localizer, levels_of
 from aggregation.results import describe, describe_boxes, over_seeds, table
 from aggregation.rules import (
-    DEFAULT_RULES,
     Findings,
     Localization,
     Rule,
@@ -43,32 +53,38 @@ from aggregation.rules import (
     run_pass,
 )
 from cli.arguments import (
-    PRECISIONS,
-    Parser,
+    ORACLE_ARGUMENTS,
     add_data_arguments,
     add_encoder_arguments,
+    add_oracle_arguments,
     add_run_arguments,
+    build_oracle,
     check_files,
     frozen_encoder,
+    identity,
     loading,
-    parse,
     plain,
-    run_main,
+    precision,
+    shared_arguments,
 )
+from cli.console import Parser, parse, run_main
 from data_sets.images import fingerprint
-from data_sets.loader import EvaluationBatches, KeyedDataset, build_loader, eval_transform, stretch_transform
+from data_sets.loader import EvaluationBatches, KeyedDataset, View, build_loader, eval_transform, stretch_transform
+from encoders.architectures import FROM_FILE, default_input_size
 from encoders.load import Encoder
-from encoders.oracle import ORACLE_ARGUMENTS, Oracle, add_oracle_arguments, build_oracle
+from encoders.oracle import Oracle
 from engine_linprobe import FrozenTokens
 from probing.bank import ProbeBank
 from probing.finished_run import ProbeRun, read_run
 from probing.pooling import Tokens
 from runtime.analysis import Progress, analysed_images, subset
-from runtime.folder import RunFolder, provenance, utc_now
+from runtime.folder import RunFolder
+from runtime.processes import process_group
+from runtime.provenance import provenance, utc_now
 from util.choices import nearest
-from util.distributed import barrier, distributed, gather_objects, world_size
-from util.files import digest
-from util.progress import log, setup_logging
+from util.distributed import barrier, gather_objects, world_size
+from util.files import digest, to_json
+from util.progress import log
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -143,19 +159,19 @@ def main(args: argparse.Namespace) -> None:
     check_files(args)
     if args.boxes is not None and not args.boxes.exists():
         raise ValueError(f"--boxes {args.boxes}: there is no such file or folder")
-    with distributed(args.device, args.dist_url) as world:
-        setup_logging()
-
+    with process_group(args.device, args.dist_url, shared_arguments(args)) as world:
         # ---- images, frozen encoder, trained probes, rules; every mistake in the arguments shows here
         folder = RunFolder(args.output_dir)
         if not args.resume:
             folder.refuse_results("aggregation.json")
         run = read_run(args.probes) if args.probes is not None else None
-        images = analysed_images(args)
+        images = analysed_images(args.dataset, args.data_path, args.allow_subset)
         chosen = subset(len(images), args.num_images, args.seed)
         asked = run.with_encoder(args) if run is not None and not args.finetune else args
         encoder, size = frozen_encoder(asked)
-        backbone, amp = encoder.backbone.to(world.device), PRECISIONS[args.amp]
+        if run is not None:
+            check_encoder(run, asked, encoder, size)
+        backbone, amp = encoder.backbone.to(world.device), precision(args.amp)
         grid = backbone.grid_of(size, size)
         given = Tokens(backbone.embed_dim, grid, backbone.num_prefix_tokens)
         bank = run.bank(encoder, grid) if run is not None else None
@@ -172,7 +188,10 @@ def main(args: argparse.Namespace) -> None:
         boxes = None
         if args.boxes is not None:
             boxes = read_boxes(args.boxes, args.box_format, images, args.data_path, chosen, args.allow_subset)
-        examples = choose_examples(args, images, chosen)
+        if args.images:
+            examples = examples_from_files(images, args.images)
+        else:
+            examples = random_examples(images, chosen, args.num_examples, args.seed)
 
         # ---- what is looked for, and in which view of the images: each view has a pass of its own
         levels = levels_of(args.loc_step)
@@ -198,10 +217,15 @@ def main(args: argparse.Namespace) -> None:
         record = {"args": plain(args), "encoder": encoder.record, "oracle": oracle and oracle.record,
                   "classes": len(images.classes), "n_test": len(images), "test_images": fingerprint(images),
                   **provenance(world.device)}  # fmt: skip
-        weights = digest([module.state_dict() for module in (backbone, *(rule.pooling for rule in everything))])
-        facts = {"n_images": len(images), "rule_names": [rule.name for rule in everything], "weights": weights}
-        progress = Progress(Path(__file__).name, args, folder, "aggregation.json", facts, passes, len(chosen))
-        progress.resume()
+        networks = [backbone, *([oracle.backbone] if oracle else []), *(rule.pooling for rule in everything)]
+        facts = {
+            "rule_names": [rule.name for rule in everything], "test images": record["test_images"],
+            "weights": digest([network.state_dict() for network in networks]), "boxes": boxes and boxes.fingerprint(),
+            "scores of the probes": run and to_json(run.scores()),
+        }  # fmt: skip
+        progress = Progress(Path(__file__).name, folder, "aggregation.json", identity(args, facts), passes,
+                            len(chosen), args.batch_size, args.save_every_minutes)  # fmt: skip
+        progress.resume(args.resume)
         barrier()  # no rank writes before rank 0 has looked
         folder.claim()
         folder.write("args.json", record)
@@ -228,24 +252,67 @@ def main(args: argparse.Namespace) -> None:
             log.info("%s", table(result))
             folder.write("aggregation.json", result)
             if folder.path is not None:
-                if not args.boxes_only:
-                    draw_divergences(result, folder.path)
-                draw_examples(args, result, rules, tokens, examples, pixels, boxes, folder.path, world.device)
+                draw(args, result, rules, tokens, examples, pixels, boxes, folder.path)
             barrier()
         folder.close()
+
+
+def draw(
+    args: argparse.Namespace, result: dict, rules: Sequence[Rule], tokens: FrozenTokens, examples: Sequence[Example],
+    pixels: dict[str, View], boxes: ImageBoxes | None, folder: Path,
+) -> None:  # fmt: skip
+    """kl, maps and boxes, as far as they were measured and there are examples."""
+    if not args.boxes_only:
+        draw_divergences(result, [folder / "kl.png", folder / "kl.pdf"])
+    if examples:
+        log.info("examples: %s", ", ".join(example.path for example in examples))
+    shown = shown_rules(rules) if examples else []
+    if shown and not args.boxes_only:
+        draw_example_maps(shown, tokens, examples, pixels["crop"], folder / "maps.png")
+    compared = compared_rules(shown)
+    if boxes is not None and compared:
+        given, view = args.draw_threshold, args.loc_transform
+        thresholds = {rule.name: best_threshold(result, rule.name) if given is None else given for rule in compared}
+        draw_example_boxes(compared, tokens, examples, pixels[view], boxes, view == "crop", thresholds,
+                           folder / "boxes.png")  # fmt: skip
+
+
+def check_encoder(run: ProbeRun, args: argparse.Namespace, encoder: Encoder, size: int) -> None:
+    """Refuse an encoder that differs from that of the probes in more than its weights' file; ValueError."""
+    stated = ("num_heads", "mean", "std", "grid", "timm_name")
+    described = {**encoder.record, **{name: vars(args)[name] for name in stated}, "input_size": size}
+    own_size = size if run.args.model == FROM_FILE else default_input_size(run.args.model)
+    trained = {**run.results.get("encoder", {}), **{name: vars(run.args)[name] for name in stated}}
+    trained["input_size"] = run.args.input_size or own_size
+    described = json.loads(json.dumps(described))  # lists and tuples alike
+    names = [name for name in described if name in trained and name not in ("source", "sha256", "assumed")]
+    if different := [
+        f"{name} {trained[name]}, not {described[name]}" for name in names if trained[name] != described[name]
+    ]:
+        raise ValueError(
+            f"the probes of {run.folder} were trained with {'; '.join(different)}: leave out --finetune and what "
+            "belongs to it, and the encoder of the probes is taken"
+        )
 
 
 def find_oracle(
     args: argparse.Namespace, run: ProbeRun | None, needed: bool, encoder: Encoder, size: int, amp: torch.dtype
 ) -> Oracle | None:
-    """The encoder of --oracle, or the one that a probe of the run was trained with. ValueError where both differ."""
+    """The encoder of --oracle, or that of the run's probes. ValueError if a probe was trained with another one."""
     if args.oracle is None and not needed:
         return None
     if args.oracle is None:
-        args = argparse.Namespace(**{**vars(args), **{name: vars(run.args)[name] for name in ORACLE_ARGUMENTS}})
-    oracle = build_oracle(args, encoder, size, amp)
-    if needed and (run.results.get("oracle") or {}).get("sha256") != oracle.record["sha256"]:
-        raise ValueError(f"--oracle {args.oracle}: a probe of {run.folder} was trained with another one: leave it out")
+        asked = argparse.Namespace(**{**vars(args), **{name: vars(run.args)[name] for name in ORACLE_ARGUMENTS}})
+    else:
+        asked = args
+    oracle = build_oracle(asked, encoder, size, amp)
+    trained = run.results.get("oracle") if needed else None
+    different = [name for name, value in oracle.record.items() if name in (trained or {}) and trained[name] != value]
+    if needed and (trained is None or set(different) - ({"source"} if oracle.record["sha256"] else set())):
+        raise ValueError(
+            f"a probe of {run.folder} was trained with the oracle {(trained or {}).get('source')}, which differs from "
+            f"{asked.oracle} in {', '.join(different) or 'everything'}: name the file that the probe was trained with"
+        )
     return oracle
 
 
@@ -253,30 +320,30 @@ def find_rules(
     args: argparse.Namespace, encoder: Encoder, tokens: Tokens, run: ProbeRun | None, bank: ProbeBank | None,
     has_oracle: bool,
 ) -> list[Rule]:  # fmt: skip
-    """The fixed rules, then those that the run's probes have learned; of several rates, where held-out images have
-    chosen one, that alone. ValueError where there is none."""
-    words, missing = args.rules, []
-    if words is None:
-        words, missing = default_rules(encoder.backbone, has_oracle)
+    """The fixed rules, then those of the run's probes; of several rates, only the one chosen on held-out images."""
+    heads, missing = args.rules, []
+    if heads is None:
+        heads, missing = default_rules(encoder.backbone, has_oracle)
     if missing:
-        reasons = "no --oracle" if encoder.backbone.has_cls else "this encoder has no [cls] token, or no --oracle"
-        log.info("left out: %s (%s)", ", ".join(missing), reasons)
-    rules = fixed_rules(words, encoder.backbone, tokens, has_oracle)
-    if bank is not None:
-        fixed = {(rule.head, rule.block) for rule in rules}
-        learned = probe_rules(bank, encoder.backbone.depth - 1, run.scores())
-        if args.probe_heads is not None:
-            if unknown := sorted(set(args.probe_heads) - {rule.head for rule in learned}):
-                heads = dict.fromkeys(rule.head for rule in learned)
-                raise ValueError(f"--probe_heads {' '.join(unknown)}: {nearest(unknown[0], heads)}{args.probes} weighs "
-                                 f"patches by {', '.join(heads)} only")  # fmt: skip
-            learned = [rule for rule in learned if rule.head in args.probe_heads]
-        rules += [rule for rule in learned if rule.probe is not None or (rule.head, rule.block) not in fixed]
-        if unweighted := sorted(
-            {s.head for s, p in zip(bank.specs, bank.probes, strict=True) if not p.aggregation.weighs}
-        ):
-            log.info("probes without weights over the patches, left out: %s", ", ".join(unweighted))
-    return rules
+        reasons = "no --oracle" if encoder.backbone.has_cls else "no [cls] token in this encoder, or no --oracle"
+        log.info("rules left out: %s (%s)", ", ".join(missing), reasons)
+    rules = fixed_rules(heads, encoder.backbone, tokens, has_oracle)
+    if bank is None:
+        return rules
+    fixed = {(rule.head, rule.block) for rule in rules}
+    learned = probe_rules(bank, encoder.backbone.depth - 1, run.scores())
+    known = dict.fromkeys(rule.head for rule in learned)
+    if unknown := [head for head in args.probe_heads or [] if head not in known]:
+        raise ValueError(
+            f"--probe_heads {unknown[0]}: {nearest(unknown[0], known)}{run.folder} weighs patches by {', '.join(known)}"
+        )
+    chosen = [rule for rule in learned if args.probe_heads is None or rule.head in args.probe_heads]
+    unweighted = {
+        spec.head for spec, probe in zip(bank.specs, bank.probes, strict=True) if not probe.aggregation.weighs
+    }
+    if unweighted:
+        log.info("probes left out, which do not weigh patches: %s", ", ".join(sorted(unweighted)))
+    return [*rules, *(rule for rule in chosen if rule.probe is not None or (rule.head, rule.block) not in fixed)]
 
 
 if __name__ == "__main__":

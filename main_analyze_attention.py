@@ -32,30 +32,33 @@ from attention.metrics import GROUPS, LEGEND, METRICS, REFERENCES, Sizes, metric
 from attention.reductions import REDUCTIONS, choose_reduction
 from attention.tokens import embed_tokens
 from cli.arguments import (
-    PRECISIONS,
-    Parser,
     add_data_arguments,
     add_encoder_arguments,
     add_run_arguments,
     check_files,
     check_input_size,
-    check_saving,
     frozen_encoder,
+    identity,
     loading,
-    parse,
+    one_encoder_each,
     plain,
-    run_main,
+    precision,
+    shared_arguments,
 )
+from cli.console import Parser, parse, run_main
 from data_sets.images import fingerprint
 from data_sets.loader import DATASETS, EvaluationBatches, KeyedDataset, build_loader, eval_transform
+from encoders.architectures import known_depth
 from encoders.load import Encoder
-from models_vit import VisionTransformer, architecture, check_blocks, default_input_size
+from models_vit import VisionTransformer, check_blocks
 from runtime.analysis import Progress, analysed_images, subset
-from runtime.folder import RunFolder, provenance, utc_now
+from runtime.folder import RunFolder
+from runtime.processes import process_group
+from runtime.provenance import provenance, utc_now
 from util import signals
-from util.distributed import barrier, distributed
+from util.distributed import barrier
 from util.files import digest
-from util.progress import log, setup_logging
+from util.progress import log
 from util.seeding import stable_seed
 
 TSNE_CLASSES, TSNE_IMAGES = 3, 18  # Park et al. 2023
@@ -84,15 +87,13 @@ def main(args: argparse.Namespace) -> None:
     check(args)
     check_files(args)
     names, labels = metric_names(args.metrics), encoder_labels(args)
-    with distributed(args.device, args.dist_url) as world:
-        setup_logging()
-
+    with process_group(args.device, args.dist_url, shared_arguments(args)) as world:
         # ---- images and frozen encoders; every mistake in the arguments shows here
         choose_reduction(args.reduction, world.device)
         folder = RunFolder(args.output_dir)
         if not args.resume:
             folder.refuse_results("*/attention.json")
-        images = analysed_images(args)
+        images = analysed_images(args.dataset, args.data_path, args.allow_subset)
         chosen = subset(len(images), args.num_images, args.seed)
         encoders = [frozen_encoder(one) for one in one_encoder_each(args)]
         for encoder, _ in encoders:
@@ -100,10 +101,20 @@ def main(args: argparse.Namespace) -> None:
 
         run = {"args": plain(args), "encoders": [encoder.record for encoder, _ in encoders], **provenance(world.device)}
         weights = [digest(encoder.backbone.state_dict()) for encoder, _ in encoders]
-        facts = {"images": len(images), "encoders": labels, "weights": weights}
+        facts = {"images": fingerprint(images), "encoders": labels, "weights": weights}
         passes = {f"encoder {label}": Recorder.of for label in labels}
-        progress = Progress(Path(__file__).name, args, folder, "*/attention.json", facts, passes, len(chosen))
-        progress.resume()
+        run_identity = identity(args, facts)
+        progress = Progress(
+            Path(__file__).name,
+            folder,
+            "*/attention.json",
+            run_identity,
+            passes,
+            len(chosen),
+            args.batch_size,
+            args.save_every_minutes,
+        )
+        progress.resume(args.resume)
         barrier()  # no rank writes before rank 0 has looked
         folder.claim()
         folder.write("args.json", run)
@@ -119,14 +130,14 @@ def main(args: argparse.Namespace) -> None:
                 batches = EvaluationBatches(len(images), args.batch_size, chosen[progress.seen :])
                 loader = build_loader(dataset, batches, **loading(args, world.device))
                 found = measure(
-                    backbone, loader, applicable(names, backbone), sizes_of(backbone, size), PRECISIONS[args.amp],
+                    backbone, loader, applicable(names, backbone), sizes_of(backbone, size), precision(args.amp),
                     args.reduction, world.device, label, progress,
                 )  # fmt: skip
                 seconds = progress.seconds
                 log.info("%s: %d images, %.1f images/s", label, len(chosen), len(chosen) / seconds)
                 how = {"amp": args.amp, "reduction": args.reduction, "seed": args.seed, "seconds": seconds,
                        "args": plain(args), "classes": len(images.classes), "n_test": len(images),
-                       "test_images": fingerprint(images), "finished": utc_now()}  # fmt: skip
+                       "test_images": facts["images"], "finished": utc_now()}  # fmt: skip
                 result = {**summary(label, encoder, size, found), **how, **provenance(world.device)}
                 if args.tsne_blocks and world.is_main:
                     with signals.deferred(world.size > 1):  # one process need not wait: the pass is complete, and kept
@@ -142,31 +153,15 @@ def main(args: argparse.Namespace) -> None:
 
 def check(args: argparse.Namespace) -> None:
     """Refuse what the arguments alone show to be impossible; ValueError."""
-    check_saving(args)
     metric_names(args.metrics)
     encoder_labels(args)
     if args.batch_size < 1:
         raise ValueError(f"--batch_size {args.batch_size}: it takes at least one image")
     for one in one_encoder_each(args):
-        check_input_size(one.input_size or default_input_size(one.model), one.model)
-        check_blocks(args.tsne_blocks, architecture(one.model)["depth"])
+        check_input_size(one.input_size, one.model)
+        check_blocks(args.tsne_blocks, known_depth(one.model))
     if args.tsne_blocks and args.dataset in DATASETS and DATASETS[args.dataset].multi_label:
         raise ValueError(f"--tsne_blocks shows classes, but images of --dataset {args.dataset} have several")
-
-
-def one_encoder_each(args: argparse.Namespace) -> list[argparse.Namespace]:
-    """The arguments of each encoder, as cli.arguments.build_encoder reads them."""
-    count = len(args.finetune)
-    columns = {"finetune": args.finetune}
-    for name in ("model", "family", "checkpoint_key"):
-        values = getattr(args, name)
-        if len(values) not in (1, count):
-            raise ValueError(
-                f"--{name} has {len(values)} values for {count} encoders: write one for all or one for each"
-            )
-        columns[name] = values if len(values) == count else values * count
-    rows = zip(*columns.values(), strict=True)
-    return [argparse.Namespace(**{**vars(args), **dict(zip(columns, row, strict=True))}) for row in rows]
 
 
 def encoder_labels(args: argparse.Namespace) -> list[str]:

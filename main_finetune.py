@@ -18,15 +18,15 @@ examples:
 
 import argparse
 import functools
-from collections.abc import Callable
+import itertools
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from PIL import Image, ImageOps
 
 from cli.arguments import (
-    PRECISIONS,
-    Parser,
     add_data_arguments,
     add_encoder_arguments,
     add_old_arguments,
@@ -34,11 +34,13 @@ from cli.arguments import (
     build_encoder,
     check_files,
     check_training,
+    identity,
     loading,
-    parse,
     plain,
-    run_main,
+    precision,
+    shared_arguments,
 )
+from cli.console import Parser, parse, run_main
 from data_sets.images import fingerprint
 from data_sets.loader import (
     DATASETS,
@@ -49,19 +51,22 @@ from data_sets.loader import (
     build_splits,
     eval_transform,
 )
-from encoders.load import Encoder, load_plain_or_safetensors
-from engine_finetune import FineTuning, evaluate
-from models_finetune import Classifier
-from runtime.folder import RunFolder, provenance, utc_now
-from runtime.training import Training
-from util.distributed import barrier, distributed
+from encoders.load import Encoder, load_plain_or_safetensors, safetensors_metadata
+from engine_finetune import Classifier, FineTuning, evaluate
+from runtime.folder import RunFolder
+from runtime.processes import process_group
+from runtime.provenance import provenance, utc_now
+from runtime.training import Plan, Training
+from util.distributed import barrier
 from util.files import digest
 from util.lr_sched import lr_at, scaled_lr
 from util.optim import layer_decay_groups
-from util.progress import log, setup_logging
+from util.progress import log
 from util.seeding import seeded
 
 RECIPE_AA = "rand-m9-mstd0.5-inc1"
+# what must be as in training if a checkpoint is evaluated; the weights of --finetune are replaced
+NETWORK = ("model", "num_heads", "no_cls_token", "global_pool", "class names", "pixels", "family")
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -114,8 +119,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> None:
     check(args)
     check_files(args)
-    with distributed(args.device, args.dist_url) as world:
-        setup_logging()
+    with process_group(args.device, args.dist_url, shared_arguments(args)) as world:
         folder = RunFolder(args.output_dir, args.log_dir)
         if not args.eval:
             folder.refuse_overwriting(args.resume)
@@ -130,7 +134,11 @@ def main(args: argparse.Namespace) -> None:
         batches = GlobalBatches(len(train_images), args.batch_size, args.accum_iter, args.seed)
         with seeded("weights", args.seed):
             encoder, size = build_encoder(args, drop_path=args.drop_path)
-            facts = {"weights": digest(encoder.backbone.state_dict()), "training images": fingerprint(train_images)}
+            facts = {
+                "weights": digest(encoder.backbone.state_dict()), "training images": fingerprint(train_images),
+                "test images": fingerprint(test_images), "class names": digest(train_images.classes),
+                "pixels": [size, list(encoder.mean), list(encoder.std)], "family": encoder.record["family"],
+            }  # fmt: skip
             pooled = args.global_pool or (published is not None and "fc_norm.weight" in published)
             if published is None:
                 encoder.backbone.set_input_size(size)
@@ -142,7 +150,7 @@ def main(args: argparse.Namespace) -> None:
         augment = augmentation(args, size, encoder)
         mixup = None
         if mixes(args):
-            from timm.data import Mixup  # late, as in augmentation
+            from timm.data import Mixup  # seconds to import
 
             mixup = Mixup(
                 args.mixup, args.cutmix, args.cutmix_minmax, args.mixup_prob, args.mixup_switch_prob, args.mixup_mode,
@@ -160,13 +168,17 @@ def main(args: argparse.Namespace) -> None:
         groups = layer_decay_groups(model, encoder.backbone.depth, args.weight_decay, args.layer_decay)
         optimizer = torch.optim.AdamW([{**group, "peak_lr": lr} for group in groups], lr=lr, fused=True)
         schedule = functools.partial(lr_at, epochs=args.epochs, warmup_epochs=args.warmup_epochs, min_lr=args.min_lr)
-        amp = PRECISIONS[args.amp]
+        amp = precision(args.amp)
         tuning = FineTuning(model, optimizer, world.device, amp, args.smoothing, mixup, args.clip_grad)
-        training = Training(args, tuning, optimizer, schedule, train_loader, batches, folder, facts)
+        plan = Plan(args.epochs, args.seed, args.save_every_minutes, args.save_every_steps)
+        training = Training(
+            plan, tuning, optimizer, schedule, train_loader, batches, folder, identity(args, facts), args.start_epoch
+        )
         if published is None:
-            training.resume(args.resume, evaluate_only=args.eval)
+            training.resume(args.resume, args.eval, evaluated=NETWORK)
         else:
             take_over(model, published, args.resume)
+            check_classes(args.resume, test_images.classes)
         if args.eval:
             scores = evaluate(model, test_loader, world.device, amp)
             log.info("top-1 %.2f, top-5 %.2f, loss %.4f on %d images", scores.top1, scores.top5, scores.loss, scores.n)
@@ -176,7 +188,7 @@ def main(args: argparse.Namespace) -> None:
         run = {
             "args": plain(args), "encoder": encoder.record, "lr": lr, "effective_batch": batches.effective,
             "n_train": len(train_images), "n_test": len(test_images), "classes": num_classes,
-            "train_images": facts["training images"], "test_images": fingerprint(test_images),
+            "train_images": facts["training images"], "test_images": facts["test images"],
             **provenance(world.device),
         }  # fmt: skip
         training.start(run)
@@ -186,22 +198,20 @@ def main(args: argparse.Namespace) -> None:
                 scores = evaluate(model, test_loader, world.device, amp)
                 training.history.append({**stats.record(epoch), "test": scores._asdict()})
                 folder.log_line(training.history[-1])
-                words = stats.speed()
-                log.info("epoch %d: loss %.4f, top-1 %.2f, %s", epoch, stats.losses[0], scores.top1, words)
+                log.info("epoch %d: loss %.4f, top-1 %.2f, %s", epoch, stats.losses[0], scores.top1, stats.speed())
                 training.end_epoch({"test_top1": scores.top1})
             metadata = {"family": model.family, "model": args.model, "input_size": str(size)}
-            metadata["epochs"] = str(args.epochs)
+            metadata |= {"epochs": str(args.epochs), "classes": json.dumps(train_images.classes)}
             folder.save_encoder(model.published_state_dict(), metadata)
             run |= {"seconds": training.elapsed, "finished": utc_now()}
-            results = {"last": training.history[-1], **run}
-            folder.write("results.json", results)
+            folder.write("results.json", {"last": training.history[-1], **run})
         barrier()
         folder.close()
 
 
 def augmentation(args: argparse.Namespace, size: int, encoder: Encoder) -> Callable[[Image.Image], torch.Tensor]:
-    """RandAugment, or colour jitter, and random erasing, as timm has them."""
-    from timm.data import auto_augment, create_transform  # seconds to import; see data_sets.views
+    """timm's RandAugment (or colour jitter) and random erasing."""
+    from timm.data import auto_augment, create_transform  # seconds to import
 
     for name in ("Posterize", "PosterizeIncreasing", "PosterizeOriginal"):
         auto_augment.NAME_TO_OP[name] = posterize
@@ -212,18 +222,20 @@ def augmentation(args: argparse.Namespace, size: int, encoder: Encoder) -> Calla
             re_count=args.recount, mean=encoder.mean, std=encoder.std,
         )  # fmt: skip
     except (AssertionError, ValueError, KeyError) as error:
-        raise ValueError(f"--aa {args.aa}: timm has no such policy ({error}); the recipe's is {RECIPE_AA}") from error
+        raise ValueError(
+            f"--aa {args.aa}: timm has no such policy ({error}); the recipe's is rand-m9-mstd0.5-inc1"
+        ) from error
 
 
 def posterize(image: Image.Image, bits: int, **_: object) -> Image.Image:
-    """timm's operation also at 0 bits, which its noise on the magnitude asks for: Pillow has come to refuse them."""
+    """timm's operation, extended to 0 bits, which timm's noise on the magnitude can ask for and Pillow refuses."""
     if bits >= 8:
         return image
     return ImageOps.posterize(image, bits) if bits > 0 else Image.new(image.mode, image.size)
 
 
 def published_classifier(path: str) -> dict[str, torch.Tensor] | None:
-    """Weights of a file of an encoder with its head, MAE's or an encoder.safetensors; None for a run's checkpoint."""
+    """The weights of MAE's published file or of an encoder.safetensors, with its head; None for a run's checkpoint."""
     if not Path(path).is_file():
         return None
     content = load_plain_or_safetensors(Path(path))
@@ -231,12 +243,39 @@ def published_classifier(path: str) -> dict[str, torch.Tensor] | None:
         return None
     weights = content.get("model", content)
     if not isinstance(weights, dict) or "head.weight" not in weights:
-        raise ValueError(f"--resume {path} holds no classifier: it has no head.weight")
+        raise ValueError(
+            f"--resume {path} holds no classifier (no head.weight): name a checkpoint or a fine-tuned file"
+        )
     return weights
 
 
+def check_classes(path: str, classes: Sequence[str]) -> None:
+    """Refuse to score a classifier on other classes than those of its outputs, or in another order; ValueError.
+
+    A file of main_finetune.py names its classes; any other of 1,000 outputs is taken for one of ImageNet's.
+    """
+    from data_sets import table  # check_wnids: lands with the data sets
+
+    metadata = safetensors_metadata(Path(path)) if Path(path).suffix == ".safetensors" else {}
+    if "classes" in metadata:
+        trained = json.loads(metadata["classes"])
+        if trained != list(classes):
+            pairs = itertools.zip_longest(trained, classes)
+            number, (theirs, ours) = next((n, pair) for n, pair in enumerate(pairs) if pair[0] != pair[1])
+            raise ValueError(
+                f"--resume {path}: output {number} of its classifier is class {theirs}, the data has {ours}"
+            )
+    elif len(classes) == 1000:
+        try:
+            table.check_wnids(classes)
+        except ValueError as error:
+            raise ValueError(f"--resume {path} is taken for a classifier of ImageNet-1k: {error}") from error
+    else:
+        log.warning("%s does not name its classes: the scores assume the order %s, ...", path, ", ".join(classes[:3]))
+
+
 def take_over(model: Classifier, weights: dict[str, torch.Tensor], path: str) -> None:
-    """Load what published_classifier has found. ValueError where it does not cover the model exactly."""
+    """Load the weights strictly; ValueError."""
     try:
         model.load_published_state_dict(weights)
     except (RuntimeError, TypeError, AttributeError) as error:

@@ -32,20 +32,22 @@ import torch
 from torch.utils.data import Dataset
 
 from cli.arguments import (
-    PRECISIONS,
-    Parser,
     add_data_arguments,
     add_encoder_arguments,
     add_old_arguments,
+    add_oracle_arguments,
     add_run_arguments,
+    build_oracle,
     check_files,
     check_training,
     frozen_encoder,
+    identity,
     loading,
-    parse,
     plain,
-    run_main,
+    precision,
+    shared_arguments,
 )
+from cli.console import Parser, parse, run_main
 from data_sets.images import fingerprint
 from data_sets.loader import (
     DATASETS,
@@ -58,23 +60,32 @@ from data_sets.loader import (
     hold_out,
     train_transform,
 )
+from encoders.architectures import known_depth
 from encoders.load import Encoder
-from encoders.oracle import add_oracle_arguments, build_oracle
 from engine_linprobe import FrozenTokens, Probing, evaluate, pooled
-from models_vit import VisionTransformer, architecture, check_blocks
+from models_vit import VisionTransformer, check_blocks
 from probing.bank import ProbeBank, ProbeSpec
 from probing.feature_cache import CachedTokens, FeatureCache, Part
 from probing.heads import AGGREGATIONS, check_aggregation, option_flags, parse_head
 from probing.knn import knn_scores
 from probing.predictions import FILE, PredictionKeeper
-from probing.results import leader, summary, tell, tell_neighbours, tell_scores, warn_of_choices, warn_of_edges
-from runtime.folder import RunFolder, provenance, utc_now
-from runtime.training import Training
-from util.distributed import distributed
+from probing.results import (
+    best_probe,
+    log_neighbours,
+    log_scores,
+    log_summary,
+    summary,
+    warn_of_choices,
+    warn_of_edges,
+)
+from runtime.folder import RunFolder
+from runtime.processes import process_group, require_same_run
+from runtime.provenance import provenance, utc_now
+from runtime.training import Plan, Training
 from util.files import digest
 from util.lars import LARS
 from util.lr_sched import lr_at, scaled_lr
-from util.progress import log, setup_logging
+from util.progress import log
 from util.scores import MULTILABEL_METRICS, MultiLabelTally, Tally
 
 OPTIMIZERS = {  # settings of util.lars.LARS; momentum: the paper's, and that of its code's SGD
@@ -94,7 +105,11 @@ def get_args_parser() -> argparse.ArgumentParser:
                        "abmilp:depth=2,act=tanh, ap12, ca2")  # fmt: skip
     probe.add_argument("--return_block", nargs="+", type=int, default=None, metavar="BLOCK",
                        help="blocks to probe, counted from 0 (default: the last)")  # fmt: skip
-    probe.add_argument("--seeds", nargs="+", type=int, default=None, help="of initial weights (default: --seed)")
+    probe.add_argument("--seeds", nargs="+", type=int, default=None,
+                       help="a probe for each seed: independent runs (default: --seed)")  # fmt: skip
+    probe.add_argument("--seeds_vary", choices=["all", "weights"], default="all",
+                       help="all: initial weights, data order and augmentation, one pass over the training images per "
+                       "seed; weights: initial weights only, one pass for all seeds")  # fmt: skip
     for flag, option in option_flags().items():
         words = not isinstance(option.allowed, int)
         probe.add_argument(
@@ -188,8 +203,7 @@ def main(args: argparse.Namespace) -> None:
     check_files(args)
     multi_label = DATASETS[args.dataset].multi_label
     headline = choose_metric(args, multi_label)
-    with distributed(args.device, args.dist_url) as world:
-        setup_logging()
+    with process_group(args.device, args.dist_url, shared_arguments(args)) as world:
         folder = RunFolder(args.output_dir + args.suffix if args.output_dir else "", args.log_dir)
         if not args.eval:
             folder.refuse_overwriting(args.resume)
@@ -200,7 +214,7 @@ def main(args: argparse.Namespace) -> None:
         )
         kept, held_out = hold_out(train_images.targets, args.val_fraction, args.seed)
         if max(args.knn, default=0) > len(kept):
-            raise ValueError(f"--knn {max(args.knn)}: there are {len(kept)} training images; name fewer neighbours")
+            raise ValueError(f"--knn {max(args.knn)}: must be <= {len(kept)}, the number of training images")
 
         # ---- a frozen encoder and a bank of probes on its tokens
         encoder, size = frozen_encoder(args)
@@ -210,15 +224,21 @@ def main(args: argparse.Namespace) -> None:
         specs = probe_specs(args, backbone)
         grid = backbone.grid_of(size, size)
         bank = ProbeBank(specs, backbone, grid, num_classes, args.init).to(world.device)
-        amp = PRECISIONS[args.amp]
+        amp = precision(args.amp)
         oracle = build_oracle(args, encoder, size, amp).to(world.device) if bank.needs.oracle else None
         frozen = FrozenTokens(backbone, bank.blocks, amp, args.final_norm, bank.needs, oracle)
-        facts = {"weights": digest(backbone.state_dict()), "training images": fingerprint(train_images)}
+        facts = {
+            "weights": digest(backbone.state_dict()), "training images": fingerprint(train_images),
+            "test images": fingerprint(test_images),
+        }  # fmt: skip
+        require_same_run(facts)
 
         # ---- data: order and augmentation depend on (seed, epoch, sample) alone
+        seeds = data_seeds(args)
         batches = GlobalBatches(
-            len(train_images), args.batch_size, args.accum_iter, args.seed, indices=kept, group=args.bn_group
-        )
+            len(train_images), args.batch_size, args.accum_iter, args.seed, indices=kept, group=args.bn_group,
+            seeds=seeds,
+        )  # fmt: skip
         parts = image_parts(args, encoder, size, train_images, kept, held_out, test_images)
         orders = {name: EvaluationBatches(len(p.dataset), args.batch_size, p.indices) for name, p in parts.items()}
         orders["train"] = batches
@@ -227,10 +247,12 @@ def main(args: argparse.Namespace) -> None:
         cache = None
         if args.cache_views and not args.eval:
             tokens = CachedTokens(frozen, bank, size, world.device)
-            behind = {**facts, "test images": fingerprint(test_images), "oracle": oracle and oracle.record["sha256"]}
-            cache = FeatureCache(
-                tokens, parts, args.cache_dir, {**behind, **cache_settings(args, encoder, size, held_out)}
-            )
+            key = {} if args.cache_dir is None else {  # memory needs no name
+                "weights": facts["weights"], "oracle": oracle and oracle.record["sha256"], "size": size,
+                "images": [fingerprint(images, local=True) for images in (train_images, test_images)],
+                **feature_facts(args, encoder, held_out, world.device.type),
+            }  # fmt: skip
+            cache = FeatureCache(tokens, parts, args.cache_dir, key)
             loaders = {name: cache.loader(name, orders[name]) for name in parts}
         tally = functools.partial(MultiLabelTally if multi_label else Tally, len(specs), num_classes, world.device)
 
@@ -242,8 +264,12 @@ def main(args: argparse.Namespace) -> None:
         lrs = [args.lr if args.lr is not None else scaled_lr(spec.blr, batches.effective) for spec in specs]
         optimizer = build_optimizer(args, specs, bank.parameter_groups(lrs))
         schedule = functools.partial(lr_at, epochs=args.epochs, warmup_epochs=args.warmup_epochs, min_lr=args.min_lr)
-        probing = Probing(bank, tokens, optimizer, world.device, multi_label, args.bn_group)
-        training = Training(args, probing, optimizer, schedule, loaders["train"], batches, folder, facts)
+        probing = Probing(bank, tokens, optimizer, world.device, multi_label, args.bn_group, seeds)
+        plan = Plan(args.epochs, args.seed, args.save_every_minutes, args.save_every_steps)
+        run_identity = identity(args, facts)
+        training = Training(
+            plan, probing, optimizer, schedule, loaders["train"], batches, folder, run_identity, args.start_epoch
+        )
         training.resume(args.resume, evaluate_only=args.eval)
         keeper = (
             PredictionKeeper(probing.names, num_classes, multi_label, world.device) if args.save_predictions else None
@@ -253,11 +279,11 @@ def main(args: argparse.Namespace) -> None:
             "bn_group": args.bn_group or args.batch_size, "steps_per_epoch": batches.steps,
             "lr": dict(zip(probing.names, lrs, strict=True)), "n_train": len(kept), "n_val": len(held_out),
             "n_test": len(test_images), "classes": num_classes, "headline": headline,
-            "train_images": facts["training images"], "test_images": fingerprint(test_images),
-            "oracle": oracle and oracle.record, **provenance(world.device),
+            "train_images": facts["training images"], "test_images": facts["test images"],
+            "seeds_vary": seeds_vary(args), "oracle": oracle and oracle.record, **provenance(world.device),
         }  # fmt: skip
         if args.eval:
-            tell_scores(score("test", keeper))
+            log_scores(score("test", keeper))
             write_predictions(folder, keeper, specs, run, {})
             return
 
@@ -277,6 +303,7 @@ def main(args: argparse.Namespace) -> None:
         with training.stoppable():
             for epoch in training.epochs():
                 stats = training.train_one_epoch()
+                stats = stats._replace(images_per_second=stats.images_per_second * len(batches.seeds))
                 record = {
                     "epoch": epoch, "train_loss": stats.losses, "images_per_second": stats.images_per_second,
                     "data_wait": stats.data_wait, "memory_gib": stats.memory_gib,
@@ -284,7 +311,7 @@ def main(args: argparse.Namespace) -> None:
                 if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
                     record[watched] = score(watched)
                     training.history.append({"epoch": epoch, watched: record[watched]})
-                log.info("epoch %d: %s%s", epoch, leader(record.get(watched), headline, watched), stats.speed())
+                log.info("epoch %d: %s%s", epoch, best_probe(record.get(watched), headline, watched), stats.speed())
                 folder.log_line(record)
                 figures = record.get(watched, {}).items()
                 training.end_epoch({f"{watched}_{headline}/{name}": scores[headline] for name, scores in figures})
@@ -297,9 +324,21 @@ def main(args: argparse.Namespace) -> None:
                 run["knn"] = neighbours(bank, frozen, parts, args, num_classes, how)
             run |= {"seconds": training.elapsed, "finished": utc_now()}
             folder.write("results.json", {"probes": results, **run})
-        tell(results, headline, args.report)
+        log_summary(results, headline, args.report)
         warn_of_edges(results)
         folder.close()
+
+
+def data_seeds(args: argparse.Namespace) -> tuple[int, ...]:
+    """Seeds of data order and augmentation; none where the probes share those of --seed."""
+    return () if args.seeds_vary == "weights" else tuple(args.seeds or [args.seed])
+
+
+def seeds_vary(args: argparse.Namespace) -> list[str]:
+    """What differs between probes of different seeds."""
+    if args.seeds_vary == "weights":
+        return ["weights"]
+    return ["weights", "order"] if args.crop == "center" else ["weights", "order", "views"]
 
 
 def image_parts(
@@ -312,21 +351,37 @@ def image_parts(
     pixels = eval_transform(size, encoder.mean, encoder.std, args.loader)
     keyed = functools.partial(KeyedDataset, seed=args.seed, on_bad_image=args.on_bad_image)
     parts = {
-        "train": Part(keyed(train_images, augment, train=True, indices=kept), kept, args.cache_views),
+        "train": Part(
+            keyed(train_images, augment, train=True, indices=kept),
+            kept,
+            args.cache_views,
+            data_seeds(args) if "views" in seeds_vary(args) else (),
+        ),
         "test": Part(keyed(test_images, pixels), range(len(test_images))),
     }
     return parts | ({"val": Part(keyed(train_images, pixels), held_out)} if held_out else {})
 
 
-def cache_settings(args: argparse.Namespace, encoder: Encoder, size: int, held_out: Sequence[int]) -> dict[str, Any]:
-    """What a cache of features depends on beside weights and images: where any of it differs, so does its file."""
-    names = (
-        "model", "num_heads", "no_cls_token", "return_block", "cls_features", "amp", "final_norm", "crop", "no_hflip",
-        "loader", "seed", "on_bad_image", *option_flags(),
-    )  # fmt: skip
+# arguments that features do not depend on, or whose effect is compared itself: --finetune by the digest of its weights,
+# --data_path by the fingerprint of its images, --seed and --val_fraction by the images and views that they choose
+NOT_IN_FEATURES = {
+    "finetune", "checkpoint_key", "offline", "data_path", "dataset", "allow_subset", "nb_classes", "num_workers",
+    "pin_mem", "dataloader_affinity_hack", "seeds", "seeds_vary", "oracle", "oracle_model", "oracle_family",
+    "oracle_checkpoint_key", "init", "batch_size", "accum_iter", "bn_group", "epochs", "warmup_epochs", "optimizer",
+    "momentum", "weight_decay", "blr", "lr", "min_lr", "cache_views", "cache_dir", "eval", "eval_every", "val_fraction",
+    "save_predictions", "knn", "per_class", "multilabel_metric", "report", "output_dir", "log_dir", "seed", "resume",
+    "save_every_minutes", "save_every_steps", "dist_url", "args_from", "world_size", "local_rank", "dist_eval",
+    "cls_token", "global_pool", "start_epoch", "suffix",
+}  # fmt: skip
+
+
+def feature_facts(args: argparse.Namespace, encoder: Encoder, held_out: Sequence[int], device: str) -> dict[str, Any]:
+    """What cached features depend on beside weights and images. Arguments not known to be irrelevant count."""
+    versions = provenance(torch.device("cpu"))["versions"]
     return {
-        "held out": held_out, "pixels": [size, encoder.mean, encoder.std], "family": encoder.record["family"],
-        **{name: plain(args)[name] for name in names},
+        "held out": held_out, "encoder": [*encoder[1:3], encoder.record["family"]], "device": device,
+        "versions": {name: versions[name] for name in ("torch", "torchvision", "pillow", "numpy")},
+        "arguments": {name: value for name, value in plain(args).items() if name not in NOT_IN_FEATURES},
     }  # fmt: skip
 
 
@@ -345,7 +400,7 @@ def settle(args: argparse.Namespace) -> None:
     args.cls_features = args.cls_features or ["cls"]
     for aggregation, _ in chosen_heads(args):
         check_aggregation(aggregation, not args.no_cls_token)
-    check_blocks(args.return_block or [], architecture(args.model)["depth"])
+    check_blocks(args.return_block or [], known_depth(args.model))
     if args.lr is not None and len(args.blr) > 1:
         raise ValueError(f"--lr {args.lr} sets one rate, --blr {args.blr} several: leave out one of them")
     if args.eval and not args.resume:
@@ -411,7 +466,7 @@ def neighbours(
     for spec, learned, ours, theirs in zip(bank.distinct, bank.learned, train, test, strict=True):
         name = spec.name if learned else f"{spec.head}/block{spec.block}"
         found[name] = knn_scores(ours, train_labels, theirs, test_labels, args.knn, num_classes)
-    tell_neighbours(found)
+    log_neighbours(found)
     return found
 
 
@@ -424,7 +479,7 @@ def write_predictions(
     probes = {spec.name: {"head": spec.head, **dataclasses.asdict(spec)} for spec in specs}
     for name, result in results.items():
         probes[name] |= {key: result[key] for key in ("chosen",) if key in result}
-    known = "headline", "test_images", "classes", "encoder", "command", "commit", "dirty"
+    known = "headline", "seeds_vary", "test_images", "classes", "encoder", "command", "commit", "dirty"
     tensors, metadata = keeper.gather({"probes": probes, **{name: run[name] for name in known}})
     folder.save_tensors(FILE, tensors, metadata)
 

@@ -24,29 +24,30 @@ import torch
 from torch.utils.data import Dataset
 
 from cli.arguments import (
-    PRECISIONS,
-    Parser,
     add_data_arguments,
     add_run_arguments,
     check_files,
     check_training,
+    identity,
     loading,
-    parse,
     plain,
-    run_main,
+    precision,
+    shared_arguments,
 )
+from cli.console import Parser, parse, run_main
 from data_sets.images import fingerprint
 from data_sets.loader import GlobalBatches, KeyedDataset, build_dataset, build_loader, train_transform
-from engine_pretrain import Pretraining
+from engine_pretrain import Pretraining, draw_reconstructions, examples, reconstruct, tiled
 from models_mae import DECODERS, MaskedAutoencoder
 from models_vit import architecture, build_vit, default_input_size
-from runtime.folder import RunFolder, provenance, utc_now
-from runtime.training import Training
-from util.distributed import barrier, distributed
+from runtime.folder import RunFolder
+from runtime.processes import process_group
+from runtime.provenance import provenance, utc_now
+from runtime.training import Plan, Training
+from util.distributed import barrier
 from util.lr_sched import lr_at, scaled_lr
 from util.optim import weight_decay_groups
-from util.progress import log, setup_logging
-from util.reconstructions import draw_reconstructions, examples, reconstruct, tiled
+from util.progress import log
 from util.seeding import seeded
 
 
@@ -86,8 +87,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> None:
     check(args)
     check_files(args)
-    with distributed(args.device, args.dist_url) as world:
-        setup_logging()
+    with process_group(args.device, args.dist_url, shared_arguments(args)) as world:
         folder = RunFolder(args.output_dir, args.log_dir)
         folder.refuse_overwriting(args.resume)
 
@@ -113,9 +113,13 @@ def main(args: argparse.Namespace) -> None:
         groups = [{**group, "peak_lr": lr} for group in weight_decay_groups(model, args.weight_decay)]
         optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
         schedule = functools.partial(lr_at, epochs=args.epochs, warmup_epochs=args.warmup_epochs, min_lr=args.min_lr)
-        pretraining = Pretraining(model, optimizer, args.mask_ratio, world.device, PRECISIONS[args.amp])
+        pretraining = Pretraining(model, optimizer, args.mask_ratio, world.device, precision(args.amp))
         facts = {"training images": fingerprint(images)}
-        training = Training(args, pretraining, optimizer, schedule, loader, batches, folder, facts)
+        plan = Plan(args.epochs, args.seed, args.save_every_minutes, args.save_every_steps)
+        run_identity = identity(args, facts)
+        training = Training(
+            plan, pretraining, optimizer, schedule, loader, batches, folder, run_identity, args.start_epoch
+        )
         training.resume(args.resume)
 
         # ---- epochs

@@ -1,9 +1,9 @@
 """Masked autoencoder: MAE's decoder and loss around the encoder of models_vit.
 
 Letters as in models_vit; K visible (kept) patches, W = M - K masked ones, C = 3 p^2 values per patch, D' decoder width.
-Nothing is computed twice or for nobody: the encoder embeds the visible patches alone, the decoder works on its tokens
-in the order visible, masked (attention does not mind; positions are looked up instead), and training predicts the
-masked patches alone, so that the decoder's last block has nothing to say of the others.
+The encoder embeds only the visible patches. The decoder takes tokens in the order visible, masked: attention ignores
+order, and positions are looked up. Training predicts only the masked patches, to which the decoder's last block is
+restricted.
 Source: He et al., "Masked Autoencoders Are Scalable Vision Learners", CVPR 2022, section 3.
 """
 
@@ -18,14 +18,14 @@ from torch import Tensor
 from models_vit import ARCHITECTURES, Block, VisionTransformer, init_weights
 from util.pos_embed import sincos_pos_embed
 
-EPS = 1e-6  # beside the variance of a patch's pixels, as published
+EPS = 1e-6  # added to the variance of a patch's pixels, as published
 
 
 class Reconstruction(NamedTuple):
     loss: Tensor  # scalar: mean squared error over the masked patches
     prediction: Tensor  # (B,W,C) of the masked patches, in the space of the targets
-    kept: Tensor  # (B,K) which patches were visible
-    masked: Tensor  # (B,W) which were not
+    kept: Tensor  # (B,K) indices of the visible patches
+    masked: Tensor  # (B,W) indices of the others
 
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:
@@ -44,7 +44,7 @@ def unpatchify(patches: Tensor, patch_size: int, grid: tuple[int, int]) -> Tenso
 def random_masking(noise: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor]:
     """noise (B,M), uniform -> indices of the kept patches (B,K), K = floor(M (1 - ratio)), and of the masked (B,W).
 
-    The K patches of lowest noise are kept, so the noise alone decides the mask.
+    The K patches of lowest noise are kept: the mask is a function of the noise.
     """
     kept = int(noise.shape[1] * (1 - mask_ratio))
     order = noise.argsort(dim=1)
@@ -52,25 +52,25 @@ def random_masking(noise: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor]:
 
 
 def take(tokens: Tensor, indices: Tensor) -> Tensor:
-    """(B,M,D), (B,n) -> (B,n,D): of each sample, the tokens that its indices name."""
+    """Gather tokens (B,M,D) by indices (B,n) -> (B,n,D)."""
     return tokens.gather(1, indices[..., None].expand(-1, -1, tokens.shape[-1]))
 
 
 def normalised(patches: Tensor) -> Tensor:
-    """Pixels (...,C) less their patch's mean, over the root of its variance."""
+    """Pixels (...,C) standardised by the mean and variance of their patch."""
     mean, variance = patches.mean(-1, keepdim=True), patches.var(-1, keepdim=True)
     return (patches - mean) / (variance + EPS).sqrt()
 
 
 def denormalised(values: Tensor, patches: Tensor) -> Tensor:
-    """The inverse of `normalised`: values (...,C) with mean and variance of the patches (...,C)."""
+    """The inverse of `normalised`: values (...,C) with the mean and variance of the patches (...,C)."""
     return values * (patches.var(-1, keepdim=True) + EPS).sqrt() + patches.mean(-1, keepdim=True)
 
 
 class MaskedAutoencoder(nn.Module):
-    """Encoder on the visible patches, a light decoder on all of them, loss on the masked ones.
+    """Encoder of the visible patches, a light decoder of all patches, loss on the masked ones.
 
-    norm_pix_loss: predict pixels normalised by their patch's mean and variance (the published models do).
+    norm_pix_loss: predict pixels standardised per patch, as the published models do.
     """
 
     def __init__(
@@ -98,13 +98,13 @@ class MaskedAutoencoder(nn.Module):
         nn.init.normal_(self.mask_token, std=0.02)
 
     def compile_blocks(self, backend: str | Callable = "inductor") -> None:
-        """Compile each block of encoder and decoder where it stands; parameters keep their names."""
+        """Compile the blocks of encoder and decoder in place; parameters keep their names."""
         self.encoder.compile_blocks(backend)
         for block in self.decoder_blocks:
             block.compile(backend=backend)
 
     def encode(self, patches: Tensor, kept: Tensor) -> Tensor:
-        """Pixels (B,M,C) of all patches, indices of the visible ones (B,K) -> tokens (B,P+K,D) after the final norm."""
+        """Pixels (B,M,C) of all patches, indices (B,K) of the visible ones -> tokens (B,P+K,D) after the final norm."""
         embed = self.encoder.patch_embed.proj
         weight = embed.weight.permute(0, 2, 3, 1).flatten(1)  # row, column, channel, as patchify has them
         visible = F.linear(take(patches, kept), weight, embed.bias)
@@ -119,7 +119,7 @@ class MaskedAutoencoder(nn.Module):
     def decode(self, tokens: Tensor, kept: Tensor, masked: Tensor, first: int = 0) -> Tensor:
         """The encoder's tokens (B,P+K,D) -> the decoder's (B,P+M,D'): prefix, visible patches, masked patches.
 
-        first: of them that is wanted; the last block computes no others.
+        first: the last block computes the tokens from this position on, and no others.
         """
         prefix, table = self.encoder.num_prefix_tokens, self.decoder_pos_embed[0]
         B, W = masked.shape
@@ -131,19 +131,19 @@ class MaskedAutoencoder(nn.Module):
         return self.decoder_blocks[-1](tokens, kept=slice(first, None)).out
 
     def predict(self, tokens: Tensor) -> Tensor:
-        """The decoder's tokens (B,n,D') -> what they say about the pixels of their patches (B,n,C)."""
+        """The decoder's tokens (B,n,D') -> predicted pixels of their patches (B,n,C)."""
         return self.decoder_pred(self.decoder_norm(tokens))
 
     def cut(self, images: Tensor) -> Tensor:
-        """Images -> their patches (B,M,C). ValueError for images of another size than the encoder was built for."""
+        """Images -> patches (B,M,C). ValueError for images of another size than the model was built for."""
         size = tuple(side * self.encoder.patch_size for side in self.encoder.grid_size)
         if images.shape[-2:] != size:
-            found = " x ".join(map(str, images.shape[-2:]))
-            raise ValueError(f"images of {found} pixels: this autoencoder was built for {size[0]} x {size[1]}")
+            height, width = images.shape[-2:]
+            raise ValueError(f"images of {height} x {width} pixels: this autoencoder takes {size[0]} x {size[1]}")
         return patchify(images, self.encoder.patch_size)
 
     def forward(self, images: Tensor, noise: Tensor, mask_ratio: float = 0.75) -> Reconstruction:
-        """images (B,3,h,w), noise (B,M) uniform in [0,1), which decides the mask -> Reconstruction."""
+        """images (B,3,h,w), noise (B,M) of the mask, uniform in [0,1) -> Reconstruction."""
         patches = self.cut(images)
         kept, masked = random_masking(noise, mask_ratio)
         visible = self.encode(patches, kept)
@@ -153,7 +153,7 @@ class MaskedAutoencoder(nn.Module):
         return Reconstruction((prediction.float() - targets).square().mean(), prediction, kept, masked)
 
     def predict_all(self, images: Tensor, noise: Tensor, mask_ratio: float = 0.75) -> tuple[Tensor, Tensor]:
-        """Predictions of the visible patches too, (B,M,C) in row-major order, and the mask (B,M), 1 = masked."""
+        """Predictions (B,M,C) of all patches in row-major order, and the mask (B,M), 1 = masked."""
         kept, masked = random_masking(noise, mask_ratio)
         tokens = self.decode(self.encode(self.cut(images), kept), kept, masked)
         places = torch.cat([kept, masked], dim=1).argsort(dim=1)
@@ -161,7 +161,7 @@ class MaskedAutoencoder(nn.Module):
         return take(self.predict(tokens[:, self.encoder.num_prefix_tokens :]), places), mask
 
     def published_state_dict(self) -> dict[str, Tensor]:
-        """Weights in MAE's published layout: encoder keys without prefix, `mask_token` and `decoder_*` beside them."""
+        """Weights in MAE's published layout: encoder keys without prefix, `mask_token`, and `decoder_*`."""
         return {key.removeprefix("encoder."): value for key, value in self.state_dict().items()}
 
     def load_published_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -170,7 +170,7 @@ class MaskedAutoencoder(nn.Module):
         self.load_state_dict({names.get(key, key): value for key, value in state.items()}, strict=True)
 
 
-# Decoder by encoder: the published one for base and larger; 192 wide for the paper's ViT-S (paper, B.1) and smaller.
+# decoder of each encoder: as published for base and larger; width 192 for the paper's ViT-S (B.1) and smaller
 DECODERS = {
     name: {"decoder_embed_dim": 512 if sizes["embed_dim"] > 384 else 192, "decoder_depth": 8, "decoder_num_heads": 16}
     for name, sizes in ARCHITECTURES.items()

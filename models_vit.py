@@ -14,7 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from util.choices import instead_of
+from encoders.architectures import ARCHITECTURES, architecture, default_input_size, sizes  # noqa: F401
 from util.pos_embed import (
     relative_index,
     resample_pos_embed,
@@ -24,7 +24,24 @@ from util.pos_embed import (
     sincos_pos_embed,
 )
 
-NORMS = {"layernorm": partial(nn.LayerNorm, eps=1e-6), "rmsnorm": partial(nn.RMSNorm, eps=1e-5)}  # eps: ViT's, CAPI's
+NORMS = {
+    "layernorm": partial(nn.LayerNorm, eps=1e-6),  # ViT's
+    "layernorm_eps1e-5": partial(nn.LayerNorm, eps=1e-5),  # CLIP's
+    "rmsnorm": partial(nn.RMSNorm, eps=1e-5),  # CAPI's
+}
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """CLIP's approximation of GELU."""
+    return x * (1.702 * x).sigmoid()
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "quick_gelu": quick_gelu,
+}
+NORM_ORDERS = ("pre", "post", "residual")
 Grid = tuple[int, int]  # rows and columns of patches
 EVERY = slice(None)
 
@@ -159,13 +176,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -
 
 
 class Mlp(nn.Module):
-    def __init__(self, dim: int, hidden: int, bias: bool = True):
+    def __init__(self, dim: int, hidden: int, bias: bool = True, activation: str = "gelu"):
         super().__init__()
+        self.activation = ACTIVATIONS[activation]
         self.fc1 = nn.Linear(dim, hidden, bias=bias)
         self.fc2 = nn.Linear(hidden, dim, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+        return self.fc2(self.activation(self.fc1(x)))
 
 
 class LayerScale(nn.Module):
@@ -191,7 +209,8 @@ class DropPath(nn.Module):
 
 
 class Block(nn.Module):
-    """Transformer block, normalised before each branch or (post_norm) after each sum."""
+    """Transformer block. norm_order: "pre" normalises the input of each branch, "post" the sum with the residual
+    stream, "residual" the output of each branch (timm's ResPostBlock)."""
 
     def __init__(
         self,
@@ -203,18 +222,21 @@ class Block(nn.Module):
         init_values: float | None = None,
         drop_path: float = 0.0,
         norm_layer: str = "layernorm",
-        post_norm: bool = False,
+        norm_order: str = "pre",
+        activation: str = "gelu",
         rel_pos_bias: nn.Module | None = None,
         rope: nn.Module | None = None,
     ):
         super().__init__()
-        self.post_norm = post_norm
+        if norm_order not in NORM_ORDERS:
+            raise ValueError(f"unknown norm_order {norm_order!r}: choose one of {', '.join(NORM_ORDERS)}")
+        self.norm_order = norm_order
         self.norm1 = NORMS[norm_layer](dim)
         self.attn = Attention(dim, num_heads, qkv_bias, proj_bias, rel_pos_bias, rope)
         self.ls1 = LayerScale(dim, init_values) if init_values is not None else nn.Identity()
         self.drop_path1 = DropPath(drop_path) if drop_path else nn.Identity()
         self.norm2 = NORMS[norm_layer](dim)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), proj_bias)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), proj_bias, activation)
         self.ls2 = LayerScale(dim, init_values) if init_values is not None else nn.Identity()
         self.drop_path2 = DropPath(drop_path) if drop_path else nn.Identity()
 
@@ -223,11 +245,14 @@ class Block(nn.Module):
 
         kept: the tokens that are wanted afterwards; all are attended to.
         """
-        update, q, k, bias = self.attn(x if self.post_norm else self.norm1(x), grid, kept)
-        middle = x[:, kept] + self.drop_path1(self.ls1(update))
-        if self.post_norm:
+        update, q, k, bias = self.attn(self.norm1(x) if self.norm_order == "pre" else x, grid, kept)
+        branch = self.norm1(update) if self.norm_order == "residual" else update
+        middle = x[:, kept] + self.drop_path1(self.ls1(branch))
+        if self.norm_order == "post":
             middle = self.norm1(middle)
             out = self.norm2(middle + self.drop_path2(self.ls2(self.mlp(middle))))
+        elif self.norm_order == "residual":
+            out = middle + self.drop_path2(self.ls2(self.norm2(self.mlp(middle))))
         else:
             out = middle + self.drop_path2(self.ls2(self.mlp(self.norm2(middle))))
         return BlockOutput(q, k, bias, update, out)
@@ -241,13 +266,14 @@ class VisionTransformer(nn.Module):
     no_embed_class: the position table covers the patches only (timm's name).
     rel_pos_bias: every block adds a bias for relative positions to its logits (BEiT). rope: it rotates queries and keys
     by the tokens' coordinates (CAPI). proj_bias: of attention's projection and of the MLP.
-    pre_norm: a norm on the embedded tokens (timm's name). post_norm: blocks normalise after each sum, not before.
+    img_size: pixels of a square image, or (height, width). pre_norm: a norm on the embedded tokens (timm's name).
+    norm_layer, norm_order, activation: of the blocks; names of NORMS, NORM_ORDERS, ACTIVATIONS.
     final_norm: "affine", "plain" (without weight and bias) or "none"; `forward` does not apply it.
     """
 
     def __init__(
         self,
-        img_size: int = 224,
+        img_size: int | tuple[int, int] = 224,
         patch_size: int = 16,
         embed_dim: int = 768,
         depth: int = 12,
@@ -265,19 +291,21 @@ class VisionTransformer(nn.Module):
         rope: bool = False,
         norm_layer: str = "layernorm",
         pre_norm: bool = False,
-        post_norm: bool = False,
+        norm_order: str = "pre",
+        activation: str = "gelu",
         final_norm: str = "affine",
         drop_path: float = 0.0,
     ):
         super().__init__()
-        if img_size < patch_size or img_size % patch_size:
+        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+        if min(height, width) < patch_size or height % patch_size or width % patch_size:
             raise ValueError(f"an input size of {img_size} is not a multiple of the patch size {patch_size}")
         if rel_pos_bias and (not class_token or reg_tokens):
             raise ValueError("a relative-position table has rows for one [cls] token, and none for registers")
         if rope and class_token:
             raise ValueError("rotary positions are defined for registers and patches, not for a [cls] token")
         self.embed_dim, self.depth, self.num_heads, self.patch_size = embed_dim, depth, num_heads, patch_size
-        self.grid_size = self.grid_of(img_size, img_size)
+        self.grid_size = self.grid_of(height, width)
         self.num_registers = reg_tokens
         self.num_prefix_tokens = int(class_token) + reg_tokens
         self.num_embedded_prefix = 0 if no_embed_class else self.num_prefix_tokens
@@ -296,7 +324,7 @@ class VisionTransformer(nn.Module):
         self.blocks = nn.ModuleList(
             Block(
                 embed_dim, num_heads, mlp_ratio, qkv_bias, proj_bias, init_values, rates[index], norm_layer,
-                post_norm,
+                norm_order, activation,
                 rel_pos_bias=RelativePositionBias(self.grid_size, num_heads) if rel_pos_bias else None,
                 rope=RotaryEmbedding(embed_dim // num_heads, reg_tokens) if rope else None,
             )
@@ -402,11 +430,11 @@ class VisionTransformer(nn.Module):
         )
 
 
-def check_blocks(blocks: Sequence[int], depth: int) -> None:
-    """ValueError for a block that an encoder of that depth has not."""
+def check_blocks(blocks: Sequence[int], depth: int | None) -> None:
+    """ValueError for a block that does not exist in an encoder of that depth; None: of a depth not known yet."""
     for block in blocks:
-        if not 0 <= block < depth:
-            raise ValueError(f"block {block} does not exist: this encoder has blocks 0 to {depth - 1} (counted from 0)")
+        if block < 0 or (depth is not None and block >= depth):
+            raise ValueError(f"block {block} does not exist: this encoder has blocks 0 to {depth and depth - 1}")
 
 
 def attention_row(step: BlockTrace, query: int, num_prefix: int) -> Tensor:
@@ -434,32 +462,6 @@ def init_weights(module: nn.Module) -> None:
         nn.init.xavier_uniform_(module.weight.view(len(module.weight), -1))
     if isinstance(module, nn.Linear) and module.bias is not None:
         nn.init.zeros_(module.bias)
-
-
-def sizes(embed_dim: int, depth: int, num_heads: int, patch_size: int) -> dict:
-    return {"patch_size": patch_size, "embed_dim": embed_dim, "depth": depth, "num_heads": num_heads}
-
-
-ARCHITECTURES = {
-    "vit_demo_patch8": {"img_size": 64, **sizes(128, 6, 4, 8)},
-    "vit_tiny_patch16": sizes(192, 12, 3, 16),
-    **{f"vit_small_patch{patch}": sizes(384, 12, 6, patch) for patch in (16, 14, 8)},
-    **{f"vit_base_patch{patch}": sizes(768, 12, 12, patch) for patch in (16, 14, 8, 4)},
-    **{f"vit_large_patch{patch}": sizes(1024, 24, 16, patch) for patch in (16, 14, 7)},
-    "vit_huge_patch14": sizes(1280, 32, 16, 14),
-    "vit_2b_patch14": sizes(2560, 24, 32, 14),
-}
-
-
-def architecture(name: str) -> dict:
-    """Options of an architecture by name; ValueError says which there are."""
-    if name not in ARCHITECTURES:
-        raise ValueError(f"unknown model {name!r}: {instead_of(name, ARCHITECTURES)}")
-    return ARCHITECTURES[name]
-
-
-def default_input_size(name: str) -> int:
-    return architecture(name).get("img_size", 224)
 
 
 def build_vit(name: str, **options) -> VisionTransformer:

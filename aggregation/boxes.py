@@ -1,13 +1,13 @@
-"""BOX_SOURCES: the boxes of objects in images, read from the files that they are published in.
+"""BOX_SOURCES: bounding boxes of images, read from the files in which they are published.
 
-Boxes are x0, y0, x1, y1 in pixels of the image, inclusive, taken as they are written.
+Boxes are x0, y0, x1, y1 in pixels of the image, inclusive, exactly as written in the file.
 """
 
 import csv
 import os
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,20 +16,24 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from data_sets.readers import missing_files, read_lines
+from util.files import digest
 from util.progress import log
 
 Size = tuple[int, int]  # width and height
-MOST_PIXELS = 2**31  # of a side; more than any format of images has
+MAX_SIDE = 2**31  # in pixels; beyond any image format
 
 
 class Annotation(NamedTuple):
     boxes: list[tuple[int, int, int, int]]
-    size: Size | None  # of the image that the boxes were drawn in, where the source says it
+    size: Size | None  # of the image in which the boxes were drawn, if the source states it
+    categories: frozenset[str] = frozenset()  # of the boxes, if the source states them
 
 
 class BoxSource(NamedTuple):
-    """A format. `read(path)` gives {image: Annotation}; an image is named by its path where `by_path`, from the file's
-    folder, else by its file's name without folders and suffix. `fits(path)`: whether it looks like one."""
+    """A file format. `fits(path)` detects it and `read(path)` returns {image: Annotation}.
+
+    An image is named by its path relative to the file's folder (by_path), else by its file name without suffix.
+    """
 
     description: str
     fits: Callable[[Path], bool]
@@ -42,40 +46,68 @@ class BoxSource(NamedTuple):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _annotations(rows: Iterable[tuple[str, Sequence[str], str, Size | None]]) -> dict[str, Annotation]:
-    """From rows (image, four numbers as text, where that is written, size)."""
-    found: dict[str, Annotation] = {}
-    for image, words, place, size in rows:
+class Row(NamedTuple):
+    """One box as written in a file."""
+
+    where: str  # file and line, for errors
+    image: str
+    numbers: Sequence[str]  # x0, y0, x1, y1
+    size: Size | None = None
+    category: str | None = None
+
+
+def _annotations(rows: Iterable[Row]) -> dict[str, Annotation]:
+    annotations: dict[str, Annotation] = {}
+    for where, image, numbers, size, category in rows:
         try:
-            x0, y0, x1, y1 = map(int, words)
+            x0, y0, x1, y1 = map(int, numbers)
         except ValueError as error:
-            raise ValueError(
-                f"{place}: {', '.join(map(str, words))} are not the four whole numbers of a box"
-            ) from error
-        if not (0 <= x0 <= x1 < MOST_PIXELS and 0 <= y0 <= y1 < MOST_PIXELS):
-            raise ValueError(f"{place}: {x0}, {y0}, {x1}, {y1} is no box: x0 <= x1 and y0 <= y1, none negative")
-        if size is not None and (x1 > size[0] or y1 > size[1]):  # VOC's boxes end at the width: they count from 1
-            raise ValueError(f"{place}: {x0}, {y0}, {x1}, {y1} leaves its image of {size[0]} x {size[1]} pixels")
-        found.setdefault(image, Annotation([], size)).boxes.append((x0, y0, x1, y1))
-    return found
+            raise ValueError(f"{where}: {', '.join(numbers)} are not four integers x0, y0, x1, y1") from error
+        if not (0 <= x0 <= x1 < MAX_SIDE and 0 <= y0 <= y1 < MAX_SIDE):
+            raise ValueError(f"{where}: {x0}, {y0}, {x1}, {y1} is not a box: need 0 <= x0 <= x1 and 0 <= y0 <= y1")
+        if size is not None and (x1 > size[0] or y1 > size[1]):  # VOC counts from 1: a box may end at the width
+            raise ValueError(f"{where}: {x0}, {y0}, {x1}, {y1} exceeds its image of {size[0]} x {size[1]} pixels")
+        if not image:
+            raise ValueError(f"{where}: the image has no name")
+        known = annotations.get(image, Annotation([], size))
+        if known.size != size:
+            raise ValueError(f"{where}: {image} has two sizes, {known.size} and {size} pixels: correct one of them")
+        categories = known.categories | ({category} if category else set())
+        annotations[image] = known._replace(boxes=[*known.boxes, (x0, y0, x1, y1)], categories=categories)
+    return annotations
+
+
+def _size(where: str, width: str | None, height: str | None) -> Size:
+    try:
+        size = int(width), int(height)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: {width}, {height} are not a width and height in pixels") from error
+    if min(size) < 1:
+        raise ValueError(f"{where}: no image has {width} x {height} pixels")
+    return size
+
+
+def _xml_files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("*.xml") if not path.name.startswith("."))
 
 
 def _xml_folder(folder: Path) -> dict[str, Annotation]:
-    """A PASCAL VOC file for each image: ILSVRC2012_bbox_val_v3.tgz, or Annotations/CLS-LOC/val."""
+    """One PASCAL VOC file per image: ILSVRC2012_bbox_val_v3.tgz, or Annotations/CLS-LOC/val."""
+    files = _xml_files(folder)
+    if hidden := len(list(folder.glob(".*.xml"))):
+        log.info("%s: %d hidden .xml files ignored", folder, hidden)
 
-    def rows() -> Iterable[tuple[str, Sequence[str], str, Size | None]]:
-        for path in sorted(folder.glob("*.xml")):
+    def rows() -> Iterator[Row]:
+        for path in files:
             try:
                 tree = ElementTree.parse(path)
-                size = tuple(int(tree.findtext(f"size/{side}", "")) for side in ("width", "height"))
-                boxes = [
-                    [box.findtext(side, "") for side in ("xmin", "ymin", "xmax", "ymax")]
-                    for box in tree.iterfind("object/bndbox")
-                ]
-            except (ElementTree.ParseError, OSError, ValueError) as error:
-                raise ValueError(f"{path} is no annotation with a size and boxes: {error}") from error
-            for box in boxes:
-                yield path.stem, box, str(path), size
+            except (ElementTree.ParseError, OSError) as error:
+                raise ValueError(f"{path} is not an annotation in XML: {error}") from error
+            size = _size(str(path), tree.findtext("size/width"), tree.findtext("size/height"))
+            for item in tree.iterfind("object"):
+                if (box := item.find("bndbox")) is not None:
+                    numbers = [box.findtext(side, "") for side in ("xmin", "ymin", "xmax", "ymax")]
+                    yield Row(str(path), path.stem, numbers, size, item.findtext("name"))
 
     return _annotations(rows())
 
@@ -83,46 +115,50 @@ def _xml_folder(folder: Path) -> dict[str, Annotation]:
 def _kaggle(path: Path) -> dict[str, Annotation]:
     """LOC_val_solution.csv: ILSVRC2012_val_00048981,n03995372 85 1 499 272 n03995372 ..."""
 
-    def rows() -> Iterable[tuple[str, Sequence[str], str, Size | None]]:
+    def rows() -> Iterator[Row]:
+        lines: dict[str, int] = {}
         for number, line in enumerate(read_lines(path)[1:], 2):
             image, comma, text = line.partition(",")
-            words = text.split()
-            if not comma or not words or len(words) % 5:
-                raise ValueError(f"{path}, line {number}: {line[:60]!r} is not of the form IMAGE,WNID X0 Y0 X1 Y1 ...")
-            for start in range(0, len(words), 5):
-                yield image, words[start + 1 : start + 5], f"{path}, line {number}", None
+            fields, where = text.split(), f"{path}, line {number}"
+            if not comma or not fields or len(fields) % 5:
+                raise ValueError(f"{where}: {line[:60]!r} is not of the form IMAGE,WNID X0 Y0 X1 Y1 ...")
+            if lines.setdefault(image, number) != number:
+                raise ValueError(f"{where}: {image} is also on line {lines[image]}: remove one of them")
+            for start in range(0, len(fields), 5):
+                yield Row(where, image, fields[start + 1 : start + 5], None, fields[start])
 
     return _annotations(rows())
 
 
 def _wsol(path: Path) -> dict[str, Annotation]:
-    """localization.txt, a line `path,x0,y0,x1,y1` for each box, beside image_sizes.txt, `path,width,height`."""
+    """localization.txt with a line `path,x0,y0,x1,y1` per box, beside image_sizes.txt with `path,width,height`."""
     path = path / "localization.txt" if path.is_dir() else path
-    sizes = {}
-    for number, words in _comma_rows(path.parent / "image_sizes.txt", 3):
-        try:
-            sizes[words[0]] = (int(words[1]), int(words[2]))
-        except ValueError as error:
-            raise ValueError(f"{path.parent / 'image_sizes.txt'}, line {number}: no width and height") from error
+    size_file = path.parent / "image_sizes.txt"
+    sizes: dict[str, Size] = {}
+    for where, (image, *sides) in _comma_rows(size_file, 3):
+        size = _size(where, *sides)
+        if sizes.setdefault(image, size) != size:
+            raise ValueError(f"{where}: {image} has two sizes, {sizes[image]} and {size} pixels: correct one of them")
 
-    def rows() -> Iterable[tuple[str, Sequence[str], str, Size | None]]:
+    def rows() -> Iterator[Row]:
         stems: dict[str, str] = {}
-        for number, (image, *box) in _comma_rows(path, 5):
+        for where, (image, *box) in _comma_rows(path, 5):
             if image not in sizes:
-                raise ValueError(f"{path}, line {number}: {image} is not in {path.parent / 'image_sizes.txt'}")
-            if stems.setdefault(Path(image).stem, image) != image:
-                raise ValueError(f"{path}: {image} and {stems[Path(image).stem]} differ in their folder alone")
-            yield Path(image).stem, box, f"{path}, line {number}", sizes[image]
+                raise ValueError(f"{where}: {image} is not in {size_file}")
+            stem = Path(image).stem
+            if stems.setdefault(stem, image) != image:
+                raise ValueError(f"{where}: {image} and {stems[stem]} have the same file name in different folders")
+            yield Row(where, stem, box, sizes[image])
 
     return _annotations(rows())
 
 
-def _comma_rows(path: Path, columns: int) -> Iterable[tuple[int, list[str]]]:
+def _comma_rows(path: Path, columns: int) -> Iterator[tuple[str, list[str]]]:
     for number, line in enumerate(read_lines(path), 1):
-        words = line.rsplit(",", columns - 1)
-        if len(words) != columns:
-            raise ValueError(f"{path}, line {number}: {line[:60]!r} has not {columns} columns")
-        yield number, words
+        fields, where = line.rsplit(",", columns - 1), f"{path}, line {number}"
+        if len(fields) != columns:
+            raise ValueError(f"{where}: {line[:60]!r} has {len(fields)} columns instead of {columns}")
+        yield where, fields
 
 
 CSV_NAMES, CSV_BOX = ("path", "file"), ("x0", "y0", "x1", "y1")
@@ -137,22 +173,20 @@ def _csv_columns(path: Path) -> list[str]:
 
 
 def _csv(path: Path) -> dict[str, Annotation]:
-    """Columns path (or file), x0, y0, x1, y1, in any order, others beside them; w and h are the image's size."""
+    """Columns path (or file), x0, y0, x1, y1 in any order; w and h, if present, are the image's size."""
     path = path / "boxes.csv" if path.is_dir() else path
     columns = _csv_columns(path)
     name = next((name for name in CSV_NAMES if name in columns), CSV_NAMES[0])
-    if missing := [column for column in (name, *CSV_BOX) if column not in columns]:
-        raise ValueError(f"{path} has no column {', '.join(missing)}: its columns are {', '.join(columns) or 'none'}")
+    for column in (name, *CSV_BOX, *[side for side in ("w", "h") if side in columns]):
+        if (count := columns.count(column)) != 1:
+            raise ValueError(f"{path} has {count} columns called {column} instead of 1: {', '.join(columns)}")
 
-    def rows() -> Iterable[tuple[str, Sequence[str], str, Size | None]]:
+    def rows() -> Iterator[Row]:
         with open(path, newline="", encoding="utf-8-sig") as file:
             for number, row in enumerate(csv.DictReader(file), 2):
-                place = f"{path}, line {number}"
-                try:
-                    size = (int(row["w"]), int(row["h"])) if {"w", "h"} <= row.keys() else None
-                except (TypeError, ValueError) as error:
-                    raise ValueError(f"{place}: w and h are not the size of an image") from error
-                yield row[name] or "", [row[column] or "" for column in CSV_BOX], place, size
+                where, image = f"{path}, line {number}", (row[name] or "").replace("\\", "/")
+                size = _size(where, row["w"], row["h"]) if {"w", "h"} <= row.keys() else None
+                yield Row(where, image and os.path.normpath(image), [row[side] or "" for side in CSV_BOX], size)
 
     try:
         return _annotations(rows())
@@ -162,19 +196,29 @@ def _csv(path: Path) -> dict[str, Annotation]:
 
 BOX_SOURCES = {
     "imagenet-xml": BoxSource(
-        "folder of ImageNet's annotations, an XML file for each image",
-        lambda path: path.is_dir() and next(path.glob("*.xml"), None) is not None, _xml_folder),
+        "folder of ImageNet's annotations, one XML file per image",
+        lambda path: path.is_dir() and bool(_xml_files(path)),
+        _xml_folder,
+    ),
     "imagenet-csv": BoxSource(
         "LOC_val_solution.csv of Kaggle",
-        lambda path: path.suffix == ".csv" and _csv_columns(path)[:2] == ["ImageId", "PredictionString"], _kaggle),
+        lambda path: path.suffix == ".csv" and _csv_columns(path)[:2] == ["ImageId", "PredictionString"],
+        _kaggle,
+    ),
     "wsol": BoxSource(
-        "localization.txt of wsolevaluation, or its folder; image_sizes.txt beside it",
-        lambda path: path.name == "localization.txt" or (path / "localization.txt").is_file(), _wsol),
+        "localization.txt of wsolevaluation, or its folder, with image_sizes.txt",
+        lambda path: path.name == "localization.txt" or (path / "localization.txt").is_file(),
+        _wsol,
+    ),
     "csv": BoxSource(
-        "table with the columns path, x0, y0, x1, y1, or a folder with such a boxes.csv, as the demo's",
-        lambda path: (path.suffix == ".csv" and set(CSV_BOX) <= set(_csv_columns(path)))
-        or (path / "boxes.csv").is_file(), _csv, by_path=True),
-}  # fmt: skip
+        "table with the columns path, x0, y0, x1, y1, or a folder with such a boxes.csv",
+        lambda path: (
+            (path.suffix == ".csv" and set(CSV_BOX) <= set(_csv_columns(path))) or (path / "boxes.csv").is_file()
+        ),
+        _csv,
+        by_path=True,
+    ),
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -183,32 +227,45 @@ BOX_SOURCES = {
 
 
 class ImageBoxes:
-    """The true boxes of the images of a data set, in pixels of what a transform makes of them."""
+    """The true boxes of a data set's images, in pixels of the transformed image.
 
-    def __init__(self, images: Dataset, annotations: Sequence[Annotation | None], source: Path):
+    images: their files are opened for their size; None: every annotation states its own.
+    """
+
+    def __init__(self, images: Dataset | None, annotations: Sequence[Annotation | None], source: Path):
         self.images, self.annotations, self.source = images, annotations, source
 
+    def fingerprint(self) -> str:
+        return digest([annotation and (annotation.boxes, annotation.size) for annotation in self.annotations])
+
     def original(self, index: int) -> tuple[np.ndarray, Size]:
-        """Boxes (m,4), and the size of the image that they belong to."""
+        """Boxes (m,4), and the size of the image in which they were drawn. ValueError if they do not fit the file."""
         annotation = self.annotations[index]
         boxes = np.array(annotation.boxes, np.int64)
-        if annotation.size is not None:
+        if self.images is None:
             return boxes, annotation.size
         path = self.images.samples[index][0]
         with Image.open(path) as image:
-            size = image.size
-        if (boxes[:, 2:] > size).any():
-            raise ValueError(f"{self.source}: a box of {path} leaves the image, which has {size[0]} x {size[1]} pixels")
-        return boxes, size
+            width, height = image.size
+        if annotation.size is None:
+            if (boxes[:, 2:] > (width, height)).any():
+                raise ValueError(f"{self.source}: a box of {path} exceeds the image of {width} x {height} pixels")
+            return boxes, (width, height)
+        w, h = annotation.size
+        if abs(width * h - height * w) > max(width + height, w + h):  # more than rounding: cropped or rotated
+            raise ValueError(
+                f"{self.source}: the boxes of {path} were drawn in an image of {w} x {h} pixels, but the file has "
+                f"{width} x {height}, another aspect ratio: use the images that were annotated"
+            )
+        return boxes, annotation.size
 
     def resized(self, index: int, size: int) -> np.ndarray:
-        """(m,4) in the image resized to size x size, each side by its own factor; cut off to whole pixels."""
+        """(m,4) in the image stretched to size x size, truncated to integers."""
         boxes, (width, height) = self.original(index)
         return (boxes * float(size) / np.array([width, height, width, height])).astype(np.int64)
 
     def cropped(self, index: int, size: int) -> np.ndarray:
-        """(m,4) in the image as data_sets.views.eval_transform makes it: boxes are cut at the crop's border, and those
-        that lie outside of it are left out, perhaps all."""
+        """(m,4) in the view of data_sets.views.eval_transform: clipped to the crop; boxes outside of it are dropped."""
         boxes, sides = self.original(index)
         # torchvision's Resize of the shorter side, and its CenterCrop
         short, target = min(sides), int(size * 256 / 224)
@@ -224,60 +281,76 @@ def read_boxes(
 ) -> ImageBoxes:
     """The boxes of the chosen images of a data set in the folder `root`.
 
-    kind: of BOX_SOURCES; None: the one that the file looks like. ValueError for a source that is none or is damaged,
-    for chosen images without a box, and for boxes of images that do not exist; allow_subset logs the last instead.
+    kind: a name in BOX_SOURCES; None: detected. ValueError for a source of unknown format or with damaged content, for
+    chosen images without a box, and for boxes of images that do not exist (logged instead with allow_subset).
     """
     path = Path(path)
     if not path.exists():
-        raise ValueError(f"--boxes {path}: there is no such file or folder")
+        raise ValueError(f"{path}: no such file or folder")
+    kind = kind or next((name for name, source in BOX_SOURCES.items() if source.fits(path)), None)
     if kind is None:
-        fitting = [name for name, source in BOX_SOURCES.items() if source.fits(path)]
-        if not fitting:
-            known = "; ".join(f"{name}, {source.description}" for name, source in BOX_SOURCES.items())
-            raise ValueError(f"--boxes {path} is none of these: {known}")
-        kind = fitting[0]
+        known = "; ".join(f"{name}, {source.description}" for name, source in BOX_SOURCES.items())
+        raise ValueError(f"{path} has none of the known formats: {known}")
     if not hasattr(images, "samples"):
-        raise ValueError("--boxes: the images of this data set are no files, by whose names boxes could be told")
-    annotations = BOX_SOURCES[kind].read(path)
+        raise ValueError(f"{path}: boxes are matched by file name, but the images of this data set are not files")
+    source, path_and_kind = BOX_SOURCES[kind], f"{path} ({kind})"
+    annotations = source.read(path)
     if not annotations:
-        raise ValueError(f"--boxes {path} ({kind}) holds no box")
+        raise ValueError(f"{path_and_kind} holds no boxes")
     folder = path if path.is_dir() else path.parent
-    if BOX_SOURCES[kind].by_path:
+    if source.by_path:
         keys = _keys_by_path(images, annotations, (folder, Path(root)))
-        strangers = list(annotations.keys() - set(keys))
-        if strangers:  # boxes of another split are none of this one's business
-            bases = [base for base in (folder, Path(root)) if os.path.exists(base / strangers[0])]
-            absent = missing_files([(bases or [folder])[0] / key for key in strangers])
-            strangers = sorted(strangers[index] for index in absent)
+        absent = list(annotations.keys() - set(keys))
+        if absent:  # images of another split are not absent
+            bases = [base for base in (folder, Path(root)) if os.path.exists(base / absent[0])]
+            paths = [(bases or [folder])[0] / key for key in absent]
+            absent = sorted(absent[index] for index in missing_files(paths))
     else:
         keys = [Path(file).stem for file, _ in images.samples]
         if len(set(keys)) < len(keys):
             twice = next(key for key, count in Counter(keys).items() if count > 1)
-            raise ValueError(f"--boxes {path} ({kind}) names images without their folder, and two are called {twice}")
-        strangers = sorted(annotations.keys() - set(keys))
-    found = [annotations.get(key) for key in keys]
-    if not any(found):
+            raise ValueError(f"{path_and_kind} names images without their folder, but two images are called {twice}")
+        absent = sorted(annotations.keys() - set(keys))
+    matched = [annotations.get(key) for key in keys]
+    if not any(matched):
         raise ValueError(
-            f"--boxes {path} ({kind}): they are boxes of other images, such as {next(iter(annotations))}, and not of "
+            f"{path_and_kind} has boxes of other images, such as {next(iter(annotations))}, and none of "
             f"{images.samples[0][0]}"
         )
-    if strangers:
-        words = f"{len(strangers):,} images that have boxes do not exist, the first {strangers[0]}"
+    if absent:
+        message = f"{path}: {len(absent):,} images with boxes do not exist, the first {absent[0]}"
         if not allow_subset:
-            raise ValueError(f"--boxes {path}: {words}; --allow_subset takes the others")
-        log.info("%s: %s", path, words)
-    if without := [index for index in chosen if found[index] is None]:
+            raise ValueError(f"{message}; --allow_subset ignores them")
+        log.info("%s", message)
+    if without := [index for index in chosen if matched[index] is None]:
         raise ValueError(
-            f"--boxes {path} ({kind}): {len(without):,} of {len(chosen):,} images have no box, "
+            f"{path_and_kind}: {len(without):,} of {len(chosen):,} images have no box, "
             f"the first {images.samples[without[0]][0]}"
         )
-    return ImageBoxes(images, found, path)
+    _warn_of_categories(path, images, matched, chosen)
+    return ImageBoxes(images, matched, path)
 
 
 def _keys_by_path(images: Dataset, annotations: dict[str, Annotation], bases: Sequence[Path]) -> list[str]:
-    """Each image's path as the source writes it: from the first of the folders where the first of them has boxes."""
+    """Each image's path as the source writes it: relative to the first base that gives any match."""
     for base in bases:
         keys = [Path(os.path.relpath(file, base)).as_posix() for file, _ in images.samples]
         if any(key in annotations for key in keys):
             return keys
     return keys
+
+
+def _warn_of_categories(
+    path: Path, images: Dataset, matched: Sequence[Annotation | None], chosen: Sequence[int]
+) -> None:
+    """Localisation accepts any box of an image: log boxes of other classes where the source names its classes."""
+    labels = [images.samples[index][1] for index in chosen]
+    if any(np.ndim(label) for label in labels):  # several classes per image
+        return
+    same = [matched[i].categories == {images.classes[label]} for i, label in zip(chosen, labels, strict=True)]
+    if any(same) and not all(same):
+        example = images.samples[chosen[same.index(False)]][0]
+        log.warning(
+            "%s: %d of %d images have boxes of other classes than their own, which count too, the first %s",
+            path, same.count(False), len(same), example,
+        )  # fmt: skip

@@ -1,141 +1,77 @@
 """Command-line arguments that several mains share, in MAE's spelling."""
 
 import argparse
-import itertools
-import json
 import math
 import os
-import sys
-import threading
-from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
-from urllib.parse import urlparse
+from typing import Any
 
 import torch
 
+from cli.console import Parser, any_int, fail, named_path, non_negative, non_negative_int, parse, positive_int, run_main  # noqa: F401  (branches under way import them from here)
+from cli.encoder_arguments import (  # noqa: F401  (likewise)
+    ORACLE_ARGUMENTS,
+    add_encoder_arguments,
+    add_oracle_arguments,
+    build_encoder,
+    build_oracle,
+    check_input_size,
+    check_weights,
+    frozen_encoder,
+    one_encoder_each,
+)
 from data_sets.loader import DATASETS, LOADERS, ON_BAD_IMAGE, check_dataset, micro_steps_of_a_group
-from encoders.catalogue import CATALOGUE, fetch_weights
-from encoders.families import FAMILIES
-from encoders.load import Encoder, known_family, load_encoder
-from models_vit import architecture, default_input_size
-from runtime.folder import AnotherRun
-from util import signals
-from util.choices import instead_of, nearest
-from util.distributed import PeerLost, said_first
-from util.progress import log
-from util.seeding import seeded
 
-PRECISIONS = {
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float32": torch.float32,
-    "none": torch.float32,  # beyond_cls's other name for float32
+PRECISIONS = {  # names of --amp -> torch's
+    "bfloat16": "bfloat16",
+    "float16": "float16",
+    "float32": "float32",
+    "none": "float32",  # beyond_cls's other name for float32
 }
 
 
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose help shows defaults and whose errors are one line.
-
-    description: the program's docstring, whose examples, below a line that says so, come after the arguments.
-    """
-
-    def __init__(self, description: str | None, **options):
-        description, heading, examples = (description or "").partition("examples:\n")
-        # a flag that is cut short would mean something else as soon as another flag begins alike
-        super().__init__(description=description, epilog=heading + examples, formatter_class=HelpFormatter,
-                         allow_abbrev=False, **options)  # fmt: skip
-        self.beside: list[str] = []  # flags that another program has taken from the same command
-
-    def error(self, message: str) -> NoReturn:
-        told = "" if "--help" in message else "; --help lists the arguments"
-        self.exit(2, f"{self.prog}: {message}{told}\n")
-
-    def parse_args(self, args: Sequence[str] | None = None, namespace: None = None) -> argparse.Namespace:
-        words = sys.argv[1:] if args is None else args
-        for flag in (word.partition("=")[0] for word in itertools.takewhile(lambda word: word != "--", words)):
-            # before argparse says that a required flag is missing, which may be the one that is misspelt
-            if flag.startswith("--") and flag not in self._option_string_actions and " " not in flag:
-                near = nearest(flag, [*self._option_string_actions, *self.beside])
-                self.error(f"{flag}: unknown; {near}--help lists the arguments")
-        return super().parse_args(words, namespace)
-
-    def _check_value(self, action: argparse.Action, value: object) -> None:
-        if action.choices is not None and value not in action.choices:
-            raise argparse.ArgumentError(action, f"unknown {value!r}: {instead_of(str(value), action.choices)}")
+def precision(name: str) -> torch.dtype:
+    """The dtype that --amp names."""
+    return getattr(torch, PRECISIONS[name])
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Defaults beside the flags, where there is one to tell; the description as it was written."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default in (None, "", []) or action.default is False or "default" in (action.help or ""):
-            return action.help
-        if isinstance(action.default, list):
-            return f"{action.help} (default: {' '.join(map(str, action.default))})"
-        return super()._get_help_string(action)
-
-    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
-        name = super()._get_default_metavar_for_optional(action)
-        return {int: "N", float: "X", Path: "PATH"}.get(action.type, name)
-
-    def add_usage(self, usage: str | None, actions: Iterable, groups: Iterable, prefix: str | None = None) -> None:
-        """Of many arguments, what has to be given: all are listed below."""
-        many = len(list(actions)) > 12
-        super().add_usage(usage, [one for one in actions if one.required or not many], [] if many else groups, prefix)
-
-
-def add_encoder_arguments(parser: argparse.ArgumentParser, several: bool = False) -> None:
-    """several: --finetune names any number of encoders; --model, --family and --checkpoint_key one for all, or each."""
-
-    def default(value: str | None) -> dict:
-        return {"default": [value], "nargs": "+"} if several else {"default": value}
-
-    group = parser.add_argument_group("encoders" if several else "encoder")
-    # not argparse choices: the one-line error of models_vit.architecture is shorter than argparse's usage
-    group.add_argument("--model", **default("vit_base_patch16"), metavar="MODEL", help="architecture, by name")
-    group.add_argument(
-        "--finetune", **default(""), metavar="WEIGHTS",
-        help="weights: a file, a catalogue name, a URL or a timm model's name; empty for random weights",
-    )  # fmt: skip
-    group.add_argument(
-        "--family", **default(None), help=f"format of the file: {', '.join(FAMILIES)}, or auto (default): detected"
-    )
-    group.add_argument(
-        "--checkpoint_key", **default(None), help="entry of the file, or prefix of its names, with the weights"
-    )
-    group.add_argument("--offline", action="store_true", help="download no weights: use files and the cache only")
-    group.add_argument(
-        "--num_heads", default=None, type=int, help="of attention (default: the model's or the family's)"
-    )
-    group.add_argument("--no_cls_token", action="store_true", help="the encoder has no [cls] token")
-    group.add_argument("--input_size", default=None, type=int, help="pixels (default: the model's, 224)")
-    group.add_argument(
-        "--amp", default="bfloat16", choices=list(PRECISIONS), help="precision of the backbone; heads stay in float32"
-    )
-
-
-def add_data_arguments(parser: argparse.ArgumentParser, labels: bool = True, loaders: bool = True) -> None:
-    """labels: whether the program uses them; otherwise it has no --nb_classes to offer. loaders: so with --loader."""
+def add_data_arguments(parser: Parser, labels: bool = True, loaders: bool = True) -> None:
+    """labels: whether the program uses labels, and so has --nb_classes; loaders: whether it has --loader."""
     group = parser.add_argument_group("data")
     group.add_argument("--data_path", required=True, type=named_path, help="folder of the data set")
-    group.add_argument("--dataset", default="image_folder", help=f"its kind: {', '.join(DATASETS)}")
-    group.add_argument("--allow_subset", action="store_true", help="take fewer images than the data set officially has")
-    group.add_argument("--on_bad_image", choices=ON_BAD_IMAGE, default="error",
-                       help="of a damaged image: stop, or train on the next one and test without it")  # fmt: skip
-    told = "checked against the data (default: the data's)" if labels else argparse.SUPPRESS
-    group.add_argument("--nb_classes", default=None, type=int, help=told)
+    group.add_argument("--dataset", default="image_folder", help=f"kind of data set: {', '.join(DATASETS)}")
+    group.add_argument("--allow_subset", action="store_true", help="accept fewer images than the official data set has")
+    group.add_argument(
+        "--on_bad_image",
+        choices=ON_BAD_IMAGE,
+        default="error",
+        help="at a damaged image: stop, or train on the next image and leave it out of the evaluation",
+    )
+    group.add_argument(
+        "--nb_classes",
+        default=None,
+        type=positive_int,
+        help="number of classes to expect (default: those of the data)" if labels else argparse.SUPPRESS,
+    )
     if loaders:
         group.add_argument(
             "--loader",
             choices=LOADERS,
             default="pil",
-            help="pil: the recipe's pixels; tensor: sooner, and other by a level of 255 here and there",
+            help="pil: the pixels of the paper's recipe; tensor: faster, pixels differ by 1/255 here and there",
         )
-    group.add_argument("--num_workers", default=min(10, len(os.sched_getaffinity(0))), type=int,
-                       help="processes that load images")  # fmt: skip
-    group.add_argument("--pin_mem", action=argparse.BooleanOptionalAction, default=True,
-                       help="load into memory that a GPU copies from faster; without one, no effect")  # fmt: skip
+    group.add_argument(
+        "--num_workers",
+        default=min(10, len(os.sched_getaffinity(0))),
+        type=non_negative_int,
+        help="processes that load images",
+    )
+    group.add_argument(
+        "--pin_mem",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="load images into pinned memory; no effect without a GPU",
+    )
     group.add_argument("--no_pin_mem", dest="pin_mem", action="store_false", help=argparse.SUPPRESS)  # MAE's spelling
     group.add_argument(
         "--dataloader_affinity_hack", "-dlah", action="store_true", help="let loader workers use all cores"
@@ -143,77 +79,80 @@ def add_data_arguments(parser: argparse.ArgumentParser, labels: bool = True, loa
 
 
 def loading(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """How the arguments want images loaded, for data_sets.loader.build_loader; device: where the encoder is."""
+    """The options of data_sets.loader.build_loader that the arguments set. device: of the encoder."""
     return {
         "num_workers": args.num_workers, "pin_memory": args.pin_mem and device.type == "cuda",
         "affinity_hack": args.dataloader_affinity_hack, "device": device,
     }  # fmt: skip
 
 
-def add_run_arguments(parser: argparse.ArgumentParser, trains: bool = True) -> None:
+def add_run_arguments(parser: Parser, trains: bool = True) -> None:
     group = parser.add_argument_group("run")
-    group.add_argument("--output_dir", default="./output_dir", help="folder of the results; empty to keep nothing")
+    group.add_argument("--output_dir", default="./output_dir", help="folder of the results; empty: write nothing")
     group.add_argument("--log_dir", default=None, help="TensorBoard folder (default: --output_dir)")
-    group.add_argument("--device", default="auto", help="cuda, cpu, or auto: CUDA where there is one")
-    group.add_argument("--seed", default=0, type=int, help="of data order and augmentation, and of new weights")
-    group.add_argument("--resume", default="", help='checkpoint to continue from, or "auto": the run\'s newest')
-    within = "an epoch" if trains else "a pass over the images"
-    group.add_argument("--save_every_minutes", default=30.0, type=float, metavar="MINUTES",
-                       help=f"checkpoint within {within}, too; 0: not by the clock")  # fmt: skip
+    group.add_argument("--device", default="auto", help="cuda, cpu, or auto: CUDA if there is a GPU")
+    group.add_argument("--seed", default=0, type=any_int, help="seed of data order, augmentation and initial weights")
+    group.add_argument("--resume", default="", help='checkpoint to continue from; "auto": the newest in --output_dir')
+    group.add_argument(
+        "--save_every_minutes",
+        default=30.0,
+        type=non_negative,
+        metavar="MINUTES",
+        help=f"also checkpoint within {'an epoch' if trains else 'a pass'}, this often; 0: never",
+    )
     if trains:
-        group.add_argument("--save_every_steps", default=0, type=int, metavar="STEPS",
-                           help="checkpoint after so many optimizer steps, too; 0: not by their number")  # fmt: skip
-    group.add_argument("--dist_url", default="env://", help="rendezvous of the processes (torchrun sets it up)")
-    group.add_argument("--args_from", default=None, type=Path, metavar="FILE", help="replay a run's args.json")
+        group.add_argument(
+            "--save_every_steps",
+            default=0,
+            type=non_negative_int,
+            metavar="STEPS",
+            help="also checkpoint after this many optimizer steps; 0: never",
+        )
+    group.add_argument("--dist_url", default="env://", help="rendezvous of the processes; torchrun sets it up")
+    group.add_argument(
+        "--args_from", default=None, type=Path, metavar="FILE", help="take defaults from a run's args.json"
+    )
     # torchrun describes the processes in the environment; commands written for MAE may still name them
     for flag in ("--world_size", "--local_rank", "--local-rank"):
         group.add_argument(flag, type=int, default=None, help=argparse.SUPPRESS)
 
 
-def add_old_arguments(parser: argparse.ArgumentParser):
-    """The last group, to be added to: what commands published with MAE and beyond_cls may say."""
+def add_old_arguments(parser: Parser):
+    """The last group, for more flags of commands published with MAE and beyond_cls."""
     group = parser.add_argument_group("accepted for old commands")
-    group.add_argument("--dist_eval", action="store_true", help="MAE's: no effect, evaluation is always shared")
+    group.add_argument(
+        "--dist_eval", action="store_true", help="MAE's; no effect: evaluation always uses all processes"
+    )
     return group
 
 
-def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse, with the defaults of --args_from where it is given; flags on the command line win."""
-    parser_of_file = argparse.ArgumentParser(add_help=False)
-    parser_of_file.add_argument("--args_from", type=Path)
-    path = parser_of_file.parse_known_args(argv)[0].args_from
-    if path is not None:
-        try:
-            saved = dict(json.loads(path.read_text())["args"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            parser.error(f"--args_from {path}: not the args.json of a run ({error})")
-        known = {action.dest: action for action in parser._actions}
-        for name, value in saved.items():
-            if name not in known:
-                parser.error(f"--args_from {path}: {name!r} is no argument of this program")
-            known[name].required = False
-            parser.set_defaults(**{name: Path(value) if known[name].type is Path and value is not None else value})
-    return parser.parse_args(argv)
+def add_schedule_arguments(
+    group: argparse._ArgumentGroup, batch_size: int, epochs: int, warmup_epochs: int, blr: float | list[float],
+    min_lr: float = 0.0,
+) -> None:  # fmt: skip
+    """Effective batch and learning rate; the defaults are the program's. A list as `blr` allows several rates."""
+    several = {"nargs": "+"} if isinstance(blr, list) else {}
+    group.add_argument("--batch_size", default=batch_size, type=positive_int, help="images per process and micro-step")
+    group.add_argument("--accum_iter", default=1, type=positive_int, help="micro-steps per optimizer step")
+    group.add_argument("--epochs", default=epochs, type=positive_int, help="training epochs")
+    group.add_argument("--warmup_epochs", default=warmup_epochs, type=non_negative_int, help="linear warm-up epochs")
+    group.add_argument(
+        "--blr", default=blr, type=non_negative, **several, help="base learning rate: lr = blr x effective batch / 256"
+    )
+    group.add_argument("--lr", default=None, type=non_negative, help="learning rate; overrides --blr")
+    group.add_argument("--min_lr", default=min_lr, type=non_negative, help="learning rate at the end of the cosine")
 
 
 def plain(args: argparse.Namespace) -> dict:
-    """The arguments as JSON can hold them."""
+    """The arguments as values of JSON."""
     return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-
-
-def check_input_size(size: int, model: str) -> None:
-    patch_size = architecture(model)["patch_size"]
-    if size < 1 or size % patch_size:
-        raise ValueError(
-            f"--input_size {size} is not divisible by the patch size {patch_size} of {model}: name a multiple of it"
-        )
 
 
 # what numbers have to be, and the flags that take them
 NUMBERS = {
     "0 or more": (
         lambda x: 0 <= x < math.inf,
-        ("lr", "blr", "min_lr", "weight_decay", "start_epoch", "num_workers", "mixup", "cutmix", "color_jitter"),
+        ("lr", "blr", "min_lr", "weight_decay", "start_epoch", "mixup", "cutmix", "color_jitter"),
     ),
     "more than 0": (lambda x: 0 < x < math.inf, ("layer_decay", "clip_grad", "recount")),
     "from 0 to 1": (lambda x: 0 <= x <= 1, ("reprob", "mixup_prob", "mixup_switch_prob", "cutmix_minmax")),
@@ -234,7 +173,7 @@ def check_numbers(args: argparse.Namespace) -> None:
 
 def check_training(args: argparse.Namespace) -> None:
     """Refuse what no training can do, before anything is read; ValueError."""
-    check_input_size(default_input_size(args.model) if args.input_size is None else args.input_size, args.model)
+    check_input_size(args.input_size, args.model)
     check_numbers(args)
     if args.epochs < 1:
         raise ValueError(f"--epochs {args.epochs}: it takes at least one")
@@ -246,20 +185,6 @@ def check_training(args: argparse.Namespace) -> None:
             f"{args.epochs}"
         )
     micro_steps_of_a_group(getattr(args, "bn_group", None) or args.batch_size, args.batch_size, args.accum_iter)
-    check_saving(args)
-
-
-def check_saving(args: argparse.Namespace) -> None:
-    for name in ("save_every_minutes", "save_every_steps"):
-        if not getattr(args, name, 0) >= 0:  # NaN, too
-            raise ValueError(f"--{name} {getattr(args, name)}: write how often, or 0 for never")
-
-
-def named_path(text: str) -> Path:
-    """A path from the command line; an empty one would be the folder where the program stands."""
-    if not text.strip():
-        raise argparse.ArgumentTypeError("it is empty: is a variable of the shell not set?")
-    return Path(text)
 
 
 def check_files(args: argparse.Namespace, remote: bool = False) -> None:
@@ -268,26 +193,15 @@ def check_files(args: argparse.Namespace, remote: bool = False) -> None:
     remote: files are out of sight.
     """
     check_dataset(args.dataset, None if remote else args.data_path)
-    encoders = [getattr(args, name, None) for name in ("finetune", "model", "family")]
-    weights, models, families = (value if isinstance(value, list) else [value] for value in encoders)
-    for model in models:
-        architecture(model)
-    for index, name in enumerate(weights):
-        if not name or (remote and name not in CATALOGUE):
-            continue
-        if len(models) in (1, len(weights)) and len(families) in (1, len(weights)):
-            known_family(name, models[index % len(models)], families[index % len(families)])
-        downloaded = (name in CATALOGUE and CATALOGUE[name].url) or urlparse(name).scheme in ("http", "https")
-        if args.offline or not downloaded:
-            fetch_weights(name, offline=True)
+    check_weights(args, remote)
     resume = getattr(args, "resume", "")
     if not (remote or resume in ("", "auto") or Path(resume).is_file()):
         raise ValueError(f"--resume {resume}: there is no file of that name")
 
 
-# what may change when a run is resumed: where it runs and what it reports, not what it computes (the weights behind
-# --finetune are compared themselves, so that a file may move)
-FREE = {
+# flags that may change when a run is resumed: where it runs and what it reports, not what it computes (the weights of
+# --finetune are compared by their digest, so the file may move)
+RESUMABLE_FLAGS = {
     "output_dir", "log_dir", "resume", "device", "num_workers", "pin_mem", "dataloader_affinity_hack", "dist_url",
     "world_size", "local_rank", "args_from", "data_path", "accum_iter", "eval", "eval_every", "report", "dist_eval",
     "suffix", "save_predictions", "knn", "per_class", "cache_dir", "offline", "on_bad_image", "multilabel_metric",
@@ -296,75 +210,19 @@ FREE = {
 }  # fmt: skip
 
 
-def check_resumed(args: argparse.Namespace, facts: dict, state: dict) -> None:
-    """Refuse to continue a run with another method; AnotherRun names what differs. state: of its checkpoint.
-
-    facts: what else has to be alike, such as the effective batch; what only one side knows is not compared.
-    """
-    now, before = {**plain(args), **facts}, {**state.get("args", {}), **state.get("facts", {})}
-    changed = [
-        f"{name} was {before[name]}, is {now[name]}"
-        for name in now
-        if name in before and name not in FREE and before[name] != now[name]
-    ]
-    if changed:
-        raise AnotherRun(f"--resume: this is another run ({'; '.join(changed)}): name another --output_dir")
+# arguments that processes of one run may have different values of: paths (their content is compared) and resources
+NODE_FLAGS = {
+    "data_path", "finetune", "args_from", "cache_dir", "local_rank", "device", "num_workers", "loc_workers", "pin_mem",
+    "dataloader_affinity_hack",
+}  # fmt: skip
 
 
-def build_encoder(args: argparse.Namespace, **options) -> tuple[Encoder, int]:
-    """The encoder that the arguments name, and its input size in pixels; options of models_vit.VisionTransformer."""
-    if args.no_cls_token:
-        options["class_token"] = False
-    if args.num_heads:
-        options["num_heads"] = args.num_heads
-    size = args.input_size or default_input_size(args.model)
-    check_input_size(size, args.model)
-    encoder = load_encoder(args.finetune, args.model, args.family, args.checkpoint_key, offline=args.offline, **options)
-    if not args.finetune:
-        log.warning("no --finetune: the encoder's weights are random")
-    return encoder, size
+def shared_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """{flag: value} of the arguments that must be equal in all processes of a run."""
+    return {f"--{name}": value for name, value in plain(args).items() if name not in NODE_FLAGS}
 
 
-def frozen_encoder(args: argparse.Namespace) -> tuple[Encoder, int]:
-    """build_encoder for what only reads the encoder: random weights, where there are any, are a function of --seed."""
-    with seeded("weights", args.seed):
-        return build_encoder(args)
-
-
-def run_main(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
-    """Run a program; what its user can mend is one line on standard error, and the exit code says what happened.
-
-    2: a mistake in the arguments, the files or the disk (ValueError). 1: a run that diverged, lost a worker or another
-    process. signals.EXIT_STOPPED: stopped as requested. 130: Ctrl-C where nothing listens to it any more.
-    """
-    threading.excepthook = _quiet_about_disks
-    try:
-        with signals.listening():
-            main(args)
-    except ValueError as error:
-        fail(error, 2)
-    except (FloatingPointError, signals.DeadWorker, PeerLost) as error:
-        fail(error, 1)
-    except signals.Stopped as stop:
-        fail(stop, signals.EXIT_STOPPED)
-    except KeyboardInterrupt:
-        fail(KeyboardInterrupt("interrupted"), signals.EXIT_INTERRUPTED)
-    except RuntimeError as error:  # PyTorch tells of a killed worker wherever the program is just then
-        if "DataLoader worker" not in str(error):
-            raise
-        fail(error, 1)
-
-
-def fail(error: BaseException, code: int) -> NoReturn:
-    """One line, from the first process that has this to say, and the end."""
-    signals.kill_children()
-    line = f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}"
-    if said_first(line):
-        print(line, file=sys.stderr, flush=True)
-    raise SystemExit(code) from error
-
-
-def _quiet_about_disks(problem: threading.ExceptHookArgs) -> None:
-    """TensorBoard writes from a thread, whose trouble with the disk the next write reports as the program's own."""
-    if not isinstance(problem.exc_value, OSError):
-        threading.__excepthook__(problem)
+def identity(args: argparse.Namespace, facts: dict[str, Any] | None = None) -> dict[str, Any]:
+    """What must be equal when a run is resumed: the arguments outside RESUMABLE_FLAGS, and `facts`, plain data such as
+    digests of weights and images."""
+    return {name: value for name, value in plain(args).items() if name not in RESUMABLE_FLAGS} | (facts or {})

@@ -1,4 +1,4 @@
-"""Random crops: the one-draw crop of MAE's recipe, and torchvision's."""
+"""Random crops: the crop of MAE's recipe, which draws once, and torchvision's."""
 
 import math
 
@@ -11,7 +11,7 @@ from torchvision.transforms.v2 import functional as v2
 
 
 class TorchvisionCrop(transforms.RandomResizedCrop):
-    """torchvision's RandomResizedCrop, which leaves uint8 tensors uint8 when it resizes them: twice as fast."""
+    """torchvision's RandomResizedCrop, but uint8 tensors stay uint8 when they are resized: twice as fast."""
 
     def forward(self, img: Image.Image | Tensor) -> Image.Image | Tensor:
         window = self.get_params(img, self.scale, self.ratio)
@@ -21,8 +21,8 @@ class TorchvisionCrop(transforms.RandomResizedCrop):
 class RandomResizedCrop(TorchvisionCrop):
     """torchvision's RandomResizedCrop with a single draw of the window, its sides clamped to the image.
 
-    torchvision instead draws up to ten times until the window fits and then falls back to a central crop, so that long
-    windows are rarer. Draws (global torch generator): area share, log aspect ratio, top, left.
+    torchvision draws up to ten times until the window fits, then falls back to a central crop, so long windows are
+    rarer there. Draws from torch's global generator: fraction of the area, log aspect ratio, top, left.
     Source: the TensorFlow code of BYOL and SimCLR; MAE's linear probe uses the same.
     """
 

@@ -1,13 +1,13 @@
-"""The embedded demo: a procedural data set in which one textured object decides the class.
+"""The demo: a procedural data set in which the texture of one object is the class.
 
-Each image shows smooth colour clutter, several flat distractor shapes and one object of the same kind of shapes, which
-covers about a tenth of the image. The object's *texture* is the class; its place, shape, size, colours, period and
-phase are random, and so are those of the distractors, which have no texture. Every texture keeps its identity under
-the recipe's crops (any magnification) and horizontal flips. So a representation that averages the whole image sees
-mostly background, and one that selects the object's patches sees the class.
+Each image shows smooth colour clutter, several flat distractor shapes and one textured object of the same kinds of
+shape, which covers about a tenth of the image. Position, shape, size, colours, period and phase are random; the texture
+is the class. Textures keep their identity under the recipe's crops (any magnification) and horizontal flips. So a
+representation that averages the whole image sees mostly background, and one that selects the object's patches sees the
+class.
 
-Every image is a function of (seed, split, index). Written as an ImageFolder of PNG files with `boxes.csv` beside the
-splits: `path,x0,y0,x1,y1`, pixels, inclusive, the object's box.
+Every image is a function of (seed, split, index). The images are PNG files in class folders. `boxes.csv` beside the
+splits holds each object's box: `path,x0,y0,x1,y1`, in pixels, inclusive.
 """
 
 import csv
@@ -41,8 +41,8 @@ def _lines(t: np.ndarray) -> np.ndarray:
     return np.tanh(4.0 * (np.cos(2 * np.pi * t) - 0.6))
 
 
-# The classes: texture(x, y, sign) in [-1, 1]; x, y in periods from a random origin near the object's centre, sign = +-1
-# at random where a texture has a handedness, so that a flipped texture is as likely as the original.
+# The classes: texture(x, y, sign) in [-1, 1]; x, y in periods from a random origin near the object's centre. A texture
+# with a handedness depends on the random sign = +-1, so that a flipped texture is as likely as the original.
 TEXTURES: dict[str, Callable[[np.ndarray, np.ndarray, int], np.ndarray]] = {
     "bricks": lambda x, y, sign: np.maximum(_lines(2 * y), _lines(x + 0.5 * np.floor(2 * y))),
     "checks": lambda x, y, sign: np.tanh(4.0 * np.sin(2 * np.pi * x) * np.sin(2 * np.pi * y)),
@@ -83,7 +83,7 @@ def _shape(rng: np.random.Generator, cx: float, cy: float, radius: float) -> np.
 
 
 def render(seed: int, split: str, index: int) -> DemoImage:
-    """The image of this index; its class is index mod 10."""
+    """The image with this index; its class is index mod 10."""
     rng = np.random.default_rng(stable_seed("demo", seed, split, index))
     label = index % len(CLASSES)
     image = _clutter(rng)
@@ -118,13 +118,13 @@ def _write(job: tuple[Path, int, str, int]) -> tuple[str, int, int, int, int]:
 
 
 def generate(folder: Path, train: int, val: int, seed: int = 0, workers: int | None = None) -> None:
-    """Write the data set to `folder`, whole or not at all, unless exactly this one is there already.
+    """Write the data set to `folder`, completely or not at all. Does nothing if the same data set is already there.
 
-    ValueError if `folder` holds other things or another demo set.
+    ValueError if `folder` holds anything else, a demo set with other settings included.
     """
     folder = Path(folder)
     if min(train, val) < len(CLASSES):
-        raise ValueError(f"{train} training and {val} validation images: every class needs one, {len(CLASSES)} in all")
+        raise ValueError(f"{train} training and {val} validation images: each of the {len(CLASSES)} classes needs one")
     description = {"seed": seed, "train": train, "val": val, "size": SIZE, "classes": list(CLASSES), "version": 1}
     record = folder / "demo.json"
     if record.exists():
@@ -132,9 +132,9 @@ def generate(folder: Path, train: int, val: int, seed: int = 0, workers: int | N
             return
         raise ValueError(f"{folder} holds a demo data set made with other settings: remove it or name another folder")
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise ValueError(f"{folder} holds something else than a demo data set: name another folder")
+        raise ValueError(f"{folder} holds files that are not a demo data set: name another folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    # written beside its place and renamed: an interrupted run leaves no half data set that looks like a whole one
+    # written to a temporary folder and renamed: an interrupted run leaves no partial data set
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
         new = Path(temporary) / folder.name
         for split in ("train", "val"):

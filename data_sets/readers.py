@@ -1,16 +1,17 @@
-"""The files that data sets come in: lists, labels, archives. Whatever is wrong is one ValueError with the path."""
+"""Read the lists, labels and archives that data sets are distributed as. Every fault is a ValueError with the path."""
 
-import concurrent.futures
+from __future__ import annotations
+
 import json
-import multiprocessing
 import os
-from collections.abc import Callable, Iterable
-from concurrent.futures.process import BrokenProcessPool
+import struct
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import scipy.io
 
 from data_sets.images import FileImages
 from util import distributed
@@ -20,10 +21,10 @@ from util.progress import log
 def find_folder(
     root: Path, name: str, marker: str, url: str = "", md5: str | None = None, into: Path | None = None
 ) -> Path:
-    """The folder `name` that a data set unpacks to: in `root`, or `root` itself.
+    """The folder `name` of an unpacked data set: in `root`, or `root` itself.
 
-    marker: a path that must be in it. url: of the archive, which is downloaded and unpacked `into` a folder (default:
-    root) where the marker is not there; by rank 0, for which the others wait. ValueError where that is not possible.
+    marker: a path that must exist in it. url: of the archive; if the marker is missing, rank 0 downloads it and unpacks
+    it `into` a folder (default: root) while the others wait. ValueError if that fails.
     """
     with distributed.main_process_first():
         if not _marked(root, name, marker) and url:
@@ -44,9 +45,9 @@ def _marked(root: Path, name: str, marker: str) -> Path | None:
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a list that are not empty, without the white space around them."""
+    """The lines of a list, stripped, without empty ones."""
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     lines = [line for line in lines if line]
@@ -56,14 +57,14 @@ def read_lines(path: Path) -> list[str]:
 
 
 def read_rows(path: Path, *kinds: Callable[[str], Any]) -> list[tuple]:
-    """The rows of a list with one column for each of `kinds`, which reads it: int, str. Lines with # are left out."""
+    """The rows of a list with one column for each of `kinds` (int, str). Lines that begin with # are comments."""
     rows = []
     for number, line in enumerate(read_lines(path), 1):
         if line.startswith("#"):
             continue
-        words = line.split(maxsplit=len(kinds) - 1)
+        fields = line.split(maxsplit=len(kinds) - 1)
         try:
-            rows.append(tuple(kind(word) for kind, word in zip(kinds, words, strict=True)))
+            rows.append(tuple(kind(field) for kind, field in zip(kinds, fields, strict=True)))
         except ValueError as error:
             wanted = " ".join(kind.__name__ for kind in kinds)
             raise ValueError(f"{path}, line {number}: {line[:60]!r} is not of the form {wanted}") from error
@@ -72,74 +73,103 @@ def read_rows(path: Path, *kinds: Callable[[str], Any]) -> list[tuple]:
 
 def read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
 
 
+def read_table(path: Path, kind: Callable[[str], Any]) -> dict[int, Any]:
+    """{number: value} of a list of two columns. ValueError for a number that appears twice."""
+    rows = read_rows(path, int, kind)
+    refuse_duplicates([number for number, _ in rows], "number", path)
+    return dict(rows)
+
+
 def read_matlab(path: Path, name: str, *fields: str) -> np.ndarray:
-    """A variable of a MATLAB file, as an array of at least one dimension. fields: what a structure must have."""
-    # scipy raises anything over bytes that are no MATLAB file, and over some of them, its process crashes: a child's
-    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as child:
-        try:
-            content = child.submit(_matlab_variable, path, name).result()
-        except BrokenProcessPool as error:
-            raise ValueError(f"{path} cannot be read: it is damaged, and crashes its reader") from error
-        except Exception as error:
-            raise ValueError(f"{path} cannot be read: {error}") from error
+    """A variable of a MATLAB file, as an array of at least one dimension. fields: those that a structure must have."""
+    from scipy.io import loadmat
+
+    try:
+        _check_matlab(path.read_bytes())
+        content = loadmat(path, squeeze_me=True).get(name)
+    except Exception as error:  # scipy raises anything for damaged files
+        raise ValueError(f"{path} cannot be read: {error}") from error
     if content is None:
         raise ValueError(f"{path} has no variable {name!r}")
-    found = np.atleast_1d(content)
-    if missing := [field for field in fields if field not in (found.dtype.names or ())]:
+    array = np.atleast_1d(content)
+    if missing := [field for field in fields if field not in (array.dtype.names or ())]:
         raise ValueError(f"{path}: {name!r} has no {', '.join(missing)}")
-    return found
+    return array
 
 
-def _matlab_variable(path: Path, name: str) -> Any:
-    return scipy.io.loadmat(path, squeeze_me=True).get(name)
+def _check_matlab(data: bytes) -> None:
+    """ValueError or zlib.error for a damaged MATLAB 5 file, over which scipy's compiled reader may crash: elements must
+    fill the file, and the checksums of compressed ones, as all published files have, must hold."""
+    order, start = "<" if data[126:128] == b"IM" else ">", 128
+    while start < len(data):
+        kind, size = struct.unpack_from(f"{order}II", data, start)
+        if kind not in (COMPRESSED, MATRIX):
+            raise ValueError("it is not a MATLAB 5 file, or damaged")
+        start += 8 + size
+        if kind == COMPRESSED:
+            zlib.decompress(data[start - size : start])
+    if start != len(data) or start == 128:
+        raise ValueError("it is cut off")
+
+
+MATRIX, COMPRESSED = 14, 15  # data types of a MATLAB 5 file's elements
 
 
 def read_flags(path: Path) -> np.ndarray:
-    """A file of zeros and ones in lines: (n,) uint8."""
+    """A file of a 0 or a 1 in each line: (n,) uint8."""
     try:
-        words = path.read_bytes().split()
+        flags = path.read_bytes().split()
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
-    if strange := set(words) - {b"0", b"1"}:
+    if strange := set(flags) - {b"0", b"1"}:
         raise ValueError(f"{path}: a label is {sorted(strange)[0][:40].decode(errors='replace')!r}, neither 0 nor 1")
-    return np.array([word == b"1" for word in words], dtype=np.uint8)
+    return np.array([flag == b"1" for flag in flags], dtype=np.uint8)
 
 
 def read_bytes(path: Path, record: int) -> np.ndarray:
-    """A file of records of `record` bytes each, mapped, not read: (n, record) uint8."""
+    """A file of records of `record` bytes each, memory-mapped: (n, record) uint8."""
     try:
         size = path.stat().st_size
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     if not size or size % record:
-        raise ValueError(f"{path} has {size:,} bytes, which is no whole number of records of {record:,}: it is damaged")
+        raise ValueError(
+            f"{path} has {size:,} bytes, which is not a multiple of {record:,}, the size of a record: it is damaged"
+        )
     return np.memmap(path, dtype=np.uint8, mode="r").reshape(-1, record)
 
 
 def zero_based(labels: Iterable[int], classes: int, path: Path, first: int = 1) -> list[int]:
-    """Labels counted from `first`, counted from 0. ValueError for one that is none of the classes."""
-    found = [int(label) - first for label in labels]
-    for number, label in enumerate(found, 1):
+    """Labels that count from `first`, changed to count from 0. ValueError for one out of range."""
+    shifted = [int(label) - first for label in labels]
+    for number, label in enumerate(shifted, 1):
         if not 0 <= label < classes:
             raise ValueError(
                 f"{path}: label {label + first} of entry {number} is not between {first} and {classes - 1 + first}"
             )
-    return found
+    return shifted
+
+
+def refuse_duplicates(values: Sequence, what: str, source: Path | str) -> None:
+    """ValueError with the first of the values that appears twice."""
+    if len(set(values)) < len(values):
+        value = next(value for value, count in Counter(values).items() if count > 1)
+        raise ValueError(f"{source}: {what} {value} appears twice")
 
 
 def same_length(what: Iterable, path: Path, others: Iterable, other: Path) -> None:
-    """ValueError unless two lists that belong together have as many entries."""
+    """ValueError unless two lists that belong together have equally many entries."""
     if len(what) != len(others):
         raise ValueError(f"{path} has {len(what):,} entries, but {other} {len(others):,}: they do not belong together")
 
 
 def missing_files(paths: Iterable[Path]) -> list[int]:
-    """Which of the files are not there, by position. Reads each folder once, which is fast on shared disks too."""
+    """Indices of the files that do not exist. Reads each folder once, which is fast on network disks too."""
     content: dict[Path, set[str]] = {}
     missing = []
     for index, path in enumerate(paths):
@@ -154,13 +184,14 @@ def missing_files(paths: Iterable[Path]) -> list[int]:
 def listed_images(
     paths: list[Path], targets: list[int] | np.ndarray, classes: list[str], source: Path, allow_subset: bool
 ) -> FileImages:
-    """The images that a list names. ValueError where some are not there; with allow_subset, they are left out."""
+    """The images of a list. ValueError if one is listed twice, or missing; allow_subset leaves missing ones out."""
+    refuse_duplicates(paths, "image", source)
     missing = missing_files(paths)
     if missing:
-        words = f"{len(missing):,} of the {len(paths):,} images that {source} names are not there"
+        problem = f"{len(missing):,} of the {len(paths):,} images that {source} lists are missing"
         if not allow_subset or len(missing) == len(paths):
-            raise ValueError(f"{words}, the first {paths[missing[0]]}")
-        log.info("%s, and are left out", words)
+            raise ValueError(f"{problem}, the first {paths[missing[0]]}")
+        log.info("%s and left out", problem)
         absent = set(missing)
         keep = [index for index in range(len(paths)) if index not in absent]
         paths = [paths[index] for index in keep]

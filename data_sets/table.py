@@ -1,20 +1,22 @@
-"""DATASETS: the data sets by name, read from the files that their authors distribute; official splits, counts checked.
+"""DATASETS: data sets by name, read from the files that their authors distribute, with official splits and counts.
 
-Each has two splits: "train", and "val", which is the split that the paper's accuracies are measured on, whatever its
-authors call it. Labels count from 0. Nothing is unpickled. Source of splits and protocols: paper, B.2.
+Each has two splits: "train", and "val", the one that the paper measures accuracies on, whatever its authors call it.
+Labels count from 0. Nothing is unpickled. Source of splits and protocols: paper, B.2.
 """
 
+from __future__ import annotations
+
 import functools
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
-from torch.utils.data import Dataset
 
 from data_sets.demo import CLASSES as DEMO_CLASSES
-from data_sets.images import ArrayImages, FileImages, read_rgb
+from data_sets.files import Skipped, class_names, read_class_folders
+from data_sets.images import ArrayImages, FileImages, path_of
 from data_sets.readers import (
     find_folder,
     listed_images,
@@ -24,35 +26,44 @@ from data_sets.readers import (
     read_lines,
     read_matlab,
     read_rows,
+    read_table,
+    refuse_duplicates,
     same_length,
     zero_based,
 )
 from util.choices import instead_of
 from util.progress import log
 
+Images = FileImages | ArrayImages
+ARCHIVES = {  # address and md5, as torchvision has them; CIFAR in its binary version, because Python's is pickled
+    "imagenette": ("https://s3.amazonaws.com/fast-ai-imageclas/imagenette2-320.tgz",
+                   "3df6f0d01a2c9592104656642f5e78a3"),
+    "oxford_pets/images": ("https://www.robots.ox.ac.uk/~vgg/data/pets/data/images.tar.gz",
+                           "5c4f3ee8e5d25df40f4fd59a7f44e54c"),
+    "oxford_pets/annotations": ("https://www.robots.ox.ac.uk/~vgg/data/pets/data/annotations.tar.gz",
+                                "95a8c909bbe2e81eed6a22bccdf3f68f"),
+    "food101": ("http://data.vision.ee.ethz.ch/cvl/food-101.tar.gz", "85eeb15f3717b99a5da872d97d918f87"),
+    "stl10": ("http://ai.stanford.edu/~acoates/stl10/stl10_binary.tar.gz", "91f7769df0f17e558f3565bffb0c7dfb"),
+    "cifar10": ("https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz", "c32a1d4ab5d03f1284b67883e8d87530"),
+    "cifar100": ("https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz", "03b5dce01913d631647c71ecec9e9cb8"),
+}  # fmt: skip
+
 
 class DatasetEntry(NamedTuple):
-    """A data set. `build(root, split, allow_subset)` returns its images, without counting them.
+    """A data set. `build(root, split, allow_subset)` returns its images; build_dataset checks their counts.
 
-    What it returns has `.classes` (names), `.targets` (list of n class numbers; (n,K) uint8 of zeros and ones where
-    multi_label) and items (PIL image in RGB, label).
+    Images have `.classes` (names), `.targets` (list of n class numbers; (n,K) uint8 of zeros and ones if multi_label)
+    and items (PIL image in RGB, label).
     """
 
-    build: Callable[[Path, str, bool], Dataset]
+    build: Callable[[Path, str, bool], Images]
     description: str
-    classes: int | None = None  # None: whatever there is
+    classes: int | None = None  # None: any number
     images: dict[str, int] | None = None  # the official count of each split
-    source: str = ""  # where to get it, with an address; needed where `images` are counted
-    protocol: str = ""  # of the paper's probes: P-LP (LARS, batch 16,384) or P-SGD (batch 1,024); "" where it has none
+    source: str = ""  # where to get it, with an address; required with `images`
+    protocol: str = ""  # of the paper's probes: P-LP (LARS, batch 16,384), P-SGD (batch 1,024) or none
     multi_label: bool = False
-    downloads: bool = False  # it comes by itself where it is not there
-
-
-def published() -> ModuleType:
-    """torchvision's data sets, imported late as in data_sets.views."""
-    from torchvision import datasets
-
-    return datasets
+    downloads: bool = False  # if it is missing
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -60,20 +71,14 @@ def published() -> ModuleType:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _image_folder(root: Path, split: str, allow_subset: bool = False) -> Dataset:
-    folder = root / split
-    if not folder.is_dir():
+def _image_folder(root: Path, split: str, allow_subset: bool = False) -> FileImages:
+    if not (root / split).is_dir():
         raise ValueError(f"no {split!r} folder in it (expected train/<class>/ and val/<class>/)")
-    try:
-        return published().ImageFolder(folder, loader=read_rgb)
-    except FileNotFoundError as error:
-        if not any(path.is_dir() for path in folder.iterdir()):
-            raise ValueError(f"{folder} holds no folder of a class (expected a folder of images per class)") from error
-        raise ValueError(f"{folder} is not an image folder: {error}") from error  # a class without images
+    return read_class_folders(root / split)
 
 
-def _imagenet1k(root: Path, split: str, allow_subset: bool) -> Dataset:
-    """An image folder, or for val the official archive's flat folder beside Kaggle's or the devkit's labels."""
+def _imagenet1k(root: Path, split: str, allow_subset: bool) -> FileImages:
+    """Folders of classes, or for val the flat folder of the official archive beside Kaggle's or the devkit's labels."""
     if split == "val" and next((root / split).glob("ILSVRC2012_val_*"), None) is not None:
         solution, devkit = root / "LOC_val_solution.csv", root / "ILSVRC2012_devkit_t12" / "data"
         labels = _kaggle_labels(solution) if solution.exists() else _devkit_labels(devkit)
@@ -81,8 +86,38 @@ def _imagenet1k(root: Path, split: str, allow_subset: bool) -> Dataset:
         numbers = {wnid: number for number, wnid in enumerate(classes)}
         source = solution if solution.exists() else devkit
         paths = [root / split / f"{name}.JPEG" for name in sorted(labels)]
-        return listed_images(paths, [numbers[labels[name]] for name in sorted(labels)], classes, source, allow_subset)
-    return _image_folder(root, split)
+        images = listed_images(paths, [numbers[labels[name]] for name in sorted(labels)], classes, source, allow_subset)
+    else:
+        images = _image_folder(root, split)
+    _check_wnid_names(images.classes, root / split)
+    return images
+
+
+def _check_wnid_names(classes: Sequence[str], folder: Path) -> None:
+    if odd := [name for name in classes if not re.fullmatch(r"n\d{8}", name)]:
+        raise ValueError(
+            f"{folder}: {len(odd):,} of {len(classes):,} classes are not named by their WordNet id, like n01440764, but"
+            f" {odd[0]!r}: rename the folders, because ImageNet's labels follow the ids"
+        )
+
+
+def check_wnids(classes: Sequence[str]) -> None:
+    """ValueError unless the classes are ImageNet-1k's WordNet ids in their order, which published classifiers number.
+
+    Source: timm's list of them.
+    """
+    from timm.data import ImageNetInfo
+
+    official = ImageNetInfo("imagenet1k").label_names()
+    if list(classes) == official:
+        return
+    if len(classes) != len(official):
+        raise ValueError(f"the data set has {len(classes):,} classes, ImageNet-1k has {len(official):,}")
+    odd = next(name for name, wnid in zip(classes, official, strict=True) if name != wnid)
+    raise ValueError(
+        f"class {odd!r} is not the WordNet id {official[list(classes).index(odd)]}: labels follow the names of class "
+        "folders, and those of a classifier of ImageNet-1k are wnids, like n01440764: rename the folders"
+    )
 
 
 def _kaggle_labels(path: Path) -> dict[str, str]:
@@ -90,61 +125,73 @@ def _kaggle_labels(path: Path) -> dict[str, str]:
     rows = [line.split(",") for line in read_lines(path)[1:]]
     if any(len(row) != 2 or not row[1].startswith("n") for row in rows):
         raise ValueError(f"{path} is not Kaggle's LOC_val_solution.csv: its lines are not of the form IMAGE,WNID ...")
+    refuse_duplicates([name for name, _ in rows], "image", path)
     return {name: prediction.split()[0] for name, prediction in rows}
 
 
 def _devkit_labels(folder: Path) -> dict[str, str]:
     """{image: wnid}; the devkit numbers the classes in an order of its own."""
     if not folder.is_dir():
+        root = folder.parent.parent
         raise ValueError(
-            f"{folder.parent.parent / 'val'} is flat, and its labels are not beside it: put LOC_val_solution.csv or "
-            f"ILSVRC2012_devkit_t12 into {folder.parent.parent}, or the images into val/<wnid>/"
+            f"{root / 'val'} is flat, and its labels are not beside it: put LOC_val_solution.csv or "
+            f"ILSVRC2012_devkit_t12 into {root}, or the images into val/<wnid>/"
         )
     path, meta = folder / "ILSVRC2012_validation_ground_truth.txt", folder / "meta.mat"
     synsets = read_matlab(meta, "synsets", "ILSVRC2012_ID", "WNID", "num_children")
-    wnids = {int(s["ILSVRC2012_ID"]): str(s["WNID"]) for s in synsets if int(s["num_children"]) == 0}
+    leaves = [synset for synset in synsets if int(synset["num_children"]) == 0]
+    refuse_duplicates([int(synset["ILSVRC2012_ID"]) for synset in leaves], "ILSVRC2012_ID", meta)
+    wnids = {int(synset["ILSVRC2012_ID"]): str(synset["WNID"]) for synset in leaves}
+    refuse_duplicates(list(wnids.values()), "WNID", meta)
     numbers = [number + 1 for number in zero_based((row[0] for row in read_rows(path, int)), len(wnids), path)]
     return {f"ILSVRC2012_val_{image:08d}": wnids[number] for image, number in enumerate(numbers, 1)}
 
 
-def _imagenet1pct(root: Path, split: str, allow_subset: bool) -> Dataset:
-    """1percent.txt holds a line n02058221_3181.JPEG for each training image."""
+def _imagenet1pct(root: Path, split: str, allow_subset: bool) -> FileImages:
+    """1percent.txt has a line n02058221_3181.JPEG for each training image."""
     if split == "val":
         return _imagenet1k(root, split, allow_subset)
     source, train = root / "1percent.txt", root / "train"
     if not train.is_dir():
         raise ValueError("no 'train' folder in it" if root.is_dir() else "there is no such folder")
     names = read_lines(source)
-    classes = sorted(folder.name for folder in train.iterdir() if folder.is_dir())
+    skipped = Skipped()
+    classes = class_names(train, skipped)
+    skipped.log(train)
+    _check_wnid_names(classes, train)
     numbers = {wnid: number for number, wnid in enumerate(classes)}
     wnids = [name.split("_")[0] for name in names]
-    if strangers := sorted(set(wnids) - numbers.keys()):
-        raise ValueError(f"{source}: {len(strangers):,} of its classes are no folders of {train}, like {strangers[0]}")
-    if len(set(names)) < len(names):
-        raise ValueError(f"{source} names {len(names) - len(set(names)):,} images twice")
+    if unknown := sorted(set(wnids) - numbers.keys()):
+        raise ValueError(f"{source}: {len(unknown):,} of its classes have no folder in {train}, such as {unknown[0]}")
     paths = [train / wnid / name for wnid, name in zip(wnids, names, strict=True)]
     return listed_images(paths, [numbers[wnid] for wnid in wnids], classes, source, allow_subset)
 
 
-def _imagenette(root: Path, split: str, allow_subset: bool) -> Dataset:
-    url, md5 = published().Imagenette._ARCHIVES["320px"]
-    folder = find_folder(root, "imagenette2-320", "train", url, md5)
-    images = _image_folder(folder, split)
-    # wnids in their order are how torchvision numbers the classes too
-    images.classes = [published().Imagenette._WNID_TO_CLASS.get(wnid, (wnid,))[0] for wnid in images.classes]
+IMAGENETTE = {
+    "n01440764": "tench", "n02102040": "English springer", "n02979186": "cassette player", "n03000684": "chain saw",
+    "n03028079": "church", "n03394916": "French horn", "n03417042": "garbage truck", "n03425413": "gas pump",
+    "n03445777": "golf ball", "n03888257": "parachute",
+}  # fmt: skip
+
+
+def _imagenette(root: Path, split: str, allow_subset: bool) -> FileImages:
+    images = _image_folder(find_folder(root, "imagenette2-320", "train", *ARCHIVES["imagenette"]), split)
+    if images.classes != list(IMAGENETTE):
+        raise ValueError(f"{root} holds other classes than Imagenette's: {', '.join(images.classes[:3])}, ...")
+    images.classes = list(IMAGENETTE.values())
     return images
 
 
-def _demo(every: int, root: Path, split: str, allow_subset: bool) -> Dataset:
-    """The procedural images of data_sets/demo.py, known by their classes; of those for training, every tenth or so of
-    each class."""
+def _demo(every: int, root: Path, split: str, allow_subset: bool) -> FileImages:
+    """The procedural images of data_sets/demo.py; of each class for training, every tenth image or so."""
     images = _image_folder(root, split)
     if images.classes != list(DEMO_CLASSES):
-        raise ValueError(f"{root / split} holds other classes than the demo's {len(DEMO_CLASSES)}")
+        raise ValueError(f"{root / split} does not hold the {len(DEMO_CLASSES)} classes of the demo")
     if every == 1 or split == "val":
         return images
-    of_class = {label: [path for path, one in images.samples if one == label] for label in range(len(images.classes))}
-    chosen = [(path, label) for label, paths in of_class.items() for path in paths[::every]]
+    chosen = []
+    for label in range(len(DEMO_CLASSES)):
+        chosen += [sample for sample in images.samples if sample[1] == label][::every]
     paths, targets = zip(*chosen, strict=True)
     return FileImages(paths, list(targets), images.classes)
 
@@ -154,24 +201,23 @@ def _demo(every: int, root: Path, split: str, allow_subset: bool) -> Dataset:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _cub200(root: Path, split: str, allow_subset: bool) -> Dataset:
+def _cub200(root: Path, split: str, allow_subset: bool) -> FileImages:
     folder = find_folder(root, "CUB_200_2011", "images.txt")
-    lists = ("images", "image_class_labels", "train_test_split")
-    names, labels, splits = (
-        dict(read_rows(folder / f"{name}.txt", int, str if name == "images" else int)) for name in lists
-    )
-    for name, column in zip(lists[1:], (labels, splits), strict=True):
+    names = read_table(folder / "images.txt", str)
+    labels, splits = (read_table(folder / f"{name}.txt", int) for name in ("image_class_labels", "train_test_split"))
+    for name, column in (("image_class_labels", labels), ("train_test_split", splits)):
         same_length(names, folder / "images.txt", column, folder / f"{name}.txt")
         if names.keys() != column.keys():
             raise ValueError(f"{folder}/{name}.txt and {folder}/images.txt number the images differently")
-    classes = [name for _, name in sorted(read_rows(folder / "classes.txt", int, str))]
+    zero_based(splits.values(), 2, folder / "train_test_split.txt", first=0)
+    classes = [name for _, name in sorted(read_table(folder / "classes.txt", str).items())]
     chosen = [image for image in sorted(names) if splits[image] == (split == "train")]
     targets = zero_based((labels[image] for image in chosen), len(classes), folder / "image_class_labels.txt")
     paths = [folder / "images" / names[image] for image in chosen]
     return listed_images(paths, targets, classes, folder / "images.txt", allow_subset)
 
 
-def _stanford_cars(root: Path, split: str, allow_subset: bool) -> Dataset:
+def _stanford_cars(root: Path, split: str, allow_subset: bool) -> FileImages:
     folder = find_folder(root, "stanford_cars", "devkit/cars_meta.mat")
     source = folder / "devkit/cars_train_annos.mat"
     if split == "val":  # published later than the devkit, whose own annotations of the test images have no classes
@@ -185,29 +231,34 @@ def _stanford_cars(root: Path, split: str, allow_subset: bool) -> Dataset:
     return listed_images(paths, targets, classes, source, allow_subset)
 
 
-def _oxford_pets(root: Path, split: str, allow_subset: bool) -> Dataset:
+def _oxford_pets(root: Path, split: str, allow_subset: bool) -> FileImages:
     name = "oxford-iiit-pet"
-    for part, (url, md5) in zip(("images", "annotations"), published().OxfordIIITPet._RESOURCES, strict=True):
-        folder = find_folder(root, name, part, url, md5, into=root / name)
+    for part in ("images", "annotations"):
+        folder = find_folder(root, name, part, *ARCHIVES[f"oxford_pets/{part}"], into=root / name)
     source = folder / "annotations" / ("trainval.txt" if split == "train" else "test.txt")
     rows = read_rows(source, str, int, int, int)  # image, class, species, breed
-    names = {label: name.rsplit("_", 1)[0].replace("_", " ").title() for name, label, *_ in rows}
-    classes = [names[label] for label in sorted(names)]
+    breeds = [name.rsplit("_", 1)[0].replace("_", " ").title() for name, *_ in rows]
+    names = dict(sorted({(label, breed) for (_, label, *_), breed in zip(rows, breeds, strict=True)}))
+    classes = list(names.values())
     targets = zero_based((row[1] for row in rows), len(classes), source)
+    if odd := [row for row, breed in zip(rows, breeds, strict=True) if names[row[1]] != breed]:
+        raise ValueError(f"{source}: class {odd[0][1]} is {names[odd[0][1]]}, but also that of image {odd[0][0]}")
     paths = [folder / "images" / f"{row[0]}.jpg" for row in rows]
     return listed_images(paths, targets, classes, source, allow_subset)
 
 
-def _food101(root: Path, split: str, allow_subset: bool) -> Dataset:
-    folder = find_folder(root, "food-101", "meta", published().Food101._URL, published().Food101._MD5)
+def _food101(root: Path, split: str, allow_subset: bool) -> FileImages:
+    folder = find_folder(root, "food-101", "meta", *ARCHIVES["food101"])
     source = folder / "meta" / ("train.json" if split == "train" else "test.json")
     content = read_json(source)
     if not (isinstance(content, dict) and all(isinstance(names, list) for names in content.values())):
         raise ValueError(f"{source} does not map classes to lists of images")
     classes = sorted(content)
-    paths = [folder / "images" / f"{name}.jpg" for names in content.values() for name in names]
-    targets = [number for number, name in ((classes.index(c), c) for c in content) for _ in content[name]]
-    return listed_images(paths, targets, classes, source, allow_subset)
+    pairs = [(f"{name}.jpg", classes.index(label)) for label, names in content.items() for name in names]
+    if odd := [name for name, label in pairs if name.split("/")[0] != classes[label]]:
+        raise ValueError(f"{source}: image {odd[0]} is listed for another class than that of its folder")
+    paths = [folder / "images" / name for name, _ in pairs]
+    return listed_images(paths, [label for _, label in pairs], classes, source, allow_subset)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -215,9 +266,9 @@ def _food101(root: Path, split: str, allow_subset: bool) -> Dataset:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _coco(year: int, root: Path, split: str, allow_subset: bool) -> Dataset:
-    """Labels: the categories with at least one box, crowds among them; in the order of their ids. Images in the order
-    of theirs, those without a box too."""
+def _coco(year: int, root: Path, split: str, allow_subset: bool) -> FileImages:
+    """Labels: the categories with at least one box, crowds included, in the order of their ids. Images in the order of
+    theirs, those without a box included."""
     folder = find_folder(root, "coco", "annotations")
     source, name = folder / "annotations" / f"instances_{split}{year}.json", f"{split}{year}"
     content = read_json(source)
@@ -225,9 +276,11 @@ def _coco(year: int, root: Path, split: str, allow_subset: bool) -> Dataset:
         categories = sorted((category["id"], str(category["name"])) for category in content["categories"])
         images = sorted((image["id"], folder / name / image["file_name"]) for image in content["images"])
         boxes = [(box["image_id"], box["category_id"]) for box in content["annotations"]]
+        for key in ("categories", "images", "annotations"):
+            refuse_duplicates([entry["id"] for entry in content[key] if "id" in entry], f"{key}: id", source)
         rows = {image: row for row, (image, _) in enumerate(images)}
         columns = {category: column for column, (category, _) in enumerate(categories)}
-        hash(tuple(boxes))  # lists and the like are no ids
+        hash(tuple(boxes))  # TypeError for lists and the like
     except (KeyError, TypeError) as error:
         raise ValueError(f"{source} is not a file of COCO's boxes: {error}") from error
     targets = np.zeros((len(images), len(categories)), np.uint8)
@@ -239,7 +292,7 @@ def _coco(year: int, root: Path, split: str, allow_subset: bool) -> Dataset:
     return listed_images(paths, targets, [name for _, name in categories], source, allow_subset)
 
 
-def _nus_wide(drop_unlabelled: bool, root: Path, split: str, allow_subset: bool) -> Dataset:
+def _nus_wide(drop_unlabelled: bool, root: Path, split: str, allow_subset: bool) -> FileImages:
     """ImageList.zip, ConceptsList.zip, Groundtruth.zip unpacked, and the images in Flickr/, as the lists name them."""
     folder = find_folder(root, "NUS-WIDE", "ImageList")
     part = "Train" if split == "train" else "Test"
@@ -263,21 +316,17 @@ def _nus_wide(drop_unlabelled: bool, root: Path, split: str, allow_subset: bool)
 # arrays
 # ---------------------------------------------------------------------------------------------------------------------
 
-TORONTO = "https://www.cs.toronto.edu/~kriz"
 
-
-def _cifar10(root: Path, split: str, allow_subset: bool) -> Dataset:
-    """Records of a label and 3 x 32 x 32 pixels. The version in binary: the one in Python is pickles."""
-    url, md5 = f"{TORONTO}/cifar-10-binary.tar.gz", "c32a1d4ab5d03f1284b67883e8d87530"
-    folder = find_folder(root, "cifar-10-batches-bin", "batches.meta.txt", url, md5)
+def _cifar10(root: Path, split: str, allow_subset: bool) -> ArrayImages:
+    """Records of a label and 3 x 32 x 32 pixels."""
+    folder = find_folder(root, "cifar-10-batches-bin", "batches.meta.txt", *ARCHIVES["cifar10"])
     parts = [f"data_batch_{number}.bin" for number in range(1, 6)] if split == "train" else ["test_batch.bin"]
     return _cifar(folder, parts, read_lines(folder / "batches.meta.txt"), labels=1)
 
 
-def _cifar100(root: Path, split: str, allow_subset: bool) -> Dataset:
+def _cifar100(root: Path, split: str, allow_subset: bool) -> ArrayImages:
     """As CIFAR-10, with two labels: of the 20 coarse classes, unused here, then of the 100 fine ones."""
-    url, md5 = f"{TORONTO}/cifar-100-binary.tar.gz", "03b5dce01913d631647c71ecec9e9cb8"
-    folder = find_folder(root, "cifar-100-binary", "fine_label_names.txt", url, md5)
+    folder = find_folder(root, "cifar-100-binary", "fine_label_names.txt", *ARCHIVES["cifar100"])
     parts = ["train.bin" if split == "train" else "test.bin"]
     return _cifar(folder, parts, read_lines(folder / "fine_label_names.txt"), labels=2)
 
@@ -291,9 +340,9 @@ def _cifar(folder: Path, parts: list[str], classes: list[str], labels: int) -> A
     return ArrayImages(np.concatenate(pixels), targets, classes)
 
 
-def _stl10(root: Path, split: str, allow_subset: bool) -> Dataset:
+def _stl10(root: Path, split: str, allow_subset: bool) -> ArrayImages:
     """Pixels of an image: 3 x width x height, columns first."""
-    folder = find_folder(root, "stl10_binary", "class_names.txt", published().STL10.url, published().STL10.tgz_md5)
+    folder = find_folder(root, "stl10_binary", "class_names.txt", *ARCHIVES["stl10"])
     part = "train" if split == "train" else "test"
     classes = read_lines(folder / "class_names.txt")
     source, images = folder / f"{part}_y.bin", folder / f"{part}_X.bin"
@@ -359,10 +408,10 @@ DATASETS = {
         "https://cs.stanford.edu/~acoates/stl10", downloads=True),
     "cifar10": DatasetEntry(
         _cifar10, "CIFAR-10, binary version; downloaded if absent", 10, {"train": 50_000, "val": 10_000},
-        f"{TORONTO}/cifar.html", downloads=True),
+        "https://www.cs.toronto.edu/~kriz/cifar.html", downloads=True),
     "cifar100": DatasetEntry(
         _cifar100, "CIFAR-100, binary version; downloaded if absent", 100, {"train": 50_000, "val": 10_000},
-        f"{TORONTO}/cifar.html", downloads=True),
+        "https://www.cs.toronto.edu/~kriz/cifar.html", downloads=True),
     "demo": DatasetEntry(
         functools.partial(_demo, 1), "the procedural demo, any number of images", 10, None, DEMO_SOURCE),
     "demo_few": DatasetEntry(
@@ -370,62 +419,63 @@ DATASETS = {
 }  # fmt: skip
 
 
-def build_dataset(name: str, root: Path, split: str, allow_subset: bool = False) -> Dataset:
+def build_dataset(name: str, root: Path, split: str, allow_subset: bool = False) -> Images:
     """Images without transform, by the name of an entry of DATASETS; split: "train" or "val".
 
-    ValueError says what is missing and where to get it. allow_subset: another number of images than the official one is
-    logged instead, and images that a list names and that are not there are left out. Never another number of classes.
+    ValueError says what is missing and where to get it. allow_subset: accept and log fewer or more images than the
+    official number, and leave out listed images that are missing. The number of classes must be the official one.
     """
     entry, root = DATASETS[check_dataset(name, root)], Path(root)
     try:
         images = entry.build(root, split, allow_subset)
+        refuse_duplicates(images.classes, "class", root)
         _check_counts(entry, images, split, allow_subset)
-    except (ValueError, OSError) as error:  # of the system: a folder that may not be read
-        raise ValueError(_lacking(name, root, error)) from error
+    except (ValueError, OSError) as error:  # OSError: a folder without permission to read it
+        raise ValueError(_with_source(name, root, error)) from error
     return images
 
 
 def check_dataset(name: str, root: Path | None) -> str:
-    """The name; ValueError where it is of no data set, and where the folder of one is not there that is not downloaded.
+    """The name; ValueError if it is unknown, or if a data set that cannot be downloaded has no folder.
 
-    root: None where it is out of sight.
+    root: None if this machine does not see it.
     """
     if name not in DATASETS:
         raise ValueError(f"unknown data set {name!r}: {instead_of(name, DATASETS)}")
     if not (root is None or DATASETS[name].downloads or Path(root).is_dir()):
-        raise ValueError(
-            _lacking(name, root, "a file, no folder" if Path(root).is_file() else "there is no such folder")
-        )
+        problem = "this is a file, not a folder" if Path(root).is_file() else "there is no such folder"
+        raise ValueError(_with_source(name, root, problem))
     return name
 
 
-def _lacking(name: str, root: Path, problem: object) -> str:
+def _with_source(name: str, root: Path, problem: object) -> str:
     """A problem with the files of a data set, and where to get them."""
     source = f"; it comes from {DATASETS[name].source}" if DATASETS[name].source else ""
-    asked = f"--data_path {root}" if name == "image_folder" else f"--dataset {name} --data_path {root}"
-    return f"{asked}: {problem}{source}"
+    flags = f"--data_path {root}" if name == "image_folder" else f"--dataset {name} --data_path {root}"
+    return f"{flags}: {problem}{source}"
 
 
-def _check_counts(entry: DatasetEntry, images: Dataset, split: str, allow_subset: bool) -> None:
-    """ValueError where classes or images are not as many as they officially are."""
+def _check_counts(entry: DatasetEntry, images: Images, split: str, allow_subset: bool) -> None:
+    """ValueError if the numbers of classes and images are not the official ones."""
     if entry.classes is not None and len(images.classes) != entry.classes:
         raise ValueError(f"the {split} split has {len(images.classes):,} classes instead of {entry.classes:,}")
     if entry.images is None or len(images) == entry.images[split]:
         return
     difference = entry.images[split] - len(images)
-    words = (
+    problem = (
         f"{len(images):,} {split} images instead of {entry.images[split]:,}: {abs(difference):,} "
         f"{'are missing' if difference > 0 else 'too many'}"
     )
     if not allow_subset:
-        raise ValueError(f"{words}, perhaps an extraction was interrupted; --allow_subset takes what there is")
-    log.info("%s", words)
+        raise ValueError(f"{problem}, perhaps an extraction was interrupted; --allow_subset takes what there is")
+    log.info("%s", problem)
 
 
 def build_splits(
     name: str, root: Path, nb_classes: int | None, allow_subset: bool = False
-) -> tuple[Dataset, Dataset, int]:
-    """Training set, test set and class count; ValueError where the splits or `nb_classes` disagree."""
+) -> tuple[Images, Images, int]:
+    """Training images, test images and class count; ValueError if the classes of the splits or `nb_classes` disagree,
+    or if a file is in both splits. Test images whose content is also in the training split are counted in the log."""
     train, val = (build_dataset(name, root, split, allow_subset) for split in ("train", "val"))
     if train.classes != val.classes:
         odd = sorted(set(map(str, train.classes)) ^ set(map(str, val.classes)))
@@ -437,4 +487,17 @@ def build_splits(
         raise ValueError(
             f"--nb_classes {nb_classes}, but {root} has {len(train.classes)} classes: correct it or leave it out"
         )
+    if shared := {path for path, _ in getattr(train, "samples", ())} & {
+        path for path, _ in getattr(val, "samples", ())
+    }:
+        raise ValueError(f"{root}: {len(shared):,} images are in both splits, such as {min(shared)}")
+    if train.digests is not None and val.digests is not None:
+        known = set(map(bytes, train.digests))
+        if copies := [index for index, digest in enumerate(map(bytes, val.digests)) if digest in known]:
+            log.info(
+                "%d of %d test images are also training images, such as %s",
+                len(copies),
+                len(val),
+                path_of(val, copies[0]),
+            )
     return train, val, len(train.classes)

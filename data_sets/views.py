@@ -1,41 +1,46 @@
-"""What becomes of an image before an encoder sees it: the recipe's random crops, and the test's central one.
+"""What an encoder sees of an image: the recipe's random crops, or the test's central crop.
 
-torchvision takes two seconds to import: --help and mistakes in the arguments do not wait for it.
+torch and torchvision are imported at first use: --help and mistakes in the arguments do not wait for them.
 """
+
+from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
-from torch.utils.data import Dataset
 
-from data_sets.images import pixels_of, read_pixels
+from data_sets.images import ArrayImages, FileImages, pixels_of, read_pixels
+from util.lazy import lazy
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+torch, transforms, functional = map(lazy, ("torch", "torchvision.transforms", "torchvision.transforms.v2.functional"))
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 LOADERS = ("pil", "tensor")
+Numbers = tuple[float, ...]
 
 
 class View:
-    """An image -> pixels (3,h,w) in uint8, which loaders make and carry; and these -> float32, where the encoder is.
+    """An image -> pixels (3,h,w) uint8, made by loaders; and these -> normalised float32, on the encoder's device.
 
-    Called, it does both. loader: "pil" resizes as the recipe does; "tensor" decodes JPEG files to uint8 tensors, the
-    same ones, and resizes them with torchvision, which makes some pixels other by a level or two of 255.
+    Calling it does both. loader: "pil" resizes as the recipe does; "tensor" decodes JPEG files to uint8 tensors, with
+    equal pixels, and resizes them with torchvision, which changes some pixels by a level or two of 255.
     """
 
-    def __init__(
-        self, steps: Sequence[Callable], mean: tuple[float, ...], std: tuple[float, ...], loader: str = "pil"
-    ):  # fmt: skip
+    def __init__(self, steps: Sequence[Callable], mean: Numbers, std: Numbers, loader: str = "pil"):
         """steps: functions of PIL images and of uint8 tensors."""
         if loader not in LOADERS:
-            raise ValueError(f"--loader {loader}: choose one of {', '.join(LOADERS)}")
+            raise ValueError(f"loader {loader!r}: choose one of {', '.join(LOADERS)}")
         self.steps, self.mean, self.std, self.loader = steps, mean, std, loader
         self.constants: dict[torch.device, list[Tensor]] = {}
 
-    def read(self, images: Dataset, index: int) -> tuple[Image.Image | Tensor, int | np.ndarray]:
-        """An image of a data set, as the steps like it best, and its label."""
+    def read(self, images: FileImages | ArrayImages, index: int) -> tuple[Image.Image | Tensor, int | np.ndarray]:
+        """An image of a data set, decoded for the steps, and its label."""
         if self.loader == "pil" or not hasattr(images, "samples"):
             return images[index]
         path, label = images.samples[index]
@@ -51,15 +56,16 @@ class View:
     def normalise(self, pixels: Tensor) -> Tensor:
         """(...,3,h,w) uint8 -> float32 on the same device: the bits of torchvision's ToTensor and Normalize.
 
-        All constants are tensors there: CUDA multiplies by the reciprocal of a number, which is not the same.
+        All constants are tensors, as there: CUDA multiplies by the reciprocal of a Python number, which rounds
+        differently.
         """
         if pixels.device not in self.constants:
             columns = (torch.tensor(part, device=pixels.device).view(-1, 1, 1) for part in (self.mean, self.std))
             self.constants[pixels.device] = [torch.tensor(255.0, device=pixels.device), *columns]
         scale, mean, std = self.constants[pixels.device]
         result = torch.empty_like(pixels, dtype=torch.float32)
-        alone = pixels.device.type == "cpu" and pixels.dim() == 4  # one image at a time stays in the cache
-        for part, target in zip(pixels, result, strict=True) if alone else [(pixels, result)]:
+        in_turn = pixels.device.type == "cpu" and pixels.dim() == 4  # one image at a time stays in the cache
+        for part, target in zip(pixels, result, strict=True) if in_turn else [(pixels, result)]:
             target.copy_(part).div_(scale).sub_(mean).div_(std)
         return result
 
@@ -69,8 +75,8 @@ class View:
 
 def train_transform(
     input_size: int,
-    mean: tuple[float, ...] = IMAGENET_MEAN,
-    std: tuple[float, ...] = IMAGENET_STD,
+    mean: Numbers = IMAGENET_MEAN,
+    std: Numbers = IMAGENET_STD,
     scale: tuple[float, float] = (0.08, 1.0),
     crop: str = "mae",
     hflip: bool = True,
@@ -80,8 +86,6 @@ def train_transform(
 
     crop: "mae" draws once, "torchvision" up to ten times; "center" is no augmentation: eval_transform.
     """
-    from torchvision import transforms
-
     from data_sets.crop import RandomResizedCrop, TorchvisionCrop
 
     if crop == "center":
@@ -93,30 +97,25 @@ def train_transform(
 
 def eval_transform(
     input_size: int,
-    mean: tuple[float, ...] = IMAGENET_MEAN,
-    std: tuple[float, ...] = IMAGENET_STD,
+    mean: Numbers = IMAGENET_MEAN,
+    std: Numbers = IMAGENET_STD,
     loader: str = "pil",
     whole: bool = False,
 ) -> View:
     """Resize the shorter side to input_size x 256 / 224 (bicubic), central crop, normalisation.
 
-    whole: the shorter side becomes input_size, so that the crop covers it.
+    whole: resize the shorter side to input_size, so that the crop keeps all of it.
     """
-    from torchvision.transforms import CenterCrop, InterpolationMode
-
     side = input_size if whole else int(input_size * 256 / 224)
-    return View([_resize([side], InterpolationMode.BICUBIC), CenterCrop(input_size)], mean, std, loader)
+    steps = [_resize([side], transforms.InterpolationMode.BICUBIC), transforms.CenterCrop(input_size)]
+    return View(steps, mean, std, loader)
 
 
-def stretch_transform(size: int, mean: tuple[float, ...], std: tuple[float, ...], loader: str = "pil") -> View:
-    """The whole image, each side resized by its own factor: what wsolevaluation shows its networks, bilinear too."""
-    from torchvision.transforms import InterpolationMode
-
-    return View([_resize([size, size], InterpolationMode.BILINEAR)], mean, std, loader)
+def stretch_transform(size: int, mean: Numbers, std: Numbers, loader: str = "pil") -> View:
+    """The whole image, each side resized by its own factor (bilinear), as in wsolevaluation."""
+    return View([_resize([size, size], transforms.InterpolationMode.BILINEAR)], mean, std, loader)
 
 
-def _resize(size: list[int], interpolation: object) -> Callable:
+def _resize(size: list[int], interpolation: transforms.InterpolationMode) -> Callable:
     """Of PIL images, and of uint8 tensors, which stay uint8."""
-    from torchvision.transforms.v2 import functional
-
     return functools.partial(functional.resize, size=size, interpolation=interpolation, antialias=True)

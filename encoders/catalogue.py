@@ -1,4 +1,4 @@
-"""CATALOGUE: the published encoders by name, where their files are, and how they come here: whole and checked."""
+"""CATALOGUE: the published encoders by name, and the download of their files. Importable without torch."""
 
 import contextlib
 import hashlib
@@ -10,11 +10,11 @@ from typing import NamedTuple
 from urllib.parse import urlparse
 from urllib.request import Request, urlopen
 
-import huggingface_hub.constants
-import torch
 from tqdm import tqdm
 
-from util.choices import nearest
+from encoders.architectures import FROM_FILE
+from encoders.families import FAMILIES
+from util.choices import instead_of, nearest
 from util.files import atomic_path
 from util.progress import log
 from util.seeding import stable_seed
@@ -230,6 +230,27 @@ CATALOGUE = {
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def known_family(finetune: str, model: str, family: str | None) -> str | None:
+    """The family that the arguments name, or the catalogue does; None where it is to be detected ("auto").
+
+    ValueError where they contradict each other.
+    """
+    family = named_family(family)
+    if finetune in CATALOGUE:
+        entry = CATALOGUE[finetune]
+        if model not in (entry.model, FROM_FILE):
+            raise ValueError(f"--finetune {finetune} is no {model}: write --model {entry.model}")
+        family = family or entry.family
+    return family
+
+
+def named_family(family: str | None) -> str | None:
+    """A name of FAMILIES, or None for "auto"; ValueError for a name that does not exist."""
+    if family not in (None, "auto", *FAMILIES):
+        raise ValueError(f"unknown family {family!r}: {instead_of(family, ['auto', *FAMILIES])}")
+    return None if family == "auto" else family
+
+
 def fetch_weights(finetune: str, offline: bool = False) -> Path | None:
     """The file that --finetune names, downloaded to torch.hub's folder if need be; None for a timm model's name.
 
@@ -265,7 +286,9 @@ def families_called(path: Path) -> set[str]:
 
 def cache_path(url: str) -> Path:
     """Where the file behind a URL is kept: in torch.hub's checkpoint folder."""
-    # several authors call all of their files alike (iBOT: checkpoint_teacher.pth), so the URL is part of the name
+    import torch
+
+    # several authors give all of their files one name (iBOT: checkpoint_teacher.pth), so the URL is part of this one
     name = f"{stable_seed(url):016x}-{Path(urlparse(url).path).name}"
     return Path(torch.hub.get_dir()) / "checkpoints" / name
 
@@ -323,7 +346,8 @@ def check_md5(path: Path, prefix: str | None, url: str) -> None:
 @contextlib.contextmanager
 def hugging_face_offline(offline: bool) -> Iterator[None]:
     """Within the block, Hugging Face's library, which timm downloads with, serves from its cache only."""
-    constants = huggingface_hub.constants
+    from huggingface_hub import constants
+
     before = constants.HF_HUB_OFFLINE
     constants.HF_HUB_OFFLINE = before or offline  # read from the environment once, when it was imported
     try:

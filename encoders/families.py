@@ -1,45 +1,54 @@
-"""FAMILIES: what the published encoders' files look like, and how their tensors become those of models_vit.
+"""FAMILIES: the formats of published weight files and the conversion of their tensors to those of models_vit.
 
-A converter renames and reshapes; it never guesses. What it cannot complete it passes on under the file's own name, so
-that the loader, which wants every tensor used and every parameter set, refuses the file and lists it.
+A converter renames and reshapes; it never guesses. What it cannot convert keeps the file's name, so that the strict
+loader lists it. Importable without torch.
 """
+
+from __future__ import annotations
 
 import re
 from collections.abc import Callable
 from fnmatch import fnmatchcase
 from math import isqrt
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-from torch import Tensor, nn
+from data_sets.views import IMAGENET_MEAN, IMAGENET_STD
 
-from data_sets.loader import IMAGENET_MEAN, IMAGENET_STD
+if TYPE_CHECKING:
+    from torch import Tensor
 
-State = dict[str, Tensor]
+State = dict[str, "Tensor"]
+Grid = tuple[int, int]  # rows and columns of patches
+
+TABLE = "by its fixed table of positions"  # evidence that leaves the number of heads open
 
 
 class Family(NamedTuple):
-    """A published checkpoint format. Keys of tensors are meant without the `module.` of DistributedDataParallel.
+    """A published checkpoint format. Keys are those of encoders.contents.without_wrappers.
 
     Where the file holds several encoders, `--checkpoint_key` chooses another one: an entry of the file ("model_ema"),
-    or what stands in the place of `prefix` ("momentum_encoder").
+    or a replacement of `prefix` ("momentum_encoder").
     """
 
     description: str
     key: str | None  # entry of the file that holds the weights; None where the file is flat
     needs: tuple[str, ...]  # keys that every file of the family has
     lacks: tuple[str, ...]  # key patterns that none of them has
-    drop: tuple[str, ...]  # key patterns left behind on purpose
+    drop: tuple[str, ...]  # patterns of keys that the encoder does not need
     vit: dict  # architecture options that differ from models_vit's defaults
-    convert: Callable[[State], State] = lambda state: state  # their names and shapes -> ours; pure
+    convert: Callable[[State], State] = lambda state: state  # published names and shapes -> models_vit's; pure
     prefix: str = ""  # of all keys that are used
-    beside: tuple[str, ...] = ()  # other entries of the file that tell it from its likes
-    read: Callable[[State], dict] = lambda state: {}  # more options, where the family's files differ in structure
-    # (weights, file) -> whether a file that fits shows that it is of this family, and not just one of the plain ViTs,
-    # whose tensors everybody calls alike
-    marked: Callable[[State, dict], bool] = lambda weights, content: True
+    beside: tuple[str, ...] = ()  # other entries of the file that distinguish it
+    # (converted weights, --grid) -> options in which files of the family differ
+    read: Callable[[State, Grid | None], dict] = lambda state, grid: {}
+    # (weights, file) -> what shows that a file which fits is of this family and not of another one whose tensors have
+    # the same names; "" where nothing does
+    evidence: Callable[[State, dict], str] = lambda weights, content: STRUCTURE
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
+
+
+STRUCTURE = "by its structure"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -59,10 +68,12 @@ def renamed(state: State, *rules: tuple[str, str]) -> State:
 
 
 def fused(state: State, parts: tuple[str, str, str], whole: str) -> State:
-    """Queries, keys and values that the file keeps apart, as one tensor; for every block that has all of them.
+    """Separate queries, keys and values joined into one tensor, for every block that has all of them.
 
     A part named "0" is all zeros: BEiT's attention has no bias on its keys.
     """
+    import torch
+
     state = dict(state)
     present = [part for part in parts if part != "0"]
     for first in [key for key in state if key.endswith(f".{present[0]}")]:
@@ -125,14 +136,23 @@ def convert_dinov2(state: State) -> State:
     return state
 
 
-def read_timm(state: State) -> dict:
-    """What timm's plain ViTs differ in and their keys tell: tokens, positions, last norm, layer scale, biases."""
+def convert_timm(state: State) -> State:
+    """Zero biases for the patch embedding where a norm follows it (timm's CLIP models have none)."""
+    kernel = state.get("patch_embed.proj.weight")
+    if kernel is None or "norm_pre.weight" not in state or "patch_embed.proj.bias" in state:
+        return state
+    return {**state, "patch_embed.proj.bias": kernel.new_zeros(len(kernel))}
+
+
+def read_timm(state: State, grid: Grid | None) -> dict:
+    """The options in which timm's plain ViTs differ and which their keys show."""
     prefix = {name: state[name] for name in ("cls_token", "reg_token") if name in state and state[name].ndim > 1}
     prefix = {name: token.shape[1] for name, token in prefix.items()}
     options = {
         "class_token": "cls_token" in state,
         "reg_tokens": prefix.get("reg_token", 0),
         "pos_embed": "learned" if "pos_embed" in state else "none",
+        "pre_norm": "norm_pre.weight" in state,
         "final_norm": "affine" if "norm.weight" in state else "none",
         "init_values": 1.0 if "blocks.0.ls1.gamma" in state else None,
         "qkv_bias": "blocks.0.attn.qkv.bias" in state,
@@ -140,32 +160,38 @@ def read_timm(state: State) -> dict:
     }
     if "pos_embed" in state and state["pos_embed"].ndim > 1 and prefix:
         rows = state["pos_embed"].shape[1]
-        options["no_embed_class"] = isqrt(rows) ** 2 == rows
+        options["no_embed_class"] = rows == grid[0] * grid[1] if grid else isqrt(rows) ** 2 == rows
     return options
 
 
-def unlike_plain_vit(model: nn.Module) -> list[str]:
-    """What a timm model computes otherwise than models_vit and its keys do not tell."""
-    import timm  # a second to import: --help and mistakes in the arguments do not wait for it
-
-    found = [] if type(model) is timm.models.VisionTransformer else [f"it is a {type(model).__name__}"]
-    for module in model.modules():
-        if isinstance(module, nn.LayerNorm) and module.eps != 1e-6:
-            found.append(f"its norms have eps {module.eps}, not 1e-6")
-    for block in getattr(model, "blocks", []):
-        if type(block) is not timm.models.vision_transformer.Block:
-            found.append(f"its blocks are {type(block).__name__}")
-        elif type(block.mlp) is not timm.layers.Mlp or not isinstance(block.mlp.act, nn.GELU):
-            found.append("its MLPs are not two layers with GELU between")
-    return sorted(set(found))
+def read_mocov3(state: State, grid: Grid | None) -> dict:
+    """12 heads in ViT-S and ViT-B, 16 in larger ones (vits.py of its authors)."""
+    kernel = state.get("patch_embed.proj.weight")
+    return {"num_heads": 12 if kernel is None or len(kernel) <= 768 else 16}
 
 
-def mae_marked(weights: State, content: dict) -> bool:
-    """MAE's decoder, or the zero position of [cls] in its fixed table, which its files have under "model"."""
-    table, home = weights["pos_embed"], content.get("model")
-    at_home = is_state(home) and unwrapped(home).get("pos_embed") is table
-    of_mae = at_home and table.ndim == 3 and not table[:, :1].any()
-    return of_mae or any(key == "mask_token" or key.startswith("decoder_") for key in weights)
+def fixed_table(weights: State, columns_first: bool) -> bool:
+    """Whether the positions are the fixed sine-cosine table of a square grid behind a zero row for [cls].
+
+    MAE's table encodes the column in its first channels, MoCo-v3's the row.
+    """
+    import torch
+
+    from util.pos_embed import sincos_pos_embed
+
+    table = weights.get("pos_embed")
+    if table is None or table.ndim != 3 or table.shape[2] % 4 or isqrt(table.shape[1] - 1) ** 2 != table.shape[1] - 1:
+        return False
+    side, width = isqrt(table.shape[1] - 1), table.shape[2]
+    expected = sincos_pos_embed(width, (side, side), 1)
+    expected = expected if columns_first else expected.roll(width // 2, dims=-1)
+    return torch.allclose(table.float(), expected, atol=1e-2)  # bfloat16, too
+
+
+def mae_evidence(weights: State, content: dict) -> str:
+    if any(key.startswith("decoder_") for key in weights):
+        return "by its decoder"
+    return TABLE if fixed_table(weights, columns_first=True) else ""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -182,19 +208,20 @@ INDEX = "*relative_position_index"  # made anew from the grid
 FAMILIES = {
     "mae": Family(
         "MAE: encoder files, files with decoder, and the checkpoints of main_pretrain.py",
-        key="model", needs=("cls_token", "pos_embed", "norm.weight"), lacks=HEADS, drop=("decoder_*", "mask_token"),
-        vit={"pos_resampling": "plain"}, marked=mae_marked,
+        key="model", needs=("cls_token", "pos_embed", "norm.weight"), drop=("decoder_*", "mask_token"),
+        lacks=("*.gamma", "reg*_token*", "norm_pre.*", *HEADS), vit={"pos_resampling": "plain"}, evidence=mae_evidence,
     ),
     "mae_ft": Family(
         "MAE fine-tuned on [cls]: the checkpoints of main_finetune.py",
         key="model", needs=("pos_embed", "norm.weight", "head.weight"), lacks=("decoder_*", "fc_norm.*"),
-        drop=("head.*",), vit={"pos_resampling": "plain"}, marked=lambda weights, content: "history" in content,
+        drop=("head.*",), vit={"pos_resampling": "plain"},
+        evidence=lambda weights, content: "by its history" * ("history" in content),
     ),
     "mae_ft_mean": Family(
         "MAE fine-tuned on the mean patch: its authors' fine-tuned files",
         key="model", needs=("pos_embed", "fc_norm.weight", "head.weight"), lacks=("norm.*",),
         drop=("fc_norm.*", "head.*"), vit={"final_norm": "none", "pos_resampling": "plain"},
-        marked=lambda weights, content: "model" in content,
+        evidence=lambda weights, content: "",
     ),
     "simmim": Family(
         "SimMIM pretraining files",
@@ -205,6 +232,7 @@ FAMILIES = {
         "SimMIM fine-tuned files: a position table per block, mean pooling",
         key="model", needs=(OWN, "fc_norm.weight"), lacks=("norm.*",), drop=("fc_norm.*", "head.*", INDEX),
         vit={**BEIT, "final_norm": "none"}, convert=convert_beit,
+        evidence=lambda weights, content: STRUCTURE * ("max_accuracy" in content),  # BEiT's fine-tuned files are alike
     ),
     "beitv2": Family(
         "BEiT-v2 pretraining files",
@@ -225,7 +253,7 @@ FAMILIES = {
         "I-JEPA; --checkpoint_key encoder for the context encoder",
         key="target_encoder", needs=("pos_embed", "norm.weight"), lacks=("cls_token", "fc.*"), drop=(),
         vit={"class_token": False, "pos_resampling": "plain"},
-        marked=lambda weights, content: "target_encoder" in content,
+        evidence=lambda weights, content: STRUCTURE * ("target_encoder" in content),
     ),
     "capi": Family(
         "CAPI: the backbone without its predictor",
@@ -237,7 +265,7 @@ FAMILIES = {
     "dino": Family(
         "DINO backbone files",
         key=None, needs=("cls_token", "pos_embed", "norm.weight"), drop=(), vit={**LEARNED, "pos_resampling": "offset"},
-        lacks=("*.gamma", "mask_token", "reg*_token*", "backbone.*", *HEADS), marked=lambda weights, content: False,
+        lacks=("*.gamma", "mask_token", "reg*_token*", "backbone.*", *HEADS), evidence=lambda weights, content: "",
     ),
     "dino_full": Family(
         "DINO with student, teacher and heads; --checkpoint_key student for the student",
@@ -248,7 +276,7 @@ FAMILIES = {
         "iBOT backbone files (checkpoint_teacher.pth, checkpoint_student.pth)",
         key="state_dict", needs=("cls_token", "pos_embed", "norm.weight"), lacks=("head.*", "fc.*", "*.gamma"),
         drop=("masked_embed",), vit={**LEARNED, "pos_resampling": "offset"},
-        marked=lambda weights, content: "masked_embed" in weights,
+        evidence=lambda weights, content: "by its masked_embed" * ("masked_embed" in weights),
     ),
     "ibot_full": Family(
         "iBOT with student, teacher and heads; --checkpoint_key student for the student",
@@ -259,7 +287,12 @@ FAMILIES = {
         "MoCo-v3; --checkpoint_key momentum_encoder for the other encoder",
         key="state_dict", prefix="base_encoder.", needs=("base_encoder.cls_token", "momentum_encoder.cls_token"),
         lacks=(), drop=("base_encoder.head.*", "momentum_encoder.*", "predictor.*"),
-        vit={"num_heads": 12},  # ViT-S too
+        vit={}, read=read_mocov3,
+    ),
+    "mocov3_deit": Family(
+        "MoCo-v3 in DeiT's layout, as its authors' converter writes it",
+        key="model", needs=("cls_token", "pos_embed", "norm.weight"), lacks=("*.gamma", "mask_token", *HEADS), drop=(),
+        vit={}, read=read_mocov3, evidence=lambda weights, content: TABLE * fixed_table(weights, columns_first=False),
     ),
     "msn": Family(
         "MSN; --checkpoint_key encoder for the anchor encoder",
@@ -274,7 +307,7 @@ FAMILIES = {
     "mim_refiner_d2v2": Family(
         "MIM-Refiner of data2vec 2: blocks that normalise after each sum",
         key="state_dict", needs=("cls_tokens.tokens", "embed_norm.weight"), lacks=("norm.*",), drop=(),
-        vit={"no_embed_class": True, "pos_resampling": "plain", "pre_norm": True, "post_norm": True,
+        vit={"no_embed_class": True, "pos_resampling": "plain", "pre_norm": True, "norm_order": "post",
              "final_norm": "none"},
         convert=convert_mim_refiner,
     ),
@@ -292,9 +325,9 @@ FAMILIES = {
     "timm": Family(
         "state dicts of timm's plain ViTs",
         key=None, needs=("blocks.0.norm1.weight", "patch_embed.proj.weight"),
-        lacks=("decoder_*", "mask_token", "*.gamma_1", "*.relative_position_bias_table", "register_tokens"),
-        drop=("head.*", "fc_norm.*", "attn_pool.*"), vit={}, read=read_timm,
-        marked=lambda weights, content: False,
+        lacks=("decoder_*", "*.gamma_1", "*.relative_position_bias_table", "register_tokens"),
+        drop=("head.*", "fc_norm.*", "attn_pool.*", "mask_token"), vit={}, convert=convert_timm, read=read_timm,
+        evidence=lambda weights, content: "",
     ),
 }  # fmt: skip
 
@@ -302,70 +335,3 @@ FAMILIES = {
 def drop_rule(family: Family, key: str) -> str | None:
     """The pattern of the family's `drop` that leaves this key behind, if one does."""
     return next((rule for rule in family.drop if fnmatchcase(key, rule)), None)
-
-
-def unwrapped(weights: State) -> State:
-    """Without the `module.` that DistributedDataParallel puts before every key."""
-    if weights and all(key.startswith("module.") for key in weights):
-        return {key.removeprefix("module."): value for key, value in weights.items()}
-    return weights
-
-
-def is_state(value: object) -> bool:
-    """Whether it is tensors by name, and at least one."""
-    pairs = value.items() if isinstance(value, dict) else ()
-    return bool(pairs) and all(isinstance(key, str) and isinstance(item, Tensor) for key, item in pairs)
-
-
-def part_of(content: dict, name: str) -> State | None:
-    """The tensors that a name stands for: an entry, what keys begin with, or both ("state_dict.encoder_q")."""
-    if is_state(content.get(name)):
-        return unwrapped(content[name])
-    entry, _, rest = name.partition(".")
-    if rest and is_state(content.get(entry)):
-        return part_of(unwrapped(content[entry]), rest)
-    chosen = {key.removeprefix(f"{name}."): value for key, value in content.items() if str(key).startswith(f"{name}.")}
-    return chosen if is_state(chosen) else None
-
-
-def encoders_in(content: dict) -> list[str]:
-    """The names, for part_of, of all that looks like a ViT below the top of a file."""
-    states = {"": content} if is_state(content) else content
-    found = []
-    for entry, state in states.items():
-        for key in unwrapped(state) if is_state(state) else ():
-            stem, is_vit, _ = key.partition("patch_embed.proj.weight")
-            name = ".".join(filter(None, [str(entry), *stem.split(".")]))
-            found += [name] if is_vit and name and part_of(content, name) else []
-    return found
-
-
-def weights_of(content: dict, family: Family, checkpoint_key: str | None = None, flat: bool = True) -> State | None:
-    """The tensors of a file of this family, or None where the file is built differently.
-
-    A family of flat files may be in one of the entries that trainers put weights in. flat: accept a file of nothing
-    but tensors for any family (safetensors have no entries).
-    """
-    if checkpoint_key is None:
-        places = [content.get(family.key, content if flat else None)]
-        if family.key is None:
-            places = [content, *map(content.get, ENTRIES)]
-        return next((unwrapped(place) for place in places if is_state(place)), None)
-    if checkpoint_key in content:
-        return unwrapped(content[checkpoint_key]) if is_state(content[checkpoint_key]) else None
-    weights = weights_of(content, family, flat=flat) if family.prefix else None
-    other = f"{checkpoint_key.removeprefix('module.').removesuffix('.')}."
-    chosen = {key: value for key, value in (weights or {}).items() if key.startswith(other)}
-    if chosen:
-        return {family.prefix + key.removeprefix(other): value for key, value in chosen.items()}
-    return part_of(unwrapped(content) if is_state(content) else content, other.removesuffix("."))
-
-
-def fits(content: dict, family: Family, checkpoint_key: str | None, flat: bool) -> bool:
-    """Whether the structure of a file is that of a family: what its tensors are called and what is kept beside them."""
-    weights = weights_of(content, family, checkpoint_key, flat)
-    if weights is None or any(key not in weights for key in family.needs):
-        return False
-    if not is_state(content) and any(entry not in content for entry in family.beside):
-        return False
-    return not any(fnmatchcase(key, pattern) for key in weights for pattern in family.lacks)

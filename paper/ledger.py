@@ -1,9 +1,9 @@
-"""The results ledger: one small file for each measured cell of a table, with where its number comes from.
+"""The results ledger: one small JSON file per measured table cell, with the origin of its number.
 
 A cell is (dataset, model, arch, quantity, head) in the vocabulary of results/paper_numbers.json; its record is
-`<results>/<dataset>/<model>.<arch>.<quantity>.<head>.json`. A record carries a seal, the sha256 of its own content:
-one that was edited, or that lies where another cell's belongs, is refused with its name. The seal is against accidents:
-who edits a record can seal it anew, and is found out only where it no longer agrees with itself.
+`<results>/<dataset>/<model>.<arch>.<quantity>.<head>.json`. A record ends with a seal, the sha256 of its content: one
+that was edited, or that lies in another cell's place, is refused. The seal catches accidents, not forgery: whoever
+edits a record can compute a new seal, and is caught only where the record contradicts itself.
 """
 
 import hashlib
@@ -11,7 +11,7 @@ import json
 import math
 import re
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,26 +19,15 @@ from data_sets.table import DATASETS
 from encoders.catalogue import CATALOGUE
 from util.files import to_json, write_json
 
-WORD = r"[\w=+-]+"  # what the parts of a cell are made of, no dots among it: they part them
-# what a record holds, in this order, beside its cell and its seal
-DERIVED = ("value", "std", "n", "unit")  # of the others
+NAME = r"[\w=+-]+"  # each part of a cell; no dots, which separate the parts in the file's name
+DERIVED = ("value", "std", "n", "unit")  # computed from the others
 FIELDS = (
-    "value", "std", "n", "values", "seeds", "unit", "notes", "obstacles", "settings", "weights", "data", "commit",
-    "dirty", "versions", "sources",
-)  # fmt: skip
-SOURCE = ("command", "seed", "hardware", "seconds", "finished", "result_sha256", "log_sha256")  # each run that it is of
-# what the parts of a record are, where tables count on it
-SHAPES: dict[str, Callable[[Any], bool]] = {
-    "seeds": lambda seeds: type(seeds) is list and all(type(seed) in (int, type(None)) for seed in seeds),
-    "notes": lambda notes: type(notes) is list and all(type(note) is str for note in notes),
-    "obstacles": lambda notes: type(notes) is list and all(type(note) is str for note in notes),
-    "settings": lambda settings: type(settings) is dict,
-    "weights": lambda weights: type(weights) is dict and "source" in weights,
-    "data": lambda data: type(data["fingerprint"]) is str and type(data["n_test"]) is int
-    and type(data["n_train"]) in (int, type(None)),
-    "sources": lambda sources: type(sources) is list,
-}  # fmt: skip
-UNITS = {"aggregation_entropy": "nats", "aggregation_entropy_block_mean": "nats"}  # of all others: percent
+    *("value", "std", "n", "values", "seeds", "unit", "notes", "obstacles", "settings", "weights", "data"),
+    *("commit", "dirty", "versions", "sources"),
+)
+SOURCE = ("command", "seed", "hardware", "seconds", "finished", "result_sha256", "log_sha256")  # of each run
+UNITS = {"aggregation_entropy": "nats", "aggregation_entropy_block_mean": "nats"}  # all others: percent
+INDEPENDENT = ["weights", "order", "views"]  # what independent runs of different --seed vary
 
 
 class Cell(NamedTuple):
@@ -50,7 +39,7 @@ class Cell(NamedTuple):
 
     @property
     def file(self) -> Path:
-        """Where its record is, below the folder of all results."""
+        """The record, relative to the folder of results."""
         return Path(self.dataset) / f"{'.'.join(self[1:])}.json"
 
     def __str__(self) -> str:
@@ -58,21 +47,25 @@ class Cell(NamedTuple):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the vocabulary
+# names
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def cell_of(dataset: str, encoder: dict, quantity: str, head: str, block: int | None = None) -> Cell:
-    """encoder: as load_encoder records it; head: as --cls_features spells it; block: where it is not the last one."""
-    place = "" if block is None else f"-block{block}"
-    cell = Cell(dataset, model_of(encoder), encoder["model"], quantity, short_head(head) + place)
-    if odd := [word for word in cell if not re.fullmatch(WORD, word)]:
-        raise ValueError(f"{odd[0]!r} cannot be part of a record's name: letters, digits, _, -, + and = can")
+    """encoder: as load_encoder records it; head: as --cls_features spells it; block: None for the last block."""
+    suffix = "" if block is None else f"-block{block}"
+    cell = Cell(dataset, model_of(encoder), encoder["model"], quantity, short_head(head) + suffix)
+    if bad := [part for part in cell if not re.fullmatch(NAME, part)]:
+        raise ValueError(f"{bad[0]!r} cannot be part of a record's name: use letters, digits, _, -, + and = only")
     return cell
 
 
+def cell_in(record: dict) -> Cell:
+    return Cell(*(str(record[name]) for name in Cell._fields))
+
+
 def model_of(encoder: dict) -> str:
-    """The family. Of published weights that share it with those that the paper uses, what tells them apart; of timm's,
+    """The family; for published weights other than the paper's of a family, also what tells them apart; for timm's,
     their name."""
     family, source, arch = encoder["family"], encoder["source"], encoder["model"]
     if family is None:
@@ -84,15 +77,16 @@ def model_of(encoder: dict) -> str:
     return family.removesuffix("_full")  # a file that holds more than the encoder
 
 
-def short_head(word: str) -> str:
+def short_head(head: str) -> str:
     """abmilp:depth=2 -> abmilp-d2-relu, abmilp:sa=both -> abmilp-sa, ap12 -> ap12."""
-    name, _, text = word.partition(":")
-    options = dict(setting.split("=", 1) for setting in text.split(",")) if text else {}
+    name, _, text = head.partition(":")
+    options = dict(option.split("=", 1) for option in text.split(",")) if text else {}
     parts = [name]
     if name == "abmilp" and "depth" in options:
         parts += [f"d{options.pop('depth')}", options.pop("act", "relu")]
     if name == "abmilp" and options.get("sa") == "both":
-        parts.append(options.pop("sa") and "sa")
+        del options["sa"]
+        parts.append("sa")
     return "-".join([*parts, *(f"{key}={value}" for key, value in options.items())])
 
 
@@ -102,42 +96,44 @@ def short_head(word: str) -> str:
 
 
 def make_record(cell: Cell, values: Sequence[float], seeds: Sequence[int | None], **fields: Any) -> dict:
-    """The record of a cell, sealed. values: one for each seed; ValueError where they are no numbers.
+    """The sealed record of a cell.
 
-    sources: SOURCE of each run that has measured it; several, where they differ in nothing but their seed.
+    values: one per seed; ValueError unless all are finite numbers, and percentages where the unit is %.
+    sources: SOURCE of each run that was measured; several runs differ in their seed alone.
     """
     unit = UNITS.get(cell.quantity, "%")
     if not values or not all(type(value) in (int, float) and math.isfinite(value) for value in values):
-        raise ValueError(f"{cell}: {list(values)} are no measured values")
+        raise ValueError(f"{cell}: {list(values)} must be finite numbers, at least one")
     if unit == "%" and not all(0 <= value <= 100 for value in values):
-        raise ValueError(f"{cell}: {list(values)} are not percent")
-    record = {
-        "value": statistics.mean(values), "std": statistics.stdev(values) if len(values) > 1 else None,
-        "n": len(values), "values": list(values), "seeds": list(seeds), "unit": unit, **fields,
-    }  # fmt: skip
+        raise ValueError(f"{cell}: {list(values)} must be percentages")
+    mean, std = statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None
+    numbers = {"value": mean, "std": std, "n": len(values), "values": list(values), "seeds": list(seeds), "unit": unit}
+    record = {**numbers, **fields}
     if record.keys() != set(FIELDS):
-        raise TypeError(f"a record has {', '.join(FIELDS)}; odd: {', '.join(sorted(record.keys() ^ set(FIELDS)))}")
+        raise TypeError(f"missing or unknown fields of a record: {', '.join(sorted(record.keys() ^ set(FIELDS)))}")
     return sealed({**cell._asdict(), **{name: record[name] for name in FIELDS}})
 
 
-def joined(cell: Cell, records: Sequence[dict]) -> dict:
-    """One record of the records of several seeds, which are alike but for their values and sources. ValueError where
-    two are of one seed. What no seed decides has n = 1, however often it was measured: ValueError where that differs.
+def join(cell: Cell, records: Sequence[dict]) -> dict:
+    """One record of several runs that differ in their seed alone. ValueError where two have the same seed.
+
+    What no seed decides (seed None) has n = 1 however often it was measured; ValueError where the measurements differ.
     """
-    values, seeds, sources = ([one for record in records for one in record[name]]
-                              for name in ("values", "seeds", "sources"))  # fmt: skip
+    rows = [row for record in records for row in zip(record["seeds"], record["values"], strict=True)]
+    seeds = [seed for seed, _ in rows]
     if set(seeds) == {None}:
-        if len(set(values)) > 1:
-            raise ValueError(f"several of these runs have measured {cell}, with different results: name one of them")
+        if len({value for _, value in rows}) > 1:
+            raise ValueError(f"several of these runs measured {cell}, with different results: give one of them")
         return records[0]
-    if twice := [seed for seed in seeds if seeds.count(seed) > 1]:
-        raise ValueError(f"several of these runs have measured {cell} with seed {twice[0]}: name one of them")
-    same = {name: value for name, value in records[0].items() if name in FIELDS and name not in DERIVED}
-    order = sorted(range(len(seeds)), key=lambda index: seeds[index])
-    return make_record(cell, **{
-        **same, "values": [values[i] for i in order], "seeds": [seeds[i] for i in order],
-        "sources": sorted(sources, key=lambda source: source["seed"]),
-    })  # fmt: skip
+    if repeated := [seed for seed in seeds if seeds.count(seed) > 1]:
+        raise ValueError(f"several of these runs measured {cell} with seed {repeated[0]}: give one of them")
+    seeds, values = zip(*sorted(rows), strict=True)
+    fields = {name: records[0][name] for name in FIELDS if name not in (*DERIVED, "values", "seeds")}
+    fields["sources"] = sorted((s for record in records for s in record["sources"]), key=lambda source: source["seed"])
+    if all(record["n"] == 1 for record in records):  # separate runs
+        views = fields["settings"].get("crop") != "center"
+        fields["settings"] = {**fields["settings"], "seeds_vary": INDEPENDENT if views else INDEPENDENT[:2]}
+    return make_record(cell, values, seeds, **fields)
 
 
 def sealed(record: dict) -> dict:
@@ -150,14 +146,14 @@ def seal_of(record: dict) -> str:
 
 
 def write_record(results: Path, record: dict, replace: bool = False) -> Path:
-    """Write it to its place, whole. ValueError where another measurement of the cell is there, unless replace, and for
-    what read_record would refuse."""
-    cell = cell_in(record)
-    if contradiction := disagreement(cell, json.loads(to_json(record))):
-        raise ValueError(f"{cell} is no record: {contradiction}")
+    """Write a record to its place. ValueError where another measurement of the cell is there, unless replace, and for
+    a record that read_record would refuse."""
+    cell, content = cell_in(record), json.loads(to_json(record))
+    if problem := contradiction(cell, content):
+        raise ValueError(f"{cell} is not a valid record: {problem}")
     path = Path(results) / cell.file
-    if path.exists() and not replace and read_record(results, path) != json.loads(to_json(record)):
-        raise ValueError(f"{path} holds another measurement: remove it, or write --replace")
+    if path.exists() and not replace and read_record(results, path) != content:
+        raise ValueError(f"{path} holds another measurement: remove it, or use --replace")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, record)
@@ -166,98 +162,94 @@ def write_record(results: Path, record: dict, replace: bool = False) -> Path:
     return path
 
 
-def float_of_json(word: str) -> float:
-    raise ValueError(f"{word} is no number of JSON")
-
-
-def without_repetition(pairs: list[tuple[str, Any]]) -> dict:
-    """An object of JSON. ValueError where it has a name twice, of which readers show different values."""
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)} is there twice")
-    return found
-
-
-def cell_in(record: dict) -> Cell:
-    return Cell(*(str(record[name]) for name in Cell._fields))
-
-
 def read_record(results: Path, path: Path) -> dict:
-    """ValueError for what is no record, was changed after it was made, or lies where another cell's belongs."""
+    """ValueError for a file that is no record, was changed after it was made, or lies in another cell's place."""
     try:
-        record = json.loads(path.read_text(), parse_constant=float_of_json, object_pairs_hook=without_repetition)
-        cell, names = cell_in(record), {*Cell._fields, *FIELDS, "seal"}
+        record = json.loads(path.read_text(), parse_constant=refuse_constant, object_pairs_hook=unique_names)
+        cell, expected = cell_in(record), {*Cell._fields, *FIELDS, "seal"}
+        if odd := record.keys() ^ expected:
+            raise ValueError(f"missing or unknown: {', '.join(sorted(odd))}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        told = type(error).__name__ if isinstance(error, UnicodeDecodeError) else repr(error)  # it quotes the file
-        raise ValueError(f"{path} is no record of a result: {told}; scripts/record.py makes them") from error
-    if odd := sorted(record.keys() ^ names):
-        raise ValueError(
-            f"{path} is no record of a result, or one of another version: odd are {', '.join(odd)}; make it anew"
-        )
+        reason = type(error).__name__ if isinstance(error, UnicodeDecodeError) else repr(error)  # it quotes the file
+        raise ValueError(f"{path} is not a record ({reason}): make it with scripts/record.py") from error
     if record["seal"] != seal_of(record):
-        raise ValueError(f"{path} was changed after it was made: its seal is not its content's; make it from its run")
+        raise ValueError(f"{path} was changed after it was made (its seal does not match): make it anew from its run")
     if path != Path(results) / cell.file:
-        raise ValueError(f"{path} is the record of {cell}: it belongs into {Path(results) / cell.file}")
-    if contradiction := disagreement(cell, record):
-        raise ValueError(f"{path} contradicts itself: {contradiction}; make it from its run")
+        raise ValueError(f"{path} is the record of {cell}: it belongs in {Path(results) / cell.file}")
+    if problem := contradiction(cell, record):
+        raise ValueError(f"{path} contradicts itself: {problem}; make it anew from its run")
     return record
 
 
-def disagreement(cell: Cell, record: dict) -> str:
-    """Why a record can be no run's, though its seal is its content's; "" where nothing shows that."""
+def refuse_constant(text: str) -> float:
+    raise ValueError(f"{text} is not valid JSON")
+
+
+def unique_names(pairs: list[tuple[str, Any]]) -> dict:
+    """A JSON object. ValueError where a name is repeated: readers differ in which value they show."""
+    names = [name for name, _ in pairs]
+    if repeated := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"{repeated[0]} is repeated")
+    return dict(pairs)
+
+
+def contradiction(cell: Cell, record: dict) -> str:
+    """Why a record, though its seal matches, cannot come from a run; "" where nothing shows that."""
     try:
         again = make_record(cell, **{name: record[name] for name in FIELDS if name not in DERIVED})
-        if odd := [name for name in DERIVED if again[name] != record[name]]:
-            return f"{odd[0]} {record[odd[0]]}, where its values give {again[odd[0]]}"
-        if odd := [name for name, known in SHAPES.items() if not known(record[name])]:
-            return f"its {odd[0]} are not what scripts/record.py writes"
-        seeds = [seed for seed in record["seeds"] if seed is not None]
-        if len(record["seeds"]) != len(record["values"]):
-            return f"{len(record['values'])} values of {len(record['seeds'])} seeds"
-        if len(set(seeds)) != len(seeds):
-            return f"a seed twice among {seeds}"
-        for source in record["sources"] or [{}]:
-            if missing := [name for name in SOURCE if name not in source]:
-                return f"a run without its {missing[0]}"
-        entry, data = DATASETS[cell.dataset], record["data"]
-        if data["n_train"] is None and "epochs" in record["settings"]:
-            return "it was trained on images of which it has no number"
-        if entry.classes not in (None, data["classes"]):
-            return f"{data['classes']} classes, where {cell.dataset} has {entry.classes}"
-        if [words for words in other_counts(cell.dataset, val=data["n_test"]) if words not in record["obstacles"]]:
-            return f"{data['n_test']:,} test images, where {cell.dataset} has {entry.images['val']:,}"
-        weights = record["weights"]
-        if "family" in weights and (of_weights := model_of({**weights, "model": cell.arch})) != cell.model:
-            return f"weights of {of_weights}, its cell is of {cell.model}"
+        for name in DERIVED:
+            if again[name] != record[name]:
+                return f"{name} {record[name]}, but its values give {again[name]}"
+        for name in ("notes", "obstacles"):
+            if type(record[name]) is not list or not all(type(text) is str for text in record[name]):
+                return f"its {name} must be a list of texts"
+        seeds, settings, data, weights = (record[name] for name in ("seeds", "settings", "data", "weights"))
+        if type(seeds) is not list or not all(type(seed) in (int, type(None)) for seed in seeds):
+            return "its seeds must be a list of integers"
+        if type(settings) is not dict or type(weights) is not dict:
+            return "its settings and weights must be objects"
+        if len(seeds) != len(record["values"]):
+            return f"{len(record['values'])} values for {len(seeds)} seeds"
+        known = [seed for seed in seeds if seed is not None]
+        if len(set(known)) != len(known):
+            return f"a seed is repeated in {known}"
+        if missing := [name for source in record["sources"] or [{}] for name in SOURCE if name not in source]:
+            return f"a run without its {missing[0]}"
+        if type(data["fingerprint"]) is not str or type(data["n_test"]) is not int:
+            return "its data must have the number and the fingerprint of the test images"
+        if "epochs" in settings and type(data["n_train"]) is not int:
+            return "it was trained, but its data lack the number of training images"
+        if (classes := DATASETS[cell.dataset].classes) not in (None, data["classes"]):
+            return f"{data['classes']} classes, but {cell.dataset} has {classes}"
+        if missing := set(other_counts(cell.dataset, val=data["n_test"])) - set(record["obstacles"]):
+            return f"{missing.pop()}, which its obstacles do not say"
+        if "family" in weights and (model := model_of({**weights, "model": cell.arch})) != cell.model:
+            return f"weights of {model}, but the cell is of {cell.model}"
+        weights["source"]  # a table shows it
         for source in record["sources"]:
-            for flag, of_cell in (("--dataset", cell.dataset), ("--model", cell.arch)):
-                asked = re.findall(rf"(?<!\S){flag}[= ]((?:(?!--)\S+ ?)+)", source["command"])
-                if asked and of_cell not in asked[-1].split():
-                    return f"its command has {flag} {asked[-1].strip()}, its cell {of_cell}"
+            for flag, name in (("--dataset", cell.dataset), ("--model", cell.arch)):
+                given = re.findall(rf"(?<!\S){flag}[= ]((?:(?!--)\S+ ?)+)", source["command"])
+                if given and name not in given[-1].split():
+                    return f"its command has {flag} {given[-1].strip()}, but the cell is of {name}"
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        return f"it is not what scripts/record.py writes ({error!r})"
+        return f"not written by scripts/record.py ({error!r})"
     return ""
 
 
 def other_counts(dataset: str, **counts: int | None) -> list[str]:
-    """In which splits, train or val, a data set was not taken whole: obstacles to a comparison."""
-    official, words = DATASETS[dataset].images, {"train": "trained", "val": "tested"}
+    """Obstacles to a comparison: splits (train, val) of a data set that were not used completely."""
+    official, verbs = DATASETS[dataset].images, {"train": "trained", "val": "tested"}
     return [
-        f"{words[split]} on {count:,} images, the data set has {official[split]:,}"
+        f"{verbs[split]} on {count:,} images, the data set has {official[split]:,}"
         for split, count in counts.items()
         if official and count not in (None, official[split])
     ]
 
 
 def read_ledger(results: Path, datasets: Sequence[str]) -> dict[Cell, dict]:
-    """The records of these data sets; ValueError for a file among them that is none, with its name."""
-    found = {}
-    for dataset in datasets:
-        for path in sorted((Path(results) / dataset).glob("*.json")):
-            record = read_record(results, path)
-            found[cell_in(record)] = record
-    return found
+    """The records of these data sets; ValueError names a file among them that is not a record."""
+    paths = (path for dataset in datasets for path in sorted((Path(results) / dataset).glob("*.json")))
+    return {cell_in(record): record for record in (read_record(results, path) for path in paths)}
 
 
 def recorded_datasets(results: Path) -> list[str]:

@@ -19,7 +19,7 @@ class AttentivePool(TokenPool):
     heads: one keeps the full width; where it does not divide D, heads are floor(D / heads) wide and Wo maps back to D.
     Parameters: 4 D^2 + 10 D where heads divide D.
     Source: Chen et al., "Context autoencoder for self-supervised representation learning" (CAE), 2024, and its code,
-    without a LayerNorm that the code makes and does not use.
+    without the LayerNorm that the code defines but never uses.
     """
 
     folds = normalised = True
@@ -27,10 +27,12 @@ class AttentivePool(TokenPool):
     def __init__(self, dim: int, heads: int = 12):
         super().__init__()
         if not 1 <= heads <= dim:
-            raise ValueError(f"attentive probing of tokens of width {dim} takes 1 to {dim} heads, not {heads}")
+            raise ValueError(f"attentive probing of tokens of width {dim} needs 1 to {dim} heads, got {heads}")
         self.width, self.heads, self.head_width = dim, heads, dim // heads
         inner = heads * self.head_width
-        self.query = nn.Parameter(torch.zeros(1, 1, dim))  # CAE's shape: LARS scales it, as it has several dimensions
+        self.query = nn.Parameter(
+            torch.zeros(1, 1, dim)
+        )  # CAE's shape; having several dimensions, it is scaled by LARS
         self.norm_q, self.norm_k, self.norm_v = (nn.LayerNorm(dim, eps=NORM_EPS) for _ in range(3))
         self.q, self.k, self.v = nn.Linear(dim, inner), nn.Linear(dim, inner, bias=False), nn.Linear(dim, inner)
         self.proj = nn.Linear(inner, dim)
@@ -57,13 +59,13 @@ class AttentivePool(TokenPool):
         return Columns((back * self.norm_k.weight).T)
 
     def project(self, pooled: Tensor) -> Tensor:
-        values = pooled * self.norm_v.weight + self.norm_v.bias  # the weights sum to 1
+        values = pooled * self.norm_v.weight + self.norm_v.bias  # valid because the weights sum to 1
         heads = values.transpose(0, 1) @ self.v.weight.unflatten(0, (self.heads, -1)).transpose(1, 2)  # (H,B,d)
         return self.proj(heads.transpose(0, 1).flatten(1) + self.v.bias)
 
 
 class EfficientPool(TokenPool):
-    """Efficient probing: learned queries attend to the raw tokens, each pools its share of the value's channels.
+    """Efficient probing: learned queries attend to the raw tokens, and each pools its share of the value channels.
 
         z = concat_j( sum_i softmax_i( q_j . x_i / sqrt(D) ) (V x_i)_j ),  with (V x)_j the j-th of H equal parts of V x
 
@@ -79,8 +81,8 @@ class EfficientPool(TokenPool):
         super().__init__()
         if dim % shrink or (dim // shrink) % queries:
             raise ValueError(
-                f"efficient probing cuts a vector of width {dim} / {shrink} into {queries} equal parts: choose queries "
-                f"and shrink that divide {dim}"
+                f"efficient probing splits a vector of width {dim} / {shrink} into {queries} equal parts: choose "
+                f"queries and shrink that divide {dim}"
             )
         self.width, self.queries, self.scale = dim // shrink, queries, dim**-0.5
         self.query = nn.Parameter(torch.randn(1, queries, dim) * 0.02)

@@ -1,9 +1,10 @@
-"""Linear probes on frozen tokens, and banks of them that train together, each as if it were alone.
+"""Linear probes on frozen tokens, and banks of probes that train at once, each as if it were alone.
 
 A probe is aggregation -> BatchNorm1d without affine -> Linear. Letters: B images, D' width of the aggregated vector,
 K classes, S probes.
 """
 
+import copy
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from models_vit import Features, VisionTransformer, check_blocks
 from probing.folding import pool_together
-from probing.heads import Value, check_aggregation, head_name
+from probing.heads import Options, check_aggregation, head_name
 from probing.pooling import Needs, Pooling, Tokens, select
 from util.distributed import gather_tensors
 from util.seeding import seeded
@@ -29,10 +30,10 @@ class ProbeSpec:
     aggregation: str
     block: int  # 0-based
     blr: float  # base learning rate; the rate is blr x effective batch / 256
-    seed: int  # of the initial weights
-    options: tuple[tuple[str, Value], ...] = ()  # of the aggregation; from aggregation.parse_head
+    seed: int  # of the initial weights, and of its data if seeds vary it
+    options: Options = ()  # of the aggregation, from heads.parse_head
     optimizer: str = "lars"  # or "sgd"
-    lr: float | None = None  # the rate itself, where it is given instead of blr
+    lr: float | None = None  # the rate itself, if given instead of blr
 
     @property
     def head(self) -> str:
@@ -42,7 +43,7 @@ class ProbeSpec:
     @property
     def name(self) -> str:
         rate = f"blr{self.blr!r}" if self.lr is None else f"lr{self.lr!r}"
-        # LARS is the recipe's and goes without saying, like an option at its default
+        # LARS is the recipe's and omitted, like an option at its default
         optimizer = "" if self.optimizer == "lars" else f"{self.optimizer}/"
         return f"{self.head}/block{self.block}/{optimizer}{rate}/seed{self.seed}"
 
@@ -50,9 +51,9 @@ class ProbeSpec:
 class ProbeNorm(nn.BatchNorm1d):
     """BatchNorm1d without affine whose running statistics do not depend on how a batch is split over ranks.
 
-    Training normalises each group of images (a micro-batch, if nothing else is said) by its own statistics, as
-    nn.BatchNorm1d does, and remembers them; `commit` then updates the running ones, group by group in the order of the
-    data, over all ranks. One process gets nn.BatchNorm1d's values, and other world sizes the same ones.
+    Training normalises each group of images (by default a micro-batch) by its own statistics, as nn.BatchNorm1d does,
+    and stores them; `commit` then updates the running ones group by group, in the order of the data over all ranks. So
+    any number of processes gets the values of nn.BatchNorm1d on one.
     """
 
     def __init__(self, width: int):
@@ -77,16 +78,16 @@ class ProbeNorm(nn.BatchNorm1d):
 
 
 def normalise(vectors: Sequence[Tensor], groups: int = 1) -> tuple[list[Tensor], list[Tensor]]:
-    """Batch normalisation without affine of several (B,D') in one call, and each one's (G,2,D') batch statistics.
+    """Batch normalisation without affine of several (B,D') in one call; also the (G,2,D') statistics of each.
 
-    groups: G, into which the images are cut, in their order; each is normalised by itself. The statistics are the mean
-    and the unbiased variance. ValueError for groups of fewer than two images.
+    groups: G consecutive parts of the images, each normalised by itself. The statistics are the mean and the unbiased
+    variance. ValueError for groups of fewer than two images.
     """
-    joined = torch.cat(vectors, dim=1) if len(vectors) > 1 else vectors[0]  # channels do not know of each other
+    joined = torch.cat(vectors, dim=1) if len(vectors) > 1 else vectors[0]  # channels are independent
     images, width = joined.shape
     if images // groups < 2:
         raise ValueError("batch normalisation needs at least two images: raise --batch_size or --bn_group")
-    if groups > 1:  # as channels, which do not know of each other either
+    if groups > 1:  # groups as channels
         joined = joined.view(groups, -1, width).transpose(0, 1).flatten(1)
     with torch.no_grad():
         variance, mean = torch.var_mean(joined, dim=0)
@@ -99,15 +100,15 @@ def normalise(vectors: Sequence[Tensor], groups: int = 1) -> tuple[list[Tensor],
 
 
 class Probe(nn.Module):
-    """aggregation -> norm -> classifier. Initial weights depend on the spec alone, whatever else is built.
+    """aggregation -> norm -> classifier. Initial weights depend on nothing but the spec.
 
-    init: of the classifier, "default" (PyTorch's, the paper's code) or "trunc_normal" (std 0.01, MAE's linear probe).
+    init: of the classifier, "default" (PyTorch's, as in the paper's code) or "trunc_normal" (std 0.01, MAE's probe).
     """
 
     def __init__(self, spec: ProbeSpec, tokens: Tokens, has_cls: bool, num_classes: int, init: str = "default"):
         super().__init__()
         entry = check_aggregation(spec.aggregation, has_cls)
-        # the learning rate is not among the words, so that rates are compared from equal starts
+        # the learning rate is not part of the key: rates are compared from equal initial weights
         with seeded("probe", spec.head, spec.block, spec.seed):
             self.aggregation = entry.build(tokens, **dict(spec.options))
             self.norm = ProbeNorm(self.aggregation.width)
@@ -122,7 +123,7 @@ class Probe(nn.Module):
 
 
 class ProbeBank(nn.Module):
-    """Probes on one frozen backbone. They share nothing but the tokens, so each trains as it would alone."""
+    """Probes on one frozen backbone. They share nothing but the tokens."""
 
     def __init__(
         self, specs: Sequence[ProbeSpec], backbone: VisionTransformer, grid: tuple[int, int], num_classes: int,
@@ -131,7 +132,7 @@ class ProbeBank(nn.Module):
         super().__init__()
         names = [spec.name for spec in specs]
         if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"a probe is asked for twice: {', '.join(twice)}")
+            raise ValueError(f"the same probe is requested twice: {', '.join(twice)}")
         check_blocks(sorted({spec.block for spec in specs}), backbone.depth)
         self.specs = tuple(specs)
         tokens = Tokens(backbone.embed_dim, grid, backbone.num_prefix_tokens)
@@ -139,8 +140,8 @@ class ProbeBank(nn.Module):
         self._plan()
 
     def _plan(self) -> None:
-        """Which probes share a vector (_distinct: one probe of each; _row: the vector of each probe), and which
-        vectors are pooled together (_folded)."""
+        """Decide which probes share a vector (_distinct: the first probe of each; _row: the vector of each probe), and
+        which vectors are pooled in one product (_folded)."""
         rows: dict[tuple, int] = {}
         self._distinct, self._row, self._folded = [], [], {}
         for index, (spec, probe) in enumerate(zip(self.specs, self.probes, strict=True)):
@@ -150,13 +151,21 @@ class ProbeBank(nn.Module):
                 self._distinct.append(index)
                 pool = getattr(probe.aggregation, "pool", None)
                 if pool is not None and pool.folds:
-                    together = spec.block, probe.aggregation.content, pool.normalised
-                    self._folded.setdefault(together, []).append(rows[key])
+                    inputs = spec.block, probe.aggregation.content, pool.normalised
+                    self._folded.setdefault(inputs, []).append(rows[key])
             self._row.append(rows[key])
+
+    def subset(self, indices: Sequence[int]) -> "ProbeBank":
+        """A bank of some of these probes, which are shared, not copied."""
+        part = copy.copy(self)
+        part._modules = {"probes": nn.ModuleList(self.probes[i] for i in indices)}
+        part.specs = tuple(self.specs[i] for i in indices)
+        part._plan()
+        return part
 
     @property
     def distinct(self) -> tuple[ProbeSpec, ...]:
-        """A probe for each of the vectors that `pool` returns: the first of those that share it."""
+        """The first probe of each of the vectors that `pool` returns."""
         return tuple(self.specs[index] for index in self._distinct)
 
     @property
@@ -166,7 +175,7 @@ class ProbeBank(nn.Module):
 
     @property
     def learned(self) -> tuple[bool, ...]:
-        """Whether each of the vectors that `pool` returns changes as its probe trains."""
+        """Whether the head of each of the vectors that `pool` returns has parameters."""
         return tuple(self._aggregation(row).learned for row in range(len(self._distinct)))
 
     @property
@@ -175,15 +184,14 @@ class ProbeBank(nn.Module):
 
     @property
     def needs(self) -> Needs:
-        """What the probes read beside the tokens."""
+        """Inputs of the probes beside the tokens."""
         return functools.reduce(Needs.union, (probe.aggregation.needs for probe in self.probes))
 
     def forward(self, features: dict[int, Features] | list[Tensor], groups: int = 1) -> list[Tensor]:
-        """{block: Features} -> logits (B,K) of every probe, in the order of `specs`.
+        """{block: Features}, or the vectors of `pool` -> logits (B,K) of every probe, in the order of `specs`.
 
-        What Probe.forward defines, computed together: see pool, whose vectors may stand for the features. Nothing is
-        ever mixed across probes, so that one that holds NaN or infinity leaves the others' numbers as they are.
-        groups: of images, each a batch of its own for the normalisation in training.
+        Equal to Probe.forward within rounding. No operation mixes probes: NaN or infinity in one changes no other.
+        groups: of images, each normalised by itself in training.
         """
         vectors = features if isinstance(features, list) else self.pool(features)
         if not self.training:
@@ -198,7 +206,7 @@ class ProbeBank(nn.Module):
         return logits
 
     def pool(self, features: dict[int, Features]) -> list[Tensor]:
-        """The vectors (B,D') of the bank's distinct poolings: those without parameters are computed once for all."""
+        """Vectors (B,D') of the distinct poolings; one without parameters is computed once for all probes."""
         vectors = [None] * len(self._distinct)
         for (block, content, normalised), rows in self._folded.items():
             pools = [self._aggregation(row).pool for row in rows]
@@ -214,7 +222,7 @@ class ProbeBank(nn.Module):
         return self.probes[self._distinct[row]].aggregation
 
     def commit_statistics(self) -> None:
-        """Bring every probe's running statistics up to date, alike on all ranks; call once per optimizer step."""
+        """Update every probe's running statistics, equally on all ranks; call once per optimizer step."""
         norms = [probe.norm for probe in self.probes]
         local = torch.cat([torch.stack(norm.pending).flatten(2) for norm in norms], dim=2)  # (A, G, sum of 2 D')
         everywhere = torch.stack(gather_tensors(local), dim=1).flatten(0, 2)  # micro-step, rank, group: data order
@@ -224,7 +232,7 @@ class ProbeBank(nn.Module):
             norm.pending.clear()
 
     def parameter_groups(self, peak_lrs: Sequence[float]) -> list[dict]:
-        """One optimizer group per probe; `peak_lr` is what the schedule scales."""
+        """One optimizer group per probe; the schedule scales `peak_lr`."""
         return [
             {"params": list(probe.parameters()), "lr": lr, "peak_lr": lr}
             for probe, lr in zip(self.probes, peak_lrs, strict=True)
@@ -235,10 +243,10 @@ class ProbeBank(nn.Module):
         return {spec.name: probe.state_dict() for spec, probe in zip(self.specs, self.probes, strict=True)}
 
     def load_probe_states(self, states: dict[str, dict[str, Tensor]]) -> None:
-        """The inverse of probe_states; ValueError where the probes differ."""
-        wanted, found = {spec.name for spec in self.specs}, set(states)
-        if wanted != found:
-            raise ValueError(f"the checkpoint holds the probes {sorted(found)}, this run has {sorted(wanted)}")
+        """The inverse of probe_states. ValueError if the probes differ."""
+        expected = {spec.name for spec in self.specs}
+        if expected != set(states):
+            raise ValueError(f"the checkpoint holds the probes {sorted(states)}, this run has {sorted(expected)}")
         for spec, probe in zip(self.specs, self.probes, strict=True):
             try:
                 probe.load_state_dict(states[spec.name], strict=True)

@@ -1,86 +1,102 @@
-"""A finished run of main_linprobe.py, read by other programs: its arguments, its scores and its trained probes."""
+"""Read a finished run of main_linprobe.py: its arguments, scores and trained probes."""
 
 import argparse
 import json
 from pathlib import Path
 from typing import NamedTuple
 
-import main_linprobe
-from cli.arguments import parse
 from encoders.load import Encoder
-from models_vit import VisionTransformer
-from probing.bank import ProbeBank
+from probing.bank import ProbeBank, ProbeSpec
+from probing.heads import parse_head
 from runtime.folder import RunFolder
 from util.files import digest
 
 ENCODER_ARGUMENTS = (
-    "model", "finetune", "family", "checkpoint_key", "num_heads", "no_cls_token", "input_size", "seed",
-)  # fmt: skip
-MISREAD = (KeyError, TypeError, AttributeError, IndexError)  # of JSON and checkpoints that something else has written
+    *("model", "finetune", "family", "checkpoint_key", "num_heads", "no_cls_token", "input_size", "seed"),
+    *("timm_name", "mean", "std", "grid"),
+)
+# raised by JSON files and checkpoints of another program
+WRONG_CONTENT = (KeyError, TypeError, AttributeError, IndexError)
 
 
 class ProbeRun(NamedTuple):
     folder: Path
-    args: argparse.Namespace  # of main_linprobe.py
-    results: dict  # its results.json
-    state: dict  # its newest checkpoint
+    args: argparse.Namespace  # saved arguments of main_linprobe.py
+    results: dict  # results.json
+    state: dict  # the newest checkpoint
 
     def with_encoder(self, args: argparse.Namespace) -> argparse.Namespace:
-        """The arguments with the run's encoder in place of theirs; random weights are a function of its seed."""
-        return argparse.Namespace(**{**vars(args), **{name: vars(self.args)[name] for name in ENCODER_ARGUMENTS}})
+        """`args` with the run's encoder; if its weights are random, its seed determines them."""
+        saved = vars(self.args)
+        return argparse.Namespace(**vars(args) | {name: saved[name] for name in ENCODER_ARGUMENTS if name in saved})
 
     def bank(self, encoder: Encoder, grid: tuple[int, int]) -> ProbeBank:
-        """The trained probes, in evaluation mode. ValueError where they were trained on other weights or sizes."""
-        backbone: VisionTransformer = encoder.backbone
-        if self.state["facts"].get("weights") != digest(backbone.state_dict()):
+        """The trained probes, in evaluation mode. ValueError if they were trained on other weights or sizes."""
+        if self.state["identity"].get("weights") != digest(encoder.backbone.state_dict()):
             raise ValueError(
                 f"--probes {self.folder} was trained on another encoder, {self.args.finetune or 'random weights'}: "
                 "name that one with --finetune, or leave --finetune out"
             )
         try:
             classes = {len(probe["classifier.bias"]) for probe in self.state["probes"].values()}
-            bank = ProbeBank(main_linprobe.probe_specs(self.args, backbone), backbone, grid, *classes)
+            specs = [
+                ProbeSpec(
+                    probe["aggregation"],
+                    probe["block"],
+                    probe["blr"],
+                    probe["seed"],
+                    parse_head(probe["head"], {})[1],
+                    probe["optimizer"],
+                    probe["lr"],
+                )
+                for probe in self.results["probes"].values()
+            ]
+            bank = ProbeBank(specs, encoder.backbone, grid, *classes)
             bank.load_probe_states(self.state["probes"])
-        except MISREAD as error:
+        except WRONG_CONTENT as error:
             raise ValueError(f"--probes {self.folder}: its checkpoint holds no probes: {error!r}") from error
         except ValueError as error:
             raise ValueError(f"--probes {self.folder}: {error}") from error
         return bank.eval().requires_grad_(False)
 
     def scores(self) -> dict[str, dict]:
-        """{probe: its scores at the last epoch}, with its rate and with where it diverged, if it did.
+        """{probe: scores at the last epoch, with its rate, optimizer and where it diverged, if it did}.
 
-        Where held-out images have chosen rate and optimizer of each head and block, the chosen probes alone.
+        If held-out images chose rate and optimizer of each head and block, the chosen probes only.
         """
+        settings = ("blr", "optimizer", "diverged_at")
         return {
-            name: {**probe["last"], "blr": probe["blr"], "optimizer": probe.get("optimizer", "lars"),
-                   "diverged_at": probe.get("diverged_at")}
-            for name, probe in self.results["probes"].items() if probe.get("chosen", True)
-        }  # fmt: skip
+            name: {**probe["last"], **{key: probe[key] for key in settings}}
+            for name, probe in self.results["probes"].items()
+            if probe.get("chosen", True)
+        }
 
 
 def read_run(folder: Path) -> ProbeRun:
-    """ValueError for a folder that holds no finished run, or a damaged one."""
-    path = Path(folder) / "results.json"
-    if not path.is_file():
-        raise ValueError(
-            f"--probes {folder} holds no results.json: is it the --output_dir of a finished main_linprobe.py?"
-        )
+    """ValueError for a folder without a finished run, or with a damaged one."""
+    folder, saved = Path(folder), {}
+    for name in ("results.json", "args.json"):
+        if not (folder / name).is_file():
+            raise ValueError(
+                f"--probes {folder} holds no {name}: it must be the --output_dir of a finished main_linprobe.py"
+            )
+        try:
+            saved[name] = json.loads((folder / name).read_text())
+        except (OSError, ValueError) as error:
+            raise ValueError(f"--probes {folder}: {name} is damaged: {error}") from error
     try:
-        results = json.loads(path.read_text())
-        probes = {name: probe["last"]["epoch"] for name, probe in results["probes"].items()}
-    except (OSError, ValueError, *MISREAD) as error:
-        raise ValueError(f"--probes {folder}: {path.name} is not that of main_linprobe.py") from error
-    if not (Path(folder) / "args.json").is_file():
-        raise ValueError(f"--probes {folder} holds no args.json, which says what its probes are")
-    args = parse(main_linprobe.get_args_parser(), ["--args_from", str(Path(folder) / "args.json")])
+        results = saved["results.json"]
+        epochs = {name: probe["last"]["epoch"] for name, probe in results["probes"].items()}
+        args = argparse.Namespace(**saved["args.json"]["args"])
+    except WRONG_CONTENT as error:
+        raise ValueError(f"--probes {folder}: results.json or args.json is not of main_linprobe.py") from error
     state = RunFolder(folder).find_checkpoint("auto", evaluate_only=True)
     if state is None:
         raise ValueError(f"--probes {folder} holds no checkpoint of its probes")
-    if {"probes", "facts"} - state.keys() or state["probes"].keys() != probes.keys():
+    if {"probes", "identity"} - state.keys() or state["probes"].keys() != epochs.keys():
         raise ValueError(f"--probes {folder}: its checkpoint and its results.json are of different probes")
-    if set(probes.values()) != {state["epoch"]}:
+    if set(epochs.values()) != {state["epoch"]}:
         raise ValueError(
-            f"--probes {folder}: its checkpoint is of epoch {state['epoch']}, its results of {max(probes.values())}"
+            f"--probes {folder}: its checkpoint is of epoch {state['epoch']}, its results of {max(epochs.values())}"
         )
-    return ProbeRun(Path(folder), args, results, state)
+    return ProbeRun(folder, args, results, state)

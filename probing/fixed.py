@@ -50,8 +50,8 @@ class ClsAndMeanPatch(Pooling):
 class FixedWeights(Pooling, abc.ABC):
     """sum_j w_j x_j over the patches; weights (B,M).
 
-    w is `raw` divided by its sum, in every case: the definition (decision D21 of the reproduction). scale "release"
-    takes the vector of the published code instead: see `released`.
+    w is `raw` divided by its sum (decision D21 of the reproduction). scale "release": the vector is the published
+    code's; see `released`. The weights returned have a sum of 1 in either case.
     """
 
     def __init__(self, tokens: Tokens, scale: str = "sum"):
@@ -63,7 +63,7 @@ class FixedWeights(Pooling, abc.ABC):
         """(B,M) weights of any positive sum."""
 
     def released(self, weights: Tensor, raw: Tensor) -> Tensor:
-        """(B,M) what the published code multiplies the tokens by, before it sums them."""
+        """(B,M) factors of the tokens in the published code's sum."""
         return weights
 
     def forward(self, features: Features) -> Pooled:
@@ -90,18 +90,19 @@ class LowestEntropyClsAttention(FixedWeights):
     def raw(self, features: Features) -> Tensor:
         attention = features.cls_attention
         over_patches = attention / attention.sum(-1, keepdim=True)
-        chosen = torch.special.entr(over_patches).sum(-1).argmin(1)  # (B,)
+        entropy = torch.special.entr(over_patches).sum(-1)
+        chosen = entropy.nan_to_num(nan=torch.inf).argmin(1)  # (B,); NaN: a head that attends to no patch
         return attention[torch.arange(len(attention), device=attention.device), chosen]
 
 
 def central_cells(grid: tuple[int, int], size: int) -> list[int]:
     """Indices (row-major) of the size x size patches in the middle of a grid.
 
-    From row g/2 - ceil(size/2) on, likewise columns: of a 14 x 14 grid, size 1 is cell (6, 6) and size 2 the centre.
-    An odd side has its middle row for size 1. ValueError where they do not fit.
+    They start at row g/2 - ceil(size/2), likewise columns: in a 14 x 14 grid, size 1 is cell (6, 6) and size 2 the
+    centre. With an odd side, size 1 is the middle row. ValueError if they do not fit.
     """
     if not 1 <= size <= min(grid):
-        raise ValueError(f"there are no {size} x {size} central patches in a grid of {grid[0]} x {grid[1]}")
+        raise ValueError(f"{size} x {size} central patches do not fit in a grid of {grid[0]} x {grid[1]}")
     rows, columns = ([(side + 1) // 2 - (size + 1) // 2 + i for i in range(size)] for side in grid)
     return [row * grid[1] + column for row in rows for column in columns]
 

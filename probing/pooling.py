@@ -1,4 +1,4 @@
-"""What poolings of tokens have in common: what goes in, what comes out, and how queries become columns.
+"""Interfaces of poolings: their input and output, and learned queries as columns of a matrix.
 
 Letters: B images, M tokens to pool, D width, D' width of the pooled vector, C columns (queries).
 """
@@ -14,7 +14,7 @@ NORM_EPS = 1e-6  # of LayerNorms on tokens, as in ViT and CAE
 
 
 class Tokens(NamedTuple):
-    """What a pooling has to know of the tokens before it sees any."""
+    """Shape of the tokens that a pooling is built for."""
 
     width: int
     grid: tuple[int, int]
@@ -23,14 +23,14 @@ class Tokens(NamedTuple):
 
 class Pooled(NamedTuple):
     vector: Tensor  # (B,D') one vector per image
-    weights: Tensor | None  # (B,M), of several queries (B,H,M): sum 1 over the tokens; None where nothing is weighted
+    weights: Tensor | None  # (B,M), with several queries (B,H,M), of sum 1 over the tokens; None: no weights
 
 
 class Needs(NamedTuple):
-    """What a pooling reads beside the tokens."""
+    """Inputs of a pooling beside the tokens."""
 
     cls_attention: bool = False  # Features.cls_attention
-    cells: frozenset[int] = frozenset()  # patches whose row of the attention is in Features.patch_attention
+    cells: frozenset[int] = frozenset()  # patches whose attention is needed: Features.patch_attention
     oracle: bool = False  # Features.oracle
 
     def union(self, other: "Needs") -> "Needs":
@@ -40,16 +40,16 @@ class Needs(NamedTuple):
 class Columns(NamedTuple):
     """Learned queries that are the same for every image: scores are tokens @ weight + offset.
 
-    What is equal for all tokens drops out of the softmax and is left out: in the definitions such parameters (AbMILP's
-    last bias, the bias of LNk) follow the rounding of a gradient that is zero, here they stay where they are.
+    Terms equal for all tokens cancel in the softmax and are omitted. The parameters behind them (AbMILP's last bias,
+    the bias of LNk) follow rounding errors of a zero gradient in the definitions; here they never change.
     """
 
     weight: Tensor  # (D,C)
-    offset: Tensor | None = None  # (M,C), where scores depend on the token's position
+    offset: Tensor | None = None  # (M,C), if scores depend on the token's position
 
 
 class Pooling(nn.Module):
-    """Tokens of a block -> one vector per image: `forward` takes Features, returns Pooled. `width` is the vector's.
+    """Tokens of a block -> one vector of `width` per image: `forward` takes Features and returns Pooled.
 
     weighs: whether it returns weights over the patches.
     """
@@ -63,22 +63,27 @@ class Pooling(nn.Module):
 
     @property
     def learned(self) -> bool:
-        """Whether it has parameters, so that it changes as its probe trains."""
+        """Whether it has parameters."""
         return next(self.parameters(), None) is not None
 
 
 class TokenPool(nn.Module):
-    """A learned pooling of tokens (B,M,D) -> Pooled. `width` is the vector's.
+    """A learned pooling: tokens (B,M,D) -> Pooled, with a vector of `width`.
 
-    One whose queries depend on no image `folds`: it is a projection of softmax-weighted means of the tokens. Then banks
-    compute it together with others (probing/folding.py), by two methods beside `forward`, which stays the definition:
-    `columns() -> Columns`, of which the scores come, and `project(pooled)`, from the weighted means of each query
-    (B,C,D) to the vector (B,D'). normalised: the columns belong to tokens after a LayerNorm without affine.
+    folds: its queries depend on no image, so it is a projection of softmax-weighted means of the tokens. Banks then
+    compute many at once (probing/folding.py) by two methods that agree with `forward`, the definition:
+    `columns() -> Columns`, the scores, and `project(pooled)`, from each query's weighted mean (B,C,D) to the vector
+    (B,D'). normalised: the columns apply to tokens after a LayerNorm without affine.
     """
 
     folds = False
     normalised = False
     width: int
+
+    @classmethod
+    def of(cls, tokens: Tokens, content: str, **options: int | str) -> "TokenPool":
+        """Build it for tokens of this shape; content: see PooledTokens."""
+        return cls(tokens.width, **options)
 
 
 class PooledTokens(Pooling):

@@ -1,4 +1,4 @@
-"""What classifiers said of every test image: kept, written to predictions.safetensors, and read again.
+"""Predictions of classifiers for every test image: collect, write to predictions.safetensors, read.
 
 Letters: n images, K classes.
 """
@@ -20,65 +20,69 @@ FILE = "predictions.safetensors"
 
 
 class Predictions(NamedTuple):
-    """Of one run, in the order of `index`."""
+    """Predictions of one run, in the order of `index`."""
 
     index: Tensor  # (n,) positions in the test set, ascending
     labels: Tensor  # (n,) classes, or (n,K) zeros and ones
-    # {classifier: (n,5) classes from the best guess on (fewer where K < 5); where images have several labels, (n,K)
-    # logits}
-    said: dict[str, Tensor]
+    # {classifier: (n,5) classes from the most likely on (fewer if K < 5); with several labels per image, (n,K) logits}
+    outputs: dict[str, Tensor]
     losses: dict[str, Tensor]  # {classifier: (n,) cross-entropy, or mean binary cross-entropy, nats}
     facts: dict  # of the run: data set, weights, command
 
 
 class PredictionKeeper:
-    """Collects what classifiers say of the batches of this rank, perhaps of none."""
+    """Collects the predictions for this rank's batches."""
 
     def __init__(self, names: Sequence[str], classes: int, multi_label: bool, device: torch.device):
         self.names, self.multi_label, self.device = tuple(names), multi_label, device
         self.index = [torch.empty(0, dtype=torch.int64)]
         self.labels = [torch.empty(0, classes, dtype=torch.uint8) if multi_label else self.index[0]]
-        said = torch.empty(0, classes) if multi_label else torch.empty(0, min(5, classes), dtype=torch.int32)
-        self.said, self.losses = [[said] for _ in names], [[torch.empty(0)] for _ in names]
+        empty = torch.empty(0, classes) if multi_label else torch.empty(0, min(5, classes), dtype=torch.int32)
+        self.outputs, self.losses = [[empty] for _ in names], [[torch.empty(0)] for _ in names]
 
     def update(self, logits: list[Tensor], labels: Tensor, index: Tensor) -> None:
-        """Logits (B,K) of each classifier, the labels and the positions (B,) of their images."""
+        """Add the logits (B,K) of each classifier, the labels, and the positions (B,) of the images."""
         self.index.append(index.cpu())
         self.labels.append(labels.cpu())
-        for said, losses, one in zip(self.said, self.losses, logits, strict=True):
+        for outputs, losses, scores in zip(self.outputs, self.losses, logits, strict=True):
             if self.multi_label:
-                said.append(one.float().cpu())
-                each = F.binary_cross_entropy_with_logits(one.float(), labels.float(), reduction="none").mean(1)
+                outputs.append(scores.float().cpu())
+                loss = F.binary_cross_entropy_with_logits(scores.float(), labels.float(), reduction="none").mean(1)
             else:
-                said.append(one.topk(min(5, one.shape[1])).indices.to(torch.int32).cpu())
-                each = F.cross_entropy(one.float(), labels, reduction="none")
-            losses.append(each.cpu())
+                outputs.append(scores.topk(min(5, scores.shape[1])).indices.to(torch.int32).cpu())
+                loss = F.cross_entropy(scores.float(), labels, reduction="none")
+            losses.append(loss.cpu())
 
     def gather(self, facts: dict) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """Tensors and metadata of the file, of all ranks' images in the order of the data set; each rank must call it.
+        """Tensors and metadata of the file: the images of all ranks in the order of the data set.
 
-        facts: of the run, plain data. ValueError where there is no image.
+        facts: of the run, plain data. Each rank must call it.
         """
-        index = self._everywhere(self.index)
+        index = self._gather(self.index)
         order = index.argsort()
-        found = {"index": index[order], "labels": self._everywhere(self.labels)[order]}
-        for name, said, losses in zip(self.names, self.said, self.losses, strict=True):
-            found[f"said/{name}"] = self._everywhere(said)[order].contiguous()
-            found[f"loss/{name}"] = self._everywhere(losses)[order].contiguous()
-        return found, {"sha256": digest(dict(sorted(found.items()))), "facts": to_json(facts)}
+        tensors = {"index": index[order], "labels": self._gather(self.labels)[order]}
+        for name, outputs, losses in zip(self.names, self.outputs, self.losses, strict=True):
+            tensors[f"output/{name}"] = self._gather(outputs)[order].contiguous()
+            tensors[f"loss/{name}"] = self._gather(losses)[order].contiguous()
+        text = to_json(facts)
+        return tensors, {"sha256": file_digest(tensors, text), "facts": text}
 
-    def _everywhere(self, parts: list[Tensor]) -> Tensor:
+    def _gather(self, parts: list[Tensor]) -> Tensor:
         return gather_rows(torch.cat(parts).to(self.device)).cpu()
 
 
+def file_digest(tensors: dict[str, Tensor], facts: str) -> str:
+    return digest([facts, dict(sorted(tensors.items()))])
+
+
 def read_predictions(path: Path) -> Predictions:
-    """Those of a run: its folder, or the file in it. ValueError for what is not such a file, and for a damaged one."""
+    """Read a run's folder, or the file in it. ValueError if there is no such file, or a damaged or different one."""
     path = Path(path) / FILE if Path(path).is_dir() else Path(path)
     if not path.exists():
         raise ValueError(f"{path}: no such file; main_linprobe.py --save_predictions writes it")
     tensors, metadata = load_plain_or_safetensors(path), safetensors_metadata(path)
-    if metadata.get("sha256") != digest(dict(sorted(tensors.items()))):
-        raise ValueError(f"{path} holds no predictions of main_linprobe.py, or damaged ones")
+    if metadata.get("sha256") != file_digest(tensors, metadata.get("facts", "")):
+        raise ValueError(f"{path} is damaged, or not a file of main_linprobe.py --save_predictions")
     facts = json.loads(metadata["facts"])
-    said, losses = ({name: tensors[f"{kind}/{name}"] for name in facts["probes"]} for kind in ("said", "loss"))
-    return Predictions(tensors["index"], tensors["labels"], said, losses, facts)
+    outputs, losses = ({name: tensors[f"{kind}/{name}"] for name in facts["probes"]} for kind in ("output", "loss"))
+    return Predictions(tensors["index"], tensors["labels"], outputs, losses, facts)

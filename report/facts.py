@@ -1,311 +1,304 @@
-"""What a report says of any run: how far it came, on what it was measured, what was asked, where it comes from."""
+"""What a report says about any run: state, data, warnings, arguments, provenance."""
 
 import argparse
-import functools
-import importlib
+import importlib.util
 import math
 import statistics
-from collections.abc import Iterable, Sequence
-from datetime import UTC, datetime
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from safetensors import SafetensorError
+from markupsafe import Markup
+from safetensors import SafetensorError, safe_open
 
 from cli.arguments import plain
-from encoders.load import safetensors_metadata
-from probing.results import spoken
+from probing.results import metric_label as short_label
 from report.figures import photo
-from report.html import DASH, NONE, Cell, Html, badge, element, folded, gallery, number, pairs, warning
-from report.runs import Run, is_json
+from report.page import DASH, NONE, Cell, Group, Table, Text, badge, code, join, number, pairs
+from report.runs import Record, Run, args_of
 from util.files import sha256
 
-RANDOM, DIRTY, DEMO = "random weights", "uncommitted code", "demo"  # badges
-PICTURES = 24  # of a folder
-REDRAWN = ("attention.png", "park.png", "heads.png", "spectra.png", "kl.png")  # from their records, by the report
+PICTURES = 24  # shown per folder
+REDRAWN = ("attention.png", "park.png", "heads.png", "spectra.png", "kl.png")  # the report draws these from the records
+NOTES = {  # about a run: how they stand out, and what the top of the page says
+    "random weights": ("loud", "Some encoders have RANDOM WEIGHTS: their numbers say nothing about a method."),
+    "uncommitted code": ("loud", "Some runs used UNCOMMITTED CODE: their commit alone does not reproduce them."),
+    "commit unknown": ("loud", "Some records do not say which commit of the code wrote them."),
+    "several commits": ("loud", "Some runs were continued with another commit of the code than they began with."),
+    "a subset is allowed": ("loud", "Some runs used --allow_subset: their images may be a part of the data set."),
+    "demo": ("soft", "demo: the encoder or the images are this repository's demo, which says nothing about ImageNet."),
+    "from scratch": ("soft", "from scratch: fine-tuning began with random weights."),
+}
 
 
-class Reported(NamedTuple):
-    """A run of the report, and what its section has read of its records."""
-
+@dataclass(frozen=True)
+class RunReport:
     run: Run
-    data: Any
+    data: Any  # the result of Section.read
     anchor: str  # of its card
 
 
 def real(value: object) -> float:
-    """A number of a record: null, which stands for what is not finite, is NaN. TypeError for anything else."""
-    if value is None:
-        return math.nan
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{value!r} is no number")
-    return float(value)
+    """A number of a record; null, which stands for NaN and infinities, is NaN. TypeError for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float | None):
+        raise TypeError(f"expected a number, got {value!r}")
+    return math.nan if value is None else float(value)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# in words
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def moment(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M UTC")
-
-
-def duration(seconds: object) -> str:
-    """Of a run, as far as it recorded one."""
-    if not isinstance(seconds, int | float) or not math.isfinite(seconds):
-        return "not recorded"
-    minutes = int(seconds // 60)
-    if minutes < 1:
-        return f"{seconds:.1f} s"
-    return f"{minutes} min {seconds % 60:.0f} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-def state(run: Run) -> tuple[bool, str]:
-    """Whether a run is finished, and that in words."""
-    if run.kind.trains:
-        done, total = len(run.epochs) and run.epochs[-1]["epoch"] + 1, run.args.get("epochs")
-        encoder = weights_file(run) is not None  # what came out, too: a record may have been kept without the result
-        if run.results or (encoder and (done == total or not is_json(run.kind))):
-            return True, "finished"
-        lacking = f", but there is no {run.kind.result}" if done == total else ""
-        return False, f"not finished: {done} of {total or 'an unknown number of'} epochs are logged{lacking}"
-    if run.kind.several:
-        asked = run.asked.get("encoders")
-        total = len(asked) if isinstance(asked, list) else len(run.results)
-        if run.results and len(run.results) >= total:
-            return True, "finished"
-        return False, f"not finished: {len(run.results)} of {total} encoders have results"
-    return (True, "finished") if run.results else (False, f"not finished: there is no {run.kind.result} yet")
-
-
-def state_badge(run: Run) -> Html:
-    ended, words = state(run)
-    return badge(words, "good" if ended else "loud")
-
-
-def weights_file(run: Run) -> Path | None:
-    """The encoder that a training left."""
-    names = (run.file("encoder.safetensors"), run.file("safetensors"))
-    return next((path for path in names if path.is_file()), None)
-
-
-def data_words(run: Run, images: float | None = None) -> str:
-    """Data set and number of images; images: of an analysis, whose record of the run has none."""
-    kind, path = run.args.get("dataset"), run.args.get("data_path")
-    counts = [f"{run.asked[key]:,} {word}" for key, word in
-              (("n_train", "training"), ("n_val", "held-out"), ("n_test", "test"))
-              if isinstance(run.asked.get(key), int) and (run.asked[key] or key != "n_val")]  # fmt: skip
-    words = f"{', '.join(counts)} images" if counts else "number of images not recorded"
-    if images is not None:
-        words = f"{images:,.0f} images"
-    where = f"{kind} in {path}" if kind and path else "data set not recorded"
-    classes = f", {run.asked['classes']} classes" if isinstance(run.asked.get("classes"), int) else ""
-    return f"{where}: {words}{classes}"
-
-
-def encoders(run: Run) -> list[dict[str, Any]]:
-    """The records of the encoders whose weights a run took."""
-    several = run.asked.get("encoders")
-    found = several if isinstance(several, list) else [run.asked.get("encoder")]
-    found = [*found, *(result.get("encoder") for result in run.results)]
-    known = [one for one in found if isinstance(one, dict)]
-    return [one for place, one in enumerate(known) if one not in known[:place]]
-
-
-def weights_words(run: Run) -> str:
-    if run.program == "main_pretrain":
-        return f"{run.args.get('model', 'encoder')}, trained from random weights"
-    words = [f"{one.get('model')}, {one.get('source') or 'RANDOM WEIGHTS'}" for one in encoders(run)]
-    return "; ".join(words) or "not recorded"
-
-
-def notes(run: Run) -> list[Html]:
-    """Badges: what a reader has to know before any number."""
-    found = []
-    if run.program != "main_pretrain" and any(not one.get("source") for one in encoders(run)):
-        found.append(badge(RANDOM, "loud"))
-    dirty = run.asked.get("dirty")
-    if dirty is None:
-        found.append(badge("commit unknown", "loud"))
-    elif dirty:
-        found.append(badge(DIRTY, "loud"))
-    path = run.args.get("data_path")
-    if any(str(one.get("model")).startswith("vit_demo") for one in [*encoders(run), run.args]) or (
-        path and (Path(str(path)) / "demo.json").exists()
-    ):
-        found.append(badge(DEMO))
-    if run.args.get("allow_subset"):
-        found.append(badge("a subset is allowed"))
-    return found
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# what was asked, and where it comes from
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@functools.cache
-def defaults(program: str) -> dict[str, Any] | None:
-    """Of the arguments of a program, as a record holds them; None for a program that this checkout does not have."""
-    try:
-        module = importlib.import_module(program)
-    except ModuleNotFoundError as error:
-        if error.name != program:
-            raise
-        return None
-    parser = module.get_args_parser()
-    known = {action.dest: action.default for action in parser._actions if action.dest != "help"}
-    return plain(argparse.Namespace(**known))
-
-
-def configuration(run: Run) -> Html:
-    """Arguments that differ from the defaults, and all of them folded away."""
-    if not run.args:
-        return element("p", "Its arguments are not recorded here.", class_="soft")
-    everything = {name: element("code", spelled(value)) for name, value in run.args.items()}
-    known = defaults(run.program)
-    if known is None:
-        told = f"{run.program}.py is not part of this code, so that its defaults are not known."
-        return Html(element("p", told, class_="soft") + folded("All arguments", pairs(everything)))
-    differing = {
-        name: [element("code", spelled(value)),
-               element("span", " (unknown today)" if name not in known else
-                       "" if spelled(known[name]) == DASH else f" (default: {spelled(known[name])})", class_="soft")]
-        for name, value in run.args.items() if name not in known or known[name] != value
-    }  # fmt: skip
-    title = f"All {len(everything)} arguments"
-    return Html(element("h4", "Arguments that differ from the defaults") + pairs(differing)
-                + folded(title, pairs(everything)))  # fmt: skip
-
-
-def spelled(value: object) -> str:
-    """An argument as a command line has it; a dash where it is not set."""
-    if isinstance(value, list | tuple):
-        return " ".join(map(spelled, value)) or DASH
-    return DASH if value is None or value == "" else f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def provenance(run: Run) -> Html:
-    """Command, commit, versions, hardware, weights, data and time."""
-    asked, dirty = run.asked, run.asked.get("dirty")
-    told = {True: badge("with changes that no commit has", "loud"), False: "unchanged", None: "state unknown"}
-    facts: dict[str, object] = {
-        "command": element("code", asked.get("command") or "not recorded"),
-        "commit": [element("code", asked.get("commit") or "unknown"), " ",
-                   told.get(dirty, "state unknown") if isinstance(dirty, bool | None) else "state unknown"],
-    }  # fmt: skip
-    versions = asked.get("versions")
-    if isinstance(versions, dict):
-        facts["versions"] = ", ".join(f"{name} {version}" for name, version in versions.items())
-    facts["hardware"] = (f"{asked.get('device', 'not recorded')}; processes: {asked.get('processes', 'not recorded')}, "
-                         f"threads: {asked.get('threads', 'not recorded')}")  # fmt: skip
-    for one in encoders(run):
-        source = one.get("source") or badge(RANDOM, "loud")
-        words = f", family {one.get('family')}, sha256 " if one.get("source") else ""
-        key = "weights" if "weights" not in facts else f"weights ({len(facts)})"
-        facts[key] = [f"{one.get('model')}, ", source, words, element("code", one.get("sha256") or "none")]
-    if isinstance(asked.get("oracle"), dict):
-        facts["oracle"] = [f"{asked['oracle'].get('source')}, sha256 ", element("code", asked["oracle"].get("sha256"))]
-    facts["data"] = data_words(run, images_of(run))
-    if asked.get("test_images"):
-        facts["fingerprint of the test images"] = element("code", asked["test_images"])
-    if (path := weights_file(run)) is not None:
-        facts["encoder that it made"] = trained_weights(path)
-    facts["wall time"] = duration(wall_time(run))
-    facts["records"] = [element("code", f"{run.folder}/{run.prefix}"), f", newest of {moment(run.written)}"]
-    return Html(element("h4", "Where it comes from") + pairs(facts))
-
-
-def images_of(run: Run) -> float | None:
-    """Of an analysis."""
-    if run.kind.trains:
-        return None
-    found = [result.get("images") or (result.get("localization") or {}).get("images") for result in run.results]
-    counts = set(found) - {None, 0}
-    return counts.pop() if len(counts) == 1 else None
-
-
-def wall_time(run: Run) -> float | None:
-    """Seconds, of all encoders of an analysis; None where a record of them is missing."""
-    seconds = [result.get("seconds") for result in run.results]
-    known = [one for one in seconds if isinstance(one, int | float)]
-    return sum(known) if known and len(known) == len(seconds) else None
-
-
-def trained_weights(path: Path) -> object:
-    try:
-        facts = ", ".join(f"{name} {value}" for name, value in sorted(safetensors_metadata(path).items()))
-    except (OSError, SafetensorError) as error:
-        return badge(f"{path.name} cannot be read: {error}", "loud")
-    return [f"{path.name} ({facts or 'no metadata'}), sha256 ", element("code", sha256(path))]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# cells of tables
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def column_of(score: str) -> str:
-    """Heading of a score, with its unit."""
-    return "loss" if score == "loss" else "images" if score == "n" else f"{spoken(score)} (%)"
-
-
-def shown(score: str, value: float, spread: float | None = None) -> Cell:
-    return number(value, {"loss": 4, "n": 0}.get(score, 2), spread)
-
-
-def scores_of(record: dict[str, Any]) -> dict[str, float]:
-    """The scores of an evaluation, without its epoch."""
-    return {name: real(value) for name, value in record.items() if name != "epoch"}
-
-
-def whole(value: int | None) -> Cell:
-    """A count, as recorded."""
-    return NONE if value is None else Cell(f"{value:,}" if isinstance(value, int) else value, real(value))
-
-
-def small(value: float) -> Cell:
-    """A number of any size, to four digits."""
-    return Cell(f"{value:.4g}", value) if math.isfinite(value) else Cell("not finite", math.nan)
-
-
-def together(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean and standard deviation (of a sample); NaN where one of the values is."""
+def mean_std(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean and standard deviation of a sample (n - 1; None for one value); NaN if any value is not finite."""
     if not all(map(math.isfinite, values)):
         return math.nan, None
     return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
-def link(one: Reported) -> Html:
-    return element("a", one.run.name, href=f"#{one.anchor}")
+def group_by(items: Iterable[Any], key: Callable[[Any], Hashable]) -> list[list[Any]]:
+    groups: dict[Hashable, list[Any]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return list(groups.values())
+
+
+def metric_label(score: str) -> str:
+    """Column heading of a score, with its unit."""
+    counts = {"loss": "loss", "n": "images", "classes": "classes with a positive image"}
+    return counts.get(score) or f"{short_label(score).replace('_', ' ')} (%)"
+
+
+def score_cell(score: str, value: float, spread: float | None = None) -> Cell:
+    return number(value, {"loss": 4, "n": 0, "classes": 0}.get(score, 2), spread)
+
+
+def count_cell(value: int | None) -> Cell:
+    return NONE if value is None else number(real(value), 0)
+
+
+def format_time(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M UTC")
+
+
+def format_argument(value: object) -> str:
+    """As on a command line; a dash if it is not set."""
+    if isinstance(value, list | tuple):
+        return " ".join(map(format_argument, value)) or DASH
+    return DASH if value is None or value == "" else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# a card
+# state, data, weights
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def photos(paths: Iterable[Path], folder: Path | None = None) -> list[Html]:
-    """Figures of files, and what cannot be shown of them in words."""
-    paths, shown = list(paths), []
+def state(run: Run) -> tuple[bool, str]:
+    """Whether a run is finished, and its state in words."""
+    if run.kind.trains:
+        total = run.args.get("epochs")
+        done, unit = run.epochs[-1]["epoch"] + 1 if run.epochs else 0, "epochs"
+        finished = bool(run.results) or (done == total and weights_file(run) is not None)
+    else:
+        encoders = run.started.get("encoders")
+        total = len(encoders) if isinstance(encoders, list) else max(1, len(run.results))
+        done, unit = len(run.results), "results"
+        finished = done == total
+    return finished, "finished" if finished else f"not finished: {done} of {total} {unit}"
+
+
+def state_badge(run: Run) -> Markup:
+    finished, text = state(run)
+    return badge(text, "good" if finished else "loud")
+
+
+def weights_file(run: Run) -> Path | None:
+    """The encoder that a training run wrote."""
+    paths = (run.folder / f"{run.prefix}{name}" for name in ("encoder.safetensors", "safetensors"))
+    return next((path for path in paths if path.is_file()), None)
+
+
+def data_words(record: Record, images: float | None = None) -> str:
+    """Data set, numbers of images and classes; images: of an analysis."""
+    args, splits = args_of(record), {"n_train": "training", "n_val": "held-out", "n_test": "test"}
+    known = {name: record[name] for name in (*splits, "classes") if isinstance(record.get(name), int) and record[name]}
+    counts = [f"{known[name]:,} {split}" for name, split in splits.items() if name in known]
+    counts = counts if images is None else [f"{images:,.0f}"]
+    words = f"{args.get('dataset')} in {args['data_path']}" if args.get("data_path") else "data set not recorded"
+    words += f": {', '.join(counts)} images" if counts else ": number of images not recorded"
+    return words + (f", {known['classes']} classes" if "classes" in known else "")
+
+
+def data_key(record: Record) -> str:
+    """Equal for records whose numbers may share a table: the same images (those held out to choose rates count as
+    training images), classes and headline score."""
+    args = args_of(record)
+    trained = sum(record[name] for name in ("n_train", "n_val") if isinstance(record.get(name), int))
+    subset = args.get("seed") if args.get("num_images") else None
+    names = ("train_images", "test_images", "n_test", "images", "classes", "headline")
+    return repr([args.get("dataset"), args.get("data_path"), trained, subset, *map(record.get, names)])
+
+
+def same_data(reports: Iterable[RunReport]) -> list[list[RunReport]]:
+    return group_by(reports, lambda report: data_key(report.run.record))
+
+
+def image_count(run: Run) -> float | None:
+    """Images that an analysis used; None if its encoders differ in this."""
+    results = run.results if not run.kind.trains else []
+    counts = {result.get("images") or (result.get("localization") or {}).get("images") for result in results}
+    return counts.pop() if len(counts) == 1 else None
+
+
+def encoders(run: Run) -> list[Record]:
+    """The distinct records of the encoders that a run used."""
+    several = run.started.get("encoders")
+    records = several if isinstance(several, list) else [run.started.get("encoder")]
+    known = [one for one in (*records, *(result.get("encoder") for result in run.results)) if isinstance(one, dict)]
+    return [one for i, one in enumerate(known) if one not in known[:i]]
+
+
+def weights_words(run: Run) -> str:
+    if run.program == "main_pretrain":
+        return f"{run.args.get('model', 'encoder')}, trained from random weights"
+    words = (f"{one.get('model')}, {one.get('source') or 'RANDOM WEIGHTS'}" for one in encoders(run))
+    return "; ".join(words) or "not recorded"
+
+
+def notes(run: Run) -> list[str]:
+    """The NOTES about a run: what to know before reading any of its numbers."""
+    records = [record for record in (run.started, *run.results) if record]
+    # the probes that an aggregation analysis read have a commit of their own
+    dirty = [made.get("dirty") for record in records for made in (record, record.get("probes") or {})]
+    random = any(not one.get("source") for one in encoders(run))
+    models = [str(one.get("model")) for one in (*encoders(run), run.args)]
+    holds = {
+        "random weights": random and run.program not in ("main_pretrain", "main_finetune"),
+        "uncommitted code": any(value not in (None, False) for value in dirty),
+        "commit unknown": any(not record.get("commit") or record.get("dirty") is None for record in records),
+        "several commits": len({str(record.get("commit")) for record in records}) > 1,
+        "a subset is allowed": run.args.get("allow_subset"),
+        "demo": run.args.get("dataset") == "demo" or any(model.startswith("vit_demo") for model in models),
+        "from scratch": random and run.program == "main_finetune",
+    }
+    return [note for note in NOTES if holds[note]]
+
+
+def note_badges(run: Run, styles: Sequence[str] = ("loud", "soft")) -> Markup:
+    return join(badge(note, NOTES[note][0]) for note in notes(run) if NOTES[note][0] in styles)
+
+
+def link(report: RunReport) -> Markup:
+    return Markup('<a href="#{}">{}</a> ').format(report.anchor, report.run.name)
+
+
+def run_cell(report: RunReport) -> Markup:
+    """A link to the run's card, with what makes its numbers doubtful."""
+    unfinished = "" if state(report.run)[0] else state_badge(report.run)
+    return join([link(report), unfinished, note_badges(report.run, ["loud"])])
+
+
+def time_cell(run: Run) -> Cell:
+    """Wall time, over all encoders of an analysis."""
+    seconds = [real(result.get("seconds")) for result in run.results]
+    if not seconds or not math.isfinite(sum(seconds)):
+        return NONE
+    return Cell(timedelta(seconds=round(sum(seconds))), sum(seconds))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# arguments and provenance
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def default_arguments(program: str) -> Record:
+    """The defaults of a program's arguments as a record holds them; {} if this code has no such program."""
+    try:
+        module = f"cli.{program.removeprefix('main_')}"
+        parser = importlib.import_module(module if importlib.util.find_spec(module) else program).get_args_parser()
+    except ModuleNotFoundError:
+        return {}
+    return plain(argparse.Namespace(**{action.dest: action.default for action in parser._actions}))
+
+
+def configuration(run: Run) -> list[object]:
+    """Arguments that differ from the defaults, and all of them, folded."""
+    defaults, differing, arguments = default_arguments(run.program), {}, {}
+    for name, value in run.args.items():
+        arguments[name] = code(format_argument(value))
+        if name not in defaults or defaults[name] != value:
+            default = format_argument(defaults[name]) if name in defaults else "unknown today"
+            differing[name] = arguments[name] + ("" if default == DASH else f" (default: {default})")
+    return [
+        Text("Arguments that differ from the defaults" if arguments else "Arguments are not recorded."),
+        pairs(differing),
+        Group("details", [pairs(arguments)], f"All {len(arguments)} arguments"),
+    ]
+
+
+def differences(reports: Sequence[RunReport]) -> Group | None:
+    """The arguments in which runs of one table differ."""
+    names = dict.fromkeys(name for report in reports for name in report.run.args)
+    rows = [[name, *(format_argument(report.run.args.get(name)) for report in reports)] for name in names]
+    rows = [row for row in rows if len(set(row[1:])) > 1 and row[0] not in ("output_dir", "log_dir")]
+    differing = Table(["argument", *map(link, reports)], rows)
+    return Group("details", [differing], "Arguments that differ between these runs") if rows else None
+
+
+def provenance(run: Run) -> Table:
+    """Command, commits, versions, hardware, weights, data and time."""
+    record, words = run.record, {True: badge("uncommitted changes", "loud"), False: "no uncommitted changes"}
+    commits = [
+        join([code(one.get("commit")), " ", words.get(one.get("dirty"), badge("state unknown", "loud"))])
+        for one in (run.started, *run.results)
+        if one
+    ]
+    facts: dict[str, object] = {
+        "command": code(record.get("command")),
+        "commit": Markup(", then ").join(dict.fromkeys(commits)),
+        "versions": format_fields(record.get("versions")),
+        "hardware": format_fields({name: record.get(name) for name in ("device", "processes", "threads")}),
+        "weights": Markup("; ").join(code(format_fields(encoder)) for encoder in encoders(run)) or DASH,
+        "oracle": code(format_fields(record.get("oracle"))),
+        "data": data_words(record, image_count(run)),
+        "fingerprint of the test images": code(record.get("test_images")),
+        "encoder written": trained_weights(path) if (path := weights_file(run)) else DASH,
+        "wall time": time_cell(run).text,
+        "records": join([code(f"{run.folder}/{run.prefix}"), f", newest of {format_time(run.written)}"]),
+    }
+    return pairs(facts)
+
+
+def format_fields(fields: object) -> str:
+    known = fields.items() if isinstance(fields, dict) else ()
+    return ", ".join(f"{name} {format_argument(value)}" for name, value in known) or DASH
+
+
+def trained_weights(path: Path) -> Markup:
+    try:
+        with safe_open(path, "np") as file:
+            metadata = format_fields(dict(sorted((file.metadata() or {}).items())))
+    except (OSError, SafetensorError) as error:
+        return badge(f"{path.name} cannot be read: {error}", "loud")
+    return join([f"{path.name} ({metadata}), sha256 ", code(sha256(path))])
+
+
+def photos(paths: Sequence[Path], folder: Path | None = None) -> list[object]:
+    """Figures of PNG files; a warning for each that is damaged."""
+    shown: list[object] = []
     for path in paths[:PICTURES]:
         try:
             shown.append(photo(path, str(path.relative_to(folder)) if folder else path.name))
         except ValueError as error:
-            shown.append(warning(str(error)))
-    if len(paths) > PICTURES:
-        shown.append(element("p", f"{PICTURES} of {len(paths)} pictures are shown.", class_="soft"))
-    return shown
+            shown.append(Text(str(error), "loud"))
+    return [*shown, Text(f"{PICTURES} of {len(paths)} pictures are shown.") if len(paths) > PICTURES else None]
 
 
-def card(one: Reported, *content: object) -> Html:
-    """All of one run: state, what it was measured on, its content and figures, arguments, provenance."""
-    run = one.run
-    title = element("h3", run.name, " ", state_badge(run), [[" ", note] for note in notes(run)])
-    facts = element("p", f"{run.program}.py on {data_words(run, images_of(run))}. Encoder: {weights_words(run)}.",
-                    class_="soft")  # fmt: skip
-    figures = photos([path for path in run.figures() if path.name not in REDRAWN], run.folder)
-    details = folded("Configuration and provenance", configuration(run), provenance(run))
-    return element("section", title, facts, [warning(line) for line in run.trouble], content, gallery(figures), details,
-                   class_="card", id=one.anchor)  # fmt: skip
+def card(report: RunReport, *blocks: object) -> Group:
+    """Everything about one run: state, data, its own blocks, figures, arguments, provenance."""
+    run = report.run
+    facts = f"{run.program}.py on {data_words(run.record, image_count(run))}. Encoder: {weights_words(run)}."
+    pictures = [path for path in run.figures() if path.name not in REDRAWN]
+    details = Group("details", [*configuration(run), provenance(run)], "Configuration and provenance")
+    warnings = [Text(line, "loud") for line in run.trouble]
+    gallery = Group("gallery", photos(pictures, run.folder))
+    title = join([f"{run.name} ", state_badge(run), note_badges(run)])
+    return Group("card", [Text(facts), *warnings, *blocks, gallery, details], title, report.anchor)

@@ -1,4 +1,4 @@
-"""Linear probes in a report: every probe of results.json, averages over seeds, curves by epoch."""
+"""Linear probes: a table of means over seeds, a table of every probe, curves over the epochs, k-NN."""
 
 import functools
 import math
@@ -6,236 +6,257 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from probing.results import spoken
-from report.facts import Reported, card, column_of, link, real, scores_of, shown, together, whole
+from report import facts
+from report.facts import RunReport, count_cell, mean_std, metric_label, real, score_cell
 from report.figures import Line, draw_curves, drawing
-from report.html import DASH, NONE, Cell, Html, element, filled, folded, grid, table
-from report.runs import Run
+from report.page import DASH, NONE, Cell, Group, Text, table
+from report.runs import Record, Run
+
+Key = tuple[str, str]  # the evaluation ("test" or one of EVALUATIONS) and the score
+COUNTS = ("n", "classes")  # scores that are numbers of images and classes
+EVALUATIONS = {
+    "held-out": "on training images that no probe was trained on; they choose rate and optimizer",
+    "best": "at the epoch that is best on the test images themselves, hence optimistic",
+}
 
 
 class Probe(NamedTuple):
     name: str
-    head: str
-    block: int | None  # from 0
-    optimizer: str
-    rate: Cell
-    seed: int | None
-    parameters: int | None
-    diverged: str
-    chosen: bool | None
-    # by what they are of: "test" (last epoch), "best" (the epoch that is best on the test set), "held-out"
-    scores: dict[str, dict[str, float]]
-    best_epoch: int | None  # from 1
-
-    @property
-    def setting(self) -> tuple:
-        return self.head, self.block, self.optimizer, self.rate
+    setting: dict[str, object]  # head, block, optimizer, rate, parameters: everything but the seed
+    seed: Cell
+    diverged: int | None  # epoch from 1
+    chosen: bool | None  # by held-out images; None: there are none
+    scores: dict[Key, float]
+    best_epoch: Cell
 
 
 class Bank(NamedTuple):
     headline: str
     probes: list[Probe]
     curves: dict[str, list[Line]]
-    knn: dict[str, dict[str, dict[str, float]]]
+    knn: dict[str, dict[str, Record]]  # {vector: {neighbours: scores}}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# reading
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def read_bank(run: Run) -> Bank:
-    """Probes of results.json; of a run that has none yet, those of its newest evaluation."""
+    """The probes of results.json; of a run without one, those of its newest evaluation."""
     watched = "val" if any("val" in record for record in run.epochs) else "test"
-    if not run.results:
-        headline, probes = headline_of(run), unfinished_probes(run, watched)
-        return Bank(headline, probes, curves_of(run, probes, watched, headline), {})
-    result = run.results[0]
-    probes = []
-    for name, probe in result["probes"].items():
-        scores = {"test": scores_of(probe["last"])}
-        if "best" in probe:
-            scores["best"] = scores_of(probe["best"])
-        if "val" in probe:
-            scores["held-out"] = scores_of(probe["val"]["last"])
-        best = (probe.get("best") or {}).get("epoch")
-        at = probe.get("diverged_at")
-        probes.append(Probe(
-            name, probe["head"], probe["block"], probe.get("optimizer") or "lars", rate_of(probe), probe["seed"],
-            probe.get("parameters"), f"epoch {at['epoch'] + 1}" if at else "no", probe.get("chosen"), scores,
-            None if best is None else best + 1,
-        ))  # fmt: skip
-    knn = {vector: {k: scores_of(found) for k, found in of_k.items()} for vector, of_k in result.get("knn", {}).items()}
-    headline = result.get("headline", "top1")
-    return Bank(headline, probes, curves_of(run, probes, watched, headline), knn)
+    headline = run.record.get("headline") or "top1"
+    records = run.results[0]["probes"] if run.results else unfinished_probes(run, watched)
+    probes = [read_probe(name, record) for name, record in records.items()]
+    return Bank(headline, probes, read_curves(run, probes, watched, headline), run.record.get("knn", {}))
 
 
-def headline_of(run: Run) -> str:
-    known = run.asked.get("headline")
-    return known if isinstance(known, str) else "per_class" if run.args.get("per_class") else "top1"
+def read_probe(name: str, record: Record) -> Probe:
+    rate = next((key for key in ("lr", "blr") if record.get(key) is not None), None)
+    evaluations = {"test": record["last"], "best": record.get("best"), "held-out": record.get("val", {}).get("last")}
+    scores = {(e, s): real(v) for e, values in evaluations.items() for s, v in (values or {}).items() if s != "epoch"}
+    setting = {
+        "head": record["head"],
+        "block (from 0)": count_cell(record["block"]),
+        "optimizer": record["optimizer"],
+        "rate": Cell(f"{rate} {real(record[rate]):g}", real(record[rate])) if rate else NONE,
+        "parameters": count_cell(record["parameters"]),
+    }
+    diverged, best = record["diverged_at"], record.get("best")
+    lost = None if diverged is None else diverged["epoch"] + 1
+    best_epoch = count_cell(best["epoch"] + 1 if best else None)
+    return Probe(name, setting, count_cell(record["seed"]), lost, record.get("chosen"), scores, best_epoch)
 
 
-def rate_of(probe: dict[str, Any]) -> Cell:
-    key = "lr" if probe.get("lr") is not None else "blr"
-    return Cell(f"{key} {real(probe[key]):g}", real(probe[key]))
-
-
-def unfinished_probes(run: Run, watched: str) -> list[Probe]:
-    """Named by args.json and log.txt: abmilp:depth=2/block11/sgd/blr0.1/seed0."""
-    evaluated = [record for record in run.epochs if isinstance(record.get(watched), dict)]
-    newest = evaluated[-1][watched] if evaluated else {}
-    names = list(run.asked["lr"]) if isinstance(run.asked.get("lr"), dict) else list(newest)
-    probes = []
-    for place, name in enumerate(names):
+def unfinished_probes(run: Run, watched: str) -> dict[str, dict[str, Any]]:
+    """{name: record as in results.json}, from names such as abmilp:depth=2/block11/sgd/blr0.1/seed0 and log.txt."""
+    newest = next((r[watched] for r in reversed(run.epochs) if isinstance(r.get(watched), dict)), {})
+    names = list(run.started["lr"]) if isinstance(run.started.get("lr"), dict) else list(newest)
+    probes = {}
+    for i, name in enumerate(names):
         parts = re.fullmatch(r"(.+)/block(\d+)/(?:(\w+)/)?(blr|lr)([^/]+)/seed(-?\d+)", name)
-        head, block, optimizer, kind, rate, seed = parts.groups() if parts else (name, None, None, None, None, None)
-        losses = [real(record["train_loss"][place]) for record in run.epochs if "train_loss" in record]
-        lost = next((epoch for epoch, loss in enumerate(losses, 1) if not math.isfinite(loss)), None)
-        scores = {"held-out" if watched == "val" else "test": scores_of(newest[name])} if name in newest else {}
-        probes.append(Probe(
-            name, head, None if block is None else int(block), optimizer or "lars",
-            Cell(f"{kind} {float(rate):g}", float(rate)) if rate else NONE, None if seed is None else int(seed),
-            None, f"epoch {lost}" if lost else "no", None, scores, None,
-        ))  # fmt: skip
+        head, block, optimizer, kind, rate, seed = parts.groups() if parts else (name, None, None, "blr", None, None)
+        lost = (r["epoch"] for r in run.epochs if "train_loss" in r and not math.isfinite(real(r["train_loss"][i])))
+        lost = next(lost, None)
+        scores = newest.get(name, {})
+        probes[name] = {
+            "head": head,
+            "block": block and int(block),
+            "optimizer": optimizer or "lars",
+            kind: rate and float(rate),
+            "seed": seed and int(seed),
+            "parameters": None,
+            "diverged_at": None if lost is None else {"epoch": lost},
+            "last": scores if watched == "test" else {},
+            "val": {"last": scores if watched == "val" else {}},
+        }
     return probes
 
 
-def told_apart(probes: Sequence[Probe]) -> dict[str, str]:
-    """{probe: its setting in words}: the head, and of block, optimizer and rate what is not alike for all."""
-    parts = [(probe.head, f"block {probe.block}", probe.optimizer, str(probe.rate.shown)) for probe in probes]
-    several = [place == 0 or len(set(column)) > 1 for place, column in enumerate(zip(*parts, strict=True))]
+def read_curves(run: Run, probes: Sequence[Probe], watched: str, headline: str) -> dict[str, list[Line]]:
+    """{label: curves} of the training loss and the headline score. ValueError if log.txt has other probes."""
+    names, labels = [probe.name for probe in probes], setting_labels(probes)
+    losses, scores = {}, {}
+    for record in run.epochs:
+        if "train_loss" in record:
+            losses[record["epoch"] + 1] = dict(zip(names, record["train_loss"], strict=True))
+        if isinstance(record.get(watched), dict):
+            scores[record["epoch"] + 1] = {name: of_name.get(headline) for name, of_name in record[watched].items()}
+    if any(by_name.keys() != set(names) for by_name in scores.values()):
+        raise ValueError("log.txt is of other probes")
+    evaluation = "held-out" if watched == "val" else watched
     return {
-        probe.name: ", ".join(word for word, told in zip(words, several, strict=True) if told)
-        for probe, words in zip(probes, parts, strict=True)
+        label: [Line(labels[name], list(values), [real(y[name]) for y in values.values()]) for name in names]
+        for label, values in (("training loss", losses), (column_name((evaluation, headline)), scores))
+        if len(values) > 1
     }
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# showing
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def setting_labels(probes: Sequence[Probe]) -> dict[str, str]:
+    """{probe: its head, and what else of its setting is not the same for all}."""
+    texts = [{key: str(getattr(value, "text", value)) for key, value in probe.setting.items()} for probe in probes]
+    several = ["head", *(key for key in ("block (from 0)", "optimizer", "rate") if len({t[key] for t in texts}) > 1)]
+    words = [[f"block {t[key]}" if key == "block (from 0)" else t[key] for key in several] for t in texts]
+    return {probe.name: ", ".join(parts) for probe, parts in zip(probes, words, strict=True)}
+
+
 def by_setting(probes: Iterable[Probe]) -> list[list[Probe]]:
-    groups: dict[tuple, list[Probe]] = {}
-    for probe in probes:
-        groups.setdefault(probe.setting, []).append(probe)
-    return list(groups.values())
+    return facts.group_by(probes, lambda probe: tuple(probe.setting.values()))
 
 
-def score_columns(probes: Sequence[Probe], headline: str) -> list[tuple[str, str]]:
-    """(of what, score) of all that was measured; what counts comes first. Of the best epoch, that alone; accuracy per
-    class not where the classes have as many images each, so that it is the same."""
-    found = dict.fromkeys(
-        (of, score) for probe in probes for of, scores in probe.scores.items() for score, value in scores.items()
-        if score == headline or (of != "best" and (score != "per_class" or value != scores.get("top1")))
-    )  # fmt: skip
-    order = {"test": 0, "held-out": 1, "best": 2}
-    return sorted(found, key=lambda key: (order[key[0]], key[1] == "n", key[1] != headline))
-
-
-def heading(of: str, score: str) -> str:
-    return f"{of} {column_of(score)}"
-
-
-def settings_rows(bank: Bank, columns: Sequence[tuple[str, str]]) -> list[list[object]]:
-    """A row for each setting of a bank: means over its seeds."""
-    rows = []
-    for group in by_setting(bank.probes):
-        first, cells = group[0], []
-        for of, score in columns:
-            values = [probe.scores[of][score] for probe in group if score in probe.scores.get(of, {})]
-            lost = sum(not math.isfinite(value) for value in values)
-            cell = shown(score, *together(values)) if values else NONE
-            if lost and len(values) > 1:
-                cell = Cell(f"not finite in {lost} of {len(values)}", math.nan)
-            cells.append(cell)
-        diverged = sum(probe.diverged != "no" for probe in group)
-        rows.append([
-            first.head, *cells, whole(first.block), first.optimizer, first.rate, whole(len(group)), choice_of(first),
-            whole(first.parameters), f"{diverged} of {len(group)}" if diverged else "none",
-        ])  # fmt: skip
-    return rows
-
-
-def show_banks(reported: Sequence[Reported]) -> Html:
-    everything = [probe for one in reported for probe in one.data.probes]
-    headline = reported[0].data.headline
-    columns = [key for key in score_columns(everything, headline) if key[1] != "n"]
-    rows = [[link(one), *row] for one in reported for row in settings_rows(one.data, columns)]
-    names = ["run", "head", *(heading(*key) for key in columns), "block (from 0)", "optimizer", "rate", "seeds",
-             "choice", "parameters", "diverged"]  # fmt: skip
-    told = [
-        "test: of the last epoch, or of the newest where a run is not finished; mean ± standard deviation over the "
-        "seeds of the probe (of a sample)."
+def score_columns(probes: Sequence[Probe], headline: str) -> list[Key]:
+    """Scores that were measured, the headline first; of the best epoch, the headline alone. Accuracy per class is left
+    out where it equals the accuracy, as it does with equally many images of each class."""
+    keys = dict.fromkeys(key for probe in probes for key in probe.scores if key[0] != "best" or key[1] == headline)
+    same = [
+        key
+        for key in keys
+        if key[1] == "per_class" and all(p.scores.get(key) == p.scores.get((key[0], "top1")) for p in probes)
     ]
-    if any("best" in probe.scores for probe in everything):
-        told.append("best: of the epoch that is best on the test set itself, hence flattering.")
-    if any("held-out" in probe.scores for probe in everything):
-        told.append("held-out: of training images that no probe was trained on; they choose rate and optimizer.")
-    if any(unchosen(one.data.probes) for one in reported):
-        told.append("Several rates or optimizers of a head, and no held-out images: whoever takes the one that is best "
-                    "here has chosen it on the test set.")  # fmt: skip
-    summary = table(*filled(names, rows), "Averaged over seeds") if rows else element("p", "No probe is known yet.")
-    return Html(element("p", " ".join(told), class_="soft") + summary + "".join(map(bank_card, reported)))
+    shown = [key for key in keys if key not in same or key[1] == headline]
+    order = ("test", *EVALUATIONS)
+    return sorted(shown, key=lambda key: (order.index(key[0]), key[1] in COUNTS, key[1] != headline))
 
 
-def unchosen(probes: Sequence[Probe]) -> bool:
-    """Whether a head of a block has several rates or optimizers of which nothing chooses one."""
-    places = {(probe.head, probe.block) for probe in probes}
-    return len(by_setting(probes)) > len(places) and all(probe.chosen is None for probe in probes)
+def column_name(key: Key) -> str:
+    return f"{key[0]} {metric_label(key[1])}"
 
 
-def bank_card(one: Reported) -> Html:
-    bank: Bank = one.data
-    columns = score_columns(bank.probes, bank.headline)
-    rows = []
-    for probe in bank.probes:
-        cells = [shown(s, probe.scores[of][s]) if s in probe.scores.get(of, {}) else NONE for of, s in columns]
-        rows.append([probe.name, probe.head, whole(probe.block), probe.rate, probe.optimizer, whole(probe.seed), *cells,
-                     whole(probe.best_epoch), choice_of(probe), whole(probe.parameters), probe.diverged])  # fmt: skip
-    names = ["probe", "head", "block (from 0)", "rate", "optimizer", "seed", *(heading(*key) for key in columns),
-             "best epoch (from 1)", "choice", "parameters", "diverged"]  # fmt: skip
-    probes = folded(f"Every probe ({len(rows)})", table(*filled(names, rows))) if rows else None
-    figures = [
-        drawing(functools.partial(draw_curves, lines, ylabel), f"{ylabel} of {one.run.name}")
-        for ylabel, lines in bank.curves.items()
-    ]
-    return card(one, grid(figures), knn_table(bank), probes)
+def seed_mean(probes: Sequence[Probe], key: Key) -> Cell:
+    """Mean and standard deviation over the seeds of a setting; no mean where a seed diverged or has no such number."""
+    n, values = len(probes), [probe.scores[key] for probe in probes if key in probe.scores]
+    problems = {
+        "diverged": sum(probe.diverged is not None for probe in probes),
+        "not finite": sum(not math.isfinite(value) for value in values),
+        "missing": n - len(values),
+    }
+    for problem, count in problems.items():
+        if count and values:
+            return Cell(f"{problem} in {count} of {n}" if n > 1 else problem, math.nan)
+    return score_cell(key[1], *mean_std(values)) if values else NONE
 
 
-def choice_of(probe: Probe) -> str:
-    return "chosen" if probe.chosen else DASH
-
-
-def curves_of(run: Run, probes: Sequence[Probe], watched: str, headline: str) -> dict[str, list[Line]]:
-    """{what it is: curves}: training loss and the score that counts, by epoch from 1, as far as they are logged."""
-    groups, curves = told_apart(probes), {}
-    losses = [record for record in run.epochs if isinstance(record.get("train_loss"), list)]
-    if losses:
-        x = [record["epoch"] + 1 for record in losses]
-        curves["training loss"] = [
-            Line(groups[probe.name], x, [real(record["train_loss"][place]) for record in losses])
-            for place, probe in enumerate(probes)
-        ]
-    tested = [record for record in run.epochs if isinstance(record.get(watched), dict)]
-    if tested:
-        x = [record["epoch"] + 1 for record in tested]
-        curves[f"{spoken(headline)} ({'held-out' if watched == 'val' else 'test'} images, %)"] = [
-            Line(groups[probe.name], x, [real(r[watched].get(probe.name, {}).get(headline)) for r in tested])
-            for probe in probes
-        ]
-    return {what: lines for what, lines in curves.items() if any(len(line.x) > 1 for line in lines)}  # else no curve
-
-
-def knn_table(bank: Bank) -> Html | None:
-    if not bank.knn:
-        return None
-    names = list(dict.fromkeys(s for of_k in bank.knn.values() for found in of_k.values() for s in found))
-    rows = [
-        [vector, Cell(k, float(k)), *(shown(name, found.get(name, math.nan)) for name in names)]
-        for vector, of_k in bank.knn.items() for k, found in of_k.items()
-    ]  # fmt: skip
-    return table(["vector", "neighbours", *map(column_of, names)], rows, "k-nearest-neighbour classification, test")
+def choice(probes: Sequence[Probe]) -> str:
+    chosen = sum(bool(probe.chosen) for probe in probes)
+    return DASH if not chosen else "chosen" if chosen == len(probes) else f"chosen in {chosen} of {len(probes)}"
 
 
 def bank_result(bank: Bank) -> str:
-    """The score that counts, setting by setting: of those that held-out images have chosen, where they have."""
-    words = []
-    of = "test" if any("test" in probe.scores for probe in bank.probes) else "held-out"
-    probes = [probe for probe in bank.probes if probe.chosen is not False and of in probe.scores]
-    names, groups = told_apart(probes), by_setting(probes)
-    for group in groups[:6]:
-        mean, _ = together([probe.scores[of].get(bank.headline, math.nan) for probe in group])
-        words.append(f"{names[group[0].name]}: {mean:.1f}" if math.isfinite(mean) else f"{names[group[0].name]}: NaN")
-    more = f" and {len(groups) - 6} more" if len(groups) > 6 else ""
-    return f"{of} {spoken(bank.headline)} (%) – {'; '.join(words)}{more}" if words else "no score yet"
+    """The headline score of each setting; only of those that held-out images chose, where they did."""
+    key = "test" if any(("test", bank.headline) in probe.scores for probe in bank.probes) else "held-out", bank.headline
+    probes = [probe for probe in bank.probes if probe.chosen is not False]
+    cells = {group[0].name: seed_mean(group, key) for group in by_setting(probes)}
+    if all(cell == NONE for cell in cells.values()):
+        return "no score yet"
+    labels, more = setting_labels(probes), f" and {len(cells) - 6} more" if len(cells) > 6 else ""
+    texts = [f"{labels[name]}: {cell.text.partition(' ±')[0]}" for name, cell in cells.items()]
+    return f"{column_name(key)} – {'; '.join(texts[:6])}{more}"
+
+
+def show_banks(reports: Sequence[RunReport]) -> list[object]:
+    tables = [block for group in facts.same_data(reports) for block in seed_table(group)]
+    return [*tables, *map(bank_card, reports)]
+
+
+def seed_table(reports: Sequence[RunReport]) -> list[object]:
+    """Runs on the same images: a row per setting, means over its seeds."""
+    columns = score_columns([probe for report in reports for probe in report.data.probes], reports[0].data.headline)
+    rows = [
+        {
+            "run": facts.run_cell(report),
+            "head": group[0].setting["head"],
+            **{column_name(key): seed_mean(group, key) for key in columns if key[1] not in COUNTS},
+            "seeds": count_cell(len(group)),
+            "choice": choice(group),
+            **group[0].setting,
+        }
+        for report in reports
+        for group in by_setting(report.data.probes)
+    ]
+    explanation = "Mean ± standard deviation (n - 1) over the seeds; test: at the last epoch, or the newest evaluation."
+    for name, meaning in EVALUATIONS.items():
+        explanation += f" {name}: {meaning}." * any(key[0] == name for key in columns)
+    return [
+        Text(f"On {facts.data_words(reports[0].run.record)}", "heading"),
+        Text(explanation),
+        *(remark for report in reports for remark in remarks(report)),
+        table(rows, "Averaged over seeds"),
+        facts.differences(reports),
+    ]
+
+
+def remarks(report: RunReport) -> list[Text]:
+    """What varies between the seeds of a run, and why its scores may mislead."""
+    probes, record, name = report.data.probes, report.run.record, report.run.name
+    settings = by_setting(probes)
+    scored = {f"{p.scores['test', 'n']:,.0f}" for p in probes if ("test", "n") in p.scores}
+    found = [Text(f"{name}: {seeds_note(record)}.")] if len(settings) < len(probes) else []
+    heads = {(probe.setting["head"], probe.setting["block (from 0)"]) for probe in probes}
+    if len(settings) > len(heads) and all(probe.chosen is None for probe in probes):
+        line = "several rates or optimizers, no held-out images: the best row is chosen on the test images."
+        found.append(Text(f"{name}: {line}", "loud"))
+    if scored and "n_test" in record and scored != {f"{record['n_test']:,}"}:
+        line = f"only {' or '.join(scored)} of {record['n_test']:,} test images were scored."
+        found.append(Text(f"{name}: {line}", "loud"))
+    return found
+
+
+def seeds_note(record: Record) -> str:
+    if record.get("seeds_vary", ["weights"]) == ["weights"]:
+        return "seeds vary initial weights only: narrower than independent runs"
+    return "seeds vary initial weights, data order and augmentation"
+
+
+def bank_card(report: RunReport) -> Group:
+    bank: Bank = report.data
+    columns = score_columns(bank.probes, bank.headline)
+    rows = [
+        {
+            "probe": probe.name,
+            "head": probe.setting["head"],
+            "seed": probe.seed,
+            "diverged": DASH if probe.diverged is None else f"in epoch {probe.diverged}",
+            **{column_name(key): score_cell(key[1], probe.scores[key]) for key in columns if key in probe.scores},
+            "best epoch (from 1)": probe.best_epoch,
+            "choice": choice([probe]),
+            **probe.setting,
+        }
+        for probe in bank.probes
+    ]
+    knn = [
+        {"vector": vector, "neighbours": Cell(k, float(k))}
+        | {column_name(("test", score)): score_cell(score, real(value)) for score, value in scores.items()}
+        for vector, by_k in bank.knn.items()
+        for k, scores in by_k.items()
+    ]
+    figures = [
+        drawing(functools.partial(draw_curves, lines, label), f"{label} of {report.run.name}")
+        for label, lines in bank.curves.items()
+    ]
+    every = Group("details", [table(rows)], f"Every probe ({len(rows)})")
+    return facts.card(report, Group("grid", figures), table(knn, "k-nearest-neighbour classification"), every)

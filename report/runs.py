@@ -1,252 +1,195 @@
-"""Runs on disk, found and read for a report: which program left what, how far it came, and what cannot be read."""
+"""Find runs on disk and read their records."""
 
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from runtime.folder import SNAPSHOT_RECORD
+from runtime.provenance import SNAPSHOT_RECORD
 
-DEPTH = 2  # of folders below a named one, as in quickstart/probes/MAE
+DEPTH = 3  # levels of subfolders that are searched, as in quickstart/attention/MAE
+Record = Mapping[str, Any]
 
 
 class Kind(NamedTuple):
-    """By what the runs of a program are known."""
+    """How the records of a program are recognised."""
 
-    argument: str  # that no other program has
-    result: str  # the file that it ends with
-    trains: bool = True  # and writes log.txt
-    several: bool = False  # results, in a folder each
+    argument: str  # an argument that no other program has
+    result: str  # the file written at the end
+    trains: bool = True  # writes log.txt, one line per epoch
+    several: bool = False  # writes one result per encoder, each into a subfolder
 
 
-class Run(NamedTuple):
-    """What a program left in a folder."""
-
+@dataclass(frozen=True)
+class Run:
     name: str
     folder: Path
-    prefix: str  # of its files' names: "" or "MAE."
+    prefix: str  # of its file names: "" or, as in MAE.results.json, "MAE."
     program: str
     kind: Kind
-    asked: dict[str, Any]  # arguments and provenance, of args.json or of the result; empty where neither is there
-    results: list[dict[str, Any]]  # what its results, where they are JSON, hold; [] before the end
-    epochs: list[dict[str, Any]]  # log.txt, in its order
-    written: float  # when the newest of its records was, in seconds since 1970
-    trouble: tuple[str, ...] = ()  # what cannot be read
+    started: Record  # args.json, or {}
+    results: list[Record]
+    epochs: list[Record]  # log.txt, sorted by epoch
+    written: float  # modification time of the newest record
+    trouble: list[str]  # records that could not be read
 
     @property
-    def args(self) -> dict[str, Any]:
-        args = self.asked.get("args")
-        return args if isinstance(args, dict) else {}
+    def record(self) -> Record:
+        """Arguments, data and provenance of the run; of several results, those at the start of the run."""
+        result = self.results[0] if self.results else {}
+        return {**result, **self.started} if self.kind.several else {**self.started, **result}
 
-    def file(self, name: str) -> Path:
-        return self.folder / f"{self.prefix}{name}"
+    @property
+    def args(self) -> Record:
+        return args_of(self.record)
 
     def figures(self) -> list[Path]:
-        """PNG files of the run, without those of other runs."""
-        pattern = "*.png" if self.prefix == "" else f"{self.prefix}*.png"
         below = self.folder.glob("*/tsne.png") if self.kind.several else []
-        return sorted([*self.folder.glob(pattern), *below])
+        return sorted([*self.folder.glob(f"{self.prefix}*.png"), *below])
 
 
-class Found(NamedTuple):
-    """What the folders of a report hold."""
-
+class Findings(NamedTuple):
     runs: list[Run]
-    figures: dict[str, list[Path]]  # PNG files that belong to no run, by the name of their folder
-    trouble: list[str]  # what is neither, a line each
+    figures: dict[str, list[Path]]  # {folder or label: PNG files that belong to no run}
+    trouble: list[str]  # one line per file or folder that is left out
 
 
-def find_runs(words: Iterable[str], kinds: dict[str, Kind]) -> Found:
-    """Runs of [LABEL=]PATH words: a run's folder, one that holds such folders, one of figures, or a record itself.
+def args_of(record: Record) -> Record:
+    return record["args"] if isinstance(record.get("args"), dict) else {}
 
-    kinds: of the programs whose runs are looked for. A run that is named twice is there once. ValueError for a path
-    that does not exist.
+
+def find_runs(arguments: Iterable[str], kinds: Mapping[str, Kind]) -> Findings:
+    """Runs of [LABEL=]PATH arguments: folders of runs, folders that contain them, folders of figures, single records.
+
+    A run named twice is listed once. ValueError for a path that does not exist.
     """
-    found, seen = Found([], {}, []), set()
-    for word in words:
-        label, path = labelled(word)
-        runs, trouble = (
-            read_folder(path, kinds, DEPTH) if path.is_dir() else read_folder(path.parent, kinds, 0, path.name)
-        )
-        own = {picture for run in runs for picture in run.figures()}
-        figures = [picture for picture in sorted(path.glob("*.png")) if picture not in own]
-        if figures:
-            found.figures[label or str(path)] = figures
-        elif not runs and not trouble:
-            trouble = [f"{path}: no run and no figure: it has no {', '.join(records(kinds))} or PNG file"]
-        found.trouble.extend(trouble)
-        for run in runs:
-            key = run.folder.resolve(), run.prefix, run.program
-            if key not in seen:
-                found.runs.append(run._replace(name=name_of(run, label, path)))
-                seen.add(key)
-    return found._replace(runs=distinct(found.runs))
+    runs: dict[tuple, Run] = {}
+    figures: dict[str, list[Path]] = {}
+    trouble: list[str] = []
+    for argument in arguments:
+        label, path = ("", argument) if Path(argument).exists() else argument.rpartition("=")[::2]
+        if not path or not Path(path).exists():
+            raise ValueError(f"{argument}: no such file or folder; give the --output_dir of runs, or LABEL=FOLDER")
+        path = Path(path)
+        files, unreadable = list_records(path, kinds) if path.is_dir() else ([path], [])
+        found, problems = read_runs(files, kinds)
+        problems += unreadable
+        own = {picture for run in found for picture in run.figures()}
+        if pictures := [picture for picture in sorted(path.glob("*.png")) if picture not in own]:
+            figures[label or str(path)] = pictures
+        elif not found and not problems:
+            problems = [f"{path}: no run and no figure; a run has one of {', '.join(record_names(kinds))}"]
+        trouble += problems
+        for run in found:
+            below = [*run.folder.relative_to(path if path.is_dir() else path.parent).parts, run.prefix.rstrip(".")]
+            name = "/".join(filter(None, [label, *below])) or path.resolve().name
+            runs.setdefault((run.folder.resolve(), run.prefix, run.program), replace(run, name=name))
+    return Findings(distinct_names(list(runs.values())), figures, trouble)
 
 
-def labelled(word: str) -> tuple[str, Path]:
-    """Label (empty where there is none) and path. ValueError where there is no such path."""
-    label, path = ("", word) if Path(word).exists() else word.rpartition("=")[::2]
-    if not path or not Path(path).exists():
-        raise ValueError(f"{word}: no such file or folder; name the --output_dir of runs, or LABEL=FOLDER")
-    return label, Path(path)
-
-
-def name_of(run: Run, label: str, path: Path) -> str:
-    """Of a run that was found at a path: the label, or the name of its folder, and where below it is."""
-    below = run.folder.relative_to(path if path.is_dir() else path.parent).parts
-    parts = [*below, *([run.prefix.rstrip(".")] if run.prefix else [])]
-    return "/".join([label, *parts] if label else parts or [path.resolve().name])
-
-
-def distinct(runs: list[Run]) -> list[Run]:
-    """The runs, with names that tell those of a program apart: as much of the end of their folder's as it takes."""
-    keys = [(run.name, run.program) for run in runs]
-    paths = [[*run.folder.resolve().parts, *([run.prefix.rstrip(".")] if run.prefix else [])] for run in runs]
+def distinct_names(runs: Sequence[Run]) -> list[Run]:
+    """The runs; those of one program and name are renamed by as many parts of their paths as it takes."""
+    paths = [(run.folder.resolve() / run.prefix.rstrip(".")).parts for run in runs]
     named = []
-    for run, key, path in zip(runs, keys, paths, strict=True):
-        others = [other for other, of in zip(paths, keys, strict=True) if of == key and other is not path]
-        length = next((n for n in range(2, len(path)) if all(path[-n:] != one[-n:] for one in others)), len(path))
-        named.append(run._replace(name="/".join(path[-length:])) if others else run)
+    for run, path in zip(runs, paths, strict=True):
+        same = [
+            p for p, other in zip(paths, runs, strict=True) if (other.name, other.program) == (run.name, run.program)
+        ]
+        length = next((n for n in range(2, len(path)) if sum(path[-n:] == p[-n:] for p in same) == 1), len(path))
+        named.append(replace(run, name="/".join(path[-length:])) if len(same) > 1 else run)
     return named
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# folders
-# ---------------------------------------------------------------------------------------------------------------------
+def record_names(kinds: Mapping[str, Kind]) -> list[str]:
+    return list(dict.fromkeys(["args.json", "log.txt", *(kind.result for kind in kinds.values())]))
 
 
-def read_folder(
-    folder: Path, kinds: dict[str, Kind], depth: int, only: str | None = None
-) -> tuple[list[Run], list[str]]:
-    """Runs of a folder and of those below it, to a depth, and what cannot be read, a line each.
-
-    only: the one file to be looked at.
-    """
-    try:
-        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-        folders = [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
-    except OSError as error:
-        return [], [f"{folder} cannot be read: {error.strerror}"]
-    if any(entry.name == SNAPSHOT_RECORD for entry in entries):
-        return [], []  # a job's copy of the code, with the records that come with it
-    # demo/mae.args.json and results/quickstart/MAE.results.json are those of the runs mae and MAE
-    pattern = re.compile(rf"(|.+\.)({'|'.join(map(re.escape, records(kinds)))})")
-    prefixes: dict[str, list[str]] = {}
-    for entry in entries:
-        match = pattern.fullmatch(entry.name)
-        if match and only in (None, entry.name):
-            prefixes.setdefault(match[1], []).append(match[2])
-    if only is not None and not prefixes:
-        return [], [f"{folder / only} is no record of a run: name its folder, or one of "
-                    f"{', '.join(records(kinds))}"]  # fmt: skip
-    runs, trouble = [], []
-    for prefix, names in prefixes.items():
-        found, problems = read_prefix(folder, prefix, names, kinds, folders if only is None else [])
-        runs += found
-        trouble += problems
-    taken = {path.parent.name for run in runs for path in below(run.kind, folder, folders)}
-    for name in folders if depth else []:
-        if name not in taken:
-            found, problems = read_folder(folder / name, kinds, depth - 1)
-            runs += found
-            trouble += problems
-    return runs, trouble
-
-
-def records(kinds: dict[str, Kind]) -> list[str]:
-    """Names of the files that tell of a run."""
-    return list(dict.fromkeys(["args.json", "log.txt", *(kind.result for kind in kinds.values() if is_json(kind))]))
-
-
-def is_json(kind: Kind) -> bool:
-    return kind.result.endswith(".json")
-
-
-def below(kind: Kind, folder: Path, folders: Sequence[str]) -> list[Path]:
-    """The results of a run that has several."""
-    paths = [folder / name / kind.result for name in folders] if kind.several else []
-    return [path for path in paths if os.path.exists(path)]
-
-
-def read_prefix(
-    folder: Path, prefix: str, names: Sequence[str], kinds: dict[str, Kind], folders: Sequence[str]
-) -> tuple[list[Run], list[str]]:
-    """The runs whose files in a folder have this prefix: one of each program. folders: those in it."""
-    trouble: list[str] = []
-    found: dict[str, tuple[dict, list[dict]]] = {}  # what is asked and what came out, by program
-    for name in names:
-        path = folder / f"{prefix}{name}"
-        content = None if name == "log.txt" else read_or_tell(path, trouble)
-        if content is None:
+def list_records(top: Path, kinds: Mapping[str, Kind]) -> tuple[list[Path], list[str]]:
+    """Records in a folder and its subfolders, and a line for each folder that cannot be read; hidden folders and code
+    snapshots of SLURM jobs are skipped."""
+    files, errors = [], []
+    for folder, subfolders, names in os.walk(top, onerror=errors.append, followlinks=True):
+        if SNAPSHOT_RECORD in names or len(Path(folder).relative_to(top).parts) > DEPTH:
+            subfolders.clear()
             continue
-        program = program_of(content, name, kinds)
-        if program is None:
-            trouble.append(f"{path}: of none of the programs that a report knows")
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        files += [Path(folder, name) for name in sorted(names) if name.endswith(tuple(record_names(kinds)))]
+    return files, [f"{error.filename} cannot be read: {error.strerror}" for error in errors]
+
+
+def read_runs(files: Iterable[Path], kinds: Mapping[str, Kind]) -> tuple[list[Run], list[str]]:
+    """The runs whose records these are, and a line for each record that belongs to none."""
+    # demo/mae.args.json is a record of the run mae
+    pattern = re.compile(rf"(|.+\.)({'|'.join(map(re.escape, record_names(kinds)))})")
+    records: dict[tuple[Path, str, str], dict[Path, Record]] = {}  # by folder, prefix and program
+    logs: dict[tuple[Path, str], Path] = {}
+    trouble: dict[tuple[Path, str], list[str]] = {}
+    for path in files:
+        if not (match := pattern.fullmatch(path.name)):
+            return [], [f"{path} is not a record of a run: give its folder, or {', '.join(record_names(kinds))}"]
+        key = path.parent, match[1]
+        if match[2] == "log.txt":
+            logs[key] = path
             continue
-        asked, results = found.get(program, ({}, []))
-        if name == "args.json":
-            found[program] = ({**content, **asked}, results)
-        else:  # a result repeats what was asked; one of several does not
-            found[program] = (asked or content if kinds[program].several else {**asked, **content}, [content])
-    log = folder / f"{prefix}log.txt"
-    epochs, problems = read_log(log) if "log.txt" in names else ([], [])
-    if "log.txt" in names and not any(kinds[program].trains for program in found) and not trouble:
-        trouble.append(f"{log}: no args.json or results.json tells which program wrote it")
+        try:
+            content = read_json(path)
+            records.setdefault((*key, program_of(path, match[2], content, kinds)), {})[path] = content
+        except ValueError as error:
+            trouble.setdefault(key, []).append(str(error))
+    for folder, prefix, program in [key for key in records if kinds[key[2]].several]:
+        owner = records.get((folder.parent, "", program), {})
+        if folder.parent / "args.json" in owner and folder / "args.json" not in records[folder, prefix, program]:
+            owner |= records.pop((folder, prefix, program))
     runs = []
-    for program, (asked, results) in found.items():
-        kind, paths = kinds[program], [folder / f"{prefix}{name}" for name in names]
-        if not results:
-            paths += (parts := below(kind, folder, folders))
-            results = [one for one in (read_or_tell(path, trouble) for path in parts) if one is not None]
-        told, written = [*trouble, *(problems if kind.trains else [])], max(path.stat().st_mtime for path in paths)
-        own = epochs if kind.trains else []
-        runs.append(Run("", folder, prefix, program, kind, asked, results, own, written, tuple(told)))
-    return runs, [] if runs else trouble
+    for (folder, prefix, program), contents in records.items():
+        kind, started = kinds[program], folder / f"{prefix}args.json"
+        log = logs.pop((folder, prefix), None) if kind.trains else None
+        epochs, problems = read_log(log) if log else ([], [])
+        results = [content for path, content in contents.items() if path != started]
+        written = max(path.stat().st_mtime for path in filter(None, [*contents, log]))
+        problems += trouble.pop((folder, prefix), [])
+        run = Run("", folder, prefix, program, kind, contents.get(started, {}), results, epochs, written, problems)
+        runs.append(run)
+    for key, log in logs.items():
+        trouble.setdefault(key, [f"{log}: no args.json or results.json beside it says which program wrote it"])
+    return runs, [line for lines in trouble.values() for line in lines]
 
 
-def read_or_tell(path: Path, trouble: list[str]) -> dict[str, Any] | None:
-    """An object of JSON; None where there is none, which `trouble` then says."""
-    try:
-        return read_json(path)
-    except ValueError as error:
-        trouble.append(str(error))
-        return None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """An object of JSON. ValueError for anything else, in one line."""
+def read_json(path: Path) -> Record:
+    """ValueError unless the file is a JSON object."""
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} is no record of a run: it holds no object")
+        raise ValueError(f"{path} is not a record of a run: expected a JSON object, got {type(content).__name__}")
     return content
 
 
-def program_of(content: dict[str, Any], name: str, kinds: dict[str, Kind]) -> str | None:
-    """The program that wrote a record: by the arguments that it holds, or by the name that only its results have."""
-    args = content.get("args")
-    known = [program for program, kind in kinds.items() if isinstance(args, dict) and kind.argument in args]
-    named = [program for program, kind in kinds.items() if kind.result == name]
-    return known[0] if known else named[0] if len(named) == 1 else None
+def program_of(path: Path, name: str, content: Record, kinds: Mapping[str, Kind]) -> str:
+    """The program that wrote a record: by its arguments, else by a file name that only one program uses."""
+    programs = [program for program, kind in kinds.items() if kind.argument in args_of(content)]
+    programs = programs or [program for program, kind in kinds.items() if kind.result == name]
+    if len(programs) != 1:
+        raise ValueError(f"{path}: not written by any of {', '.join(kinds)}")
+    return programs[0]
 
 
-def read_log(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    """The lines of log.txt that are records of epochs, and what to say of the others."""
+def read_log(path: Path) -> tuple[list[Record], list[str]]:
+    """The epochs of log.txt (of repeated ones the last), and what to say of lines that cannot be read."""
     try:
-        lines = path.read_text(errors="replace").splitlines()
+        lines = [line for line in path.read_text(errors="replace").splitlines() if line.strip()]
     except OSError as error:
         return [], [f"{path} cannot be read: {error.strerror}"]
-    records, broken = [], 0
+    records, broken = {}, 0
     for line in lines:
         try:
             record = json.loads(line)
-            record["epoch"] = int(record["epoch"])
-            records.append(record)
+            records[int(record["epoch"])] = record | {"epoch": int(record["epoch"])}
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
-            broken += bool(line.strip())
-    told = [f"{path}: {broken} of {len(lines)} lines cannot be read"] if broken else []
-    return sorted(records, key=lambda record: record["epoch"]), told
+            broken += 1
+    problems = [f"{path}: {broken} of {len(lines)} lines cannot be read"] if broken else []
+    return [records[epoch] for epoch in sorted(records)], problems

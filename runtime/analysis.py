@@ -1,27 +1,27 @@
 """What analyses of images share: which images, and passes over them that can be stopped and gone on with."""
 
-import argparse
 import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
-from cli.arguments import check_resumed, plain
 from data_sets.loader import build_dataset
 from runtime.folder import MISFITS, AnotherRun, RunFolder
+from runtime.processes import require_same_run
+from runtime.resumable import check_identity
 from util import signals
 from util.distributed import agree, barrier, gather_objects, leave, rank, world_size
 from util.progress import log
 from util.seeding import stable_seed
 
 
-def analysed_images(args: argparse.Namespace) -> torch.utils.data.Dataset:
+def analysed_images(dataset: str, path: Path, allow_subset: bool) -> torch.utils.data.Dataset:
     """The validation images of a data set, or all of a plain folder of class folders."""
-    splits = (args.data_path / "train", args.data_path / "val")
-    is_plain = args.dataset == "image_folder" and not any(split.exists() for split in splits)
-    return build_dataset(args.dataset, args.data_path, "." if is_plain else "val", args.allow_subset)
+    is_plain = dataset == "image_folder" and not any((path / split).exists() for split in ("train", "val"))
+    return build_dataset(dataset, path, "." if is_plain else "val", allow_subset)
 
 
 def subset(length: int, num_images: int | None, seed: int) -> list[int]:
@@ -53,14 +53,22 @@ class Progress(Generic[AnyRecord]):
     """
 
     def __init__(
-        self, program: str, args: argparse.Namespace, folder: RunFolder, results: str, facts: dict[str, Any],
-        passes: Mapping[str, Callable[[Sequence[dict]], AnyRecord]], images: int,
-    ):  # fmt: skip
-        """results: pattern of the files that hold them, in the folder; facts: what must be alike when the analysis is
-        resumed, beside the arguments; passes: by name, what makes the record of what several states have seen
-        together; images: in every pass."""
-        self.program, self.args, self.folder, self.pattern, self.facts = program, args, folder, results, facts
+        self,
+        program: str,
+        folder: RunFolder,
+        results: str,
+        identity: dict[str, Any],
+        passes: Mapping[str, Callable[[Sequence[dict]], AnyRecord]],
+        images: int,
+        batch_size: int,
+        save_every_minutes: float = 0,
+    ):
+        """results: pattern of the names of the result files; identity: plain data that must be equal when the analysis
+        is resumed; passes: {name: makes a pass's record from the states of several processes}; images: of every pass;
+        batch_size: images per process; save_every_minutes: 0 for no checkpoints within a pass."""
+        self.program, self.folder, self.pattern, self.identity = program, folder, results, identity
         self.names, self.makers, self.images = list(passes), list(passes.values()), images
+        self.batch_size, self.save_every_minutes = batch_size, save_every_minutes
         self.results: list[dict] = []  # of the passes behind it
         self.saved = (0, 0)  # where the newest checkpoint stands; at the start, none is needed
         self.saved_at = time.monotonic()
@@ -87,8 +95,8 @@ class Progress(Generic[AnyRecord]):
 
     def reach(self, batches: int) -> None:
         """So many batches of every process are behind this start; a checkpoint where it is time for one."""
-        self.seen = min(self.first + batches * self.args.batch_size * world_size(), self.images)
-        minutes = self.args.save_every_minutes
+        self.seen = min(self.first + batches * self.batch_size * world_size(), self.images)
+        minutes = self.save_every_minutes
         late = bool(minutes) and time.monotonic() - self.saved_at >= 60 * minutes
         if agree(late)[0] and self.saved != self.place:
             self.save()
@@ -105,7 +113,7 @@ class Progress(Generic[AnyRecord]):
         states = [] if ended else gather_objects(self.record.state())
         state = {
             "results": [list(pair) for pair in zip(self.names, self.results, strict=False)], "recorders": states,
-            "seconds": self.seconds, "args": plain(self.args), "facts": self.facts,
+            "seconds": self.seconds, "identity": self.identity,
         }  # fmt: skip
         keep = 1 if self.complete else 2
         self.folder.save_checkpoint(len(self.results) - ended, state, keep, None if ended else self.seen)
@@ -129,10 +137,11 @@ class Progress(Generic[AnyRecord]):
             f"{self.folder.read_path}; the same command with --resume auto goes on"
         )
 
-    def resume(self) -> None:
-        """Continue from the checkpoint that --resume asks for; see RunFolder.find_checkpoint. ValueError where there is
+    def resume(self, resume: str) -> None:
+        """Continue from the checkpoint that `resume` names, see RunFolder.find_checkpoint. ValueError where there is
         none to continue from and the folder holds results."""
-        if self.folder.find_checkpoint(self.args.resume, restore=self._restore) is None:
+        require_same_run(self.identity)
+        if self.folder.find_checkpoint(resume, restore=self._restore) is None:
             self.folder.refuse_results(self.pattern)
         elif self.folder.kept:
             self.saved = self.place
@@ -141,10 +150,10 @@ class Progress(Generic[AnyRecord]):
 
     def _restore(self, state: dict) -> None:
         """Take over a checkpoint. ValueError where it does not fit, AnotherRun where that is meant by the arguments."""
-        if missing := {"step", "results", "recorders", "seconds"} - state.keys():
+        if missing := {"step", "results", "recorders", "seconds", "identity"} - state.keys():
             raise ValueError(f"not a checkpoint of {self.program} (no {', '.join(sorted(missing))})")
         try:
-            check_resumed(self.args, self.facts, state)
+            check_identity(self.identity, state["identity"])
             results, states, seen = state["results"], state["recorders"], state["step"] or 0
             if len(results) != state["epoch"] + (seen == 0) or not 0 <= seen <= self.images:
                 raise ValueError(f"it stands at image {seen} of pass {state['epoch']}, with {len(results)} results")

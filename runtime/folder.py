@@ -5,14 +5,10 @@ import errno
 import fcntl
 import json
 import os
-import platform
 import re
-import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
@@ -23,13 +19,12 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from encoders.load import save_encoder
+from runtime.processes import require_same_run
 from util import distributed
 from util.files import atomic_path, digest, disk_error, remove_leftovers, to_json, write_atomically, write_json
 from util.progress import log
 from util.safe_load import load_plain
 
-ROOT = Path(__file__).resolve().parent.parent
-SNAPSHOT_RECORD = "snapshot.json"  # in a copy of the code that runtime.snapshot has made
 # what loading a state of wrong content raises, inside of torch too
 MISFITS = (RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError)
 LOCK = ".lock"
@@ -38,50 +33,6 @@ FILES = (
     r"(args|results|attention|aggregation|tsne)\.json|log\.txt|(encoder|predictions)\.safetensors"
     r"|checkpoint-\d+(-\d+)?\.pth|\w+\.(png|pdf)"
 )
-
-
-def git(*command: str) -> str | None:
-    """What git says about the code that runs; None without git, or outside of a checkout."""
-    try:
-        result = subprocess.run(["git", "-C", ROOT, *command], capture_output=True, text=True, check=False)
-    except FileNotFoundError:  # a machine without git
-        return None
-    return result.stdout.strip() if result.returncode == 0 else None
-
-
-def code_version() -> dict[str, Any]:
-    """Commit of the code that runs, and whether it was changed since (programs, not tables or files that lie about); of
-    a job's snapshot, as it was when taken."""
-    if (ROOT / SNAPSHOT_RECORD).exists():
-        return json.loads((ROOT / SNAPSHOT_RECORD).read_text())
-    status = git("status", "--porcelain", "--untracked-files=all", "--", "*.py", "*.sh")
-    return {"commit": git("rev-parse", "HEAD"), "dirty": None if status is None else bool(status)}
-
-
-def utc_now() -> str:
-    """2025-01-31T12:00:00+00:00"""
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def provenance(device: torch.device) -> dict[str, Any]:
-    """Where a number comes from: command, commit, versions, hardware."""
-    import timm  # here, by now, they cost nothing
-    import torchvision
-
-    return {
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        **code_version(),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": str(torch.__version__),  # of a class of its own
-            "torchvision": torchvision.__version__,
-            "timm": timm.__version__,
-            "numpy": numpy.__version__,
-        },
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU",
-        "processes": distributed.world_size(),
-        "threads": torch.get_num_threads(),
-    }
 
 
 class RunFolder:
@@ -255,8 +206,14 @@ class RunFolder:
             raise error or ValueError(text)
         if chosen is None:
             return None
-        if distributed.rank() != 0:
-            _, state = _load(chosen, restore)
+        if distributed.world_size() > 1:  # each node may have a file of that name
+            content = ""
+            try:
+                if distributed.rank() != 0:
+                    _, state = _load(chosen, restore)
+            except ValueError as problem:
+                content = str(problem)
+            require_same_run({f"checkpoint {chosen}": content or digest(state)})
         if self.read_path is not None and Path(chosen).resolve().parent == self.read_path.resolve():
             self.kept = [self.read_path / Path(chosen).name]
         log.info("%s from %s", "evaluating" if evaluate_only else "resuming", chosen)

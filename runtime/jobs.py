@@ -41,7 +41,7 @@ class Task:
         return DelayedSubmission(self)
 
     def __call__(self) -> None:
-        from cli.arguments import parse, run_main
+        from cli.console import parse, run_main
         from util.distributed import rendezvous_port
 
         job = submitit.JobEnvironment()

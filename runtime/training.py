@@ -7,18 +7,19 @@ are functions of (seed, epoch, sample or chunk), and the sums of the epoch that 
 Letters: S losses, one per network that trains on its own: the probes of a bank, or the one network.
 """
 
-import argparse
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from cli.arguments import check_resumed, plain
 from data_sets.loader import GlobalBatches, Loader, Sample, Watched
 from runtime.folder import MISFITS, AnotherRun, RunFolder
+from runtime.processes import require_same_run
+from runtime.resumable import check_identity
 from util import signals
 from util.allocator import keep_freed_memory
 from util.distributed import GradientMean, agree, barrier, leave, rank, world_size
@@ -46,6 +47,9 @@ class Method(Protocol):
     def step(self, alive: Tensor) -> Tensor:
         """The optimizer step, after the exchange of gradients. Which of the `alive` (S,) losses still are."""
 
+    def check(self) -> None:
+        """ValueError if losses are not finite for another reason than training; each rank must call it."""
+
     def state(self) -> dict[str, Any]:
         """Weights and buffers, of tensors by name."""
 
@@ -72,6 +76,9 @@ class OneNetwork:
     def step(self, alive: Tensor) -> Tensor:
         self.optimizer.step()
         return alive
+
+    def check(self) -> None:
+        """Nothing but training can make its losses infinite or NaN."""
 
     def state(self) -> dict[str, Any]:
         return self.model.published_state_dict()
@@ -101,26 +108,41 @@ class EpochStats(NamedTuple):
         }  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Plan:
+    """How long a run trains, from which seed, and how often it writes a checkpoint within an epoch (0: not by this).
+
+    seed: of what a step draws. The order of the images is the loader's.
+    """
+
+    epochs: int
+    seed: int
+    save_every_minutes: float = 0
+    save_every_steps: int = 0
+
+
 class Training:
-    """One run of a Method. `epoch` and `done`, the optimizer steps of that epoch behind it, are where it stands."""
+    """One run of a Method. Its position is `epoch` and `done`, the number of optimizer steps done in that epoch."""
 
     def __init__(
         self,
-        args: argparse.Namespace,
+        plan: Plan,
         method: Method,
         optimizer: torch.optim.Optimizer,
         schedule: Callable[[float, float], float],
         loader: Loader,
         batches: GlobalBatches,
         folder: RunFolder,
-        facts: dict[str, Any] | None = None,
+        identity: dict[str, Any] | None = None,
+        first_epoch: int = 0,
     ):
         """schedule: (fractional epoch, a group's `peak_lr`) -> rate, which the group's `lr_scale` multiplies.
-        facts: what must be alike when the run is resumed, beside the arguments."""
-        self.args, self.method, self.optimizer, self.schedule = args, method, optimizer, schedule
+        identity: plain data that must be equal when the run is resumed. first_epoch: of a run that is not resumed."""
+        self.plan, self.method, self.optimizer, self.schedule = plan, method, optimizer, schedule
         self.loader, self.batches, self.folder = loader, batches, folder
-        self.facts = {"effective batch": batches.effective, **(facts or {})}
-        self.epoch, self.done = getattr(args, "start_epoch", 0), 0
+        self.identity = {"effective batch": batches.effective, **(identity or {})}
+        self.epoch = self.first_epoch = first_epoch
+        self.done = 0
         self.history: list[dict] = []  # what the program keeps of earlier epochs
         self.diverged_at = torch.full((len(method.names),), -1, device=method.device)  # step of the run; -1: it did not
         self.told: set[int] = set()  # losses whose divergence was reported
@@ -149,7 +171,7 @@ class Training:
     def epochs(self) -> Iterator[int]:
         """The epochs that are left, each to be ended by `end_epoch`."""
         self.began = time.monotonic()
-        while self.epoch < self.args.epochs:
+        while self.epoch < self.plan.epochs:
             yield self.epoch
 
     def train_one_epoch(self) -> EpochStats:
@@ -164,7 +186,7 @@ class Training:
             if micro_step % accum_iter == 0:
                 self._set_rates(self.epoch + self.done / steps)
             chunk = micro_step * world_size() + rank()  # counted as by GlobalBatches: alike for any split
-            losses = self.method.losses(sample, (self.args.seed, self.epoch, chunk))
+            losses = self.method.losses(sample, (self.plan.seed, self.epoch, chunk))
             if losses is not None:
                 losses.sum().backward()
                 mean.add(losses)
@@ -223,13 +245,14 @@ class Training:
 
     def _look_for_divergence(self) -> None:
         """Report losses that diverged since the last look; reading them waits for a GPU."""
+        self.method.check()
         found = self.diverged_at.tolist()
         places = [f"epoch {step // self.batches.steps}, step {step % self.batches.steps}" for step in found]
         if min(found) >= 0:
             what = "training" if len(found) == 1 else "every one of the probes"
             raise FloatingPointError(
                 f"{what} diverged: the loss or its gradient is not finite in {places[found.index(max(found))]}; "
-                f"lower --{'blr' if getattr(self.args, 'lr', None) is None else 'lr'}"
+                "lower the learning rate"
             )
         for index in (i for i, step in enumerate(found) if step >= 0 and i not in self.told):
             self.told.add(index)
@@ -238,7 +261,7 @@ class Training:
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
     def _save_or_stop(self) -> None:
-        minutes, steps = self.args.save_every_minutes, self.args.save_every_steps
+        minutes, steps = self.plan.save_every_minutes, self.plan.save_every_steps
         late = bool(minutes) and time.monotonic() - self.saved_at >= 60 * minutes
         number, late = agree(signals.requested(), late)
         if number:
@@ -254,7 +277,7 @@ class Training:
             "loss_sum": self.loss_sum, "seconds": self.seconds, "waited": self.waited, "history": self.history,
             "scalars": self.last_scalars if ended else {}, "diverged_at": self.diverged_at.tolist(),
             self.method.state_name: self.method.state(), "optimizer": self.optimizer.state_dict(),
-            "elapsed": self.elapsed, "args": plain(self.args), "facts": self.facts,
+            "elapsed": self.elapsed, "identity": self.identity,
         }, step=None if ended else self.done)  # fmt: skip
         self.saved, self.saved_at = (self.epoch, self.done), time.monotonic()
 
@@ -268,7 +291,7 @@ class Training:
     def _save_for_later(self) -> str:
         if self.folder.read_path is None:
             return "nothing saved, because --output_dir is empty"
-        if self.saved is None and self.steps_done == getattr(self.args, "start_epoch", 0) * self.batches.steps:
+        if self.saved is None and self.steps_done == self.first_epoch * self.batches.steps:
             return "before its first step, so that there was nothing to save"
         if self.saved != (self.epoch, self.done):
             self.save()
@@ -279,27 +302,43 @@ class Training:
             "the same command with --resume auto goes on"
         )
 
-    def resume(self, resume: str, evaluate_only: bool = False) -> None:
-        """Continue from the checkpoint that --resume asks for, if there is one; see RunFolder.find_checkpoint."""
+    def resume(self, resume: str, evaluate_only: bool = False, evaluated: Sequence[str] = ()) -> None:
+        """Continue from the checkpoint that --resume asks for, if there is one; see RunFolder.find_checkpoint.
+
+        evaluated: names of `identity` that must be equal if the checkpoint is only evaluated."""
+        require_same_run(self.identity)
+        self.evaluated = evaluated
         state = self.folder.find_checkpoint(resume, evaluate_only, lambda s: self._restore(s, evaluate_only))
         if state is not None and not evaluate_only:
             self.epoch, self.done = state["epoch"], state["step"]
             if self.done is None:
                 self.epoch, self.done = self.epoch + 1, 0
             self.saved = (self.epoch, self.done) if self.folder.kept else None  # of another folder: not here yet
-            if self.epoch >= self.args.epochs:
-                log.info("all %d epochs are done: only what comes behind them is written again", self.args.epochs)
+            if self.epoch >= self.plan.epochs:
+                log.info("all %d epochs are done: only what comes behind them is written again", self.plan.epochs)
 
     def _restore(self, state: dict, evaluate_only: bool) -> None:
         """Take over a checkpoint, but for its place. ValueError where it does not fit, AnotherRun where that is meant
         by the arguments."""
         name = self.method.state_name
-        missing = {"step", name, "optimizer", "history", "loss_sum", "diverged_at", "scalars"} - state.keys()
+        missing = {
+            "step",
+            name,
+            "optimizer",
+            "history",
+            "loss_sum",
+            "diverged_at",
+            "scalars",
+            "identity",
+        } - state.keys()
         if missing:
             raise ValueError(f"not a checkpoint of {self.method.program} (no {', '.join(sorted(missing))})")
         try:
-            if not evaluate_only:
-                check_resumed(self.args, self.facts, state)
+            if evaluate_only:
+                kept = {name: self.identity[name] for name in self.evaluated}
+                check_identity(kept, state["identity"], "give the flags of the run, as --args_from its args.json does")
+            else:
+                check_identity(self.identity, state["identity"])
             self.method.load(state[name])
             if not evaluate_only:
                 self._restore_progress(state)
@@ -319,7 +358,7 @@ class Training:
         if loss_sum.shape != self.loss_sum.shape or diverged_at.shape != self.diverged_at.shape:
             raise ValueError(f"it counts {len(loss_sum)} losses, this run has {len(self.loss_sum)}")
         epoch, step, history = state["epoch"], state["step"], state["history"]
-        if not (0 <= epoch < self.args.epochs and (step is None or (type(step) is int and 0 < step <= steps))):
+        if not (0 <= epoch < self.plan.epochs and (step is None or (type(step) is int and 0 < step <= steps))):
             raise ValueError(f"it stands at step {step} of epoch {epoch}")
         self.loss_sum, self.diverged_at = loss_sum.to(self.loss_sum), diverged_at.to(self.diverged_at)
         self.seconds, self.waited = float(state["seconds"]), float(state["waited"])

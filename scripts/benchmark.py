@@ -27,14 +27,15 @@ from torch import Tensor
 
 from attention.measure import Recorder, applicable, observe
 from attention.metrics import PAPER_METRICS
-from cli.arguments import PRECISIONS, Parser, run_main
+from cli.arguments import PRECISIONS, precision
+from cli.console import Parser, run_main
 from data_sets.loader import train_transform
 from engine_linprobe import FrozenTokens
 from main_analyze_attention import sizes_of
 from models_vit import VisionTransformer, build_vit
 from probing.bank import ProbeBank, ProbeSpec
 from probing.heads import parse_head
-from runtime.folder import provenance
+from runtime.provenance import provenance
 from util.choices import instead_of
 from util.lars import LARS
 from util.progress import log, progress, setup_logging
@@ -118,7 +119,7 @@ def analysis(args: argparse.Namespace, device: torch.device) -> dict[str, Timing
     if args.sharpen != 1:  # trained encoders have larger logits than new ones
         for block in backbone.blocks:
             block.attn.qkv.weight.data[: 2 * backbone.embed_dim] *= args.sharpen**0.5
-    amp = PRECISIONS[args.amp]
+    amp = precision(args.amp)
     if args.compile:
         backbone.compile_blocks()
     sizes = sizes_of(backbone, size)
@@ -206,7 +207,7 @@ def probing(
         backbone = build_vit(args.model, img_size=size).to(device).eval().requires_grad_(False)
         images = torch.randn(args.batch_size, 3, size, size).to(device)
         labels = torch.randint(CLASSES, (args.batch_size,)).to(device)
-    amp = PRECISIONS[args.amp]
+    amp = precision(args.amp)
     if args.compile:
         backbone.compile_blocks()
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
-from cli.arguments import PRECISIONS
+from cli.arguments import precision
 from data_sets.loader import Sample
 from engine_pretrain import Pretraining
 from models_mae import DECODERS, MaskedAutoencoder
@@ -40,7 +40,7 @@ def adamw(model: torch.nn.Module) -> torch.optim.AdamW:
 
 def pretraining_steps(args: argparse.Namespace, device: torch.device) -> dict[str, Callable[[], object]]:
     """Forward, loss, backward and optimizer step on the same images: ours, and Hugging Face's with either attention."""
-    size, amp = args.input_size, PRECISIONS[args.amp]
+    size, amp = args.input_size, precision(args.amp)
     with seeded("benchmark", 0):
         encoder = build_vit(args.model, img_size=size)
         model = MaskedAutoencoder(encoder, **DECODERS[args.model])

@@ -1,6 +1,6 @@
-"""What a weight file is and whether it can be used: python scripts/inspect_checkpoint.py FILE [--family F] [--model M]
+"""Describe a weight file: python scripts/inspect_checkpoint.py FILE [--family F] [--model M]
 
-FILE is anything that --finetune takes. Exit code 0 where the file covers an encoder exactly, 1 where it does not.
+FILE is anything that --finetune takes. Exit code 0 if the file covers an encoder exactly, 1 if it does not.
 """
 
 import re
@@ -14,42 +14,36 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from torch import Tensor
 
-from cli.arguments import Parser, run_main
-from encoders.catalogue import CATALOGUE, fetch_weights
-from encoders.families import FAMILIES, drop_rule
-from encoders.load import (
-    Detected,
-    Reading,
-    detect_family,
-    load_plain_or_safetensors,
-    load_timm,
-    named_family,
-    read_as,
-    resampling,
-    undecided,
-)
-from models_vit import architecture
+from cli.console import Parser, run_main
+from encoders import timm_models
+from encoders.architectures import FROM_FILE, architecture
+from encoders.catalogue import CATALOGUE, fetch_weights, known_family, named_family
+from encoders.contents import without_wrappers
+from encoders.detect import Detected, detect_family, other_encoders
+from encoders.families import FAMILIES, TABLE, drop_rule
+from encoders.load import heads_question, resampling, undecided_family
+from encoders.reading import Reading, not_finite, read_as
 from util.files import sha256
+from util.tensor_files import load_plain_or_safetensors
 
 
-def coverage(found: Reading) -> list[tuple[str, str, str, str]]:
-    """(what becomes of it, key, shape, how many): the file's tensors, then what the model lacks; blocks together."""
-    family = FAMILIES[found.family]
-    wanted = found.backbone.state_dict() if found.backbone is not None else {}
-    extra = found.state.keys() - wanted.keys()
+def coverage(reading: Reading) -> list[tuple[str, str, str, str]]:
+    """(fate, key, shape, count) of the file's tensors and of those that the model lacks; equal blocks in one row."""
+    family = FAMILIES[reading.family]
+    extra = reading.state.keys() - reading.shapes.keys()
     rows = []
-    for key, value in found.weights.items():
+    for key, value in reading.weights.items():
         rule = drop_rule(family, key)
         if rule is not None:
             fate = f"dropped: {rule}"
-        elif found.backbone is None:
-            fate = "not known"
-        elif not found.state or any(key == name or key.endswith(f".{name}") for name in extra):
+        elif not reading.shapes:
+            fate = "unknown"
+        elif any(key == name or key.endswith(f".{name}") for name in extra):
             fate = "left over"
         else:
             fate = "used"
         rows.append((fate, key, tuple(value.shape)))
-    rows += [("missing", key, tuple(wanted[key].shape)) for key in wanted if key not in found.state]
+    rows += [("missing", key, tuple(shape.shape)) for key, shape in reading.shapes.items() if key not in reading.state]
     grouped = Counter((fate, re.sub(r"\.\d+(?=\.)", ".N", key), shape) for fate, key, shape in rows)
     table = [(fate, key, "x".join(map(str, shape)) or "1", f"{count}") for (fate, key, shape), count in grouped.items()]
     return sorted(table, key=lambda row: row[0] == "used", reverse=True)
@@ -68,77 +62,90 @@ def kind(value: Any) -> str:
     return repr(value) if isinstance(value, int | float | str | None) else getattr(value, "name", type(value).__name__)
 
 
-def family_of(path: Path | None, content: dict, args: Namespace) -> Detected:
-    """The family that is asked for or fits; ValueError says why it is none or several."""
-    if family := named_family(args.family):
-        return Detected(family)
-    if path is None:
-        return Detected("timm")
-    if args.file in CATALOGUE and CATALOGUE[args.file].family in FAMILIES:
-        return Detected(CATALOGUE[args.file].family)
-    return detect_family(path, content, args.checkpoint_key)
-
-
 def main(args: Namespace) -> None:
-    if args.model:
+    if args.model not in (None, FROM_FILE):
         architecture(args.model)
-    named_family(args.family)  # a mistake is said before anything is read
+    family = named_family(args.family)  # mistakes are reported before anything is read
     path = fetch_weights(args.file, args.offline)
-    mean = std = None
+    timm_model = None
     if path is None:
-        content, mean, std = load_timm(args.file, args.offline)
+        timm_model = timm_models.create(args.file, pretrained=True, offline=args.offline)
+        content, family = timm_model.state_dict(), "timm"
     else:
-        content = load_plain_or_safetensors(path)
+        content = without_wrappers(load_plain_or_safetensors(path))
         print(f"file          {path}\nsize          {path.stat().st_size:,} bytes\nsha256        {sha256(path)}")
-
+        family = known_family(args.file, FROM_FILE, family)
     try:
-        detected = family_of(path, content, args)
+        stated = Detected(family, reason="as stated") if family else None
+        detected = stated or detect_family(path, content, args.checkpoint_key, args.grid)
     except ValueError as error:
         print(f"family        {error}")
-        readings = [read_as(content, name, args.model, args.checkpoint_key) for name in FAMILIES]
-        rows = [(found.family, "; ".join(found.problems)[:160] or "loads") for found in readings if found.backbone]
-        if rows:
-            print(f"\nread as each of the families that find an encoder in it:\n{aligned(rows)}\n")
         entries = {} if all(isinstance(value, Tensor) for value in content.values()) else content
         for name, value in list(entries.items())[:20]:
             print(f"  holds {name}: {kind(value)}")
         sys.exit(1)
 
-    found = read_as(content, detected.family, args.model, args.checkpoint_key)
-    family = FAMILIES[found.family]
-    print(f"family        {found.family}: {family.description}")
-    print(f"architecture  {' or '.join(found.models) or 'unknown'}")
-    print(f"tensors       {len(found.weights)}, {sum(value.numel() for value in found.weights.values()):,} numbers")
-    if found.backbone is not None:
-        model = found.backbone
-        count = sum(value.numel() for value in model.parameters())
-        print(f"parameters    {count:,} of the encoder, {model.num_heads} heads")
-        size = model.grid_size[0] * model.patch_size
-        means = tuple(round(value, 3) for value in mean or family.mean)
-        stds = tuple(round(value, 3) for value in std or family.std)
-        untold = " (ImageNet's: the file tells none)" * (path is not None and found.family == "timm")
-        print(f"preprocessing {size} pixels, mean {means}, std {stds}{untold}")
-        if detected.others:
-            print(f"undecided     {undecided(detected, size)}")
+    options = timm_models.options_of(timm_model, args.file) if timm_model else {}
+    if args.num_heads:
+        options["num_heads"] = args.num_heads
+    reading = read_as(content, detected.family, args.model or FROM_FILE, args.checkpoint_key, args.grid, **options)
+    problems = [*reading.problems, *not_finite(reading)]
+    print(f"family        {describe(detected)}\narchitecture  {reading.model or 'unknown'}")
+    print(f"tensors       {len(reading.weights)}, {sum(value.numel() for value in reading.weights.values()):,} numbers")
+    if reading.shapes:
+        print_model(reading, detected, timm_model)
+    used = set(map(id, reading.weights.values()))
     beside = {name: value for name, value in content.items() if not isinstance(value, Tensor)}
     for name, value in beside.items():
-        if not (isinstance(value, dict) and set(map(id, value.values())) & set(map(id, found.weights.values()))):
+        if not (isinstance(value, dict) and set(map(id, value.values())) & used):
             print(f"left behind   {name}: {kind(value)}")
-    if args.checkpoint_key and not beside and len(content) > len(found.weights):
-        print(f"left behind   {len(content) - len(found.weights)} tensors that are not under {args.checkpoint_key}")
-    print("\n" + aligned([("fate", "key", "shape", "count"), *coverage(found)]) + "\n")
-    if found.problems:
-        print("cannot be used:\n" + "\n".join(f"  {problem}" for problem in found.problems))
+    if args.checkpoint_key and not beside and len(content) > len(reading.weights):
+        print(f"left behind   {len(content) - len(reading.weights)} tensors that are not under {args.checkpoint_key}")
+    for argument in other_encoders(content, reading):
+        print(f"also holds    an encoder: {argument}")
+    print("\n" + aligned([("fate", "key", "shape", "count"), *coverage(reading)]) + "\n")
+    if reading.heads_open:
+        problems = [*problems, heads_question(reading.options["embed_dim"])]
+    if problems:
+        print("cannot be used:\n" + "\n".join(f"  {problem}" for problem in problems))
         sys.exit(1)
-    options = f"--model {found.models[0]} --finetune {args.file}"
-    if args.checkpoint_key:
-        options += f" --checkpoint_key {args.checkpoint_key}"
-    named = [found.family, *detected.others] if path is not None and args.file not in CATALOGUE else [""]
-    print("use it with" if len(named) == 1 else "use it with the one that it is of")
-    for name in named:
-        words = options + f" --family {name}" * bool(name)
-        told = f"  # {FAMILIES[name].description}; positions: {resampling(name)}" if len(named) > 1 else ""
-        print(f"  python main_linprobe.py {words} --data_path $IMAGENET{told}")
+    print_commands(args, reading, detected, path is None or args.file in CATALOGUE)
+
+
+def describe(detected: Detected) -> str:
+    reason = detected.reason or "by assumption: the file does not show its family"
+    return f"{detected.family}, {reason}: {FAMILIES[detected.family].description}"
+
+
+def print_model(reading: Reading, detected: Detected, timm_model: Any) -> None:
+    count = sum(value.numel() for value in reading.shapes.values())
+    height, width = reading.options["img_size"]
+    patch = reading.options["patch_size"]
+    mean, std = FAMILIES[reading.family].mean, FAMILIES[reading.family].std
+    if timm_model is not None:
+        mean, std = timm_model.pretrained_cfg["mean"], timm_model.pretrained_cfg["std"]
+    print(f"parameters    {count:,} of the encoder, {reading.options['num_heads']} heads")
+    pixels = f"{height}" if height == width else f"{height} x {width}"
+    print(f"preprocessing {pixels} pixels ({height // patch} x {width // patch} patches), "
+          f"mean {tuple(round(x, 3) for x in mean)}, std {tuple(round(x, 3) for x in std)}")  # fmt: skip
+    if detected.reason in ("", TABLE):
+        print("assumed       heads (--num_heads), activation and norms (--timm_name), --mean, --std, --grid: "
+              "tensors do not show them")  # fmt: skip
+    if detected.others:
+        print(f"undecided     {undecided_family(detected)}")
+
+
+def print_commands(args: Namespace, reading: Reading, detected: Detected, known: bool) -> None:
+    named = "_width" not in reading.model
+    options = f"--model {reading.model if named else FROM_FILE} --finetune {args.file}"
+    for flag in ("checkpoint_key", "num_heads"):
+        options += f" --{flag} {getattr(args, flag)}" if getattr(args, flag) else ""
+    options += f" --grid {args.grid[0]} {args.grid[1]}" if args.grid else ""
+    families = [""] if known else [detected.family, *detected.others]
+    print("use it with" if len(families) == 1 else "use it with the family that it is of")
+    for name in families:
+        rule = f"  # {FAMILIES[name].description}; positions: {resampling(name)}" if len(families) > 1 else ""
+        print(f"  python main_linprobe.py {options}{f' --family {name}' * bool(name)} --data_path $IMAGENET{rule}")
 
 
 if __name__ == "__main__":
@@ -147,5 +154,7 @@ if __name__ == "__main__":
     parser.add_argument("--family", help=f"format of the file: {', '.join(FAMILIES)}, or auto (the default): detected")
     parser.add_argument("--model", help="architecture (default: by the sizes of the tensors)")
     parser.add_argument("--checkpoint_key", help="entry of the file that holds the weights")
+    parser.add_argument("--num_heads", type=int, help="attention heads (default: the architecture's)")
+    parser.add_argument("--grid", type=int, nargs=2, metavar=("ROWS", "COLUMNS"), help="patches of its positions")
     parser.add_argument("--offline", action="store_true", help="download nothing")
     run_main(main, parser.parse_args())

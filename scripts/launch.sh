@@ -1,43 +1,48 @@
-# Sourced by the training scripts: launch PROGRAM EFFECTIVE_BATCH BATCH FLAGS... runs one of the main_*.py on this machine
-# or sends it to SLURM, with as many micro-steps as make up the effective batch. Settings, from the environment:
-#   DATA, OUT    the data set (train/<class>/*, val/<class>/*) and the run folder; both needed
+# Sourced by the training scripts: launch PROGRAM EFFECTIVE_BATCH BATCH FLAGS... runs a main_*.py on this machine or
+# submits it to SLURM, with as many micro-steps as the effective batch needs. Settings, from the environment:
+#   DATA, OUT    data set (train/<class>/*, val/<class>/*) and run folder; both required
 #   GPUS         processes per node, one GPU each (default: this machine's GPUs; with SLURM 8); 0: one process on the CPU
-#   NODES        of SLURM (default 1)
-#   BATCH        images per GPU and micro-step, where the script's do not fit in memory
-#   SLURM        the launcher's flags, e.g. "--partition gpu --account a1": send it instead of running it here
-#   PRINT=1      show the command and stop
+#   NODES        SLURM nodes (default 1)
+#   BATCH        images per GPU and micro-step, if the script's default does not fit in memory
+#   SLURM        flags of submitit_linprobe.py, e.g. "--partition gpu --account a1": submit instead of running here
+#   PRINT=1      print the command and stop
+fail() { echo "$1" >&2; exit 2; }
+
 launch() {
-    local program=$1 effective=$2 batch=${BATCH:-$3} nodes=${NODES:-1} gpus=${GPUS:-} command
+    local program=$1 effective=$2 batch=${BATCH:-$3} nodes=${NODES:-1} gpus=${GPUS:-} name
     shift 3
-    [ -n "${DATA:-}" ] && [ -n "${OUT:-}" ] || { echo "say DATA=folder of the images and OUT=folder of the run" >&2; exit 2; }
+    [ -n "${DATA:-}" ] && [ -n "${OUT:-}" ] || fail "set DATA=folder of the images and OUT=folder of the run"
     if [ -z "$gpus" ]; then
         gpus=8
         [ -n "${SLURM+set}" ] || gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
     fi
+    for name in nodes gpus batch; do  # bash arithmetic would execute what is not a number
+        [[ ${!name} =~ ^(0|[1-9][0-9]{0,5})$ ]] || fail "${name^^} must be an integer, got ${!name}"
+    done
+    [ "$nodes" -gt 0 ] && [ "$batch" -gt 0 ] || fail "NODES and BATCH must be >= 1, got $nodes and $batch"
     local processes=$((nodes * (gpus > 0 ? gpus : 1))) share
     share=$((effective / processes))
     [ -n "${BATCH:-}" ] || while [ $((share % batch)) != 0 ]; do batch=$((batch - 1)); done
     if [ $((share * processes)) != "$effective" ] || [ $((share % batch)) != 0 ]; then
-        echo "$processes processes x BATCH=$batch do not divide an effective batch of $effective: choose others" >&2
-        exit 2
+        fail "$processes processes x BATCH=$batch do not divide the effective batch of $effective: change GPUS, NODES or BATCH"
     fi
-    local flags=(--data_path "$DATA" --batch_size "$batch" --accum_iter $((share / batch)) "$@")
+    local flags=(--data_path "$DATA" --batch_size "$batch" --accum_iter $((share / batch)) "$@") command=(python "$program.py")
     if [ -n "${SLURM+set}" ]; then
-        command=(python submitit_linprobe.py --main "$program" --job_dir "$OUT" --nodes "$nodes" --ngpus "$gpus" $SLURM)
+        local slurm=()
+        read -ra slurm <<< "$SLURM"
+        command=(python submitit_linprobe.py --main "$program" --job_dir "$OUT" --nodes "$nodes" --ngpus "$gpus" "${slurm[@]}")
     else
-        [ "$nodes" = 1 ] || { echo "NODES=$nodes takes SLURM" >&2; exit 2; }
+        [ "$nodes" = 1 ] || fail "NODES=$nodes needs SLURM"
         flags+=(--output_dir "$OUT" --resume auto)
-        command=(python "$program.py")
         [ "$gpus" -lt 2 ] || command=(torchrun --standalone --nproc_per_node "$gpus" "$program.py")
         if [ "$gpus" = 0 ]; then
             flags+=(--device cpu)
-            [ -n "${GPUS:-}" ] || echo "# no GPU here, so this is for the CPU: weeks; GPUS=8 shows the command of a GPU node" >&2
+            [ -n "${GPUS:-}" ] || echo "# no GPU found: on the CPU this takes weeks; GPUS=8 prints the command for a GPU node" >&2
         fi
     fi
-    command+=("${flags[@]}")
     if [ -n "${PRINT:-}" ]; then
-        printf '%q ' "${command[@]}"; echo
+        printf '%q ' "${command[@]}" "${flags[@]}"; echo
     else
-        "${command[@]}"
+        "${command[@]}" "${flags[@]}"
     fi
 }

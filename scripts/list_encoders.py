@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from cli.arguments import Parser, run_main
+from cli.console import Parser, run_main
 from encoders.catalogue import CATALOGUE, PUBLICATIONS
 from util.files import keep_table
 

@@ -10,7 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from attention.metrics import GROUPS, METRICS
-from cli.arguments import Parser, run_main
+from cli.console import Parser, run_main
 from util.files import keep_table
 
 COMMAND = "python scripts/list_metrics.py --write"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from cli.arguments import Parser, run_main
+from cli.console import Parser, run_main
 from data_sets.demo import generate
 
 
@@ -16,10 +16,10 @@ def main(args: argparse.Namespace) -> None:
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = Parser(__doc__)
-    parser.add_argument("folder", type=Path, help="where they go")
-    parser.add_argument("--train", type=int, default=8000, help="training images")
-    parser.add_argument("--val", type=int, default=2000, help="validation images")
-    parser.add_argument("--seed", type=int, default=0, help="of all that is drawn")
+    parser.add_argument("folder", type=Path, help="output folder")
+    parser.add_argument("--train", type=int, default=8000, help="number of training images")
+    parser.add_argument("--val", type=int, default=2000, help="number of validation images")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the images")
     return parser
 
 

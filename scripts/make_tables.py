@@ -1,13 +1,15 @@
-"""The paper's tables, with what was measured beside what the paper has: python scripts/make_tables.py [--dataset demo]
+"""The paper's tables, each measured value beside the paper's: python scripts/make_tables.py [--dataset demo]
 
-Numbers come from the records of the ledger alone (paper/ledger.py; scripts/record.py makes them). Each table is written
-to `<results>/<dataset>/tableN.md`, or as LaTeX or CSV. Notes say what was measured on what, and why a cell cannot be
-compared with the paper's; it has no difference then. What nobody measured is a dash.
---check: whether all tables that are there, and those between the marks of README.md, are what the records say.
+Numbers come from the records of the ledger (paper/ledger.py; scripts/record.py adds them). Each table is written to
+`<results>/<dataset>/tableN.md`, or as LaTeX or CSV. Its notes say on what a value was measured, and why it cannot be
+compared with the paper's; then there is no difference. What was not measured is a dash.
+
+--runs, --rules: a table of single runs instead: of probes, one row per encoder; of aggregation rules.
+--check: are all written tables, and those in README.md and docs/, what the records say? And are the records that these
+pages show of clean, known code, with goldens (paper/shown.py)? With --computed, do short runs repeat the goldens?
 """
 
 import argparse
-import contextlib
 import csv
 import io
 import json
@@ -19,16 +21,18 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from cli.arguments import Parser, run_main
-from data_sets.loader import DATASETS
+from cli.console import Parser, run_main
+from data_sets.table import DATASETS
 from paper.ledger import Cell, read_ledger, recorded_datasets
+from paper.runs import rules_table, runs_table
+from paper.shown import golden_problems, history_gap, origin_problems, shown_records
 from paper.tables import PAPER_DATASET, TABLES, Row, datasets_of, rows_of, table_of
-from scripts import probe_table
 from util.files import keep_table, write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 PAPER = ROOT / "results" / "paper_numbers.json"
-KEPT = (PAPER_DATASET, "demo")  # whose tables have to be there
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+REQUIRED = (PAPER_DATASET, "demo")  # data sets whose tables must be written
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -37,14 +41,12 @@ KEPT = (PAPER_DATASET, "demo")  # whose tables have to be there
 
 
 class Page(NamedTuple):
-    """A table in words: notes of all its numbers, and numbered ones of some."""
-
     title: str
     header: list[str]
-    left: int  # columns of words
+    left: int  # columns of text
     rows: list[list[tuple[str, list[int]]]]  # texts, and numbers of their notes
-    common: list[str]
-    notes: list[str]
+    common: list[str]  # notes on all numbers
+    notes: list[str]  # numbered notes
 
 
 def page_of(name: str, dataset: str, rows: Sequence[Row]) -> Page:
@@ -62,18 +64,17 @@ def page_of(name: str, dataset: str, rows: Sequence[Row]) -> Page:
         header += [column, *(["paper", "difference"] if has_paper else [])]
     lines = []
     for row in rows:
-        line = [(words, []) for words in (row.encoder, row.vit, row.line)[:left]]
+        line = [(text, []) for text in (row.encoder, row.vit, row.line)[:left]]
         for entry, has_paper in zip(row.entries, compared, strict=True):
-            texts = entry.texts() if entry else ("", "", "")
+            ours, paper, difference = entry.texts() if entry else ("", "", "")
             marks = sorted(notes.index(note) + 1 for note in entry.notes if note in notes) if entry else []
-            cells = [(texts[0], marks if entry and entry.ours else []), (texts[1], []), (texts[2], [])]
-            if entry and not entry.ours and marks:
-                cells[1] = (texts[1], marks)
+            measured = bool(entry and entry.ours)
+            cells = [(ours, marks if measured else []), (paper, [] if measured else marks), (difference, [])]
             line += cells if has_paper else cells[:1]
         lines.append(line)
-    where = f", {dataset}" if dataset != PAPER_DATASET else ""
+    suffix = f", {dataset}" if dataset != PAPER_DATASET else ""
     spread = "; mean ± std over seeds" if any(entry.std is not None for entry in entries) else ""
-    return Page(f"{table.title}{where}{spread}", header, left, lines, common, notes)
+    return Page(f"{table.title}{suffix}{spread}", header, left, lines, common, notes)
 
 
 def markdown(page: Page) -> str:
@@ -81,58 +82,61 @@ def markdown(page: Page) -> str:
         return text.replace("|", "\\|") + (f" <sup>{', '.join(map(str, marks))}</sup>" if marks else "")
 
     lines = [f"**{page.title}**", "", f"| {' | '.join(page.header)} |", "|---" * len(page.header) + "|"]
-    lines += [f"| {' | '.join(cell(*one) for one in row)} |" for row in page.rows]
+    lines += [f"| {' | '.join(cell(*content) for content in row)} |" for row in page.rows]
     lines += ["", *(f"{note}  " for note in page.common)]
     lines += [f"<sup>{number}</sup> {note}  " for number, note in enumerate(page.notes, 1)]
     return "\n".join(lines).rstrip() + "\n"
 
 
-def latex(page: Page) -> str:
-    special = {
-        "\\": r"\textbackslash{}",
-        "–": "--",
-        "~": r"\textasciitilde{}",
-        "^": r"\textasciicircum{}",
-        "±": r"$\pm$",
-        **{letter: f"${letter}$" for letter in "<>|"},  # other letters in the font that LaTeX begins with
-    }
+LATEX = {
+    **{letter: f"\\{letter}" for letter in "&%$#_{}"},
+    **{letter: f"${letter}$" for letter in "<>|"},  # other letters in LaTeX's default font
+    **{"\\": r"\textbackslash{}", "–": "--", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$"},
+}
 
+
+def latex(page: Page) -> str:
     def safe(text: str) -> str:
-        letters = [special.get(letter, f"\\{letter}" if letter in "&%$#_{}" else letter) for letter in text]
-        return "{}" * text.startswith("[") + "".join(letters)  # a line's end takes [ for its argument
+        return "{}" * text.startswith("[") + "".join(
+            LATEX.get(letter, letter) for letter in text
+        )  # \\[ has an argument
 
     def cell(text: str, marks: list[int]) -> str:
         return safe(text) + (f"$^{{{','.join(map(str, marks))}}}$" if marks else "")
 
     width = len(page.header)
-    lines = [f"% {page.title}", r"% \usepackage{booktabs}",
-             f"\\begin{{tabular}}{{{'l' * page.left}{'r' * (width - page.left)}}}", r"\toprule",
-             " & ".join(map(safe, page.header)) + r" \\", r"\midrule"]  # fmt: skip
-    lines += [" & ".join(cell(*one) for one in row) + r" \\" for row in page.rows]
+    lines = [f"% {page.title}", r"% \usepackage{booktabs}"]
+    lines += [f"\\begin{{tabular}}{{{'l' * page.left}{'r' * (width - page.left)}}}", r"\toprule"]
+    lines += [" & ".join(map(safe, page.header)) + r" \\", r"\midrule"]
+    lines += [" & ".join(cell(*content) for content in row) + r" \\" for row in page.rows]
     lines.append(r"\bottomrule")
     numbered = [("", note) for note in page.common] + [(f"$^{{{i}}}$ ", note) for i, note in enumerate(page.notes, 1)]
     lines += [f"\\multicolumn{{{width}}}{{l}}{{\\footnotesize {mark}{safe(note)}}} \\\\" for mark, note in numbered]
     return "\n".join([*lines, r"\end{tabular}"]) + "\n"
 
 
+CSV_HEADER = (
+    *("encoder", "vit", "line", "column", *Cell._fields, "ours", "ours_196", "std", "n", "paper", "difference"),
+    *("difference_196", "unit", "train_images", "test_images", "weights", "commit", "notes"),
+)
+
+
 def comma_separated(rows: Sequence[Row], records: dict[Cell, dict]) -> str:
-    """A line for each cell, numbers as they are, and what was measured on what."""
+    """A line per cell, with unrounded numbers."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(["encoder", "vit", "line", "column", *Cell._fields, "ours", "ours_196", "std", "n", "paper",
-                     "difference", "difference_196", "unit", "train_images", "test_images", "weights", "commit",
-                     "notes"])  # fmt: skip
+    writer.writerow(CSV_HEADER)
     for row in rows:
         for entry in filter(None, row.entries):
             ours, differences = [*entry.ours, None, None][:2], [*entry.differences, None, None][:2]
             numbers = [*ours, entry.std, entry.n or None, entry.paper, *differences]
-            words = ["" if number is None else repr(number) for number in numbers]
+            texts = ["" if number is None else repr(number) for number in numbers]
             origin = [""] * 5
             if record := records.get(entry.cell):
                 data, weights = record["data"], record["weights"]
                 origin = [record["unit"], data["n_train"], data["n_test"], weights["source"], record["commit"]]
             notes = "; ".join(entry.notes)
-            writer.writerow([row.encoder, row.vit, row.line, entry.column, *entry.cell, *words, *origin, notes])
+            writer.writerow([row.encoder, row.vit, row.line, entry.column, *entry.cell, *texts, *origin, notes])
     return stream.getvalue()
 
 
@@ -140,7 +144,7 @@ FORMATS = {"markdown": "md", "latex": "tex", "csv": "csv"}
 
 
 def text_of(name: str, dataset: str, form: str, results: Path) -> str:
-    """ValueError for a record that is none."""
+    """ValueError names a file that is not a record."""
     records = read_ledger(results, sorted(datasets_of(table_of(name, dataset), dataset)))
     rows = rows_of(name, dataset, records, json.loads(PAPER.read_text()))
     if form == "csv":
@@ -148,61 +152,81 @@ def text_of(name: str, dataset: str, form: str, results: Path) -> str:
     return {"markdown": markdown, "latex": latex}[form](page_of(name, dataset, rows))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# files
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def place_of(name: str, dataset: str, form: str, results: Path) -> Path:
+def path_of(name: str, dataset: str, form: str, results: Path) -> Path:
     return results / dataset / f"{'figure1' if name == 'fig1' else f'table{name}'}.{FORMATS[form]}"
 
 
 def has_records(name: str, dataset: str, results: Path) -> bool:
-    table = table_of(name, dataset)
-    records = read_ledger(results, sorted(datasets_of(table, dataset)))
+    records = read_ledger(results, sorted(datasets_of(table_of(name, dataset), dataset)))
     return any(entry and entry.ours for row in rows_of(name, dataset, records, ()) for entry in row.entries)
 
 
-def check(results: Path, page: Path) -> None:
-    """ValueError names every table that is not what the records say, and those that are missing."""
+# ---------------------------------------------------------------------------------------------------------------------
+# tables in pages, and the check
+# ---------------------------------------------------------------------------------------------------------------------
+
+SCRIPT = "python scripts/make_tables.py"
+
+
+def keep(page: Path, name: str, dataset: str, results: Path, write: bool) -> None:
+    title = f"{name if name == 'fig1' else f'table{name}'} of {dataset}"
+    command = f"{SCRIPT} --table {name} --dataset {dataset} --write"
+    keep_table(page, title, command, text_of(name, dataset, "markdown", results), write)
+
+
+def check(results: Path, pages: Sequence[Path], computed: Path | None = None) -> None:
+    """ValueError names every table that is not what the records say, and every shown record that cannot be trusted."""
     if not results.is_dir():
-        raise ValueError(f"--results {results}: there is no such folder")
+        raise ValueError(f"--results {results} does not exist")
     refuse_strays(results)
-    odd, known = [], set()
+    stale = stale_tables(results) + [name for page in pages for name in stale_in_page(page, results)]
+    problems = [f"not what the records say: {', '.join(stale)}; write them with {SCRIPT}"] if stale else []
+    gap = history_gap()
+    for path, record in {path: r for page in pages for path, r in shown_records(page).items()}.items():
+        problems += origin_problems(path, record, known_history=not gap)
+    if gap:
+        print(f"the commits of the records were not checked: {gap}")
+    if computed is not None:
+        problems += golden_problems(results, computed)
+    if problems:
+        raise ValueError("; ".join(problems))
+
+
+def stale_tables(results: Path) -> list[str]:
+    """Files of tables that are not what the records say, including missing ones and those of no table or data set."""
+    stale, known = [], set()
     for dataset in dict.fromkeys([*recorded_datasets(results), PAPER_DATASET]):
         for name in TABLES:
             for form in FORMATS:
-                path = place_of(name, dataset, form, results)
+                path = path_of(name, dataset, form, results)
                 known.add(path)
-                expected = form == "markdown" and dataset in KEPT and has_records(name, dataset, results)
-                if (path.exists() or expected) and read_page(path) != text_of(name, dataset, form, results):
-                    odd.append(str(path))
-    # a table of no data set or of another number has no records
-    odd += [str(path) for word in ("table", "figure") for form in FORMATS.values()
-            for path in sorted(Path(results).glob(f"*/{word}*.{form}")) if path not in known]  # fmt: skip
-    text = read_page(page)
-    if text is None:
-        raise ValueError(f"{page} cannot be read: name a page of this repository")
-    for name, dataset in re.findall(r"<!-- (table\w+|fig1) of (\w+): ", text):
-        number = name.removeprefix("table")
+                required = form == "markdown" and dataset in REQUIRED and has_records(name, dataset, results)
+                if (path.exists() or required) and read_page(path) != text_of(name, dataset, form, results):
+                    stale.append(str(path))
+    patterns = [f"*/{kind}*.{suffix}" for kind in ("table", "figure") for suffix in FORMATS.values()]
+    return stale + [str(path) for p in patterns for path in sorted(results.glob(p)) if path not in known]
+
+
+def stale_in_page(page: Path, results: Path) -> list[str]:
+    """Names of the tables between the marks of a page that are not what the records say."""
+    if (text := read_page(page)) is None:
+        raise ValueError(f"{page} cannot be read: give a page of this repository")
+    stale = []
+    for name, command in re.findall(r"<!-- ((?:table\w+|fig1) of \w+|runs|rules): (.*) -->", text):
         try:
-            if number not in TABLES or dataset not in DATASETS:
-                raise ValueError(f"there is no {name} of {dataset}")
-            keep(page, number, dataset, results, write=False)
-        except ValueError:
-            odd.append(f"{name} of {dataset} in {page}")
-    for name, words in re.findall(r"<!-- (\w+): python scripts/probe_table.py (.*) --write ", text):
-        try:
-            runs = [f"{label}={ROOT / path}" for label, _, path in (word.rpartition("=") for word in words.split())]
-            probe_table.keep(page, name, words.split(), probe_table.table(probe_table.labelled_runs(runs)), write=False)
-        except ValueError:
-            odd.append(f"{name} in {page}")
-    if odd:
-        raise ValueError(f"not what the records say: {', '.join(odd)}; scripts/make_tables.py writes them")
+            args = get_args_parser().parse_args(command.removeprefix(SCRIPT).partition(" --write")[0].split())
+            if args.runs or args.rules:
+                write_runs(args, page, write=False)
+            else:
+                (table,) = args.table
+                keep(page, table, args.dataset, results, write=False)
+        except (ValueError, TypeError, SystemExit):
+            stale.append(f"{name} in {page}")
+    return stale
 
 
 def read_page(path: Path) -> str | None:
-    """None where it is not there, or no text."""
+    """None for a file that does not exist, or is not text."""
     try:
         return path.read_text()
     except (OSError, UnicodeDecodeError):
@@ -210,63 +234,91 @@ def read_page(path: Path) -> str | None:
 
 
 def refuse_strays(results: Path) -> None:
-    """ValueError for records where no table looks for them."""
+    """ValueError for records in folders that no table reads."""
     strays = []
-    for path in sorted(Path(results).rglob("*.json")):
-        if path.parent.parent == Path(results) and path.parent.name in DATASETS:
-            continue  # which tables read
-        with contextlib.suppress(ValueError, RecursionError):
+    for path in sorted(results.rglob("*.json")):
+        if path.parent.parent == results and path.parent.name in DATASETS:
+            continue  # tables read it
+        try:
             record = json.loads(read_page(path) or "")
-            if isinstance(record, dict) and "seal" in record:
-                strays.append(str(path))
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(record, dict) and "seal" in record:
+            strays.append(str(path))
     if strays:
-        raise ValueError(f"records that no table looks for: {', '.join(strays)}; remove them, or bring them back")
+        raise ValueError(f"records that no table reads: {', '.join(strays)}; remove them, or move them back")
 
 
-def keep(page: Path, name: str, dataset: str, results: Path, write: bool) -> None:
-    title = name if name == "fig1" else f"table{name}"
-    command = f"python scripts/make_tables.py --table {name} --dataset {dataset} --write"
-    keep_table(page, f"{title} of {dataset}", command, text_of(name, dataset, "markdown", results), write)
+# ---------------------------------------------------------------------------------------------------------------------
+# the program
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def write_runs(args: argparse.Namespace, page: Path | None, write: bool = True) -> str:
+    """The table of --runs or --rules, also between the marks of a page; paths are relative to the repository."""
+    names = args.runs or [args.rules]
+    if page is None:
+        return runs_table(names, args.report) if args.runs else rules_table(Path(args.rules))
+    absolute = [f"{label}{equals}{ROOT / path}" for label, equals, path in (name.rpartition("=") for name in names)]
+    text = runs_table(absolute, args.report) if args.runs else rules_table(Path(absolute[0]))
+    flag = "runs" if args.runs else "rules"
+    keep_table(page, flag, f"{SCRIPT} --{flag} {' '.join(names)} --write", text, write)
+    return text
+
+
+def save(path: Path, text: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, text.encode())
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written: {error.strerror}") from error
 
 
 def main(args: argparse.Namespace) -> None:
     if args.dataset not in DATASETS or args.dataset == "image_folder":
-        raise ValueError(f"--dataset {args.dataset}: choose one of {', '.join(DATASETS)} that has a name of its own")
-    if args.check and args.table:
-        raise ValueError("--check looks at every table that is written: leave out --table")
+        names = ", ".join(name for name in DATASETS if name != "image_folder")
+        raise ValueError(f"--dataset {args.dataset} has no tables: choose one of {names}")
     if args.check:
-        check(args.results, args.write or ROOT / "README.md")
-        return
-    names = args.table or [name for name in TABLES if has_records(name, args.dataset, args.results)]
-    if not names:
-        raise ValueError(f"{args.results / args.dataset} holds no records: scripts/record.py makes them of runs")
-    if (args.output or args.write) and len(names) != 1:
-        raise ValueError("--output and --write are for one table: name it with --table")
-    for name in names:
-        if args.write:
-            keep(args.write, name, args.dataset, args.results, write=True)
-            continue
-        text = text_of(name, args.dataset, args.format, args.results)
+        if args.table:
+            raise ValueError("--check checks every written table: leave out --table")
+        check(args.results, [args.write] if args.write else PAGES, args.computed)
+    elif args.runs or args.rules:
+        text = write_runs(args, args.write)
         print(text)
-        path = args.output or place_of(name, args.dataset, args.format, args.results)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, text.encode())
-        except OSError as error:
-            raise ValueError(f"{path} cannot be written: {error.strerror}") from error
+        if args.output:
+            save(args.output, text)
+    else:
+        names = args.table or [name for name in TABLES if has_records(name, args.dataset, args.results)]
+        if not names:
+            raise ValueError(f"{args.results / args.dataset} has no records: add them with scripts/record.py")
+        if (args.output or args.write) and len(names) != 1:
+            raise ValueError("--output and --write are for one table: name it with --table")
+        for name in names:
+            if args.write:
+                keep(args.write, name, args.dataset, args.results, write=True)
+                continue
+            text = text_of(name, args.dataset, args.format, args.results)
+            print(text)
+            save(args.output or path_of(name, args.dataset, args.format, args.results), text)
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = Parser(__doc__)
     parser.add_argument("--table", nargs="+", default=None, choices=TABLES, help="default: all that have a record")
     parser.add_argument(
-        "--dataset", default=PAPER_DATASET, help=f"{PAPER_DATASET} (the paper's tables), demo, or other"
+        "--dataset", default=PAPER_DATASET, help=f"{PAPER_DATASET} (the paper's tables), demo, or another"
     )
     parser.add_argument("--results", type=Path, default=ROOT / "results", help="folder of the records")
     parser.add_argument("--format", default="markdown", choices=FORMATS)
-    parser.add_argument("--output", type=Path, default=None, help="write it here")
-    parser.add_argument("--write", type=Path, default=None, metavar="PAGE", help="into a page, between its marks")
-    parser.add_argument("--check", action="store_true", help="write nothing; fail where a table is out of date")
+    parser.add_argument("--output", type=Path, default=None, help="write the table to this file")
+    parser.add_argument(
+        "--write", type=Path, default=None, metavar="PAGE", help="write it into a page, between its marks"
+    )
+    parser.add_argument("--runs", nargs="+", metavar="[LABEL=]RUN", help="table of these runs of main_linprobe.py")
+    parser.add_argument("--report", choices=["last", "best"], default="last", help="epoch that --runs shows")
+    parser.add_argument("--rules", metavar="FILE", help="table of an aggregation.json")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail where a table or record is stale")
+    parser.add_argument("--computed", type=Path, metavar="FOLDER", help="of short runs, for --check to compare")
     return parser
 
 

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from attention.figures import FIGURES
 from attention.metrics import GROUPS, METRICS
-from cli.arguments import Parser, run_main
+from cli.console import Parser, run_main
 from util.plotting import choose_metrics, load_attention
 
 

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import matplotlib
 from matplotlib.figure import Figure
 
-from cli.arguments import Parser, run_main
+from cli.console import Parser, run_main
 from paper.ledger import read_ledger
 from paper.tables import PAPER_DATASET, Row, rows_of, table_of
 from util.plotting import COLOURS, STYLE, WIDTH, save_figure

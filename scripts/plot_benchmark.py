@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from cli.arguments import Parser, run_main
+from cli.console import Parser, run_main
 
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = ("benchmark", "model", "input_size", "batch_size", "amp", "device", "threads")

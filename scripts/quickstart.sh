@@ -1,11 +1,18 @@
 #!/usr/bin/env bash
-# The paper in miniature: bash scripts/quickstart.sh [--short | --real]
+# The paper in miniature: probes and attention flow of two encoders.
+# usage: bash scripts/quickstart.sh [--short | --real]
 #   (nothing)  the embedded demo: a few minutes on 2 CPU cores, no downloads beyond the package index
-#   --short    the same with few images and epochs: it shows that everything runs, not what comes out
+#   --short    the same with few images and epochs: a test that everything runs; its numbers mean nothing
 #   --real     Imagenette and the published MAE and DINO ViT-B: downloads 1.1 GB; hours without a GPU
 set -euo pipefail
-source "$(dirname "$0")/env.sh"
 mode=${1:-}
+usage() { sed -n '/^# usage/s/^# //p; /^#   /s/^# //p' "$0"; }
+case "$mode" in
+    "" | --short | --real) ;;
+    --help | -h) usage; exit ;;
+    *) echo "unknown option $mode" >&2; usage >&2; exit 2 ;;
+esac
+source "$(dirname "$0")/env.sh"
 workers=$(python -c 'import os; print(min(8, max(0, os.cpu_count() - 2)))')
 
 case "$mode" in
@@ -24,7 +31,6 @@ case "$mode" in
         weights=(mae_vit_base_patch16 dino_vit_base_patch16) labels=(MAE DINO)
         recipe="--batch_size 256 --epochs 20 --warmup_epochs 2 --blr 3 --eval_every 5"
         ;;
-    *) echo "usage: bash scripts/quickstart.sh [--short | --real]" >&2; exit 2 ;;
 esac
 
 echo "--- attention flow of both encoders"
@@ -44,7 +50,7 @@ done
 
 echo "--- results"
 python scripts/show_maps.py "${runs[@]}" --output "$out/maps.png"
-python scripts/probe_table.py "${runs[@]}" --output "$out/table.md"
-[ "$mode" != --short ] || echo "short mode: this shows that everything runs; its numbers mean nothing"
+python scripts/make_tables.py --runs "${runs[@]}" --output "$out/table.md"
+[ "$mode" != --short ] || echo "short mode only tests that everything runs: its numbers mean nothing"
 echo "table:   $out/table.md"
 echo "figures:" "$out"/attention/*.png "$out/maps.png"

@@ -1,9 +1,9 @@
-"""Records of results in the ledger: python scripts/record.py RUN ... [--results FOLDER]
+"""Add results to the ledger: python scripts/record.py RUN ... [--results FOLDER]
 
-RUN is the --output_dir of main_linprobe.py, main_analyze_attention.py or main_analyze_aggregation.py. Each cell of a
-table that it has measured becomes a file below FOLDER, by data set (paper/ledger.py), for scripts/make_tables.py.
-Runs that differ in nothing but their --seed, such as those of a sweep, become one record of all their seeds.
-A record says what stands in the way of comparing it with the paper: other images, other sizes, another protocol.
+RUN is the --output_dir of main_linprobe.py, main_analyze_attention.py or main_analyze_aggregation.py. Each table cell
+that the run measured becomes a file in FOLDER (paper/ledger.py), from which scripts/make_tables.py makes the tables.
+Runs that differ in their --seed alone, such as those of a sweep, become one record. A record lists the obstacles to a
+comparison with the paper: other images, sizes or training.
 """
 
 import argparse
@@ -16,79 +16,83 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from cli.arguments import FREE, Parser, run_main
-from data_sets.loader import DATASETS
+from cli.arguments import RESUMABLE_FLAGS
+from cli.console import Parser, run_main
+from data_sets.table import DATASETS
 from encoders.catalogue import CATALOGUE
 from models_vit import architecture, default_input_size
-from paper.ledger import Cell, cell_in, cell_of, joined, make_record, other_counts, write_record
+from paper.ledger import Cell, cell_in, cell_of, join, make_record, other_counts, write_record
 from util.files import sha256
 from util.progress import log, setup_logging
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
-MISREAD = (KeyError, TypeError, AttributeError, IndexError)  # of JSON that something else has written
+MALFORMED = (KeyError, TypeError, AttributeError, IndexError)  # from JSON that another program wrote
 PAPER_ORACLE = "dino_vit_base_patch16"
-SAME = 0.1  # points; predictions that are saved are of an evaluation of their own, which a GPU repeats to rounding
-PAPER_STEP = 0.01  # of thresholds, the coarser one of the reference
-# what the paper's probes were trained with (B.2, and the published code where the text is silent)
+LOG_TOLERANCE = 0.1  # points: with --save_predictions, results.json has an evaluation of its own
+PAPER_STEP = 0.01  # of thresholds: the coarser of the reference's two
+# how the paper trains probes (B.2, and the published code where the text is silent)
 PROTOCOLS = {
     "P-LP": {"effective_batch": 16_384, "bn_group": 2048, "optimizer": "lars"},
     "P-SGD": {"effective_batch": 1024, "optimizer": "sgd"},
 }
-EVERYWHERE = {
-    "warmup_epochs": 10, "start_epoch": 0, "blr": 0.1, "min_lr": 0.0, "weight_decay": 0.0, "crop": "mae",
-    "no_hflip": False, "final_norm": False, "init": "default", "cache_views": 0,
-}  # fmt: skip
+COMMON = {"warmup_epochs": 10, "start_epoch": 0, "min_lr": 0.0, "weight_decay": 0.0, "crop": "mae", "no_hflip": False}
+COMMON |= {"final_norm": False, "init": "default", "cache_views": 0}
+BLR = 0.1
+MOMENTUM = {"lars": 0.9, "sgd": 0.0}
 NORMED = ("capi",)  # families whose public models return tokens after the last norm: D12 in REPRODUCTION.md
 SHORTER = ("large", "huge")  # ViTs whose probes have 50 epochs instead of 90
 # arguments that change a published encoder, or what it sees
-ENCODER = {"num_heads": None, "no_cls_token": False, "loader": "pil"}
+ENCODER = {"num_heads": None, "no_cls_token": False, "loader": "pil", "mean": None, "std": None, "grid": None}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# why a number is not the paper's
+# obstacles to a comparison with the paper
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def obstacles(args: dict, encoder: dict, size: int, n_train: int | None, n_test: int, images: int) -> list[str]:
-    """What was measured otherwise than in the paper. n_train: None where nothing was trained; images: of the n_test
-    of the data set that count."""
-    entry, found = DATASETS[args["dataset"]], []
-    if encoder["source"] is None:
-        found.append("random weights")
-    found += other_counts(args["dataset"], train=n_train, val=n_test)
+    """n_train: None where nothing was trained; images: those of the n_test that were measured."""
+    reasons = ["random weights"] if encoder["source"] is None else []
+    reasons += other_counts(args["dataset"], train=n_train, val=n_test)
     if images != n_test:
-        found.append(f"measured on {images:,} of {n_test:,} images")
-    if entry.protocol:
+        reasons.append(f"measured on {images:,} of {n_test:,} images")
+    if DATASETS[args["dataset"]].protocol:
         if size != 224:
-            found.append(f"images of {size} pixels, the paper's have 224")
-        found += differences(args, ENCODER)
-    return found
+            reasons.append(f"images of {size} pixels, the paper's have 224")
+        reasons += differences(args, ENCODER)
+    return reasons
 
 
-def departures(run: dict, family: str | None, head: str, optimizer: str, blr: float, chosen: bool) -> list[str]:
-    """How the training of a probe differs from the paper's. run: what results.json says of the whole bank."""
-    protocol = DATASETS[run["args"]["dataset"]].protocol
-    if not protocol:
+def training_obstacles(run: dict, family: str | None, head: str, optimizer: str, blr: float, chosen: bool) -> list[str]:
+    """run: results.json, or what an analysis records of it; chosen: held-out images chose optimizer and rate."""
+    args = run["args"]
+    if not (protocol := DATASETS[args["dataset"]].protocol):
         return []
-    epochs = 50 if any(f"_{size}_" in run["args"]["model"] for size in SHORTER) else 90
-    asked = {**EVERYWHERE, **PROTOCOLS[protocol], "epochs": epochs, "final_norm": family in NORMED}
+    epochs = 50 if any(f"_{size}_" in args["model"] for size in SHORTER) else 90
+    paper = {**COMMON, **PROTOCOLS[protocol], "epochs": epochs, "final_norm": family in NORMED}
     if "sa=" in head:
-        asked["optimizer"] = "sgd"  # the paper could not train it with LARS
-    if chosen:
-        del asked["blr"]  # held-out images have chosen it
-    momentum = run["args"].get("momentum")
-    usual = {"lars": 0.9, "sgd": 0.0}[optimizer]
-    got = {**run["args"], "effective_batch": run["effective_batch"], "bn_group": run["bn_group"]}
-    found = differences({**got, "optimizer": optimizer, "blr": blr}, asked)
-    return found + ([f"momentum {momentum}, the paper's {usual}"] if momentum not in (None, usual) else [])
+        paper["optimizer"] = "sgd"  # the paper could not train it with LARS
+    if not chosen:
+        paper["blr"] = BLR
+    if args.get("momentum") is not None:
+        paper["momentum"] = MOMENTUM[optimizer]
+    sizes = {name: run[name] for name in ("effective_batch", "bn_group")}
+    return differences({**args, **sizes, "optimizer": optimizer, "blr": blr}, paper)
 
 
-def differences(ours: dict, theirs: dict) -> list[str]:
-    return [f"{name} {ours[name]}, the paper's {value}" for name, value in theirs.items() if ours[name] != value]
+def differences(ours: dict, paper: dict) -> list[str]:
+    """A run without an argument is older than it, and had its default."""
+    return [f"{k} {ours[k]}, the paper's {v}" for k, v in paper.items() if ours.get(k, v) != v]
 
 
-def notes_on(args: dict, encoder: dict) -> list[str]:
-    """What has to be said of the weights."""
+def oracle_obstacles(args: dict, head: str, oracle: dict | None) -> list[str]:
+    source = (oracle or {}).get("source")
+    if head.partition(":")[0] != "dino" or source == PAPER_ORACLE or not DATASETS[args["dataset"]].protocol:
+        return []
+    return [f"the oracle is {source}, the paper's is {PAPER_ORACLE}"]
+
+
+def weights_notes(args: dict, encoder: dict) -> list[str]:
     if not DATASETS[args["dataset"]].protocol or encoder["source"] in (None, *CATALOGUE):
         return []
     return [f"weights from {encoder['source']}; nothing shows that they are those of the paper"]
@@ -99,179 +103,173 @@ def notes_on(args: dict, encoder: dict) -> list[str]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def facts(path: Path, result: dict, trained: dict | None) -> dict[str, Any]:
-    """What all records of a run have alike. trained: the run that has trained its probes, if there are any."""
-    encoder, log_file = result["encoder"], path.parent / "log.txt"
+def origin(path: Path, result: dict, trained: dict | None) -> dict[str, Any]:
+    """What all records of a run share. trained: the run that trained its probes, if any."""
+    log_file = path.parent / "log.txt"
     source = {
-        "command": result["command"], "seed": result["args"]["seed"],
+        **{name: result[name] for name in ("command", "seconds", "finished")},
+        "seed": result["args"]["seed"],
         "hardware": {name: result[name] for name in ("device", "processes", "threads")},
-        "seconds": result["seconds"], "finished": result["finished"], "result_sha256": sha256(path),
+        "result_sha256": sha256(path),
         "log_sha256": sha256(log_file) if log_file.is_file() else None,  # analyses have none
-    }  # fmt: skip
+    }
     if trained not in (None, result):
         source["probes"] = {name: trained[name] for name in ("command", "commit")}
-    return {
-        **{name: result[name] for name in ("commit", "dirty", "versions")},
-        "weights": {name: encoder[name] for name in ("family", "source", "sha256")},
-        "data": {"classes": result["classes"], "n_train": trained and trained["n_train"], "n_test": result["n_test"],
-                 "train_fingerprint": trained and trained["train_images"], "fingerprint": result["test_images"]},
-        "sources": [source],
-    }  # fmt: skip
+    data = {"classes": result["classes"], "n_test": result["n_test"], "fingerprint": result["test_images"]}
+    data |= {"n_train": trained and trained["n_train"], "train_fingerprint": trained and trained["train_images"]}
+    weights = {name: result["encoder"][name] for name in ("family", "source", "sha256")}
+    code = {name: result[name] for name in ("commit", "dirty", "versions")}
+    return {**code, "weights": weights, "data": data, "sources": [source]}
 
 
 def probe_records(path: Path, run: dict) -> Iterable[dict]:
-    """results.json: the accuracy of each head, over its seeds."""
-    args, encoder, probes, quantity = run["args"], run["encoder"], run["probes"], run["headline"]
+    """results.json: the accuracy of each head, over its seeds, at the last epoch."""
+    args, encoder, quantity = run["args"], run["encoder"], run["headline"]
     check_log(path, run)
-    held_out = any("chosen" in probe for probe in probes.values())
-    size, last_block = input_size(args), architecture(args["model"])["depth"] - 1
-    common = facts(path, run, run)
-    cells: dict[tuple, list[dict]] = {}
-    for name, probe in probes.items():
+    size, last_block = args["input_size"] or default_input_size(args["model"]), architecture(args["model"])["depth"] - 1
+    common, n_train, n_val = origin(path, run, run), run["n_train"], run["n_val"]
+    held_out = any("chosen" in probe for probe in run["probes"].values())
+    groups: dict[tuple, dict[str, dict]] = {}
+    for name, probe in run["probes"].items():
         if probe.get("chosen", True):
-            cells.setdefault((probe["head"], probe["block"]), []).append({**probe, "name": name})
-    for (head, block), mine in cells.items():
-        one_rate(path, head, mine)
-        if lost := [probe for probe in mine if probe["diverged_at"] is not None]:
-            log.warning("%s: %s: %d of %d probes diverged: left out", path.parent, head, len(lost), len(mine))
+            groups.setdefault((probe["head"], probe["block"]), {})[name] = probe
+    for (head, block), named in groups.items():
+        probes = list(named.values())
+        check_one_rate(path, head, probes)
+        if diverged(path, head, probes):
             continue
-        first, counted = mine[0], {probe["last"]["n"] for probe in mine}
+        first = probes[0]
         cell = cell_of(args["dataset"], encoder, quantity, head, None if block == last_block else block)
-        found = obstacles(args, encoder, size, run["n_train"] + run["n_val"], run["n_test"], min(counted))
-        found += departures(run, encoder["family"], head, first["optimizer"], first["blr"], held_out)
-        found += oracle_of(args, head, run["oracle"])
+        counted = min(probe["last"]["n"] for probe in probes)
+        reasons = obstacles(args, encoder, size, n_train + n_val, run["n_test"], counted)
+        reasons += training_obstacles(run, encoder["family"], head, first["optimizer"], first["blr"], held_out)
+        reasons += oracle_obstacles(args, head, run["oracle"])
         settings = {
-            "program": "main_linprobe.py", "block": block, "optimizer": first["optimizer"], "blr": first["blr"],
-            "lr": run["lr"][first["name"]],
-            "rate_chosen_on_held_out_images": held_out, "n_val": run["n_val"], "parameters": first["parameters"],
-            "effective_batch": run["effective_batch"], "bn_group": run["bn_group"], "input_size": size,
-            **{name: args[name] for name in ("epochs", "amp", *EVERYWHERE) if name != "blr"},
-        }  # fmt: skip
-        notes = notes_on(args, encoder) + [f"rate {first['blr']:g} chosen on held-out images"] * held_out
-        values, seeds = [probe["last"][quantity] for probe in mine], [probe["seed"] for probe in mine]
-        yield make_record(cell, values, seeds, notes=notes, obstacles=found, settings=settings, **common)
+            **{"program": "main_linprobe.py", "block": block, "lr": run["lr"][next(iter(named))], "input_size": size},
+            **{name: first[name] for name in ("optimizer", "blr", "parameters")},
+            **{name: run[name] for name in ("n_val", "effective_batch", "bn_group")},
+            **{"rate_chosen_on_held_out_images": held_out, "seeds_vary": run.get("seeds_vary", ["weights"])},
+            **{name: args[name] for name in ("epochs", "amp", *COMMON)},
+        }
+        notes = weights_notes(args, encoder)
+        if held_out:
+            notes.append(
+                f"trained on {n_train:,} of {n_train + n_val:,} images, rate {first['blr']:g} chosen on the others"
+            )
+        values, seeds = [probe["last"][quantity] for probe in probes], [probe["seed"] for probe in probes]
+        yield make_record(cell, values, seeds, notes=notes, obstacles=reasons, settings=settings, **common)
 
 
 def check_log(path: Path, run: dict) -> None:
-    """ValueError where log.txt, which the record is going to hash, does not end with the scores of results.json."""
+    """ValueError unless log.txt, whose hash the record keeps, ends with the scores of results.json."""
     log_file = path.parent / "log.txt"
     if not log_file.is_file():
         return
     try:
-        last = json.loads(log_file.read_text().splitlines()[-1])
-        tested = last.get("test") or last["val"]
-        ours = {
-            name: (probe["last"] if "test" in last else probe["val"]["last"]) for name, probe in run["probes"].items()
-        }
-        alike = ours.keys() == tested.keys() and last["epoch"] + 1 == run["args"]["epochs"]
-        pairs = [(ours[name][run["headline"]], tested[name][run["headline"]]) for name in ours] if alike else []
-        if alike and all(a == b or abs(a - b) <= SAME for a, b in pairs):
+        last, headline = json.loads(log_file.read_text().splitlines()[-1]), run["headline"]
+        of_test = "test" in last
+        ours = {name: probe["last"] if of_test else probe["val"]["last"] for name, probe in run["probes"].items()}
+        theirs = last["test" if of_test else "val"]
+        pairs = [(scores[headline], theirs[name][headline]) for name, scores in ours.items()]
+        complete = ours.keys() == theirs.keys() and last["epoch"] + 1 == run["args"]["epochs"]
+        if complete and all(a == b or abs(a - b) <= LOG_TOLERANCE for a, b in pairs):
             return
-    except (*MISREAD, ValueError):
+    except (*MALFORMED, ValueError):
         pass
-    raise ValueError(
-        f"{log_file} does not end with the scores of {path.name}: one of them is not what the run wrote; run it again"
-    )
+    raise ValueError(f"{log_file} does not end with the scores of {path.name}: one was changed; repeat the run")
 
 
-def one_rate(path: Path, head: str, probes: list[dict]) -> None:
-    """ValueError where test scores would have to choose."""
-    if len(settings := {(probe["optimizer"], probe["blr"], probe["lr"]) for probe in probes}) > 1:
+def check_one_rate(path: Path, head: str, probes: Sequence[dict]) -> None:
+    """ValueError where only test scores could choose."""
+    if len(settings := {(probe["optimizer"], probe["blr"], probe.get("lr")) for probe in probes}) > 1:
         rates = ", ".join(f"{optimizer} {blr:g}" for optimizer, blr, _ in sorted(settings, key=str))
         raise ValueError(
             f"{path.parent}: {head} has several settings ({rates}), and choosing one by its test scores flatters it: "
-            "run main_linprobe.py with --val_fraction, which chooses on held-out images, or with one of them"
+            "run main_linprobe.py with one of them, or with --val_fraction, which chooses on held-out images"
         )
 
 
-def oracle_of(args: dict, head: str, oracle: dict | None) -> list[str]:
-    source = (oracle or {}).get("source")
-    if head.partition(":")[0] != "dino" or source == PAPER_ORACLE or not DATASETS[args["dataset"]].protocol:
-        return []
-    return [f"the oracle is {source}, the paper's is {PAPER_ORACLE}"]
+def diverged(path: Path, head: str, probes: Sequence[dict]) -> bool:
+    count = sum(probe["diverged_at"] is not None for probe in probes)
+    if count:
+        log.warning("%s: %s: %d of %d probes diverged: no record", path.parent, head, count, len(probes))
+    return count > 0
 
 
 def attention_records(path: Path, result: dict) -> Iterable[dict]:
     """attention.json: the entropy of [cls] over the patches, mean over blocks; uniform weights without [cls]."""
     args, encoder, metric = result["args"], result["encoder"], "cls_patch_entropy"
     has_cls = result["tokens"] - result["patches"] - result["registers"] > 0
-    notes = notes_on(args, encoder)
+    notes, depth = weights_notes(args, encoder), architecture(encoder["model"])["depth"]
     if not has_cls:
         value = math.log(result["patches"])
         notes.append(f"no [cls] token, hence uniform weights: ln {result['patches']} of its own patches")
-    elif metric in result["metrics"]:
-        means = [block["mean"] for block in result["metrics"][metric]["blocks"]]
-        value = sum(means) / len(means)
-    else:
+    elif metric not in result["metrics"]:
         raise ValueError(f"{path}: {metric} was not measured: run main_analyze_attention.py with --metrics flow")
+    else:
+        blocks = result["metrics"][metric]["blocks"]
+        if [block["block"] for block in blocks] != list(range(depth)):
+            raise ValueError(f"{path}: {metric} of {len(blocks)} blocks, {encoder['model']} has {depth}")
+        value = sum(block["mean"] for block in blocks) / depth
     cell = cell_of(args["dataset"], encoder, "aggregation_entropy_block_mean", "cls" if has_cls else "pos")
-    found = obstacles(args, encoder, result["input_size"], None, result["n_test"], result["images"])
-    settings = {
-        "program": "main_analyze_attention.py", "amp": result["amp"], "reduction": result["reduction"],
-        "input_size": result["input_size"], "images": result["images"],
-        "patches": result["patches"],
-    }  # fmt: skip
-    common = facts(path, result, None)
-    yield make_record(cell, [value], [None], notes=notes, obstacles=found, settings=settings, **common)
+    reasons = obstacles(args, encoder, result["input_size"], None, result["n_test"], result["images"])
+    settings = {name: result[name] for name in ("amp", "reduction", "input_size", "images", "patches")}
+    settings["program"] = "main_analyze_attention.py"
+    common = origin(path, result, None)
+    yield make_record(cell, [value], [None], notes=notes, obstacles=reasons, settings=settings, **common)
 
 
 def aggregation_records(path: Path, result: dict) -> Iterable[dict]:
-    """aggregation.json: entropies of the rules' vectors, and what they localise; not the accuracies of their probes."""
-    args, encoder, boxes = result["args"], result["encoder"], result.get("localization")
-    last_block, trained = architecture(encoder["model"])["depth"] - 1, result["probes"]
-    common = facts(path, result, trained)
+    """aggregation.json: entropies of the rules' vectors, and MaxBoxAccV2; not the accuracies of their probes."""
+    args, encoder, boxes, trained = result["args"], result["encoder"], result.get("localization"), result["probes"]
+    last_block = architecture(encoder["model"])["depth"] - 1
+    common = origin(path, result, trained)
     groups: dict[tuple, list[dict]] = {}
     for rule in result["rules"]:
         groups.setdefault((rule["head"], rule["block"]), []).append(rule)
     for (head, block), rules in groups.items():
         learned = rules[0]["probe"] is not None
-        scores = [score for rule in rules for score in rule["scores"].values() if rule["probe"] is not None]
+        scores = [score for rule in rules if rule["probe"] is not None for score in rule["scores"].values()]
         if learned:
-            one_rate(path, head, [{**score, "lr": None} for score in scores])
-        if any(score["diverged_at"] is not None for score in scores):
-            log.warning("%s: %s: a probe of it diverged: left out", path.parent, head)
+            check_one_rate(path, head, scores)
+        if diverged(path, head, scores):
             continue
         measured = {"aggregation_entropy": [rule["entropy"]["mean"] for rule in rules if "entropy" in rule]}
         counted = {"aggregation_entropy": result["images"]}
         if boxes:
             measured["maxboxaccv2"] = [boxes["maps"][rule["name"]]["maxboxaccv2"] for rule in rules]
             counted["maxboxaccv2"] = boxes["images"]
-        for quantity, values in measured.items():
-            if not values:
-                continue
-            # of localisation, the paper calls the mean [cls] attention simply [cls]
-            name = "cls" if quantity == "maxboxaccv2" and head == "attn-mn" else head
+        for quantity in [name for name, values in measured.items() if values]:
+            of_boxes = quantity == "maxboxaccv2"
+            # for localisation, the paper calls the mean [cls] attention simply [cls]
+            name = "cls" if of_boxes and head == "attn-mn" else head
             cell = cell_of(args["dataset"], encoder, quantity, name, None if block == last_block else block)
-            found = obstacles(args, encoder, result["input_size"], None, result["n_test"], counted[quantity])
-            found += oracle_of(args, head, result["oracle"])
+            reasons = obstacles(args, encoder, result["input_size"], None, result["n_test"], counted[quantity])
+            reasons += oracle_obstacles(args, head, result["oracle"])
             if learned:
-                found += of_probes(trained, encoder["family"], head, scores[0])
-            if quantity == "maxboxaccv2" and DATASETS[args["dataset"]].protocol:
+                reasons += probe_obstacles(trained, encoder["family"], head, scores[0])
+            if of_boxes and DATASETS[args["dataset"]].protocol:
                 if boxes["transform"] != "resize":
-                    found.append("central crops, the paper's reference takes the whole image")
+                    reasons.append("central crops, the paper's reference takes the whole image")
                 if boxes["step"] > PAPER_STEP:
-                    found.append(f"thresholds in steps of {boxes['step']}, the paper's reference has {PAPER_STEP}")
-            settings = {
-                "program": "main_analyze_aggregation.py", "block": block,
-                "oracle": result["oracle"] and result["oracle"]["source"], "amp": args["amp"],
-                "input_size": result["input_size"], "images": counted[quantity],
-                **({"transform": boxes["transform"], "step": boxes["step"]} if quantity == "maxboxaccv2" else {}),
-            }  # fmt: skip
-            notes = list(dict.fromkeys([*notes_on(args, encoder), *(note for rule in rules for note in rule["notes"])]))
-            seeds = [rule["seed"] for rule in rules]
-            yield make_record(cell, values, seeds, notes=notes, obstacles=found, settings=settings, **common)
+                    reasons.append(f"thresholds in steps of {boxes['step']}, the paper's reference has {PAPER_STEP}")
+            settings = {"program": "main_analyze_aggregation.py", "block": block, "images": counted[quantity]}
+            settings |= {"amp": args["amp"], "input_size": result["input_size"]}
+            settings |= {"oracle": result["oracle"] and result["oracle"]["source"]}
+            if of_boxes:
+                settings |= {"transform": boxes["transform"], "step": boxes["step"]}
+            if learned:
+                settings["seeds_vary"] = trained.get("seeds_vary") or ["weights"]
+            notes = dict.fromkeys([*weights_notes(args, encoder), *(note for rule in rules for note in rule["notes"])])
+            fields = {"notes": list(notes), "obstacles": reasons, "settings": settings, **common}
+            yield make_record(cell, measured[quantity], [rule["seed"] for rule in rules], **fields)
 
 
-def of_probes(run: dict, family: str | None, head: str, score: dict) -> list[str]:
-    """Obstacles of the run that has trained the probes of a rule."""
-    official = DATASETS[run["args"]["dataset"]].images
-    trained = run["n_train"] + (run["n_val"] or 0)
-    few = [f"probes trained on {trained:,} images"] if official and trained != official["train"] else []
-    return few + departures(run, family, head, score["optimizer"], score["blr"], bool(run["n_val"]))
-
-
-def input_size(args: dict) -> int:
-    return args["input_size"] or default_input_size(args["model"])
+def probe_obstacles(run: dict, family: str | None, head: str, score: dict) -> list[str]:
+    """Obstacles of the run that trained the probes of a rule."""
+    official, n_train = DATASETS[run["args"]["dataset"]].images, run["n_train"] + (run["n_val"] or 0)
+    few = [f"probes trained on {n_train:,} images"] if official and n_train != official["train"] else []
+    return few + training_obstacles(run, family, head, score["optimizer"], score["blr"], bool(run["n_val"]))
 
 
 PROGRAMS: dict[str, Callable[[Path, dict], Iterable[dict]]] = {
@@ -282,41 +280,33 @@ PROGRAMS: dict[str, Callable[[Path, dict], Iterable[dict]]] = {
 
 
 def records(path: Path) -> list[dict]:
-    """Of the results of a run. ValueError where they are none, or of a data set that has no name."""
+    """The records of a run's results. ValueError for other files, and for data sets without a name."""
     try:
         result = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:
-        told = type(error).__name__ if isinstance(error, UnicodeDecodeError) else error  # it quotes the file
-        raise ValueError(f"{path} cannot be read as JSON: {told}") from error
+        reason = type(error).__name__ if isinstance(error, UnicodeDecodeError) else error  # it quotes the file
+        raise ValueError(f"{path} cannot be read as JSON: {reason}") from error
     try:
         if "last" in result:
-            raise ValueError(
-                f"{path} is of the training of an encoder, of which no table has a cell: probe or analyse it"
-            )
-        dataset = result["args"]["dataset"]
-        result["args"].setdefault("loader", "pil")  # of runs that had no choice
-        if dataset not in DATASETS or dataset == "image_folder":
+            raise ValueError("it is of the training of an encoder, of which no table has a cell: probe or analyse it")
+        if (dataset := result["args"]["dataset"]) not in DATASETS or dataset == "image_folder":
             names = ", ".join(name for name in DATASETS if name != "image_folder")
-            raise ValueError(
-                f"{path} is of --dataset {dataset}, which can be any images: a record needs to know them. Run it with "
-                f"--dataset and one of {names}"
-            )
+            raise ValueError(f"--dataset {dataset} can be any images: repeat the run with --dataset and one of {names}")
         return list(PROGRAMS[path.name](path, result))
     except ValueError as error:
         raise ValueError(str(error) if str(path.parent) in str(error) else f"{path}: {error}") from error
-    except MISREAD as error:
+    except MALFORMED as error:
         raise ValueError(
-            f"{path} is not what its program writes, or was written by an earlier version, which did not say all that "
-            f"a record needs ({error!r}): run it again"
+            f"{path} is not the result of {path.stem}'s program at this version ({error!r}): repeat the run"
         ) from error
 
 
 def results_of(run: Path) -> list[Path]:
-    """The files that a run folder holds, one for each encoder of an analysis of several."""
-    found = [path for name in PROGRAMS for path in (run / name, *sorted(run.glob(f"*/{name}"))) if path.is_file()]
-    if not found:
-        raise ValueError(f"{run} holds none of {', '.join(PROGRAMS)}: is it the --output_dir of a run that has ended?")
-    return found
+    """The results in a run folder: one file per encoder of an analysis of several."""
+    paths = [path for name in PROGRAMS for path in (run / name, *sorted(run.glob(f"*/{name}"))) if path.is_file()]
+    if not paths:
+        raise ValueError(f"{run} has none of {', '.join(PROGRAMS)}: give the --output_dir of a finished run")
+    return paths
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -325,55 +315,51 @@ def results_of(run: Path) -> list[Path]:
 
 
 def settings_of(path: Path, record: dict) -> dict[str, Any]:
-    """Everything that has to be alike in runs of several seeds, those that have trained an analysis's probes too."""
-    result = json.loads(path.read_text())
-    of_probes = result["probes"] if "rules" in result else None  # the run that has trained them
-    asked = {}
-    for prefix, run in (("probes' ", of_probes), ("", result)):
+    """All that runs of several seeds must share, including the runs that trained an analysis's probes."""
+    result, settings = json.loads(path.read_text()), {}
+    trained = result["probes"] if "rules" in result else None
+    for prefix, run in (("probes' ", trained), ("", result)):
         for name, value in ({**run["args"], "commit": run["commit"]} if run else {}).items():
-            if name not in {*FREE, "seed", "seeds", "probes"}:
-                asked[f"{prefix}{name}"] = value
+            if name not in {*RESUMABLE_FLAGS, "seed", "seeds", "probes"}:
+                settings[f"{prefix}{name}"] = value
     for field in ("settings", "weights", "data", "versions"):
-        asked |= record[field]
-    return asked | {name: record[name] for name in ("dirty", "obstacles", "notes")}
+        settings |= record[field]
+    return settings | {name: record[name] for name in ("dirty", "obstacles", "notes")}
 
 
-def join_seeds(cell: Cell, found: Sequence[tuple[Path, dict]]) -> dict:
-    """One record of all runs that have measured a cell. ValueError where they differ in anything but the seed."""
-    first, *others = [(path, settings_of(path, record)) for path, record in found]
-    for path, asked in others:
-        names = [name for name in first[1] | asked if first[1].get(name) != asked.get(name)]
-        if names:
-            told = "; ".join(f"{name} {first[1].get(name)} and {asked.get(name)}" for name in names[:3])
+def join_runs(cell: Cell, runs: Sequence[tuple[Path, dict]]) -> dict:
+    """One record of all runs that measured a cell. ValueError where they differ in anything but the seed."""
+    (first, expected), *others = [(path, settings_of(path, record)) for path, record in runs]
+    for path, settings in others:
+        if names := [name for name in expected | settings if expected.get(name) != settings.get(name)]:
+            examples = "; ".join(f"{name} {expected.get(name)} and {settings.get(name)}" for name in names[:3])
             raise ValueError(
-                f"{first[0].parent} and {path.parent} have measured {cell} and differ in more than the seed ({told}): "
-                "name one of them"
+                f"{first.parent} and {path.parent} measured {cell} and differ in more than the seed ({examples}): "
+                "give one of them"
             )
-    return joined(cell, [record for _, record in found])
+    return join(cell, [record for _, record in runs])
 
 
 def main(args: argparse.Namespace) -> None:
     setup_logging()
-    found: dict[Cell, list[tuple[Path, dict]]] = {}
-    paths = {path.resolve(): path for run in args.runs for path in results_of(run)}
-    for path in paths.values():
+    runs: dict[Cell, list[tuple[Path, dict]]] = {}
+    for path in {path.resolve(): path for run in args.runs for path in results_of(run)}.values():
         for record in records(path):
-            found.setdefault(cell_in(record), []).append((path, record))
-    made = [join_seeds(cell, several) if len(several) > 1 else several[0][1] for cell, several in found.items()]
-    if not made:
-        raise ValueError(f"{', '.join(map(str, args.runs))}: no probe or measurement that is good for a record")
-    for record in made:
+            runs.setdefault(cell_in(record), []).append((path, record))
+    if not runs:
+        raise ValueError(f"{', '.join(map(str, args.runs))}: nothing to record: no table has a cell of these results")
+    joined = [join_runs(cell, several) if len(several) > 1 else several[0][1] for cell, several in runs.items()]
+    for record in joined:
         path = write_record(args.results, record, args.replace)
-        spread = f" ± {record['std']:.3g}" if record["std"] is not None else ""
-        seeds = f", {record['n']} seeds" if record["std"] is not None else ""
-        log.info("%s: %.4g%s %s%s", path, record["value"], spread, record["unit"], seeds)
+        spread = f" ± {record['std']:.3g}, {record['n']} seeds" if record["std"] is not None else ""
+        log.info("%s: %.4g %s%s", path, record["value"], record["unit"], spread)
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = Parser(__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder of a program")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the records")
-    parser.add_argument("--replace", action="store_true", help="in place of other measurements of the same cells")
+    parser.add_argument("--replace", action="store_true", help="replace other measurements of the same cells")
     return parser
 
 

@@ -26,7 +26,8 @@ from PIL import Image
 from torch import Tensor
 
 from attention.metrics import entropy
-from cli.arguments import PRECISIONS, Parser, add_encoder_arguments, frozen_encoder, run_main
+from cli.arguments import add_encoder_arguments, frozen_encoder, precision
+from cli.console import Parser, run_main
 from data_sets.images import read_rgb
 from data_sets.loader import eval_transform
 from main_analyze_attention import encoder_labels, one_encoder_each
@@ -148,7 +149,7 @@ def main(args: argparse.Namespace) -> None:
         for label, (encoder, size) in zip(labels, encoders, strict=True):
             transform = eval_transform(size, encoder.mean, encoder.std)
             seen = transform(image)
-            heads, to_self = attention_of(encoder.backbone, seen, args.block, args.query, PRECISIONS[args.amp])
+            heads, to_self = attention_of(encoder.backbone, seen, args.block, args.query, precision(args.amp))
             rows.append(Maps(label, visible(seen, transform), heads, to_self))
         which = (
             f"block {args.block} (from 0)"

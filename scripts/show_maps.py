@@ -1,8 +1,8 @@
-"""Where a [cls] token and an AbMILP probe look: python scripts/show_maps.py LABEL=RUN ... --output maps.png
+"""Compare maps of [cls] and AbMILP: python scripts/show_maps.py LABEL=RUN ... --output maps.png
 
-For images of the runs' validation set: the image, and for each run (the --output_dir of main_linprobe.py with an abmilp
-probe) the [cls] attention of the last block, averaged over heads, and the AbMILP weights, averaged over seeds. Maps are
-normalised to sum 1 over the patches and drawn over the image on one scale: a multiple of the uniform weight 1/M.
+Rows are images of the runs' validation set. Each run (an --output_dir of main_linprobe.py with abmilp probes) adds
+the [cls] attention of its encoder's last block, averaged over heads, and the AbMILP weights, averaged over seeds. Maps
+are in multiples of the uniform weight 1/M, on one colour scale.
 """
 
 import argparse
@@ -13,30 +13,30 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
-from matplotlib import rc_context
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from aggregation.examples import maps_of
+from aggregation.figures import display_name, draw_maps
 from aggregation.rules import fixed_rules, needs_of, probe_rules
-from cli.arguments import Parser, frozen_encoder, run_main
+from cli.arguments import frozen_encoder
+from cli.console import Parser, positive_int, run_main
 from data_sets.images import fingerprint
 from data_sets.loader import KeyedDataset, build_dataset, eval_transform
 from encoders.load import Encoder
 from engine_linprobe import FrozenTokens
 from probing.finished_run import ProbeRun, read_run
 from probing.pooling import Tokens
-from util.plotting import STYLE, add_scale, draw_map, save_figure, visible
+from util.plotting import visible
 from util.seeding import stable_seed
 
 
 def cls_and_abmilp(run: ProbeRun, encoder: Encoder, images: Tensor) -> dict[str, np.ndarray]:
-    """{"[cls]", where the encoder has it, and "AbMILP": (B,rows,columns)} of images (B,3,h,w), in multiples of uniform
-    weights. ValueError where the run has no abmilp probe."""
+    """{title: (B,rows,columns)} of images (B,3,h,w), in multiples of uniform weights: [cls], if the encoder has it, and
+    every AbMILP probe, averaged over its seeds. ValueError if the run has none."""
     backbone = encoder.backbone
     grid = backbone.grid_of(*images.shape[-2:])
-    given = Tokens(backbone.embed_dim, grid, backbone.num_prefix_tokens)
-    cls = fixed_rules(["attn-mn"] if backbone.has_cls else [], backbone, given, has_oracle=False)
+    shape = Tokens(backbone.embed_dim, grid, backbone.num_prefix_tokens)
+    cls = fixed_rules(["attn-mn"] if backbone.has_cls else [], backbone, shape, has_oracle=False)
     rules = probe_rules(run.bank(encoder, grid), backbone.depth - 1, run.scores())
     abmilp = [rule for rule in rules if rule.head.startswith("abmilp")]
     if not abmilp:
@@ -44,56 +44,40 @@ def cls_and_abmilp(run: ProbeRun, encoder: Encoder, images: Tensor) -> dict[str,
     rules = [*cls, *abmilp]
     blocks = tuple(sorted({rule.block for rule in rules}))
     tokens = FrozenTokens(backbone, blocks, torch.float32, run.args.final_norm, needs_of(rules))
-    maps = maps_of(rules, tokens, images, torch.device("cpu"))
-    found = {"[cls]": maps["attn-mn"]} if cls else {}
-    return {**found, "AbMILP": np.mean([maps[rule.name] for rule in abmilp], axis=0)}
-
-
-@rc_context(STYLE)
-def draw(pictures: np.ndarray, columns: dict[str, np.ndarray], target: Path) -> None:
-    """pictures (B,h,w,3); columns {title: (B,rows,columns) maps in multiples of uniform}; one row per image."""
-    top = max(float(np.quantile(column, 0.995)) for column in columns.values())
-    rows, count = len(pictures), 1 + len(columns)
-    figure = Figure(figsize=(1.3 * count + 0.6, 1.3 * rows + 0.3), layout="constrained")
-    axes = figure.subplots(rows, count, squeeze=False)
-    for row in range(rows):
-        axes[row, 0].imshow(pictures[row])
-        for axis, column in zip(axes[row, 1:], columns.values(), strict=True):
-            draw_map(axis, pictures[row], column[row], top)
-    for axis, title in zip(axes[0], ["image", *columns], strict=True):
-        axis.set_title(title)
-    for axis in axes.flat:
-        axis.axis("off")
-    add_scale(figure, top, more=any(float(column.max()) > top for column in columns.values()))
-    save_figure(figure, target)
+    maps = maps_of(rules, tokens, images)
+    columns = {"[cls]": [maps["attn-mn"]]} if cls else {}
+    for rule in abmilp:  # rates, blocks and options are not averaged
+        title = display_name(rule.name.removesuffix(f"/seed{rule.seed}"))
+        columns.setdefault(title, []).append(maps[rule.name])
+    return {title: np.mean(seeds, axis=0) for title, seeds in columns.items()}
 
 
 def main(args: argparse.Namespace) -> None:
-    if args.images < 1:
-        raise ValueError(f"--images {args.images}: it takes at least one")
-    columns, pictures, shown = {}, None, None
-    for word in args.runs:
-        label, _, folder = word.rpartition("=")
+    columns, pictures, common = {}, None, None
+    for argument in args.runs:
+        label, _, folder = argument.rpartition("=")
         run = read_run(Path(folder))
         encoder, size = frozen_encoder(run.args)
         images = build_dataset(run.args.dataset, run.args.data_path, "val", run.args.allow_subset)
-        if shown not in (None, fingerprint(images)):
-            raise ValueError(f"{folder} was tested on other images than the runs before it: make a figure of each")
-        shown = fingerprint(images)
+        if common not in (None, shown := fingerprint(images)):
+            raise ValueError(f"{folder} was tested on other images than the runs before it: draw one figure for each")
+        common = shown
         view = eval_transform(size, encoder.mean, encoder.std, run.args.loader)
         generator = torch.Generator().manual_seed(stable_seed("maps", args.seed))
         chosen = torch.randperm(len(images), generator=generator)[: args.images].tolist()
         batch = torch.stack([KeyedDataset(images, view, 0)[0, index].image for index in chosen])
-        for name, maps in cls_and_abmilp(run, encoder, batch).items():
-            columns[f"{label or Path(folder).name}: {name}"] = maps
+        name = label or Path(folder).name
+        if any(title.startswith(f"{name}: ") for title in columns):
+            raise ValueError(f"two runs are called {name}: write LABEL=RUN with two labels")
+        columns |= {f"{name}: {title}": maps for title, maps in cls_and_abmilp(run, encoder, batch).items()}
         pictures = visible(batch, view)
-    draw(pictures, columns, args.output)
+    draw_maps(pictures, columns, args.output)
 
 
 if __name__ == "__main__":
     parser = Parser(__doc__)
-    parser.add_argument("runs", nargs="+", metavar="LABEL=RUN", help="folders of main_linprobe.py")
-    parser.add_argument("--output", type=Path, default=Path("maps.png"), help="the figure")
-    parser.add_argument("--images", type=int, default=5, help="number of images")
-    parser.add_argument("--seed", type=int, default=0, help="which images")
+    parser.add_argument("runs", nargs="+", metavar="LABEL=RUN", help="run folders of main_linprobe.py")
+    parser.add_argument("--output", type=Path, default=Path("maps.png"), help="file of the figure")
+    parser.add_argument("--images", type=positive_int, default=5, help="number of images")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the choice of images")
     run_main(main, parser.parse_args())

@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
-# Make the demo encoders of demo/ again: bash scripts/train_demo.sh [FOLDER]
-# About an hour on one CPU core. Continues where it was stopped; a GPU is used where there is one.
-# The encoders end in FOLDER (default output_dir/demo); --install as the second argument copies them to demo/.
+# Train the encoders of demo/ anew: bash scripts/train_demo.sh [FOLDER [--install]]
+# About an hour on one CPU core; uses a GPU if there is one. The same command resumes a stopped run.
+# The encoders end up in FOLDER (default output_dir/demo); --install copies them to demo/.
 set -euo pipefail
 source "$(dirname "$0")/env.sh"
 out=${1:-output_dir/demo}
 mkdir -p "$out"
-common="--model vit_demo_patch8 --data_path $out/data --batch_size 128 --amp float32 --num_workers 1 --seed 0 --resume auto"
+common=(--model vit_demo_patch8 --data_path "$out/data" --batch_size 128 --amp float32 --num_workers 1 --seed 0 --resume auto)
 
 python scripts/make_demo_data.py "$out/data" --train 8000 --val 2000 --seed 0
 [ -f "$out/mae/encoder.safetensors" ] ||
-    python main_pretrain.py $common --epochs 60 --warmup_epochs 4 --blr 2e-3 --output_dir "$out/mae"
-# textures do not survive RandAugment's rotations, nor mixing: crops and flips are the augmentation
+    python main_pretrain.py "${common[@]}" --epochs 60 --warmup_epochs 4 --blr 2e-3 --output_dir "$out/mae"
+# only crops and flips: RandAugment's rotations and mixing destroy the textures
 [ -f "$out/mae_ft/encoder.safetensors" ] ||
-    python main_finetune.py $common --finetune "$out/mae/encoder.safetensors" --output_dir "$out/mae_ft" \
+    python main_finetune.py "${common[@]}" --finetune "$out/mae/encoder.safetensors" --output_dir "$out/mae_ft" \
         --epochs 15 --warmup_epochs 2 --blr 2e-3 --layer_decay 0.75 --drop_path 0 --crop_scale 0.35 \
         --aa "" --reprob 0 --mixup 0 --cutmix 0
 

@@ -16,6 +16,7 @@ from PIL import Image
 
 import models_mae
 import models_vit
+from encoders.load import save_encoder
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2}
@@ -53,16 +54,25 @@ def image_folder(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def pretrained(tmp_path_factory):
+    """The file of a random encoder of 4 x 4 patches."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "encoder.safetensors"
+    save_encoder(path, models_vit.build_vit("vit_demo_patch8", img_size=32).state_dict(), {"family": "mae"})
+    return path
+
+
 @pytest.fixture
 def run_program():
     """Start a program in a process of its own, or in several under torchrun, on the CPU."""
 
-    def run(*command: object, processes: int = 1) -> subprocess.CompletedProcess:
+    def run(*command: object, processes: int = 1, cwd: Path = ROOT) -> subprocess.CompletedProcess:
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
         words = [sys.executable, *(launcher if processes > 1 else []), *command]
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         return subprocess.run(
-            list(map(str, words)), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
+            list(map(str, words)), cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False
         )
 
     return run

@@ -5,7 +5,9 @@ import json
 
 import numpy as np
 from PIL import Image
-from scipy.io import savemat
+from scipy.io import savemat as save_uncompressed
+
+savemat = functools.partial(save_uncompressed, do_compression=True)  # as published files are
 
 
 def save(path, shade=0):

@@ -69,7 +69,7 @@ def test_parameter_counts_are_the_papers(options, parameters):
 
 
 def test_depth_zero_is_refused():
-    with pytest.raises(ValueError, match="depth of at least 1"):
+    with pytest.raises(ValueError, match="depth must be >= 1, got 0"):
         AbMILP(16, depth=0)
 
 

@@ -221,7 +221,7 @@ def test_central_patches_are_the_papers():
     assert central_cells((4, 4), 4) == list(range(16))
     f = features()
     torch.testing.assert_close(build("cp2")(f).vector, f.patches[:, central_cells(GRID, 2)].mean(1))
-    with pytest.raises(ValueError, match="no 4 x 4 central patches in a grid of 3 x 3"):
+    with pytest.raises(ValueError, match="4 x 4 central patches do not fit in a grid of 3 x 3"):
         build("cp4")
 
 
@@ -255,19 +255,19 @@ def test_flags_speak_for_heads_that_do_not_say_otherwise(word, flags, name):
 @pytest.mark.parametrize(
     ("word", "message"),
     [
-        ("mean", "unknown --cls_features 'mean': choose one of " + ", ".join(AGGREGATIONS)),
-        ("cls3", "unknown --cls_features 'cls3'"),
+        ("mean", "unknown head 'mean': choose one of " + ", ".join(AGGREGATIONS)),
+        ("cls3", "unknown head 'cls3'"),
         ("cls:depth=2", "cls has no options; not 'depth=2'"),
         ("abmilp:dept=2", "abmilp takes depth, act, .*, as in abmilp:option=value; not 'dept=2'"),
         ("abmilp:depth", "not 'depth'"),
-        ("abmilp:depth=0", "depth=0: write a number from 1 on"),
-        ("abmilp:depth=two", "depth=two: write a number from 1 on"),
+        ("abmilp:depth=0", "depth=0: must be a whole number >= 1"),
+        ("abmilp:depth=two", "depth=two: must be a whole number >= 1"),
         ("abmilp:sa=yes", "sa=yes: choose one of none, map, both, residual"),
         ("abmilp:depth=2,depth=3", "depth is set twice"),
         ("ap12:heads=4", "heads is set twice"),
         ("abmilp:act=tanh", "act has no effect with depth=1"),
-        ("ap17", "takes 1 to 16 heads, not 17"),
-        ("ep3", "cuts a vector of width 16 / 1 into 3 equal parts"),
+        ("ap17", "needs 1 to 16 heads, got 17"),
+        ("ep3", "splits a vector of width 16 / 1 into 3 equal parts"),
     ],
 )
 def test_a_head_that_cannot_be_is_refused_in_one_line(word, message):

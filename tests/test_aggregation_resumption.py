@@ -1,14 +1,17 @@
 """An aggregation analysis that is stopped, killed or moved, and resumed, gives the numbers of the uninterrupted one."""
 
+import shutil
 import signal
+from pathlib import Path
 
 import pytest
 import torch
 from interruptions import Killed, after_calls, analysed, checkpoints, differences, in_processes, kill, run
+from PIL import Image
 
 import main_linprobe
 from aggregation.rules import Findings
-from cli.arguments import parse
+from cli.console import parse
 from data_sets.demo import generate
 from runtime.folder import load_checkpoint, sealed
 from util import signals
@@ -96,7 +99,7 @@ def damaged(path, change):
 @pytest.mark.parametrize(
     ("place", "change", "told"),
     [
-        (3, lambda found: found["vectors"]["moments"].update(mean=torch.zeros(3)), "its moments are not of"),
+        (3, lambda found: found["vectors"]["moments"].update(mean=torch.zeros(3)), "moments of another shape"),
         (6, lambda found: found["boxes"].update(found=torch.zeros(1, 2, 3)), "found has the shape (1, 2, 3)"),
         (6, lambda found: found.pop("boxes"), "does not fit this run"),
     ],
@@ -133,3 +136,31 @@ def test_another_analysis_is_refused(more, told, command, tmp_path, after_batch,
     error = capsys.readouterr().err
     assert told in error and error.count("\n") == 1
     assert checkpoints(tmp_path) == ["checkpoint-0-4.pth"]
+
+
+@pytest.mark.parametrize("change", ["test images", "boxes", "scores of the probes"])
+def test_other_inputs_are_another_analysis(change, command, tmp_path, after_batch, capsys):
+    words = list(command)
+    for flag in ("--data_path", "--probes"):  # copies, to be changed
+        source = Path(command[command.index(flag) + 1])
+        shutil.copytree(source, tmp_path / source.name, copy_function=shutil.copy2)
+        words = [word.replace(str(source), str(tmp_path / source.name)) for word in words]
+    after_batch(2, lambda: signal.raise_signal(signal.SIGTERM))
+    assert run(PROGRAM, words, tmp_path / "run") == signals.EXIT_STOPPED
+    if change == "test images":
+        (image, *_) = sorted((tmp_path / "data" / "val").rglob("*.png"))
+        Image.new("RGB", (72, 72)).save(image)
+    else:
+        path, old, new = {
+            "boxes": (tmp_path / "data" / "boxes.csv", ",", ","),
+            "scores of the probes": (tmp_path / "probes" / "results.json", '"top1": ', '"top1": 1'),
+        }[change]
+        text = path.read_text()
+        if change == "boxes":
+            line = next(line for line in text.splitlines() if line.startswith("val"))
+            *fields, x0, y0, x1, y1 = line.split(",")
+            text = text.replace(line, ",".join([*fields, x0, y0, str(int(x1) - 1), y1]))
+        path.write_text(text.replace(old, new))
+    capsys.readouterr()
+    assert run(PROGRAM, words, tmp_path / "run", "--resume", "auto") == 2
+    assert f"{change} was" in capsys.readouterr().err

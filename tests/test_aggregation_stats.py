@@ -8,7 +8,8 @@ import scipy.special
 import scipy.stats
 import torch
 
-from aggregation.divergence import KL_FLOOR, VectorStats, divergences, entropies, normalised, same_peaks
+from aggregation import KL_FLOOR
+from aggregation.divergence import VectorStats, divergences, entropies, normalised, same_peaks
 from util.moments import FiniteMoments
 
 M = 49

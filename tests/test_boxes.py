@@ -11,6 +11,7 @@ from torchvision.transforms.functional import center_crop, resize
 from aggregation.boxes import BOX_SOURCES, Annotation, ImageBoxes, read_boxes
 from data_sets.demo import generate
 from data_sets.loader import build_dataset
+from util.progress import setup_logging
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 NAMES = [f"ILSVRC2012_val_{number:08d}" for number in (1, 2, 3)]
@@ -143,11 +144,12 @@ def test_boxes_outside_of_the_crop_are_left_out():
 def test_box_of_an_image_of_another_size_is_refused(root, tmp_path):
     (root / "boxes.csv").write_text(f"path,x0,y0,x1,y1\n{path_in(root, NAMES[0])},0,0,400,30\n")
     images = build_dataset("image_folder", root, "val")
-    with pytest.raises(ValueError, match=r"a box of .*00000001.JPEG leaves the image, which has 80 x 40 pixels"):
+    with pytest.raises(ValueError, match=r"a box of .*00000001.JPEG exceeds the image of 80 x 40 pixels"):
         read_boxes(root / "boxes.csv", None, images, root, [0]).resized(0, 224)
 
 
 def broken(tmp_path: Path, root: Path, name: str, old: str, new: str) -> Path:
+    tmp_path.mkdir(exist_ok=True)
     path = WRITERS[name](tmp_path / "annotations", root)
     files = sorted(path.glob("*")) if path.is_dir() else [path]
     for file in files:
@@ -158,26 +160,81 @@ def broken(tmp_path: Path, root: Path, name: str, old: str, new: str) -> Path:
 @pytest.mark.parametrize(
     ("name", "old", "new", "message"),
     [
-        ("csv", "x0,", "left,", r"is none of these: imagenet-xml, folder"),
-        ("csv", "path,", "image,", r"has no column path: its columns are image, x0, y0, x1, y1"),
-        ("csv", ",10,5,59,30", ",10,5,59", r"line 2: 10, 5, 59,  are not the four whole numbers of a box"),
-        ("csv", ",10,5,", ",10.5,5,", r"line 2: 10.5, 5, 59, 30 are not the four whole numbers"),
-        ("csv", ",10,5,59,", ",60,5,59,", r"line 2: 60, 5, 59, 30 is no box"),
-        ("csv", ",10,5,", ",-1,5,", r"line 2: -1, 5, 59, 30 is no box"),
-        ("csv elsewhere", ",80,40,", ",8,40,", r"leaves its image of 8 x 40 pixels"),
-        ("wsol", ",10,5,59,30", ",10,5,59", r"localization.txt, line 1: .*has not 5 columns|not the four"),
-        ("wsol", ",80,40", ",wide,40", r"image_sizes.txt, line 1: no width and height"),
+        ("csv", "x0,", "left,", r"none of the known formats: imagenet-xml, folder"),
+        ("csv", "path,", "image,", r"0 columns called path .*: image, x0, y0, x1, y1"),
+        ("csv", "path,", "path,x0,", r"2 columns called x0"),
+        ("csv", ",10,5,59,30", ",10,5,59", r"line 2: 10, 5, 59,  are not four integers"),
+        ("csv", ",10,5,", ",10.5,5,", r"line 2: 10.5, 5, 59, 30 are not four integers"),
+        ("csv", ",10,5,59,", ",60,5,59,", r"line 2: 60, 5, 59, 30 is not a box"),
+        ("csv", ",10,5,", ",-1,5,", r"line 2: -1, 5, 59, 30 is not a box"),
+        ("csv", "val/n00000000/ILSVRC2012_val_00000001.JPEG", "", r"line 2: the image has no name"),
+        ("csv elsewhere", ",80,40,", ",8,40,", r"exceeds its image of 8 x 40 pixels"),
+        ("csv elsewhere", ",80,40,", ",0,0,", r"line 2: no image has 0 x 0 pixels"),
+        ("csv elsewhere", ",80,40,0,", ",160,80,0,", r"line 4: val/.*2.JPEG has two sizes, \(160, 80\) and \(80, 40\)"),
+        ("csv elsewhere", ",80,40,", ",80,80,", r"drawn in an image of 80 x 80 pixels, but the file has 80 x 40"),
+        ("wsol", ",10,5,59,30", ",10,5,59", r"localization.txt, line 1: .* columns instead of 5|not four"),
+        ("wsol", ",80,40", ",wide,40", r"image_sizes.txt, line 1: wide, 40 are not a width and height"),
+        ("wsol", "val/ILSVRC2012_val_00000001.JPEG,80,40", "val/ILSVRC2012_val_00000002.JPEG,90,40",
+         r"image_sizes.txt, line 2: val/ILSVRC2012_val_00000002.JPEG has two sizes, \(90, 40\) and \(80, 40\)"),
         ("imagenet-csv", "n0 10 5 59 30", "n0 10 5 59", r"line 2: .* is not of the form IMAGE,WNID X0 Y0 X1 Y1"),
-        ("imagenet-xml", "<xmin>10</xmin>", "", r"00000001.xml: , 5, 59, 30 are not the four whole numbers"),
-        ("imagenet-xml", "</annotation>", "", r"00000001.xml is no annotation with a size and boxes"),
-        ("csv", "00000002", "00000009", r"1 images that have boxes do not exist, the first val/n00000001/.*09"),
-        ("wsol", "00000002", "00000009", r"1 images that have boxes do not exist, the first ILSVRC2012_val_00000009"),
+        ("imagenet-csv", "00000002", "00000001", r"line 3: ILSVRC2012_val_00000001 is also on line 2"),
+        ("imagenet-xml", "<xmin>10</xmin>", "", r"00000001.xml: , 5, 59, 30 are not four integers"),
+        ("imagenet-xml", "</annotation>", "", r"00000001.xml is not an annotation in XML"),
+        ("imagenet-xml", "<height>40</height>", "<height>90</height>", r"80 x 90 pixels, but the file has 80 x 40"),
+        ("csv", "00000002", "00000009", r"1 images with boxes do not exist, the first val/n00000001/.*09"),
+        ("wsol", "00000002", "00000009", r"1 images with boxes do not exist, the first ILSVRC2012_val_00000009"),
     ],
 )  # fmt: skip
-def test_mistakes_say_where_they_are(root, tmp_path, name, old, new, message):
+def test_mistakes_name_their_place(root, tmp_path, name, old, new, message):
     images = build_dataset("image_folder", root, "val")
     with pytest.raises(ValueError, match=message):
-        read_boxes(broken(tmp_path, root, name, old, new), None, images, root, range(3))
+        read_boxes(broken(tmp_path, root, name, old, new), None, images, root, range(3)).original(0)
+
+
+def test_boxes_drawn_in_a_larger_copy_of_the_image_are_scaled(root, tmp_path):
+    images = build_dataset("image_folder", root, "val")
+    boxes = read_boxes(broken(tmp_path, root, "csv elsewhere", ",80,40,", ",161,80,"), None, images, root, range(3))
+    index = next(index for index, (file, _) in enumerate(images.samples) if NAMES[0] in file)
+    assert boxes.resized(index, 224).tolist() == [
+        [int(a * 224 / side) for a, side in zip(BOXES[NAMES[0]][0], (161, 80, 161, 80), strict=True)]
+    ]
+
+
+@pytest.mark.parametrize("prefix", ["./val/", "val//", "val\\"])
+def test_paths_of_one_image_may_be_written_in_several_ways(root, tmp_path, prefix):
+    """Else its second box would belong to no image, and no error would say so."""
+    images, path = build_dataset("image_folder", root, "val"), write_csv(tmp_path, root)
+    path.write_text(
+        path.read_text().replace(
+            "val/n00000001/ILSVRC2012_val_00000002.JPEG,3", f"{prefix}n00000001/ILSVRC2012_val_00000002.JPEG,3"
+        )
+    )
+    boxes = read_boxes(path, None, images, root, range(3))
+    assert sorted(len(one.boxes) for one in boxes.annotations) == [1, 1, 2]
+
+
+def test_hidden_files_of_other_systems_are_skipped_and_counted(root, tmp_path, capsys):
+    setup_logging()
+    images, folder = build_dataset("image_folder", root, "val"), write_xml(tmp_path / "annotations", root)
+    for name in NAMES:
+        (folder / f"._{name}.xml").write_bytes(b"\0\5\x16\7")
+    assert len(read_boxes(folder, None, images, root, range(3)).annotations) == 3
+    assert "3 hidden .xml files ignored" in capsys.readouterr().out
+    for path in folder.glob("[!.]*"):
+        path.unlink()
+    with pytest.raises(ValueError, match="none of the known formats"):
+        read_boxes(folder, None, images, root, range(3))
+
+
+@pytest.mark.parametrize("name", ["imagenet-xml", "imagenet-csv"])
+def test_boxes_of_other_classes_are_logged(root, tmp_path, name, capsys):
+    setup_logging()
+    images = build_dataset("image_folder", root, "val")  # of the classes n00000000 (images 1 and 3), n00000001 (2)
+    for old, new, expected in (("n0", "n00000000", "1 of 3"), ("n0", "n00000001", "2 of 3"), ("n0", "dog", "")):
+        path = broken(tmp_path / new, root, name, old, new)
+        read_boxes(path, None, images, root, range(3))
+        logged = capsys.readouterr().out
+        assert f"{expected} images have boxes of other classes" in logged if expected else "classes" not in logged
 
 
 def test_images_without_a_box_are_named(root, tmp_path):
@@ -201,7 +258,7 @@ def test_boxes_of_other_images_alone_are_not_passed_over(root, tmp_path):
     images = build_dataset("image_folder", root, "val")
     path = write_csv(tmp_path, root)
     path.write_text(path.read_text().replace("ILSVRC2012_val_0000", "ILSVRC2012_val_0009"))
-    with pytest.raises(ValueError, match=r"they are boxes of other images, such as val/n0000000./ILSVRC2012_val_0009"):
+    with pytest.raises(ValueError, match=r"boxes of other images, such as val/n0000000./ILSVRC2012_val_0009"):
         read_boxes(path, None, images, root, range(3), allow_subset=True)
 
 
@@ -215,9 +272,7 @@ def test_the_folder_of_a_table_stands_for_it(root, tmp_path):
 def test_names_without_folders_must_tell_images_apart(root, tmp_path):
     shutil.copy(root / path_in(root, NAMES[0]), root / "val" / "n00000001")
     images = build_dataset("image_folder", root, "val")
-    with pytest.raises(
-        ValueError, match="names images without their folder, and two are called ILSVRC2012_val_00000001"
-    ):
+    with pytest.raises(ValueError, match="two images are called ILSVRC2012_val_00000001"):
         read_boxes(write_wsol(tmp_path / "annotations", root), None, images, root, range(3))
 
 
@@ -230,9 +285,9 @@ def test_tables_of_spreadsheets_are_read(root, tmp_path):
 
 def test_there_must_be_a_source(root, tmp_path):
     images = build_dataset("image_folder", root, "val")
-    with pytest.raises(ValueError, match="there is no such file or folder"):
+    with pytest.raises(ValueError, match=r"nowhere\.csv: no such file or folder"):
         read_boxes(tmp_path / "nowhere.csv", None, images, root, range(3))
-    with pytest.raises(ValueError, match="images of this data set are no files"):
+    with pytest.raises(ValueError, match="images of this data set are not files"):
         read_boxes(write_csv(tmp_path, root), None, [], root, [])
 
 
@@ -245,7 +300,7 @@ def test_demo_writes_what_is_read(tmp_path):
         assert found.shape == (1, 4) and size == (72, 72)
     # boxes of the training images belong to files that are there
     next((tmp_path / "demo" / "train").rglob("*.png")).unlink()
-    with pytest.raises(ValueError, match="1 images that have boxes do not exist"):
+    with pytest.raises(ValueError, match="1 images with boxes do not exist"):
         read_boxes(tmp_path / "demo" / "boxes.csv", None, images, tmp_path / "demo", range(10))
 
 

@@ -13,8 +13,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 import compare_probes
 
 from encoders.load import save_encoder
-from probing.predictions import FILE, read_predictions
-from util.files import digest, to_json
+from probing.predictions import FILE, file_digest, read_predictions
+from util.files import to_json
 
 LABELS = torch.arange(60) % 4
 
@@ -25,10 +25,10 @@ def write(folder, said, labels=LABELS, headline="top1", chosen=None, **facts):
     probes = {f"{head}/block1/blr0.1/seed{seed}": {"seed": seed, **marks[head]} for head, seed in said}
     tensors = {"index": torch.arange(len(labels)), "labels": labels}
     for name, one in zip(probes, said.values(), strict=True):
-        tensors |= {f"said/{name}": one, f"loss/{name}": torch.zeros(len(labels))}
+        tensors |= {f"output/{name}": one, f"loss/{name}": torch.zeros(len(labels))}
     facts = {"probes": probes, "headline": headline, "test_images": "a", **facts}
     folder.mkdir()
-    metadata = {"sha256": digest(dict(sorted(tensors.items()))), "facts": to_json(facts)}
+    metadata = {"sha256": file_digest(tensors, to_json(facts)), "facts": to_json(facts)}
     save_encoder(folder / FILE, tensors, metadata)
     return folder
 
@@ -88,6 +88,19 @@ def test_several_labels_are_compared_by_their_metric(tmp_path, capsys):
     assert "| pos/block1/blr0.1 | 1 | 100.00 |" in compared([run], capsys, "--resamples", "20")
 
 
+@pytest.mark.parametrize(
+    ("vary", "note"),
+    [
+        (["weights", "order", "views"], "seeds vary initial weights, data order and augmentation"),
+        (["weights"], "seeds vary initial weights only"),
+    ],
+)
+def test_what_seeds_vary_is_stated_under_the_table(vary, note, tmp_path, capsys):
+    several = write(tmp_path / "run", {("cls", seed): guesses(0.5, seed) for seed in range(3)}, seeds_vary=vary)
+    single = write(tmp_path / "single", {("cls", 0): guesses(0.5, 0)}, seeds_vary=vary)
+    assert note in compared([several], capsys) and "seeds vary" not in compared([single], capsys)
+
+
 def test_runs_of_one_label_join_their_seeds(tmp_path, capsys):
     runs = [write(tmp_path / name, {("cls", 0): guesses(0.5, seed)}) for seed, name in enumerate("ab")]
     assert "| cls/block1/blr0.1 | 2 |" in compared([f"MAE={run}" for run in runs], capsys)
@@ -103,10 +116,10 @@ def test_the_chosen_probes_alone_are_shown_unless_all_are_asked_for(tmp_path, ca
         compared([run], capsys, "--baseline", "cls/block1/blr0.1")
     text = compared([run], capsys, "--all", "--baseline", "cls/block1/blr0.1")
     assert "| pos/block1/blr0.1 (chosen) | 3 |" in text and "| cls/block1/blr0.1 | 3 |" in text
-    assert "chosen: the best optimizer and rate of its head and block on held-out images" in text
+    assert "chosen: best optimizer and rate for its head and block on held-out images" in text
 
 
-@pytest.mark.parametrize(("seeds", "note"), [(1, "a single seed has no"), (2, "of 2 seeds, the"), (3, None)])
+@pytest.mark.parametrize(("seeds", "note"), [(1, "a single seed has no"), (2, "two seeds say little"), (3, None)])
 def test_few_seeds_are_said_to_be_few(seeds, note, tmp_path, capsys):
     text = compared([write(tmp_path / "run", {("cls", seed): guesses(0.5, seed) for seed in range(seeds)})], capsys)
     assert (note is None or note in text) and text.count(" interval") == (note is not None)
@@ -126,6 +139,8 @@ def test_what_cannot_be_compared_is_refused(tmp_path, capsys):
         compared([run], capsys, "--baseline", "pos")
     with pytest.raises(ValueError, match=r"no such file; main_linprobe\.py --save_predictions writes it"):
         compared([tmp_path], capsys)
-    (run / FILE).write_bytes((run / FILE).read_bytes()[:-8] + bytes(8))
-    with pytest.raises(ValueError, match="or damaged ones"):
-        read_predictions(run)
+    content = (run / FILE).read_bytes()
+    for damaged in (content[:-8] + bytes(8), content.replace(b"top1", b"top5")):  # predictions, facts
+        (run / FILE).write_bytes(damaged)
+        with pytest.raises(ValueError, match="is damaged, or not"):
+            read_predictions(run)

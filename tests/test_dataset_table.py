@@ -1,17 +1,16 @@
 """Every data set, from miniature copies in the layout that its authors distribute, and what is said of damaged ones."""
 
 import hashlib
-import os
+import json
 import re
 import shutil
-import signal
 import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torchvision.datasets
-from miniatures import ARRAYS, CLASSES, MINIATURES, make_pets, write
+from miniatures import ARRAYS, CLASSES, MINIATURES, make_pets, save, write
 from scipy.io import savemat
 
 from data_sets.readers import read_matlab
@@ -136,7 +135,7 @@ def test_damaged_binary_files_are_named(array, name):
     folder, *_ = array(name)
     path = next(path for path in sorted(folder.iterdir()) if path.name.startswith(("test.", "test_b", "test_X")))
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(ValueError, match=rf"{path} has [\d,]+ bytes, which is no whole number of records"):
+    with pytest.raises(ValueError, match=rf"{path} has [\d,]+ bytes, which is not a multiple of"):
         build_dataset(name, folder.parent, "val")
 
 
@@ -153,22 +152,24 @@ def test_label_out_of_range_in_a_binary_file_is_named(array, name, part, at):
 
 def test_archives_are_downloaded_once_and_their_hash_is_checked(tmp_path, monkeypatch, serve):
     make_pets(tmp_path / "made")
-    address, resources = serve(tmp_path / "server"), []
+    address, resources = serve(tmp_path / "server"), {}
     for part in ("images", "annotations"):
         archive = tmp_path / "server" / f"{part}.tar.gz"
         archive.parent.mkdir(exist_ok=True)
         with tarfile.open(archive, "w:gz") as tar:
             tar.add(tmp_path / "made" / "oxford-iiit-pet" / part, arcname=part)
-        resources.append((f"{address}/{archive.name}", hashlib.md5(archive.read_bytes()).hexdigest()))
+        md5 = hashlib.md5(archive.read_bytes()).hexdigest()
+        resources[f"oxford_pets/{part}"] = (f"{address}/{archive.name}", md5)
     expect(monkeypatch, "oxford_pets", 2, 3, 2)
-    theirs = torchvision.datasets.OxfordIIITPet
-    monkeypatch.setattr(theirs, "_RESOURCES", resources)
+    monkeypatch.setattr("data_sets.table.ARCHIVES", resources)
     build_splits("oxford_pets", tmp_path / "data", 2)
-    monkeypatch.setattr(theirs, "_RESOURCES", [(resources[0][0], "0" * 32), resources[1]])
+    images, md5 = resources["oxford_pets/images"]
+    resources["oxford_pets/images"] = (images, "0" * 32)
     with pytest.raises(
         ValueError, match=r"images is not there, and http.* cannot be downloaded: File not found or corr"
     ):
         build_splits("oxford_pets", tmp_path / "other", 2)
+    resources["oxford_pets/images"] = (images, md5)
     shutil.rmtree(tmp_path / "server")
     build_splits("oxford_pets", tmp_path / "data", 2)
     with pytest.raises(
@@ -225,9 +226,7 @@ def drop_last_image(root, name):
 def test_listed_images_that_are_not_there_are_named_or_left_out(miniature, name):
     root, train, _ = miniature(name)
     path = drop_last_image(root, name)
-    with pytest.raises(
-        ValueError, match=rf"1 of the {len(train)} images that .* names are not there, the first {path}"
-    ):
+    with pytest.raises(ValueError, match=rf"1 of the {len(train)} images that .* lists are missing, the first {path}"):
         build_dataset(name, root, "train")
     left = build_dataset(name, root, "train", allow_subset=True)
     assert content(left) == list(train)[:-1] and len(left.targets) == len(train) - 1
@@ -235,7 +234,7 @@ def test_listed_images_that_are_not_there_are_named_or_left_out(miniature, name)
         remaining.unlink()
     for remaining in root.rglob("*.JPEG"):
         remaining.unlink()
-    with pytest.raises(ValueError, match="are not there, the first"):
+    with pytest.raises(ValueError, match="are missing, the first"):
         build_dataset(name, root, "train", allow_subset=True)
 
 
@@ -272,6 +271,8 @@ def change(path, old, new):
     path.write_text(text.replace(old, new))
 
 
+FOOD, NUS = "food-101/meta/train.json", "NUS-WIDE/ImageList/TrainImagelist.txt"
+CUB_IMAGES = "CUB_200_2011/images.txt"
 CUB, PETS = "CUB_200_2011/image_class_labels.txt", "oxford-iiit-pet/annotations/trainval.txt"
 COCO, ZEBRA = "annotations/instances_train2017.json", "NUS-WIDE/Groundtruth/TrainTestLabels/Labels_zebra_Train.txt"
 
@@ -294,8 +295,8 @@ COCO, ZEBRA = "annotations/instances_train2017.json", "NUS-WIDE/Groundtruth/Trai
         ("coco", COCO, '{"images"', "[" * 100_000, "cannot be read: maximum recursion depth"),
         ("nus_wide", ZEBRA, "1\n", "2\n", "neither 0 nor 1"),
         ("nus_wide", ZEBRA, "1\n", "", "3 entries, but .* 2"),
-        ("imagenet1pct", "1percent.txt", "n02058221_8", "n99999999_8", "are no folders of .*train, like n99999999"),
-        ("imagenet1pct", "1percent.txt", "n02058221_8", "n01440764_0", "names 1 images twice"),
+        ("imagenet1pct", "1percent.txt", "n02058221_8", "n99999999_8", "have no folder in .*train, such as n99999999"),
+        ("imagenet1pct", "1percent.txt", "n02058221_8", "n01440764_0", "image .*n01440764_0.JPEG appears twice"),
     ],
 )  # fmt: skip
 def test_what_a_list_says_wrong_is_said_with_its_path(miniature, name, path, old, new, message):
@@ -304,6 +305,72 @@ def test_what_a_list_says_wrong_is_said_with_its_path(miniature, name, path, old
     with pytest.raises(ValueError, match=message) as error:
         build_dataset(name, root, "train")
     assert path in str(error.value) and "\n" not in str(error.value)
+
+
+def coco_entry(kind, **changes):
+    """Repeat an entry of a list in COCO's file, with changes."""
+
+    def damage(root):
+        content = json.loads((root / COCO).read_text())
+        for number, annotation in enumerate(content["annotations"]):
+            annotation["id"] = 100 + number
+        content[kind].append(content[kind][0] | changes)
+        (root / COCO).write_text(json.dumps(content))
+
+    return damage
+
+
+def edit(path, old, new):
+    return lambda root: change(root / path, old, new)
+
+
+def repeat(path, line):
+    return edit(path, line, f"{line}\n{line}")
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        ("coco", coco_entry("images"), "images: id 9 appears twice"),
+        ("coco", coco_entry("images", id=77), r"image .*000000000009\.jpg appears twice"),
+        ("coco", coco_entry("annotations"), "annotations: id 100 appears twice"),
+        ("coco", coco_entry("categories"), "categories: id 90 appears twice"),
+        ("coco", coco_entry("categories", id=4), "class toothbrush appears twice"),
+        ("cub200", repeat(CUB_IMAGES, "3 001.Black_footed_Albatross/Bird_0003.jpg"), "number 3 appears twice"),
+        ("cub200", repeat(CUB, "2 1"), "number 2 appears twice"),
+        ("cub200", repeat("CUB_200_2011/classes.txt", "2 002.Laysan_Albatross"), "number 2 appears twice"),
+        ("cub200", edit(CUB_IMAGES, "0002.jpg", "0001.jpg"), r"0001\.jpg appears twice"),
+        ("cub200", edit("CUB_200_2011/train_test_split.txt", "2 1", "2 2"), "label 2 of entry 2"),
+        ("oxford_pets", repeat(PETS, "Abyssinian_2 1 1 1"), r"Abyssinian_2\.jpg appears twice"),
+        ("oxford_pets", edit(PETS, "Abyssinian_10 1", "Abyssinian_10 2"), "class 2 is .*but also"),
+        ("food101", edit(FOOD, '"apple_pie/3"', '"apple_pie/7"'), r"apple_pie/7\.jpg appears twice"),
+        ("food101", edit(FOOD, '"apple_pie/3"', '"waffles/9"'), "listed for another class"),
+        ("nus_wide", edit(NUS, "Train_2", "Train_0"), r"Train_0\.jpg appears twice"),
+        ("nus_wide", repeat("NUS-WIDE/ConceptsList/Concepts81.txt", "zebra"), "class zebra appears twice"),
+    ],
+)  # fmt: skip
+def test_what_is_listed_twice_or_contradicts_itself_is_refused(miniature, name, damage, message):
+    root, *_ = miniature(name)
+    build_dataset(name, root, "train")
+    damage(root)
+    with pytest.raises(ValueError, match=message) as error:
+        build_dataset(name, root, "train")
+    assert "\n" not in str(error.value)
+
+
+def test_images_listed_twice_for_the_flat_validation_folder_are_refused(miniature):
+    root, *_ = miniature("imagenet1k", flat="kaggle")
+    line = next(line for line in (root / "LOC_val_solution.csv").read_text().splitlines() if "00000002" in line)
+    repeat("LOC_val_solution.csv", line)(root)
+    with pytest.raises(ValueError, match=r"LOC_val_solution\.csv: image ILSVRC2012_val_00000002 appears twice"):
+        build_dataset("imagenet1k", root, "val")
+
+
+def test_an_image_in_both_lists_is_refused(miniature):
+    root, *_ = miniature("food101")
+    edit(FOOD.replace("train", "test"), "apple_pie/2", "apple_pie/3")(root)
+    with pytest.raises(ValueError, match=r"1 images are in both splits, such as .*apple_pie/3\.jpg"):
+        build_splits("food101", root, None)
 
 
 def test_labels_of_cars_out_of_range_and_test_annotations_without_labels_are_refused(miniature):
@@ -320,11 +387,18 @@ def test_labels_of_cars_out_of_range_and_test_annotations_without_labels_are_ref
         build_dataset("stanford_cars", root, "val")
 
 
-def test_a_matlab_file_that_crashes_its_reader_is_named(tmp_path, monkeypatch):
-    """scipy's compiled reader does not survive every damaged file; here, it is asked to die as it did."""
-    monkeypatch.setattr("scipy.io.loadmat", lambda *args, **options: os.kill(os.getpid(), signal.SIGKILL))
-    with pytest.raises(ValueError, match=r"cars_meta\.mat cannot be read: it is damaged, and crashes its reader"):
-        read_matlab(tmp_path / "cars_meta.mat", "class_names")
+@pytest.mark.parametrize("damage", ["cut off", "bit flipped", "no elements"])
+def test_damaged_matlab_files_are_refused_before_scipy_reads_them(tmp_path, monkeypatch, damage):
+    """scipy's compiled reader crashes over some damaged files."""
+    path = tmp_path / "cars_meta.mat"
+    savemat(path, {"class_names": np.array(["AM General Hummer", "Acura RL"], dtype=object)}, do_compression=True)
+    assert read_matlab(path, "class_names").tolist() == ["AM General Hummer", "Acura RL"]
+    data = bytearray(path.read_bytes())
+    data[-9] ^= 1
+    path.write_bytes({"cut off": data[:-5], "bit flipped": data, "no elements": data[:128]}[damage])
+    monkeypatch.setattr("scipy.io.loadmat", lambda *args, **options: pytest.fail("scipy has read it"))
+    with pytest.raises(ValueError, match=r"cars_meta\.mat cannot be read: "):
+        read_matlab(path, "class_names")
 
 
 def test_empty_class_folder_is_named(miniature):
@@ -348,7 +422,8 @@ def test_flat_validation_without_labels_says_what_to_put_where(miniature):
 
 def test_splits_of_other_classes_are_refused(miniature):
     root, *_ = miniature("food101")
-    change(root / "food-101/meta/test.json", '"waffles"', '"tacos"')
+    change(root / "food-101/meta/test.json", "waffles", "tacos")
+    save(root / "food-101/images/tacos/1.jpg")
     with pytest.raises(ValueError, match="in one only: tacos, waffles"):
         build_splits("food101", root, None)
 

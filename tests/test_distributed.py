@@ -38,7 +38,7 @@ def test_two_processes_exchange_what_they_should(run_program, tmp_path):
 THREADS = """
 import importlib, os, sys
 from pathlib import Path
-from cli.arguments import parse, run_main
+from cli.console import parse, run_main
 from data_sets.loader import Watched
 
 def left():

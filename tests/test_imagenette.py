@@ -6,9 +6,8 @@ import tarfile
 
 import pytest
 from PIL import Image
-from torchvision.datasets import Imagenette
 
-from data_sets.loader import DATASETS, build_splits
+from data_sets.table import ARCHIVES, DATASETS, IMAGENETTE, build_splits
 
 
 @pytest.fixture
@@ -20,14 +19,14 @@ def archive(tmp_path, monkeypatch, serve):
     Image.new("RGB", (32, 24)).save(picture, "JPEG")
     with tarfile.open(path, "w:gz") as tar:
         for split in ("train", "val"):
-            for wnid in Imagenette._WNID_TO_CLASS:
+            for wnid in IMAGENETTE:
                 for number in range(2):
                     member = tarfile.TarInfo(f"imagenette2-320/{split}/{wnid}/{wnid}_{number}.JPEG")
                     member.size = len(picture.getvalue())
                     tar.addfile(member, io.BytesIO(picture.getvalue()))
     md5 = hashlib.md5(path.read_bytes()).hexdigest()
     address = f"{serve(path.parent)}/{path.name}"
-    monkeypatch.setitem(Imagenette._ARCHIVES, "320px", (address, md5))
+    monkeypatch.setitem(ARCHIVES, "imagenette", (address, md5))
     entry = DATASETS["imagenette"]._replace(images={"train": 20, "val": 20})
     monkeypatch.setitem(DATASETS, "imagenette", entry)
     return path

@@ -1,14 +1,17 @@
 """Decoding, and damaged images: refused with their path, or skipped with every batch and every rank in step."""
 
+import io
 import json
 import logging
+import struct
+import zlib
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageFile
 
-from data_sets.images import DamagedImage, UnreadableImage, read_rgb
+from data_sets.images import ON_BAD_IMAGE, ArrayImages, DamagedImage, UnreadableImage, read_rgb
 from data_sets.loader import (
     EvaluationBatches,
     GlobalBatches,
@@ -19,6 +22,7 @@ from data_sets.loader import (
     eval_transform,
     train_transform,
 )
+from data_sets.views import LOADERS
 from util import distributed
 
 NOISE = np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8)
@@ -66,31 +70,106 @@ def test_every_8_bit_image_is_what_pil_converts_it_to(tmp_path, save):
     np.testing.assert_array_equal(image, Image.open(tmp_path / "image.jpg").convert("RGB"))
 
 
-def save_png(path, values):
-    Image.fromarray(values).save(path, "PNG")
+GRAY = (np.arange(512) * 8).reshape(16, 32).astype(np.uint16)  # 12 bits
+COLOUR = np.repeat(GRAY[..., None], 3, axis=2)
 
 
-def save_tiff(path, values):
-    Image.fromarray(values).save(path, "TIFF")
+def encoded(values, kind):
+    buffer = io.BytesIO()
+    Image.fromarray(values).save(buffer, kind)
+    return buffer.getvalue()
 
 
-def save_pgm(path, values):
-    path.write_bytes(b"P5 32 16 65535\n" + values.astype(">u2").tobytes())
+def png16(values, color_type):
+    """Pillow writes no 16 bits of colour."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 32, 16, 16, color_type, 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
-@pytest.mark.parametrize("save", [save_png, save_tiff, save_pgm])
-def test_16_bits_of_gray_keep_their_high_byte(tmp_path, save):
-    values = (np.arange(512) * 128).reshape(16, 32).astype(np.uint16)
-    save(tmp_path / "image", values)
-    expected = np.repeat((values >> 8).astype(np.uint8)[..., None], 3, axis=2)
-    np.testing.assert_array_equal(read_rgb(tmp_path / "image"), expected)
-    assert (np.asarray(Image.open(tmp_path / "image").convert("RGB")) == 255).mean() > 0.9  # what PIL makes of it
+def tiff16(values):
+    """The same, uncompressed TIFF of 16-bit RGB."""
+    data, tags = values.astype("<u2").tobytes(), []
+    for tag, kind, count, value in (
+        (256, 3, 1, 32), (257, 3, 1, 16), (258, 3, 3, 134), (259, 3, 1, 1), (262, 3, 1, 2), (273, 4, 1, 140),
+        (277, 3, 1, 3), (278, 3, 1, 16), (279, 4, 1, len(data)), (284, 3, 1, 1),
+    ):  # fmt: skip
+        tags.append(struct.pack("<HHII", tag, kind, count, value))
+    start = struct.pack("<2sHIH", b"II", 42, 8, len(tags)) + b"".join(tags) + struct.pack("<I", 0)
+    return start + struct.pack("<HHH", 16, 16, 16) + data
 
 
-def test_16_bits_of_colour_keep_their_high_byte(tmp_path):
-    values = (np.arange(512) * 128).reshape(16, 32).astype(">u2")
-    (tmp_path / "image").write_bytes(b"P6 32 16 65535\n" + np.repeat(values[..., None], 3, axis=2).tobytes())
-    np.testing.assert_allclose(np.asarray(read_rgb(tmp_path / "image"))[..., 0], values >> 8, atol=1)
+def jpeg2000(bits):
+    """A file of 8-bit colour whose header says more bits, as the only thing that is read before it is refused."""
+    data = bytearray(encoded(COLOUR.astype(np.uint8), "JPEG2000"))
+    data[data.index(b"\xff\x4f\xff\x51") + 42] = bits - 1
+    return bytes(data)
+
+
+DEEP = {
+    "16-bit PNG": lambda: encoded(GRAY, "PNG"),
+    "16-bit colour PNG": lambda: png16(COLOUR, 2),
+    "16-bit grey PNG with alpha": lambda: png16(COLOUR[..., :2], 4),
+    "16-bit RGBA PNG": lambda: png16(np.repeat(COLOUR[..., :1], 4, 2), 6),
+    "16-bit TIFF": lambda: encoded(GRAY, "TIFF"),
+    "16-bit colour TIFF": lambda: tiff16(COLOUR),
+    "32-bit integer TIFF": lambda: encoded(GRAY.astype(np.int32), "TIFF"),
+    "float TIFF": lambda: encoded(GRAY.astype(np.float32) / 4095, "TIFF"),
+    "16-bit PGM": lambda: b"P5 32 16 65535\n" + GRAY.astype(">u2").tobytes(),
+    "16-bit PPM": lambda: b"P6 32 16 65535\n" + COLOUR.astype(">u2").tobytes(),
+    "float PFM": lambda: b"Pf 32 16 -1.0\n" + GRAY.astype("<f4").tobytes(),
+    "16-bit JPEG 2000": lambda: encoded(GRAY, "JPEG2000"),
+    "12-bit colour JPEG 2000": lambda: jpeg2000(12),
+}
+
+
+@pytest.mark.parametrize("name", DEEP)
+@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize("on_bad_image", ON_BAD_IMAGE)
+def test_more_than_8_bits_are_refused_with_the_file_and_its_type(tmp_path, name, loader, on_bad_image):
+    path = tmp_path / "val" / "a" / "scan.png"  # the content decides, not the name
+    path.parent.mkdir(parents=True)
+    path.write_bytes(DEEP[name]())
+    images = build_dataset("image_folder", tmp_path, "val")
+    dataset = KeyedDataset(images, eval_transform(16, loader=loader), 0, on_bad_image=on_bad_image)
+    with pytest.raises(UnreadableImage, match=r"^cannot read image .*scan\.png: .*more than 8 bits.*(mode|bits|;16)"):
+        dataset[0, 0]
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_fewer_bits_of_gray_are_scaled_to_8(tmp_path, bits):
+    top = 2**bits - 1
+    values = np.arange(256) % (top + 1)
+    (tmp_path / "image").write_bytes(f"P5 16 16 {top}\n".encode() + values.astype(np.uint8).tobytes())
+    expected = np.round(values.reshape(16, 16) * 255 / top)
+    np.testing.assert_array_equal(np.asarray(read_rgb(tmp_path / "image"))[..., 0], expected)
+
+
+def test_low_colour_bitmaps_are_read(tmp_path):
+    """BMP with 5, 6 and 5 bits of a pixel: Pillow calls them BGR;16."""
+    header = struct.pack("<2sIHHIIiiHHIIiiII", b"BM", 66 + 8, 0, 0, 66, 40, 2, 2, 1, 16, 3, 8, 0, 0, 0, 0)
+    masks = struct.pack("<III", 0xF800, 0x07E0, 0x001F)
+    (tmp_path / "image").write_bytes(header + masks + struct.pack("<4H", 0xF800, 0x07E0, 0x001F, 0xFFFF))
+    assert read_rgb(tmp_path / "image").getpixel((0, 0)) == (0, 0, 255)
+    assert read_rgb(tmp_path / "image").getpixel((1, 0)) == (255, 255, 255)
+
+
+def test_an_animation_shows_its_first_frame(tmp_path):
+    frames = [Image.new("RGB", (8, 8), shade) for shade in ("red", "blue")]
+    frames[0].save(tmp_path / "image.gif", save_all=True, append_images=frames[1:])
+    assert read_rgb(tmp_path / "image.gif").getpixel((0, 0)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize(
+    "pixels", [np.zeros((2, 4, 4, 3), np.uint16), np.zeros((2, 4, 4, 3)), np.zeros((2, 4, 4), np.uint8)]
+)
+def test_arrays_of_other_pixels_are_refused(pixels):
+    with pytest.raises(ValueError, match=r"they must be uint8, \(n, h, w, 3\)"):
+        ArrayImages(pixels, [0, 1], ["a", "b"])
 
 
 def test_exif_orientation_is_ignored_as_in_torchvision(tmp_path):
@@ -257,13 +336,13 @@ def test_a_missing_file_is_an_error_even_where_damaged_ones_are_skipped(folder):
 
 def test_nothing_but_damaged_images_is_an_error(folder):
     spoil(folder, *range(10))
-    with pytest.raises(UnreadableImage, match="nor any that could stand in for it"):
+    with pytest.raises(UnreadableImage, match="nor any that could replace it"):
         list(pass_over(folder, "train"))
     assert set(pass_over(folder, "val")) == {None}
 
 
 def test_unknown_way_with_damaged_images_is_refused(folder):
-    with pytest.raises(ValueError, match="--on_bad_image ignore: choose from error, skip"):
+    with pytest.raises(ValueError, match="'ignore': choose from error, skip"):
         KeyedDataset(build_dataset("image_folder", folder, "val"), eval_transform(16), 0, on_bad_image="ignore")
 
 

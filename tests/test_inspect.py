@@ -66,7 +66,8 @@ def state(tiny):
 
 
 def inspect(path, capsys, **options) -> tuple[int, str]:
-    settings = {"file": str(path), "family": None, "model": None, "checkpoint_key": None, "offline": True, **options}
+    settings = {"file": str(path), "family": None, "model": None, "checkpoint_key": None, "offline": True}
+    settings |= {"num_heads": None, "grid": None, **options}
     try:
         inspect_checkpoint.main(argparse.Namespace(**settings))
         code = 0
@@ -87,10 +88,10 @@ def test_a_good_file_is_described_and_the_command_works(state, tiny, tmp_path, c
     code, text = inspect(path, capsys)
     assert code == 0
     assert sha256(path) in text
-    assert re.search(r"family +mae: ", text) and re.search(rf"architecture +{tiny}\n", text)
+    assert re.search(r"family +mae, by its decoder: ", text) and re.search(rf"architecture +{tiny}\n", text)
     parameters = sum(value.numel() for value in state.values())
     assert f"parameters    {parameters:,} of the encoder, 2 heads" in text
-    assert "32 pixels, mean (0.485, 0.456, 0.406), std (0.229, 0.224, 0.225)" in text
+    assert "32 pixels (4 x 4 patches), mean (0.485, 0.456, 0.406), std (0.229, 0.224, 0.225)" in text
     assert re.search(r"used +blocks\.N\.attn\.qkv\.weight +96x32 +3\n", text)
     assert re.search(r"dropped: decoder_\*? +decoder_embed\.weight +2x3 +1\n", text)
     assert re.search(r"dropped: mask_token +mask_token +1 +1\n", text)
@@ -116,22 +117,25 @@ def test_of_an_unknown_file_the_names_of_tensors_are_told(tmp_path, capsys):
     path = saved(tmp_path / "w.pth", {"layer.weight": torch.ones(2)}, cfg=argparse.Namespace())
     code, text = inspect(path, capsys)
     assert code == 1 and "holds no weights of a known family" in text and "holds model: dict of 1" in text
-    assert "its tensors are called layer.weight; there are mae, " in text and "read as" not in text
+    assert "its tensors are called layer.weight; there are mae, " in text
 
 
 def test_candidates_are_named_with_what_they_differ_in_and_the_arguments_of_each(state, tmp_path, capsys):
     torch.save({f"module.{key}": value for key, value in state.items()}, tmp_path / "w.pth")
     code, text = inspect(tmp_path / "w.pth", capsys)
-    assert code == 0 and "timm, dino, which make the same encoder of it at its 32 pixels: read as timm" in text
+    assert code == 0 and "families timm, dino, the same encoder at the size of its positions" in text
     for family, rule in (("timm", "antialias"), ("dino", "offset")):
         assert re.search(rf"--finetune \S+w.pth --family {family} --data_path \S+  # .*; positions: {rule}\n", text)
 
 
-def test_families_that_load_a_file_of_none_are_named(state, tmp_path, capsys):
+def test_the_keys_of_encoders_in_a_file_are_named(state, tmp_path, capsys):
     teacher = {f"backbone.{key}": value for key, value in state.items()}
     torch.save({"student": teacher, "teacher": teacher}, tmp_path / "w.pth")
     code, text = inspect(tmp_path / "w.pth", capsys)
-    assert code == 1 and "--family dino_full or --family ibot_full" in text and re.search(r"dino_full +loads\n", text)
+    assert code == 1 and "write --checkpoint_key student.backbone or --checkpoint_key teacher.backbone" in text
+    torch.save({"model": state, "model_ema": {k: -v for k, v in state.items()}}, tmp_path / "w.pth")
+    code, text = inspect(tmp_path / "w.pth", capsys)
+    assert code == 0 and "also holds    an encoder: --checkpoint_key model_ema\n" in text
 
 
 def test_what_a_checkpoint_key_leaves_is_counted(state, tmp_path, capsys):
@@ -141,15 +145,14 @@ def test_what_a_checkpoint_key_leaves_is_counted(state, tmp_path, capsys):
     assert "--checkpoint_key q --family timm" in text
 
 
-def test_sizes_without_a_name_are_said_to_be(state, tiny, tmp_path, capsys, monkeypatch):
+def test_a_size_without_a_name_is_read_from_the_file(state, tiny, tmp_path, capsys, monkeypatch):
     path = saved(tmp_path / "w.pth", state)
     monkeypatch.delitem(models_vit.ARCHITECTURES, tiny)
     code, text = inspect(path, capsys, family="mae")
-    assert (
-        code == 1 and "no architecture has its sizes (width 32, 3 blocks, patches of 8 pixels): there are vit_" in text
-    )
+    assert code == 1 and "state it with --num_heads (1, 2, 4, 8)" in text
+    code, text = inspect(path, capsys, family="mae", num_heads=2)
+    assert code == 0 and f"--model file --finetune {path} --num_heads 2 --family mae" in text
     monkeypatch.setitem(models_vit.ARCHITECTURES, tiny, models_vit.sizes(32, 4, 2, 8))
-    assert f"write --model {tiny} to see what is missing;" in inspect(path, capsys, family="mae")[1]
     assert "missing blocks.3.*" in inspect(path, capsys, family="mae", model=tiny)[1]
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from sklearn.neighbors import KNeighborsClassifier
 
 from probing.knn import knn_scores
-from probing.results import tell_neighbours
+from probing.results import log_neighbours
 
 
 def blobs(n, classes=7, width=12, seed=0):
@@ -59,7 +59,7 @@ def test_a_number_of_neighbours_that_is_written_twice_counts_once():
 
 def test_more_neighbours_than_images_are_refused():
     train, labels = blobs(9)
-    with pytest.raises(ValueError, match="--knn 10: there are 9 training images"):
+    with pytest.raises(ValueError, match="--knn 10: must be <= 9"):
         knn_scores(train, labels, train, labels, [1, 10], 7)
 
 
@@ -99,7 +99,7 @@ def test_the_log_has_one_line_for_each_k(caplog):
         f"abmilp/block5/blr{rate}/seed0": {"3": {"top1": rate}, "10": {"top1": rate + 1}} for rate in (40.0, 45.0)
     }
     with caplog.at_level("INFO", "beyond_cls"):
-        tell_neighbours(found)
+        log_neighbours(found)
     assert caplog.messages == [
         "k-NN, k = 3: top-1 cls/block5 50.00, abmilp/block5 40.00 to 45.00 (2 probes)",
         "k-NN, k = 10: top-1 cls/block5 60.00, abmilp/block5 41.00 to 46.00 (2 probes)",

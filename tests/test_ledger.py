@@ -8,11 +8,12 @@ from datetime import UTC, datetime
 
 import pytest
 
+import cli.launcher
 import main_analyze_aggregation
 import main_analyze_attention
 import main_linprobe
-import submitit_linprobe
-from cli.arguments import parse, plain
+from cli.arguments import plain
+from cli.console import parse
 from data_sets.demo import generate
 from paper.ledger import Cell, cell_in, cell_of, read_ledger, read_record, seal_of, short_head, write_record
 from scripts import record as program
@@ -134,7 +135,7 @@ def test_record_says_where_its_number_comes_from(made, tmp_path):
 def test_changed_record_is_refused_with_its_name(made, tmp_path, damage):
     path = write_record(tmp_path, made(probing())["cls"])
     path.write_text(damage(path.read_text()))
-    with pytest.raises(ValueError, match=rf"{path} (was changed|is no record)") as error:
+    with pytest.raises(ValueError, match=rf"{path} (was changed|is not a record)") as error:
         read_ledger(tmp_path, ["imagenet1k"])
     assert "\n" not in str(error.value)
 
@@ -144,7 +145,7 @@ def test_record_in_another_place_is_refused(made, tmp_path, place):
     path = write_record(tmp_path, made(probing())["cls"])
     (tmp_path / "demo").mkdir()
     path.rename(tmp_path / place.format("vit_base_patch16"))
-    with pytest.raises(ValueError, match="belongs into"):
+    with pytest.raises(ValueError, match="belongs in"):
         read_ledger(tmp_path, [place.split("/")[0]])
 
 
@@ -153,7 +154,7 @@ def test_resealed_record_of_another_data_set_is_refused_too(made, tmp_path):
     (tmp_path / "imagenet1k").mkdir()
     path = tmp_path / "imagenet1k" / "mae.vit_base_patch16.top1.cls.json"
     path.write_text(json.dumps({**record, "seal": seal_of(record)}))
-    with pytest.raises(ValueError, match=r"belongs into .*demo"):
+    with pytest.raises(ValueError, match=r"belongs in .*demo"):
         read_record(tmp_path, path)
 
 
@@ -171,32 +172,32 @@ def resealed(tmp_path, record):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"value": 71.6}, "value 71.6, where its values give 68.0"),
-        ({"values": [70.0, 71.0, 72.0]}, "value 68.0, where its values give 71.0"),
-        ({"std": 0.1}, "std 0.1, where its values give 1.0"),
-        ({"n": 5}, "n 5, where its values give 3"),
-        ({"unit": "nats"}, "unit nats, where its values give %"),
-        ({"seeds": [0]}, "3 values of 1 seeds"),
-        ({"values": []}, r"it is not what scripts/record.py writes"),
+        ({"value": 71.6}, "value 71.6, but its values give 68.0"),
+        ({"values": [70.0, 71.0, 72.0]}, "value 68.0, but its values give 71.0"),
+        ({"std": 0.1}, "std 0.1, but its values give 1.0"),
+        ({"n": 5}, "n 5, but its values give 3"),
+        ({"unit": "nats"}, "unit nats, but its values give %"),
+        ({"seeds": [0]}, "3 values for 1 seeds"),
+        ({"values": []}, "not written by scripts/record.py"),
         ({"sources": []}, "a run without its command"),
         ({"sources": [{"command": "main.py"}]}, "a run without its seed"),
-        ({"data": {"classes": 10, "n_test": 500, **IMAGES}}, "10 classes, where imagenet1k has 1000"),
-        ({"data": {"classes": 1000, "n_test": 500, **IMAGES}}, "500 test images, where imagenet1k has 50,000"),
-        ({"dataset": "nowhere"}, r"it is not what scripts/record.py writes \(KeyError\('nowhere'\)\)"),
-        ({"seeds": [0, 0, 1]}, r"a seed twice among \[0, 0, 1\]"),
-        ({"seeds": "012"}, "its seeds are not what"),
-        ({"notes": None}, "its notes are not what"),
-        ({"obstacles": [1]}, "its obstacles are not what"),
-        ({"weights": None}, "its weights are not what"),
-        ({"settings": []}, "its settings are not what"),
-        ({"model": "dino"}, "weights of mae, its cell is of dino"),
-        ({"data": {"classes": 1000, "n_test": 50_000, "n_train": 1, "fingerprint": None}}, "its data are not what"),
+        ({"data": {"classes": 10, "n_test": 500, **IMAGES}}, "10 classes, but imagenet1k has 1000"),
+        ({"data": {"classes": 1000, "n_test": 500, **IMAGES}}, "tested on 500 images"),
+        ({"dataset": "nowhere"}, r"not written by scripts/record.py \(KeyError\('nowhere'\)\)"),
+        ({"seeds": [0, 0, 1]}, r"a seed is repeated in \[0, 0, 1\]"),
+        ({"seeds": "012"}, "its seeds must be"),
+        ({"notes": None}, "its notes must be"),
+        ({"obstacles": [1]}, "its obstacles must be"),
+        ({"weights": None}, "its settings and weights must be"),
+        ({"settings": []}, "its settings and weights must be"),
+        ({"model": "dino"}, "weights of mae, but the cell is of dino"),
+        ({"data": {"classes": 1000, "n_test": 50_000, "n_train": 1, "fingerprint": None}}, "its data must have"),
         (
             {"data": {"classes": 1000, "n_test": 50_000, "n_train": None, "fingerprint": "f"}},
-            "it was trained on images",
+            "it was trained, but",
         ),
-        ({"values": [True, True, True], "value": 1}, r".* are no measured values"),
-        ({"values": [680.0, 680.0, 680.0], "value": 680.0, "std": 0.0}, r".* are not percent"),
+        ({"values": [True, True, True], "value": 1}, r".* must be finite"),
+        ({"values": [680.0, 680.0, 680.0], "value": 680.0, "std": 0.0}, r".* must be percentages"),
     ],
 )
 def test_resealed_record_that_contradicts_itself_is_refused(made, tmp_path, changes, words):
@@ -209,10 +210,10 @@ def test_resealed_record_that_contradicts_itself_is_refused(made, tmp_path, chan
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        ("main.py --dataset demo --data_path x", "its command has --dataset demo, its cell imagenet1k"),
-        ("main.py --dataset=demo", "its command has --dataset demo, its cell imagenet1k"),
-        ("main.py --dataset imagenet1k --dataset demo", "its command has --dataset demo, its cell imagenet1k"),
-        ("main.py --model vit_demo_patch8 --epochs 3", "its command has --model vit_demo_patch8, its cell vit_base_pa"),
+        ("main.py --dataset demo --data_path x", "--dataset demo, but the cell is of imagenet1k"),
+        ("main.py --dataset=demo", "--dataset demo, but the cell is of imagenet1k"),
+        ("main.py --dataset imagenet1k --dataset demo", "--dataset demo, but the cell is of imagenet1k"),
+        ("main.py --model vit_demo_patch8 --epochs 3", "--model vit_demo_patch8, but the cell is of vit_base_patch16"),
         ("main.py --oracle_model vit_demo_patch8 --model vit_small_patch16 vit_base_patch16 --epochs 3", None),
     ],
 )
@@ -222,7 +223,7 @@ def test_record_whose_command_measured_something_else_is_refused(made, tmp_path,
     if words is None:
         assert read_record(tmp_path, path)["value"] == 68.0
         return
-    with pytest.raises(ValueError, match=f"{path} contradicts itself: {words}"):
+    with pytest.raises(ValueError, match=f"{path} contradicts itself: its command has {words}"):
         read_record(tmp_path, path)
 
 
@@ -233,12 +234,12 @@ def test_demo_record_cannot_be_made_one_of_imagenet(made, tmp_path):
     record = made(result)["cls"]
     assert read_record(tmp_path, write_record(tmp_path, record))["obstacles"] == []
     path = resealed(tmp_path, {**record, "dataset": "imagenet1k"})
-    with pytest.raises(ValueError, match="10 classes, where imagenet1k has 1000"):
+    with pytest.raises(ValueError, match="10 classes, but imagenet1k has 1000"):
         read_ledger(tmp_path, ["imagenet1k"])
     path.unlink()
     renamed = path.with_name("mae.vit_base_patch16.top1.pos.json")
     (tmp_path / "demo" / path.name).rename(renamed)
-    with pytest.raises(ValueError, match=r"is the record of demo/.* belongs into"):
+    with pytest.raises(ValueError, match=r"is the record of demo/.* belongs in"):
         read_ledger(tmp_path, ["imagenet1k"])
 
 
@@ -333,7 +334,7 @@ def test_rates_that_held_out_images_chose_are_recorded_alone(made):
         probe["chosen"] = probe["blr"] == 0.2
     record = made(result)["cls"]
     assert record["settings"]["lr"] == 12.8 and record["n"] == 3 and record["obstacles"] == []
-    assert record["notes"] == ["rate 0.2 chosen on held-out images"]
+    assert record["notes"] == ["trained on 1,280,000 of 1,281,167 images, rate 0.2 chosen on the others"]
 
 
 def test_diverged_probes_have_no_cell(made, caplog):
@@ -350,10 +351,10 @@ def test_files_are_said_to_be_files(made):
 @pytest.mark.parametrize(
     ("result", "words"),
     [
-        (probing(flags=["--dataset", "image_folder"]), "is of --dataset image_folder, which can be any images"),
-        ({**probing(), "bn_group": None, "test_images": ...}, "written by an earlier version"),
-        ({"args": {}}, "is not what its program writes"),
-        ([], "is not what its program writes"),
+        (probing(flags=["--dataset", "image_folder"]), "--dataset image_folder can be any images"),
+        ({**probing(), "bn_group": None, "test_images": ...}, "at this version"),
+        ({"args": {}}, "at this version"),
+        ([], "at this version"),
     ],
 )  # fmt: skip
 def test_runs_that_do_not_say_enough_are_refused(made, result, words):
@@ -386,7 +387,7 @@ def test_log_that_is_not_of_the_results_is_refused(made, tmp_path, change):
 @pytest.mark.parametrize(
     ("content", "words"),
     [(b"\xff\xfe{", "cannot be read as JSON"), (b"[" * 100_000, "cannot be read as JSON"), (b"{", "cannot be read"),
-     (json.dumps(probing((math.nan,))).encode(), "are no measured values")],
+     (json.dumps(probing((math.nan,))).encode(), "must be finite")],
 )  # fmt: skip
 def test_results_that_are_none_are_named(tmp_path, content, words):
     path = tmp_path / "results.json"
@@ -398,7 +399,7 @@ def test_results_that_are_none_are_named(tmp_path, content, words):
 
 def test_run_of_the_demo_that_is_called_imagenet_is_not_written(tmp_path):
     run = put(tmp_path / "run", "results.json", probing(classes=10, n_test=500, n_train=1000))
-    with pytest.raises(ValueError, match="is no record: 10 classes, where imagenet1k has 1000"):
+    with pytest.raises(ValueError, match="is not a valid record: 10 classes, but imagenet1k has 1000"):
         recorded(tmp_path, run)
     assert not (tmp_path / "results").exists()
 
@@ -408,12 +409,12 @@ def test_run_of_which_nothing_is_left_is_said(tmp_path):
     for probe in result["probes"].values():
         probe["diverged_at"] = {"epoch": 3, "step": 1}
     run = put(tmp_path / "run", "results.json", result)
-    with pytest.raises(ValueError, match=f"{run}: no probe or measurement that is good for a record"):
+    with pytest.raises(ValueError, match=f"{run}: nothing to record"):
         recorded(tmp_path, run)
 
 
 def test_folder_without_results_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="is it the --output_dir of a run that has ended"):
+    with pytest.raises(ValueError, match="give the --output_dir of a finished run"):
         program.results_of(tmp_path)
 
 
@@ -478,7 +479,7 @@ def test_runs_of_a_sweep_over_seeds_are_one_record_with_all_their_sources(tmp_pa
 )
 def test_runs_that_differ_in_more_than_the_seed_are_refused(tmp_path, changes, words):
     runs = [run_of_seed(tmp_path / "0", 0, 67.0), run_of_seed(tmp_path / "1", 1, 68.0, **changes)]
-    with pytest.raises(ValueError, match=r"/0 and .*/1 have measured imagenet1k/mae.* differ in more") as error:
+    with pytest.raises(ValueError, match=r"/0 and .*/1 measured imagenet1k/mae.* differ in more") as error:
         recorded(tmp_path, *runs)
     assert f"({words}" in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "results").exists()
@@ -496,7 +497,7 @@ def test_a_seed_counts_once(tmp_path):
     run = run_of_seed(tmp_path / "0", 0, 67.0)
     (record,) = recorded(tmp_path, run, run).values()  # the same run twice
     assert record["n"] == 1
-    with pytest.raises(ValueError, match=r"several of these runs have measured .* with seed 0: name one of them"):
+    with pytest.raises(ValueError, match=r"several of these runs measured .* with seed 0: give one of them"):
         recorded(tmp_path, run, run_of_seed(tmp_path / "again", 0, 67.0))
 
 
@@ -518,8 +519,30 @@ def test_analyses_of_the_probes_of_several_seeds_are_joined_and_what_no_seed_dec
     assert [source["probes"]["command"] for source in found["abmilp"]["sources"]] == [
         f"main_linprobe.py --seed {seed}" for seed in range(3)
     ]
-    with pytest.raises(ValueError, match="with different results: name one of them"):
+    with pytest.raises(ValueError, match="with different results: give one of them"):
         recorded(tmp_path, tmp_path / "0-5.14", analysis(1, 5.2))
+
+
+EVERYTHING = ["weights", "order", "views"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "varied"),
+    [({}, ["weights"]), ({"seeds_vary": ["weights"]}, ["weights"]), ({"seeds_vary": EVERYTHING}, EVERYTHING)],
+)
+def test_record_says_what_its_seeds_vary(made, tmp_path, changes, varied):
+    """Runs that do not say it are older than the field, and varied initial weights only."""
+    trained = probing(**changes)
+    assert made(trained)["cls"]["settings"]["seeds_vary"] == varied
+    found = by_quantity(aggregation(probes=trained), tmp_path)
+    assert found["aggregation_entropy", "abmilp"]["settings"]["seeds_vary"] == varied
+    assert "seeds_vary" not in found["aggregation_entropy", "attn-mn"]["settings"]
+
+
+def test_separate_runs_vary_everything(tmp_path):
+    runs = [run_of_seed(tmp_path / str(seed), seed, top) for seed, top in ((0, 67.0), (1, 68.0))]
+    (record,) = recorded(tmp_path, *runs).values()
+    assert record["settings"]["seeds_vary"] == EVERYTHING
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -529,7 +552,7 @@ def test_analyses_of_the_probes_of_several_seeds_are_joined_and_what_no_seed_dec
 
 def attention(**changes):
     args = parse(main_analyze_attention.get_args_parser(), ["--data_path", "x", "--dataset", "imagenet1k"])
-    blocks = [{"block": block, "count": 50_000, "mean": mean} for block, mean in enumerate((5.0, 5.1))]
+    blocks = [{"block": block, "count": 50_000, "mean": mean} for block, mean in enumerate((5.0, 5.1) * 6)]
     return {
         "label": "MAE", "encoder": ENCODER, "images": 50_000, "input_size": 224, "patches": 196, "tokens": 197,
         "registers": 0, "metrics": {"cls_patch_entropy": {"blocks": blocks}}, "args": plain(args), "amp": "bfloat16",
@@ -542,6 +565,13 @@ def test_entropy_is_the_mean_over_blocks(made):
     assert record["value"] == pytest.approx(5.05) and record["std"] is None and record["obstacles"] == []
     some = made(attention(images=1000), "attention.json")["cls"]
     assert some["obstacles"] == ["measured on 1,000 of 50,000 images"]
+
+
+def test_mean_over_some_of_the_blocks_is_refused(made):
+    result = attention()
+    del result["metrics"]["cls_patch_entropy"]["blocks"][3]
+    with pytest.raises(ValueError, match="cls_patch_entropy of 11 blocks, vit_base_patch16 has 12"):
+        made(result, "attention.json")
 
 
 def test_uniform_weights_stand_for_encoders_without_cls(made):
@@ -627,13 +657,13 @@ def test_demo_runs_become_records_of_the_demo(tmp_path):
 
 def test_a_sweep_over_seeds_is_one_record_as_the_launcher_makes_it(tmp_path):
     generate(tmp_path / "data", 20, 10, workers=1)
-    launcher = submitit_linprobe.get_args_parser().parse_args(
+    launcher = cli.launcher.get_args_parser().parse_args(
         ["--job_dir", str(tmp_path / "sweep"), "--sweep", "seed", "0", "1", "2", "--ngpus", "0"]
     )
     words = ["--dataset", "demo", "--data_path", str(tmp_path / "data"), "--amp", "float32", "--num_workers", "0",
              "--model", "vit_demo_patch8", "--finetune", "demo/mae.safetensors", "--cls_features", "cls", "abmilp",
              "--batch_size", "10", "--epochs", "1", "--warmup_epochs", "0"]  # fmt: skip
-    jobs = submitit_linprobe.plan(launcher, words)
+    jobs = cli.launcher.plan(launcher, words)
     for job in jobs:
         main_linprobe.main(parse(main_linprobe.get_args_parser(), job.argv))
     program.main(Namespace(runs=[job.folder for job in jobs], results=tmp_path / "results", replace=False))

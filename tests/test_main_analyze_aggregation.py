@@ -11,14 +11,17 @@ import torch
 from PIL import Image
 from test_run_folder import claimed_by_another_process
 
+import aggregation.rules
 import main_analyze_aggregation
 import main_linprobe
 import models_vit
 from aggregation.boxes import read_boxes
 from aggregation.divergence import entropies, normalised
-from aggregation.figures import spoken
+from aggregation.figures import display_name
 from aggregation.localization import best_overlaps, levels_of, score_map
-from cli.arguments import frozen_encoder, parse, run_main
+from aggregation.results import table as table_of
+from cli.arguments import frozen_encoder
+from cli.console import parse, run_main
 from data_sets.demo import generate
 from data_sets.loader import build_dataset, eval_transform
 from encoders.load import save_encoder
@@ -38,16 +41,19 @@ def data(tmp_path_factory) -> Path:
     return folder
 
 
+def probe(data: Path, folder: Path, *flags: object) -> Path:
+    argv = ["--model", "vit_demo_patch8", "--data_path", data, "--amp", "float32", "--num_workers", "0", "--seed", "3",
+            "--batch_size", "10", "--epochs", "1", "--warmup_epochs", "0", "--device", "cpu", "--blr", "30",
+            "--output_dir", folder, *flags]  # fmt: skip
+    main_linprobe.main(parse(main_linprobe.get_args_parser(), list(map(str, argv))))
+    return folder
+
+
 @pytest.fixture(scope="module")
 def probes(data, tmp_path_factory) -> Path:
     """A finished run with probes of all kinds, on random weights."""
-    folder = tmp_path_factory.mktemp("probes") / "run"
-    argv = ["--model", "vit_demo_patch8", "--data_path", data, "--amp", "float32", "--num_workers", "0", "--seed", "3",
-            "--cls_features", "cls", "abmilp", "ap2", "abmilp:content=all", "attn-mn", "--seeds", "0", "1",
-            "--batch_size", "10", "--epochs", "1", "--warmup_epochs", "0", "--device", "cpu", "--blr", "30",
-            "--output_dir", folder]  # fmt: skip
-    main_linprobe.main(parse(main_linprobe.get_args_parser(), list(map(str, argv))))
-    return folder
+    heads = ["cls", "abmilp", "ap2", "abmilp:content=all", "attn-mn"]
+    return probe(data, tmp_path_factory.mktemp("probes") / "run", "--cls_features", *heads, "--seeds", "0", "1")
 
 
 def analyse(output: Path, *flags: object) -> dict:
@@ -151,7 +157,7 @@ def test_probes_come_with_their_scores_and_seeds_are_averaged(probes, result):
     assert result["over_seeds"]["attn-mn"]["top1"]["mean"] == pytest.approx(np.mean(fixed))
     assert result["over_seeds"]["attn-mn"]["maxboxaccv2"]["n"] == 1 and "top1" not in result["over_seeds"]["ca1"]
     notes = {rule["name"]: " ".join(rule["notes"]) for rule in result["rules"]}
-    assert "mean of 2 heads" in notes["ap2/seed0"] and "its weights on the patches alone" in notes[NAMES[-1]]
+    assert "mean of 2 heads" in notes["ap2/seed0"] and "and the rest renormalised" in notes[NAMES[-1]]
     assert not notes["abmilp/seed0"]
 
 
@@ -276,13 +282,13 @@ def test_overflow_stops_the_analysis(data, tmp_path):
         (["--boxes_only"], "--boxes_only is about localisation: name the true boxes with --boxes"),
         (["--loc_map_heads", "best"], "--loc_map_heads best is about localisation"),
         (["--rules", "cls"], "--rules cls: the [cls] token; it weighs no patches"),
-        (["--rules", "abmilp"], "--rules abmilp has to be learned: name the run of a trained one with --probes"),
-        (["--rules", "dino"], "--rules dino takes another encoder's attention: name it with --oracle"),
+        (["--rules", "abmilp"], "--rules abmilp is learned: name the run that trained it with --probes"),
+        (["--rules", "dino"], "--rules dino needs the attention of another encoder: name it with --oracle"),
         (["--rules", "pos", "pos"], "--rules pos pos names a rule twice"),
-        (["--rules", "mean"], "unknown --rules 'mean'"),
+        (["--rules", "mean"], "unknown head 'mean'"),
         (["--probes", "/nowhere"], "--probes /nowhere holds no results.json"),
         (["--kl_eps", "-1"], "--kl_eps -1.0"),
-        (["--loc_step", "2"], "--loc_step 2.0"),
+        (["--loc_step", "2"], "--loc_step must be in (0, 1), got 2.0"),
         (["--batch_size", "0"], "--batch_size 0"),
         (["--num_images", "99"], "choose from 1 to 11"),
     ],
@@ -305,9 +311,61 @@ def test_probes_of_another_encoder_are_refused(data, probes, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--num_heads", "2"], "num_heads None, not 2"),
+        (["--input_size", "32"], "input_size 64, not 32"),
+        (["--family", "timm"], "family mae, not timm"),
+    ],
+)
+def test_probes_of_an_encoder_that_reads_its_images_otherwise_are_refused(data, tmp_path, flags, message):
+    """The digest of the weights is the same."""
+    weights = tmp_path / "mae.safetensors"
+    save_encoder(weights, build_vit("vit_demo_patch8").state_dict(), {"family": "mae"})
+    encoder = ["--model", "vit_demo_patch8", "--finetune", weights]
+    probes = probe(data, tmp_path / "probes", *encoder, "--cls_features", "abmilp")
+    assert analyse(tmp_path / "same", *inputs(data, probes), *encoder, "--num_images", 1)["images"] == 1
+    with pytest.raises(ValueError, match=f"probes of .* were trained with {message}: leave out --finetune"):
+        analyse(tmp_path / "other", *inputs(data, probes), *encoder, *flags)
+
+
+def test_the_oracle_must_be_that_of_the_probes(data, tmp_path):
+    for name in ("one", "two"):
+        save_encoder(tmp_path / f"{name}.safetensors", build_vit("vit_demo_patch8").state_dict(), {"family": "mae"})
+    shutil.copy(tmp_path / "one.safetensors", tmp_path / "copy.safetensors")
+    oracle = ["--oracle_model", "vit_demo_patch8", "--oracle"]
+    probes = probe(data, tmp_path / "probes", *oracle, tmp_path / "one.safetensors", "--cls_features", "dino")
+    flags = ["--data_path", data, "--probes", probes, "--num_images", 1, *oracle]
+    assert analyse(tmp_path / "copied", *flags, tmp_path / "copy.safetensors")["images"] == 1
+    for more in (["two.safetensors"], ["one.safetensors", "--oracle_family", "timm"]):
+        with pytest.raises(ValueError, match=r"trained with the oracle one\.safetensors, which differs"):
+            analyse(tmp_path / "other", *flags, tmp_path / more[0], *more[1:])
+
+
+def test_scores_of_other_images_and_missing_maps_are_said_under_the_table(data, probes, tmp_path, result, monkeypatch):
+    assert table_of(result).splitlines()[-1].startswith("  the whole image as the box ")
+    few = analyse(tmp_path / "few", *inputs(data, probes), "--num_images", 2)
+    assert f"top-1 is of the 11 test images of {probes}, not of these images" in table_of(few)
+    other = {**result, "probes": {**result["probes"], "test_images": "another digest"}}
+    assert "top-1 is of the 11 test images" in table_of(other)
+    vectors_of = aggregation.rules.vectors_of
+
+    def with_nan(*parts):
+        vectors = vectors_of(*parts)
+        vectors[0, 1, 3] = torch.nan
+        return vectors
+
+    monkeypatch.setattr(aggregation.rules, "vectors_of", with_nan)
+    found = analyse(tmp_path / "nan", *inputs(data, probes), "--batch_size", 4)
+    assert [one["images_without_map"] for one in found["localization"]["maps"].values()] == [0, 3] + [0] * 8
+    assert "attn-lcte: no finite weights in 3 images, left out" in table_of(found)
+    assert "attn-lcte: no finite map in 3 images, counted as not found" in table_of(found)
+
+
+@pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("results.json", "{", "results.json is not that of main_linprobe.py"),
+        ("results.json", "{", "results.json is damaged"),
         ("results.json", '{"probes": {"cls": {"last": {"epoch": 0}}}}', "are of different probes"),
         ("checkpoint-0.pth", "", "no checkpoint of .* can be read"),
         ("args.json", None, "holds no args.json"),
@@ -346,4 +404,4 @@ def test_figures_call_rules_by_plain_names():
         "cp2": "mean of central 2 × 2", "ep8/block3": "EP, 8 queries, block 3",
         "ap12:content=all": "AP, 12 heads, content=all",
     }  # fmt: skip
-    assert {name: spoken(name).replace("\N{NO-BREAK SPACE}", " ") for name in names} == names
+    assert {name: display_name(name).replace("\N{NO-BREAK SPACE}", " ") for name in names} == names

@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import main_analyze_attention
 from attention.measure import applicable, measure
 from attention.metrics import GROUPS, METRICS, REFERENCES, Sizes, metric_names, reduce_attention
-from cli.arguments import parse, run_main
+from cli.console import parse, run_main
 from data_sets.loader import Sample, build_dataset, eval_transform
 from encoders.load import save_encoder
 from main_analyze_attention import get_args_parser, images_of_few_classes

@@ -13,9 +13,9 @@ import torch
 from miniatures import make_coco
 from PIL import Image
 
+import cli.launcher
 import main_linprobe
-import submitit_linprobe
-from cli.arguments import parse, run_main
+from cli.console import parse, run_main
 from data_sets.loader import DATASETS
 from encoders.load import save_encoder
 from models_vit import build_vit
@@ -145,17 +145,17 @@ def test_a_finished_run_is_not_written_over(command):
         (["--model", "vit_tiny_patch16"], "6 blocks and patches of 8 pixels: write --model vit_demo_patch8"),
         (["--finetune", "nothing.pth"], "--finetune nothing.pth: no such file"),
         (["--return_block", "6"], "block 6 does not exist: this encoder has blocks 0 to 5"),
-        (["--cls_features", "mean"], "unknown --cls_features 'mean'"),
-        (["--cls_features", "abmilp:depth=0"], "--cls_features abmilp:depth=0: depth=0: write a number from 1 on"),
-        (["--cls_features", "cls", "cls"], "asked for twice: cls/block5/blr20.0/seed0"),
-        (["--cls_features", "abmilp", "--abmilp_branches", "0"], "--abmilp_branches 0: write a number from 1 on"),
+        (["--cls_features", "mean"], "unknown head 'mean'"),
+        (["--cls_features", "abmilp:depth=0"], "head abmilp:depth=0: depth=0: must be a whole number >= 1"),
+        (["--cls_features", "cls", "cls"], "requested twice: cls/block5/blr20.0/seed0"),
+        (["--cls_features", "abmilp", "--abmilp_branches", "0"], "--abmilp_branches 0: must be a whole number >= 1"),
         (
             ["--cls_features", "dino", "--oracle", "", "--oracle_model", "vit_tiny_patch16"],
             "its patches have 16 pixels",
         ),
         (
             ["--no_cls_token", "--finetune", "", "--cls_features", "cls"],
-            "this encoder has no [cls] token; write pos or",
+            "this encoder has no [cls] token; use pos",
         ),
         (["--batch_size", "65"], "larger than the 64 training images"),
         (["--input_size", "30"], "--input_size 30 is not divisible by the patch size 8"),
@@ -176,7 +176,7 @@ def test_a_finished_run_is_not_written_over(command):
         (["--cache_views", "2", "--crop", "center"], "without augmentation (--crop center) all views are one"),
         (["--cache_dir", "cache"], "--cache_dir names where --cache_views V are kept: say how many"),
         (["--knn", "10", "0"], "--knn 0: it takes at least one neighbour"),
-        (["--knn", "65"], "--knn 65: there are 64 training images"),
+        (["--knn", "65"], "--knn 65: must be <= 64"),
         (["--eval_every", "0"], "--eval_every 0: write after how many epochs"),
         (["--start_epoch", "3"], "--start_epoch 3: the epochs are 0 to 2"),
     ],
@@ -213,9 +213,9 @@ def test_held_out_images_choose_the_rate_and_the_test_set_is_used_once(command, 
 
     kept = read_predictions(tmp_path / "run")
     assert all(kept.facts["probes"][name]["chosen"] == probe["chosen"] for name, probe in probes.items())
-    assert kept.index.equal(torch.arange(101)) and list(kept.said) == list(probes)
+    assert kept.index.equal(torch.arange(101)) and list(kept.outputs) == list(probes)
     for name, probe in probes.items():
-        hits = kept.said[name] == kept.labels[:, None]
+        hits = kept.outputs[name] == kept.labels[:, None]
         assert 100 * hits[:, 0].double().mean().item() == pytest.approx(probe["last"]["top1"])
         assert kept.losses[name].mean().item() == pytest.approx(probe["last"]["loss"], rel=1e-6)
 
@@ -224,8 +224,8 @@ def test_held_out_images_choose_the_rate_and_the_test_set_is_used_once(command, 
     predictions.unlink()
     again = run([*command, *words, "--batch_size", "8", "--save_predictions", "--knn", "3", "--resume", "auto"])
     assert again["probes"] == json.loads(before)["probes"]
-    for name, said in read_predictions(tmp_path / "run").said.items():
-        assert said.equal(kept.said[name])
+    for name, outputs in read_predictions(tmp_path / "run").outputs.items():
+        assert outputs.equal(kept.outputs[name])
 
 
 def test_images_of_one_label_can_be_scored_by_class(command, tmp_path):
@@ -292,10 +292,10 @@ def test_mae_command_means_maes_probe():
         "--job_dir job --nodes 4 --batch_size 512 --model vit_base_patch16 --cls_token --finetune mae.pth --epochs 90 "
         "--blr 0.1 --weight_decay 0.0 --dist_eval --data_path imagenet"
     )
-    launcher, rest = submitit_linprobe.get_args_parser().parse_known_args(argv)
+    launcher, rest = cli.launcher.get_args_parser().parse_known_args(argv)
     args = parse(main_linprobe.get_args_parser(), rest)
     main_linprobe.settle(args)
-    assert (launcher.nodes, submitit_linprobe.gpus_per_node(launcher)) == (4, 8)
+    assert (launcher.nodes, cli.launcher.gpus_per_node(launcher)) == (4, 8)
     assert args.cls_features == ["cls"] and args.final_norm and args.init == "trunc_normal"
     assert (args.batch_size, args.epochs, args.blr, args.optimizer) == (512, 90, [0.1], ["lars"])
 
@@ -332,7 +332,7 @@ def test_images_of_several_labels_are_scored_by_mean_average_precision(weights, 
     results = run([*argv, "--save_predictions"])
     (probe,) = results["probes"].values()
     kept = read_predictions(tmp_path / "run")
-    (logits,), (losses,) = kept.said.values(), kept.losses.values()
+    (logits,), (losses,) = kept.outputs.values(), kept.losses.values()
     assert multilabel_scores(logits, kept.labels).map == pytest.approx(probe["last"]["map"])
     assert losses.mean().item() == pytest.approx(probe["last"]["loss"], rel=1e-6)
     assert results["classes"] == 3 and probe["last"]["classes"] == 1
@@ -351,3 +351,14 @@ def test_damaged_images_are_left_out_of_the_score_where_that_is_asked_for(comman
     argv[argv.index("--output_dir") + 1] = str(tmp_path / "skipping")
     (probe,) = run([*argv, "--on_bad_image", "skip"])["probes"].values()
     assert probe["last"]["n"] == 99
+
+
+def test_a_run_is_not_resumed_after_its_test_images_changed(command, data, tmp_path):
+    copy = tmp_path / "data"
+    shutil.copytree(data, copy)
+    argv = [str(copy) if word == str(data) else word for word in command]
+    run(argv)
+    first, second = sorted((copy / "val" / "class0").iterdir())[:2]
+    shutil.copy(first, second)
+    with pytest.raises(ValueError, match=r"another run.*test images"):
+        run([*argv, "--resume", "auto"])

@@ -5,13 +5,13 @@ import io
 import json
 import re
 import shutil
-import statistics
 import sys
 from pathlib import Path
 
 import pytest
 
-from cli.arguments import run_main
+from cli.console import run_main
+from paper import shown
 from paper.ledger import Cell, cell_in, make_record, sealed, write_record
 from paper.tables import TABLES, rows_of, table_of
 from scripts import make_tables as program
@@ -41,6 +41,8 @@ def tables(tmp_path, monkeypatch, capsys):
         for one in records:
             write_record(tmp_path, one)
         argv = ["make_tables.py", *words, "--results", str(tmp_path)]
+        if "--check" in words and "--write" not in words:
+            argv += ["--write", str(ROOT / "LICENSE")]  # a page without tables
         monkeypatch.setattr(sys, "argv", argv)
         try:
             run_main(program.main, program.get_args_parser().parse_args(argv[1:]))
@@ -90,9 +92,10 @@ def test_what_was_measured_otherwise_is_marked_and_not_compared(tables):
     one = record("mae", B, "top1", "abmilp", [50.0, 51.0, 52.0], obstacles=["epochs 2, the paper's 90"])
     text = tables("--table", "7", records=[one])
     assert row(text, "| MAE | ViT-B") == (
-        "| MAE | ViT-B/16 | 51.0 ± 1.0 <sup>1</sup> | 71.6 | – | – | 71.4 | – | – | 75.4 | – |"
+        "| MAE | ViT-B/16 | 51.0 ± 1.0 <sup>1, 2</sup> | 71.6 | – | – | 71.4 | – | – | 75.4 | – |"
     )
-    assert "<sup>1</sup> not comparable: epochs 2, the paper's 90" in text
+    assert "<sup>1</sup> ± over 3 seeds; seeds vary initial weights only" in text
+    assert "<sup>2</sup> not comparable: epochs 2, the paper's 90" in text
 
 
 def test_encoders_that_the_paper_lacks_follow_with_its_dashes(tables):
@@ -110,11 +113,35 @@ def test_values_of_the_papers_other_tables_say_where_they_stand(tables):
 
 def test_fewer_seeds_and_changed_code_are_said(tables):
     text = tables("--table", "7", records=[record("mae", B, "top1", "ap1", [71.0], dirty=True)])
-    assert "1 seed, the paper has 3" in text and "changes that were not committed" in text
+    assert "1 seed, the paper has 3" in text and "uncommitted changes" in text
+
+
+def test_settings_in_which_cells_of_a_table_differ_are_notes(tables):
+    """Where no protocol makes them obstacles; and the precision and the code everywhere."""
+    one, two = (record("mae", "vit_demo_patch8", "top1", head, [40.0], "demo") for head in ("cls", "abmilp"))
+    two = sealed({**two, "settings": {**two["settings"], "final_norm": True, "optimizer": "sgd"}, "commit": "abd"})
+    one = sealed({**one, "settings": {**one["settings"], "final_norm": False, "optimizer": "lars"}})
+    text = tables("--dataset", "demo", "--table", "1", records=[one, two])
+    for note in ("optimizer lars, final_norm False, commit abc", "optimizer sgd, final_norm True, commit abd"):
+        assert f"</sup> {note}" in text
+    one, two = (record("mae", B, "top1", head, [70.0]) for head in ("cls", "abmilp"))
+    records = [sealed({**r, "settings": {"epochs": 90, "amp": amp}}) for r, amp in ((one, "float16"), (two, "float32"))]
+    text = tables("--table", "1", records=records)
+    assert "</sup> amp float16  \n" in text and "</sup> amp float32  \n" in text
+
+
+@pytest.mark.parametrize("varied", [None, ["weights", "order", "views"]])
+def test_what_the_seeds_vary_stands_under_the_numbers(tables, varied):
+    one = record("mae", B, "top1", "ap1", [71.0, 71.2, 71.4])
+    if varied:
+        one = sealed({**one, "settings": {**one["settings"], "seeds_vary": varied}})
+    text = tables("--table", "7", records=[one])
+    everything = "± over 3 seeds; seeds vary initial weights, data order and augmentation"
+    assert (everything in text) == bool(varied) and ("initial weights only" in text) != bool(varied)
 
 
 def test_code_of_no_commit_is_said_to_be_that(tables):
-    assert "made by code of no commit" in tables(
+    assert "made by code of an unknown commit" in tables(
         "--table", "7", records=[record("mae", B, "top1", "ap1", [71.0], dirty=None)]
     )
 
@@ -122,10 +149,10 @@ def test_code_of_no_commit_is_said_to_be_that(tables):
 def test_activations_and_rules_are_rows(tables):
     text = tables("--table", "5", records=[record("mae", B, "top1", "abmilp-d3-tanh", [66.0, 66.5, 67.0])])
     assert row(text, "| MAE | ViT-B/16 | tanh") == (
-        "| MAE | ViT-B/16 | tanh |  |  |  | – | 68.7 | – | 66.5 ± 0.5 | 66.7 | -0.2 | – | 66.7 | – |"
+        "| MAE | ViT-B/16 | tanh |  |  |  | – | 68.7 | – | 66.5 ± 0.5 <sup>1</sup> | 66.7 | -0.2 | – | 66.7 | – |"
     )
     text = tables("--table", "6", records=[record("mae", B, "aggregation_entropy", "abmilp", [4.8, 4.82, 4.84])])
-    assert row(text, "| MAE | ViT-B/16 | AbMILP").endswith("| – | 71.6 | – | 4.82 ± 0.02 | 4.80 | +0.02 |")
+    assert row(text, "| MAE | ViT-B/16 | AbMILP").endswith("| – | 71.6 | – | 4.82 ± 0.02 <sup>1</sup> | 4.80 | +0.02 |")
 
 
 def test_demo_has_tables_of_its_own_without_the_papers_values(tables, tmp_path):
@@ -133,10 +160,10 @@ def test_demo_has_tables_of_its_own_without_the_papers_values(tables, tmp_path):
     mine.append(record("mae", "vit_demo_patch8", "top1", "abmilp", [30.0], "demo_few"))
     text = tables("--dataset", "demo", "--table", "1", records=mine)
     assert "| MAE | ViT-demo/8 | 41.0 ± 1.4 | – | 41.0 ± 1.4 |" in text and "paper" not in text
-    assert "10 test images of demo (list 01234567)" in text
+    assert "10 test images of demo (01234567)" in text
     text = tables("--dataset", "demo", "--table", "2")
-    own = "41.0 ± 1.4 <sup>1, 2</sup>"
-    assert f"| MAE | ViT-demo/8 | {own} | {own} | – | 30.0 <sup>3, 4</sup> |" in text
+    own = "41.0 ± 1.4 <sup>1, 2, 3</sup>"
+    assert f"| MAE | ViT-demo/8 | {own} | {own} | – | 30.0 <sup>4, 5</sup> |" in text
     (tmp_path / "imagenet1k").mkdir()
     assert "41.0" not in tables("--table", "1")
 
@@ -144,7 +171,7 @@ def test_demo_has_tables_of_its_own_without_the_papers_values(tables, tmp_path):
 def test_latex_holds_the_same_cells(tables, tmp_path):
     one = record("mae", B, "top1", "ap1", [71.0, 71.2, 71.4], notes=["weights from [a]_1%.pth"])
     text = tables("--table", "7", "--format", "latex", records=[one])
-    assert r"MAE & ViT-B/16 & -- & 71.6 & -- & 71.2 $\pm$ 0.2$^{1}$ & 71.4 & -0.2 & -- & 75.4 & -- \\" in text
+    assert r"MAE & ViT-B/16 & -- & 71.6 & -- & 71.2 $\pm$ 0.2$^{1,2}$ & 71.4 & -0.2 & -- & 75.4 & -- \\" in text
     assert r"weights from [a]\_1\%.pth" in text and text.startswith("% Table 7")
     assert (tmp_path / "imagenet1k" / "table7.tex").read_text() + "\n" == text
 
@@ -245,7 +272,7 @@ def test_record_that_no_table_looks_for_fails_the_check(tables, kept, place):
     target = kept / place.format(source.name)
     target.parent.mkdir(exist_ok=True)
     shutil.copy(source, target)
-    assert f"records that no table looks for: {target}" in tables("--check", code=2)
+    assert f"records that no table reads: {target}" in tables("--check", code=2)
     target.write_text('{"probes": {}}')  # what a program has written
     tables("--check")
 
@@ -268,7 +295,7 @@ def test_table_that_is_no_text_fails_the_check_with_its_name(tables, kept):
 
 def test_folder_that_is_not_there_fails_the_check(tables, tmp_path):
     tmp_path.rename(tmp_path.with_name("gone"))
-    assert f"--results {tmp_path}: there is no such folder" in tables("--check", code=2)
+    assert f"--results {tmp_path} does not exist" in tables("--check", code=2)
 
 
 def test_mark_of_a_table_that_there_is_not_fails_the_check(tables, kept):
@@ -278,24 +305,52 @@ def test_mark_of_a_table_that_there_is_not_fails_the_check(tables, kept):
         assert f"{mark} in" in tables("--check", "--write", str(kept / "page.md"), code=2)
 
 
-def test_number_of_the_quickstart_that_was_edited_in_the_readme_fails_the_check(tables, copied):
+def test_number_of_a_run_that_was_edited_in_the_readme_fails_the_check(tmp_path):
     readme = (ROOT / "README.md").read_text()
-    assert "<!-- quickstart: python scripts/probe_table.py MAE=results/quickstart/" in readme
-    (copied / "README.md").write_text(readme)
-    tables("--check", "--write", str(copied / "README.md"))
-    (copied / "README.md").write_text(readme.replace("58.7 ± 0.7", "71.6 ± 0.7"))
-    assert "quickstart in" in tables("--check", "--write", str(copied / "README.md"), code=2)
+    assert "<!-- runs: python scripts/make_tables.py --runs MAE=results/quickstart/" in readme
+    page = tmp_path / "README.md"
+    page.write_text(re.sub(r"\| MAE \| [\d.]+", "| MAE | 71.6", readme))
+    assert program.stale_in_page(page, ROOT / "results") == [f"runs in {page}"]
 
 
 def test_committed_tables_are_what_the_committed_records_say():
-    program.check(ROOT / "results", ROOT / "README.md")
+    assert program.stale_tables(ROOT / "results") == []
+    assert [name for page in program.PAGES for name in program.stale_in_page(page, ROOT / "results")] == []
 
 
-CELLS = ["demo/mae.vit_demo_patch8.top1.cls", "demo/mae.vit_demo_patch8.top1.abmilp",
-         "demo/mae_ft.vit_demo_patch8.top1.ap12", "demo/mae.vit_demo_patch8.top1.abmilp-d3-tanh",
-         "demo/mae.vit_demo_patch8.aggregation_entropy.dino", "demo/mae.vit_demo_patch8.maxboxaccv2.abmilp",
-         "demo/mae_ft.vit_demo_patch8.aggregation_entropy_block_mean.cls",
-         "demo_few/mae.vit_demo_patch8.top1.abmilp"]  # fmt: skip
+def test_committed_records_that_pages_show_are_of_clean_known_code_with_goldens():
+    program.check(ROOT / "results", program.PAGES)
+
+
+def test_check_refuses_a_page_that_shows_a_record_of_changed_code(tables, kept, monkeypatch):
+    monkeypatch.setattr(shown, "ROOT", kept)
+    record = kept / "results" / "tiny" / "MAE.results.json"
+    record.parent.mkdir(parents=True)
+    page = kept / "page.md"
+    page.write_text("[records](results/tiny)\n")
+    for dirty in (True, False):
+        record.write_text(json.dumps({"commit": "abc", "dirty": dirty, "args": {"dataset": "tiny_imagenet"}}))
+        text = tables("--check", "--write", str(page), code=2 * dirty)
+        assert (f"{record} was made by code with uncommitted changes" in text) == dirty
+    assert "the commits of the records were not checked: this is not a git checkout" in text
+
+
+def test_check_compares_short_runs_with_goldens(tables, kept):
+    golden = kept / "quickstart" / "short" / "MAE.results.json"
+    golden.parent.mkdir(parents=True)
+    golden.write_text(json.dumps({**dict.fromkeys(shown.ORIGIN), "numbers": {"probes/cls/last/top1": 41.0}}))
+    computed = kept / "runs" / "MAE" / "results.json"
+    computed.parent.mkdir(parents=True)
+    for top1, code in ((41.0, 0), (50.0, 2)):
+        computed.write_text(json.dumps({"probes": {"cls": {"last": {"top1": top1}}}}))
+        text = tables("--check", "--computed", str(kept / "runs"), "--write", str(ROOT / "LICENSE"), code=code)
+    assert "probes/cls/last/top1 is 50, was 41" in text
+
+
+CELLS = (
+    *("demo/mae.vit_demo_patch8.top1.abmilp", "demo/mae.vit_demo_patch8.maxboxaccv2.abmilp"),
+    *("demo/mae_ft.vit_demo_patch8.aggregation_entropy_block_mean.cls", "demo_few/mae.vit_demo_patch8.top1.abmilp"),
+)
 
 
 @pytest.fixture
@@ -304,7 +359,7 @@ def copied(tmp_path):
     for name in ("demo", "demo_few"):
         shutil.copytree(ROOT / "results" / name, tmp_path / name)
     for name in TABLES:  # test_committed_tables_are_what_the_committed_records_say asks for one that is missing
-        path = program.place_of(name, "demo", "markdown", tmp_path)
+        path = program.path_of(name, "demo", "markdown", tmp_path)
         if not path.exists() and program.has_records(name, "demo", tmp_path):
             path.write_text(program.text_of(name, "demo", "markdown", tmp_path))
     return tmp_path
@@ -331,7 +386,7 @@ def test_each_committed_record_fills_its_cell_alone(tables, copied, cell):
         empty = [line for line in after[name] if [line[field] for field in Cell._fields] == at]
         assert [line for line in after[name] if line not in empty] == others
         assert all(line["ours"] == line["n"] == line["std"] == "" for line in empty)
-        file = str(program.place_of(name, "demo", "markdown", copied))
+        file = str(program.path_of(name, "demo", "markdown", copied))
         assert (file in error) == bool(shown), name
 
 
@@ -342,9 +397,9 @@ def test_each_committed_record_fills_its_cell_alone(tables, copied, cell):
         (lambda record: {**record, "value": record["value"] + 1}, "was changed after it was made"),
         (lambda record: {**record, "seal": "0" * 64}, "was changed after it was made"),
         (lambda record: sealed({**record, "value": record["value"] + 1}), "contradicts itself: value"),
-        (lambda record: sealed({**record, "dataset": "imagenet1k"}), "belongs into"),
-        (lambda record: sealed({**record, "head": "ca4"}), "belongs into"),
-        (lambda record: {}, "is no record of a result"),
+        (lambda record: sealed({**record, "dataset": "imagenet1k"}), "belongs in"),
+        (lambda record: sealed({**record, "head": "ca4"}), "belongs in"),
+        (lambda record: {}, "is not a record"),
     ],
 )
 def test_damaged_record_fails_the_check_with_its_name(tables, copied, cell, damage, words):
@@ -364,15 +419,15 @@ def test_demo_record_is_read_nowhere_else(tables, copied, cell, place):
     target.parent.mkdir(exist_ok=True)
     shutil.copy(source, target)
     words = ["--table", "2"] if place.startswith("food101") else ["--check"]
-    assert f"{target} is the record of {cell}: it belongs into" in tables(*words, code=2)
+    assert f"{target} is the record of {cell}: it belongs in" in tables(*words, code=2)
     forged = sealed({**json.loads(source.read_text()), "dataset": target.parent.name})
     if target.parent.name != "demo":
         target.write_text(json.dumps(forged))
-        assert f"{target} contradicts itself: 10 classes, where {target.parent.name} has" in tables(*words, code=2)
+        assert f"{target} contradicts itself: 10 classes, but {target.parent.name} has" in tables(*words, code=2)
 
 
 def test_mistakes_are_one_line(tables):
-    assert "holds no records" in tables(code=2)
+    assert "has no records" in tables(code=2)
     assert "choose one of" in tables("--dataset", "image_folder", code=2)
     assert "--output and --write are for one table" in tables("--table", "1", "2", "--output", "x", code=2)
     one = record("mae", B, "top1", "ap1", [71.0])
@@ -418,24 +473,9 @@ def test_bars_that_cannot_be_compared_are_hatched():
     assert not any(bar.get_hatch() for bar in plain.axes[0].patches)
 
 
-def test_numbers_of_the_page_on_aggregation_are_those_of_its_records():
-    probes, found = (
-        json.loads((ROOT / "results" / "aggregation" / f"demo.{name}.json").read_text())
-        for name in ("results", "aggregation")
-    )
-    page, readme = (ROOT / "docs" / "aggregation.md").read_text(), (ROOT / "README.md").read_text()
-    heads = {"pos": "uniform", "attn-mn": "[cls] attention, mean", "attn-lcte": "[cls] attention, head",
-             "ca1": "central patch", "dino": "oracle's", "abmilp": "AbMILP"}  # fmt: skip
-
-    def told(values, digits):
-        spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-        return f"{statistics.mean(values):.{digits}f}{spread}"
-
-    for head, words in heads.items():
-        top1 = [probe["last"]["top1"] for probe in probes["probes"].values() if probe["head"] == head]
-        rules = [rule for rule in found["rules"] if rule["head"] == head]
-        boxes = told([found["localization"]["maps"][rule["name"]]["maxboxaccv2"] for rule in rules], 1)
-        entropy = told([rule["entropy"]["mean"] for rule in rules], 2)
-        (line,) = [line for line in page.splitlines() if line.startswith(f"| {words}")]
-        assert line.endswith(f" | {told(top1, 1)} | {entropy} | {boxes} |")
-        assert head not in ("attn-mn", "abmilp") or re.search(rf"\b{re.escape(boxes)} for ", readme)
+def test_boxes_of_the_readme_are_those_of_the_records():
+    scores = json.loads((ROOT / "results" / "aggregation" / "demo.aggregation.json").read_text())["over_seeds"]
+    readme = (ROOT / "README.md").read_text()
+    assert f"{scores['attn-mn']['maxboxaccv2']['mean']:.1f} for MAE's [cls]" in readme
+    abmilp = scores["abmilp"]["maxboxaccv2"]
+    assert f"{abmilp['mean']:.1f} ± {abmilp['std']:.1f} for AbMILP" in readme

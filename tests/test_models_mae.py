@@ -201,7 +201,7 @@ def test_pixels_return_from_their_normalised_form():
 
 
 def test_images_of_another_size_are_refused():
-    with pytest.raises(ValueError, match=r"images of 32 x 40 pixels: this autoencoder was built for 32 x 32"):
+    with pytest.raises(ValueError, match=r"images of 32 x 40 pixels: this autoencoder takes 32 x 32"):
         build()(torch.zeros(1, 3, 32, 40), torch.rand(1, 20))
 
 

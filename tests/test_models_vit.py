@@ -12,7 +12,7 @@ from timm.models.vision_transformer import VisionTransformer as TimmViT
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
-from models_finetune import Classifier
+from engine_finetune import Classifier
 from models_vit import ARCHITECTURES, Block, DropPath, VisionTransformer, build_vit, default_input_size
 
 VARIANTS = {

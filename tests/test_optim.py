@@ -5,7 +5,7 @@ import timm.optim
 import torch
 from conftest import TINY
 
-from models_finetune import Classifier
+from engine_finetune import Classifier
 from models_mae import MaskedAutoencoder
 from models_vit import VisionTransformer
 from util.lr_sched import lr_at, scaled_lr

@@ -77,7 +77,8 @@ def test_probe_in_a_bank_is_the_probe_alone(backbone, batches, accum_iter):
     together = train(SPECS, backbone, batches, lrs, accum_iter).probe_states()
     for spec, lr in zip(SPECS, lrs, strict=True):
         alone = train([spec], backbone, batches, [lr], accum_iter).probe_states()[spec.name]
-        torch.testing.assert_close(together[spec.name], alone, rtol=1e-6, atol=1e-6)
+        # 48 steps in float32, whose products in a bank and alone are rounded differently, by the CPU
+        torch.testing.assert_close(together[spec.name], alone, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", [LARS, torch.optim.SGD])
@@ -151,8 +152,8 @@ def test_probes_read_their_own_block(backbone, batches):
     ("specs", "message"),
     [
         ([ProbeSpec("cls", 2, 0.1, 0)], "block 2 does not exist: this encoder has blocks 0 to 1"),
-        ([ProbeSpec("mean", 1, 0.1, 0)], "unknown --cls_features 'mean': choose one of " + ", ".join(AGGREGATIONS)),
-        ([ProbeSpec("cls", 1, 0.1, 0)] * 2, "asked for twice"),
+        ([ProbeSpec("mean", 1, 0.1, 0)], "unknown head 'mean': choose one of " + ", ".join(AGGREGATIONS)),
+        ([ProbeSpec("cls", 1, 0.1, 0)] * 2, "requested twice"),
     ],
 )
 def test_impossible_banks_are_refused(backbone, specs, message):
@@ -163,7 +164,7 @@ def test_impossible_banks_are_refused(backbone, specs, message):
 def test_cls_probe_needs_a_cls_token():
     backbone = VisionTransformer(**TINY, class_token=False)
     without = [name for name, entry in AGGREGATIONS.items() if not entry.needs_cls]
-    with pytest.raises(ValueError, match=rf"has no \[cls\] token; write {' or '.join(without)} instead"):
+    with pytest.raises(ValueError, match=rf"has no \[cls\] token; use {', '.join(without)} instead"):
         ProbeBank([ProbeSpec("cls", 1, 0.1, 0)], backbone, (2, 2), 5)
 
 

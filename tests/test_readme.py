@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-import cli.arguments
-import submitit_linprobe
+import cli.console
+import cli.launcher
 from attention.metrics import METRICS
-from cli.arguments import parse
+from cli.console import parse
+from cli.launcher import PROGRAMS, parser_module
 from encoders.catalogue import CATALOGUE
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,10 +24,8 @@ PAGES = [
 README = PAGES[0].read_text()
 
 
-PARSERS = {
-    program: importlib.import_module(program).get_args_parser
-    for program in (*submitit_linprobe.PROGRAMS, "submitit_linprobe")
-}
+PARSERS = {program: parser_module(program).get_args_parser for program in PROGRAMS}
+PARSERS["submitit_linprobe"] = cli.launcher.get_args_parser
 
 
 def commands(text: str) -> list[str]:
@@ -88,14 +87,14 @@ def test_command_is_understood(command, tmp_path, monkeypatch):
     assert (ROOT / program).is_file()
     argv = words[words.index(program) + 1 :]
     if program == "submitit_linprobe.py":
-        launcher, argv = submitit_linprobe.get_args_parser().parse_known_args(argv)
+        launcher, argv = cli.launcher.get_args_parser().parse_known_args(argv)
         program = f"{launcher.main}.py"
     if program.startswith("main_"):
         parse(importlib.import_module(program.removesuffix(".py")).get_args_parser(), argv)
     elif program.startswith("scripts/") and program.endswith(".py"):
         parsed = []  # by the script itself, which then does nothing
         monkeypatch.syspath_prepend(ROOT / "scripts")
-        monkeypatch.setattr(cli.arguments, "run_main", lambda main, args: parsed.append(args))
+        monkeypatch.setattr(cli.console, "run_main", lambda main, args: parsed.append(args))
         monkeypatch.setattr(sys, "argv", [program, *argv])
         runpy.run_path(str(ROOT / program), run_name="__main__")
         assert len(parsed) == 1

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import nn
 
 import main_linprobe
-from cli.arguments import parse
+from cli.console import parse
 from data_sets.loader import KeyedDataset, build_dataset, train_transform
 from encoders.load import save_encoder
 from models_vit import build_vit

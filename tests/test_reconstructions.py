@@ -7,9 +7,9 @@ from conftest import TINY
 from PIL import Image
 
 from data_sets.table import build_dataset
+from engine_pretrain import GREY, draw_reconstructions, examples, reconstruct, tiled
 from models_mae import MaskedAutoencoder, normalised, patchify, unpatchify
 from models_vit import VisionTransformer
-from util.reconstructions import GREY, draw_reconstructions, examples, reconstruct, tiled
 
 
 @pytest.fixture(params=[True, False], ids=["normalised", "pixels"])

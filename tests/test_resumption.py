@@ -261,7 +261,7 @@ BAD = {
     "wrong momentum": (changed(misshapen_momentum), "exp_avg of the optimizer is (3,)"),
     "no parameters": (changed(lambda s: s.update(optimizer=None)), "does not fit this run"),
     "wrong sums": (changed(lambda s: s.update(loss_sum=torch.zeros(5))), "it counts 5 losses"),
-    "no arguments": (changed(lambda s: s.update(args=None)), "does not fit this run"),
+    "no identity": (changed(lambda s: s.update(identity=None)), "does not fit this run"),
     "no evaluations": (changed(lambda s: s.update(history=["x"])), "does not fit this run"),
     "no place": (changed(lambda s: s.update(step=[])), "it stands at step [] of epoch 1"),
     "wrong place": (changed(lambda s: s.update(epoch=7)), "it stands at step None of epoch 7"),

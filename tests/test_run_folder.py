@@ -13,8 +13,8 @@ import time
 import pytest
 import torch
 
-from runtime import folder as run_folder
-from runtime.folder import RunFolder, code_version, provenance, wait_for_a_later_name
+from runtime.folder import RunFolder, wait_for_a_later_name
+from runtime.provenance import code_version, provenance
 
 
 @pytest.fixture
@@ -230,7 +230,7 @@ def test_code_is_changed_by_programs_and_not_by_results(tmp_path, monkeypatch):
     (tmp_path / "main.py").write_text("1")
     git("add", "-A")
     git("commit", "-qm", "one")
-    monkeypatch.setattr(run_folder, "ROOT", tmp_path)
+    monkeypatch.setattr("runtime.provenance.ROOT", tmp_path)
     (tmp_path / "table1.md").write_text("| |")
     assert code_version()["dirty"] is False
     (tmp_path / "util").mkdir()

@@ -19,7 +19,7 @@ import pytest
 from interruptions import ENVIRONMENT, ROOT, differences, outcome
 
 import submitit_linprobe as launcher
-from cli.arguments import run_main
+from cli.console import run_main
 from data_sets.demo import generate
 
 pytestmark = pytest.mark.slurm

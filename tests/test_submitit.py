@@ -10,9 +10,10 @@ import pytest
 import submitit
 
 import submitit_linprobe as launcher
-from runtime import folder as run_folder
+from cli.launcher import PROGRAMS
 from runtime import jobs, snapshot
 from runtime.folder import RunFolder
+from runtime.provenance import ROOT, code_version
 from util import signals
 from util.distributed import rendezvous_port, slurm_rendezvous
 from util.signals import EXIT_STOPPED
@@ -55,7 +56,7 @@ def test_without_gpus_a_job_asks_for_none_and_computes_on_the_cpu(words, capsys)
     assert "--gpus" not in text and "--ntasks-per-node=3" in text and "--device cpu" in text
 
 
-@pytest.mark.parametrize("program", launcher.PROGRAMS)
+@pytest.mark.parametrize("program", PROGRAMS)
 def test_every_program_can_be_a_job_that_resumes(program, words, capsys):
     if program == "main_pretrain":
         words = words[:-2]
@@ -84,7 +85,7 @@ def test_a_sweep_is_an_array_of_jobs_with_folders_of_their_own(words, tmp_path, 
         (["--epochs", "0"], "--epochs 0: it takes at least one"),
         (["--dataset", "absent"], "unknown data set"),
         (["--output_dir", "elsewhere"], "the run folder is --job_dir"),
-        (["--timeout", "2"], "--timeout 2: a job is asked to stop 120 seconds"),
+        (["--timeout", "2"], "--timeout 2: must exceed 120 seconds"),
         (["--cluster", "local", "--nodes", "2"], "--nodes 2: --cluster local is this one machine"),
         (["--job_dir", "runs/%j"], "SLURM replaces %"),
         (["--sweep", "seed"], "--sweep seed: write the values"),
@@ -134,7 +135,7 @@ def test_a_snapshot_is_the_code_as_it_is_now_and_is_made_once(tmp_path, monkeypa
         subprocess.run([*git, *command], check=True)
     (root / "main_a.py").write_text("changed since")
     (root / "util" / "new.py").write_text("git does not know it")
-    for module in ("runtime.snapshot.ROOT", "runtime.folder.ROOT"):
+    for module in ("runtime.snapshot.ROOT", "runtime.provenance.ROOT"):
         monkeypatch.setattr(module, root)
     copy = snapshot.take_snapshot(tmp_path / "code")
     found = {str(path.relative_to(copy)) for path in copy.rglob("*") if path.is_file()}
@@ -145,8 +146,8 @@ def test_a_snapshot_is_the_code_as_it_is_now_and_is_made_once(tmp_path, monkeypa
     assert snapshot.take_snapshot(tmp_path / "code") == copy
     (root / "main_a.py").write_text("changed again")
     assert snapshot.take_snapshot(tmp_path / "code") != copy and (copy / "main_a.py").read_text() == "changed since"
-    monkeypatch.setattr("runtime.folder.ROOT", copy)
-    assert run_folder.code_version() == record  # what a run from the copy says of itself
+    monkeypatch.setattr("runtime.provenance.ROOT", copy)
+    assert code_version() == record  # what a run from the copy says of itself
 
 
 # ---- processes
@@ -184,7 +185,7 @@ def test_one_process_in_an_allocation_waits_for_no_others(environment):
 
 def test_the_task_is_read_before_signals_are_taken_so_it_imports_little():
     code = "import sys, runtime.jobs; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=run_folder.ROOT, check=False).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
 # ---- the end of a job

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-import submitit_linprobe
-from cli.arguments import parse
+import cli.launcher
+from cli.console import parse
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = [*(f"table{number}" for number in (1, 2, 3, 5, 6, 7, 8)), "figure1", "figure3_6", "figure7", "figure8",
@@ -43,7 +43,7 @@ def commands(text):
         if "--nproc_per_node" in words[:place]:
             processes = int(words[words.index("--nproc_per_node") + 1])
         if program == "submitit_linprobe.py":
-            launcher, argv = submitit_linprobe.get_args_parser().parse_known_args(argv)
+            launcher, argv = cli.launcher.get_args_parser().parse_known_args(argv)
             program, processes = f"{launcher.main}.py", launcher.ngpus
             argv = ["--output_dir", str(launcher.job_dir), *argv]
         assert (ROOT / program).is_file(), line

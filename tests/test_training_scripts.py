@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-import submitit_linprobe
-from cli.arguments import parse
+import cli.launcher
+from cli.console import parse
 
 ROOT = Path(__file__).resolve().parent.parent
 PRETRAIN, FINETUNE = "scripts/pretrain_mae_small.sh", "scripts/finetune_mae_cls.sh"
@@ -26,7 +26,7 @@ def asked(script, *words, **settings):
     assert done.returncode == 0, done.stderr
     argv = shlex.split(done.stdout)
     if "submitit_linprobe.py" in argv:
-        launcher, rest = submitit_linprobe.get_args_parser().parse_known_args(argv[2:])
+        launcher, rest = cli.launcher.get_args_parser().parse_known_args(argv[2:])
         processes, program = launcher.nodes * launcher.ngpus, launcher.main
         assert str(launcher.job_dir) == "run"
     else:
@@ -89,12 +89,21 @@ def test_flags_of_the_user_win():
     ("words", "settings", "message"),
     [
         ([FINETUNE], {}, "usage: DATA="),
-        ([FINETUNE, "base"], {"DATA": ""}, "say DATA=folder"),
+        ([FINETUNE, "base"], {"DATA": ""}, "set DATA=folder"),
         ([FINETUNE, "base"], {"GPUS": "3"}, "3 processes x BATCH="),
         ([PRETRAIN], {"GPUS": "2", "BATCH": "3000"}, "2 processes x BATCH=3000 do not divide"),
-        ([PRETRAIN], {"GPUS": "2", "NODES": "2"}, "NODES=2 takes SLURM"),
+        (
+            [PRETRAIN],
+            {"NODES": "x[$(touch executed)]", "GPUS": "2"},
+            "NODES must be an integer, got x[$(touch executed)]",
+        ),
+        ([PRETRAIN], {"GPUS": "a[$(touch executed)]"}, "GPUS must be an integer"),
+        ([PRETRAIN], {"BATCH": "-8", "GPUS": "2"}, "BATCH must be an integer"),
+        ([PRETRAIN], {"BATCH": "0", "GPUS": "2"}, "must be >= 1"),
+        ([PRETRAIN], {"GPUS": "2", "NODES": "2"}, "NODES=2 needs SLURM"),
     ],
 )
 def test_mistakes_are_one_line(words, settings, message):
     done = call(*words, **settings)
     assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
+    assert not (ROOT / "executed").exists()

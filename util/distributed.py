@@ -1,21 +1,23 @@
 """One process or many: set-up from torchrun's or SLURM's environment, and the few collectives that are needed."""
 
+from __future__ import annotations
+
 import contextlib
+import importlib
 import os
 import platform
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-import torch.distributed as dist
+from util.lazy import lazy
 
-# its functions keep, as defaults, the process group that there is when they are imported, and with it threads that may
-# abort the process when Python ends: torch.compile and torchvision import it, perhaps after a group was made
-import torch.distributed.nn
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
+torch, dist = lazy("torch"), lazy("torch.distributed")
 _control: dist.ProcessGroup | None = None  # of the CPUs, where the default group is of GPUs
 
 
@@ -73,6 +75,9 @@ def distributed(device: str, dist_url: str = "env://") -> Iterator[World]:
     if "RANK" not in os.environ:
         yield World(0, 1, torch.device((device if ":" in device else "cuda") if use_cuda else "cpu"))
         return
+    # imported before there is a group: its functions keep the group of that moment as their default, and with it
+    # threads that may abort the process when Python ends; torch.compile and torchvision import it at any time
+    importlib.import_module("torch.distributed.nn")
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     target = torch.device("cpu")
     if use_cuda:
@@ -100,7 +105,7 @@ def leave() -> None:
 
     Threads of a group that is there when Python ends may abort the process (PyTorch's issue 190489).
     """
-    if dist.is_initialized():
+    if _joined():
         dist.destroy_process_group()
 
 
@@ -129,12 +134,16 @@ def said_first(line: str) -> bool:
         return True
 
 
+def _joined() -> bool:
+    return "torch.distributed" in sys.modules and dist.is_initialized()
+
+
 def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
+    return dist.get_rank() if _joined() else 0
 
 
 def world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return dist.get_world_size() if _joined() else 1
 
 
 def processes_here() -> int:
@@ -150,7 +159,7 @@ def sum_on_cpu(value: Tensor) -> None:
 
 
 def barrier() -> None:
-    if dist.is_initialized():
+    if _joined():
         dist.barrier(group=_control)
 
 
@@ -180,6 +189,37 @@ def from_main(value: Any) -> Any:
     parts = [value]
     dist.broadcast_object_list(parts, src=0, group=_control)
     return parts[0]
+
+
+def require_equal(values: dict[str, Any], remedy: str) -> None:
+    """Compare plain data of all ranks. Where a value is not the same everywhere, all ranks leave the process group and
+    raise the same ValueError, which names each such value, the ranks that have it, and the remedy."""
+    if world_size() == 1:
+        return
+    everywhere = gather_objects(values)
+    differences = []
+    for name in dict.fromkeys(name for of_rank in everywhere for name in of_rank):
+        ranks: dict[str, list[int]] = {}
+        for number, of_rank in enumerate(everywhere):
+            ranks.setdefault(str(of_rank.get(name)), []).append(number)
+        if len(ranks) > 1:
+            differences.append(
+                f"{name} ({', '.join(f'{_short(value)} on {_listed(r)}' for value, r in ranks.items())})"
+            )
+    if differences:
+        barrier()
+        leave()
+        raise ValueError(f"the processes of this run differ in {', '.join(differences)}: {remedy}")
+
+
+def _short(value: str) -> str:
+    """Of a long text, such as a digest, the beginning."""
+    return value if len(value) <= 60 else f"{value[:8]}..."
+
+
+def _listed(ranks: list[int]) -> str:
+    shown = ", ".join(map(str, ranks[:4])) + (f" and {len(ranks) - 4} more" if len(ranks) > 4 else "")
+    return f"rank{'s' if len(ranks) > 1 else ''} {shown}"
 
 
 def gather_tensors(value: Tensor) -> list[Tensor]:

@@ -1,5 +1,7 @@
 """Files that are whole or absent: written beside the target, flushed to the disk, then renamed."""
 
+from __future__ import annotations
+
 import contextlib
 import errno
 import hashlib
@@ -11,8 +13,9 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-from torch import Tensor
+from util.lazy import lazy
+
+torch = lazy("torch")
 
 
 @contextlib.contextmanager
@@ -92,7 +95,7 @@ def digest(value: object) -> str:
     total = hashlib.sha256()
 
     def feed(item: object) -> None:
-        if isinstance(item, Tensor):
+        if isinstance(item, torch.Tensor):
             data = item.detach().cpu().contiguous().reshape(-1)
             total.update(f"tensor {item.dtype} {tuple(item.shape)};".encode())
             total.update(data.view(torch.uint8).numpy().data)

@@ -12,10 +12,9 @@ class LARS(torch.optim.Optimizer):
     For a parameter w with gradient g and momentum buffer u (zero at start):
       if w has more than one dimension:  g <- g + weight_decay w,  g <- g trust ||w|| / ||g||  (if no norm is 0)
       always:                            u <- momentum u + g,  w <- w - lr u
-    So biases and other vectors get plain momentum steps, and matrices are scaled at weight decay 0 too. (Libraries
-    differ: several skip the scaling without weight decay, or scale vectors as well.)
-    A group whose trust_coefficient is None is trained by SGD with momentum instead, torch.optim.SGD's: nothing is
-    scaled, and vectors decay like matrices.
+    So biases and other vectors get plain momentum steps, and matrices are scaled even without weight decay. (Libraries
+    differ: some skip the scaling without weight decay, or scale vectors too.) A group with trust_coefficient None is
+    trained by torch.optim.SGD's rule with momentum: nothing is scaled, and vectors decay like matrices.
     Source: You et al., "Large batch training of convolutional networks", 2017; paper, B.2.
     """
 
@@ -27,9 +26,8 @@ class LARS(torch.optim.Optimizer):
         momentum: float = 0.9,
         trust_coefficient: float | None = 1e-3,  # You et al.; MoCo v3 and MAE use the same
     ):
-        super().__init__(params, {
-            "lr": lr, "weight_decay": weight_decay, "momentum": momentum, "trust_coefficient": trust_coefficient,
-        })  # fmt: skip
+        defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum}
+        super().__init__(params, {**defaults, "trust_coefficient": trust_coefficient})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
@@ -47,7 +45,7 @@ class LARS(torch.optim.Optimizer):
                     g = g.add(w, alpha=decay)
                 if w.ndim > 1 and trust is not None:
                     w_norm, g_norm = w.norm(), g.norm()
-                    # chosen on the device: reading the norms would stop the GPU once per tensor
+                    # torch.where: reading the norms would synchronise with the GPU once per tensor
                     ratio = torch.where((w_norm > 0) & (g_norm > 0), trust * w_norm / g_norm, torch.ones_like(w_norm))
                 if momentum:
                     state = self.state[w]
@@ -57,5 +55,5 @@ class LARS(torch.optim.Optimizer):
                     u = u.add_(g) if ratio is None else u.addcmul_(g, ratio)
                 else:
                     u = g if ratio is None else g * ratio
-                w.add_(u, alpha=-group["lr"])  # the bits of sub_, which took half of the step on a CPU
+                w.add_(u, alpha=-group["lr"])  # the same bits as sub_, in half the time on a CPU
         return loss

@@ -1,14 +1,18 @@
 """Progress bars on a terminal, silence in log files; one logger for everything else."""
 
+from __future__ import annotations
+
 import logging
 import resource
 import sys
 from collections.abc import Iterable
 
-import torch
 from tqdm import tqdm
 
 from util import distributed
+from util.lazy import lazy
+
+torch = lazy("torch")
 
 log = logging.getLogger("beyond_cls")
 

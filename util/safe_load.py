@@ -31,6 +31,10 @@ def load_plain(path: Path) -> Any:
     Objects of other classes (configurations, loggers, numpy scalars) come back as `Foreign`. A file that calls for the
     operating system or for code to run is refused.
     """
+    sharded = path if (path / ".metadata").is_file() else path.parent if path.suffix == ".distcp" else None
+    if sharded is not None:
+        command = f"python -m torch.distributed.checkpoint.format_utils dcp_to_torch {sharded} weights.pth"
+        raise ValueError(f"{path} is a distributed checkpoint: convert it with: {command}")
     if not path.is_file():
         raise ValueError(f"{path} is a folder: name a file in it" if path.is_dir() else f"there is no file {path}")
     try:
@@ -321,7 +325,7 @@ def _is_zip(path: Path) -> bool:
 def _storage_type(kind: Any) -> torch.dtype:
     name = kind.name.split(".")[-1] if isinstance(kind, Global) else ""
     if name not in STORAGES:
-        raise ValueError(f"a storage of type {kind}")
+        raise ValueError(f"a storage of type {name or kind}")
     return STORAGES[name]
 
 

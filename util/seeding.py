@@ -1,12 +1,15 @@
 """Randomness as a function of names: the same words give the same numbers, in any process and on any machine."""
 
+from __future__ import annotations
+
 import contextlib
 import hashlib
 import random
 from collections.abc import Iterator
 
-import numpy as np
-import torch
+from util.lazy import lazy
+
+np, torch = lazy("numpy"), lazy("torch")
 
 
 def stable_seed(*parts: object) -> int:

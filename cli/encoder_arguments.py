@@ -1,0 +1,174 @@
+"""The flags that name an encoder: declared, checked and turned into calls of encoders.load. Imports no torch."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from typing import TYPE_CHECKING
+from urllib.parse import urlparse
+
+from cli.console import positive_int
+from encoders.architectures import FROM_FILE, architecture, default_input_size
+from encoders.catalogue import CATALOGUE, fetch_weights, known_family
+from encoders.families import FAMILIES
+
+if TYPE_CHECKING:
+    import torch
+
+    from encoders.load import Encoder
+    from encoders.oracle import Oracle
+
+ORACLE_ARGUMENTS = ("oracle", "oracle_model", "oracle_family", "oracle_checkpoint_key")
+EACH = ("model", "family", "checkpoint_key", "timm_name")  # flags with a value for each of several encoders
+
+
+def add_encoder_arguments(parser: argparse.ArgumentParser, several: bool = False) -> None:
+    """several: --finetune names any number of encoders, and the flags of EACH take one value for all or for each."""
+
+    from cli.arguments import PRECISIONS
+
+    def default(value: str | None) -> dict:
+        return {"default": [value], "nargs": "+"} if several else {"default": value}
+
+    group = parser.add_argument_group("encoders" if several else "encoder")
+    # not argparse choices: the one-line error of architecture() is shorter than argparse's usage
+    group.add_argument("--model", **default("vit_base_patch16"), metavar="MODEL",
+                       help=f"architecture, by name; {FROM_FILE}: the sizes of the weight file")  # fmt: skip
+    group.add_argument(
+        "--finetune", **default(""), metavar="WEIGHTS",
+        help="weights: a file, a catalogue name, a URL or a timm model's name; empty for random weights",
+    )  # fmt: skip
+    group.add_argument("--family", **default(None),
+                       help=f"format of the file: {', '.join(FAMILIES)}, or auto (default): detected")  # fmt: skip
+    group.add_argument("--checkpoint_key", **default(None), metavar="KEY",
+                       help="entry of the file, or prefix of its keys, that holds the encoder")  # fmt: skip
+    group.add_argument("--timm_name", **default(None), metavar="NAME",
+                       help="timm model whose configuration the file has: heads, activation, norms, mean and std; the "
+                            "tokens are compared with timm's")  # fmt: skip
+    group.add_argument("--num_heads", default=None, type=positive_int, help="attention heads (default: the model's)")
+    group.add_argument("--mean", default=None, type=float, nargs=3, metavar="X",
+                       help="of the pixels, per channel (default: the family's)")  # fmt: skip
+    group.add_argument("--std", default=None, type=float, nargs=3, metavar="X", help="likewise")
+    group.add_argument("--grid", default=None, type=positive_int, nargs=2, metavar=("ROWS", "COLUMNS"),
+                       help="patches that the file's positions were made for (default: a square)")  # fmt: skip
+    group.add_argument("--offline", action="store_true", help="download no weights: use files and the cache only")
+    group.add_argument("--no_cls_token", action="store_true", help="the encoder has no [cls] token")
+    group.add_argument("--input_size", default=None, type=int, help="pixels (default: the model's, 224)")
+    group.add_argument("--amp", default="bfloat16", choices=list(PRECISIONS),
+                       help="precision of the backbone; heads stay in float32")  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# checks without reading the weights
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def check_input_size(size: int | None, model: str) -> None:
+    """ValueError where an input size, or the model's own, is not a multiple of the model's patch size."""
+    if model == FROM_FILE:  # checked when the file is read
+        if size is not None and size < 1:
+            raise ValueError(f"--input_size {size}: it must be at least 1")
+        return
+    size = default_input_size(model) if size is None else size
+    patch_size = architecture(model)["patch_size"]
+    if size < 1 or size % patch_size:
+        raise ValueError(
+            f"--input_size {size} is not divisible by the patch size {patch_size} of {model}: name a multiple of it"
+        )
+
+
+def check_encoder(args: argparse.Namespace) -> None:
+    """Refuse what the flags of one encoder alone show to be impossible; ValueError."""
+    check_input_size(args.input_size, args.model)
+    if args.std and not min(args.std) > 0:
+        raise ValueError(f"--std {' '.join(map(str, args.std))}: values must be positive")
+    for name in ("mean", "std"):
+        if any(not abs(value) <= 2 for value in getattr(args, name) or ()):  # NaN, too
+            raise ValueError(
+                f"--{name} {' '.join(map(str, getattr(args, name)))}: values are of pixels from 0 to 1, not to 255"
+            )
+
+
+def check_weights(args: argparse.Namespace, remote: bool = False) -> None:
+    """Refuse architectures and weights that are not there, without reading them; ValueError. remote: no files here."""
+    encoders = [getattr(args, name, None) for name in ("finetune", "model", "family")]
+    weights, models, families = (value if isinstance(value, list) else [value] for value in encoders)
+    for model in models:
+        if model != FROM_FILE:
+            architecture(model)
+    for index, name in enumerate(weights):
+        if not name or (remote and name not in CATALOGUE):
+            continue
+        if len(models) in (1, len(weights)) and len(families) in (1, len(weights)):
+            known_family(name, models[index % len(models)], families[index % len(families)])
+        downloaded = (name in CATALOGUE and CATALOGUE[name].url) or urlparse(name).scheme in ("http", "https")
+        if args.offline or not downloaded:
+            fetch_weights(name, offline=True)
+
+
+def one_encoder_each(args: argparse.Namespace) -> list[argparse.Namespace]:
+    """The arguments of each encoder of a program that takes several."""
+    count, columns = len(args.finetune), {"finetune": args.finetune}
+    for name in EACH:
+        values = getattr(args, name)
+        if len(values) not in (1, count):
+            raise ValueError(f"--{name} has {len(values)} values for {count} encoders: write one for all or for each")
+        columns[name] = values if len(values) == count else values * count
+    rows = zip(*columns.values(), strict=True)
+    return [argparse.Namespace(**{**vars(args), **dict(zip(columns, row, strict=True))}) for row in rows]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# from flags to an encoder
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def build_encoder(args: argparse.Namespace, **options) -> tuple[Encoder, int]:
+    """The encoder that the flags name, and its input size in pixels; options of models_vit.VisionTransformer."""
+    from encoders.load import input_size, load_encoder
+    from util.progress import log
+
+    if args.no_cls_token:
+        options["class_token"] = False
+    if args.num_heads:
+        options["num_heads"] = args.num_heads
+    check_encoder(args)
+    encoder = load_encoder(
+        args.finetune, args.model, args.family, args.checkpoint_key, args.offline, mean=args.mean, std=args.std,
+        grid=args.grid, timm_name=args.timm_name, **options,
+    )  # fmt: skip
+    if not args.finetune:
+        log.warning("no --finetune: the encoder's weights are random")
+    return encoder, input_size(encoder, args.input_size)
+
+
+def frozen_encoder(args: argparse.Namespace) -> tuple[Encoder, int]:
+    """build_encoder where the encoder is only read: random weights, if any, are a function of --seed."""
+    from util.seeding import seeded
+
+    with seeded("weights", args.seed):
+        return build_encoder(args)
+
+
+def add_oracle_arguments(group: argparse._ArgumentGroup, default: str | None) -> None:
+    """--finetune, --model, --family and --checkpoint_key of another encoder, whose attention heads may use."""
+    group.add_argument("--oracle", default=default, metavar="WEIGHTS",
+                       help="encoder whose [cls] attention the head dino takes; as --finetune")  # fmt: skip
+    group.add_argument("--oracle_model", default="vit_base_patch16", metavar="MODEL", help="its architecture")
+    group.add_argument("--oracle_family", default=None, help="format of its file (default: detected)")
+    group.add_argument("--oracle_checkpoint_key", default=None, help="entry of its file that holds the weights")
+
+
+def build_oracle(args: argparse.Namespace, probed: Encoder, size: int, amp: torch.dtype) -> Oracle:
+    """The oracle that --oracle and its companions name. ValueError, with that flag in front, where it does not fit."""
+    from encoders.oracle import Oracle
+
+    stated = {"num_heads": None, "no_cls_token": False, "mean": None, "std": None, "grid": None, "timm_name": None}
+    names = {"finetune": "oracle", **{name: f"oracle_{name}" for name in ("model", "family", "checkpoint_key")}}
+    values = {name: getattr(args, flag) for name, flag in names.items()}
+    try:
+        encoder = frozen_encoder(argparse.Namespace(**{**vars(args), **stated, **values, "input_size": size}))[0]
+        return Oracle(encoder, probed, size, amp)
+    except ValueError as error:
+        message = re.sub("--(model|family|checkpoint_key)", r"--oracle_\1", str(error))
+        raise ValueError(f"--oracle: {message}") from error

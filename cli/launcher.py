@@ -1,0 +1,188 @@
+"""Send a program of this project to SLURM, or run it here, and requeue it where it is pre-empted or out of time.
+
+Flags that are not the launcher's are the program's. The run folder is --job_dir; every start continues its newest
+checkpoint (--resume auto), so a requeued job goes on where it stopped. Jobs run a copy of the code as it is now, and
+in the folder where they were submitted.
+
+examples:
+    # probes on a node of four GPUs
+    python submitit_linprobe.py --job_dir runs/mae_b --nodes 1 --ngpus 4 --partition gpu \\
+        --model vit_base_patch16 --finetune mae_vit_base_patch16 --cls_features cls pos abmilp \\
+        --batch_size 2048 --accum_iter 2 --data_path $IMAGENET
+
+    # an array of jobs, each in a folder of its own; shown, not submitted
+    python submitit_linprobe.py --job_dir runs/seeds --ngpus 4 --sweep seed 0 1 2 --dry_run \\
+        --finetune mae_vit_base_patch16 --data_path $IMAGENET
+
+    # another program, on two nodes
+    python submitit_linprobe.py --main main_pretrain --job_dir runs/mae_small --nodes 2 --ngpus 8 \\
+        --batch_size 256 --data_path $IMAGENET
+"""
+
+import argparse
+import importlib
+import itertools
+import json
+import re
+import shutil
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+from cli.console import Parser, named_path, non_negative_int, parse, positive, positive_int
+from util.lazy import lazy
+
+torch = lazy("torch")
+
+PROGRAMS = sorted(path.stem for path in Path(__file__).resolve().parent.parent.glob("main_*.py"))
+WARNING = 120  # seconds between SLURM's signal and the end of a job's time
+
+
+def get_args_parser() -> Parser:
+    parser = Parser(__doc__)
+    what = parser.add_argument_group("what to run")
+    what.add_argument("--main", choices=PROGRAMS, default="main_linprobe", help="program to run")
+    what.add_argument(
+        "--job_dir",
+        required=True,
+        type=named_path,
+        help="run folder; logs go to its jobs/, the code to its code/",
+    )
+    what.add_argument(
+        "--sweep",
+        nargs="+",
+        action="append",
+        default=[],
+        metavar=("FLAG", "VALUE"),
+        help="one job for each value, each in its own folder: seed 0 1 2; flags that change at the same time: "
+        "model,finetune A,a.pth B,b.pth; several --sweep: one job for each combination",
+    )
+    what.add_argument("--dry_run", action="store_true", help="print the sbatch script and the commands; submit nothing")
+    what.add_argument("--wait", action="store_true", help="wait until the jobs have ended, and print their outcome")
+    what.add_argument("--no_snapshot", action="store_true", help="run the code in place, not a copy of it")
+    what.add_argument("--remote_paths", action="store_true", help="data and weights are not visible from this machine")
+
+    job = parser.add_argument_group("job")
+    job.add_argument("--cluster", choices=["slurm", "local"], default=None, help="default: SLURM if there is sbatch")
+    job.add_argument("--nodes", default=1, type=positive_int, help="machines")
+    job.add_argument(
+        "--ngpus",
+        default=None,
+        type=non_negative_int,
+        help="GPUs per node, one process each (default: 8; with --cluster local: all of this machine); 0: use the CPU",
+    )
+    job.add_argument("--tasks_per_node", default=None, type=positive_int, help="processes per node (default: --ngpus)")
+    job.add_argument("--cpus_per_task", default=10, type=positive_int, help="CPU cores per process")
+    job.add_argument("--mem_gb", default=None, type=positive, help="memory per node (default: the partition's)")
+    job.add_argument("--timeout", default=4320, type=positive_int, help="minutes until the job is requeued")
+    job.add_argument("--partition", default=None, help="SLURM partition")
+    job.add_argument("--account", default=None, help="SLURM account")
+    job.add_argument("--qos", default=None, help="quality of service")
+    job.add_argument("--constraint", default=None, help="feature that the nodes must have")
+    job.add_argument("--comment", default=None, help="comment in SLURM's records")
+    job.add_argument("--parallel", default=256, type=positive_int, help="jobs of a sweep that run at the same time")
+    job.add_argument("--slurm", nargs="+", default=[], metavar="NAME=VALUE", help="any other option of sbatch")
+    old = parser.add_argument_group("accepted for old commands")
+    old.add_argument(
+        "--use_volta32",
+        action="store_const",
+        const="volta32gb",
+        dest="constraint",
+        help="--constraint volta32gb",
+    )
+    return parser
+
+
+def command_line(argv: list[str] | None = None) -> argparse.Namespace:
+    """The launcher's arguments; those of the program are in `argv`."""
+    args, rest = get_args_parser().parse_known_args(argv)
+    return argparse.Namespace(**vars(args), argv=rest)
+
+
+def check(args: argparse.Namespace) -> None:
+    """Choose the cluster, and refuse what no job can be; ValueError."""
+    if args.cluster is None:
+        args.cluster = "slurm" if args.dry_run or shutil.which("sbatch") else "local"
+    if args.cluster == "slurm" and not (args.dry_run or shutil.which("sbatch")):
+        raise ValueError("--cluster slurm: sbatch is not installed here; --cluster local runs the job on this machine")
+    if args.cluster == "local" and args.nodes > 1:
+        raise ValueError(f"--nodes {args.nodes}: --cluster local is this one machine")
+    if "%" in str(args.job_dir):
+        raise ValueError(f"--job_dir {args.job_dir}: SLURM replaces % and the letter after it; name a folder without %")
+    if args.timeout * 60 <= WARNING:
+        raise ValueError(f"--timeout {args.timeout}: must exceed {WARNING} seconds, the notice before a job is stopped")
+    if bad := [pair for pair in args.slurm if "=" not in pair]:
+        raise ValueError(f"--slurm {bad[0]}: write NAME=VALUE, as in --slurm exclude=node3")
+
+
+class Planned(NamedTuple):
+    """One job of a submission."""
+
+    folder: Path
+    argv: list[str]
+
+
+def plan(args: argparse.Namespace, argv: list[str]) -> list[Planned]:
+    """The jobs to submit, each with its run folder and its program's arguments; ValueError where these are invalid."""
+    if not all(values for _, *values in args.sweep):
+        flag = next(flag for flag, *values in args.sweep if not values)
+        raise ValueError(f"--sweep {flag}: write the values after the flag")
+    jobs = []
+    for combination in itertools.product(*([(flag, value) for value in values] for flag, *values in args.sweep)):
+        extra = [text for flags, values in combination for text in sweep_arguments(flags, values)]
+        name = "_".join(f"{flags}={values}" for flags, values in combination)
+        folder = args.job_dir.resolve() / re.sub(r"[^\w.,=+-]+", "_", name)
+        jobs.append(Planned(folder, program_arguments(args, [*argv, *extra], folder)))
+    if len({job.folder for job in jobs}) < len(jobs):
+        raise ValueError("--sweep: two jobs would share a folder; write every value once")
+    return jobs
+
+
+def sweep_arguments(flags: str, values: str) -> list[str]:
+    """("seed", "0") -> ["--seed", "0"]; ("a,b", "1,2") -> ["--a", "1", "--b", "2"]."""
+    names = flags.split(",")
+    parts = values.split(",") if len(names) > 1 else [values]
+    if len(parts) != len(names):
+        raise ValueError(f"--sweep {flags} {values}: it names {len(names)} flags and {len(parts)} values")
+    return [text for name, part in zip(names, parts, strict=True) for text in (f"--{name.lstrip('-')}", part)]
+
+
+def program_arguments(args: argparse.Namespace, argv: list[str], folder: Path) -> list[str]:
+    """The program's arguments: those that the launcher sets, then the user's. ValueError where the program would refuse
+    them, as far as this machine can tell."""
+    from cli.arguments import check_files, identity
+
+    program = parser_module(args.main)
+    parser = program.get_args_parser()
+    parser.other_flags = list(get_args_parser().actions)
+    device = ["--device", "cpu"] if gpus_per_node(args) == 0 else []
+    argv = ["--output_dir", str(folder), "--resume", "auto", *device, *argv]
+    job = parse(parser, argv)
+    if job.output_dir != str(folder):
+        raise ValueError(f"--output_dir {job.output_dir}: leave it out; the run folder is --job_dir, or a folder in it")
+    program.check(job)
+    check_files(job, args.remote_paths)
+    if job.resume == "auto" and (folder / "args.json").exists() and any(folder.glob("checkpoint-*.pth")):
+        from runtime.resumable import AnotherRun, check_identity
+
+        try:
+            check_identity(identity(job), json.loads((folder / "args.json").read_text())["args"])
+        except AnotherRun as error:
+            raise ValueError(str(error).replace("--output_dir", "--job_dir")) from error
+    return argv
+
+
+def parser_module(program: str) -> ModuleType:
+    """The module with `get_args_parser` and `check` of a main."""
+    try:
+        return importlib.import_module(f"cli.{program.removeprefix('main_')}")
+    except ModuleNotFoundError:  # until every main has moved its parser
+        module = importlib.import_module(program)
+        module.check = getattr(module, "settle", None) or module.check
+        return module
+
+
+def gpus_per_node(args: argparse.Namespace) -> int:
+    if args.ngpus is not None:
+        return args.ngpus
+    return torch.cuda.device_count() if args.cluster == "local" else 8

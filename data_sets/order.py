@@ -1,0 +1,139 @@
+"""The order in which images are loaded: a function of (seed, epoch), however batches are split among processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from util import distributed
+from util.lazy import lazy
+from util.seeding import seeded, stable_seed
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+torch = lazy("torch")
+
+
+class GlobalBatches:
+    """The training order: batches of (epoch, index) keys for one rank.
+
+    An epoch is one permutation, a function of (seed, epoch). It is cut into effective batches of
+    batch_size x accum_iter x world images; micro-step a of rank r takes chunk a x world + r. So however an effective
+    batch is split into ranks and micro-steps, the chunks are the same. An incomplete last batch is dropped.
+
+    indices: the samples to use (default: all). group: number of images that are normalised together, which must be on
+    one rank in consecutive micro-steps. ValueError if an effective batch does not consist of such groups.
+
+    seeds: independent orders, which take turns group by group; keys are then (epoch, index, seed), and `accum_iter` and
+    `joined` count the micro-steps of all seeds.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        batch_size: int,
+        accum_iter: int,
+        seed: int,
+        shuffle: bool = True,
+        indices: Sequence[int] | None = None,
+        group: int | None = None,
+        seeds: Sequence[int] = (),
+    ):
+        self.indices = torch.arange(length) if indices is None else torch.as_tensor(indices)
+        self.length, self.batch_size = len(self.indices), batch_size
+        self.seeds, self.keyed, self.shuffle = tuple(seeds) or (seed,), bool(seeds), shuffle
+        self.rank, self.world = distributed.rank(), distributed.world_size()
+        self.effective = batch_size * accum_iter * self.world  # images per optimizer step, of each seed
+        self.epoch = 0
+        self.first_step = 0  # optimizer steps of the epoch that a resumed run has behind it
+        self.accum_iter = accum_iter * len(self.seeds)
+        self.joined = micro_steps_of_a_group(group or batch_size, batch_size, accum_iter) * len(self.seeds)
+        if self.steps == 0:
+            raise ValueError(
+                f"an effective batch of {self.effective} (batch_size {batch_size} x accum_iter {accum_iter} x "
+                f"{self.world} processes) is larger than the {self.length} training images: lower --batch_size"
+            )
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps in an epoch."""
+        return self.length // self.effective
+
+    def __len__(self) -> int:
+        return (self.steps - self.first_step) * self.accum_iter
+
+    def __iter__(self) -> Iterator[list[tuple[int, ...]]]:
+        joined = self.joined // len(self.seeds)
+        chunks = torch.stack([self._groups(seed, joined) for seed in self.seeds], dim=1).flatten(0, 2)
+        first = self.first_step * self.accum_iter
+        for number, chunk in enumerate(chunks[first:].tolist(), start=first):
+            seed = self.seeds[number // joined % len(self.seeds)]
+            yield [(self.epoch, index, seed)[: 3 if self.keyed else 2] for index in chunk]
+
+    def _groups(self, seed: int, joined: int) -> Tensor:
+        """(groups, joined, batch_size) indices of this rank in this epoch, in the order of one seed."""
+        order = self.indices
+        if self.shuffle:
+            generator = torch.Generator().manual_seed(stable_seed("order", seed, self.epoch))
+            order = order[torch.randperm(self.length, generator=generator)]
+        order = order[: self.steps * self.effective]
+        return order.view(-1, self.world, joined, self.batch_size)[:, self.rank]
+
+
+def micro_steps_of_a_group(group: int, batch_size: int, accum_iter: int) -> int:
+    """The number of micro-steps of batch_size that a group of images spans. ValueError if they do not fit."""
+    if min(batch_size, accum_iter) < 1:
+        raise ValueError(f"--batch_size {batch_size} and --accum_iter {accum_iter} must be positive")
+    if group < 1 or (group % batch_size and batch_size % group):
+        raise ValueError(f"--bn_group {group} and --batch_size {batch_size}: one must be a multiple of the other")
+    joined = max(1, group // batch_size)
+    if accum_iter % joined:
+        raise ValueError(
+            f"--bn_group {group} takes {joined} micro-steps of --batch_size {batch_size}: --accum_iter {accum_iter} "
+            f"must be a multiple of {joined}"
+        )
+    return joined
+
+
+class EvaluationBatches:
+    """Every sample exactly once over all ranks: rank r takes number r, r + world, ... of `indices` (default: all).
+
+    epoch: of the samples' augmentation, if their data set has one.
+    """
+
+    def __init__(self, length: int, batch_size: int, indices: Sequence[int] | None = None, epoch: int = 0):
+        everything = range(length) if indices is None else indices
+        self.rounds = -(-len(everything) // (batch_size * distributed.world_size()))  # batches of the busiest rank
+        self.mine = list(everything)[distributed.rank() :: distributed.world_size()]
+        self.batch_size, self.epoch = batch_size, epoch
+
+    def __len__(self) -> int:
+        return -(-len(self.mine) // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for start in range(0, len(self.mine), self.batch_size):
+            yield [(self.epoch, index) for index in self.mine[start : start + self.batch_size]]
+
+
+def hold_out(targets: Sequence[int] | np.ndarray, fraction: float, seed: int) -> tuple[Sequence[int], Sequence[int]]:
+    """Indices (kept, held out) of a training set, a function of the seed: that fraction of every class is held out.
+
+    At least one image of a class that has two; with several labels per image, the fraction of all images. A fraction of
+    0 holds out nothing. ValueError if another fraction leaves either part empty.
+    """
+    if not fraction:
+        return range(len(targets)), []
+    targets = np.asarray(targets)
+    held = np.zeros(len(targets), dtype=bool)
+    with seeded("held out", seed):
+        order = np.random.permutation(len(targets))
+        groups = [order] if targets.ndim > 1 else [order[targets[order] == label] for label in np.unique(targets)]
+    for group in groups:
+        count = max(round(fraction * len(group)), min(1, len(group) - 1))
+        held[group[:count]] = True
+    if held.all() or not held.any():
+        raise ValueError(f"--val_fraction {fraction} of {len(targets)} training images leaves a part without images")
+    return np.flatnonzero(~held).tolist(), np.flatnonzero(held).tolist()

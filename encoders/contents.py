@@ -1,0 +1,129 @@
+"""The encoders in the content of a weight file: where their tensors are and what prevents reading them."""
+
+import re
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor
+
+from encoders.families import ENTRIES, Family, State
+from util.safe_load import Foreign
+
+# names that torch.compile, activation checkpointing, FSDP and DistributedDataParallel put into keys
+WRAPPER = re.compile(r"(?<![^.])(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module|module)\.")
+CHUNK = re.compile(r"(?<![^.])blocks\.(\d+)\.(\d+)\.")  # DINOv2's chunks of blocks
+STEM = re.compile(r"(^|.*\.)patch_embed\.(proj\.)?weight")
+NESTING = 4  # levels of dictionaries that are searched for encoders
+
+
+def without_wrappers(content: dict) -> dict:
+    """The content with wrapper names removed from the keys of tensors, and chunked blocks numbered in one sequence."""
+    content = {key: without_wrappers(value) if isinstance(value, dict) else value for key, value in content.items()}
+    if not any(isinstance(value, Tensor) for value in content.values()):
+        return content
+    names = {key: WRAPPER.sub("", key) if isinstance(key, str) else key for key in content}
+    chunked = {key: match for key, name in names.items() if isinstance(name, str) and (match := CHUNK.search(name))}
+    places = {(names[key][: match.start()], *map(int, match.groups())) for key, match in chunked.items()}
+    if len({(stem, index) for stem, _, index in places}) == len(places):  # padded chunks: the index counts all blocks
+        numbers = {place: place[2] for place in places}
+    else:
+        numbers = {place: sorted(p for p in places if p[0] == place[0]).index(place) for place in places}
+    for key, match in chunked.items():
+        name = names[key]
+        number = numbers[name[: match.start()], *map(int, match.groups())]
+        names[key] = f"{name[: match.start()]}blocks.{number}.{name[match.end() :]}"
+    if len(set(names.values())) < len(names):  # two tensors of one name: the loader will name what is left over
+        return content
+    return {names[key]: value for key, value in content.items()}
+
+
+def is_state(value: object) -> bool:
+    """Whether it is a non-empty dictionary of tensors by name."""
+    pairs = value.items() if isinstance(value, dict) else ()
+    return bool(pairs) and all(isinstance(key, str) and not not_a_tensor(item) for key, item in pairs)
+
+
+def not_a_tensor(value: object) -> str:
+    """What an entry of a state dict is, if not a tensor; "" for a tensor."""
+    if type(value) in (Tensor, torch.nn.Parameter):
+        return ""
+    if isinstance(value, Foreign):
+        if value.name.startswith("numpy"):
+            return "a NumPy array"
+        return "a DTensor" if value.name.endswith("_rebuild_wrapper_subclass") else f"a {value.name}"
+    return "None" if value is None else f"a {type(value).__name__}"
+
+
+def part_of(content: dict, name: str) -> State | None:
+    """The tensors under a name: an entry, a prefix of keys, or both ("state_dict.encoder_q")."""
+    if is_state(content.get(name)):
+        return content[name]
+    parts = name.split(".")
+    for count in range(1, len(parts)):
+        entry = content.get(".".join(parts[:count]))
+        if isinstance(entry, dict):
+            return part_of(entry, ".".join(parts[count:]))
+    chosen = {key.removeprefix(f"{name}."): value for key, value in content.items() if str(key).startswith(f"{name}.")}
+    return chosen if is_state(chosen) else None
+
+
+def dictionaries(content: dict, name: str = "") -> Iterator[tuple[str, dict]]:
+    """The content and all dictionaries in it, with their dotted names."""
+    yield name, content
+    for key, value in content.items() if name.count(".") < NESTING else ():
+        if isinstance(value, dict):
+            yield from dictionaries(value, f"{name}.{key}".removeprefix("."))
+
+
+def encoders_in(content: dict) -> list[str]:
+    """The names, for part_of, of everything below the top of a file that looks like a Vision Transformer."""
+    names = []
+    for name, entries in dictionaries(content):
+        for stem in filter(None, (STEM.fullmatch(key) for key in entries if isinstance(key, str))):
+            part = ".".join(filter(None, [name, *stem[1].split(".")]))
+            names += [part] if part and part not in names and part_of(content, part) else []
+    return names
+
+
+def obstacles_in(content: dict) -> list[str]:
+    """Entries among the tensors of an encoder that are not tensors, by name and type."""
+    found = []
+    for name, entries in dictionaries(content):
+        if any(isinstance(key, str) and STEM.fullmatch(key) for key in entries):
+            odd = [(key, kind) for key, value in entries.items() if (kind := not_a_tensor(value))]
+            label = f"{name}: " if name else ""
+            found += [f"{label}{key} is {kind}" for key, kind in odd[:3] if kind != "a dict"]
+            found += [f"{label}{len(odd) - 3} more"] * (len(odd) > 3)
+    return found
+
+
+def weights_of(content: dict, family: Family, checkpoint_key: str | None = None, flat: bool = True) -> State | None:
+    """The tensors of a file of this family, or None where the file is built differently.
+
+    A family of flat files may be in one of the entries that trainers put weights in. flat: accept a file of nothing
+    but tensors for any family (safetensors have no entries).
+    """
+    if checkpoint_key is None:
+        entries = [content, *map(content.get, ENTRIES)]
+        if family.key is not None:
+            entries = [content.get(family.key, content if flat else None)]
+        return next((entry for entry in entries if is_state(entry)), None)
+    if checkpoint_key in content:
+        return content[checkpoint_key] if is_state(content[checkpoint_key]) else None
+    name = WRAPPER.sub("", f"{checkpoint_key.removesuffix('.')}.").removesuffix(".")
+    weights = weights_of(content, family, flat=flat) if family.prefix else None
+    chosen = {key: value for key, value in (weights or {}).items() if key.startswith(f"{name}.")}
+    if chosen:
+        return {family.prefix + key.removeprefix(f"{name}."): value for key, value in chosen.items()}
+    return part_of(content, checkpoint_key.removesuffix(".")) or part_of(content, name)
+
+
+def fits(content: dict, family: Family, checkpoint_key: str | None, flat: bool) -> bool:
+    """Whether the structure of a file is that of a family: names of tensors and the entries beside them."""
+    weights = weights_of(content, family, checkpoint_key, flat)
+    if weights is None or any(key not in weights for key in family.needs):
+        return False
+    if any(entry not in content for entry in family.beside):
+        return False
+    return not any(fnmatchcase(key, pattern) for key in weights for pattern in family.lacks)

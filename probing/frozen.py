@@ -1,0 +1,104 @@
+"""Tokens of a frozen encoder: how they are read, and why they are not finite where they are not.
+
+Letters: B images, M patches, D' width of a vector.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from models_vit import Features, VisionTransformer
+from probing.pooling import Needs
+from runtime.training import all_finite
+from util.distributed import gather_tensors
+
+# input of a bank: {block: tokens}, or the pooled vectors (B,D')
+Read = dict[int, Features] | list[Tensor]
+
+
+class FrozenTokens(NamedTuple):
+    """A frozen backbone and how to read it. Call: images (B,3,h,w) -> float32 tokens by block, without autograd.
+
+    final_norm: apply the backbone's last norm (MAE's probe does, the paper's does not). needs: what to return beside
+    the tokens. oracle: images -> attention (B,M), called if `needs` includes it.
+    """
+
+    backbone: VisionTransformer
+    blocks: tuple[int, ...]
+    amp: torch.dtype
+    final_norm: bool = False
+    needs: Needs = Needs()
+    oracle: Callable[[Tensor], Tensor] | None = None
+
+    # no_grad, not inference_mode: the probes keep the tokens for their backward pass
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> dict[int, Features]:
+        with torch.autocast(images.device.type, dtype=self.amp, enabled=self.amp != torch.float32):
+            features = self.backbone(images, self.blocks, self.needs.cls_attention, self.needs.cells)
+        attention = self.oracle(images) if self.needs.oracle else None
+
+        def prepare(tokens: Tensor | None) -> Tensor | None:
+            if tokens is None:
+                return None
+            return self.backbone.norm(tokens.float()) if self.final_norm else tokens.float()
+
+        return {
+            block: f._replace(
+                cls=prepare(f.cls), registers=prepare(f.registers), patches=prepare(f.patches), oracle=attention
+            )
+            for block, f in features.items()
+        }
+
+
+def concat_reads(reads: Sequence[Read]) -> Read:
+    """Join what was read of several micro-batches along the images."""
+    return pytree.tree_map(lambda *parts: None if parts[0] is None else torch.cat(parts), *reads)
+
+
+class FiniteCheck:
+    """Record whether all tokens seen are finite and every attention over patches has a sum above 0.
+
+    `see` does not wait for a GPU; `check` does, and raises on every rank, so each rank must call it.
+    """
+
+    def __init__(self, tokens: FrozenTokens, device: torch.device):
+        self.tokens, self.healthy = tokens, torch.ones(2, dtype=torch.bool, device=device)
+
+    def see(self, read: Read) -> Read:
+        """Check what was read and return it."""
+        leaves = [leaf for leaf in pytree.tree_leaves(read) if leaf is not None and leaf.numel()]
+        finite = all_finite(leaves)
+        sums = [torch.ones(1, device=self.healthy.device)]
+        for features in read.values() if isinstance(read, dict) else ():
+            rows = [*(features.patch_attention or {}).values(), features.cls_attention]
+            sums += [row.mean(1).sum(-1) for row in rows if row is not None]
+            sums += [] if features.oracle is None else [features.oracle.sum(-1)]
+        self.healthy &= torch.stack([finite, (torch.cat(sums) > 0).all() | ~finite])
+        return read
+
+    def check(self) -> None:
+        """ValueError with the cause if something was not finite."""
+        finite, attended = torch.stack(gather_tensors(self.healthy)).all(0).tolist()
+        if not finite:
+            raise ValueError(f"the encoder's tokens are not finite: {cause(self.tokens)}")
+        if not attended:
+            raise ValueError(
+                "an image's attention to its patches is 0 in every head, so it cannot weight them: leave out the heads "
+                "attn-mn, attn-lcte, ca and dino"
+            )
+
+
+def cause(tokens: FrozenTokens) -> str:
+    """Why tokens are not finite, and what to do about it."""
+    models = {"the encoder's": tokens.backbone, "the oracle's": getattr(tokens.oracle, "backbone", None)}
+    for owner, model in models.items():
+        for name, weight in model.state_dict().items() if isinstance(model, nn.Module) else ():
+            if weight.is_floating_point() and not weight.isfinite().all():
+                return f"{owner} weight {name} holds NaN or infinity; use another checkpoint"
+    if tokens.amp == torch.float16:
+        return "its weights are, but activations exceed float16's largest number, 65,504; use --amp bfloat16"
+    precision = str(tokens.amp).removeprefix("torch.")
+    return f"its weights are, but activations overflow in {precision}; check the checkpoint, its family and --model"

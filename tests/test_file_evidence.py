@@ -1,0 +1,383 @@
+"""What a weight file does not tell is stated by a flag or logged; no encoder is computed wrongly in silence."""
+
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from test_families import Size, randomised, run_timm, state_of, timm_vit
+from timm.layers import resample_abs_pos_embed
+from timm.models.vision_transformer import ResPostBlock
+
+from encoders.families import FAMILIES
+from encoders.load import input_size, load_encoder
+from util.pos_embed import sincos_pos_embed
+
+SMALL = Size(64, 4, 8, 8, 4)  # an architecture without a name, whose heads are not of 64 channels
+
+
+@pytest.fixture(autouse=True)
+def logged(caplog):
+    caplog.set_level(logging.INFO, "beyond_cls")
+
+
+@pytest.fixture
+def write(tmp_path):
+    def file(content, name="file.pth") -> str:
+        torch.save(content, tmp_path / name)
+        return str(tmp_path / name)
+
+    return file
+
+
+@pytest.fixture(scope="module")
+def vit():
+    torch.manual_seed(0)
+    return timm_vit(SMALL)
+
+
+@pytest.fixture(scope="module")
+def state(vit):
+    return state_of(vit)
+
+
+def difference(backbone, model, rows=4, columns=4) -> float:
+    """Largest error of any block's tokens, relative to the largest token."""
+    images = torch.randn(2, 3, rows * 8, columns * 8, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        steps = list(backbone.trace(images))
+        tokens, _ = run_timm(model, images)
+    return max(((s.out - t).abs().max() / t.abs().max()).item() for s, t in zip(steps, tokens, strict=True))
+
+
+def load(path, model="file", **stated):
+    return load_encoder(path, model, **{"num_heads": 8, **stated})
+
+
+# ---- what tensors do not tell
+
+
+def test_every_assumption_about_a_plain_file_is_in_one_line_with_its_flag(write, state, caplog):
+    encoder = load_encoder(write(state), "file")
+    (line,) = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    for fact in ("1 heads (--num_heads)", "pre-norm blocks, gelu, layernorm (--timm_name)", "(--mean)", "(--std)",
+                 "positions for 4 x 4 patches (--grid)"):  # fmt: skip
+        assert fact in line and any(fact in assumed for assumed in encoder.record["assumed"])
+
+
+def test_stated_facts_are_used_and_no_longer_assumed(write, state, vit, caplog):
+    encoder = load(write(state), mean=[0.5, 0.5, 0.5], std=[0.4, 0.4, 0.4], grid=(4, 4), family="timm")
+    assert encoder.record["assumed"] == ["pre-norm blocks, gelu, layernorm (--timm_name)"]
+    assert (encoder.mean, encoder.std) == ((0.5, 0.5, 0.5), (0.4, 0.4, 0.4))
+    assert difference(encoder.backbone, vit) < 1e-5
+
+
+def test_a_named_family_assumes_nothing(write, state, caplog):
+    assert "assumed" not in load(write(state), family="dino").record
+    assert "WARNING" not in {record.levelname for record in caplog.records}
+
+
+TIMM = {
+    "residual post-norm": ("vit_base_patch16_rpn_224", {"block_fn": ResPostBlock}),
+    "tanh GELU": ("vit_base_patch32_siglip_256", {"act_layer": "gelu_tanh"}),
+    "0.5/0.5": ("vit_base_patch16_224", {}),
+    "CLIP": ("vit_base_patch16_clip_quickgelu_224", {"act_layer": "quick_gelu"}),
+}  # fmt: skip
+
+
+@pytest.fixture
+def small_timm(monkeypatch):
+    """timm's registry with small models of the same configurations: their entry, or the whole model for a name."""
+
+    def register(name, **options):
+        torch.manual_seed(0)
+        theirs = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 4, "num_heads": 8, **options}
+        create = timm.create_model
+
+        def small(wanted, pretrained=False, **more):
+            model = create(wanted, pretrained=False, **{**theirs, **more, "pretrained_cfg": None})
+            return randomised(model)
+
+        monkeypatch.setattr(timm, "create_model", small)
+        return timm.create_model(name, num_classes=0)
+
+    return register
+
+
+@pytest.mark.parametrize(("name", "options"), TIMM.values(), ids=TIMM)
+def test_timm_name_gives_timms_computation_and_preprocessing(name, options, write, small_timm):
+    model = small_timm(name)
+    path = write(state_of(model))
+    encoder = load_encoder(path, "file", timm_name=name)
+    assert difference(encoder.backbone, model) < 1e-5 and encoder.backbone.num_heads == 8
+    config = timm.get_pretrained_cfg(name)
+    assert (encoder.mean, encoder.std) == (tuple(config.mean), tuple(config.std)) and "assumed" not in encoder.record
+    if options:  # without the flag, the tokens are others, and that is said
+        assumed = load_encoder(path, "file", num_heads=8)
+        assert difference(assumed.backbone, model) > 1e-4 and "--timm_name" in "".join(assumed.record["assumed"])
+
+
+@pytest.mark.parametrize(
+    ("name", "stated", "message"),
+    [
+        ("vit_base_patch16_224x", {}, "has no model 'vit_base_patch16_224x'"),
+        ("resnet50", {}, "not timm's resnet50|ResNet"),
+        ("deit_small_distilled_patch16_224", {}, "missing .*dist_token|VisionTransformerDistilled"),
+        ("vit_base_patch16_224", {}, r"not timm's vit_base_patch16_224: .*\(1, 1, 64\), not \(1, 1, 768\)|missing"),
+        ("vit_base_patch16_224", {"num_heads": 8}, "states what --num_heads states"),
+        ("vit_base_patch16_224", {"family": "mae"}, "states what --family mae states"),
+    ],
+)
+def test_a_timm_name_that_does_not_fit_is_refused_with_the_reason(name, stated, message, write, state):
+    with pytest.raises(ValueError, match=message) as error:
+        load_encoder(write(state), "file", timm_name=name, **stated)
+    assert "\n" not in str(error.value)
+
+
+def test_tokens_that_differ_from_timms_are_refused(write, small_timm, monkeypatch):
+    model = small_timm("vit_base_patch32_siglip_256")
+    monkeypatch.setattr("encoders.timm_models.activation", lambda module: "gelu")
+    with pytest.raises(ValueError, match=r"models_vit cannot compute .*siglip_256: the tokens of block 0 differ"):
+        load_encoder(write(state_of(model)), "file", timm_name="vit_base_patch32_siglip_256")
+
+
+# ---- methods whose tensors look alike
+
+
+def with_table(state, columns_first):
+    table = sincos_pos_embed(64, (4, 4), 1)
+    return {**state, "pos_embed": table if columns_first else table.roll(32, dims=-1)}
+
+
+def test_mocov3_in_deits_layout_is_not_read_as_mae(write, caplog):
+    torch.manual_seed(0)
+    model = timm_vit(Size(384, 2, 12, 16, 2))
+    table = sincos_pos_embed(384, (2, 2), 1).roll(192, dims=-1)  # the row in the first channels
+    model.pos_embed.data = table
+    encoder = load_encoder(write({"model": state_of(model)}), "file")
+    assert encoder.record["family"] == "mocov3_deit" and encoder.backbone.num_heads == 12
+    assert "12 heads (--num_heads)" in caplog.text
+
+
+def test_maes_table_makes_mae_of_a_file_and_its_heads_an_assumption(write, state):
+    encoder = load_encoder(write({"model": with_table(state, True)}), "file")
+    assert encoder.record["family"] == "mae" and "1 heads (--num_heads)" in encoder.record["assumed"]
+
+
+@pytest.mark.parametrize("key", ["model", "state_dict"])
+def test_a_zero_row_of_positions_is_no_evidence(key, write, state):
+    zero = {**state, "pos_embed": torch.cat([torch.zeros(1, 1, 64), state["pos_embed"][:, 1:]], dim=1)}
+    assert load_encoder(write({key: zero}), "file").record["family"] == "timm"
+
+
+def test_fine_tuned_files_of_other_methods_are_not_called_mae_or_simmim(write, state):
+    mean_pooled = {key: value for key, value in state.items() if not key.startswith("norm.")}
+    mean_pooled |= {"fc_norm.weight": torch.ones(64), "fc_norm.bias": torch.zeros(64), "head.weight": torch.ones(3, 64)}
+    encoder = load_encoder(write({"model": mean_pooled}), "file")
+    assert encoder.record["family"] == "timm" and encoder.record["assumed"]
+
+
+# ---- several encoders in a file
+
+
+@pytest.mark.parametrize(("first", "second"), [("model", "model_ema"), ("state_dict", "state_dict_ema")])
+def test_other_encoders_of_a_file_are_named_with_the_key_that_loads_each(first, second, write, state, caplog):
+    other = {key: -value for key, value in state.items()}
+    path = write({first: state, second: other, "nested": {"ema": {"module": other}}})
+    loaded = load(path)
+    assert f"holds other encoders, too: --checkpoint_key {second}, --checkpoint_key nested.ema.module" in caplog.text
+    for key in (second, "nested.ema.module"):
+        assert load(path, checkpoint_key=key).backbone.norm.weight.equal(-loaded.backbone.norm.weight)
+
+
+def test_a_file_of_one_encoder_names_no_other(write, state, caplog):
+    load(write({"model": state, "optimizer": {"state": {0: {"step": torch.ones(1)}}}}))
+    assert "other encoders" not in caplog.text
+
+
+# ---- positions
+
+
+@pytest.mark.parametrize("prefix", [1, 0])
+def test_a_stated_grid_is_resampled_as_timm_resamples_it(prefix, write, state, caplog):
+    """2 x 8 positions are as many as 4 x 4."""
+    table = torch.randn(1, prefix + 16, 64)
+    encoder = load(write({**state, "pos_embed": table}), grid=(2, 8), family="timm")
+    assert encoder.backbone.grid_size == (2, 8) and "2 x 8 patches" in caplog.text
+    expected = resample_abs_pos_embed(table, (6, 6), (2, 8), num_prefix_tokens=prefix)[:, prefix:]
+    assert encoder.backbone.prefix_and_positions((6, 6))[1].equal(expected)
+
+
+def test_positions_that_fill_no_square_need_a_grid(write, state):
+    path = write({**state, "pos_embed": torch.randn(1, 1 + 32, 64)})
+    with pytest.raises(ValueError, match=r"32 positions .*--grid"):
+        load(path)
+    with pytest.raises(ValueError, match="--grid 5 7 does not fit"):
+        load(path, grid=(5, 7))
+    encoder = load(path, grid=(4, 8))
+    assert encoder.backbone.grid_size == (4, 8)
+    with pytest.raises(ValueError, match="--input_size"):
+        input_size(encoder, None)
+
+
+# ---- sizes
+
+
+def test_a_plain_vit_of_any_size_is_built_from_its_file(write, vit, state):
+    encoder = load(write(state), family="timm")
+    assert difference(encoder.backbone, vit) < 1e-5 and input_size(encoder, None) == 32
+    wide = timm_vit(Size(48, 3, 4, 4, 6), mlp_ratio=2.7, init_values=1.0, reg_tokens=2)
+    encoder = load_encoder(write(state_of(wide)), "file", num_heads=4)
+    assert len(encoder.backbone.blocks[0].mlp.fc1.weight) == int(48 * 2.7) and encoder.backbone.num_registers == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"patch_embed.proj.weight": torch.ones(64, 3, 16, 8)}, r"\(64, 3, 16, 8\): .*square patches"),
+        ({"patch_embed.proj.weight": torch.ones(64, 192)}, r"\(64, 192\): .*by a convolution"),
+        ({"patch_embed.proj.weight": torch.ones(64, 1, 8, 8)}, r"\(64, 1, 8, 8\): .*RGB"),
+        ({"blocks.0.attn.qkv.weight": torch.ones(192, 64, dtype=torch.int8)}, "torch.int8"),
+        ({"blocks.0.attn.q_norm.weight": torch.ones(8)}, "not used blocks.0.attn.q_norm.weight"),
+        ({"blocks.3.norm1.weight": torch.full((64,), 1e300, dtype=torch.float64)}, "blocks.3.norm1.weight holds NaN"),
+        ({"blocks.3.norm1.weight": torch.full((64,), torch.nan).bfloat16()}, "blocks.3.norm1.weight holds NaN"),
+    ],
+)
+def test_what_cannot_be_computed_is_refused_by_name(change, message, write, state):
+    with pytest.raises(ValueError, match=message):
+        load(write({**state, **change}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_any_float_type_are_read(dtype, write, state):
+    backbone = load(write({key: value.to(dtype) for key, value in state.items()})).backbone
+    assert backbone.norm.weight.equal(state["norm.weight"].to(dtype).float())
+
+
+# ---- names of wrappers, and advice
+
+
+WRAPPED = {
+    "compiled blocks": lambda k: k.replace(".attn.", "._orig_mod.attn."),
+    "checkpointed": lambda k: k.replace(".mlp.", "._checkpoint_wrapped_module.mlp."),
+    "FSDP": lambda k: "_fsdp_wrapped_module." + k.replace(".mlp.", "._fsdp_wrapped_module.mlp."),
+    "DDP of a compiled model": lambda k: f"module._orig_mod.{k}",
+    "chunks numbered through": lambda k: chunked(k, restart=False),
+    "chunks numbered anew": lambda k: chunked(k, restart=True),
+}
+
+
+def chunked(key: str, restart: bool) -> str:
+    parts = key.split(".")
+    if parts[0] != "blocks":
+        return key
+    block = int(parts[1])
+    return ".".join(["blocks", str(block // 2), str(block % 2 if restart else block), *parts[2:]])
+
+
+@pytest.mark.parametrize("rename", WRAPPED.values(), ids=WRAPPED)
+def test_names_of_wrappers_are_removed(rename, write, state):
+    backbone = load(write({rename(key): value for key, value in state.items()})).backbone
+    assert all(value.equal(state[key]) for key, value in backbone.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("prefix", "key"),
+    [
+        ("teacher.backbone.", "teacher.backbone"),
+        ("module.backbone.", "backbone"),
+        ("model.module.backbone.", "model.backbone"),
+    ],
+)
+@pytest.mark.parametrize("entry", [None, "model", "ema"])
+def test_advice_about_a_part_of_a_file_works(prefix, key, entry, write, state):
+    content = {prefix + WRAPPED["chunks numbered through"](name): value for name, value in state.items()}
+    path = write(content if entry is None else {entry: content})
+    with pytest.raises(ValueError) as error:
+        load(path)
+    advice = str(error.value).split("write --checkpoint_key ")[1]
+    assert advice == (key if entry is None else f"{entry}.{key}")
+    backbone = load(path, checkpoint_key=advice).backbone
+    assert backbone.norm.weight.equal(state["norm.weight"])
+
+
+@pytest.mark.parametrize("where", [None, "model", "teacher.backbone", "safetensors"])
+def test_dinov2_files_are_never_called_mae(where, write, state, tmp_path):
+    dinov2 = state_of(timm_vit(SMALL, init_values=1.0)) | {"mask_token": torch.zeros(1, 64)}
+    if where == "safetensors":
+        path = tmp_path / "dinov2.safetensors"
+        import safetensors.torch
+
+        safetensors.torch.save_file(dinov2, path)
+    elif where == "teacher.backbone":
+        path = write({"teacher": {f"backbone.{key}": value for key, value in dinov2.items()}})
+        with pytest.raises(ValueError, match=r"write --checkpoint_key teacher\.backbone$") as error:
+            load(path)
+        assert "mae" not in str(error.value)
+        assert load(path, checkpoint_key="teacher.backbone").record["family"] == "dinov2"
+        return
+    else:
+        path = write(dinov2 if where is None else {where: dinov2})
+    assert load(str(path)).record["family"] == "dinov2"
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (np.ones(3), "blocks.0.norm1.weight is a NumPy array"),
+        (None, "blocks.0.norm1.weight is None"),
+        (3, "blocks.0.norm1.weight is a int"),
+        (torch.empty(64, device="meta"), "without values"),
+    ],
+)
+@pytest.mark.parametrize("entry", [None, "model", "net"])
+def test_entries_that_are_no_tensors_are_named_with_their_type(value, message, entry, write, state):
+    changed = {**state, "blocks.0.norm1.weight": value}
+    path = write(changed if entry is None else {entry: changed})
+    for family in (None, "timm", "mae"):
+        with pytest.raises(ValueError, match=message):
+            load(path, family=family)
+
+
+SHARDED = """
+import os, sys, torch, torch.distributed as dist, torch.distributed.checkpoint as dcp
+from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+state = torch.load(sys.argv[1])
+state = {k: distribute_tensor(v, init_device_mesh("cpu", (1,)), [Shard(0)]) for k, v in state.items()}
+torch.save(state, sys.argv[2])
+dcp.save({"model": state}, checkpoint_id=sys.argv[3])
+"""
+
+
+def test_sharded_files_and_folders_are_answered_with_what_converts_them(write, state, tmp_path):
+    path, sharded, folder = write(state), tmp_path / "sharded.pth", tmp_path / "dcp"
+    subprocess.run([sys.executable, "-c", SHARDED, path, sharded, folder], check=True, capture_output=True)
+    with pytest.raises(ValueError, match="is a DTensor"):
+        load(str(sharded))
+    for part in (folder, next(folder.glob("*.distcp"))):
+        with pytest.raises(ValueError, match=r"torch.distributed.checkpoint.format_utils dcp_to_torch") as error:
+            load(str(part))
+    command = str(error.value).split(": ")[-1].replace("weights.pth", str(tmp_path / "w.pth")).split()
+    subprocess.run([sys.executable, *command[1:]], check=True, capture_output=True)
+    assert load(str(tmp_path / "w.pth")).backbone.norm.weight.equal(state["norm.weight"])
+
+
+# ---- a trained encoder
+
+
+SHARED = Path(os.environ.get("BEYOND_CLS_SHARED", Path(__file__).resolve().parents[2] / "shared"))
+REAL = SHARED / "data/real_encoders/dinov2_vits14_fp16.safetensors"
+
+
+@pytest.mark.skipif(not REAL.exists(), reason=f"no trained encoder at {REAL}")
+def test_the_trained_encoder_is_read_without_stating_anything(caplog):
+    encoder = load_encoder(str(REAL), "vit_small_patch14")
+    assert encoder.record["family"] == "dinov2" and encoder.backbone.grid_size == (37, 37)
+    assert "6 heads" in caplog.text and "WARNING" not in {record.levelname for record in caplog.records}
+    assert FAMILIES["dinov2"].vit["pos_resampling"] == encoder.backbone.pos_resampling == "offset"

@@ -1,0 +1,29 @@
+"""Import a slow module at its first use, so that --help and mistakes in the arguments answer at once."""
+
+import importlib
+from typing import Any
+
+
+class Lazy:
+    """Stands for a module that is imported when one of its attributes is first read or set."""
+
+    def __init__(self, name: str):
+        vars(self)["_name"] = name
+
+    def __getattr__(self, attribute: str) -> Any:
+        return getattr(importlib.import_module(self._name), attribute)
+
+    def __setattr__(self, attribute: str, value: Any) -> None:
+        setattr(importlib.import_module(self._name), attribute, value)
+
+    def __delattr__(self, attribute: str) -> None:
+        delattr(importlib.import_module(self._name), attribute)
+
+
+def lazy(name: str) -> Any:
+    """`torch = lazy("torch")` in place of `import torch`, in modules that parsers import.
+
+    Not for what runs at import: base classes, decorators, defaults of arguments. Annotations need
+    `from __future__ import annotations`, and what only they name is imported under `typing.TYPE_CHECKING`.
+    """
+    return Lazy(name)
