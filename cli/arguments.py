@@ -1,38 +1,22 @@
 """Command-line arguments that several mains share, in MAE's spelling."""
 
+from __future__ import annotations
+
 import argparse
 import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+from cli.console import Parser, any_int, named_path, non_negative, non_negative_int, positive_int
+from cli.encoder_arguments import check_input_size, check_weights
+from data_sets.images import ON_BAD_IMAGE
+from data_sets.order import micro_steps_of_a_group
+from data_sets.table import DATASETS, check_dataset
+from data_sets.views import LOADERS
 
-from cli.console import Parser, any_int, fail, named_path, non_negative, non_negative_int, parse, positive_int, run_main  # noqa: F401  (branches under way import them from here)
-from cli.encoder_arguments import (  # noqa: F401  (likewise)
-    ORACLE_ARGUMENTS,
-    add_encoder_arguments,
-    add_oracle_arguments,
-    build_encoder,
-    build_oracle,
-    check_input_size,
-    check_weights,
-    frozen_encoder,
-    one_encoder_each,
-)
-from data_sets.loader import DATASETS, LOADERS, ON_BAD_IMAGE, check_dataset, micro_steps_of_a_group
-
-PRECISIONS = {  # names of --amp -> torch's
-    "bfloat16": "bfloat16",
-    "float16": "float16",
-    "float32": "float32",
-    "none": "float32",  # beyond_cls's other name for float32
-}
-
-
-def precision(name: str) -> torch.dtype:
-    """The dtype that --amp names."""
-    return getattr(torch, PRECISIONS[name])
+if TYPE_CHECKING:
+    import torch
 
 
 def add_data_arguments(parser: Parser, labels: bool = True, loaders: bool = True) -> None:
@@ -148,27 +132,13 @@ def plain(args: argparse.Namespace) -> dict:
     return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
 
 
-# what numbers have to be, and the flags that take them
-NUMBERS = {
-    "0 or more": (
-        lambda x: 0 <= x < math.inf,
-        ("lr", "blr", "min_lr", "weight_decay", "start_epoch", "mixup", "cutmix", "color_jitter"),
-    ),
-    "more than 0": (lambda x: 0 < x < math.inf, ("layer_decay", "clip_grad", "recount")),
-    "from 0 to 1": (lambda x: 0 <= x <= 1, ("reprob", "mixup_prob", "mixup_switch_prob", "cutmix_minmax")),
-    "from 0 up to, but not, 1": (lambda x: 0 <= x < 1, ("drop_path", "smoothing")),
-    "more than 0 and at most 1": (lambda x: 0 < x <= 1, ("crop_scale",)),
-}
-
-
 def check_numbers(args: argparse.Namespace) -> None:
     """Refuse numbers that have no meaning, NaN and infinity among them; ValueError."""
-    for words, (allowed, names) in NUMBERS.items():
-        for name in names:
-            given = getattr(args, name, None)
-            for value in given if isinstance(given, list) else [given]:
-                if value is not None and not allowed(value):
-                    raise ValueError(f"--{name} {value}: write a number, {words}")
+    for name in ("lr", "blr", "min_lr", "weight_decay", "start_epoch"):
+        given = getattr(args, name)
+        for value in given if isinstance(given, list) else [given]:
+            if value is not None and not 0 <= value < math.inf:
+                raise ValueError(f"--{name} {value}: write a number, 0 or more")
 
 
 def check_training(args: argparse.Namespace) -> None:

@@ -19,13 +19,17 @@ if TYPE_CHECKING:
     from encoders.oracle import Oracle
 
 ORACLE_ARGUMENTS = ("oracle", "oracle_model", "oracle_family", "oracle_checkpoint_key")
+PRECISIONS = {  # names of --amp -> torch's
+    "bfloat16": "bfloat16",
+    "float16": "float16",
+    "float32": "float32",
+    "none": "float32",  # beyond_cls's other name for float32
+}
 EACH = ("model", "family", "checkpoint_key", "timm_name")  # flags with a value for each of several encoders
 
 
 def add_encoder_arguments(parser: argparse.ArgumentParser, several: bool = False) -> None:
     """several: --finetune names any number of encoders, and the flags of EACH take one value for all or for each."""
-
-    from cli.arguments import PRECISIONS
 
     def default(value: str | None) -> dict:
         return {"default": [value], "nargs": "+"} if several else {"default": value}
@@ -56,6 +60,13 @@ def add_encoder_arguments(parser: argparse.ArgumentParser, several: bool = False
     group.add_argument("--input_size", default=None, type=int, help="pixels (default: the model's, 224)")
     group.add_argument("--amp", default="bfloat16", choices=list(PRECISIONS),
                        help="precision of the backbone; heads stay in float32")  # fmt: skip
+
+
+def precision(name: str) -> torch.dtype:
+    """The dtype that --amp names."""
+    import torch
+
+    return getattr(torch, PRECISIONS[name])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -13,8 +13,8 @@ import timm
 import torch
 
 import models_vit
-from cli.arguments import add_encoder_arguments, build_encoder
 from cli.console import Parser
+from cli.encoder_arguments import add_encoder_arguments, build_encoder
 from encoders import catalogue
 from encoders.catalogue import CATALOGUE, PUBLICATIONS, CatalogueEntry, cache_path, download, fetch_weights
 from encoders.families import FAMILIES

@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 import main_linprobe
-from cli.arguments import frozen_encoder
 from cli.console import parse
+from cli.encoder_arguments import frozen_encoder
 from data_sets.demo import generate
 from probing.finished_run import read_run
 
