@@ -116,7 +116,7 @@ def test_flags_of_the_page_on_reproduction_exist_and_take_what_it_says(words):
         return
     args = parse(parser, [*argv, "--data_path", "images"])
     if program == "main_linprobe.py":
-        main.settle(args)
+        main.check(args)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
