@@ -91,7 +91,7 @@ def test_a_good_file_is_described_and_the_command_works(state, tiny, tmp_path, c
     assert re.search(r"family +mae, by its decoder: ", text) and re.search(rf"architecture +{tiny}\n", text)
     parameters = sum(value.numel() for value in state.values())
     assert f"parameters    {parameters:,} of the encoder, 2 heads" in text
-    assert "32 pixels (4 x 4 patches), mean (0.485, 0.456, 0.406), std (0.229, 0.224, 0.225)" in text
+    assert "32 x 32 pixels (4 x 4 patches), mean (0.485, 0.456, 0.406), std (0.229, 0.224, 0.225)" in text
     assert re.search(r"used +blocks\.N\.attn\.qkv\.weight +96x32 +3\n", text)
     assert re.search(r"dropped: decoder_\*? +decoder_embed\.weight +2x3 +1\n", text)
     assert re.search(r"dropped: mask_token +mask_token +1 +1\n", text)
