@@ -35,10 +35,13 @@ from cli.arguments import add_data_arguments, add_run_arguments, check_files, id
 from cli.console import Parser, parse, run_main
 from cli.encoder_arguments import add_encoder_arguments, check_input_size, frozen_encoder, one_encoder_each, precision
 from data_sets.images import fingerprint
-from data_sets.loader import DATASETS, EvaluationBatches, KeyedDataset, build_loader, eval_transform
-from encoders.architectures import known_depth
+from data_sets.loader import KeyedDataset, build_loader
+from data_sets.order import EvaluationBatches
+from data_sets.table import DATASETS
+from data_sets.views import eval_transform
+from encoders.architectures import check_blocks, known_depth
 from encoders.load import Encoder
-from models_vit import VisionTransformer, check_blocks
+from models_vit import VisionTransformer
 from runtime.analysis import Progress, analysed_images, subset
 from runtime.folder import RunFolder
 from runtime.processes import process_group

@@ -22,7 +22,7 @@ def metric_label(headline: str) -> str:
 
 def seeds_note(run: dict) -> str:
     """What differs between the seeds of a run, for the line under a number. run: its results.json."""
-    vary = run.get("seeds_vary", ["weights"])
+    vary = run.get("seeds_vary") or ["weights"]  # of runs older than the field
     if vary == ["weights"]:
         return "seeds vary initial weights only: narrower than independent runs"
     *names, last = (SEEDS_VARY[name] for name in vary)

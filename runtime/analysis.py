@@ -8,7 +8,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
-from data_sets.loader import build_dataset
+from data_sets.table import build_dataset
 from runtime.folder import MISFITS, AnotherRun, RunFolder
 from runtime.processes import require_same_run
 from runtime.resumable import check_identity

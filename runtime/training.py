@@ -16,7 +16,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from data_sets.loader import GlobalBatches, Loader, Sample, Watched
+from data_sets.loader import Loader, Sample, Watched
+from data_sets.order import GlobalBatches
 from runtime.folder import MISFITS, AnotherRun, RunFolder
 from runtime.processes import require_same_run
 from runtime.resumable import check_identity

@@ -11,7 +11,7 @@ from PIL import Image
 
 import main_linprobe
 from cli.console import parse
-from data_sets.loader import DATASETS
+from data_sets.table import DATASETS
 from encoders.load import save_encoder
 from models_vit import build_vit
 from probing import feature_cache

@@ -18,7 +18,9 @@ import main_analyze_attention
 from attention.measure import applicable, measure
 from attention.metrics import GROUPS, METRICS, REFERENCES, Sizes, metric_names, reduce_attention
 from cli.console import parse, run_main
-from data_sets.loader import Sample, build_dataset, eval_transform
+from data_sets.loader import Sample
+from data_sets.table import build_dataset
+from data_sets.views import eval_transform
 from encoders.load import save_encoder
 from main_analyze_attention import get_args_parser, images_of_few_classes
 from models_vit import build_vit
