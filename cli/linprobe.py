@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from cli.arguments import (
+    RESUMABLE_FLAGS,
     add_data_arguments,
     add_old_arguments,
     add_run_arguments,
@@ -46,14 +47,11 @@ MULTILABEL_METRICS = ("map", "any_match", "label_accuracy")  # of util.scores.Mu
 
 # arguments without effect on cached features, or whose effect is compared itself: --finetune by the digest of the
 # weights, --data_path by the fingerprint of the images, --seed and --val_fraction by the images and views they choose
-NOT_IN_FEATURES = {
-    "finetune", "checkpoint_key", "offline", "data_path", "dataset", "allow_subset", "nb_classes", "num_workers",
-    "pin_mem", "dataloader_affinity_hack", "seeds", "seeds_vary", "oracle", "oracle_model", "oracle_family",
-    "oracle_checkpoint_key", "init", "batch_size", "accum_iter", "bn_group", "epochs", "warmup_epochs", "optimizer",
-    "momentum", "weight_decay", "blr", "lr", "min_lr", "cache_views", "cache_dir", "eval", "eval_every", "val_fraction",
-    "save_predictions", "knn", "per_class", "multilabel_metric", "report", "output_dir", "log_dir", "seed", "resume",
-    "save_every_minutes", "save_every_steps", "dist_url", "args_from", "world_size", "local_rank", "dist_eval",
-    "cls_token", "global_pool", "start_epoch", "suffix",
+NOT_IN_FEATURES = (RESUMABLE_FLAGS - {"on_bad_image"}) | {
+    "checkpoint_key", "dataset", "allow_subset", "nb_classes", "seed", "seeds", "seeds_vary", "oracle", "oracle_model",
+    "oracle_family", "oracle_checkpoint_key", "init", "batch_size", "bn_group", "epochs", "warmup_epochs", "optimizer",
+    "momentum", "weight_decay", "blr", "lr", "min_lr", "cache_views", "val_fraction", "cls_token", "global_pool",
+    "start_epoch",
 }  # fmt: skip
 
 
