@@ -126,7 +126,7 @@ def test_results_that_a_kill_cut_short_are_written_again_and_so_are_complete_one
     for _ in range(2):
         (tmp_path / ".attention.png.abcd1234.tmp").touch()
         assert run("main_analyze_attention", command, tmp_path, "--resume", "auto") == 0
-        assert "the analysis is complete: its results are written again" in capsys.readouterr().out
+        assert "the analysis is complete: only its results are written again" in capsys.readouterr().out
         assert differences(found(tmp_path), whole) == []
 
 

@@ -155,7 +155,7 @@ def raising(call, number=signal.SIGTERM, nth=1):
     [
         ("main_linprobe", "build_splits", 1, "nothing to save"),
         ("main_linprobe", "frozen_encoder", 1, "nothing to save"),
-        ("data_sets.loader.KeyedDataset", "__getitem__", 1, "before its first step"),
+        ("data_sets.loader.KeyedDataset", "__getitem__", 1, "with nothing to save"),
         ("data_sets.loader.KeyedDataset", "__getitem__", 14, "saved after 1 of 3 steps of epoch 0"),
         ("util.scores.Tally", "update", 1, "saved after 3 of 3 steps of epoch 0"),  # in the first evaluation
         ("runtime.folder", "write_atomically", 1, "saved after 0 of 3 steps of epoch 1"),  # writing log.txt
