@@ -207,13 +207,13 @@ class RunFolder:
         if chosen is None:
             return None
         if distributed.world_size() > 1:  # each node may have a file of that name
-            content = ""
             try:
                 if distributed.rank() != 0:
                     _, state = _load(chosen, restore)
+                content = digest(state)
             except ValueError as problem:
                 content = str(problem)
-            require_same_run({f"checkpoint {chosen}": content or digest(state)})
+            require_same_run({f"checkpoint {chosen}": content})
         if self.read_path is not None and Path(chosen).resolve().parent == self.read_path.resolve():
             self.kept = [self.read_path / Path(chosen).name]
         log.info("%s from %s", "evaluating" if evaluate_only else "resuming", chosen)
