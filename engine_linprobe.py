@@ -13,6 +13,7 @@ from torch import Tensor
 from data_sets.loader import Sample, Watched
 from probing.bank import ProbeBank
 from probing.frozen import FiniteCheck, FrozenTokens, Read, concat_reads
+from probing.knn import knn_scores
 from probing.predictions import PredictionKeeper
 from runtime.training import all_finite
 from util.scores import MultiLabelScores, MultiLabelTally, Scores, Tally
@@ -157,3 +158,16 @@ def pooled(
         labels.append(sample.label.to(device))
     finite.check()
     return [torch.cat(kept) for kept in vectors], torch.cat(labels)
+
+
+def nearest_neighbours(
+    bank: ProbeBank, tokens: FrozenTokens, train: Iterable, test: Iterable, device: torch.device, ks: Sequence[int],
+    num_classes: int,
+) -> dict[str, dict]:  # fmt: skip
+    """{vector: {k: scores}} of k-NN classification on the vectors of the bank. train, test: loaders, not augmented."""
+    (references, labels), (queries, answers) = (pooled(bank, tokens, loader, device) for loader in (train, test))
+    results = {}
+    for spec, learned, ours, theirs in zip(bank.distinct, bank.learned, references, queries, strict=True):
+        name = spec.name if learned else f"{spec.head}/block{spec.block}"
+        results[name] = knn_scores(ours, labels, theirs, answers, ks, num_classes)
+    return results

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
-from data_sets.loader import KeyedDataset, Sample, eval_transform
+from data_sets.loader import KeyedDataset, Sample
+from data_sets.views import eval_transform
 from models_mae import MaskedAutoencoder, denormalised, unpatchify
 from runtime.training import OneNetwork
 

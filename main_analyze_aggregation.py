@@ -1,13 +1,12 @@
-"""What gets aggregated: how rules weigh the patches of one encoder, and whether that finds objects. Table 6, Figures 7
-to 9 and Table 8.
+"""What is aggregated: how rules weigh the patches of one encoder, and whether that localises objects. Table 6, Figures
+7 to 9 and Table 8.
 
-Rules are fixed ones (--rules) and the trained probes of a main_linprobe.py run (--probes), whose encoder is taken where
---finetune names no other. `<output_dir>/aggregation.json` holds the entropy of each rule's vector, the divergences of
-each pair of rules, and with --boxes MaxBoxAccV2; figures: kl, maps, boxes. Under torchrun the images are shared among
-the processes, each taken once.
+Rules are fixed (--rules), or the trained probes of a main_linprobe.py run (--probes), whose encoder is used unless
+--finetune is given. `<output_dir>/aggregation.json` holds the entropy of each rule's vector, divergences of pairs of
+rules, and with --boxes MaxBoxAccV2; the figures are kl, maps and boxes. Under torchrun, processes share the images.
 
 examples:
-    # everything: fixed rules, an oracle, the probes of a run, and whether they find the object
+    # everything: fixed rules, an oracle, the probes of a run, and localisation
     python main_analyze_aggregation.py --data_path $IMAGENET --probes runs/mae_base --oracle dino_vit_base_patch16 \\
         --boxes $IMAGENET/LOC_val_solution.csv --output_dir runs/aggregation
 
@@ -23,10 +22,17 @@ from collections.abc import Collection, Sequence
 from functools import partial
 from pathlib import Path
 
+from cli.analyze_aggregation import check, get_args_parser
+from cli.arguments import check_files, identity, loading, plain, shared_arguments
+from cli.console import checked, parse, run_main
+from cli.encoder_arguments import ORACLE_ARGUMENTS, build_oracle, frozen_encoder, precision
+
+if __name__ == "__main__":  # before the slow imports: --help and mistakes answer at once
+    ARGS = checked(parse(get_args_parser(__doc__)), check, check_files)
+
 import torch
 
-from aggregation import DEFAULT_RULES, KL_FLOOR
-from aggregation.boxes import BOX_SOURCES, ImageBoxes, read_boxes
+from aggregation.boxes import ImageBoxes, read_boxes
 from aggregation.divergence import VectorStats
 from aggregation.examples import (
     Example,
@@ -52,22 +58,14 @@ from aggregation.rules import (
     probe_rules,
     run_pass,
 )
-from cli.arguments import add_data_arguments, add_run_arguments, check_files, identity, loading, plain, shared_arguments
-from cli.console import Parser, parse, run_main
-from cli.encoder_arguments import (
-    ORACLE_ARGUMENTS,
-    add_encoder_arguments,
-    add_oracle_arguments,
-    build_oracle,
-    frozen_encoder,
-    precision,
-)
 from data_sets.images import fingerprint
-from data_sets.loader import EvaluationBatches, KeyedDataset, View, build_loader, eval_transform, stretch_transform
-from encoders.architectures import FROM_FILE, default_input_size
-from encoders.load import Encoder
+from data_sets.loader import KeyedDataset, build_loader
+from data_sets.order import EvaluationBatches
+from data_sets.views import View, eval_transform, stretch_transform
+from encoders.load import Encoder, input_size
 from encoders.oracle import Oracle
 from engine_linprobe import FrozenTokens
+from models_vit import VisionTransformer
 from probing.bank import ProbeBank
 from probing.finished_run import ProbeRun, read_run
 from probing.pooling import Tokens
@@ -81,80 +79,11 @@ from util.files import digest, to_json
 from util.progress import log
 
 
-def get_args_parser() -> argparse.ArgumentParser:
-    parser = Parser(__doc__)
-    add_encoder_arguments(parser)
-    add_data_arguments(parser, labels=False)
-    rules = parser.add_argument_group("rules")
-    rules.add_argument("--probes", default=None, type=Path, metavar="RUN",
-                       help="run folder of main_linprobe.py; without --finetune, its encoder is taken")  # fmt: skip
-    rules.add_argument("--probe_heads", nargs="+", default=None, metavar="HEAD",
-                       help="of the probes, these alone (default: all)")  # fmt: skip
-    rules.add_argument("--rules", nargs="+", default=None, metavar="HEAD",
-                       help="heads without parameters, of the last block (default: those of "
-                       f"{', '.join(DEFAULT_RULES)} that the encoder can follow; pos is uniform weights)")  # fmt: skip
-    add_oracle_arguments(rules, default=None)
-
-    analysis = parser.add_argument_group("analysis")
-    analysis.add_argument("--num_images", default=None, type=int, help="a random subset of this size (default: all)")
-    analysis.add_argument("--batch_size", default=64, type=int, help="images per process")
-    analysis.add_argument("--kl_direction", choices=["row_col", "col_row"], default="row_col",
-                          help="cells are KL(row || column) or KL(column || row)")  # fmt: skip
-    analysis.add_argument("--kl_eps", default=KL_FLOOR, type=float, metavar="EPS",
-                          help="weights are raised to it first; 0: not at all")  # fmt: skip
-    analysis.add_argument("--images", nargs="+", default=[], metavar="FILE",
-                          help="to show in the figures (default: a random choice)")  # fmt: skip
-    analysis.add_argument("--num_examples", default=5, type=int, help="images to show, where --images names none")
-
-    boxes = parser.add_argument_group("localisation")
-    boxes.add_argument("--boxes", default=None, type=Path, metavar="SOURCE",
-                       help=f"true boxes: {'; '.join(one.description for one in BOX_SOURCES.values())}")  # fmt: skip
-    boxes.add_argument("--box_format", choices=list(BOX_SOURCES), default=None, help="default: detected")
-    boxes.add_argument("--boxes_only", action="store_true", help="localisation alone: no entropies, no divergences")
-    boxes.add_argument("--loc_transform", choices=["resize", "crop"], default="resize",
-                       help="the whole image stretched to a square, in a pass of its own; or the crop that the rest of "
-                       "the analysis sees, in the same pass, with the boxes cropped likewise")  # fmt: skip
-    boxes.add_argument("--loc_step", default=0.001, type=float, help="between thresholds from 0 to 1")
-    boxes.add_argument("--loc_map_heads", choices=["mean", "best"], default="mean",
-                       help="of [cls] attention: the mean map; best: each head's, too, and which is best")  # fmt: skip
-    boxes.add_argument("--loc_workers", default=None, type=int, metavar="N",
-                       help="processes that evaluate maps (default: the cores, shared by ranks); 0: none")  # fmt: skip
-    boxes.add_argument("--draw_threshold", default=None, type=float, metavar="T",
-                       help="of the boxes in the figure (default: the best one at IoU 0.5)")  # fmt: skip
-    add_run_arguments(parser, trains=False)
-    return parser
-
-
-def check(args: argparse.Namespace) -> None:
-    """Refuse contradictions before anything is read; ValueError."""
-    if args.batch_size < 1:
-        raise ValueError(f"--batch_size {args.batch_size}: it takes at least one image")
-    if not 0 <= args.kl_eps < 1:
-        raise ValueError(f"--kl_eps {args.kl_eps}: weights lie between 0 and 1, and so does what they are raised to")
-    if args.num_examples < 0:
-        raise ValueError(f"--num_examples {args.num_examples}: write how many, or 0 for no figures of images")
-    if args.probe_heads is not None and args.probes is None:
-        raise ValueError("--probe_heads chooses among the probes of a run: name it with --probes")
-    if args.boxes is None:
-        needing = {"--boxes_only": args.boxes_only, "--box_format": args.box_format,
-                   "--draw_threshold": args.draw_threshold is not None,
-                   "--loc_map_heads best": args.loc_map_heads == "best"}  # fmt: skip
-        if given := [flag for flag, value in needing.items() if value]:
-            raise ValueError(f"{given[0]} is about localisation: name the true boxes with --boxes")
-    if args.draw_threshold is not None and not 0 <= args.draw_threshold < 1:
-        raise ValueError(f"--draw_threshold {args.draw_threshold}: thresholds lie between 0 and 1")
-    if args.loc_workers is not None and args.loc_workers < 0:
-        raise ValueError(f"--loc_workers {args.loc_workers}: write how many processes, or 0 for none")
-    levels_of(args.loc_step)
-
-
 def main(args: argparse.Namespace) -> None:
     check(args)
     check_files(args)
-    if args.boxes is not None and not args.boxes.exists():
-        raise ValueError(f"--boxes {args.boxes}: there is no such file or folder")
     with process_group(args.device, args.dist_url, shared_arguments(args)) as world:
-        # ---- images, frozen encoder, trained probes, rules; every mistake in the arguments shows here
+        # ---- images, frozen encoder, trained probes, rules
         folder = RunFolder(args.output_dir)
         if not args.resume:
             folder.refuse_results("aggregation.json")
@@ -163,22 +92,23 @@ def main(args: argparse.Namespace) -> None:
         chosen = subset(len(images), args.num_images, args.seed)
         asked = run.with_encoder(args) if run is not None and not args.finetune else args
         encoder, size = frozen_encoder(asked)
-        if run is not None:
-            check_encoder(run, asked, encoder, size)
         backbone, amp = encoder.backbone.to(world.device), precision(args.amp)
         grid = backbone.grid_of(size, size)
-        given = Tokens(backbone.embed_dim, grid, backbone.num_prefix_tokens)
+        shape = Tokens(backbone.embed_dim, grid, backbone.num_prefix_tokens)
         bank = run.bank(encoder, grid) if run is not None else None
+        if run is not None:
+            check_encoder(run, asked, encoder, size)
         oracle = find_oracle(args, run, bank is not None and bank.needs.oracle, encoder, size, amp)
-        rules = find_rules(args, encoder, given, run, bank, oracle is not None)
-        heads = head_rules(backbone, given) if args.loc_map_heads == "best" else []
-        for rule in (*rules, *heads):
-            rule.pooling.to(world.device).eval()
+        rules = find_rules(args, backbone, shape, run, bank, oracle is not None)
+        heads = head_rules(backbone, shape) if args.loc_map_heads == "best" else []
         everything = [*rules, *heads]
-        tokens = FrozenTokens(
-            backbone, tuple(sorted({rule.block for rule in rules})), amp, run is not None and run.args.final_norm,
-            needs_of(everything), oracle and oracle.to(world.device),
-        )  # fmt: skip
+        for rule in everything:
+            rule.pooling.to(world.device).eval()
+        blocks, final_norm = tuple(sorted({rule.block for rule in rules})), run is not None and run.args.final_norm
+        needs, oracle = needs_of(everything), oracle and oracle.to(world.device)
+        tokens = FrozenTokens(backbone, blocks, amp, final_norm, needs, oracle)
+
+        # ---- true boxes, and images for the figures
         boxes = None
         if args.boxes is not None:
             boxes = read_boxes(args.boxes, args.box_format, images, args.data_path, chosen, args.allow_subset)
@@ -187,10 +117,10 @@ def main(args: argparse.Namespace) -> None:
         else:
             examples = random_examples(images, chosen, args.num_examples, args.seed)
 
-        # ---- what is looked for, and in which view of the images: each view has a pass of its own
+        # ---- what to measure in which view of the images: one pass per view
         levels = levels_of(args.loc_step)
         workers = 0 if boxes is None else args.loc_workers
-        if workers is None:  # a core each, shared by the processes
+        if workers is None:  # one per core, shared by the processes
             workers = max(1, len(os.sched_getaffinity(0)) // world_size())
         localizer = Localizer(len(everything), (size, size), levels, workers)
 
@@ -225,7 +155,7 @@ def main(args: argparse.Namespace) -> None:
         folder.write("args.json", record)
 
         with localizer, progress.stoppable():
-            # ---- one pass over the images, each once over all processes; another one where boxes need other pixels
+            # ---- passes over the images, each image once over all processes
             for view in list(passes)[len(progress.results) :]:
                 dataset = KeyedDataset(images, pixels[view], args.seed, on_bad_image=args.on_bad_image)
                 batches = EvaluationBatches(len(images), args.batch_size, chosen[progress.seen :])
@@ -235,12 +165,12 @@ def main(args: argparse.Namespace) -> None:
                 progress.end_pass({"found": found.state(), "seconds": progress.seconds})
 
             # ---- results
-            found = {part: state for kept in progress.results for part, state in kept["found"].items()}
-            total = findings(found, [found])
+            parts = {part: state for kept in progress.results for part, state in kept["found"].items()}
+            total = findings(parts, [parts])
             result = describe(rules, encoder, size, run, total.vectors)
             if boxes is not None:
-                located = describe_boxes(everything, heads, total.boxes, levels, args.boxes, args.loc_step)
-                result["localization"] = located
+                boxed = describe_boxes(everything, heads, total.boxes, levels, args.boxes, args.loc_step)
+                result["localization"] = boxed
             seconds = sum(kept["seconds"] for kept in progress.results)
             result |= {"over_seeds": over_seeds(result), "seconds": seconds, **record, "finished": utc_now()}
             log.info("%s", table(result))
@@ -255,7 +185,7 @@ def draw(
     args: argparse.Namespace, result: dict, rules: Sequence[Rule], tokens: FrozenTokens, examples: Sequence[Example],
     pixels: dict[str, View], boxes: ImageBoxes | None, folder: Path,
 ) -> None:  # fmt: skip
-    """kl, maps and boxes, as far as they were measured and there are examples."""
+    """kl, and maps and boxes of the examples, as far as they were measured."""
     if not args.boxes_only:
         draw_divergences(result, [folder / "kl.png", folder / "kl.pdf"])
     if examples:
@@ -272,20 +202,21 @@ def draw(
 
 
 def check_encoder(run: ProbeRun, args: argparse.Namespace, encoder: Encoder, size: int) -> None:
-    """Refuse an encoder that differs from that of the probes in more than its weights' file; ValueError."""
+    """Refuse an encoder that reads its images in another way than that of the probes; ValueError.
+
+    Its weights are compared when the probes are loaded."""
     stated = ("num_heads", "mean", "std", "grid", "timm_name")
-    described = {**encoder.record, **{name: vars(args)[name] for name in stated}, "input_size": size}
-    own_size = size if run.args.model == FROM_FILE else default_input_size(run.args.model)
-    trained = {**run.results.get("encoder", {}), **{name: vars(run.args)[name] for name in stated}}
-    trained["input_size"] = run.args.input_size or own_size
-    described = json.loads(json.dumps(described))  # lists and tuples alike
-    names = [name for name in described if name in trained and name not in ("source", "sha256", "assumed")]
-    if different := [
-        f"{name} {trained[name]}, not {described[name]}" for name in names if trained[name] != described[name]
-    ]:
+    encoder_now = {**encoder.record, **{name: vars(args)[name] for name in stated}, "input_size": size}
+    encoder_now = json.loads(json.dumps(encoder_now))  # tuples become lists, as in the run's results
+    encoder_then = {**run.results.get("encoder", {}), **{name: vars(run.args)[name] for name in stated},
+                    "input_size": input_size(encoder, run.args.input_size)}  # fmt: skip
+    names = encoder_now.keys() & encoder_then.keys() - {"source", "sha256", "assumed"}
+    different = [name for name in sorted(names) if encoder_then[name] != encoder_now[name]]
+    if different:
+        changes = "; ".join(f"{name} {encoder_then[name]}, not {encoder_now[name]}" for name in different)
         raise ValueError(
-            f"the probes of {run.folder} were trained with {'; '.join(different)}: leave out --finetune and what "
-            "belongs to it, and the encoder of the probes is taken"
+            f"the probes of {run.folder} were trained with {changes}: drop --finetune and its flags, and the encoder "
+            "of the probes is used"
         )
 
 
@@ -296,49 +227,43 @@ def find_oracle(
     if args.oracle is None and not needed:
         return None
     if args.oracle is None:
-        asked = argparse.Namespace(**{**vars(args), **{name: vars(run.args)[name] for name in ORACLE_ARGUMENTS}})
-    else:
-        asked = args
-    oracle = build_oracle(asked, encoder, size, amp)
-    trained = run.results.get("oracle") if needed else None
-    different = [name for name, value in oracle.record.items() if name in (trained or {}) and trained[name] != value]
-    if needed and (trained is None or set(different) - ({"source"} if oracle.record["sha256"] else set())):
-        raise ValueError(
-            f"a probe of {run.folder} was trained with the oracle {(trained or {}).get('source')}, which differs from "
-            f"{asked.oracle} in {', '.join(different) or 'everything'}: name the file that the probe was trained with"
-        )
+        args = argparse.Namespace(**{**vars(args), **{name: vars(run.args)[name] for name in ORACLE_ARGUMENTS}})
+    oracle = build_oracle(args, encoder, size, amp)
+    if needed:
+        trained = run.results.get("oracle") or {}
+        names = oracle.record.keys() - ({"source"} if oracle.record["sha256"] else set())
+        different = [name for name in sorted(names) if name not in trained or trained[name] != oracle.record[name]]
+        if different:
+            raise ValueError(
+                f"a probe of {run.folder} was trained with the oracle {trained.get('source')}, which differs from "
+                f"{args.oracle} in {', '.join(different)}: name the encoder that it was trained with"
+            )
     return oracle
 
 
 def find_rules(
-    args: argparse.Namespace, encoder: Encoder, tokens: Tokens, run: ProbeRun | None, bank: ProbeBank | None,
+    args: argparse.Namespace, backbone: VisionTransformer, shape: Tokens, run: ProbeRun | None, bank: ProbeBank | None,
     has_oracle: bool,
 ) -> list[Rule]:  # fmt: skip
     """The fixed rules, then those of the run's probes; of several rates, only the one chosen on held-out images."""
-    heads, missing = args.rules, []
-    if heads is None:
-        heads, missing = default_rules(encoder.backbone, has_oracle)
-    if missing:
-        reasons = "no --oracle" if encoder.backbone.has_cls else "no [cls] token in this encoder, or no --oracle"
-        log.info("rules left out: %s (%s)", ", ".join(missing), reasons)
-    rules = fixed_rules(heads, encoder.backbone, tokens, has_oracle)
+    usable, missing = default_rules(backbone, has_oracle)
+    if args.rules is None and missing:
+        log.info("rules left out, for want of a [cls] token or an --oracle: %s", ", ".join(missing))
+    rules = fixed_rules(usable if args.rules is None else args.rules, backbone, shape, has_oracle)
     if bank is None:
         return rules
-    fixed = {(rule.head, rule.block) for rule in rules}
-    learned = probe_rules(bank, encoder.backbone.depth - 1, run.scores())
+    learned = probe_rules(bank, backbone.depth - 1, run.scores())
     known = dict.fromkeys(rule.head for rule in learned)
     if unknown := [head for head in args.probe_heads or [] if head not in known]:
         raise ValueError(
             f"--probe_heads {unknown[0]}: {nearest(unknown[0], known)}{run.folder} weighs patches by {', '.join(known)}"
         )
-    chosen = [rule for rule in learned if args.probe_heads is None or rule.head in args.probe_heads]
-    unweighted = {
-        spec.head for spec, probe in zip(bank.specs, bank.probes, strict=True) if not probe.aggregation.weighs
-    }
-    if unweighted:
-        log.info("probes left out, which do not weigh patches: %s", ", ".join(sorted(unweighted)))
-    return [*rules, *(rule for rule in chosen if rule.probe is not None or (rule.head, rule.block) not in fixed)]
+    if unweighted := sorted({spec.head for spec in bank.specs} - known.keys()):
+        log.info("probes left out, which do not weigh patches: %s", ", ".join(unweighted))
+    fixed = {(rule.head, rule.block) for rule in rules}
+    learned = [rule for rule in learned if args.probe_heads is None or rule.head in args.probe_heads]
+    return [*rules, *(rule for rule in learned if rule.probe is not None or (rule.head, rule.block) not in fixed)]
 
 
 if __name__ == "__main__":
-    run_main(main, parse(get_args_parser()))
+    run_main(main, ARGS)

@@ -1,8 +1,8 @@
 """End-to-end fine-tuning on the [cls] token: the paper's MAE-FT, and the demo's fine-tuned encoder.
 
-The run folder ends with `encoder.safetensors` (family mae_ft: encoder and head), which every other main takes as
---finetune. --global_pool classifies on the mean patch instead, as MAE's published models do (family mae_ft_mean).
-Defaults are the paper's recipe for ViT-B (B.1). Source: He et al., 2022, appendix A.
+The run folder gets `encoder.safetensors` (encoder and head, family mae_ft), for --finetune of every other main.
+--global_pool classifies the mean patch instead, as MAE's published models do (family mae_ft_mean). Defaults are the
+paper's recipe for ViT-B (B.1). Source: He et al., 2022, appendix A.
 
 examples:
     # the paper's ViT-B: effective batch 1,024
@@ -12,7 +12,7 @@ examples:
     # the accuracy of a published classifier
     python main_finetune.py --eval --resume mae_finetuned_vit_base.pth --global_pool --data_path $IMAGENET
 
-    # go on with a run that was stopped
+    # resume a stopped run
     python main_finetune.py --args_from runs/mae_ft_base/args.json --resume auto
 """
 
@@ -23,32 +23,22 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from cli.arguments import check_files, identity, loading, plain, shared_arguments
+from cli.console import checked, parse, run_main
+from cli.encoder_arguments import build_encoder, precision
+from cli.finetune import check, get_args_parser, mixes
+
+if __name__ == "__main__":  # before the slow imports: --help and mistakes answer at once
+    ARGS = checked(parse(get_args_parser(__doc__)), check, check_files)
+
 import torch
 from PIL import Image, ImageOps
 
-from cli.arguments import (
-    add_data_arguments,
-    add_old_arguments,
-    add_run_arguments,
-    check_files,
-    check_training,
-    identity,
-    loading,
-    plain,
-    shared_arguments,
-)
-from cli.console import Parser, parse, run_main
-from cli.encoder_arguments import add_encoder_arguments, build_encoder, precision
 from data_sets.images import fingerprint
-from data_sets.loader import (
-    DATASETS,
-    EvaluationBatches,
-    GlobalBatches,
-    KeyedDataset,
-    build_loader,
-    build_splits,
-    eval_transform,
-)
+from data_sets.loader import KeyedDataset, build_loader
+from data_sets.order import EvaluationBatches, GlobalBatches
+from data_sets.table import build_splits, check_wnids
+from data_sets.views import eval_transform
 from encoders.load import Encoder, load_plain_or_safetensors, safetensors_metadata
 from engine_finetune import Classifier, FineTuning, evaluate
 from runtime.folder import RunFolder
@@ -62,56 +52,8 @@ from util.optim import layer_decay_groups
 from util.progress import log
 from util.seeding import seeded
 
-RECIPE_AA = "rand-m9-mstd0.5-inc1"
 # what must be as in training if a checkpoint is evaluated; the weights of --finetune are replaced
 NETWORK = ("model", "num_heads", "no_cls_token", "global_pool", "class names", "pixels", "family")
-
-
-def get_args_parser() -> argparse.ArgumentParser:
-    parser = Parser(__doc__)
-    add_encoder_arguments(parser)
-    add_data_arguments(parser, loaders=False)  # timm augments PIL images
-    head = parser.add_argument_group("classifier")
-    head.add_argument("--global_pool", action="store_true", help="classify on the mean patch, not on [cls]")
-    optim = parser.add_argument_group("optimisation")
-    optim.add_argument("--batch_size", default=64, type=int, help="images per process and micro-step")
-    optim.add_argument("--accum_iter", default=1, type=int, help="micro-steps per optimizer step")
-    optim.add_argument("--epochs", default=100, type=int, help="of training")
-    optim.add_argument("--warmup_epochs", default=5, type=int, help="of them with a rate that rises from 0")
-    optim.add_argument("--blr", default=5e-4, type=float, help="base rate: lr = blr x effective batch / 256")
-    optim.add_argument("--lr", default=None, type=float, help="absolute rate (overrides --blr)")
-    optim.add_argument("--min_lr", default=1e-6, type=float, help="rate at the end of the cosine")
-    optim.add_argument("--layer_decay", default=0.65, type=float, help="rate of a block relative to the one above it")
-    optim.add_argument("--weight_decay", default=0.05, type=float, help="on matrices; not on biases and norms")
-    optim.add_argument("--clip_grad", default=None, type=float, metavar="NORM",
-                       help="the gradient's norm is lowered to it (default: it is not)")  # fmt: skip
-    optim.add_argument("--compile", action="store_true", help="compile the encoder's blocks: for long runs on a GPU")
-    reg = parser.add_argument_group("regularisation")
-    reg.add_argument("--drop_path", default=0.1, type=float, help="stochastic depth of the last block")
-    reg.add_argument("--crop_scale", default=0.08, type=float, help="smallest share of the image that a crop covers")
-    reg.add_argument("--aa", default=RECIPE_AA, help='RandAugment policy in timm\'s notation; "" for none')
-    reg.add_argument("--color_jitter", default=None, type=float, help="used where --aa is off")
-    reg.add_argument("--reprob", default=0.25, type=float, help="probability of random erasing")
-    reg.add_argument("--smoothing", default=0.1, type=float, help="label smoothing")
-    reg.add_argument("--mixup", default=0.8, type=float, help="alpha of the mixing of two images; 0: none")
-    reg.add_argument("--cutmix", default=1.0, type=float, help="alpha of patches from another image; 0: none")
-    evaluation = parser.add_argument_group("evaluation")
-    evaluation.add_argument("--eval", action="store_true",
-                            help="evaluate the classifier of --resume and stop; it may be a published file, "
-                            "too")  # fmt: skip
-    add_run_arguments(parser)
-    old = add_old_arguments(parser)
-    old.add_argument("--cls_token", action="store_true", help="MAE's: [cls], which is the default here")
-    old.add_argument("--start_epoch", default=0, type=int, help="first epoch of a run that is not resumed")
-    old.add_argument("--remode", default="pixel", choices=["pixel", "rand", "const"], help="what erases")
-    old.add_argument("--recount", default=1, type=int, help="erased rectangles of an image, at most")
-    old.add_argument("--resplit", action="store_true", help="MAE's: no effect, there or here")
-    old.add_argument("--mixup_prob", default=1.0, type=float, help="share of the batches that are mixed")
-    old.add_argument("--mixup_switch_prob", default=0.5, type=float, help="of them by cutmix, where both are on")
-    old.add_argument("--mixup_mode", default="batch", choices=["batch", "pair", "elem"], help="what shares a mixture")
-    old.add_argument("--cutmix_minmax", default=None, nargs=2, type=float, metavar=("MIN", "MAX"),
-                     help="share of the sides that cutmix takes, instead of --cutmix")  # fmt: skip
-    return parser
 
 
 def main(args: argparse.Namespace) -> None:
@@ -252,8 +194,6 @@ def check_classes(path: str, classes: Sequence[str]) -> None:
 
     A file of main_finetune.py names its classes; any other of 1,000 outputs is taken for one of ImageNet's.
     """
-    from data_sets import table  # check_wnids: lands with the data sets
-
     metadata = safetensors_metadata(Path(path)) if Path(path).suffix == ".safetensors" else {}
     if "classes" in metadata:
         trained = json.loads(metadata["classes"])
@@ -265,7 +205,7 @@ def check_classes(path: str, classes: Sequence[str]) -> None:
             )
     elif len(classes) == 1000:
         try:
-            table.check_wnids(classes)
+            check_wnids(classes)
         except ValueError as error:
             raise ValueError(f"--resume {path} is taken for a classifier of ImageNet-1k: {error}") from error
     else:
@@ -280,26 +220,5 @@ def take_over(model: Classifier, weights: dict[str, torch.Tensor], path: str) ->
         raise ValueError(f"--resume {path} does not fit --model and --data_path: {error}") from error
 
 
-def mixes(args: argparse.Namespace) -> bool:
-    return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
-
-
-def check(args: argparse.Namespace) -> None:
-    """Refuse what the arguments alone show to be impossible; ValueError."""
-    check_training(args)
-    if args.dataset in DATASETS and DATASETS[args.dataset].multi_label:
-        raise ValueError(f"--dataset {args.dataset} has several labels an image: main_linprobe.py takes it, not this")
-    if args.eval and not args.resume:
-        raise ValueError("--eval needs a classifier: name its checkpoint with --resume")
-    if args.amp == "float16" and not args.eval:
-        raise ValueError("--amp float16 would need a loss scaler to train; use bfloat16")
-    if args.global_pool and args.cls_token:
-        raise ValueError("--global_pool and --cls_token: the classifier reads the mean patch or [cls]; choose one")
-    if args.cutmix_minmax is not None and args.cutmix_minmax[0] >= args.cutmix_minmax[1]:
-        raise ValueError("--cutmix_minmax {} {}: the first must be the smaller one".format(*args.cutmix_minmax))
-    if mixes(args) and args.batch_size % 2 and not args.eval:
-        raise ValueError(f"--batch_size {args.batch_size}: mixup and cutmix pair images, so it must be even")
-
-
 if __name__ == "__main__":
-    run_main(main, parse(get_args_parser()))
+    run_main(main, ARGS)

@@ -14,7 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from encoders.architectures import ARCHITECTURES, architecture, default_input_size, sizes  # noqa: F401
+from encoders.architectures import ARCHITECTURES, architecture, check_blocks, default_input_size, sizes  # noqa: F401
 from util.pos_embed import (
     relative_index,
     resample_pos_embed,
@@ -428,13 +428,6 @@ class VisionTransformer(nn.Module):
             cls_attention=attention,
             patch_attention={i: attention_row(step, prefix + i, prefix) for i in patch_attention} or None,
         )
-
-
-def check_blocks(blocks: Sequence[int], depth: int | None) -> None:
-    """ValueError for a block that does not exist in an encoder of that depth; None: of a depth not known yet."""
-    for block in blocks:
-        if block < 0 or (depth is not None and block >= depth):
-            raise ValueError(f"block {block} does not exist: this encoder has blocks 0 to {depth and depth - 1}")
 
 
 def attention_row(step: BlockTrace, query: int, num_prefix: int) -> Tensor:

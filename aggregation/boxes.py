@@ -3,21 +3,26 @@
 Boxes are x0, y0, x1, y1 in pixels of the image, inclusive, exactly as written in the file.
 """
 
+from __future__ import annotations
+
 import csv
 import os
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from PIL import Image
-from torch.utils.data import Dataset
 
+from data_sets.files import is_system_file
 from data_sets.readers import missing_files, read_lines
 from util.files import digest
 from util.progress import log
+
+if TYPE_CHECKING:
+    from torch.utils.data import Dataset
 
 Size = tuple[int, int]  # width and height
 MAX_SIDE = 2**31  # in pixels; beyond any image format
@@ -88,14 +93,14 @@ def _size(where: str, width: str | None, height: str | None) -> Size:
 
 
 def _xml_files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("*.xml") if not path.name.startswith("."))
+    return sorted(path for path in folder.glob("*.xml") if not is_system_file(path.name))
 
 
 def _xml_folder(folder: Path) -> dict[str, Annotation]:
     """One PASCAL VOC file per image: ILSVRC2012_bbox_val_v3.tgz, or Annotations/CLS-LOC/val."""
     files = _xml_files(folder)
-    if hidden := len(list(folder.glob(".*.xml"))):
-        log.info("%s: %d hidden .xml files ignored", folder, hidden)
+    if hidden := len(list(folder.glob("*.xml"))) - len(files):
+        log.info("%s: %d .xml files of the operating system ignored", folder, hidden)
 
     def rows() -> Iterator[Row]:
         for path in files:

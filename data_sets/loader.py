@@ -17,19 +17,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from data_sets.images import ON_BAD_IMAGE, DamagedImage, UnreadableImage, path_of
-from data_sets.order import EvaluationBatches, GlobalBatches, hold_out, micro_steps_of_a_group  # noqa: F401
-
-# until every caller imports them from their own modules
-from data_sets.table import DATASETS, Images, build_dataset, build_splits, check_dataset  # noqa: F401
-from data_sets.views import (  # noqa: F401
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    LOADERS,
-    View,
-    eval_transform,
-    stretch_transform,
-    train_transform,
-)
+from data_sets.table import Images
+from data_sets.views import View
 from util import distributed, signals
 from util.progress import log, progress
 from util.seeding import seeded

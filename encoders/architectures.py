@@ -1,5 +1,7 @@
 """ARCHITECTURES: the named sizes of the Vision Transformer. Importable without torch."""
 
+from collections.abc import Sequence
+
 from util.choices import instead_of
 
 FROM_FILE = "file"  # --model file: width, depth, patch, MLP and grid are read from the tensors
@@ -35,3 +37,10 @@ def default_input_size(name: str) -> int:
 def known_depth(name: str) -> int | None:
     """Blocks of a named architecture; None for FROM_FILE, whose blocks are counted when the file is read."""
     return None if name == FROM_FILE else architecture(name)["depth"]
+
+
+def check_blocks(blocks: Sequence[int], depth: int | None) -> None:
+    """ValueError for a block that an encoder of that depth does not have. depth: None if not known yet."""
+    for block in blocks:
+        if block < 0 or (depth is not None and block >= depth):
+            raise ValueError(f"block {block} does not exist: this encoder has blocks 0 to {depth and depth - 1}")

@@ -13,9 +13,9 @@ from encoders.architectures import ARCHITECTURES, FROM_FILE, architecture, defau
 from encoders.catalogue import fetch_weights, known_family, named_family
 from encoders.contents import without_wrappers
 from encoders.detect import Detected, detect_family, obstacle, other_encoders, where_encoders_are
-from encoders.families import FAMILIES, TABLE, Grid
+from encoders.families import FAMILIES, TABLE, Grid, drop_rule
 from encoders.reading import DEFAULTS, RELATIVE, Reading, not_finite, read_as
-from models_vit import VisionTransformer
+from models_vit import NORMS, VisionTransformer
 from util.distributed import main_process_first
 from util.files import sha256
 from util.progress import log
@@ -108,7 +108,8 @@ def load_encoder(
     digest = sha256(path) if path is not None else None
     record = {"model": reading.model, "source": Path(finetune).name, "family": detected.family, "sha256": digest}
     encoder = Encoder(backbone, tuple(mean or pixels.mean), tuple(std or pixels.std), record)
-    log_encoder(finetune, encoder, reading, detected, {*stated, *options})
+    arch = content["arch"] if isinstance(content.get("arch"), str) else None
+    log_encoder(finetune, encoder, reading, detected, {*stated, *options}, arch)
     if others := other_encoders(content, reading):
         level = logging.INFO if family or checkpoint_key else logging.WARNING
         log.log(level, "%s holds other encoders, too: %s", finetune, ", ".join(others))
@@ -133,7 +134,8 @@ def timm_of_file(content: dict, name: str, checkpoint_key: str | None, grid: Gri
     size = {"img_size": reading.options["img_size"]} if "pos_embed" in reading.state else {}
     model = timm_models.create(name, **size)
     timm_models.options_of(model, name)  # which refuses what models_vit cannot compute
-    timm_models.fill(model, reading.weights, name)
+    kept = {key: value for key, value in reading.weights.items() if drop_rule(FAMILIES["timm"], key) is None}
+    timm_models.fill(model, kept, name)
     return model
 
 
@@ -166,16 +168,21 @@ def heads_question(width: int) -> str:
     return f"the number of heads is not known for a width of {width}: state it with --num_heads ({', '.join(divisors)})"
 
 
-def log_encoder(finetune: str, encoder: Encoder, reading: Reading, detected: Detected, stated: set[str]) -> None:
-    """Log what the tokens depend on and tensors do not show; what nothing states, as a warning and in the record."""
+def log_encoder(finetune: str, encoder: Encoder, reading: Reading, detected: Detected, stated: set[str],
+                arch: str | None) -> None:  # fmt: skip
+    """Log what the tokens depend on and tensors do not show; what nothing states, as a warning and in the record.
+
+    arch: the architecture that the file names.
+    """
 
     def numbers(values: Sequence[float]) -> str:
         return " ".join(f"{value:.4g}" for value in values)
 
     options, backbone = {**DEFAULTS, **reading.options}, encoder.backbone
+    eps = NORMS[options["norm_layer"]].keywords["eps"]
     facts = {
         "num_heads": f"{backbone.num_heads} heads",
-        "timm_name": f"{options['norm_order']}-norm blocks, {options['activation']}, {options['norm_layer']}",
+        "timm_name": f"{options['norm_order']}-norm blocks, {options['activation']}, eps {eps:g}",
         "mean": f"mean {numbers(encoder.mean)}",
         "std": f"std {numbers(encoder.std)}",
     }
@@ -186,10 +193,13 @@ def log_encoder(finetune: str, encoder: Encoder, reading: Reading, detected: Det
         detected.reason or "by assumption", len(reading.state), "; ".join(facts.values()), backbone.pos_resampling,
     )  # fmt: skip
     if detected.reason in ("", TABLE):
+        if RELATIVE in reading.state:
+            stated = {*stated, "timm_name"}  # not a plain ViT of timm
         assumed = [f"{fact} (--{name})" for name, fact in facts.items() if name not in stated]
         encoder.record["assumed"] = assumed
-        undecided = [undecided_family(detected)] * bool(detected.others)
-        log.warning("%s does not state, so these are assumed: %s", finetune, "; ".join(assumed + undecided))
+        hints = [undecided_family(detected)] * bool(detected.others)
+        hints += [f"the file names the architecture {arch}, which --timm_name may know"] * bool(arch)
+        log.warning("%s does not state, so these are assumed: %s", finetune, "; ".join(assumed + hints))
 
 
 def undecided_family(detected: Detected) -> str:

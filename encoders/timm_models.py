@@ -8,7 +8,7 @@ from encoders.contents import State
 from models_vit import VisionTransformer
 from util.choices import nearest
 
-HEADS = ("head.", "head_dist.", "fc_norm.", "attn_pool.")  # keys that follow the blocks
+HEADS = ("head.", "fc_norm.", "attn_pool.")  # what follows the blocks
 EPS = {1e-6: "layernorm", 1e-5: "layernorm_eps1e-5"}  # names of models_vit.NORMS
 
 
@@ -82,9 +82,8 @@ def preprocessing(model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...
     return tuple(model.pretrained_cfg["mean"]), tuple(model.pretrained_cfg["std"])
 
 
-def fill(model: nn.Module, weights: State, name: str) -> None:
-    """Give a timm model the weights of a file. ValueError where it lacks some or takes others."""
-    ours = {key: value for key, value in weights.items() if not key.startswith(HEADS)}
+def fill(model: nn.Module, ours: State, name: str) -> None:
+    """Give a timm model the weights of a file. ValueError where some are missing or of no use."""
     wanted = {key: value for key, value in model.state_dict().items() if not key.startswith(HEADS)}
     shapes = [
         f"{key} is {tuple(ours[key].shape)}, not {tuple(wanted[key].shape)}"

@@ -24,11 +24,6 @@ ORIGIN = ("commit", "dirty", "versions", "command")
 TOLERANCE = {"points": 1.0, "ratio": 1e-4}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# origin
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def shown_records(page: Path) -> dict[Path, dict]:
     """The programs' results that a page links or names in its marks; of a folder, all below it but goldens."""
     paths: set[Path] = set()
@@ -80,11 +75,6 @@ def origin_problems(path: Path, record: Mapping[str, Any], known_history: bool) 
     if content["commit"] != record["commit"]:
         problems.append(f"{path} and {golden} were made at different commits")
     return problems + origin_problems(golden, content, known_history)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# goldens
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def read_golden(path: Path) -> dict:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from data_sets.table import DATASETS
 from encoders.catalogue import PUBLICATIONS
 from encoders.families import FAMILIES
-from paper.ledger import Cell
+from paper.ledger import Cell, cell_in
 from probing.results import seeds_note
 from util.plotting import model_name
 
@@ -39,11 +39,6 @@ PROTOCOL = (
 )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the tables
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 class Slot(NamedTuple):
     """What a column shows. head "baseline": cls, or pos for encoders without [cls]; dataset "": the table's own."""
 
@@ -57,87 +52,80 @@ class Table(NamedTuple):
 
     title: str
     encoders: tuple[str, ...]  # the paper's, as model.arch, in its order; others that were measured follow
-    columns: tuple[str, ...]
     lines: tuple[tuple[str, dict[str, Slot]], ...]
     line_title: str = ""
+
+    @property
+    def columns(self) -> list[str]:
+        return list(dict.fromkeys(column for _, slots in self.lines for column in slots))
+
+
+def encoders(models: str) -> tuple[str, ...]:
+    """model or model/size, as model.arch; the size is the paper's."""
+    archs = {"S": "vit_small_patch16", "B": "vit_base_patch16", "L": "vit_large_patch16", "H": "vit_huge_patch14"}
+    archs |= {"ijepa": "vit_huge_patch14", "capi": "vit_large_patch14"}
+    pairs = (name.partition("/") for name in models.split())
+    return tuple(f"{model}.{archs.get(size or model, archs['B'])}" for model, _, size in pairs)
 
 
 def heads(quantity: str, **columns: str) -> tuple[tuple[str, dict[str, Slot]], ...]:
     return (("", {title: Slot(quantity, head) for title, head in columns.items()}),)
 
 
-B, H, L = "vit_base_patch16", "vit_huge_patch14", "vit_large_patch14"
-MAE = ("mae.vit_small_patch16", f"mae.{B}", "mae.vit_large_patch16", f"mae.{H}")
-ACTIVATIONS = ("relu", "gelu", "tanh")
-DEPTHS = (2, 3, 4)
-TRANSFER = {  # data sets of Table 2: title and quantity
-    "imagenet1pct": ("ImageNet 1 %", "top1"),
-    "cub200": ("CUB", "top1"),
-    "stanford_cars": ("Cars", "top1"),
-    "oxford_pets": ("Pets", "top1"),
-    "food101": ("Food-101", "top1"),
-    "coco": ("COCO", "map"),
-    "nus_wide": ("NUS-WIDE", "map"),
+TRANSFER = {  # data sets of Table 2: title; by top-1, or mean average precision where images have several labels
+    **{"imagenet1pct": "ImageNet 1 %", "cub200": "CUB", "stanford_cars": "Cars", "oxford_pets": "Pets"},
+    **{"food101": "Food-101", "coco": "COCO", "nus_wide": "NUS-WIDE"},
 }
-DEMO_TRANSFER = {"demo": ("demo", "top1"), "demo_few": ("demo, a tenth", "top1")}
+DEMO_TRANSFER = {"demo": "demo", "demo_few": "demo, a tenth"}
 RULES = {
-    "attn-mn": "mean [cls] attention",
-    "attn-lcte": "lowest-entropy [cls] attention",
-    "ca1": "central patch",
-    "dino": "oracle's [cls] attention",
-    "abmilp": "AbMILP",
+    **{"attn-mn": "mean [cls] attention", "attn-lcte": "lowest-entropy [cls] attention", "ca1": "central patch"},
+    **{"dino": "oracle's [cls] attention", "abmilp": "AbMILP"},
 }
+MAE = "mae/S mae mae/L mae/H "
 
 
-def transfer(datasets: dict[str, tuple[str, str]]) -> Table:
+def transfer(datasets: dict[str, str]) -> Table:
     slots = {
-        f"{title}, {name}": Slot(quantity, head, dataset)
-        for dataset, (title, quantity) in datasets.items()
+        f"{title}, {name}": Slot("map" if DATASETS[dataset].multi_label else "top1", head, dataset)
+        for dataset, title in datasets.items()
         for name, head in (("baseline", "baseline"), ("AbMILP", "abmilp"))
     }
     title = (
         "Table 2: transfer, top-1 (%), on COCO and NUS-WIDE mean average precision (%); baseline: [cls], or the "
         "average patch of encoders without it"
     )
-    encoders = (f"mae.{B}", f"simmim.{B}", f"beitv2.{B}", f"ijepa.{H}", f"capi.{L}")
-    return Table(title, encoders, tuple(slots), (("", slots),))
+    return Table(title, encoders("mae simmim beitv2 ijepa capi"), (("", slots),))
+
+
+def depths(activation: str) -> dict[str, Slot]:
+    return {f"depth {depth}": Slot("top1", f"abmilp-d{depth}-{activation}") for depth in (2, 3, 4)}
 
 
 TABLES = {
     "1": Table(
         "Table 1: linear probing, top-1 (%)",
-        (
-            *(*MAE, f"simmim.{B}", f"maskfeat.{B}", f"beitv2.{B}", f"ijepa.{H}", f"capi.{L}"),
-            *(f"dino.{B}", f"mocov3.{B}", f"ibot.{B}"),
-        ),
-        ("[cls]", "average patch", "AbMILP"),
+        encoders(MAE + "simmim maskfeat beitv2 ijepa capi dino mocov3 ibot"),
         heads("top1", **{"[cls]": "cls", "average patch": "pos", "AbMILP": "abmilp"}),
     ),
     "2": transfer(TRANSFER),
     "3": Table(
         "Table 3: aggregation entropy (nats), mean over heads, images and blocks",
-        (f"mae.{B}", f"simmim.{B}", f"beitv2.{B}", f"ijepa.{H}", f"capi.{L}", f"dino.{B}"),
-        ("entropy",),
+        encoders("mae simmim beitv2 ijepa capi dino"),
         heads(ENTROPY_OF_BLOCKS, entropy="baseline"),
     ),
     "5": Table(
         "Table 5: AbMILP by depth and activation, top-1 (%)",
-        (f"mae.{B}",),
-        ("depth 1", *(f"depth {depth}" for depth in DEPTHS)),
+        encoders("mae"),
         (
             ("linear", {"depth 1": Slot("top1", "abmilp")}),
-            *(
-                (act, {f"depth {depth}": Slot("top1", f"abmilp-d{depth}-{act}") for depth in DEPTHS})
-                for act in ACTIVATIONS
-            ),
+            *((activation, depths(activation)) for activation in ("relu", "gelu", "tanh")),
             ("self-attention, SGD", {"depth 1": Slot("top1", "abmilp-sa")}),
         ),
         "activation",
     ),
     "6": Table(
         "Table 6: aggregation rules, top-1 (%) of a probe and entropy of the vector (nats)",
-        (f"mae.{B}",),
-        ("top-1", "entropy"),
+        encoders("mae"),
         tuple(
             (title, {"top-1": Slot("top1", head), "entropy": Slot("aggregation_entropy", head)})
             for head, title in RULES.items()
@@ -146,28 +134,20 @@ TABLES = {
     ),
     "7": Table(
         "Table 7: AbMILP and attentive probing (AP), top-1 (%)",
-        (*MAE, f"beitv2.{B}", f"ijepa.{H}", f"capi.{L}"),
-        ("AbMILP", "AP, 1 head", "AP, 12 heads"),
+        encoders(MAE + "beitv2 ijepa capi"),
         heads("top1", **{"AbMILP": "abmilp", "AP, 1 head": "ap1", "AP, 12 heads": "ap12"}),
     ),
     "8": Table(
         "Table 8: localisation, MaxBoxAccV2 (%)",
-        (f"mae.{B}", f"beitv2.{B}"),
-        ("[cls] attention", "AbMILP"),
+        encoders("mae beitv2"),
         heads("maxboxaccv2", **{"[cls] attention": "cls", "AbMILP": "abmilp"}),
     ),
     "fig1": Table(
         "Figure 1: the baseline ([cls], or the average patch of encoders without it) and AbMILP, top-1 (%)",
-        (f"mae.{B}", f"beitv2.{B}", f"ibot.{B}", f"mocov3.{B}", f"ijepa.{H}", f"capi.{L}"),
-        ("baseline", "AbMILP"),
+        encoders("mae beitv2 ibot mocov3 ijepa capi"),
         heads("top1", baseline="baseline", AbMILP="abmilp"),
     ),
 }
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# cells
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 class Entry(NamedTuple):
@@ -204,8 +184,7 @@ def table_of(name: str, dataset: str) -> Table:
     """The table for a data set: only ImageNet's has the paper's encoders, and the data sets of Table 2."""
     table = TABLES[name]
     if name == "2" and dataset != PAPER_DATASET:
-        own = {dataset: (dataset, "map" if DATASETS[dataset].multi_label else "top1")}
-        table = transfer(DEMO_TRANSFER if dataset == "demo" else own)
+        table = transfer(DEMO_TRANSFER if dataset == "demo" else {dataset: dataset})
     return table if dataset == PAPER_DATASET else table._replace(encoders=())
 
 
@@ -281,23 +260,19 @@ def measured_on(record: dict) -> list[str]:
 
 def differing_settings(records: Sequence[dict]) -> dict[Cell, list[str]]:
     """A note per record on the settings in which the records of a table differ without an obstacle or a note on it."""
-
-    def settings(record: dict) -> dict[str, object]:
-        origin = {"commit": (record["commit"] or "unknown")[:7], "torch": record["versions"].get("torch")}
-        chosen = record["settings"].get("rate_chosen_on_held_out_images")
-        if DATASETS[record["dataset"]].protocol:  # elsewhere, its departures from the paper are obstacles
-            return {"amp": record["settings"].get("amp"), **origin}
-        hidden = {"epochs", *(["blr", "optimizer"] if chosen else [])}  # noted anyway
-        return {**{name: record["settings"].get(name) for name in PROTOCOL if name not in hidden}, **origin}
-
-    every = [(Cell(*(record[name] for name in Cell._fields)), settings(record)) for record in records]
+    every = {}
+    for record in records:
+        settings, names = record["settings"], ["amp"]
+        if not DATASETS[record["dataset"]].protocol:  # otherwise, departures from the paper are obstacles
+            noted = ("blr", "optimizer") if settings.get("rate_chosen_on_held_out_images") else ()
+            names = [name for name in PROTOCOL if name not in ("epochs", *noted)]
+        known = {name: settings[name] for name in names if settings.get(name) is not None}
+        known["commit"] = (record["commit"] or "unknown")[:7]
+        every[cell_in(record)] = {**known, **{name: v for name, v in record["versions"].items() if name == "torch"}}
     values: dict[str, set] = {}
-    for _, one in every:
-        for name, value in one.items():
-            if value is not None:
-                values.setdefault(name, set()).add(value)
-    differing = [name for name in values if len(values[name]) > 1]
-    texts = {cell: [f"{name} {one[name]}" for name in differing if one.get(name) is not None] for cell, one in every}
+    for name, value in (item for known in every.values() for item in known.items()):
+        values.setdefault(name, set()).add(value)
+    texts = {c: [f"{name} {known[name]}" for name in known if len(values[name]) > 1] for c, known in every.items()}
     return {cell: [", ".join(text)] for cell, text in texts.items() if text}
 
 

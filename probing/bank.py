@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models_vit import Features, VisionTransformer, check_blocks
+from encoders.architectures import check_blocks
+from models_vit import Features, VisionTransformer
 from probing.folding import pool_together
 from probing.heads import Options, check_aggregation, head_name
 from probing.pooling import Needs, Pooling, Tokens, select

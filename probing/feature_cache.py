@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from data_sets.loader import EvaluationBatches, GlobalBatches, KeyedDataset, Sample, Watched, build_loader
+from data_sets.loader import KeyedDataset, Sample, Watched, build_loader
+from data_sets.order import EvaluationBatches, GlobalBatches
 from encoders.load import load_plain_or_safetensors, safetensors_metadata, save_encoder
 from probing.bank import ProbeBank
 from probing.frozen import FiniteCheck, FrozenTokens, Read

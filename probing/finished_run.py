@@ -39,18 +39,11 @@ class ProbeRun(NamedTuple):
             )
         try:
             classes = {len(probe["classifier.bias"]) for probe in self.state["probes"].values()}
-            specs = [
-                ProbeSpec(
-                    probe["aggregation"],
-                    probe["block"],
-                    probe["blr"],
-                    probe["seed"],
-                    parse_head(probe["head"], {})[1],
-                    probe["optimizer"],
-                    probe["lr"],
-                )
-                for probe in self.results["probes"].values()
-            ]
+            specs = []
+            for probe in self.results["probes"].values():
+                aggregation, options = parse_head(probe["head"], {})
+                settings = {key: probe[key] for key in ("block", "blr", "seed", "optimizer", "lr")}
+                specs.append(ProbeSpec(aggregation, options=options, **settings))
             bank = ProbeBank(specs, encoder.backbone, grid, *classes)
             bank.load_probe_states(self.state["probes"])
         except WRONG_CONTENT as error:

@@ -1,4 +1,4 @@
-"""Summarise, select and log probe results. Importing this does not import torch."""
+"""Summarise, select and log probe results."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def metric_label(headline: str) -> str:
 
 def seeds_note(run: dict) -> str:
     """What differs between the seeds of a run, for the line under a number. run: its results.json."""
-    vary = run.get("seeds_vary", ["weights"])
+    vary = run.get("seeds_vary") or ["weights"]  # of runs older than the field
     if vary == ["weights"]:
         return "seeds vary initial weights only: narrower than independent runs"
     *names, last = (SEEDS_VARY[name] for name in vary)
@@ -44,13 +44,9 @@ def best_probe(scores: dict[str, dict] | None, headline: str, watched: str) -> s
 
 
 def summary(
-    bank: ProbeBank,
-    history: list[dict],
-    diverged: dict[str, dict | None],
-    watched: str,
-    headline: str,
+    bank: ProbeBank, history: list[dict], diverged: dict[str, dict | None], watched: str, headline: str,
     final: dict[str, dict],
-) -> dict[str, dict]:
+) -> dict[str, dict]:  # fmt: skip
     """{probe name: its settings and its test scores at the last epoch (`final`)}.
 
     history: scores of the evaluated epochs on the watched images, "test" or "val" (held out). With "test", the result
@@ -62,13 +58,7 @@ def summary(
         scores = [{"epoch": entry["epoch"], **entry[watched][spec.name]} for entry in history]
         last, best = scores[-1], max(scores, key=lambda entry: comparable(entry, headline))
         results[spec.name] = {
-            "aggregation": spec.aggregation,
-            "head": spec.head,
-            "block": spec.block,
-            "blr": spec.blr,
-            "lr": spec.lr,
-            "seed": spec.seed,
-            "optimizer": spec.optimizer,
+            **{key: getattr(spec, key) for key in ("aggregation", "head", "block", "blr", "lr", "seed", "optimizer")},
             "parameters": sum(p.numel() for p in probe.parameters()),
             "diverged_at": diverged[spec.name],
             "last": {"epoch": last["epoch"], **final[spec.name]},
@@ -106,20 +96,15 @@ def warn_of_choices(specs: Sequence[ProbeSpec], held_out: bool) -> None:
 
 def warn_of_edges(results: dict[str, dict]) -> None:
     """Warn if the chosen rate is the smallest or largest of those tried."""
-
-    def group(result: dict) -> tuple:
-        return result["head"], result["block"], result["optimizer"]
-
     tried: dict[tuple, set[float]] = {}
     for result in results.values():
-        tried.setdefault(group(result), set()).add(result["blr"])
-    edges = dict.fromkeys(
-        f"{result['head']} of block {result['block']} ({result['blr']:g})"
-        for result in results.values()
-        if result.get("chosen")
-        and len(tried[group(result)]) > 1
-        and result["blr"] in (min(tried[group(result)]), max(tried[group(result)]))
-    )
+        tried.setdefault((result["head"], result["block"], result["optimizer"]), set()).add(result["blr"])
+    edges = []
+    for result in results.values():
+        rates = tried[result["head"], result["block"], result["optimizer"]]
+        text = f"{result['head']} of block {result['block']} ({result['blr']:g})"
+        if result.get("chosen") and len(rates) > 1 and result["blr"] in (min(rates), max(rates)) and text not in edges:
+            edges.append(text)
     if edges:
         log.warning("the chosen --blr is at the edge of those tried; a better one may lie beyond: %s", ", ".join(edges))
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
-from safetensors import SafetensorError, safe_open
 
 from cli.arguments import plain
 from probing.results import metric_label as short_label
@@ -91,8 +90,8 @@ def format_argument(value: object) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def state(run: Run) -> tuple[bool, str]:
-    """Whether a run is finished, and its state in words."""
+def state(run: Run) -> tuple[bool, Markup]:
+    """Whether a run is finished, and a badge that says so."""
     if run.kind.trains:
         total = run.args.get("epochs")
         done, unit = run.epochs[-1]["epoch"] + 1 if run.epochs else 0, "epochs"
@@ -102,12 +101,8 @@ def state(run: Run) -> tuple[bool, str]:
         total = len(encoders) if isinstance(encoders, list) else max(1, len(run.results))
         done, unit = len(run.results), "results"
         finished = done == total
-    return finished, "finished" if finished else f"not finished: {done} of {total} {unit}"
-
-
-def state_badge(run: Run) -> Markup:
-    finished, text = state(run)
-    return badge(text, "good" if finished else "loud")
+    badges = badge("finished", "good"), badge(f"not finished: {done} of {total} {unit}", "loud")
+    return finished, badges[0] if finished else badges[1]
 
 
 def weights_file(run: Run) -> Path | None:
@@ -192,8 +187,8 @@ def link(report: RunReport) -> Markup:
 
 def run_cell(report: RunReport) -> Markup:
     """A link to the run's card, with what makes its numbers doubtful."""
-    unfinished = "" if state(report.run)[0] else state_badge(report.run)
-    return join([link(report), unfinished, note_badges(report.run, ["loud"])])
+    finished, words = state(report.run)
+    return join([link(report), "" if finished else words, note_badges(report.run, ["loud"])])
 
 
 def time_cell(run: Run) -> Cell:
@@ -260,7 +255,7 @@ def provenance(run: Run) -> Table:
         "oracle": code(format_fields(record.get("oracle"))),
         "data": data_words(record, image_count(run)),
         "fingerprint of the test images": code(record.get("test_images")),
-        "encoder written": trained_weights(path) if (path := weights_file(run)) else DASH,
+        "encoder written": f"{path.name}, sha256 {sha256(path)}" if (path := weights_file(run)) else DASH,
         "wall time": time_cell(run).text,
         "records": join([code(f"{run.folder}/{run.prefix}"), f", newest of {format_time(run.written)}"]),
     }
@@ -270,15 +265,6 @@ def provenance(run: Run) -> Table:
 def format_fields(fields: object) -> str:
     known = fields.items() if isinstance(fields, dict) else ()
     return ", ".join(f"{name} {format_argument(value)}" for name, value in known) or DASH
-
-
-def trained_weights(path: Path) -> Markup:
-    try:
-        with safe_open(path, "np") as file:
-            metadata = format_fields(dict(sorted((file.metadata() or {}).items())))
-    except (OSError, SafetensorError) as error:
-        return badge(f"{path.name} cannot be read: {error}", "loud")
-    return join([f"{path.name} ({metadata}), sha256 ", code(sha256(path))])
 
 
 def photos(paths: Sequence[Path], folder: Path | None = None) -> list[object]:
@@ -300,5 +286,5 @@ def card(report: RunReport, *blocks: object) -> Group:
     details = Group("details", [*configuration(run), provenance(run)], "Configuration and provenance")
     warnings = [Text(line, "loud") for line in run.trouble]
     gallery = Group("gallery", photos(pictures, run.folder))
-    title = join([f"{run.name} ", state_badge(run), note_badges(run)])
+    title = join([f"{run.name} ", state(run)[1], note_badges(run)])
     return Group("card", [Text(facts), *warnings, *blocks, gallery, details], title, report.anchor)

@@ -1,7 +1,6 @@
 """Figures of a report: curves and matrices as SVG without a background, PNG files of runs."""
 
 import base64
-import io
 import math
 import tempfile
 import warnings
@@ -19,7 +18,6 @@ from report.page import Figure, Text
 from util.plotting import COLOURS, STYLE, save_figure
 
 LEGEND = 8  # groups of lines with a colour of their own
-LARGEST = 1600  # pixels; larger pictures are scaled down
 SVG = {**STYLE, "savefig.transparent": True, "text.parse_math": False}  # names are not formulas
 
 
@@ -48,20 +46,14 @@ def data_uri(data: bytes, kind: str) -> str:
 
 
 def photo(path: Path, caption: str) -> Figure:
-    """A PNG file, scaled down if it is larger than a screen. ValueError if it is damaged."""
+    """A PNG file. ValueError if it is damaged."""
     try:
-        data = path.read_bytes()
         with Image.open(path, formats=["PNG"]) as image:
             image.load()
-            if max(image.size) > LARGEST:
-                image.thumbnail((LARGEST, LARGEST))
-                smaller = io.BytesIO()
-                image.save(smaller, "PNG", optimize=True)
-                data = min(data, smaller.getvalue(), key=len)
-            size = image.size
     except Exception as error:  # Pillow's decoders raise many types
         raise ValueError(f"{path} cannot be shown: {' '.join(str(error).split())}") from error
-    return Figure(data_uri(data, "png"), path.name, caption, size=size, wide=size[0] > 800)
+    wide = image.width > 800
+    return Figure(data_uri(path.read_bytes(), "png"), path.name, caption, size=image.size, wide=wide)
 
 
 def shorten(name: str, length: int = 34) -> str:

@@ -2,10 +2,10 @@
 
 import functools
 import math
-import re
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from probing.results import seeds_note
 from report import facts
 from report.facts import RunReport, count_cell, mean_std, metric_label, real, score_cell
 from report.figures import Line, draw_curves, drawing
@@ -58,7 +58,7 @@ def read_probe(name: str, record: Record) -> Probe:
     setting = {
         "head": record["head"],
         "block (from 0)": count_cell(record["block"]),
-        "optimizer": record["optimizer"],
+        "optimizer": record["optimizer"] or DASH,
         "rate": Cell(f"{rate} {real(record[rate]):g}", real(record[rate])) if rate else NONE,
         "parameters": count_cell(record["parameters"]),
     }
@@ -68,28 +68,18 @@ def read_probe(name: str, record: Record) -> Probe:
     return Probe(name, setting, count_cell(record["seed"]), lost, record.get("chosen"), scores, best_epoch)
 
 
-def unfinished_probes(run: Run, watched: str) -> dict[str, dict[str, Any]]:
-    """{name: record as in results.json}, from names such as abmilp:depth=2/block11/sgd/blr0.1/seed0 and log.txt."""
+def unfinished_probes(run: Run, watched: str) -> dict[str, Record]:
+    """{name: record as in results.json} from args.json and log.txt; the setting is the name without its seed."""
     newest = next((r[watched] for r in reversed(run.epochs) if isinstance(r.get(watched), dict)), {})
-    names = list(run.started["lr"]) if isinstance(run.started.get("lr"), dict) else list(newest)
+    unknown = dict.fromkeys(("block", "optimizer", "parameters", "diverged_at"), None)
     probes = {}
-    for i, name in enumerate(names):
-        parts = re.fullmatch(r"(.+)/block(\d+)/(?:(\w+)/)?(blr|lr)([^/]+)/seed(-?\d+)", name)
-        head, block, optimizer, kind, rate, seed = parts.groups() if parts else (name, None, None, "blr", None, None)
-        lost = (r["epoch"] for r in run.epochs if "train_loss" in r and not math.isfinite(real(r["train_loss"][i])))
-        lost = next(lost, None)
-        scores = newest.get(name, {})
-        probes[name] = {
-            "head": head,
-            "block": block and int(block),
-            "optimizer": optimizer or "lars",
-            kind: rate and float(rate),
-            "seed": seed and int(seed),
-            "parameters": None,
-            "diverged_at": None if lost is None else {"epoch": lost},
-            "last": scores if watched == "test" else {},
-            "val": {"last": scores if watched == "val" else {}},
-        }
+    for i, name in enumerate(run.started.get("lr") or newest):
+        setting, _, seed = name.rpartition("/seed")
+        probes[name] = {**unknown, "head": setting or name, "seed": int(seed) if setting else None, "last": {}}
+        probes[name] |= {"val": {"last": newest.get(name, {})}} if watched == "val" else {"last": newest.get(name, {})}
+        for record in run.epochs:
+            if "train_loss" in record and not math.isfinite(real(record["train_loss"][i])):
+                probes[name]["diverged_at"] = probes[name]["diverged_at"] or {"epoch": record["epoch"]}
     return probes
 
 
@@ -226,12 +216,6 @@ def remarks(report: RunReport) -> list[Text]:
     return found
 
 
-def seeds_note(record: Record) -> str:
-    if record.get("seeds_vary", ["weights"]) == ["weights"]:
-        return "seeds vary initial weights only: narrower than independent runs"
-    return "seeds vary initial weights, data order and augmentation"
-
-
 def bank_card(report: RunReport) -> Group:
     bank: Bank = report.data
     columns = score_columns(bank.probes, bank.headline)
@@ -259,4 +243,5 @@ def bank_card(report: RunReport) -> Group:
         for label, lines in bank.curves.items()
     ]
     every = Group("details", [table(rows)], f"Every probe ({len(rows)})")
-    return facts.card(report, Group("grid", figures), table(knn, "k-nearest-neighbour classification"), every)
+    neighbours = Group("details", [table(knn)], "k-nearest-neighbour classification") if knn else None
+    return facts.card(report, Group("grid", figures), neighbours, every)

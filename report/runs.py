@@ -91,16 +91,12 @@ def find_runs(arguments: Iterable[str], kinds: Mapping[str, Kind]) -> Findings:
 
 
 def distinct_names(runs: Sequence[Run]) -> list[Run]:
-    """The runs; those of one program and name are renamed by as many parts of their paths as it takes."""
-    paths = [(run.folder.resolve() / run.prefix.rstrip(".")).parts for run in runs]
-    named = []
-    for run, path in zip(runs, paths, strict=True):
-        same = [
-            p for p, other in zip(paths, runs, strict=True) if (other.name, other.program) == (run.name, run.program)
-        ]
-        length = next((n for n in range(2, len(path)) if sum(path[-n:] == p[-n:] for p in same) == 1), len(path))
-        named.append(replace(run, name="/".join(path[-length:])) if len(same) > 1 else run)
-    return named
+    """The runs; those of one program and name are named by their paths."""
+    names = [(run.name, run.program) for run in runs]
+    return [
+        replace(run, name=str(run.folder / run.prefix.rstrip("."))) if names.count(name) > 1 else run
+        for run, name in zip(runs, names, strict=True)
+    ]
 
 
 def record_names(kinds: Mapping[str, Kind]) -> list[str]:

@@ -21,22 +21,17 @@ class Section(NamedTuple):
     show: Callable[[Sequence[RunReport]], list[object]]  # blocks of report.page
 
 
+PROBES = Kind("cls_features", "results.json")
+ATTENTION = Kind("reduction", "attention.json", trains=False, several=True)
+AGGREGATION = Kind("kl_direction", "aggregation.json", trains=False)
+FINETUNING = Kind("layer_decay", "results.json")
+PRETRAINING = Kind("mask_ratio", "results.json")
 SECTIONS = {  # by program; a new kind of run is one entry
-    "main_linprobe": Section(
-        "Linear probes", Kind("cls_features", "results.json"), read_bank, bank_result, show_banks
-    ),
-    "main_analyze_attention": Section(
-        "Attention flow", Kind("reduction", "attention.json", trains=False, several=True),
-        read_attention, attention_result, show_attention,
-    ),
+    "main_linprobe": Section("Linear probes", PROBES, read_bank, bank_result, show_banks),
+    "main_analyze_attention": Section("Attention flow", ATTENTION, read_attention, attention_result, show_attention),
     "main_analyze_aggregation": Section(
-        "Aggregation", Kind("kl_direction", "aggregation.json", trains=False),
-        read_aggregation, aggregation_result, show_aggregation,
+        "Aggregation", AGGREGATION, read_aggregation, aggregation_result, show_aggregation
     ),
-    "main_finetune": Section(
-        "Fine-tuning", Kind("layer_decay", "results.json"), read_training, training_result, show_trainings
-    ),
-    "main_pretrain": Section(
-        "Pretraining", Kind("mask_ratio", "results.json"), read_training, training_result, show_trainings
-    ),
-}  # fmt: skip
+    "main_finetune": Section("Fine-tuning", FINETUNING, read_training, training_result, show_trainings),
+    "main_pretrain": Section("Pretraining", PRETRAINING, read_training, training_result, show_trainings),
+}

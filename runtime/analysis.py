@@ -7,7 +7,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
-from data_sets.loader import build_dataset
+from data_sets.table import build_dataset
 from runtime.folder import RunFolder
 from runtime.resumable import Resumable, check_identity
 from util.distributed import agree, gather_objects, rank, world_size

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from data_sets.loader import GlobalBatches, Loader, Sample, Watched
+from data_sets.loader import Loader, Sample, Watched
+from data_sets.order import GlobalBatches
 from runtime.folder import RunFolder
 from runtime.resumable import Resumable, check_identity
 from util import signals

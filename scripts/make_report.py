@@ -29,7 +29,7 @@ def overview_row(report: RunReport) -> dict[str, object]:
     return {
         "run": facts.link(report),
         "program": section.title,
-        "state": facts.state_badge(run) + facts.note_badges(run),
+        "state": facts.state(run)[1] + facts.note_badges(run),
         "result": section.result(report.data),
         "measured on": facts.data_words(run.record, facts.image_count(run)),
         "weights": facts.weights_words(run),

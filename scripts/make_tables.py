@@ -35,11 +35,6 @@ PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 REQUIRED = (PAPER_DATASET, "demo")  # data sets whose tables must be written
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# formats
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 class Page(NamedTuple):
     title: str
     header: list[str]
@@ -161,10 +156,6 @@ def has_records(name: str, dataset: str, results: Path) -> bool:
     return any(entry and entry.ours for row in rows_of(name, dataset, records, ()) for entry in row.entries)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# tables in pages, and the check
-# ---------------------------------------------------------------------------------------------------------------------
-
 SCRIPT = "python scripts/make_tables.py"
 
 
@@ -178,7 +169,6 @@ def check(results: Path, pages: Sequence[Path], computed: Path | None = None) ->
     """ValueError names every table that is not what the records say, and every shown record that cannot be trusted."""
     if not results.is_dir():
         raise ValueError(f"--results {results} does not exist")
-    refuse_strays(results)
     stale = stale_tables(results) + [name for page in pages for name in stale_in_page(page, results)]
     problems = [f"not what the records say: {', '.join(stale)}; write them with {SCRIPT}"] if stale else []
     gap = history_gap()
@@ -231,27 +221,6 @@ def read_page(path: Path) -> str | None:
         return path.read_text()
     except (OSError, UnicodeDecodeError):
         return None
-
-
-def refuse_strays(results: Path) -> None:
-    """ValueError for records in folders that no table reads."""
-    strays = []
-    for path in sorted(results.rglob("*.json")):
-        if path.parent.parent == results and path.parent.name in DATASETS:
-            continue  # tables read it
-        try:
-            record = json.loads(read_page(path) or "")
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(record, dict) and "seal" in record:
-            strays.append(str(path))
-    if strays:
-        raise ValueError(f"records that no table reads: {', '.join(strays)}; remove them, or move them back")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# the program
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def write_runs(args: argparse.Namespace, page: Path | None, write: bool = True) -> str:

@@ -1,22 +1,22 @@
 # Sourced by the scripts of single tables and figures: source "$(dirname "$0")/paper.sh" "$@"
 #   (nothing)        ImageNet-1k on this machine, on all of its GPUs
 #   --slurm FLAG...  the same through submitit_linprobe.py, whose flags follow: --slurm --partition gpu --account me
-#   --smoke          the same chain on the embedded demo, in minutes on a CPU: it shows that everything runs
-# Only what is missing is run: remove a run's folder to have it made anew. Settings, from the environment:
+#   --smoke          the same steps on the embedded demo, in minutes on a CPU: a test that everything runs
+# Finished runs are skipped: remove a run's folder to repeat it. Settings, from the environment:
 #   IMAGENET            folder with train/ and val/
-#   BOXES               of its validation images (default: LOC_val_solution.csv in it)
+#   BOXES               boxes of its validation images (default: LOC_val_solution.csv in it)
 #   OUT                 runs and figures (default: output_dir/paper, with --smoke output_dir/smoke)
 #   RESULTS             records and tables (default: results, with --smoke $OUT/results)
-#   OWN                 folder of mae_small/ and mae_ft_{small,base,large}/, which nobody published (default: runs)
+#   OWN                 folder of mae_small/ and mae_ft_{small,base,large}/, which are unpublished (default: runs)
 #   GPUS                1, 2, 4 or 8 (default: this machine's, with --slurm 4)
-#   BATCH               images per GPU and micro-step (default: 2048), a part of it where they do not fit
-#   DEEP=apart          Table 5's deep heads in three runs of their own, where one bank does not fit
-#   IMAGES_PER_SECOND   of the encoder on one of the GPUs, for scripts/expected_hours.py
+#   BATCH               images per GPU and micro-step (default: 2048); a divisor of it where memory is short
+#   DEEP=apart          Table 5's deep heads in three separate runs, where one bank does not fit in memory
+#   IMAGES_PER_SECOND   speed of the encoder on one GPU, for scripts/expected_hours.py
 #   TRAIN, VAL, EPOCHS  with --smoke: images and epochs (default: 1000, 500, 6)
-#   PRINT=1             show every command, with the paths that runs would have, and run nothing
+#   PRINT=1             print every command, with the paths of its runs, and run nothing
 # Protocol (paper, B.2): LARS, base rate 0.1, effective batch 16,384 normalised in groups of 2,048, 90 epochs (50 for
-# ViT-L and ViT-H), three seeds; tokens before the last norm, of CAPI after it, as its public model returns them
-# (--final_norm). The heads of all tables are trained in one pass.
+# ViT-L and ViT-H), three seeds; tokens before the last norm, for CAPI after it, as its public model returns them
+# (--final_norm). One pass trains the heads of all tables.
 set -euo pipefail
 usage() {
     echo "usage: bash scripts/$(basename "$0") [--smoke | --slurm FLAG...]" >&2
@@ -42,7 +42,7 @@ fi
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 slurm=("$@") skipped=() failed=()
 own=${OWN:-runs}
-# a program that is interrupted ends by itself, saved, and bash would go on with the next one
+# an interrupted program saves and ends by itself, and bash would continue with the next one
 trap 'echo "interrupted: the same command goes on from here" >&2; exit 130' INT
 
 # show COMMAND...: run it; with PRINT=1, print it
@@ -72,16 +72,16 @@ else
     fi
     batch=${BATCH:-2048}
     case "$gpus" in 1 | 2 | 4 | 8) ;; *)
-        echo "$gpus GPUs do not share the 8 groups of 2,048 of a batch evenly: say GPUS=1, 2, 4 or 8" >&2
+        echo "$gpus GPUs do not share the 8 groups of 2,048 of a batch evenly: set GPUS=1, 2, 4 or 8" >&2
         exit 2 ;;
     esac
     if ! [[ "$batch" =~ ^[1-9][0-9]*$ ]] || [ $((2048 % batch)) != 0 ]; then
-        echo "BATCH=$batch: 2,048 images are normalised together: name a divisor of 2048" >&2
+        echo "BATCH=$batch: 2,048 images are normalised together: give a divisor of 2048" >&2
         exit 2
     fi
 fi
 
-# encoders NAME...: the paper's, by catalogue name; with --smoke the demo's
+# encoders NAME...: the given ones, by catalogue name; with --smoke the demo's
 encoders() {
     if [ "$mode" = --smoke ]; then
         echo mae_vit_demo_patch8 mae_ft_vit_demo_patch8
@@ -90,7 +90,7 @@ encoders() {
     fi
 }
 
-# weights NAME: --model and --finetune of an encoder; 1 where it has to be made first
+# weights NAME: --model and --finetune of an encoder; fails if it must be trained first
 weights() {
     local file=$1 size
     case "$1" in
@@ -101,19 +101,19 @@ weights() {
     esac
     if [[ "$file" = "$own"/* && ! -f "$file" ]]; then
         [ -n "${PRINT:-}" ] || return 1
-        echo "# $file is not there yet: scripts/pretrain_mae_small.sh or finetune_mae_cls.sh makes it" >&2
+        echo "# $file does not exist: make it with scripts/pretrain_mae_small.sh or finetune_mae_cls.sh" >&2
     fi
     echo --model "vit${1#*_vit}" --finetune "$file"
 }
 
-# With PRINT=1, empty files stand here for the results that $out would hold; for scripts that this one runs, too.
+# With PRINT=1, empty files here represent the results that $out would hold, also for scripts that this one calls.
 if [ -n "${PRINT:-}" ] && [ -z "${PLANNED:-}" ]; then
     PLANNED=$(mktemp -d)
     export PLANNED
     trap 'rm -rf "$PLANNED"' EXIT
 fi
 
-# there PATTERN...: what is below $out, or would be
+# there PATTERN...: files in $out, or with PRINT=1 those that would be
 there() {
     local pattern root path
     for pattern in "$@"; do
@@ -125,8 +125,8 @@ there() {
     done
 }
 
-# program FOLDER RESULT IMAGES MAIN FLAG...: unless FOLDER/RESULT is there, MAIN with its run folder, here or as a job.
-# IMAGES: that the encoder sees, for the estimate of the time.
+# program FOLDER RESULT IMAGES MAIN FLAG...: unless FOLDER/RESULT exists, run MAIN with this run folder, here or as a job.
+# IMAGES: number of images through the encoder, for the estimate of time.
 program() {
     local folder=$1 images=$3 main=$4 place=${1#"$out"/}/$2
     shift 4
@@ -135,7 +135,7 @@ program() {
     local command=(python "$main.py" --output_dir "$folder") resume=(--resume auto)
     if [ "$mode" = --slurm ]; then
         command=(python submitit_linprobe.py --main "$main" --job_dir "$folder" --wait --ngpus "$gpus" "${slurm[@]}")
-        resume=()  # the launcher's business
+        resume=()  # the launcher resumes
     elif [ "$gpus" != 1 ]; then
         command=(torchrun --standalone --nproc_per_node "$gpus" "$main.py" --output_dir "$folder")
     fi
@@ -144,7 +144,7 @@ program() {
     show "${command[@]}" "${resume[@]}" "$@"
 }
 
-# each FUNCTION NAME...: of every encoder (through SLURM, all at a time); one that fails does not stop the others
+# each FUNCTION NAME...: for every encoder (through SLURM, all in parallel); a failure does not stop the others
 each() {
     local what=$1 name number=0 jobs=()
     shift
@@ -167,7 +167,7 @@ names=()
 
 deep=(abmilp:depth={2,3,4}{,\,act=gelu,\,act=tanh})
 
-# epochs NAME; tokens NAME: before or after the last norm; heads NAME: those of all tables
+# epochs NAME; tokens NAME: before or after the last norm; heads NAME: the heads of all tables
 tokens() { case "$1" in capi_*) echo --final_norm ;; esac }
 epochs() { case "$1" in *_large_* | *_huge_*) echo 50 ;; *) echo 90 ;; esac; }
 heads() {
@@ -197,16 +197,16 @@ bank() {
         "${recipe[@]}" --seeds 0 1 2 $(tokens "$name") "$@"
 }
 
-# probe NAME: the bank of an encoder, which serves Tables 1, 5, 6, 7, 8 and Figures 1, 7, 8, 9
+# probe NAME: the bank of an encoder, used by Tables 1, 5, 6, 7, 8 and Figures 1, 7, 8, 9
 probe() {
     bank "$out/probes/$1" "$1" "${oracle[@]}" --cls_features $(heads "$1")
 }
 
-# deepen NAME: the rest of Table 5: deep heads where they are to be apart, and self-attention, which LARS does not train
+# deepen NAME: the rest of Table 5: deep heads if they are separate, and self-attention, which LARS does not train
 deepen() {
     local act rate=0.1 apart=${DEEP:-} made="$out/probes/$1/results.json"
     [ "$mode" != --smoke ] || rate=1
-    if [ -f "$made" ]; then  # however DEEP is now, its bank has them or has not
+    if [ -f "$made" ]; then  # whatever DEEP is now, the finished bank has them or not
         apart=yes
         ! grep -q abmilp:depth=4 "$made" || apart=
     fi
@@ -273,7 +273,7 @@ localise() {
         --probes "$out/probes/$1" --probe_heads abmilp --rules attn-mn --boxes "$BOXES" --boxes_only
 }
 
-# tables NUMBER...: records of all runs, and these tables of them. LATER=1: a script that runs others does it once.
+# tables NUMBER...: record all runs and make these tables. LATER=1: left to the calling script.
 tables() {
     [ -z "${LATER:-}" ] || return 0
     local runs
@@ -281,14 +281,14 @@ tables() {
         {aggregation,localization}/'*/aggregation.json' 'transfer/*/*/results.json')
     runs=("${runs[@]%/*}")
     if [ ${#runs[@]} = 0 ]; then
-        failed+=("tables $*: no run has ended, there is nothing to make them of")
+        failed+=("tables $*: no finished runs")
         return 0
     fi
-    show python scripts/record.py "${runs[@]}" --results "$results" --replace || failed+=("records: tables have older ones")
+    show python scripts/record.py "${runs[@]}" --results "$results" --replace || failed+=("records: tables show older ones")
     show python scripts/make_tables.py --table "$@" --dataset "$table_of" --results "$results" || failed+=("tables $*")
 }
 
-# publish FILE NAME: a figure of a run, under the name that the paper has for it
+# publish FILE NAME: copy a figure of a run, named as in the paper
 publish() {
     if [ -n "${PRINT:-}" ] || [ -f "$1" ]; then
         show mkdir -p "$out/figures"
@@ -308,7 +308,7 @@ lines() {
     show python scripts/plot_attention.py "${found[@]}" --kind attention --output "$out/figures/$file" || failed+=("$file")
 }
 
-# bars: Figure 1 of the records
+# bars: Figure 1 from the records
 bars() {
     [ -z "${LATER:-}" ] || return 0
     show mkdir -p "$out/figures"
@@ -316,7 +316,7 @@ bars() {
         failed+=("figure1.pdf")
 }
 
-# report: one page of all runs
+# report: one page on all runs
 report() {
     local runs
     mapfile -t runs < <(there {probes,deep,attention,aggregation,localization}/'*' 'transfer/*/*')
@@ -324,11 +324,11 @@ report() {
         failed+=("report.html")
 }
 
-# finish: what is not there, and why; exit code 1 where a run has failed
+# finish: list what was left out, and why; exit code 1 if a run failed
 finish() {
     local name
     for name in $(printf '%s\n' "${skipped[@]}" | sort -u); do
-        echo "left out: $name, which nobody published: make it with scripts/pretrain_mae_small.sh and" \
+        echo "left out: $name, which is unpublished: make it with scripts/pretrain_mae_small.sh and" \
             "scripts/finetune_mae_cls.sh, in $own" >&2
     done
     [ ${#failed[@]} = 0 ] || { printf 'failed: %s\n' "${failed[@]}" >&2; exit 1; }

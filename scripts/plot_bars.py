@@ -1,7 +1,7 @@
-"""Figure 1: baseline and AbMILP of each encoder as bars: python scripts/plot_bars.py [--dataset demo] --output FILE
+"""Figure 1, the baseline and AbMILP of each encoder as bars: python scripts/plot_bars.py [--dataset demo] --output FILE
 
-Numbers are the ledger's; lines over the bars are standard deviations over seeds, diamonds the paper's values. What
-cannot be compared with the paper's is hatched; make_tables.py --table fig1 says why.
+Numbers come from the ledger. Error bars are standard deviations over seeds, diamonds the paper's values. Hatched bars
+cannot be compared with the paper; make_tables.py --table fig1 says why.
 """
 
 import argparse
@@ -22,33 +22,33 @@ from util.plotting import COLOURS, STYLE, WIDTH, save_figure
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def draw(rows: list[Row], columns: tuple[str, ...]) -> Figure:
+def draw(rows: list[Row], columns: list[str]) -> Figure:
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 2.2), layout="constrained")
-        axis, hatched = figure.add_subplot(), False
-        for number, column in enumerate(columns):
-            entries = [(place, row.entries[number]) for place, row in enumerate(rows)]
+        axis, hatching = figure.add_subplot(), {"color": "none", "hatch": "///", "edgecolor": "white", "linewidth": 0}
+        any_hatched = False
+        for number, (column, colour) in enumerate(zip(columns, COLOURS, strict=False)):
             offset = 0.36 * (number - (len(columns) - 1) / 2)
-            shown = [(place + offset, entry) for place, entry in entries if entry.ours]
-            heights, spreads = [entry.ours[0] for _, entry in shown], [entry.std or 0 for _, entry in shown]
-            axis.bar([x for x, _ in shown], heights, 0.34, yerr=spreads, color=COLOURS[number], label=column,
-                     error_kw={"linewidth": 0.8})  # fmt: skip
-            odd = [(x, entry) for x, entry in shown if entry.paper is not None and not entry.differences]
-            if odd:
-                axis.bar([x for x, _ in odd], [entry.ours[0] for _, entry in odd], 0.34, color="none", hatch="///",
-                         edgecolor="white", linewidth=0)  # fmt: skip
-                hatched = True
-            for x, entry in shown:
-                axis.annotate(f"{entry.ours[0]:.1f}", (x, 3), ha="center", color="white", fontsize=6,
-                              bbox={"facecolor": COLOURS[number], "edgecolor": "none", "pad": 1})  # fmt: skip
-            paper = [(place + offset, entry.paper) for place, entry in entries if entry.paper is not None]
+            bars = [(x + offset, row.entries[number]) for x, row in enumerate(rows)]
+            measured = [(x, entry, entry.ours[0]) for x, entry in bars if entry.ours]
+            at, heights = [x for x, *_ in measured], [height for *_, height in measured]
+            errors = [entry.std or 0 for _, entry, _ in measured]
+            axis.bar(at, heights, 0.34, yerr=errors, color=colour, label=column, error_kw={"linewidth": 0.8})
+            hatched = [(x, h) for x, entry, h in measured if entry.paper is not None and not entry.differences]
+            if hatched:
+                axis.bar(*zip(*hatched, strict=True), 0.34, **hatching)
+                any_hatched = True
+            box = {"facecolor": colour, "edgecolor": "none", "pad": 1}
+            for x, height in zip(at, heights, strict=True):
+                axis.annotate(f"{height:.1f}", (x, 3), ha="center", color="white", fontsize=6, bbox=box)
+            paper = [(x, entry.paper) for x, entry in bars if entry.paper is not None]
             if paper:
-                axis.plot(*zip(*paper, strict=True), "D", color="black", markersize=3, markerfacecolor="none",
-                          label=None if number else "the paper")  # fmt: skip
+                style = {"color": "black", "markersize": 3, "markerfacecolor": "none"}
+                axis.plot(*zip(*paper, strict=True), "D", label=None if number else "the paper", **style)
         axis.set_xticks(range(len(rows)), [f"{row.encoder}\n{row.vit}" for row in rows])
         axis.set_ylabel("top-1 (%)")
         axis.set_ylim(0, 100)
-        if hatched:
+        if any_hatched:
             axis.bar([0], [0], color="white", hatch="///", edgecolor="grey", label="not comparable with the paper")
         figure.legend(loc="outside upper center", ncols=4, frameon=False)
         return figure
@@ -58,7 +58,7 @@ def main(args: argparse.Namespace) -> None:
     paper = json.loads((ROOT / "results" / "paper_numbers.json").read_text())
     rows = rows_of("fig1", args.dataset, read_ledger(args.results, [args.dataset]), paper)
     if not any(entry.ours for row in rows for entry in row.entries):
-        raise ValueError(f"{args.results / args.dataset} has no record of Figure 1: scripts/figure1.sh makes them")
+        raise ValueError(f"{args.results / args.dataset} has no record of Figure 1: make them with scripts/figure1.sh")
     save_figure(draw(rows, table_of("fig1", args.dataset).columns), args.output)
 
 

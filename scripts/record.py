@@ -42,12 +42,8 @@ MOMENTUM = {"lars": 0.9, "sgd": 0.0}
 NORMED = ("capi",)  # families whose public models return tokens after the last norm: D12 in REPRODUCTION.md
 SHORTER = ("large", "huge")  # ViTs whose probes have 50 epochs instead of 90
 # arguments that change a published encoder, or what it sees
-ENCODER = {"num_heads": None, "no_cls_token": False, "loader": "pil", "mean": None, "std": None, "grid": None}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# obstacles to a comparison with the paper
-# ---------------------------------------------------------------------------------------------------------------------
+ENCODER = {"num_heads": None, "no_cls_token": False, "loader": "pil", "mean": None, "std": None}
+ENCODER |= {"grid": None, "timm_name": None}
 
 
 def obstacles(args: dict, encoder: dict, size: int, n_train: int | None, n_test: int, images: int) -> list[str]:
@@ -58,7 +54,7 @@ def obstacles(args: dict, encoder: dict, size: int, n_train: int | None, n_test:
         reasons.append(f"measured on {images:,} of {n_test:,} images")
     if DATASETS[args["dataset"]].protocol:
         if size != 224:
-            reasons.append(f"images of {size} pixels, the paper's have 224")
+            reasons.append(f"images of {size or 'unknown'} pixels, the paper's have 224")
         reasons += differences(args, ENCODER)
     return reasons
 
@@ -93,14 +89,18 @@ def oracle_obstacles(args: dict, head: str, oracle: dict | None) -> list[str]:
 
 
 def weights_notes(args: dict, encoder: dict) -> list[str]:
-    if not DATASETS[args["dataset"]].protocol or encoder["source"] in (None, *CATALOGUE):
-        return []
-    return [f"weights from {encoder['source']}; nothing shows that they are those of the paper"]
+    notes = [f"assumed of the weights: {', '.join(encoder['assumed'])}"] if encoder.get("assumed") else []
+    if DATASETS[args["dataset"]].protocol and encoder["source"] not in (None, *CATALOGUE):
+        notes.append(f"weights from {encoder['source']}; nothing shows that they are those of the paper")
+    return notes
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the programs' results
-# ---------------------------------------------------------------------------------------------------------------------
+def sizes_of(model: str) -> tuple[int | None, int | None]:
+    """Depth and usual input size of an architecture; None for sizes that --model file read from the weights."""
+    try:
+        return architecture(model)["depth"], default_input_size(model)
+    except ValueError:
+        return None, None
 
 
 def origin(path: Path, result: dict, trained: dict | None) -> dict[str, Any]:
@@ -126,7 +126,8 @@ def probe_records(path: Path, run: dict) -> Iterable[dict]:
     """results.json: the accuracy of each head, over its seeds, at the last epoch."""
     args, encoder, quantity = run["args"], run["encoder"], run["headline"]
     check_log(path, run)
-    size, last_block = args["input_size"] or default_input_size(args["model"]), architecture(args["model"])["depth"] - 1
+    depth, size = sizes_of(encoder["model"])
+    size = args["input_size"] or size
     common, n_train, n_val = origin(path, run, run), run["n_train"], run["n_val"]
     held_out = any("chosen" in probe for probe in run["probes"].values())
     groups: dict[tuple, dict[str, dict]] = {}
@@ -139,7 +140,8 @@ def probe_records(path: Path, run: dict) -> Iterable[dict]:
         if diverged(path, head, probes):
             continue
         first = probes[0]
-        cell = cell_of(args["dataset"], encoder, quantity, head, None if block == last_block else block)
+        is_last = args["return_block"] is None if depth is None else block == depth - 1
+        cell = cell_of(args["dataset"], encoder, quantity, head, None if is_last else block)
         counted = min(probe["last"]["n"] for probe in probes)
         reasons = obstacles(args, encoder, size, n_train + n_val, run["n_test"], counted)
         reasons += training_obstacles(run, encoder["family"], head, first["optimizer"], first["blr"], held_out)
@@ -200,7 +202,7 @@ def attention_records(path: Path, result: dict) -> Iterable[dict]:
     """attention.json: the entropy of [cls] over the patches, mean over blocks; uniform weights without [cls]."""
     args, encoder, metric = result["args"], result["encoder"], "cls_patch_entropy"
     has_cls = result["tokens"] - result["patches"] - result["registers"] > 0
-    notes, depth = weights_notes(args, encoder), architecture(encoder["model"])["depth"]
+    notes, (depth, _) = weights_notes(args, encoder), sizes_of(encoder["model"])
     if not has_cls:
         value = math.log(result["patches"])
         notes.append(f"no [cls] token, hence uniform weights: ln {result['patches']} of its own patches")
@@ -208,9 +210,9 @@ def attention_records(path: Path, result: dict) -> Iterable[dict]:
         raise ValueError(f"{path}: {metric} was not measured: run main_analyze_attention.py with --metrics flow")
     else:
         blocks = result["metrics"][metric]["blocks"]
-        if [block["block"] for block in blocks] != list(range(depth)):
+        if [block["block"] for block in blocks] != list(range(depth or len(blocks))):
             raise ValueError(f"{path}: {metric} of {len(blocks)} blocks, {encoder['model']} has {depth}")
-        value = sum(block["mean"] for block in blocks) / depth
+        value = sum(block["mean"] for block in blocks) / len(blocks)
     cell = cell_of(args["dataset"], encoder, "aggregation_entropy_block_mean", "cls" if has_cls else "pos")
     reasons = obstacles(args, encoder, result["input_size"], None, result["n_test"], result["images"])
     settings = {name: result[name] for name in ("amp", "reduction", "input_size", "images", "patches")}
@@ -222,7 +224,8 @@ def attention_records(path: Path, result: dict) -> Iterable[dict]:
 def aggregation_records(path: Path, result: dict) -> Iterable[dict]:
     """aggregation.json: entropies of the rules' vectors, and MaxBoxAccV2; not the accuracies of their probes."""
     args, encoder, boxes, trained = result["args"], result["encoder"], result.get("localization"), result["probes"]
-    last_block = architecture(encoder["model"])["depth"] - 1
+    depth, _ = sizes_of(encoder["model"])
+    last_block = max(rule["block"] for rule in result["rules"]) if depth is None else depth - 1
     common = origin(path, result, trained)
     groups: dict[tuple, list[dict]] = {}
     for rule in result["rules"]:
@@ -307,11 +310,6 @@ def results_of(run: Path) -> list[Path]:
     if not paths:
         raise ValueError(f"{run} has none of {', '.join(PROGRAMS)}: give the --output_dir of a finished run")
     return paths
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# runs of several seeds
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def settings_of(path: Path, record: dict) -> dict[str, Any]:

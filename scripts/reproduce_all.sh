@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
 # Every table and figure of the paper: bash scripts/reproduce_all.sh [--smoke | --slurm FLAG...]; see paper.sh
-# What trains nothing comes first. Runs that tables share are made once; with --smoke everything is made on the demo, in
-# minutes. Models, data, protocol, expected values and GPU-hours: at the head of each script. One that fails does not stop
-# the others.
+# What trains nothing runs first; runs that tables share are made once; a failure does not stop the rest. With --smoke,
+# everything runs on the demo, in minutes. Each script's head states models, data, protocol, Expected values, GPU-hours.
 source "$(dirname "$0")/paper.sh" "$@"
 for what in figure3_6 figure10_13 table3 table1 table7 table5 table6 table8 table2 figure7 figure8 figure9; do
     LATER=1 bash "scripts/$what.sh" "$@" || failed+=("scripts/$what.sh")

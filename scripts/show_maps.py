@@ -21,7 +21,9 @@ from aggregation.rules import fixed_rules, needs_of, probe_rules
 from cli.console import Parser, positive_int, run_main
 from cli.encoder_arguments import frozen_encoder
 from data_sets.images import fingerprint
-from data_sets.loader import KeyedDataset, build_dataset, eval_transform
+from data_sets.loader import KeyedDataset
+from data_sets.table import build_dataset
+from data_sets.views import eval_transform
 from encoders.load import Encoder
 from engine_linprobe import FrozenTokens
 from probing.finished_run import ProbeRun, read_run

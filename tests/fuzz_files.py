@@ -38,7 +38,9 @@ from test_safe_loading import RAW, attacks
 
 from aggregation.boxes import read_boxes
 from data_sets.demo import generate
-from data_sets.loader import DATASETS, KeyedDataset, build_dataset, eval_transform
+from data_sets.loader import KeyedDataset
+from data_sets.table import DATASETS, build_dataset
+from data_sets.views import eval_transform
 from runtime.folder import load_checkpoint, sealed
 
 Mutation = Callable[[bytes, random.Random, Path], bytes]  # (file, draw, marker that an attack would leave) -> file

@@ -138,29 +138,29 @@ def test_another_analysis_is_refused(more, told, command, tmp_path, after_batch,
     assert checkpoints(tmp_path) == ["checkpoint-0-4.pth"]
 
 
-@pytest.mark.parametrize("change", ["test images", "boxes", "scores of the probes"])
-def test_other_inputs_are_another_analysis(change, command, tmp_path, after_batch, capsys):
-    words = list(command)
-    for flag in ("--data_path", "--probes"):  # copies, to be changed
-        source = Path(command[command.index(flag) + 1])
-        shutil.copytree(source, tmp_path / source.name, copy_function=shutil.copy2)
-        words = [word.replace(str(source), str(tmp_path / source.name)) for word in words]
+def other_image(data, probes):
+    Image.new("RGB", (72, 72)).save(min((data / "val").rglob("*.png")))
+
+
+def other_box(data, probes):
+    rows = (data / "boxes.csv").read_text().splitlines()
+    rows[1:] = [row.rsplit(",", 1)[0] + ",71" for row in rows[1:]]
+    (data / "boxes.csv").write_text("\n".join(rows))
+
+
+def other_scores(data, probes):
+    (probes / "results.json").write_text((probes / "results.json").read_text().replace('"top1": ', '"top1": 1'))
+
+
+@pytest.mark.parametrize(
+    ("change", "name"), [(other_image, "test images"), (other_box, "boxes"), (other_scores, "scores of the probes")]
+)
+def test_other_inputs_are_another_analysis(change, name, command, tmp_path, after_batch, capsys):
+    source = Path(command[command.index("--data_path") + 1]).parent
+    shutil.copytree(source, tmp_path / "inputs")
+    words = [word.replace(str(source), str(tmp_path / "inputs")) for word in command]
     after_batch(2, lambda: signal.raise_signal(signal.SIGTERM))
     assert run(PROGRAM, words, tmp_path / "run") == signals.EXIT_STOPPED
-    if change == "test images":
-        (image, *_) = sorted((tmp_path / "data" / "val").rglob("*.png"))
-        Image.new("RGB", (72, 72)).save(image)
-    else:
-        path, old, new = {
-            "boxes": (tmp_path / "data" / "boxes.csv", ",", ","),
-            "scores of the probes": (tmp_path / "probes" / "results.json", '"top1": ', '"top1": 1'),
-        }[change]
-        text = path.read_text()
-        if change == "boxes":
-            line = next(line for line in text.splitlines() if line.startswith("val"))
-            *fields, x0, y0, x1, y1 = line.split(",")
-            text = text.replace(line, ",".join([*fields, x0, y0, str(int(x1) - 1), y1]))
-        path.write_text(text.replace(old, new))
-    capsys.readouterr()
+    change(tmp_path / "inputs" / "data", tmp_path / "inputs" / "probes")
     assert run(PROGRAM, words, tmp_path / "run", "--resume", "auto") == 2
-    assert f"{change} was" in capsys.readouterr().err
+    assert f"{name} was" in capsys.readouterr().err

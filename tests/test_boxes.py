@@ -10,7 +10,7 @@ from torchvision.transforms.functional import center_crop, resize
 
 from aggregation.boxes import BOX_SOURCES, Annotation, ImageBoxes, read_boxes
 from data_sets.demo import generate
-from data_sets.loader import build_dataset
+from data_sets.table import build_dataset
 from util.progress import setup_logging
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -31,6 +31,10 @@ def make_images(root: Path) -> None:
 def root(tmp_path) -> Path:
     make_images(tmp_path / "data")
     return tmp_path / "data"
+
+
+def read(path: Path, root: Path, chosen=range(3), **options) -> ImageBoxes:
+    return read_boxes(path, None, build_dataset("image_folder", root, "val"), root, chosen, **options)
 
 
 def path_in(root: Path, name: str) -> str:
@@ -85,15 +89,19 @@ WRITERS = {
 }  # fmt: skip
 
 
+def by_name(boxes: ImageBoxes) -> dict[str, int]:
+    """{name of an image: its index}"""
+    return {Path(file).stem: index for index, (file, _) in enumerate(boxes.images.samples)}
+
+
 @pytest.mark.parametrize("name", WRITERS)
 def test_every_source_gives_the_same_boxes(root, tmp_path, name):
     path = WRITERS[name](tmp_path / "annotations", root)
-    images = build_dataset("image_folder", root, "val")
     assert [kind for kind, source in BOX_SOURCES.items() if source.fits(path)] == [name.split()[0]]
-    boxes = read_boxes(path, None, images, root, range(3))
-    for index, (file, _) in enumerate(images.samples):
+    boxes = read(path, root)
+    for image, index in by_name(boxes).items():
         found, size = boxes.original(index)
-        assert found.tolist() == [list(box) for box in BOXES[Path(file).stem]] and size == (WIDTH, HEIGHT)
+        assert found.tolist() == [list(box) for box in BOXES[image]] and size == (WIDTH, HEIGHT)
 
 
 def test_all_sources_are_tested():
@@ -111,13 +119,15 @@ def test_the_page_on_aggregation_lists_every_source():
         pytest.fail("docs/aggregation.md has no row for a format of boxes: add\n" + "\n".join(rows), pytrace=False)
 
 
+def scaled(name: str, sides: tuple[int, int]) -> list[list[int]]:
+    """The boxes of an image in 224 x 224 pixels, if they were drawn in an image of these sides."""
+    return [[int(value * 224 / side) for value, side in zip(box, sides * 2, strict=True)] for box in BOXES[name]]
+
+
 def test_resized_boxes_are_cut_off_to_whole_pixels(root, tmp_path):
-    images = build_dataset("image_folder", root, "val")
-    boxes = read_boxes(write_csv(tmp_path, root), None, images, root, range(3))
-    expected = {name: [[int(a * 224 / 80), int(b * 224 / 40), int(c * 224 / 80), int(d * 224 / 40)]
-                       for a, b, c, d in mine] for name, mine in BOXES.items()}  # fmt: skip
-    for index, (file, _) in enumerate(images.samples):
-        assert boxes.resized(index, 224).tolist() == expected[Path(file).stem]
+    boxes = read(write_csv(tmp_path, root), root)
+    for image, index in by_name(boxes).items():
+        assert boxes.resized(index, 224).tolist() == scaled(image, (WIDTH, HEIGHT))
 
 
 def test_cropped_boxes_are_where_the_pixels_go():
@@ -143,9 +153,8 @@ def test_boxes_outside_of_the_crop_are_left_out():
 
 def test_box_of_an_image_of_another_size_is_refused(root, tmp_path):
     (root / "boxes.csv").write_text(f"path,x0,y0,x1,y1\n{path_in(root, NAMES[0])},0,0,400,30\n")
-    images = build_dataset("image_folder", root, "val")
     with pytest.raises(ValueError, match=r"a box of .*00000001.JPEG exceeds the image of 80 x 40 pixels"):
-        read_boxes(root / "boxes.csv", None, images, root, [0]).resized(0, 224)
+        read(root / "boxes.csv", root, [0]).resized(0, 224)
 
 
 def broken(tmp_path: Path, root: Path, name: str, old: str, new: str) -> Path:
@@ -186,122 +195,104 @@ def broken(tmp_path: Path, root: Path, name: str, old: str, new: str) -> Path:
     ],
 )  # fmt: skip
 def test_mistakes_name_their_place(root, tmp_path, name, old, new, message):
-    images = build_dataset("image_folder", root, "val")
     with pytest.raises(ValueError, match=message):
-        read_boxes(broken(tmp_path, root, name, old, new), None, images, root, range(3)).original(0)
+        read(broken(tmp_path, root, name, old, new), root).original(0)
 
 
 def test_boxes_drawn_in_a_larger_copy_of_the_image_are_scaled(root, tmp_path):
-    images = build_dataset("image_folder", root, "val")
-    boxes = read_boxes(broken(tmp_path, root, "csv elsewhere", ",80,40,", ",161,80,"), None, images, root, range(3))
-    index = next(index for index, (file, _) in enumerate(images.samples) if NAMES[0] in file)
-    assert boxes.resized(index, 224).tolist() == [
-        [int(a * 224 / side) for a, side in zip(BOXES[NAMES[0]][0], (161, 80, 161, 80), strict=True)]
-    ]
+    boxes = read(broken(tmp_path, root, "csv elsewhere", ",80,40,", ",161,80,"), root)
+    for image, index in by_name(boxes).items():
+        assert boxes.resized(index, 224).tolist() == scaled(image, (161, 80))
 
 
 @pytest.mark.parametrize("prefix", ["./val/", "val//", "val\\"])
 def test_paths_of_one_image_may_be_written_in_several_ways(root, tmp_path, prefix):
     """Else its second box would belong to no image, and no error would say so."""
-    images, path = build_dataset("image_folder", root, "val"), write_csv(tmp_path, root)
-    path.write_text(
-        path.read_text().replace(
-            "val/n00000001/ILSVRC2012_val_00000002.JPEG,3", f"{prefix}n00000001/ILSVRC2012_val_00000002.JPEG,3"
-        )
-    )
-    boxes = read_boxes(path, None, images, root, range(3))
-    assert sorted(len(one.boxes) for one in boxes.annotations) == [1, 1, 2]
+    path, line = write_csv(tmp_path, root), "n00000001/ILSVRC2012_val_00000002.JPEG,3"
+    path.write_text(path.read_text().replace(f"val/{line}", prefix + line))
+    assert sorted(len(one.boxes) for one in read(path, root).annotations) == [1, 1, 2]
 
 
 def test_hidden_files_of_other_systems_are_skipped_and_counted(root, tmp_path, capsys):
     setup_logging()
-    images, folder = build_dataset("image_folder", root, "val"), write_xml(tmp_path / "annotations", root)
+    folder = write_xml(tmp_path / "annotations", root)
     for name in NAMES:
         (folder / f"._{name}.xml").write_bytes(b"\0\5\x16\7")
-    assert len(read_boxes(folder, None, images, root, range(3)).annotations) == 3
-    assert "3 hidden .xml files ignored" in capsys.readouterr().out
+    assert len(read(folder, root).annotations) == 3
+    assert "3 .xml files of the operating system ignored" in capsys.readouterr().out
     for path in folder.glob("[!.]*"):
         path.unlink()
     with pytest.raises(ValueError, match="none of the known formats"):
-        read_boxes(folder, None, images, root, range(3))
+        read(folder, root)
 
 
 @pytest.mark.parametrize("name", ["imagenet-xml", "imagenet-csv"])
 def test_boxes_of_other_classes_are_logged(root, tmp_path, name, capsys):
     setup_logging()
-    images = build_dataset("image_folder", root, "val")  # of the classes n00000000 (images 1 and 3), n00000001 (2)
     for old, new, expected in (("n0", "n00000000", "1 of 3"), ("n0", "n00000001", "2 of 3"), ("n0", "dog", "")):
         path = broken(tmp_path / new, root, name, old, new)
-        read_boxes(path, None, images, root, range(3))
+        read(path, root)
         logged = capsys.readouterr().out
         assert f"{expected} images have boxes of other classes" in logged if expected else "classes" not in logged
 
 
 def test_images_without_a_box_are_named(root, tmp_path):
-    images = build_dataset("image_folder", root, "val")
     path = write_csv(tmp_path, root)
+    images = by_name(read(path, root))
     path.write_text("\n".join(line for line in path.read_text().splitlines() if NAMES[2] not in line))
     with pytest.raises(ValueError, match=r"1 of 3 images have no box, the first .*00000003.JPEG"):
-        read_boxes(path, None, images, root, range(3))
-    without = [index for index, (file, _) in enumerate(images.samples) if NAMES[2] not in file]
-    assert read_boxes(path, None, images, root, without).original(without[0])[0].shape == (1, 4)
+        read(path, root)
+    assert read(path, root, [images[NAMES[0]], images[NAMES[1]]]).original(images[NAMES[0]])[0].shape == (1, 4)
 
 
 def test_boxes_of_other_images_are_passed_over_when_asked(root, tmp_path):
-    images = build_dataset("image_folder", root, "val")
     path = broken(tmp_path, root, "wsol", "00000002", "00000009")
-    chosen = [index for index, (file, _) in enumerate(images.samples) if NAMES[1] not in file]
-    read_boxes(path, None, images, root, chosen, allow_subset=True)
+    chosen = [index for index, file in enumerate(sorted(root.glob("val/*/*"))) if NAMES[1] not in file.name]
+    read(path, root, chosen, allow_subset=True)
 
 
 def test_boxes_of_other_images_alone_are_not_passed_over(root, tmp_path):
-    images = build_dataset("image_folder", root, "val")
     path = write_csv(tmp_path, root)
     path.write_text(path.read_text().replace("ILSVRC2012_val_0000", "ILSVRC2012_val_0009"))
     with pytest.raises(ValueError, match=r"boxes of other images, such as val/n0000000./ILSVRC2012_val_0009"):
-        read_boxes(path, None, images, root, range(3), allow_subset=True)
+        read(path, root, allow_subset=True)
 
 
 def test_the_folder_of_a_table_stands_for_it(root, tmp_path):
-    images = build_dataset("image_folder", root, "val")
     path = write_csv(tmp_path, root)
     for place in (path, path.parent):
-        assert len(read_boxes(place, None, images, root, range(3)).annotations) == 3
+        assert len(read(place, root).annotations) == 3
 
 
 def test_names_without_folders_must_tell_images_apart(root, tmp_path):
     shutil.copy(root / path_in(root, NAMES[0]), root / "val" / "n00000001")
-    images = build_dataset("image_folder", root, "val")
     with pytest.raises(ValueError, match="two images are called ILSVRC2012_val_00000001"):
-        read_boxes(write_wsol(tmp_path / "annotations", root), None, images, root, range(3))
+        read(write_wsol(tmp_path / "annotations", root), root)
 
 
 def test_tables_of_spreadsheets_are_read(root, tmp_path):
     path = write_csv(tmp_path, root)
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
-    images = build_dataset("image_folder", root, "val")
-    assert read_boxes(path, None, images, root, range(3)).original(0)[1] == (WIDTH, HEIGHT)
+    assert read(path, root).original(0)[1] == (WIDTH, HEIGHT)
 
 
 def test_there_must_be_a_source(root, tmp_path):
-    images = build_dataset("image_folder", root, "val")
     with pytest.raises(ValueError, match=r"nowhere\.csv: no such file or folder"):
-        read_boxes(tmp_path / "nowhere.csv", None, images, root, range(3))
+        read(tmp_path / "nowhere.csv", root)
     with pytest.raises(ValueError, match="images of this data set are not files"):
         read_boxes(write_csv(tmp_path, root), None, [], root, [])
 
 
 def test_demo_writes_what_is_read(tmp_path):
     generate(tmp_path / "demo", 10, 10, workers=1)
-    images = build_dataset("image_folder", tmp_path / "demo", "val")
-    boxes = read_boxes(tmp_path / "demo" / "boxes.csv", None, images, tmp_path / "demo", range(10))
+    boxes = read(tmp_path / "demo" / "boxes.csv", tmp_path / "demo", range(10))
     for index in range(10):
         found, size = boxes.original(index)
         assert found.shape == (1, 4) and size == (72, 72)
     # boxes of the training images belong to files that are there
     next((tmp_path / "demo" / "train").rglob("*.png")).unlink()
     with pytest.raises(ValueError, match="1 images with boxes do not exist"):
-        read_boxes(tmp_path / "demo" / "boxes.csv", None, images, tmp_path / "demo", range(10))
+        read(tmp_path / "demo" / "boxes.csv", tmp_path / "demo", range(10))
 
 
 @pytest.mark.skipif(not (SHARED / "imagenet_val_boxes").is_dir(), reason="no published boxes of ImageNet here")

@@ -12,7 +12,7 @@ from timm.models.vision_transformer import VisionTransformer as TimmViT
 from torch import nn
 
 import models_vit
-from data_sets.loader import IMAGENET_MEAN
+from data_sets.views import IMAGENET_MEAN
 from encoders import load as checkpoints
 from encoders.families import FAMILIES
 from encoders.load import load_encoder, save_encoder

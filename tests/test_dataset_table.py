@@ -14,7 +14,7 @@ from miniatures import ARRAYS, CLASSES, MINIATURES, make_pets, save, write
 from scipy.io import savemat
 
 from data_sets.readers import read_matlab
-from data_sets.table import DATASETS, build_dataset, build_splits
+from data_sets.table import ARCHIVES, DATASETS, IMAGENETTE, build_dataset, build_splits
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 PAGE = (Path(__file__).resolve().parent.parent / "docs" / "datasets.md").read_text()
@@ -58,7 +58,7 @@ def test_images_and_labels_are_those_of_the_official_lists(miniature, name):
 
 
 @pytest.mark.parametrize("name", ["cub200", "stanford_cars", "oxford_pets", "food101", "nus_wide"])
-def test_the_folder_itself_is_as_good_as_the_one_around_it(miniature, name):
+def test_data_path_may_be_the_folder_of_the_data_set_or_its_parent(miniature, name):
     root, train, _ = miniature(name)
     (folder,) = root.iterdir()
     assert content(build_dataset(name, folder, "train")) == list(train)
@@ -71,7 +71,7 @@ def test_flat_validation_images_take_their_labels_from_either_list(miniature, fl
     assert (content(images), content(test_images)) == (train, val)
 
 
-def test_classes_have_their_names(miniature):
+def test_classes_have_the_official_names(miniature):
     names = {name: build_dataset(name, miniature(name)[0], "val").classes for name in ("oxford_pets", "coco", "cub200")}
     assert names["oxford_pets"] == ["Abyssinian", "American Bulldog"]
     assert names["coco"] == ["person", "car", "toothbrush"]
@@ -150,33 +150,63 @@ def test_label_out_of_range_in_a_binary_file_is_named(array, name, part, at):
         build_dataset(name, folder.parent, "val")
 
 
-def test_archives_are_downloaded_once_and_their_hash_is_checked(tmp_path, monkeypatch, serve):
-    make_pets(tmp_path / "made")
-    address, resources = serve(tmp_path / "server"), {}
-    for part in ("images", "annotations"):
-        archive = tmp_path / "server" / f"{part}.tar.gz"
-        archive.parent.mkdir(exist_ok=True)
+def make_imagenette(root):
+    for split in ("train", "val"):
+        for wnid in IMAGENETTE:
+            for number in range(2):
+                save(root / "imagenette2-320" / split / wnid / f"{wnid}_{number}.JPEG")
+
+
+PETS_PARTS = {f"oxford_pets/{part}": f"oxford-iiit-pet/{part}" for part in ("images", "annotations")}
+
+
+@pytest.fixture(params=[
+    ("imagenette", make_imagenette, {"imagenette": "imagenette2-320"}, (10, 20, 20)),
+    ("oxford_pets", make_pets, PETS_PARTS, (2, 3, 2)),
+], ids=["imagenette", "oxford_pets"])  # fmt: skip
+def archived(request, tmp_path, monkeypatch, serve):
+    """A data set whose archives are served on this machine: (name, first entry of ARCHIVES, folder of the server)."""
+    name, make, parts, counts = request.param
+    server = tmp_path / "server"
+    server.mkdir()
+    address = serve(server)
+    make(tmp_path / "made")
+    for number, (key, folder) in enumerate(parts.items()):
+        archive = server / f"{number}.tar.gz"
         with tarfile.open(archive, "w:gz") as tar:
-            tar.add(tmp_path / "made" / "oxford-iiit-pet" / part, arcname=part)
-        md5 = hashlib.md5(archive.read_bytes()).hexdigest()
-        resources[f"oxford_pets/{part}"] = (f"{address}/{archive.name}", md5)
-    expect(monkeypatch, "oxford_pets", 2, 3, 2)
-    monkeypatch.setattr("data_sets.table.ARCHIVES", resources)
-    build_splits("oxford_pets", tmp_path / "data", 2)
-    images, md5 = resources["oxford_pets/images"]
-    resources["oxford_pets/images"] = (images, "0" * 32)
-    with pytest.raises(
-        ValueError, match=r"images is not there, and http.* cannot be downloaded: File not found or corr"
-    ):
-        build_splits("oxford_pets", tmp_path / "other", 2)
-    resources["oxford_pets/images"] = (images, md5)
-    shutil.rmtree(tmp_path / "server")
-    build_splits("oxford_pets", tmp_path / "data", 2)
-    with pytest.raises(
-        ValueError, match=r"images is not there, and http.* cannot be downloaded: HTTP Error 404"
-    ) as error:
-        build_splits("oxford_pets", tmp_path / "elsewhere", 2)
+            tar.add(tmp_path / "made" / folder, arcname=Path(folder).name)
+        monkeypatch.setitem(ARCHIVES, key, (f"{address}/{archive.name}", hashlib.md5(archive.read_bytes()).hexdigest()))
+    expect(monkeypatch, name, *counts)
+    return name, next(iter(parts)), server
+
+
+def test_archives_are_downloaded_once_and_their_hash_is_checked(archived, tmp_path, monkeypatch):
+    name, key, server = archived
+    train, val, _ = build_splits(name, tmp_path / "data", None)
+    with monkeypatch.context() as context:
+        context.setitem(ARCHIVES, key, (ARCHIVES[key][0], "0" * 32))
+        with pytest.raises(ValueError, match=r"is not there, and http.* cannot be downloaded: File not found or corr"):
+            build_splits(name, tmp_path / "other", None)
+    shutil.rmtree(server)
+    again = build_splits(name, tmp_path / "data", None)
+    assert [len(images) for images in again[:2]] == [len(train), len(val)]
+    with pytest.raises(ValueError, match=r"is not there, and http.* cannot be downloaded: HTTP Error 404") as error:
+        build_splits(name, tmp_path / "elsewhere", None)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("archived", [("imagenette", make_imagenette, {"imagenette": "imagenette2-320"}, (10, 20, 20))],
+                         indirect=True)  # fmt: skip
+def test_an_interrupted_extraction_and_other_classes_are_refused(archived, tmp_path):
+    train, *_ = build_splits("imagenette", tmp_path / "data", None)
+    assert train.classes[0] == "tench" and train.classes[-1] == "parachute"
+    Path(train.samples[-1][0]).unlink()
+    with pytest.raises(ValueError, match="19 train images instead of 20: 1 are missing"):
+        build_splits("imagenette", tmp_path / "data", None)
+    folder = tmp_path / "data/imagenette2-320/train"
+    (folder / "n01440764").rename(folder / "n01440765")
+    with pytest.raises(ValueError, match=r"other classes than Imagenette's: n01440765"):
+        build_splits("imagenette", tmp_path / "data", None, allow_subset=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -185,7 +215,7 @@ def test_archives_are_downloaded_once_and_their_hash_is_checked(tmp_path, monkey
 
 
 @pytest.mark.parametrize("name", [name for name, entry in DATASETS.items() if entry.images and name != "imagenette"])
-def test_absent_data_set_is_one_line_that_says_where_to_get_it(tmp_path, monkeypatch, name):
+def test_missing_data_set_is_one_line_with_its_source(tmp_path, monkeypatch, name):
     def refuse(*_, **__):
         raise OSError("no network")
 
@@ -223,7 +253,7 @@ def drop_last_image(root, name):
 
 
 @pytest.mark.parametrize("name", [name for name in MINIATURES if name != "imagenet1k"])
-def test_listed_images_that_are_not_there_are_named_or_left_out(miniature, name):
+def test_missing_listed_images_are_named_or_left_out(miniature, name):
     root, train, _ = miniature(name)
     path = drop_last_image(root, name)
     with pytest.raises(ValueError, match=rf"1 of the {len(train)} images that .* lists are missing, the first {path}"):
@@ -260,8 +290,8 @@ def test_damaged_and_missing_lists_are_named_in_one_line(miniature, name, path, 
         path.write_bytes({"empty": b"", "binary": bytes(range(128, 256)), "text": b"404\nNot Found\n\n"}[damage])
     with pytest.raises(ValueError) as error:
         build_dataset(name, root, "train")
-    found_otherwise = damage == "remove" and path.name == "cars_meta.mat"  # by which the folder is known
-    assert found_otherwise or str(path) in str(error.value)
+    known_by_it = damage == "remove" and path.name == "cars_meta.mat"  # by which the folder is known
+    assert known_by_it or str(path) in str(error.value)
     assert "\n" not in str(error.value)
 
 
@@ -299,7 +329,7 @@ COCO, ZEBRA = "annotations/instances_train2017.json", "NUS-WIDE/Groundtruth/Trai
         ("imagenet1pct", "1percent.txt", "n02058221_8", "n01440764_0", "image .*n01440764_0.JPEG appears twice"),
     ],
 )  # fmt: skip
-def test_what_a_list_says_wrong_is_said_with_its_path(miniature, name, path, old, new, message):
+def test_errors_in_lists_name_the_file(miniature, name, path, old, new, message):
     root, *_ = miniature(name)
     change(root / path, old, new)
     with pytest.raises(ValueError, match=message) as error:
@@ -408,7 +438,7 @@ def test_empty_class_folder_is_named(miniature):
         build_dataset("imagenet1k", root, "train")
 
 
-def test_flat_validation_without_labels_says_what_to_put_where(miniature):
+def test_flat_validation_without_labels_names_the_missing_files(miniature):
     root, *_ = miniature("imagenet1k", flat="kaggle")
     (root / "LOC_val_solution.csv").unlink()
     with pytest.raises(

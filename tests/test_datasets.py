@@ -7,19 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
-from data_sets.loader import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    EvaluationBatches,
-    GlobalBatches,
-    KeyedDataset,
-    build_dataset,
-    build_loader,
-    build_splits,
-    eval_transform,
-    hold_out,
-    train_transform,
-)
+from data_sets.loader import KeyedDataset, build_loader
+from data_sets.order import EvaluationBatches, GlobalBatches, hold_out
+from data_sets.table import build_dataset, build_splits
+from data_sets.views import IMAGENET_MEAN, IMAGENET_STD, eval_transform, train_transform
 from util import distributed
 
 
@@ -197,36 +188,6 @@ def test_splits_of_different_classes_are_refused(image_folder, tmp_path):
 def test_an_impossible_batch_is_refused(sizes, message):
     with pytest.raises(ValueError, match=message):
         GlobalBatches(25, *sizes, seed=0)
-
-
-def damage_png(path):
-    Image.new("RGB", (40, 40)).save(path)
-    data = bytearray(path.read_bytes())
-    data[40:60] = bytes(20)
-    path.write_bytes(data)
-
-
-def cut_png(path):
-    Image.effect_noise((40, 40), 80).save(path)
-    path.write_bytes(path.read_bytes()[:700])
-
-
-def no_image(path):
-    path.write_text("<html>not found</html>")
-
-
-@pytest.mark.parametrize(
-    ("damage", "workers"), [(damage_png, 0), (cut_png, 0), (no_image, 0), (lambda path: path.touch(), 0), (cut_png, 1)]
-)
-def test_an_image_that_cannot_be_read_is_named_in_one_line(tmp_path, damage, workers):
-    path = tmp_path / "train" / "cat" / "broken.png"
-    path.parent.mkdir(parents=True)
-    damage(path)
-    dataset = KeyedDataset(build_dataset("image_folder", tmp_path, "train"), eval_transform(32), seed=0)
-    with pytest.raises(ValueError) as error:
-        list(build_loader(dataset, EvaluationBatches(1, 1), workers))
-    assert str(error.value).startswith(f"cannot read image {path}: ")
-    assert "\n" not in str(error.value)
 
 
 def test_held_out_images_are_a_fraction_of_every_class_and_a_function_of_the_seed():

@@ -26,7 +26,7 @@ import main_analyze_attention
 import main_linprobe
 import models_vit
 from attention.measure import applicable, measure
-from attention.metrics import METRICS
+from attention.metrics import METRICS, Sizes
 from cli.console import parse
 from encoders.catalogue import CATALOGUE, cache_path, families_called
 from encoders.contents import without_wrappers
@@ -36,7 +36,6 @@ from encoders.load import load_encoder
 from encoders.reading import another_architecture, architectures_of, converted
 from encoders.reading import sizes_of as sizes_in
 from encoders.timm_models import obstacles
-from main_analyze_attention import sizes_of
 from models_vit import VisionTransformer, build_vit
 from probing.bank import ProbeBank, ProbeSpec
 from util.pos_embed import resample_pos_embed, resample_relative_table, rotary_coordinates, sincos_pos_embed
@@ -815,7 +814,7 @@ class Batch(NamedTuple):
 
 def analysed(backbone, amp, reduction):
     """Everything that there is to measure of two pictures."""
-    sizes = sizes_of(backbone, TINY.grid * backbone.patch_size)
+    sizes = Sizes.of(backbone, TINY.grid * backbone.patch_size)
     metrics = applicable(list(METRICS), backbone)
     return measure(backbone, [Batch(pictures())], metrics, sizes, amp, reduction, torch.device("cpu"))
 

@@ -1,5 +1,6 @@
 """What a weight file does not tell is stated by a flag or logged; no encoder is computed wrongly in silence."""
 
+import json
 import logging
 import os
 import subprocess
@@ -14,6 +15,10 @@ from test_families import Size, randomised, run_timm, state_of, timm_vit
 from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import ResPostBlock
 
+import main_analyze_attention
+import main_linprobe
+from cli.console import Parser, parse
+from cli.encoder_arguments import add_encoder_arguments, build_encoder
 from encoders.families import FAMILIES
 from encoders.load import input_size, load_encoder
 from util.pos_embed import sincos_pos_embed
@@ -65,14 +70,14 @@ def load(path, model="file", **stated):
 def test_every_assumption_about_a_plain_file_is_in_one_line_with_its_flag(write, state, caplog):
     encoder = load_encoder(write(state), "file")
     (line,) = [record.message for record in caplog.records if record.levelname == "WARNING"]
-    for fact in ("1 heads (--num_heads)", "pre-norm blocks, gelu, layernorm (--timm_name)", "(--mean)", "(--std)",
+    for fact in ("1 heads (--num_heads)", "pre-norm blocks, gelu, eps 1e-06 (--timm_name)", "(--mean)", "(--std)",
                  "positions for 4 x 4 patches (--grid)"):  # fmt: skip
         assert fact in line and any(fact in assumed for assumed in encoder.record["assumed"])
 
 
 def test_stated_facts_are_used_and_no_longer_assumed(write, state, vit, caplog):
     encoder = load(write(state), mean=[0.5, 0.5, 0.5], std=[0.4, 0.4, 0.4], grid=(4, 4), family="timm")
-    assert encoder.record["assumed"] == ["pre-norm blocks, gelu, layernorm (--timm_name)"]
+    assert encoder.record["assumed"] == ["pre-norm blocks, gelu, eps 1e-06 (--timm_name)"]
     assert (encoder.mean, encoder.std) == ((0.5, 0.5, 0.5), (0.4, 0.4, 0.4))
     assert difference(encoder.backbone, vit) < 1e-5
 
@@ -381,3 +386,37 @@ def test_the_trained_encoder_is_read_without_stating_anything(caplog):
     assert encoder.record["family"] == "dinov2" and encoder.backbone.grid_size == (37, 37)
     assert "6 heads" in caplog.text and "WARNING" not in {record.levelname for record in caplog.records}
     assert FAMILIES["dinov2"].vit["pos_resampling"] == encoder.backbone.pos_resampling == "offset"
+
+
+# ---- the programs
+
+
+def test_both_programs_take_a_stated_encoder_of_any_size(write, state, image_folder, tmp_path):
+    stated = ["--model", "file", "--finetune", write(state), "--num_heads", "8", "--grid", "2", "8", "--mean", "0.5",
+              "0.5", "0.5", "--std", "0.5", "0.5", "0.5", "--input_size", "32", "--data_path", str(image_folder),
+              "--device", "cpu", "--amp", "float32", "--num_workers", "0", "--batch_size", "7"]  # fmt: skip
+    probing = ["--cls_features", "cls", "--return_block", "3", "--epochs", "1", "--warmup_epochs", "0"]
+    for main, flags, name in ((main_linprobe, probing, "results.json"), (main_analyze_attention, [], "attention.json")):
+        argv = [*stated, *flags, "--output_dir", str(tmp_path / name), "--family", "timm"]
+        main.main(parse(main.get_args_parser(), argv))
+        (path,) = (tmp_path / name).rglob(name)
+        encoder = json.loads(path.read_text())["encoder"]
+        assert encoder["model"] == "vit_width64_depth4_patch8" and len(encoder["assumed"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model", "file"], "--model file needs weights"),
+        (["--grid", "4", "4"], r"--grid .* needs weights"),
+        (["--std", "0.5", "0", "0.5"], "--std 0.5 0.0 0.5: values must be positive"),
+        (["--mean", "123", "116", "103"], "--mean 123.0 116.0 103.0: .* from 0 to 1"),
+        (["--mean", "nan", "0", "0"], "--mean nan"),
+        (["--timm_name", "vit_base_patch16_224"], "--timm_name vit_base_patch16_224 needs weights"),
+    ],
+)
+def test_flags_that_describe_nothing_are_refused(flags, message):
+    parser = Parser("")
+    add_encoder_arguments(parser)
+    with pytest.raises(ValueError, match=message):
+        build_encoder(parser.parse_args(flags))

@@ -142,7 +142,7 @@ def test_what_a_checkpoint_key_leaves_is_counted(state, tmp_path, capsys):
     torch.save({f"{name}.{key}": value for name in "qk" for key, value in state.items()}, tmp_path / "w.pth")
     code, text = inspect(tmp_path / "w.pth", capsys, checkpoint_key="q")
     assert code == 0 and f"left behind   {len(state)} tensors that are not under q\n" in text
-    assert "--checkpoint_key q --family timm" in text
+    assert "--checkpoint_key q --family mae" in text
 
 
 def test_a_size_without_a_name_is_read_from_the_file(state, tiny, tmp_path, capsys, monkeypatch):

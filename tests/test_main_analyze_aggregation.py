@@ -23,7 +23,8 @@ from aggregation.results import table as table_of
 from cli.console import parse, run_main
 from cli.encoder_arguments import frozen_encoder
 from data_sets.demo import generate
-from data_sets.loader import build_dataset, eval_transform
+from data_sets.table import build_dataset
+from data_sets.views import eval_transform
 from encoders.load import save_encoder
 from main_analyze_aggregation import get_args_parser, stretch_transform
 from models_vit import build_vit
@@ -277,19 +278,19 @@ def test_overflow_stops_the_analysis(data, tmp_path):
     ("flags", "message"),
     [
         (["--data_path", "/nowhere"], "there is no such folder"),
-        (["--boxes", "/nowhere"], "--boxes /nowhere: there is no such file or folder"),
-        (["--probe_heads", "abmilp"], "--probe_heads chooses among the probes of a run: name it with --probes"),
-        (["--boxes_only"], "--boxes_only is about localisation: name the true boxes with --boxes"),
-        (["--loc_map_heads", "best"], "--loc_map_heads best is about localisation"),
+        (["--boxes", "/nowhere"], "--boxes /nowhere: no such file or folder"),
+        (["--probe_heads", "abmilp"], "--probe_heads selects probes of a run: name it with --probes"),
+        (["--boxes_only"], "--boxes_only needs true boxes: name them with --boxes"),
+        (["--loc_map_heads", "best"], "--loc_map_heads best needs true boxes"),
         (["--rules", "cls"], "--rules cls: the [cls] token; it weighs no patches"),
         (["--rules", "abmilp"], "--rules abmilp is learned: name the run that trained it with --probes"),
         (["--rules", "dino"], "--rules dino needs the attention of another encoder: name it with --oracle"),
         (["--rules", "pos", "pos"], "--rules pos pos names a rule twice"),
         (["--rules", "mean"], "unknown head 'mean'"),
         (["--probes", "/nowhere"], "--probes /nowhere holds no results.json"),
-        (["--kl_eps", "-1"], "--kl_eps -1.0"),
-        (["--loc_step", "2"], "--loc_step must be in (0, 1), got 2.0"),
-        (["--batch_size", "0"], "--batch_size 0"),
+        (["--kl_eps", "-1"], "--kl_eps: must be in [0, 1), got '-1'"),
+        (["--loc_step", "2"], "--loc_step: must be in (0, 1), got '2'"),
+        (["--batch_size", "0"], "--batch_size: must be an integer >= 1, got '0'"),
         (["--num_images", "99"], "choose from 1 to 11"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -325,7 +326,7 @@ def test_probes_of_an_encoder_that_reads_its_images_otherwise_are_refused(data, 
     encoder = ["--model", "vit_demo_patch8", "--finetune", weights]
     probes = probe(data, tmp_path / "probes", *encoder, "--cls_features", "abmilp")
     assert analyse(tmp_path / "same", *inputs(data, probes), *encoder, "--num_images", 1)["images"] == 1
-    with pytest.raises(ValueError, match=f"probes of .* were trained with {message}: leave out --finetune"):
+    with pytest.raises(ValueError, match=f"probes of .* were trained with {message}: drop --finetune"):
         analyse(tmp_path / "other", *inputs(data, probes), *encoder, *flags)
 
 

@@ -7,7 +7,7 @@ import pytest
 import safetensors.torch
 import torch
 from PIL import Image
-from training_runs import COMMON, PLAIN, Program, contents, log_lines, results
+from training_runs import COMMON, PLAIN, Program, contents, log_lines, out_of_range, results
 
 import main_finetune
 from encoders.load import load_encoder
@@ -231,20 +231,15 @@ MISTAKES = {
     "classes": (["--nb_classes", "1000"], "has 3 classes: correct it or leave it out"),
     "weights": (["--finetune", "absent.pth"], "--finetune absent.pth: no such file"),
     "other weights": (["--model", "vit_tiny_patch16"], "write --model vit_demo_patch8"),
-    "odd batch": (["--batch_size", "7"], "--batch_size 7: mixup and cutmix pair images, so it must be even"),
-    "several labels": (["--dataset", "coco"], "--dataset coco has several labels an image"),
-    "depth": (["--drop_path", "1"], "--drop_path 1.0"),
-    "smoothing": (["--smoothing", "1.5"], "--smoothing 1.5"),
-    "erasing": (["--reprob", "2"], "--reprob 2.0"),
-    "mixing": (["--mixup", "nan"], "--mixup nan"),
-    "no rate": (["--layer_decay", "0"], "--layer_decay 0.0"),
-    "clipping": (["--clip_grad", "0"], "--clip_grad 0.0"),
-    "sides": (["--cutmix_minmax", "0.9", "0.2"], "--cutmix_minmax 0.9 0.2: the first must be the smaller one"),
+    "odd batch": (["--batch_size", "7"], "--batch_size 7 must be even: mixup and cutmix pair images"),
+    "several labels": (["--dataset", "coco"], "--dataset coco has several labels per image"),
+    "sides": (["--cutmix_minmax", "0.9", "0.2"], "--cutmix_minmax 0.9 0.2: MIN must be smaller than MAX"),
     "policy": (["--aa", "xyz"], "--aa xyz: timm has no such policy (Unknown AA policy xyz); the recipe's is rand-m9"),
     "float16": (["--amp", "float16"], "--amp float16 would need a loss scaler to train; use bfloat16"),
-    "nothing to evaluate": (["--eval"], "--eval needs a classifier: name its checkpoint with --resume"),
-    "both heads": (["--global_pool", "--cls_token"], "the mean patch or [cls]; choose one"),
+    "nothing to evaluate": (["--eval"], "--eval needs a classifier: name its file with --resume"),
+    "both heads": (["--global_pool", "--cls_token"], "--global_pool classifies the mean patch and --cls_token [cls]"),
     "no [cls]": (["--no_cls_token", "--finetune", ""], "fine-tuning on [cls] needs an encoder with a [cls] token"),
+    **out_of_range("--drop_path 1", "--smoothing 1.5", "--reprob 2", "--mixup nan", "--layer_decay 0", "--clip_grad 0"),
 }
 
 

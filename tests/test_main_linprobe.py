@@ -16,7 +16,7 @@ from PIL import Image
 import cli.launcher
 import main_linprobe
 from cli.console import parse, run_main
-from data_sets.loader import DATASETS
+from data_sets.table import DATASETS
 from encoders.load import save_encoder
 from models_vit import build_vit
 from probing.predictions import FILE, read_predictions
@@ -159,25 +159,28 @@ def test_a_finished_run_is_not_written_over(command):
         ),
         (["--batch_size", "65"], "larger than the 64 training images"),
         (["--input_size", "30"], "--input_size 30 is not divisible by the patch size 8"),
-        (["--global_pool"], "write --cls_features pos"),
+        (["--global_pool"], "use --cls_features pos"),
         (
             ["--epochs", "1", "--warmup_epochs", "2"],
             "--warmup_epochs 2 does not fit into --epochs 1: write a number from 0 to 1",
         ),
-        (["--eval"], "--eval needs the probes"),
+        (["--eval"], "--eval evaluates a checkpoint: name it with --resume"),
         (["--lr", "1", "--blr", "1", "2"], "--lr 1.0 sets one rate, --blr [1.0, 2.0] several"),
         (["--family", "imagenet"], "unknown family 'imagenet': choose one of auto, mae, mae_ft"),
         (["--bn_group", "24"], "--bn_group 24 and --batch_size 16: one must be a multiple of the other"),
         (["--bn_group", "32"], "takes 2 micro-steps of --batch_size 16: --accum_iter 1 must be a multiple of 2"),
         (["--bn_group", "1"], "batch normalisation needs at least two images: raise --batch_size or --bn_group"),
-        (["--val_fraction", "1"], "--val_fraction 1.0: write a share from 0 up to, but not, 1"),
+        (["--val_fraction", "1"], "--val_fraction: must be in [0, 1), got '1'"),
         (["--val_fraction", "0.1", "--report", "best"], "is the epoch that is best on the test set"),
-        (["--cache_views", "4"], "--cache_views 4: an epoch takes one view, and there are --epochs 3"),
-        (["--cache_views", "2", "--crop", "center"], "without augmentation (--crop center) all views are one"),
-        (["--cache_dir", "cache"], "--cache_dir names where --cache_views V are kept: say how many"),
-        (["--knn", "10", "0"], "--knn 0: it takes at least one neighbour"),
+        (["--cache_views", "4"], "--cache_views must be <= --epochs 3, as an epoch uses one view; got 4"),
+        (
+            ["--cache_views", "2", "--crop", "center"],
+            "--cache_views must be 1 without augmentation (--crop center), got 2",
+        ),
+        (["--cache_dir", "cache"], "--cache_dir stores the features of --cache_views: set it"),
+        (["--knn", "10", "0"], "--knn: must be an integer >= 1, got '0'"),
         (["--knn", "65"], "--knn 65: must be <= 64"),
-        (["--eval_every", "0"], "--eval_every 0: write after how many epochs"),
+        (["--eval_every", "0"], "--eval_every: must be an integer >= 1, got '0'"),
         (["--start_epoch", "3"], "--start_epoch 3: the epochs are 0 to 2"),
     ],
 )
@@ -278,7 +281,7 @@ def test_beyond_cls_command_means_the_papers_probe():
         "--output_dir out --cls_features abmilp --abmilp_act relu --abmilp_sa none --abmilp_depth 1 "
         "--abmilp_cond none --abmilp_content patch"
     ))  # fmt: skip
-    main_linprobe.settle(args)
+    main_linprobe.check(args)
     (spec,) = main_linprobe.probe_specs(args, build_vit("vit_base_patch16"))
     assert (spec.head, spec.block, spec.blr) == ("abmilp", 11, 0.1)
     assert not args.final_norm and args.init == "default" and args.warmup_epochs == 10
@@ -294,7 +297,7 @@ def test_mae_command_means_maes_probe():
     )
     launcher, rest = cli.launcher.get_args_parser().parse_known_args(argv)
     args = parse(main_linprobe.get_args_parser(), rest)
-    main_linprobe.settle(args)
+    main_linprobe.check(args)
     assert (launcher.nodes, cli.launcher.gpus_per_node(launcher)) == (4, 8)
     assert args.cls_features == ["cls"] and args.final_norm and args.init == "trunc_normal"
     assert (args.batch_size, args.epochs, args.blr, args.optimizer) == (512, 90, [0.1], ["lars"])
@@ -327,7 +330,7 @@ def test_images_of_several_labels_are_scored_by_mean_average_precision(weights, 
         "--batch_size", "2", "--epochs", "2", "--warmup_epochs", "0", "--output_dir", str(tmp_path / "run"),
     ]  # fmt: skip
     for flag in (["--per_class"], ["--knn", "1"]):
-        with pytest.raises(ValueError, match=r"is for images of one label, and those of --dataset coco have several"):
+        with pytest.raises(ValueError, match="needs one label per image; --dataset coco has several"):
             run([*argv, *flag])
     results = run([*argv, "--save_predictions"])
     (probe,) = results["probes"].values()

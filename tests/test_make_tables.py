@@ -4,7 +4,6 @@ import csv
 import io
 import json
 import re
-import shutil
 import sys
 from pathlib import Path
 
@@ -266,17 +265,6 @@ def test_table_of_a_page_is_kept_and_checked(tables, kept, tmp_path):
     assert "| MAE | ViT-demo/8 | 40.5 ± 0.7 |" in page.read_text()
 
 
-@pytest.mark.parametrize("place", ["demo/old/{}", "imagenet/{}", "{}"])
-def test_record_that_no_table_looks_for_fails_the_check(tables, kept, place):
-    source = kept / "demo" / "mae.vit_demo_patch8.top1.pos.json"
-    target = kept / place.format(source.name)
-    target.parent.mkdir(exist_ok=True)
-    shutil.copy(source, target)
-    assert f"records that no table reads: {target}" in tables("--check", code=2)
-    target.write_text('{"probes": {}}')  # what a program has written
-    tables("--check")
-
-
 @pytest.mark.parametrize("name", ["imagenet/table1.md", "demo/table9.md", "demo_few/figure2.csv"])
 def test_table_that_has_no_records_fails_the_check(tables, kept, name):
     (kept / name).parent.mkdir(exist_ok=True)
@@ -347,85 +335,6 @@ def test_check_compares_short_runs_with_goldens(tables, kept):
     assert "probes/cls/last/top1 is 50, was 41" in text
 
 
-CELLS = (
-    *("demo/mae.vit_demo_patch8.top1.abmilp", "demo/mae.vit_demo_patch8.maxboxaccv2.abmilp"),
-    *("demo/mae_ft.vit_demo_patch8.aggregation_entropy_block_mean.cls", "demo_few/mae.vit_demo_patch8.top1.abmilp"),
-)
-
-
-@pytest.fixture
-def copied(tmp_path):
-    """The committed records and tables."""
-    for name in ("demo", "demo_few"):
-        shutil.copytree(ROOT / "results" / name, tmp_path / name)
-    for name in TABLES:  # test_committed_tables_are_what_the_committed_records_say asks for one that is missing
-        path = program.path_of(name, "demo", "markdown", tmp_path)
-        if not path.exists() and program.has_records(name, "demo", tmp_path):
-            path.write_text(program.text_of(name, "demo", "markdown", tmp_path))
-    return tmp_path
-
-
-def lines_of(results):
-    """{table: its lines, as CSV has them} of the demo."""
-    texts = {name: program.text_of(name, "demo", "csv", results) for name in TABLES}
-    return {name: list(csv.DictReader(io.StringIO(text))) for name, text in texts.items()}
-
-
-@pytest.mark.parametrize("cell", CELLS)
-def test_each_committed_record_fills_its_cell_alone(tables, copied, cell):
-    """Without it the check fails with the names of its tables; nothing but its cell is empty in them."""
-    before, path = lines_of(copied), copied / f"{cell}.json"
-    removed = json.loads(path.read_text())
-    path.unlink()
-    error, after = tables("--check", code=2), lines_of(copied)
-    at = [removed[name] for name in Cell._fields]
-    for name in TABLES:
-        shown = [line for line in before[name] if [line[field] for field in Cell._fields] == at]
-        others = [line for line in before[name] if line not in shown]
-        assert all(float(line["ours"]) == removed["value"] for line in shown)
-        empty = [line for line in after[name] if [line[field] for field in Cell._fields] == at]
-        assert [line for line in after[name] if line not in empty] == others
-        assert all(line["ours"] == line["n"] == line["std"] == "" for line in empty)
-        file = str(program.path_of(name, "demo", "markdown", copied))
-        assert (file in error) == bool(shown), name
-
-
-@pytest.mark.parametrize("cell", CELLS)
-@pytest.mark.parametrize(
-    ("damage", "words"),
-    [
-        (lambda record: {**record, "value": record["value"] + 1}, "was changed after it was made"),
-        (lambda record: {**record, "seal": "0" * 64}, "was changed after it was made"),
-        (lambda record: sealed({**record, "value": record["value"] + 1}), "contradicts itself: value"),
-        (lambda record: sealed({**record, "dataset": "imagenet1k"}), "belongs in"),
-        (lambda record: sealed({**record, "head": "ca4"}), "belongs in"),
-        (lambda record: {}, "is not a record"),
-    ],
-)
-def test_damaged_record_fails_the_check_with_its_name(tables, copied, cell, damage, words):
-    path = copied / f"{cell}.json"
-    path.write_text(json.dumps(damage(json.loads(path.read_text()))))
-    error = tables("--check", code=2)
-    assert f"{path} {words}" in error or (words in error and str(path) in error)
-    assert error.count("\n") == 1
-
-
-@pytest.mark.parametrize("cell", CELLS)
-@pytest.mark.parametrize("place", ["imagenet1k/{}", "demo/copy-of-{}", "food101/{}"])
-def test_demo_record_is_read_nowhere_else(tables, copied, cell, place):
-    """As it is, or written again as one of ImageNet's."""
-    source = copied / f"{cell}.json"
-    target = copied / place.format(source.name)
-    target.parent.mkdir(exist_ok=True)
-    shutil.copy(source, target)
-    words = ["--table", "2"] if place.startswith("food101") else ["--check"]
-    assert f"{target} is the record of {cell}: it belongs in" in tables(*words, code=2)
-    forged = sealed({**json.loads(source.read_text()), "dataset": target.parent.name})
-    if target.parent.name != "demo":
-        target.write_text(json.dumps(forged))
-        assert f"{target} contradicts itself: 10 classes, but {target.parent.name} has" in tables(*words, code=2)
-
-
 def test_mistakes_are_one_line(tables):
     assert "has no records" in tables(code=2)
     assert "choose one of" in tables("--dataset", "image_folder", code=2)
@@ -451,11 +360,6 @@ def test_every_table_has_values_of_the_paper():
         pytest.fail(f"results/paper_numbers.json has no value of table {', '.join(missing)}: add what the paper prints "
                     "there", pytrace=False)  # fmt: skip
     assert known == set(TABLES)
-
-
-def test_cells_of_records_are_their_own():
-    one = record("mae", B, "top1", "ap1", [71.0])
-    assert cell_in(one) == Cell("imagenet1k", "mae", B, "top1", "ap1")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -186,7 +186,10 @@ def test_children_of_a_program_that_listens_can_be_terminated():
 
 LEFT_OPEN = """
 from util import signals
-from data_sets.loader import EvaluationBatches, KeyedDataset, build_dataset, build_loader, eval_transform
+from data_sets.loader import KeyedDataset, build_loader
+from data_sets.order import EvaluationBatches
+from data_sets.table import build_dataset
+from data_sets.views import eval_transform
 import sys
 with signals.listening():
     images = KeyedDataset(build_dataset("image_folder", sys.argv[1], "val"), eval_transform(16), 0)

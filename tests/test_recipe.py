@@ -13,7 +13,9 @@ from torch import nn
 
 import main_linprobe
 from cli.console import parse
-from data_sets.loader import KeyedDataset, build_dataset, train_transform
+from data_sets.loader import KeyedDataset
+from data_sets.table import build_dataset
+from data_sets.views import train_transform
 from encoders.load import save_encoder
 from models_vit import build_vit
 from probing.bank import ProbeBank, ProbeSpec

@@ -224,7 +224,7 @@ def test_encoders_that_nobody_published_are_left_out_and_named(tmp_path):
         each attend mae_vit_base_patch16 mae_ft_vit_base_patch16 dino_vit_base_patch16
         finish""")  # fmt: skip
     assert done.stdout.splitlines() == ["now mae_vit_base_patch16", "now dino_vit_base_patch16"]
-    assert "left out: mae_ft_vit_base_patch16, which nobody published" in done.stderr
+    assert "left out: mae_ft_vit_base_patch16, which is unpublished" in done.stderr
     assert "failed: attend mae_vit_base_patch16" in done.stderr and done.returncode == 1
 
 
@@ -260,7 +260,7 @@ def test_records_and_figures_that_fail_are_said_at_the_end_and_the_rest_is_made(
         finish""")  # fmt: skip
     programs = ("record", "make_tables", "plot_bars", "make_report")
     assert done.stdout.splitlines() == [f"now scripts/{name}.py" for name in programs]
-    assert done.stderr.splitlines() == ["failed: records: tables have older ones", "failed: figure1.pdf"]
+    assert done.stderr.splitlines() == ["failed: records: tables show older ones", "failed: figure1.pdf"]
     assert done.returncode == 1
 
 
@@ -299,7 +299,7 @@ def test_transfer_to_one_percent_of_imagenet_is_left_out_without_its_list(tmp_pa
     environment |= {"IMAGENET": str(tmp_path), "GPUS": "1", "OUT": str(tmp_path / "out")}
     done = subprocess.run(["bash", "scripts/table2.sh"], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert f"left out: imagenet1pct; {tmp_path}/1percent.txt is not there (SimCLR's list)" in done.stderr
-    assert "failed: tables 2: no run has ended" in done.stderr and done.returncode == 1
+    assert "failed: tables 2: no finished runs" in done.stderr and done.returncode == 1
 
 
 @pytest.mark.parametrize(
@@ -307,11 +307,11 @@ def test_transfer_to_one_percent_of_imagenet_is_left_out_without_its_list(tmp_pa
     [
         (["--images_per_second", "1000", "--gpus", "4"], "1.0 GPU-hours, 0.2 h on 4 GPUs"),
         (["--images_per_second", "10000", "--gpus", "4"], "6.0 GPU-minutes"),
-        ([], "not measured on this device, so no hours are told"),
+        ([], "was not measured, so hours are unknown"),
         (["--images_per_second", "0"], None),
     ],
 )
-def test_hours_are_told_only_of_measured_speeds(words, answer, tmp_path):
+def test_hours_are_printed_only_for_known_speeds(words, answer, tmp_path):
     command = [sys.executable, "scripts/expected_hours.py", "bank", "--images", "3600000", "--benchmark",
                str(tmp_path / "none.csv"), "--model", "vit_base_patch16", "--other", "flag", *words]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

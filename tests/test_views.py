@@ -10,8 +10,10 @@ from torchvision import datasets as torchvision_datasets
 from torchvision import transforms
 
 from data_sets.crop import RandomResizedCrop
-from data_sets.images import DamagedImage, pixels_of, read_pixels, read_rgb
-from data_sets.loader import EvaluationBatches, KeyedDataset, build_dataset, build_loader
+from data_sets.images import pixels_of, read_pixels, read_rgb
+from data_sets.loader import KeyedDataset, build_loader
+from data_sets.order import EvaluationBatches
+from data_sets.table import build_dataset
 from data_sets.views import LOADERS, View, eval_transform, stretch_transform, train_transform
 from util.seeding import seeded
 
@@ -150,14 +152,6 @@ def test_loaders_carry_bytes_and_give_what_the_transform_gives(tmp_path, monkeyp
     )
     if loader == "pil":
         assert expected.equal(torch.stack([plain[index][0] for index in range(3)]))
-
-
-def test_a_damaged_image_is_damaged_for_tensors_too(tmp_path):
-    (tmp_path / "val" / "a").mkdir(parents=True)
-    (tmp_path / "val" / "a" / "0.jpg").write_bytes(jpeg(photo())[:200])
-    images = build_dataset("image_folder", tmp_path, "val")
-    with pytest.raises(DamagedImage, match=r"cannot read image .*0\.jpg"):
-        KeyedDataset(images, eval_transform(32, loader="tensor"), 0)[0, 0]
 
 
 def test_an_unknown_loader_is_refused():

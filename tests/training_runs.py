@@ -56,3 +56,8 @@ def log_lines(folder: Path) -> list[dict]:
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def out_of_range(*arguments: str) -> dict[str, tuple[list[str], str]]:
+    """{name: flags and the message that refuses them} of arguments such as "--lr nan"."""
+    return {text: (text.split(), f", got {text.split()[1]!r}") for text in arguments}

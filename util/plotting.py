@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from attention.metrics import METRICS, metric_names
-from data_sets.loader import View
+from data_sets.views import View
 from util.files import atomic_path
 
 WIDTH = 6.9  # inches: both columns of a CVPR page

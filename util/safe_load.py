@@ -1,23 +1,26 @@
-"""Reading strangers' torch files: tensors and plain data come out of them, and nothing in them is executed.
+"""Load untrusted torch files without executing them.
 
 A pickle is a program. `torch.load(weights_only=True)` runs a harmless part of it and refuses files that use more, such
-as those that carry their authors' configuration objects beside the weights. Those are read here: an interpreter of the
-opcodes that can build containers, numbers, text and tensors. A class or function that a file names is a name to it;
-it is not looked up, imported or called, and what was to be made with it becomes an inert `Foreign`.
+as those with their authors' configuration objects beside the weights. This module reads those, too: Python's own
+unpickler, with every opcode replaced that calls or changes what a file names. A class or function in a file stays a
+name; it is not looked up, imported or called, and what it would have made becomes an inert `Foreign`.
+
+An `Unpickler` given to torch.load would not do: torch.load hands TorchScript archives to torch.jit, unpacks old tar
+files on the disk, writes patch files of classes whose source changed, and lets a pickle set attributes of classes.
 """
 
 import argparse
 import io
 import pathlib
 import pickle
-import pickletools
 import struct
+import tarfile
 import warnings
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, ClassVar
 
 import torch
 from torch import Tensor
@@ -26,10 +29,10 @@ from util.progress import log
 
 
 def load_plain(path: Path) -> Any:
-    """A torch file of tensors and plain containers; nothing else in it is executed. ValueError names the trouble.
+    """The content of a torch file: tensors and plain containers. Nothing in it is executed.
 
-    Objects of other classes (configurations, loggers, numpy scalars) come back as `Foreign`. A file that calls for the
-    operating system or for code to run is refused.
+    Objects of other classes (configurations, loggers, NumPy scalars) become `Foreign`. Raises ValueError for a file
+    that is damaged or of another kind, and for one that references the operating system or the execution of code.
     """
     sharded = path if (path / ".metadata").is_file() else path.parent if path.suffix == ".distcp" else None
     if sharded is not None:
@@ -53,15 +56,13 @@ def load_plain(path: Path) -> Any:
     if isinstance(content, Foreign):
         raise ValueError(f"{path} holds a whole object of {content.name}, not tensors by name: save its state_dict()")
     if foreign:
-        log.info("%s: left as inert names, objects of %s", path, ", ".join(sorted(foreign)))
+        log.info("%s: objects of %s are left as inert names", path, ", ".join(sorted(foreign)))
     return content
 
 
 def _unreadable(path: Path, error: Exception) -> ValueError:
-    is_read = isinstance(error, ValueError | RuntimeError | OSError)  # others tell of bytes that are no pickle
-    reason = (
-        (str(error) or type(error).__name__).splitlines()[0] if is_read else "it is no torch file, or a damaged one"
-    )
+    is_read = isinstance(error, ValueError | RuntimeError | OSError)  # others are of bytes that are no pickle
+    reason = (str(error) or type(error).__name__).splitlines()[0] if is_read else "it is not a torch file, or damaged"
     return ValueError(f"{path} cannot be read as a file of tensors: {reason}")
 
 
@@ -79,7 +80,7 @@ class Global:
 
 @dataclass(eq=False)
 class Foreign:
-    """What a pickle would have made with a class or function of its authors: the recipe, never the object."""
+    """What a pickle would have made with a class or function of its authors: name and arguments, not the object."""
 
     name: str
     arguments: tuple = ()
@@ -90,8 +91,8 @@ class Foreign:
         return f"<{self.name}>"
 
 
-# A file that mentions these is an attack or as good as one. Being refused is a courtesy to the user, not what
-# protects them: nothing named in a file is ever called.
+# A file that names these is probably an attack. The refusal tells the user; the protection is that nothing named in a
+# file is ever called.
 REFUSED_MODULES = {"commands", "ctypes", "importlib", "nt", "os", "pickle", "posix", "pty", "runpy", "shutil", "socket",
                    "subprocess", "sys", "webbrowser"}  # fmt: skip
 REFUSED_BUILTINS = {"__import__", "breakpoint", "compile", "eval", "exec", "execfile", "input", "open"}
@@ -120,7 +121,7 @@ def _bytes(text: str, *_: Any) -> bytes:
     return text.encode("latin1")  # how pickle writes bytes; a codec that the file names would be imported
 
 
-# the only functions that reading a pickle calls: what they get is plain data, and so is what they return
+# the only functions that reading a pickle calls; they take and return plain data
 PLAIN: dict[str, Callable] = {
     "collections.OrderedDict": dict,
     "collections.Counter": dict,
@@ -146,124 +147,55 @@ PLAIN: dict[str, Callable] = {
     "torch._utils._rebuild_parameter": lambda data, *_: data,
     "torch._utils._rebuild_parameter_with_state": lambda data, *_: data,
 }
-LITERALS = {
-    "INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT", "STRING", "BINSTRING",
-    "SHORT_BINSTRING", "UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8", "BINBYTES", "SHORT_BINBYTES",
-    "BINBYTES8", "BYTEARRAY8",
-}  # fmt: skip
-CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
-CONTAINERS = {"EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_SET": set}
-MARK = Global("mark")  # compared by identity
 
 
-class PickleReader:
-    """Reads one pickle as data. persistent: the tensor behind a persistent id. `foreign`: the classes left out."""
+class PlainUnpickler(pickle._Unpickler):
+    """Reads one pickle as data. persistent: persistent id -> tensor. foreign: receives the names of classes left out.
 
-    def __init__(self, persistent: Callable[[Any], Any]):
-        self.persistent = persistent
-        self.foreign: set[str] = set()
-        self.stack: list = []
-        self.memo: dict[int, Any] = {}
+    The unpickler written in Python, because its opcodes can be replaced and its memo is a dictionary: in C, a few bytes
+    make it allocate gigabytes.
+    """
 
-    def read(self, file: BinaryIO) -> Any:
-        """The content of the pickle that starts here; the file is left just behind it."""
-        self.stack, self.memo = [], {}
-        for opcode, argument, _ in pickletools.genops(file):
-            if opcode.name == "STOP":
-                return self.stack.pop()
-            self.step(opcode.name, argument)
-        raise ValueError("the pickle has no end")
+    dispatch: ClassVar[dict] = dict(pickle._Unpickler.dispatch)
+    for opcode in (pickle.EXT1, pickle.EXT2, pickle.EXT4):
+        del dispatch[opcode[0]]
 
-    def step(self, opcode: str, argument: Any) -> None:
-        stack = self.stack
-        match opcode:
-            case "PROTO" | "FRAME":
-                pass
-            case _ if opcode in LITERALS:
-                stack.append(argument)
-            case _ if opcode in CONSTANTS:
-                stack.append(CONSTANTS[opcode])
-            case _ if opcode in CONTAINERS:
-                stack.append(CONTAINERS[opcode]())
-            case "MARK":
-                stack.append(MARK)
-            case "POP":
-                stack.pop()
-            case "POP_MARK":
-                self.above_mark()
-            case "DUP":
-                stack.append(stack[-1])
-            case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                stack.append(tuple(reversed([stack.pop() for _ in range(int(opcode[-1]))])))
-            case "TUPLE":
-                stack.append(tuple(self.above_mark()))
-            case "LIST":
-                stack.append(self.above_mark())
-            case "FROZENSET":
-                stack.append(frozenset(self.above_mark()))
-            case "DICT":
-                values = self.above_mark()
-                stack.append(dict(zip(values[::2], values[1::2], strict=True)))
-            case "APPEND" | "APPENDS" | "ADDITEMS":
-                self.extend([stack.pop()] if opcode == "APPEND" else self.above_mark())
-            case "SETITEM" | "SETITEMS":
-                values = [stack.pop(), stack.pop()][::-1] if opcode == "SETITEM" else self.above_mark()
-                self.set_items(list(zip(values[::2], values[1::2], strict=True)))
-            case "PUT" | "BINPUT" | "LONG_BINPUT":
-                self.memo[argument] = stack[-1]
-            case "MEMOIZE":
-                self.memo[len(self.memo)] = stack[-1]
-            case "GET" | "BINGET" | "LONG_BINGET":
-                stack.append(self.memo[argument])
-            case "GLOBAL":
-                stack.append(self.named(*argument.split(" ", 1)))
-            case "STACK_GLOBAL":
-                name, module = stack.pop(), stack.pop()
-                stack.append(self.named(module, name))
-            case "REDUCE" | "NEWOBJ":
-                arguments, maker = stack.pop(), stack.pop()
-                stack.append(self.make(maker, arguments))
-            case "NEWOBJ_EX":
-                _, arguments, maker = stack.pop(), stack.pop(), stack.pop()
-                stack.append(self.make(maker, arguments))
-            case "OBJ":
-                maker, *arguments = self.above_mark()
-                stack.append(self.make(maker, tuple(arguments)))
-            case "INST":
-                stack.append(self.make(self.named(*argument.split(" ", 1)), tuple(self.above_mark())))
-            case "BUILD":
-                self.build(stack.pop())
-            case "PERSID" | "BINPERSID":
-                stack.append(self.persistent(argument if opcode == "PERSID" else stack.pop()))
-            case _:
-                raise ValueError(f"the pickle uses {opcode}")
+    def __init__(self, file: BinaryIO, persistent: Callable[[Any], Any], foreign: set[str]):
+        super().__init__(file, encoding="latin1")
+        self.persistent_load, self.foreign = persistent, foreign
 
-    def above_mark(self) -> list:
-        values = []
-        while (value := self.stack.pop()) is not MARK:
-            values.append(value)
-        return values[::-1]
-
-    def named(self, module: str, name: str) -> Global:
+    def find_class(self, module: str, name: str) -> Global:
         module = {"__builtin__": "builtins", "copy_reg": "copyreg"}.get(module, module)  # Python 2
         builtin = module in ("builtins", "io", "_io")
         if module.split(".")[0] in REFUSED_MODULES or (builtin and name in REFUSED_BUILTINS):
-            raise ValueError(f"it wants {module}.{name} to be called, which was not done")
+            raise ValueError(f"refused: it references {module}.{name}")
         return Global(f"{module}.{name}")
 
     def make(self, maker: Any, arguments: tuple) -> Any:
+        """The plain object, tensor or Foreign that a call of `maker` stands for."""
         name = maker.name if isinstance(maker, Global | Foreign) else type(maker).__name__
         if isinstance(maker, Global) and name in PLAIN:
             return PLAIN[name](*arguments)
-        if name == "torch._tensor._rebuild_from_type_v2":  # a tensor with attributes: how to make it, of which class
+        if name == "torch._tensor._rebuild_from_type_v2":  # a tensor with attributes: function, class, arguments
             return self.make(arguments[0], arguments[2])
         if name == "copyreg._reconstructor" and isinstance(arguments[0], Global):
             name = arguments[0].name
         self.foreign.add(name)
         return Foreign(name, arguments)
 
-    def build(self, state: Any) -> None:
-        target = self.stack[-1]
+    def call(self) -> None:
+        arguments = self.stack.pop()
+        self.stack[-1] = self.make(self.stack[-1], arguments)
+
+    def call_with_keywords(self) -> None:
+        self.stack.pop()
+        self.call()
+
+    def _instantiate(self, maker: Any, arguments: list) -> None:  # of the opcodes INST and OBJ
+        self.append(self.make(maker, tuple(arguments)))
+
+    def build(self) -> None:
+        state, target = self.stack.pop(), self.stack[-1]
         if isinstance(target, Foreign):
             target.state = state
         elif isinstance(target, argparse.Namespace):
@@ -275,21 +207,36 @@ class PickleReader:
         target = self.stack[-1]
         if isinstance(target, set):
             target.update(values)
-        elif isinstance(target, Foreign):
-            target.items.extend(values)
-        elif isinstance(target, list):
-            target.extend(values)
+        elif isinstance(target, list | Foreign):
+            (target.items if isinstance(target, Foreign) else target).extend(values)
         else:
             raise ValueError(f"the pickle appends to {type(target).__name__}")
 
-    def set_items(self, pairs: list[tuple]) -> None:
-        target = self.stack[-1]
+    def set_items(self, values: list) -> None:
+        target, pairs = self.stack[-1], list(zip(values[::2], values[1::2], strict=True))
         if isinstance(target, dict):
             target.update(pairs)
         elif isinstance(target, Foreign):
             target.items.extend(pairs)
         else:
             raise ValueError(f"the pickle sets items of {type(target).__name__}")
+
+    def byte_array(self) -> None:
+        (length,) = struct.unpack("<Q", self.read(8))
+        self.append(bytearray(self.read(length)))  # no more than the file has
+
+    dispatch |= {
+        pickle.REDUCE[0]: call,
+        pickle.NEWOBJ[0]: call,
+        pickle.NEWOBJ_EX[0]: call_with_keywords,
+        pickle.BUILD[0]: build,
+        pickle.APPEND[0]: lambda self: self.extend([self.stack.pop()]),
+        pickle.APPENDS[0]: lambda self: self.extend(self.pop_mark()),
+        pickle.ADDITEMS[0]: lambda self: self.extend(self.pop_mark()),
+        pickle.SETITEM[0]: lambda self: self.set_items([self.stack.pop(), self.stack.pop()][::-1]),
+        pickle.SETITEMS[0]: lambda self: self.set_items(self.pop_mark()),
+        pickle.BYTEARRAY8[0]: byte_array,
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -313,10 +260,17 @@ def _is_zip(path: Path) -> bool:
     if magic == b"\x93NUMPY":
         raise ValueError(NUMPY)
     if not magic.startswith(b"PK\x03\x04"):
+        if tarfile.is_tarfile(path):
+            raise ValueError("it is a tar archive: unpack it and name a file in it")
         return False
     with zipfile.ZipFile(path) as archive:  # torch stores its records as they are: whatever expands is no torch file
         if any(name.endswith(".npy") for name in archive.namelist()):
             raise ValueError(NUMPY)
+        if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+            raise ValueError(
+                "it is a TorchScript archive: if you trust it, save its tensors: "
+                "torch.save(torch.jit.load(FILE).state_dict(), 'weights.pth')"
+            )
         if sum(record.file_size for record in archive.infolist()) > size:
             raise ValueError("its records are larger than the file")
     return True
@@ -350,8 +304,8 @@ def _read_zip(path: Path) -> tuple[Any, set[str]]:
                 storages[key] = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
             return storages[key]
 
-        reader = PickleReader(storage)
-        return reader.read(io.BytesIO(archive.read(pickles[0]))), reader.foreign
+        foreign: set[str] = set()
+        return PlainUnpickler(io.BytesIO(archive.read(pickles[0])), storage, foreign).load(), foreign
 
 
 def _read_legacy(path: Path) -> tuple[Any, set[str]]:
@@ -374,15 +328,19 @@ def _read_legacy(path: Path) -> tuple[Any, set[str]]:
             storages[key] = torch.empty(numel, dtype=dtype)
         return storages[key]
 
-    reader = PickleReader(storage)
+    foreign: set[str] = set()
     with open(path, "rb") as file:
-        magic, version, _ = (reader.read(file) for _ in range(3))
+
+        def read() -> Any:
+            return PlainUnpickler(file, storage, foreign).load()
+
+        magic, version, _ = (read() for _ in range(3))
         if (magic, version) != (0x1950A86A20F9469CFC6C, 1001):
             raise ValueError("not a torch file")
-        content = reader.read(file)
-        for key in reader.read(file):
+        content = read()
+        for key in read():
             (numel,) = struct.unpack("<q", file.read(8))
             memory = memoryview(storages[key].view(torch.uint8).numpy())
             if numel != storages[key].numel() or file.readinto(memory) != len(memory):
                 raise ValueError(f"storage {key} is cut short")
-    return content, reader.foreign
+    return content, foreign

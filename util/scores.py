@@ -82,9 +82,6 @@ class MultiLabelScores(NamedTuple):
     classes: int  # that have a positive image; `map` is their mean
 
 
-MULTILABEL_METRICS = ("map", "any_match", "label_accuracy")
-
-
 def average_precision(scores: Tensor, targets: Tensor) -> Tensor:
     """(n,K) scores, (n,K) zeros and ones -> (K,) float64 average precision of each class, in [0, 1].
 

@@ -1,0 +1,83 @@
+"""Arguments of main_finetune.py."""
+
+import argparse
+
+from cli.arguments import (
+    add_data_arguments,
+    add_old_arguments,
+    add_run_arguments,
+    add_schedule_arguments,
+    check_training,
+)
+from cli.console import (
+    Parser,
+    non_negative,
+    non_negative_int,
+    positive,
+    positive_int,
+    positive_share,
+    share,
+    share_below_one,
+)
+from cli.encoder_arguments import add_encoder_arguments
+from data_sets.table import DATASETS
+
+
+def get_args_parser(description: str | None = None) -> Parser:
+    parser = Parser(description)
+    add_encoder_arguments(parser)
+    add_data_arguments(parser, loaders=False)  # timm augments PIL images
+    head = parser.add_argument_group("classifier")
+    head.add_argument("--global_pool", action="store_true", help="classify the mean patch instead of [cls]")
+    optim = parser.add_argument_group("optimisation")
+    add_schedule_arguments(optim, batch_size=64, epochs=100, warmup_epochs=5, blr=5e-4, min_lr=1e-6)
+    optim.add_argument("--layer_decay", default=0.65, type=positive, help="rate of a block relative to the next one")
+    optim.add_argument("--weight_decay", default=0.05, type=non_negative, help="of matrices; not of biases and norms")
+    optim.add_argument("--clip_grad", default=None, type=positive, metavar="NORM", help="largest norm of the gradient")
+    optim.add_argument("--compile", action="store_true", help="compile the encoder's blocks; for long runs on a GPU")
+    reg = parser.add_argument_group("regularisation")
+    reg.add_argument("--drop_path", default=0.1, type=share_below_one, help="stochastic depth of the last block")
+    reg.add_argument("--crop_scale", default=0.08, type=positive_share, help="smallest share of the image in a crop")
+    reg.add_argument("--aa", default="rand-m9-mstd0.5-inc1", help='RandAugment policy of timm; "" for none')
+    reg.add_argument("--color_jitter", default=None, type=non_negative, help="strength; used if --aa is empty")
+    reg.add_argument("--reprob", default=0.25, type=share, help="probability of random erasing")
+    reg.add_argument("--smoothing", default=0.1, type=share_below_one, help="label smoothing")
+    reg.add_argument("--mixup", default=0.8, type=non_negative, help="alpha of mixup; 0: none")
+    reg.add_argument("--cutmix", default=1.0, type=non_negative, help="alpha of cutmix; 0: none")
+    test = parser.add_argument_group("evaluation")
+    test.add_argument("--eval", action="store_true", help="evaluate --resume, a checkpoint or published file, and stop")
+    add_run_arguments(parser)
+    old = add_old_arguments(parser)
+    old.add_argument("--cls_token", action="store_true", help="MAE's; no effect: [cls] is the default here")
+    old.add_argument("--start_epoch", default=0, type=non_negative_int, help="first epoch of a run that is not resumed")
+    old.add_argument("--remode", default="pixel", choices=["pixel", "rand", "const"], help="content of erased parts")
+    old.add_argument("--recount", default=1, type=positive_int, help="largest number of erased parts per image")
+    old.add_argument("--resplit", action="store_true", help="MAE's; no effect, there or here")
+    old.add_argument("--mixup_prob", default=1.0, type=share, help="share of the batches that are mixed")
+    old.add_argument("--mixup_switch_prob", default=0.5, type=share, help="share of cutmix if mixup is on as well")
+    old.add_argument("--mixup_mode", default="batch", choices=["batch", "pair", "elem"], help="what shares a mixture")
+    sides = {"default": None, "nargs": 2, "type": share, "metavar": ("MIN", "MAX")}
+    old.add_argument("--cutmix_minmax", **sides, help="range of the sides of cutmix's part, instead of --cutmix")
+    return parser
+
+
+def mixes(args: argparse.Namespace) -> bool:
+    """Whether images are mixed in training."""
+    return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse arguments that contradict each other; ValueError."""
+    check_training(args)
+    if args.dataset in DATASETS and DATASETS[args.dataset].multi_label:
+        raise ValueError(f"--dataset {args.dataset} has several labels per image: probe it with main_linprobe.py")
+    if args.eval and not args.resume:
+        raise ValueError("--eval needs a classifier: name its file with --resume")
+    if args.amp == "float16" and not args.eval:
+        raise ValueError("--amp float16 would need a loss scaler to train; use bfloat16")
+    if args.global_pool and args.cls_token:
+        raise ValueError("--global_pool classifies the mean patch and --cls_token [cls]: drop one of them")
+    if args.cutmix_minmax is not None and args.cutmix_minmax[0] >= args.cutmix_minmax[1]:
+        raise ValueError("--cutmix_minmax {} {}: MIN must be smaller than MAX".format(*args.cutmix_minmax))
+    if mixes(args) and args.batch_size % 2 and not args.eval:
+        raise ValueError(f"--batch_size {args.batch_size} must be even: mixup and cutmix pair images")

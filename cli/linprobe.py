@@ -1,0 +1,197 @@
+"""Train and test linear probes on the frozen tokens of one encoder, all in one pass.
+
+The probes are the product of --cls_features, --return_block, --optimizer, --blr and --seeds. Defaults are the paper's
+recipe (B.2).
+
+examples:
+    # the paper's probes: effective batch 16,384
+    torchrun --nproc_per_node 4 main_linprobe.py --model vit_base_patch16 --finetune mae_vit_base_patch16 \\
+        --cls_features cls pos abmilp --batch_size 2048 --accum_iter 2 --data_path $IMAGENET --output_dir runs/mae_b
+
+    # a rate chosen on held-out images, three seeds, on a data set that is downloaded
+    python main_linprobe.py --finetune mae_vit_base_patch16 --dataset imagenette --data_path data --epochs 20 \\
+        --blr 0.1 1 10 --seeds 0 1 2 --val_fraction 0.1 --save_predictions --output_dir runs/imagenette
+
+    # several blocks of a small encoder, from features that are computed once
+    python main_linprobe.py --model vit_small_patch16 --finetune dino_vit_small_patch16 --dataset cifar10 \\
+        --data_path data --cls_features cls abmilp:depth=2,act=tanh --return_block 2 5 8 11 --cache_views 1
+
+    # continue a stopped run
+    python main_linprobe.py --args_from runs/mae_b/args.json --resume auto
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from cli.arguments import (
+    RESUMABLE_FLAGS,
+    add_data_arguments,
+    add_old_arguments,
+    add_run_arguments,
+    add_schedule_arguments,
+    check_training,
+    plain,
+)
+from cli.console import Parser, any_int, non_negative, non_negative_int, positive_int, share_below_one
+from cli.encoder_arguments import add_encoder_arguments, add_oracle_arguments
+from data_sets.table import DATASETS
+from encoders.architectures import check_blocks, known_depth
+from probing.heads import AGGREGATIONS, Options, check_aggregation, option_flags, parse_head
+
+OPTIMIZERS = {  # settings of util.lars.LARS; momentum as in the paper, and as in its code for SGD
+    "lars": {"momentum": 0.9},
+    "sgd": {"momentum": 0.0, "trust_coefficient": None},
+}
+MULTILABEL_METRICS = ("map", "any_match", "label_accuracy")  # of util.scores.MultiLabelScores
+
+# arguments without effect on cached features, or whose effect is compared itself: --finetune by the digest of the
+# weights, --data_path by the fingerprint of the images, --seed and --val_fraction by the images and views they choose
+NOT_IN_FEATURES = (RESUMABLE_FLAGS - {"on_bad_image"}) | {
+    "checkpoint_key", "dataset", "allow_subset", "nb_classes", "seed", "seeds", "seeds_vary", "oracle", "oracle_model",
+    "oracle_family", "oracle_checkpoint_key", "init", "batch_size", "bn_group", "epochs", "warmup_epochs", "optimizer",
+    "momentum", "weight_decay", "blr", "lr", "min_lr", "cache_views", "val_fraction", "cls_token", "global_pool",
+    "start_epoch",
+}  # fmt: skip
+
+
+def get_args_parser() -> Parser:
+    parser = Parser(__doc__)
+    add_encoder_arguments(parser)
+    add_data_arguments(parser)
+
+    add = parser.add_argument_group("probes").add_argument
+    add("--cls_features", nargs="+", default=None, metavar="HEAD",
+        help=f"heads: {', '.join(AGGREGATIONS)}, with options as in abmilp:depth=2,act=tanh, ap12 or ca2 "
+        "(default: cls)")  # fmt: skip
+    add("--return_block", nargs="+", type=non_negative_int, metavar="BLOCK",
+        help="blocks to probe, counted from 0 (default: the last)")  # fmt: skip
+    add("--seeds", nargs="+", type=any_int, help="independent runs of every probe (default: --seed)")
+    add("--seeds_vary", choices=["all", "weights"], default="all",
+        help="all: initial weights, data order and augmentation, which takes one pass over the training images per "
+        "seed; weights: initial weights only, in one pass")  # fmt: skip
+    for flag, option in option_flags().items():
+        kind = {"type": int} if isinstance(option.allowed, int) else {"choices": option.allowed}
+        add(f"--{flag}", default=option.default, **kind, help=f"{option.help}; for heads that do not specify it")
+    add_oracle_arguments(parser.add_argument_group("oracle of the head dino"), default="dino_vit_base_patch16")
+
+    add = parser.add_argument_group("recipe").add_argument
+    add("--final_norm", action="store_true", help="probe tokens after the encoder's last norm")
+    add("--init", choices=["default", "trunc_normal"], default="default",
+        help="initial classifier weights: PyTorch's, or MAE's (std 0.01)")  # fmt: skip
+    add_schedule_arguments(parser.add_argument_group("schedule"), 512, 90, 10, [0.1])
+    add("--bn_group", type=positive_int, metavar="N",
+        help="images that are normalised together; a part or a multiple of --batch_size (paper: 2048; default: "
+        "--batch_size)")  # fmt: skip
+    add("--optimizer", nargs="+", choices=list(OPTIMIZERS), default=["lars"], help="update rules")
+    add("--momentum", type=non_negative, help="momentum (default: 0.9 for LARS, 0 for SGD, as in the paper's code)")
+    add("--weight_decay", default=0.0, type=non_negative, help="weight decay of matrices; with SGD also of vectors")
+    add("--crop", choices=["mae", "torchvision", "center"], default="mae",
+        help="random crop of one draw (mae) or up to ten (torchvision); center: no augmentation")  # fmt: skip
+    add("--no_hflip", action="store_true", help="no horizontal flips")
+    add("--cache_views", default=0, type=non_negative_int, metavar="V",
+        help="compute the features of V augmented views of each training image, and of the test images, once; 0: "
+        "compute features every epoch")  # fmt: skip
+    add("--cache_dir", type=Path, metavar="FOLDER",
+        help="store these features in a file there, which later runs reuse (default: in memory)")  # fmt: skip
+
+    add = parser.add_argument_group("evaluation").add_argument
+    add("--eval", action="store_true", help="only evaluate the probes of --resume")
+    add("--eval_every", default=1, type=positive_int,
+        help="epochs between evaluations; the last epoch is always evaluated")  # fmt: skip
+    add("--val_fraction", default=0.0, type=share_below_one, metavar="SHARE",
+        help="share of the training images to hold out: they choose rates, and the test set is used once")  # fmt: skip
+    add("--save_predictions", action="store_true",
+        help="write the predictions for all test images, for scripts/compare_probes.py")  # fmt: skip
+    add("--knn", nargs="+", type=positive_int, default=[], metavar="K",
+        help="also classify by the K nearest neighbours, as DINO does with 10 20 100 200")  # fmt: skip
+    add("--per_class", action="store_true", help="score: mean of the classes' accuracies")
+    add("--multilabel_metric", choices=MULTILABEL_METRICS, default="map",
+        help="score of data sets with several labels per image")  # fmt: skip
+    add("--report", choices=["last", "best"], default="last", help="epoch of the scores in the final log lines")
+
+    add_run_arguments(parser)
+    add = add_old_arguments(parser).add_argument
+    add("--cls_token", action="store_true",
+        help="MAE's linear probe: --cls_features cls --final_norm --init trunc_normal")  # fmt: skip
+    add("--global_pool", action="store_true", help=argparse.SUPPRESS)  # MAE's; refused with the reason
+    add("--start_epoch", default=0, type=non_negative_int, help="first epoch of a run that is not resumed")
+    add("--suffix", default="", help="appended to the name of --output_dir")
+    return parser
+
+
+def check(args: argparse.Namespace) -> None:
+    """Resolve arguments that depend on each other; ValueError for contradictions."""
+    check_training(args)
+    if args.global_pool:
+        raise ValueError(
+            "--global_pool is MAE's probe of the mean patch through a new, untrained fc_norm, which is not offered: "
+            "use --cls_features pos (tokens before the last norm) or --cls_features pos --final_norm"
+        )
+    if args.cls_token:
+        if args.cls_features not in (None, ["cls"]):
+            raise ValueError("--cls_token is MAE's probe of [cls]: omit --cls_features or --cls_token")
+        args.final_norm, args.init = True, "trunc_normal"
+    args.cls_features = args.cls_features or ["cls"]
+    for aggregation, _ in heads(args):
+        check_aggregation(aggregation, not args.no_cls_token)
+    check_blocks(args.return_block or [], known_depth(args.model))
+    refused = {
+        f"--lr {args.lr} sets one rate, --blr {args.blr} several: omit one of them": (
+            args.lr is not None and len(args.blr) > 1
+        ),
+        "--eval evaluates a checkpoint: name it with --resume": args.eval and not args.resume,
+        "batch normalisation needs at least two images: raise --batch_size or --bn_group": (
+            (args.bn_group or args.batch_size) < 2
+        ),
+        "--report best is the epoch that is best on the test set, which --val_fraction uses once: omit one of them": (
+            args.val_fraction and args.report == "best"
+        ),
+        f"--cache_views must be <= --epochs {args.epochs}, as an epoch uses one view; got {args.cache_views}": (
+            args.cache_views > args.epochs
+        ),
+        f"--cache_views must be 1 without augmentation (--crop center), got {args.cache_views}": (
+            args.crop == "center" and args.cache_views > 1
+        ),
+        "--cache_dir stores the features of --cache_views: set it to the number of views": (
+            args.cache_dir is not None and not args.cache_views
+        ),
+        "--save_predictions needs an --output_dir to write to": args.save_predictions and not args.output_dir,
+    }
+    for message, wrong in refused.items():
+        if wrong:
+            raise ValueError(message)
+    if args.dataset in DATASETS and DATASETS[args.dataset].multi_label:
+        for flag in ("per_class", "knn"):
+            if getattr(args, flag):
+                raise ValueError(f"--{flag} needs one label per image; --dataset {args.dataset} has several: omit it")
+
+
+def heads(args: argparse.Namespace) -> list[tuple[str, Options]]:
+    """Aggregations and options of --cls_features. ValueError for what does not exist."""
+    flags = {flag: vars(args)[flag] for flag in option_flags()}
+    return [parse_head(head, flags) for head in args.cls_features]
+
+
+def headline(args: argparse.Namespace) -> str:
+    """The score that ranks probes."""
+    if DATASETS[args.dataset].multi_label:
+        return args.multilabel_metric
+    return "per_class" if args.per_class else "top1"
+
+
+def data_seeds(args: argparse.Namespace) -> tuple[int, ...]:
+    """Seeds of data order and augmentation; none if all probes use those of --seed."""
+    return () if args.seeds_vary == "weights" else tuple(args.seeds or [args.seed])
+
+
+def seeds_vary(args: argparse.Namespace) -> list[str]:
+    """What differs between probes of different seeds."""
+    if args.seeds_vary == "weights":
+        return ["weights"]
+    return ["weights", "order"] if args.crop == "center" else ["weights", "order", "views"]
+
+
+def feature_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """Arguments that cached features depend on: all that are not known to be irrelevant."""
+    return {name: value for name, value in plain(args).items() if name not in NOT_IN_FEATURES}
