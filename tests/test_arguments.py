@@ -127,7 +127,7 @@ def test_the_nearest_name_comes_first(word, names, near):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--epochs", "3"], "--warmup_epochs 5 does not fit into --epochs 3: write a number from 0 to 3"),
+        (["--epochs", "3"], "--warmup_epochs 5 must be at most --epochs 3"),
         (["--input_size", "40"], "--input_size 40 is not divisible by the patch size 16 of vit_base_patch16"),
         (["--input_size", "-32"], "--input_size -32 is not divisible by"),
         (["--model", "vit_bas"], "unknown model 'vit_bas': did you mean vit_base_patch16, "),
@@ -158,7 +158,7 @@ def test_impossible_settings_are_refused_before_anything_is_read(flags, message)
         ("main_linprobe", ["--return_block", "12"], "has blocks 0 to 11"),
         ("main_linprobe", ["--bn_group", "100"], "--bn_group 100 and --batch_size 512"),
         ("main_linprobe", ["--dataset", "coco", "--knn", "10"], "--knn needs one label per image"),
-        ("main_linprobe", ["--eval", "--resume", "absent.pth"], "--resume absent.pth: there is no file of that name"),
+        ("main_linprobe", ["--eval", "--resume", "absent.pth"], "--resume absent.pth: no such file"),
         ("main_finetune", ["--dataset", "coco"], "has several labels per image"),
         ("main_finetune", ["--finetune", "absent.pth"], "--finetune absent.pth: no such file"),
         ("main_pretrain", ["--dataset", "imagenette1k"], "unknown data set 'imagenette1k'"),
