@@ -183,7 +183,7 @@ heads() {
 bank() {
     local folder=$1 name=$2 recipe n images
     n=$(epochs "$name")
-    images=$((n * (1281167 + 50000)))
+    images=$((n * (3 * 1281167 + 50000)))  # three seeds train on views of their own
     [[ " $* " != *" dino "* ]] || images=$((2 * images))  # the oracle sees them, too
     shift 2
     if [ "$mode" = --smoke ]; then
@@ -225,13 +225,13 @@ transfer() {
     n=$(epochs "$name")
     case "$set" in
         demo_few) flags=(--dataset demo_few "${data[@]:2}") images=0 ;;
-        imagenet1pct) flags=(--dataset "$set" --data_path "$IMAGENET" --num_workers 16) images=62811 ;;
-        food101) flags=(--dataset "$set" --data_path "$FOOD101" --num_workers 16) images=101000 ;;
-        coco) flags=(--dataset "$set" --data_path "$COCO" --num_workers 16) images=123287 ;;
-        nus_wide) flags=(--dataset "$set" --data_path "$NUS_WIDE" --num_workers 16) images=269648 ;;
-        cub200) flags=(--dataset "$set" --data_path "$CUB200" --num_workers 16) images=11788 ;;
-        stanford_cars) flags=(--dataset "$set" --data_path "$STANFORD_CARS" --num_workers 16) images=16185 ;;
-        oxford_pets) flags=(--dataset "$set" --data_path "$OXFORD_PETS" --num_workers 16) images=7349 ;;
+        imagenet1pct) flags=(--dataset "$set" --data_path "$IMAGENET" --num_workers 16) images=$((3 * 12811 + 50000)) ;;
+        food101) flags=(--dataset "$set" --data_path "$FOOD101" --num_workers 16) images=$((3 * 75750 + 25250)) ;;
+        coco) flags=(--dataset "$set" --data_path "$COCO" --num_workers 16) images=$((3 * 118287 + 5000)) ;;
+        nus_wide) flags=(--dataset "$set" --data_path "$NUS_WIDE" --num_workers 16) images=$((3 * 161789 + 107859)) ;;
+        cub200) flags=(--dataset "$set" --data_path "$CUB200" --num_workers 16) images=$((3 * 5994 + 5794)) ;;
+        stanford_cars) flags=(--dataset "$set" --data_path "$STANFORD_CARS" --num_workers 16) images=$((3 * 8144 + 8041)) ;;
+        oxford_pets) flags=(--dataset "$set" --data_path "$OXFORD_PETS" --num_workers 16) images=$((3 * 3680 + 3669)) ;;
     esac
     case "$set" in
         demo_few) recipe=(--optimizer sgd --blr 1 --batch_size 20 --bn_group 20 --epochs "${EPOCHS:-6}"
