@@ -24,6 +24,7 @@ from probing.fixed import FixedWeights
 from probing.heads import AGGREGATIONS, check_aggregation, parse_head
 from probing.pooling import Needs, Pooling, Tokens
 from runtime.analysis import Progress
+from util.finite import overflow_cause
 
 
 class Rule(NamedTuple):
@@ -227,7 +228,8 @@ def run_pass(
     for sample in (watched := Watched(loader, description, agree=True, between=progress.reach)):
         features = tokens(sample.image.to(device, non_blocking=True))
         if not all(block.patches.isfinite().all() for block in features.values()):
-            raise FloatingPointError(f"{description}: activations are not finite in {tokens.amp}; use another --amp")
+            cause = overflow_cause({"the encoder's": tokens.backbone}, tokens.amp)
+            raise FloatingPointError(f"{description}: activations are not finite: {cause}")
         vectors = vectors_of(rules, features).cpu()
         progress.record.update(vectors, sample.index.tolist())
         seen += len(vectors)

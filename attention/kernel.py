@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attention.reductions import Sums
+from attention.explicit import Operands, Sums
 
 
 @triton.jit
@@ -142,27 +142,17 @@ def _key_kernel(
     tl.store(received + pair * (tokens - P) + (j - P), taken, mask=j < tokens)
 
 
-def attention_sums(
-    q: Tensor,
-    k: Tensor,
-    scale: float,
-    logit_bias: Tensor | None,
-    num_prefix: int,
-    grid: tuple[int, int],
-    distance: bool = False,
-    received: bool = False,
-) -> Sums:
-    """Queries and keys (B,H,N,d), strided as they come, and a bias (H,N,N) or None -> Sums without gradients.
+def kernel_sums(operands: Operands) -> Sums:
+    """Sums in float32, without gradients; q and k may have any strides. Rows without a finite patch logit sum to 0.
 
-    A query whose patch logits are all -inf has 0 for sums over p.
-
-    Inputs are float32, bfloat16 or float16; sums are float32 throughout and rounding of the logits is their largest
-    error, about 1e-7 times the largest logit. grid: rows and columns of patches, row-major after the prefix.
-    `distance` costs a square root per logit, `received` a second pass over queries and keys.
+    Inputs are float32, bfloat16 or float16; sums are float32 throughout, and rounding of the logits is their largest
+    error, about 1e-7 times the largest logit (a bound: tests/test_attention_triton.py). The grid is row-major, after
+    the prefix. `distance` costs a square root per logit, `received` a second pass over queries and keys.
     Tensors are on a GPU, or on the CPU in a process started with TRITON_INTERPRET=1.
     Raises ValueError for other types of input, and where the tokens are not the prefix and the grid.
     """
-    (images, heads, tokens, width), (rows, columns) = q.shape, grid
+    q, k, scale, logit_bias, num_prefix, (rows, columns), distance, received = operands
+    images, heads, tokens, width = q.shape
     if q.dtype != k.dtype or q.dtype not in {torch.float32, torch.bfloat16, torch.float16}:
         raise ValueError(f"queries and keys must both be float32, bfloat16 or float16, not {q.dtype} and {k.dtype}")
     if rows * columns < 1 or tokens != num_prefix + rows * columns:

@@ -10,26 +10,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attention.metrics import METRICS, Metric, Sizes, reduce_attention
+from attention.metrics import LEGEND, METRICS, REFERENCES, Metric, Sizes, reduce_attention
 from attention.tokens import log_spectrum
 from data_sets.loader import Watched
+from encoders.load import Encoder
 from models_vit import BlockTrace, VisionTransformer
 from runtime.analysis import Progress
 from util.distributed import gather_objects
+from util.finite import overflow_cause
 from util.moments import Covariance, Moments
 
 Place = tuple[str, int]  # a metric, and the block (of tokens: the number of blocks before them)
 
 
 def applicable(names: Collection[str], backbone: VisionTransformer) -> dict[str, Metric]:
-    """The metrics among the names whose tokens the encoder has. ValueError where there is none."""
+    """The metrics among the names whose tokens the encoder has. ValueError if there is none."""
     absent = {"cls"} if not backbone.has_cls else set()
     absent |= {"registers"} if not backbone.num_registers else set()
-    found = {name: METRICS[name] for name in METRICS if name in names and not absent & set(METRICS[name].needs)}
-    if not found:
+    metrics = {name: METRICS[name] for name in METRICS if name in names and not absent & set(METRICS[name].needs)}
+    if not metrics:
         missing = " and ".join(f"no {'[cls]' if token == 'cls' else 'register'} token" for token in sorted(absent))
-        raise ValueError(f"--metrics {' '.join(names)}: this encoder has {missing}")
-    return found
+        raise ValueError(f"metrics {' '.join(names)}: this encoder has {missing}")
+    return metrics
 
 
 def observe(
@@ -84,17 +86,22 @@ class Recorder:
         }
 
     def add(self, observed: dict[Place, Tensor]) -> None:
-        """One batch of at least one image."""
+        """One batch of at least one image. FloatingPointError for a number that is not finite, ValueError for other
+        numbers than those before."""
         records = {place: record for place, record in observed.items() if not METRICS[place[0]].over_images}
-        for place, vectors in observed.items():
-            if place not in records:
-                self.covariances.setdefault(place, Covariance()).update(vectors.cpu())
+        widths = {place: record.shape[1] for place, record in records.items()}
+        if records and self.widths not in ({}, widths):
+            raise ValueError("the checkpoint holds other numbers than are measured now: start without --resume")
+        numbers = torch.cat(list(records.values()), dim=1).cpu() if records else torch.empty(0)
+        vectors = {place: record.cpu() for place, record in observed.items() if place not in records}
+        if not all(values.isfinite().all() for values in (numbers, *vectors.values())):
+            name, block = next(place for place, record in observed.items() if not record.isfinite().all())
+            raise FloatingPointError(f"{name} is not finite in block {block}: leave this metric out")
+        for place, means in vectors.items():
+            self.covariances.setdefault(place, Covariance()).update(means)
         if records:
-            widths = {place: record.shape[1] for place, record in records.items()}
-            if self.widths not in ({}, widths):
-                raise ValueError("--resume: what was observed before is of other numbers: the code has changed since")
             self.widths = widths
-            self.moments.update(torch.cat(list(records.values()), dim=1).cpu())
+            self.moments.update(numbers)
 
     def results(self) -> dict[Place, dict]:
         """count, mean and std over the images of the summary, and of each number per axis, as JSON has them."""
@@ -133,23 +140,75 @@ def measure(
 ) -> dict[Place, dict]:
     """{(metric, block): count, mean, std, ...} over the images of all processes, each counted once.
 
-    Metrics of tokens have a block more: 0 is what enters the first block. FloatingPointError at the first batch whose
-    activations overflow. progress: what was seen before, to be gone on with; the loader has the images that are left.
+    Metrics of tokens have a block more: 0 is what enters the first block. progress: the images measured before; the
+    loader yields the others. FloatingPointError at the first batch with activations or metrics that are not finite:
+    in JSON they would be null, and one image would hide the mean of all others.
     """
     recorder, between = (progress.record, progress.reach) if progress else (Recorder(), lambda done: None)
     seen, start = 0, time.perf_counter()
     for sample in (watched := Watched(loader, description, agree=True, between=between)):
         images = sample.image.to(device, non_blocking=True)
-        observed = {}
+        observed, finite = {}, []
         with torch.autocast(device.type, dtype=amp, enabled=amp != torch.float32):
             for step in backbone.trace(images):
                 observed |= observe(step, metrics, backbone.num_prefix_tokens, backbone.has_cls, sizes, reduction)
-                last = step.out
-        if not last.isfinite().all():  # what overflows in any block reaches the last
-            raise FloatingPointError(f"{description}: activations are not finite in {amp}; use another --amp")
+                # not the output alone: a key of -inf gets the attention 0, and leaves no trace there
+                finite += [step.q.isfinite().all(), step.k.isfinite().all(), step.out.isfinite().all()]
+        if not torch.stack(finite).all():
+            cause = overflow_cause({"the encoder's": backbone}, amp)
+            raise FloatingPointError(f"{description}: activations are not finite: {cause}")
         recorder.add(observed)
         seen += len(images)
         watched.bar.set_postfix_str(f"{seen / (time.perf_counter() - start):.0f} images/s")
-    if not (found := Recorder.of(gather_objects(recorder.state())).results()):
+    if not (results := Recorder.of(gather_objects(recorder.state())).results()):
         raise ValueError(f"{description}: none of the images can be read")
-    return found
+    return results
+
+
+def summary(label: str, encoder: Encoder, input_size: int, numbers: dict[Place, dict]) -> dict:
+    """attention.json: what was measured, on what, and what each number means; enough to draw every figure.
+
+    numbers: of `measure`. Blocks are counted from 0; metrics of tokens also have an entry `embedding`.
+    """
+    backbone = encoder.backbone
+    sizes = Sizes.of(backbone, input_size)
+
+    def reference(name: str | None) -> dict | None:
+        return None if name is None else {"name": name, "value": REFERENCES[name](sizes)}
+
+    measured = {}
+    for name in dict.fromkeys(name for name, _ in numbers):
+        metric = METRICS[name]
+        entry = {key: getattr(metric, key) for key in ("unit", "definition", "source", "axis")}
+        entry |= {bound: reference(getattr(metric, bound)) for bound in ("lower", "upper", "uniform")}
+        if metric.of_tokens:
+            entry["embedding"] = numbers[name, 0]
+        entry["blocks"] = [{"block": b, **numbers[name, b + metric.of_tokens]} for b in range(backbone.depth)]
+        measured[name] = entry
+    return {
+        "label": label,
+        "encoder": encoder.record,
+        "random_weights": encoder.record["source"] is None,
+        "images": next(iter(numbers.values()))["count"],
+        "input_size": input_size,
+        "patch_size": sizes.patch_size,
+        "patches": sizes.patches,
+        "tokens": sizes.tokens,
+        "registers": sizes.registers,
+        "heads": backbone.num_heads,
+        "legend": LEGEND,
+        "metrics": measured,
+    }
+
+
+def table(result: dict) -> str:
+    """A line per metric of attention.json: the first, middle and last block, and the mean over all blocks."""
+    depth = len(next(iter(result["metrics"].values()))["blocks"])
+    shown = dict.fromkeys((0, depth // 2, depth - 1))
+    lines = [f"{'':34}" + "".join(f"{f'block {block}':>11}" for block in shown) + f"{'all blocks':>12}  unit"]
+    for name, metric in result["metrics"].items():
+        means = [block["mean"] for block in metric["blocks"]]
+        if None not in means:
+            columns = "".join(f"{means[block]:>11.4g}" for block in shown)
+            lines.append(f"  {name:32}{columns}{sum(means) / depth:>12.4g}  {metric['unit']}")
+    return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Attention flow: one block's trace in, one number per image and head out, and no N x N attention matrix in between.
+"""Attention-flow metrics: one block's trace in, one number per image and head out, without an attention matrix.
 
 Letters: B images, N tokens (prefix first), P prefix tokens ([cls], then R registers), M patches, H heads, D width.
 Query i attends to key j with probability A_ij, softmax over all N keys; i = 0 is [cls].
@@ -8,21 +8,27 @@ the logits of the prefix are merged into it, so that patch probabilities stay ex
 attention and 1 - A_i0 would cancel. No epsilon is added anywhere.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Collection, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-from torch import Tensor
-
-from attention.reductions import Grid, attention_sums
+from attention.explicit import Grid, Operands
+from attention.reductions import attention_sums
 from attention.tokens import log_amplitude, log_singular_values
-from models_vit import BlockTrace, attention_from_cls
 from util.choices import nearest
+from util.lazy import lazy
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from models_vit import BlockTrace, VisionTransformer
+torch = lazy("torch")
 
 
 class Sizes(NamedTuple):
-    """Of what an encoder sees of an image; bounds of metrics depend on them."""
+    """How an encoder divides an image into tokens; bounds of metrics depend on it."""
 
     tokens: int  # N
     patches: int  # M
@@ -30,9 +36,15 @@ class Sizes(NamedTuple):
     grid: Grid
     patch_size: int  # pixels
 
+    @classmethod
+    def of(cls, backbone: VisionTransformer, input_size: int) -> Sizes:
+        grid = backbone.grid_of(input_size, input_size)
+        patches = grid[0] * grid[1]
+        return cls(backbone.num_prefix_tokens + patches, patches, backbone.num_registers, grid, backbone.patch_size)
+
 
 class Rows(NamedTuple):
-    """What the attention rows of some queries amount to: (B,H,M) for the patches, (B,H) for [cls]."""
+    """Summary of the attention rows of some queries: (B,H,M) for the patches, (B,H) for [cls]."""
 
     to_self: Tensor  # A_ii
     to_self_log_ratio: Tensor  # ln(A_ii / sum of A_ij over the patches j)
@@ -43,7 +55,7 @@ class Rows(NamedTuple):
 
 
 class Reduced(NamedTuple):
-    """One block's attention, by kind of query, in float64; rows of registers are not kept. None where not wanted."""
+    """One block's attention, by kind of query, in float64, without the rows of registers. None where not requested."""
 
     cls: Rows | None  # None without [cls]
     patches: Rows
@@ -62,17 +74,16 @@ def reduce_attention(
     wanted: Collection[str] = (),
     sizes: Sizes | None = None,
 ) -> Reduced:
-    """One block's trace -> what each query's attention row amounts to, whatever the caller's autocast.
+    """Summarise the attention rows of one block's trace, whatever the caller's autocast.
 
     On float32 inputs all reductions agree with the definitions in float64 within 1e-5 (nats, or relative for
     probabilities), however large the logits; "auto" takes the fastest of the device. wanted: optional fields to
     compute; "distance" needs the sizes. ValueError for a reduction that does not run on the device.
     """
     grid = sizes.grid if sizes else (1, trace.q.shape[2] - num_prefix)
-    sums = attention_sums(
-        trace.q, trace.k, trace.scale, trace.logit_bias, num_prefix, grid,
-        distance="distance" in wanted, received="received" in wanted, reduction=reduction,
-    )  # fmt: skip
+    optional = {"distance": "distance" in wanted, "received": "received" in wanted}
+    operands = Operands(trace.q, trace.k, trace.scale, trace.logit_bias, num_prefix, grid, **optional)
+    sums = attention_sums(operands, reduction)
     lse = torch.cat([sums.patches[..., None], sums.prefix], dim=-1).logsumexp(-1)
     prefix = (sums.prefix - lse[..., None]).exp()
     rows = Rows(
@@ -95,10 +106,22 @@ def reduce_attention(
         patches=of(slice(num_prefix, None)),
         cls_update_ratio=ratio[:, 0] if has_cls else None,
         patch_update_ratio=ratio[:, num_prefix:],
-        cls_attention=attention_from_cls(trace, num_prefix).double() if "cls_attention" in wanted else None,
+        cls_attention=cls_attention(trace, num_prefix) if "cls_attention" in wanted else None,
         distance=sums.distance * sizes.patch_size if sums.distance is not None else None,
         received=sums.received,
     )
+
+
+def cls_attention(trace: BlockTrace, num_prefix: int) -> Tensor:
+    """(B,H,M) A_0j in float64, in which it is computed where float32 loses digits: large logits, tiny probabilities."""
+    from models_vit import attention_from_cls  # needs torch
+
+    if trace.q.dtype != torch.float32:  # products of half-precision numbers are exact
+        row = attention_from_cls(trace, num_prefix).double()
+        if row.sum(-1).amin() > 1e-30:  # float32 ends at 1e-38
+            return row
+    exact = trace._replace(q=trace.q[:, :, :1].double(), k=trace.k.double())
+    return attention_from_cls(exact, num_prefix)
 
 
 def entropy(weights: Tensor) -> Tensor:
@@ -149,8 +172,8 @@ REFERENCES: dict[str, Callable[[Sizes], float]] = {  # by the name that figures 
 class Metric(NamedTuple):
     """K numbers per image and block, one per head unless `axis` says otherwise, and what sums them up.
 
-    `lower`, `upper` and `uniform` name entries of REFERENCES. `needs`: of the encoder, "cls" or "registers"; of
-    reduce_attention, what it is to compute.
+    `lower`, `upper` and `uniform` name entries of REFERENCES. `needs`: tokens of the encoder ("cls", "registers") and
+    optional fields of Reduced.
     """
 
     unit: str
@@ -278,9 +301,9 @@ GROUPS = {
 
 
 def metric_names(words: Sequence[str]) -> list[str]:
-    """Metrics by name or group, in the order of the words; ValueError for what is neither."""
+    """Metrics by name or group, in the order given; ValueError for unknown words."""
     if unknown := [word for word in words if word not in GROUPS and word not in METRICS]:
         near = nearest(unknown[0], [*GROUPS, *METRICS])
-        raise ValueError(f"--metrics {' '.join(unknown)}: {near}choose from the groups {', '.join(GROUPS)}, or by name "
-                         f"from {', '.join(METRICS)}")  # fmt: skip
+        choices = f"the groups {', '.join(GROUPS)}, or {', '.join(METRICS)}"
+        raise ValueError(f"unknown metrics {' '.join(unknown)}: {near}choose from {choices}")
     return list(dict.fromkeys(name for word in words for name in GROUPS.get(word, (word,))))

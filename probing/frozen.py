@@ -7,13 +7,14 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from models_vit import Features, VisionTransformer
 from probing.pooling import Needs
 from runtime.training import all_finite
 from util.distributed import gather_tensors
+from util.finite import overflow_cause
 
 # input of a bank: {block: tokens}, or the pooled vectors (B,D')
 Read = dict[int, Features] | list[Tensor]
@@ -83,22 +84,13 @@ class FiniteCheck:
         """ValueError with the cause if something was not finite."""
         finite, attended = torch.stack(gather_tensors(self.healthy)).all(0).tolist()
         if not finite:
-            raise ValueError(f"the encoder's tokens are not finite: {cause(self.tokens)}")
+            models = {
+                "the encoder's": self.tokens.backbone,
+                "the oracle's": getattr(self.tokens.oracle, "backbone", None),
+            }
+            raise ValueError(f"the encoder's tokens are not finite: {overflow_cause(models, self.tokens.amp)}")
         if not attended:
             raise ValueError(
                 "an image's attention to its patches is 0 in every head, so it cannot weight them: leave out the heads "
                 "attn-mn, attn-lcte, ca and dino"
             )
-
-
-def cause(tokens: FrozenTokens) -> str:
-    """Why tokens are not finite, and what to do about it."""
-    models = {"the encoder's": tokens.backbone, "the oracle's": getattr(tokens.oracle, "backbone", None)}
-    for owner, model in models.items():
-        for name, weight in model.state_dict().items() if isinstance(model, nn.Module) else ():
-            if weight.is_floating_point() and not weight.isfinite().all():
-                return f"{owner} weight {name} holds NaN or infinity; use another checkpoint"
-    if tokens.amp == torch.float16:
-        return "its weights are, but activations exceed float16's largest number, 65,504; use --amp bfloat16"
-    precision = str(tokens.amp).removeprefix("torch.")
-    return f"its weights are, but activations overflow in {precision}; check the checkpoint, its family and --model"

@@ -33,7 +33,7 @@ from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import v2
 
 from attention.measure import Recorder, applicable, observe
-from attention.metrics import PAPER_METRICS
+from attention.metrics import PAPER_METRICS, Sizes
 from cli.console import Parser, run_main
 from cli.encoder_arguments import PRECISIONS, precision
 from data_sets.crop import RandomResizedCrop
@@ -43,7 +43,6 @@ from data_sets.table import build_dataset
 from data_sets.views import IMAGENET_MEAN, IMAGENET_STD, LOADERS, View, eval_transform, train_transform
 from engine_linprobe import FrozenTokens
 from engine_pretrain import Pretraining
-from main_analyze_attention import sizes_of
 from models_mae import DECODERS, MaskedAutoencoder
 from models_vit import VisionTransformer, build_vit
 from probing.bank import ProbeBank, ProbeSpec
@@ -157,7 +156,7 @@ def published_forward(backbone: VisionTransformer, images: Tensor) -> list[list[
 def analysis(args: argparse.Namespace, device: torch.device) -> Contestants:
     """The paper's four metrics beside the encoder's plain forward and the published statistics."""
     backbone, images, _ = encoder_and_images(args, device)
-    amp, sizes = precision(args.amp), sizes_of(backbone, args.input_size)
+    amp, sizes = precision(args.amp), Sizes.of(backbone, args.input_size)
 
     def analysed() -> Recorder:
         metrics, recorder, observed = applicable(PAPER_METRICS, backbone), Recorder(), {}

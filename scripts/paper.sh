@@ -219,20 +219,16 @@ deepen() {
 }
 
 # transfer NAME/DATASET: baseline and AbMILP (Table 2)
+declare -A images_of=([imagenet1pct]=88433 [food101]=252500 [coco]=359861 [nus_wide]=593226 [cub200]=23776
+    [stanford_cars]=32473 [oxford_pets]=14709)  # per epoch: test images, and three seeds' training images
 transfer() {
-    local name=${1%%/*} set=${1#*/} heads=(cls abmilp) n gpus=$gpus recipe flags images
+    local name=${1%%/*} set=${1#*/} heads=(cls abmilp) n gpus=$gpus recipe flags images folder
     case "$name" in ijepa_* | capi_*) heads=(pos abmilp) ;; esac
     n=$(epochs "$name")
-    case "$set" in
-        demo_few) flags=(--dataset demo_few "${data[@]:2}") images=0 ;;
-        imagenet1pct) flags=(--dataset "$set" --data_path "$IMAGENET" --num_workers 16) images=$((3 * 12811 + 50000)) ;;
-        food101) flags=(--dataset "$set" --data_path "$FOOD101" --num_workers 16) images=$((3 * 75750 + 25250)) ;;
-        coco) flags=(--dataset "$set" --data_path "$COCO" --num_workers 16) images=$((3 * 118287 + 5000)) ;;
-        nus_wide) flags=(--dataset "$set" --data_path "$NUS_WIDE" --num_workers 16) images=$((3 * 161789 + 107859)) ;;
-        cub200) flags=(--dataset "$set" --data_path "$CUB200" --num_workers 16) images=$((3 * 5994 + 5794)) ;;
-        stanford_cars) flags=(--dataset "$set" --data_path "$STANFORD_CARS" --num_workers 16) images=$((3 * 8144 + 8041)) ;;
-        oxford_pets) flags=(--dataset "$set" --data_path "$OXFORD_PETS" --num_workers 16) images=$((3 * 3680 + 3669)) ;;
-    esac
+    images=${images_of[$set]:-0} folder=${set^^}
+    [ "$set" != imagenet1pct ] || folder=IMAGENET
+    flags=(--dataset "$set" --data_path "${!folder:-}" --num_workers 16)
+    [ "$set" != demo_few ] || flags=(--dataset demo_few "${data[@]:2}")
     case "$set" in
         demo_few) recipe=(--optimizer sgd --blr 1 --batch_size 20 --bn_group 20 --epochs "${EPOCHS:-6}"
             --warmup_epochs 1) ;;

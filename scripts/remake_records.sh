@@ -44,6 +44,7 @@ bash scripts/reproduce_all.sh --smoke
 python -m paper.shown $full $short
 cp $full/attention/attention.png docs/quickstart_attention.png
 cp $full/maps.png docs/quickstart_maps.png
+cp $full/attention/park.png docs/attention_park.png
 for name in boxes kl maps; do cp "$full/aggregation/rules/demo/$name.png" "docs/aggregation_$name.png"; done
 for folder in demo demo_few; do rm -f results/$folder/*.json && cp output_dir/smoke/results/$folder/*.json results/$folder; done
 python scripts/make_tables.py --dataset demo > /dev/null

@@ -26,11 +26,11 @@ from PIL import Image
 from torch import Tensor
 
 from attention.metrics import entropy
+from cli.analyze_attention import encoder_labels
 from cli.console import Parser, run_main
-from cli.encoder_arguments import add_encoder_arguments, frozen_encoder, precision
+from cli.encoder_arguments import add_encoder_arguments, frozen_encoder, one_encoder_each, precision
 from data_sets.images import read_rgb
 from data_sets.views import eval_transform
-from main_analyze_attention import encoder_labels, one_encoder_each
 from models_vit import VisionTransformer, attention_row
 from util.plotting import STYLE, WIDTH, add_scale, draw_map, save_figure, visible
 

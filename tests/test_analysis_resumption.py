@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from interruptions import ENVIRONMENT, ROOT, Killed, after_calls, analysed, checkpoints, differences, kill, run
+from PIL import Image, ImageOps
 
 import main_analyze_attention as program
 from attention.measure import Recorder
@@ -56,6 +57,19 @@ def found(folder):
 def after_batch(monkeypatch):
     """after_batch(number, action): do something once, after so many batches of this start."""
     return after_calls(monkeypatch, Recorder, "add")
+
+
+def test_an_analysis_of_other_pixels_is_another_one(command, image_folder, tmp_path, after_batch, capsys):
+    """Names and sizes of the images are equal, and so is the number of images."""
+    shutil.copytree(image_folder, tmp_path / "images")
+    command = [*command, "--data_path", str(tmp_path / "images")]
+    after_batch(1, lambda: signal.raise_signal(signal.SIGTERM))
+    assert run("main_analyze_attention", command, tmp_path / "run", "--resume", "auto") == signals.EXIT_STOPPED
+    path = sorted((tmp_path / "images").rglob("val/*/*.png"))[-1]
+    ImageOps.invert(Image.open(path)).save(path)
+    capsys.readouterr()
+    assert run("main_analyze_attention", command, tmp_path / "run", "--resume", "auto") == 2
+    assert "images was" in capsys.readouterr().err
 
 
 # ---- stopped and killed
@@ -179,6 +193,7 @@ from pathlib import Path
 import main_analyze_attention
 from attention import measure
 main_analyze_attention.draw_figures = lambda results, folder: None
+from PIL import Image, ImageOps
 from interruptions import in_processes
 from util import distributed
 torch.set_num_threads(1)

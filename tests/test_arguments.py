@@ -225,16 +225,17 @@ def test_the_exit_code_says_what_happened_in_one_line(error, code, capsys):
     assert stopped.value.code == code and capsys.readouterr().err.count("\n") == 1
 
 
-READY = [
+PROGRAMS = [
     "submitit_linprobe",
     "main_linprobe",
     "main_pretrain",
     "main_finetune",
     "main_analyze_aggregation",
-]  # TODO: every main, as soon as its parser has moved to cli/
+    "main_analyze_attention",
+]
 
 
-@pytest.mark.parametrize("program", READY)
+@pytest.mark.parametrize("program", PROGRAMS)
 @pytest.mark.parametrize(
     "flags", [["--help"], ["--misspelt"], ["--job_dir", "x", "--cluster", "local", "--nodes", "2"]]
 )

@@ -47,9 +47,18 @@ def large_logits():
 
 
 def common_key():
-    """Logits of several hundred, nearly all of it common to the keys of a row."""
+    """Logits of several thousand, nearly all of it common to the keys of a row."""
     q, k = random_qk(1)
-    return make_trace(q, k + 60 * random_qk(1, seed=1)[1][:, :, :1])
+    return make_trace(q, k + 1000 * random_qk(1, seed=1)[1][:, :, :1])
+
+
+def drain():
+    """[cls] attends to itself, and leaves the patches together e^-200, which float32 does not have."""
+    q, k = random_qk(1)
+    q[:, :, 0, 0] = 200 * D_HEAD**0.5
+    k[..., 0] = 0.0
+    k[:, :, 0, 0] = 1.0
+    return make_trace(q, k)
 
 
 def one_hot():
@@ -89,6 +98,7 @@ CASES = {  # name -> (trace, number of prefix tokens, whether the first is [cls]
     "one-hot": (one_hot(), 1, True),
     "peaked": (peaked(), 1, True),
     "sink": (sink(), 1, True),
+    "drain": (drain(), 1, True),
     "logits of 50": (large_logits(), 1, True),
     "common key": (common_key(), 1, True),
     "no prefix": (random_case(0), 0, False),
@@ -323,7 +333,7 @@ def test_only_heads_with_large_logits_are_reduced_again_in_float64(monkeypatch):
     q[1, 2] *= 200  # one head of one image
     again = []
     tiled = REDUCTIONS["tiled"]
-    monkeypatch.setitem(REDUCTIONS, "tiled", lambda q, *rest: again.append((q.shape, q.dtype)) or tiled(q, *rest))
+    monkeypatch.setitem(REDUCTIONS, "tiled", lambda x: again.append((x.q.shape, x.q.dtype)) or tiled(x))
     reduce_attention(make_trace(q, k), 1, True, "tiled")
     assert again == [((B, H, 1 + M, D_HEAD), torch.float32), ((1, 1, 1 + M, D_HEAD), torch.float64)]
     assert FLOAT32_LOGITS * 6e-7 < 1e-5
@@ -334,7 +344,7 @@ def test_automatic_choice_is_the_fastest_of_the_device_and_others_are_refused_wi
     assert [choose_reduction("auto", cpu, tokens) for tokens in (197, 724, 725, 4097)] == ["tiled"] * 2 + ["fused"] * 2
     assert [choose_reduction(name, cpu, 197) for name in ON_CPU] == list(ON_CPU)
     assert choose_reduction("auto", torch.device("mps")) == "explicit"
-    with pytest.raises(ValueError, match="--reduction triton does not run on cpu: use auto or explicit"):
+    with pytest.raises(ValueError, match="triton does not run on cpu: use auto or explicit"):
         choose_reduction("triton", cpu)
 
 

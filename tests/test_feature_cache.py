@@ -36,7 +36,8 @@ def run(command, folder, *words):
     return state, json.loads((folder / "results.json").read_text())["probes"]
 
 
-def assert_same(found, expected, tolerance=1e-5, scores=slice(None)):
+def assert_same(found, expected, tolerance=1e-4, scores=slice(None)):
+    """To rounding: at this rate it grows to some 1e-5 within the run, and differs by CPU (AVX2, AVX-512)."""
     for name, state in expected[0].items():
         for key in state:
             if "score.0.bias" not in key:

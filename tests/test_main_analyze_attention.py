@@ -1,6 +1,7 @@
 """The analysis program: the same numbers however the work is split, and what it leaves in its folder."""
 
 import json
+import math
 import os
 import runpy
 import shutil
@@ -17,12 +18,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import main_analyze_attention
 from attention.measure import applicable, measure
 from attention.metrics import GROUPS, METRICS, REFERENCES, Sizes, metric_names, reduce_attention
+from attention.tokens import images_of_few_classes
+from cli.analyze_attention import get_args_parser
 from cli.console import parse, run_main
 from data_sets.loader import Sample
 from data_sets.table import build_dataset
 from data_sets.views import eval_transform
 from encoders.load import save_encoder
-from main_analyze_attention import get_args_parser, images_of_few_classes
 from models_vit import build_vit
 from util.seeding import seeded
 
@@ -226,16 +228,53 @@ def test_subset_of_the_images_is_a_function_of_the_seed():
     assert chosen != main_analyze_attention.subset(IMAGES, 10, seed=1)
 
 
-def test_overflow_stops_the_analysis_at_the_first_batch():
-    model = build_vit("vit_demo_patch8", depth=2)
-    model.blocks[0].mlp.fc2.bias.data[0] = float("inf")
+def measure_once(model, *metrics: str) -> dict:
     batches = [Sample(torch.zeros(2, 3, 64, 64), torch.zeros(2), torch.arange(2), torch.zeros(2, 0)), None]
-    with pytest.raises(FloatingPointError, match=r"not finite in .*; use another --amp"):
-        metrics = applicable(["patch_patch_entropy"], model)
-        measure(model, batches, metrics, SIZES._replace(grid=(8, 8)), torch.float32, "auto", torch.device("cpu"))
+    sizes = SIZES._replace(tokens=65, patches=64, grid=(8, 8))
+    return measure(model, batches, applicable(metrics, model), sizes, torch.float32, "auto", torch.device("cpu"))
 
 
-def test_damaged_images_are_left_out_when_asked(images, tmp_path):
+def overflow(step):
+    step.out[0, 3, 1] = math.inf
+
+
+def hide_a_key(step):
+    """Every query gives the attention 0 to key 5, so that the block's output is finite."""
+    step.q[..., 0], step.k[0, 0, 5, 0] = 1.0, -math.inf
+
+
+def no_token(step):
+    step.x[1, 2] = 0.0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (overflow, "activations are not finite.*overflow in float32"),
+        (hide_a_key, "activations are not finite"),
+        (no_token, "patch_update_ratio is not finite in block 1: leave this metric out"),
+    ],
+)
+def test_numbers_that_are_not_finite_stop_the_analysis(monkeypatch, change, message):
+    model = build_vit("vit_demo_patch8", depth=2).eval()
+    steps = list(model.trace(torch.zeros(2, 3, 64, 64)))
+    with torch.no_grad():
+        change(steps[1])
+    monkeypatch.setattr(model, "trace", lambda images: iter(steps))
+    with pytest.raises(FloatingPointError, match=message):
+        measure_once(model, "patch_patch_entropy", "patch_update_ratio")
+    if change is no_token:  # the advice works
+        assert measure_once(model, "patch_patch_entropy")
+
+
+def test_weights_that_are_not_finite_are_named():
+    model = build_vit("vit_demo_patch8", depth=2).eval()
+    model.blocks[0].mlp.fc2.bias.data[0] = math.inf
+    with pytest.raises(FloatingPointError, match=r"blocks.0.mlp.fc2.bias holds NaN or infinity"):
+        measure_once(model, "patch_patch_entropy")
+
+
+def test_damaged_images_are_left_out_and_not_counted(images, tmp_path, capsys):
     shutil.copytree(images, tmp_path / "images")
     (tmp_path / "images" / "val" / "class0" / "0.png").write_text("no image")
     flags = ["--metrics", "cls_patch_entropy", "--batch_size", "1"]
@@ -243,12 +282,13 @@ def test_damaged_images_are_left_out_when_asked(images, tmp_path):
         analyse(tmp_path / "images", tmp_path / "stopped", *flags)
     found = analyse(tmp_path / "images", tmp_path / "run", *flags, "--on_bad_image", "skip")["random_weights"]
     assert {block["count"] for block in found["metrics"]["cls_patch_entropy"]["blocks"]} == {IMAGES - 1}
+    assert f"random weights: {IMAGES - 1} images" in capsys.readouterr().out
 
 
 def test_token_map_of_images_of_several_labels_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(main_analyze_attention, "analysed_images", lambda args: [None])
     words = ["--data_path", str(tmp_path), "--dataset", "coco", "--tsne_blocks", "0", *FLAGS]
-    with pytest.raises(ValueError, match="--tsne_blocks shows classes, but images of --dataset coco have several"):
+    with pytest.raises(ValueError, match=r"--tsne_blocks .*--dataset coco"):
         main_analyze_attention.main(parse(get_args_parser(), words))
 
 
@@ -264,23 +304,23 @@ def test_folder_without_splits_is_analysed_whole(images, tmp_path, result):
         (["--model", "vit_giant"], "unknown model 'vit_giant'"),
         (["--finetune", "missing.pth"], "no such file"),
         (["--num_images", "38"], "choose from 1 to 37"),
-        (["--num_images", "0"], "choose from 1 to 37"),
+        (["--num_images", "0"], "an integer >= 1, got '0'"),
         (["--label", "one", "two"], "2 names for 1 encoders"),
         (["--finetune", "", ""], "encoders share a name"),
         (["--finetune", "", "", "--label", "a", "b", "--family", "mae", "mae", "mae"], "3 values for 2 encoders"),
         (["--input_size", "36"], "not divisible by the patch size"),
-        (["--metrics", "entropy"], "--metrics entropy: did you mean cls_patch_entropy, "),
+        (["--metrics", "entropy"], "--metrics: unknown 'entropy': did you mean cls_patch_entropy"),
         (["--no_cls_token", "--metrics", "cls_patch_entropy"], "this encoder has no [cls] token and no register token"),
         (["--tsne_blocks", "6"], "block 6 does not exist"),
-        (["--reduction", "triton"], "--reduction triton does not run on cpu"),
+        (["--reduction", "triton"], "reduction triton does not run on cpu: use auto"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_mistakes_end_in_one_line_before_any_work(images, tmp_path, capsys, monkeypatch, flags, message):
     monkeypatch.setattr(main_analyze_attention, "measure", None)
-    args = parse(get_args_parser(), ["--data_path", str(images), "--output_dir", str(tmp_path), *FLAGS, *flags])
+    argv = ["--data_path", str(images), "--output_dir", str(tmp_path), *FLAGS, *flags]
     with pytest.raises(SystemExit) as stopped:
-        run_main(main_analyze_attention.main, args)
+        run_main(main_analyze_attention.main, parse(get_args_parser(), argv))
     error = capsys.readouterr().err
     assert stopped.value.code == 2
     assert message in error and error.count("\n") == 1
