@@ -11,10 +11,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from attention.figures import FIGURES
+from attention.figures import FIGURES, choose_metrics, load_attention
 from attention.metrics import GROUPS, METRICS
 from cli.console import Parser, run_main
-from util.plotting import choose_metrics, load_attention
 
 
 def main(args: argparse.Namespace) -> None:

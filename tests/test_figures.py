@@ -12,9 +12,18 @@ import pytest
 from matplotlib.colors import to_rgba
 
 import attention.figures
-from attention.figures import FIGURES, draw_attention, draw_figures, draw_heads, draw_spectra, draw_token_maps
+from attention.figures import (
+    FIGURES,
+    choose_metrics,
+    draw_attention,
+    draw_figures,
+    draw_heads,
+    draw_spectra,
+    draw_token_maps,
+    model_name,
+)
 from attention.metrics import GROUPS, METRICS, REFERENCES, Sizes
-from util.plotting import COLOURS, choose_metrics, model_name
+from util.plotting import COLOURS
 
 ROOT = Path(__file__).resolve().parent.parent
 HEADS = 3
