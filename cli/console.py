@@ -96,7 +96,12 @@ class Parser(argparse.ArgumentParser):
         return self._documented(super().add_argument, names, options)
 
     def add_argument_group(self, *words, **options):
-        group = super().add_argument_group(*words, **options)
+        return self._documenting(super().add_argument_group(*words, **options))
+
+    def add_mutually_exclusive_group(self, **options):
+        return self._documenting(super().add_mutually_exclusive_group(**options))
+
+    def _documenting(self, group: Any) -> Any:
         add = group.add_argument
         group.add_argument = lambda *names, **options: self._documented(add, names, options)
         return group

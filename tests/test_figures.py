@@ -256,16 +256,16 @@ def test_program_draws_every_kind(tmp_path, monkeypatch, capsys):
     ("words", "message"),
     [
         (["a.json", "a.json"], "two results are both called 'MAE' (ViT-B/16)"),
-        (["a.json", "--metrics", "nonsense"], "--metrics nonsense: choose from the groups paper"),
+        (["a.json", "--metrics", "nonsense"], "--metrics: unknown 'nonsense': "),
         (["a.json", "--metrics", "patch_register_attention"], "not measured: there are"),
         (
             ["a.json", "--kind", "spectra", "--metrics", "paper"],
             "--kind spectra: nothing of --metrics paper was measured; there are",
         ),
-        (["a.json", "--output", "a.jpeg"], "a figure is written as .png, .pdf, .svg"),
+        (["a.json", "--output", "a.jpeg"], "must end in .png, .pdf, .svg"),
         (["a.json", "--output", "nowhere/a.png"], "cannot be written: No such file or directory"),
         (["missing.json"], "missing.json cannot be read"),
-        (["b.json"], "b.json is no attention.json"),
+        (["b.json"], "b.json is not an attention.json"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
