@@ -29,7 +29,7 @@ from attention.metrics import entropy
 from cli.analyze_attention import add_label_argument, encoder_labels
 from cli.console import Parser, run_main
 from cli.encoder_arguments import add_encoder_arguments, frozen_encoder, one_encoder_each, precision
-from data_sets.images import read_rgb
+from data_sets.images import UnreadableImage, read_rgb
 from data_sets.views import eval_transform
 from models_vit import VisionTransformer, attention_row
 from util.plotting import STYLE, WIDTH, add_scale, draw_map, save_figure, visible
@@ -47,6 +47,8 @@ class Maps(NamedTuple):
 def read_image(path: Path) -> Image.Image:
     try:
         return read_rgb(path)
+    except UnreadableImage:  # names the file
+        raise
     except Exception as error:  # decoders raise anything
         raise ValueError(f"cannot read image {path}: {error}") from error
 
