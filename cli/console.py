@@ -101,7 +101,7 @@ class Parser(argparse.ArgumentParser):
     def add_mutually_exclusive_group(self, **options):
         return self._documenting(super().add_mutually_exclusive_group(**options))
 
-    def _documenting(self, group: Any) -> Any:
+    def _documenting(self, group):
         add = group.add_argument
         group.add_argument = lambda *names, **options: self._documented(add, names, options)
         return group

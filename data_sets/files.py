@@ -142,8 +142,6 @@ def read_class_folders(folder: Path) -> FileImages:
         targets += [label] * (len(paths) - len(targets))
     skipped.log(folder)
     if empty := [classes[label] for label in sorted(set(range(len(classes))) - set(targets))]:
-        raise ValueError(
-            f"{folder} is not an image folder: {len(empty)} of its class folders hold no image, such as {empty[0]}: "
-            "remove them, or put their images in"
-        )
+        problem = f"{len(empty)} of its class folders hold no image, such as {empty[0]}"
+        raise ValueError(f"{folder} is not an image folder: {problem}: remove them, or put their images in")
     return FileImages(paths, targets, classes)

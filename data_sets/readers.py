@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import struct
@@ -138,9 +139,7 @@ def read_bytes(path: Path, record: int) -> np.ndarray:
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     if not size or size % record:
-        raise ValueError(
-            f"{path} has {size:,} bytes, which is not a multiple of {record:,}, the size of a record: it is damaged"
-        )
+        raise ValueError(f"{path} is damaged: it has {size:,} bytes, not a multiple of {record:,}, a record's size")
     return np.memmap(path, dtype=np.uint8, mode="r").reshape(-1, record)
 
 
@@ -149,9 +148,8 @@ def zero_based(labels: Iterable[int], classes: int, path: Path, first: int = 1) 
     shifted = [int(label) - first for label in labels]
     for number, label in enumerate(shifted, 1):
         if not 0 <= label < classes:
-            raise ValueError(
-                f"{path}: label {label + first} of entry {number} is not between {first} and {classes - 1 + first}"
-            )
+            allowed = f"between {first} and {classes - 1 + first}"
+            raise ValueError(f"{path}: label {label + first} of entry {number} is not {allowed}")
     return shifted
 
 
@@ -170,15 +168,12 @@ def same_length(what: Iterable, path: Path, others: Iterable, other: Path) -> No
 
 def missing_files(paths: Iterable[Path]) -> list[int]:
     """Indices of the files that do not exist. Reads each folder once, which is fast on network disks too."""
-    content: dict[Path, set[str]] = {}
-    missing = []
-    for index, path in enumerate(paths):
-        folder = path.parent
-        if folder not in content:
-            content[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
-        if path.name not in content[folder]:
-            missing.append(index)
-    return missing
+
+    @functools.cache
+    def names(folder: Path) -> set[str]:
+        return set(os.listdir(folder)) if folder.is_dir() else set()
+
+    return [index for index, path in enumerate(paths) if path.name not in names(path.parent)]
 
 
 def listed_images(
@@ -192,8 +187,7 @@ def listed_images(
         if not allow_subset or len(missing) == len(paths):
             raise ValueError(f"{problem}, the first {paths[missing[0]]}")
         log.info("%s and left out", problem)
-        absent = set(missing)
-        keep = [index for index in range(len(paths)) if index not in absent]
+        keep = sorted(set(range(len(paths))) - set(missing))
         paths = [paths[index] for index in keep]
         targets = targets[keep] if isinstance(targets, np.ndarray) else [targets[index] for index in keep]
     return FileImages(paths, targets, classes)

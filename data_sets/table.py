@@ -66,9 +66,7 @@ class DatasetEntry(NamedTuple):
     downloads: bool = False  # if it is missing
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# folders of classes
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- folders of classes
 
 
 def _image_folder(root: Path, split: str, allow_subset: bool = False) -> FileImages:
@@ -95,9 +93,9 @@ def _imagenet1k(root: Path, split: str, allow_subset: bool) -> FileImages:
 
 def _check_wnid_names(classes: Sequence[str], folder: Path) -> None:
     if odd := [name for name in classes if not re.fullmatch(r"n\d{8}", name)]:
+        problem = f"{len(odd):,} of {len(classes):,} classes are not named by their WordNet id, like n01440764, but"
         raise ValueError(
-            f"{folder}: {len(odd):,} of {len(classes):,} classes are not named by their WordNet id, like n01440764, but"
-            f" {odd[0]!r}: rename the folders, because ImageNet's labels follow the ids"
+            f"{folder}: {problem} {odd[0]!r}: rename the folders, because ImageNet's labels follow the ids"
         )
 
 
@@ -109,15 +107,11 @@ def check_wnids(classes: Sequence[str]) -> None:
     from timm.data import ImageNetInfo
 
     official = ImageNetInfo("imagenet1k").label_names()
-    if list(classes) == official:
-        return
     if len(classes) != len(official):
         raise ValueError(f"the data set has {len(classes):,} classes, ImageNet-1k has {len(official):,}")
-    odd = next(name for name, wnid in zip(classes, official, strict=True) if name != wnid)
-    raise ValueError(
-        f"class {odd!r} is not the WordNet id {official[list(classes).index(odd)]}: labels follow the names of class "
-        "folders, and those of a classifier of ImageNet-1k are wnids, like n01440764: rename the folders"
-    )
+    for name, wnid in zip(classes, official, strict=True):
+        if name != wnid:
+            raise ValueError(f"class {name!r} is not the WordNet id {wnid}: name the class folders by ImageNet's ids")
 
 
 def _kaggle_labels(path: Path) -> dict[str, str]:
@@ -196,9 +190,7 @@ def _demo(every: int, root: Path, split: str, allow_subset: bool) -> FileImages:
     return FileImages(paths, list(targets), images.classes)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# lists of files
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- lists of files
 
 
 def _cub200(root: Path, split: str, allow_subset: bool) -> FileImages:
@@ -208,7 +200,7 @@ def _cub200(root: Path, split: str, allow_subset: bool) -> FileImages:
     for name, column in (("image_class_labels", labels), ("train_test_split", splits)):
         same_length(names, folder / "images.txt", column, folder / f"{name}.txt")
         if names.keys() != column.keys():
-            raise ValueError(f"{folder}/{name}.txt and {folder}/images.txt number the images differently")
+            raise ValueError(f"{folder}/{name}.txt and images.txt number the images differently")
     zero_based(splits.values(), 2, folder / "train_test_split.txt", first=0)
     classes = [name for _, name in sorted(read_table(folder / "classes.txt", str).items())]
     chosen = [image for image in sorted(names) if splits[image] == (split == "train")]
@@ -261,9 +253,7 @@ def _food101(root: Path, split: str, allow_subset: bool) -> FileImages:
     return listed_images(paths, [label for _, label in pairs], classes, source, allow_subset)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# several labels an image
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- several labels an image
 
 
 def _coco(year: int, root: Path, split: str, allow_subset: bool) -> FileImages:
@@ -312,9 +302,7 @@ def _nus_wide(drop_unlabelled: bool, root: Path, split: str, allow_subset: bool)
     return listed_images(paths, targets, classes, source, allow_subset)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# arrays
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- arrays
 
 
 def _cifar10(root: Path, split: str, allow_subset: bool) -> ArrayImages:
@@ -352,9 +340,7 @@ def _stl10(root: Path, split: str, allow_subset: bool) -> ArrayImages:
     return ArrayImages(pixels, targets, classes)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the table
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- the table
 
 IMAGENET_SOURCE = (
     "https://image-net.org (train/<wnid>/ and val/<wnid>/; or val/ILSVRC2012_val_*.JPEG beside LOC_val_solution.csv of "
@@ -462,10 +448,8 @@ def _check_counts(entry: DatasetEntry, images: Images, split: str, allow_subset:
     if entry.images is None or len(images) == entry.images[split]:
         return
     difference = entry.images[split] - len(images)
-    problem = (
-        f"{len(images):,} {split} images instead of {entry.images[split]:,}: {abs(difference):,} "
-        f"{'are missing' if difference > 0 else 'too many'}"
-    )
+    kind = "are missing" if difference > 0 else "too many"
+    problem = f"{len(images):,} {split} images instead of {entry.images[split]:,}: {abs(difference):,} {kind}"
     if not allow_subset:
         raise ValueError(f"{problem}, perhaps an extraction was interrupted; --allow_subset takes what there is")
     log.info("%s", problem)
@@ -478,15 +462,12 @@ def build_splits(
     or if a file is in both splits. Test images whose content is also in the training split are counted in the log."""
     train, val = (build_dataset(name, root, split, allow_subset) for split in ("train", "val"))
     if train.classes != val.classes:
-        odd = sorted(set(map(str, train.classes)) ^ set(map(str, val.classes)))
-        raise ValueError(
-            f"{root}: train has {len(train.classes)} classes and val {len(val.classes)}; "
-            + (f"in one only: {', '.join(odd[:5])}{' ...' if len(odd) > 5 else ''}" if odd else "in different orders")
-        )
-    if nb_classes is not None and nb_classes != len(train.classes):
-        raise ValueError(
-            f"--nb_classes {nb_classes}, but {root} has {len(train.classes)} classes: correct it or leave it out"
-        )
+        odd = sorted(set(train.classes) ^ set(val.classes))
+        problem = f"in one only: {', '.join(odd[:5])}{' ...' if len(odd) > 5 else ''}" if odd else "in different orders"
+        raise ValueError(f"{root}: train has {len(train.classes)} classes and val {len(val.classes)}; {problem}")
+    if nb_classes not in (None, len(train.classes)):
+        problem = f"--nb_classes {nb_classes}, but {root} has {len(train.classes)} classes"
+        raise ValueError(f"{problem}: correct it or leave it out")
     if shared := {path for path, _ in getattr(train, "samples", ())} & {
         path for path, _ in getattr(val, "samples", ())
     }:

@@ -46,9 +46,13 @@ class CatalogueEntry(NamedTuple):
     model: str  # a name of models_vit.ARCHITECTURES
     url: str | None  # None where a browser is needed: then `page` says where
     md5: str | None = None  # first characters of the hash, where the authors publish one
-    publication: str = ""  # a name of PUBLICATIONS
     figures: tuple[Figure, ...] = ()
     page: str | None = None
+
+    @property
+    def publication(self) -> str:
+        """A name of PUBLICATIONS: the family's, without what distinguishes the families of one paper."""
+        return self.family.removesuffix("_mean").removesuffix("_ft").removesuffix("_d2v2")
 
 
 PUBLICATIONS = {
@@ -76,152 +80,119 @@ DRIVE = "https://drive.google.com/file/d"
 T7, V1 = "paper, Table 7", "paper v1, Fig. 1"  # of "Beyond [cls]"
 
 CATALOGUE = {
-    "mae_vit_base_patch16": CatalogueEntry(
-        "mae", "vit_base_patch16", f"{META}/mae/pretrain/mae_pretrain_vit_base.pth", "8cad7c", "mae",
-        (Figure(67.8, "[cls]"), Figure(71.6, "AbMILP", T7))),
-    "mae_vit_large_patch16": CatalogueEntry(
-        "mae", "vit_large_patch16", f"{META}/mae/pretrain/mae_pretrain_vit_large.pth", "b8b06e", "mae",
-        (Figure(76.0, "[cls]"), Figure(77.4, "AbMILP", T7))),
-    "mae_vit_huge_patch14": CatalogueEntry(
-        "mae", "vit_huge_patch14", f"{META}/mae/pretrain/mae_pretrain_vit_huge.pth", "9bdbb0", "mae",
-        (Figure(77.2, "[cls]"), Figure(78.1, "AbMILP", T7))),
-    "mae_vit_base_patch16_decoder": CatalogueEntry(  # named in the code of "Beyond [cls]" only
-        "mae", "vit_base_patch16", f"{META}/mae/visualize/mae_visualize_vit_base.pth", None, "mae"),
-    "mae_vit_large_patch16_decoder": CatalogueEntry(
-        "mae", "vit_large_patch16", f"{META}/mae/visualize/mae_visualize_vit_large.pth", None, "mae"),
-    "mae_vit_large_patch16_decoder_gan": CatalogueEntry(
-        "mae", "vit_large_patch16", f"{META}/mae/visualize/mae_visualize_vit_large_ganloss.pth", None, "mae"),
-    "mae_ft_mean_vit_base_patch16": CatalogueEntry(
-        "mae_ft_mean", "vit_base_patch16", f"{META}/mae/finetune/mae_finetuned_vit_base.pth", "1b25e9", "mae",
-        (Figure(83.664, "fine-tuned"),)),
-    "mae_ft_mean_vit_large_patch16": CatalogueEntry(
-        "mae_ft_mean", "vit_large_patch16", f"{META}/mae/finetune/mae_finetuned_vit_large.pth", "51f550", "mae",
-        (Figure(85.952, "fine-tuned"),)),
-    "mae_ft_mean_vit_huge_patch14": CatalogueEntry(
-        "mae_ft_mean", "vit_huge_patch14", f"{META}/mae/finetune/mae_finetuned_vit_huge.pth", "2541f2", "mae",
-        (Figure(86.928, "fine-tuned"),)),
-    "simmim_vit_base_patch16": CatalogueEntry(
-        "simmim", "vit_base_patch16", None, None, "simmim", (Figure(56.7, "mean patch of block 8"),),
-        page=f"{DRIVE}/1dJn6GYkwMIcoP3zqOEyW1_iQfpBi8UOw/view"),
-    "simmim_ft_vit_base_patch16": CatalogueEntry(
-        "simmim_ft", "vit_base_patch16", None, None, "simmim", (Figure(83.8, "fine-tuned"),),
-        page=f"{DRIVE}/1fKgDYd0tRgyHyTnyB1CleYxjo0Gn5tEB/view"),
-    "beitv2_vit_base_patch16": CatalogueEntry(
-        "beitv2", "vit_base_patch16", f"{BEIT}/beitv2_base_patch16_224_pt1k.pth", None, "beitv2",
-        (Figure(78.9, "[cls]", V1), Figure(80.9, "AbMILP", T7))),
-    "beitv2_vit_base_patch16_300e": CatalogueEntry(
-        "beitv2", "vit_base_patch16", f"{BEIT}/beitv2_base_patch16_224_pt1k_300e.pth", None, "beitv2"),
-    "beitv2_vit_large_patch16": CatalogueEntry(
-        "beitv2", "vit_large_patch16", f"{BEIT}/beitv2_large_patch16_224_pt1k.pth", None, "beitv2"),
-    "maskfeat_vit_base_patch16": CatalogueEntry(
-        "maskfeat", "vit_base_patch16", f"{META}/pyslowfast/masked_models/in1k_VIT_B_MaskFeat_PT_epoch_01600.pyth",
-        None, "maskfeat"),
-    "maskfeat_vit_large_patch16": CatalogueEntry(
-        "maskfeat", "vit_large_patch16", f"{META}/pyslowfast/masked_models/in1k_VIT_L_MaskFeat_PT_epoch_01600.pyth",
-        None, "maskfeat"),
-    "ijepa_vit_huge_patch14": CatalogueEntry(
-        "ijepa", "vit_huge_patch14", f"{META}/ijepa/IN1K-vit.h.14-300e.pth.tar", None, "ijepa",
-        (Figure(79.2, "AbMILP", T7),)),
-    "ijepa_vit_huge_patch14_in22k": CatalogueEntry(
-        "ijepa", "vit_huge_patch14", f"{META}/ijepa/IN22K-vit.h.14-900e.pth.tar", None, "ijepa"),
-    "capi_vit_large_patch14": CatalogueEntry(
-        "capi", "vit_large_patch14", f"{META}/capi/capi_vitl14_in1k.pth", None, "capi",
-        (Figure(82.9, "attentive probe"), Figure(82.4, "AbMILP", T7))),
-    "capi_vit_large_patch14_in22k": CatalogueEntry(
-        "capi", "vit_large_patch14", f"{META}/capi/capi_vitl14_i22k.pth", None, "capi",
-        (Figure(83.6, "attentive probe"),)),
-    "capi_vit_large_patch14_lvd": CatalogueEntry(
-        "capi", "vit_large_patch14", f"{META}/capi/capi_vitl14_lvd.pth", None, "capi",
-        (Figure(83.8, "attentive probe"),)),
-    "capi_vit_large_patch14_p205": CatalogueEntry(
-        "capi", "vit_large_patch14", f"{META}/capi/capi_vitl14_p205.pth", None, "capi",
-        (Figure(79.2, "attentive probe"),)),
-    "data2vec_vit_base_patch16": CatalogueEntry(
-        "data2vec", "vit_base_patch16", f"{META}/fairseq/data2vec/data2vec_vision/base_800/checkpoint-799.pth",
-        None, "data2vec"),
-    "data2vec_vit_large_patch16": CatalogueEntry(
-        "data2vec", "vit_large_patch16", f"{META}/fairseq/data2vec/data2vec_vision/large_1600/checkpoint-799.pth",
-        None, "data2vec"),
-    "data2vec_vit_large_patch16_800e": CatalogueEntry(
-        "data2vec", "vit_large_patch16", f"{META}/fairseq/data2vec/data2vec_vision/large_800/checkpoint-799.pth",
-        None, "data2vec"),
-    "dino_vit_small_patch16": CatalogueEntry(
-        "dino", "vit_small_patch16", f"{META}/dino/dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth",
-        None, "dino", (Figure(77.0, "[cls] of 4 blocks"),)),
-    "dino_vit_small_patch8": CatalogueEntry(
-        "dino", "vit_small_patch8", f"{META}/dino/dino_deitsmall8_pretrain/dino_deitsmall8_pretrain.pth",
-        None, "dino", (Figure(79.7, "[cls] of 4 blocks"),)),
-    "dino_vit_base_patch16": CatalogueEntry(
-        "dino", "vit_base_patch16", f"{META}/dino/dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth",
-        None, "dino", (Figure(78.2, "[cls] + mean patch"),)),
-    "dino_vit_base_patch8": CatalogueEntry(
-        "dino", "vit_base_patch8", f"{META}/dino/dino_vitbase8_pretrain/dino_vitbase8_pretrain.pth",
-        None, "dino", (Figure(80.1, "[cls] + mean patch"),)),
-    "mocov3_vit_small_patch16": CatalogueEntry(  # 12 heads, unlike everybody else's ViT-S
-        "mocov3", "vit_small_patch16", f"{META}/moco-v3/vit-s-300ep/vit-s-300ep.pth.tar", None, "mocov3",
-        (Figure(73.2, "[cls]"),)),
-    "mocov3_vit_base_patch16": CatalogueEntry(
-        "mocov3", "vit_base_patch16", f"{META}/moco-v3/vit-b-300ep/vit-b-300ep.pth.tar", None, "mocov3",
-        (Figure(76.7, "[cls]"), Figure(75.1, "[cls]", V1), Figure(75.1, "AbMILP", V1))),
-    "ibot_vit_small_patch16": CatalogueEntry(
-        "ibot", "vit_small_patch16", f"{IBOT}/vits_16/checkpoint_teacher.pth", None, "ibot",
-        (Figure(77.9, "own features"),)),
-    "ibot_vit_base_patch16": CatalogueEntry(
-        "ibot", "vit_base_patch16", f"{IBOT}/vitb_16/checkpoint_teacher.pth", None, "ibot",
-        (Figure(79.5, "own features"), Figure(77.8, "[cls]", V1), Figure(77.9, "AbMILP", V1))),
-    "ibot_vit_base_patch16_rand": CatalogueEntry(
-        "ibot", "vit_base_patch16", f"{IBOT}/vitb_16_rand_mask/checkpoint_teacher.pth", None, "ibot",
-        (Figure(79.8, "own features"),)),
-    "ibot_vit_large_patch16": CatalogueEntry(
-        "ibot", "vit_large_patch16", f"{IBOT}/vitl_16/checkpoint_teacher.pth", None, "ibot",
-        (Figure(81.0, "own features"),)),
-    "ibot_vit_large_patch16_rand": CatalogueEntry(
-        "ibot", "vit_large_patch16", f"{IBOT}/vitl_16_rand_mask/checkpoint_teacher.pth", None, "ibot",
-        (Figure(81.3, "own features"),)),
-    "msn_vit_small_patch16": CatalogueEntry(
-        "msn", "vit_small_patch16", f"{META}/msn/vits16_800ep.pth.tar", None, "msn"),
-    "msn_vit_base_patch16": CatalogueEntry(
-        "msn", "vit_base_patch16", f"{META}/msn/vitb16_600ep.pth.tar", None, "msn"),
-    "msn_vit_large_patch16": CatalogueEntry(
-        "msn", "vit_large_patch16", f"{META}/msn/vitl16_600ep.pth.tar", None, "msn"),
-    "msn_vit_base_patch4": CatalogueEntry(
-        "msn", "vit_base_patch4", f"{META}/msn/vitb4_300ep.pth.tar", None, "msn"),
-    "msn_vit_large_patch7": CatalogueEntry(
-        "msn", "vit_large_patch7", f"{META}/msn/vitl7_200ep.pth.tar", None, "msn"),
-    "mim_refiner_mae_vit_large_patch16": CatalogueEntry(
-        "mim_refiner", "vit_large_patch16", f"{REFINER}/maerefined_l16.th", None, "mim_refiner"),
-    "mim_refiner_mae_vit_huge_patch14": CatalogueEntry(
-        "mim_refiner", "vit_huge_patch14", f"{REFINER}/maerefined_h14.th", None, "mim_refiner"),
-    "mim_refiner_mae_vit_2b_patch14": CatalogueEntry(
-        "mim_refiner", "vit_2b_patch14", f"{REFINER}/maerefined_twob14.th", None, "mim_refiner"),
-    "mim_refiner_d2v2_vit_large_patch16": CatalogueEntry(
-        "mim_refiner_d2v2", "vit_large_patch16", f"{REFINER}/d2v2refined_l16.th", None, "mim_refiner"),
-    "mim_refiner_d2v2_vit_huge_patch14": CatalogueEntry(
-        "mim_refiner_d2v2", "vit_huge_patch14", f"{REFINER}/d2v2refined_h14.th", None, "mim_refiner"),
-    "mim_refiner_dbot_vit_large_patch16": CatalogueEntry(
-        "mim_refiner", "vit_large_patch16", f"{REFINER}/dbotrefined_l16.th", None, "mim_refiner"),
-    "mim_refiner_dbot_vit_huge_patch14": CatalogueEntry(
-        "mim_refiner", "vit_huge_patch14", f"{REFINER}/dbotrefined_h14.th", None, "mim_refiner"),
-    "mim_refiner_crossmae_vit_large_patch16": CatalogueEntry(
-        "mim_refiner", "vit_large_patch16", f"{REFINER}/crossmaerefined_l16.th", None, "mim_refiner"),
-    "dinov2_vit_small_patch14": CatalogueEntry(
-        "dinov2", "vit_small_patch14", f"{META}/dinov2/dinov2_vits14/dinov2_vits14_pretrain.pth", None, "dinov2",
-        (Figure(81.1, "own features"),)),
-    "dinov2_vit_base_patch14": CatalogueEntry(
-        "dinov2", "vit_base_patch14", f"{META}/dinov2/dinov2_vitb14/dinov2_vitb14_pretrain.pth", None, "dinov2",
-        (Figure(84.5, "own features"),)),
-    "dinov2_vit_large_patch14": CatalogueEntry(
-        "dinov2", "vit_large_patch14", f"{META}/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth", None, "dinov2",
-        (Figure(86.3, "own features"),)),
-    "dinov2_vit_small_patch14_reg": CatalogueEntry(
-        "dinov2_reg", "vit_small_patch14", f"{META}/dinov2/dinov2_vits14/dinov2_vits14_reg4_pretrain.pth", None,
-        "dinov2_reg", (Figure(80.9, "own features"),)),
-    "dinov2_vit_base_patch14_reg": CatalogueEntry(
-        "dinov2_reg", "vit_base_patch14", f"{META}/dinov2/dinov2_vitb14/dinov2_vitb14_reg4_pretrain.pth", None,
-        "dinov2_reg", (Figure(84.6, "own features"),)),
-    "dinov2_vit_large_patch14_reg": CatalogueEntry(
-        "dinov2_reg", "vit_large_patch14", f"{META}/dinov2/dinov2_vitl14/dinov2_vitl14_reg4_pretrain.pth", None,
-        "dinov2_reg", (Figure(86.7, "own features"),)),
+    "mae_vit_base_patch16": CatalogueEntry("mae", "vit_base_patch16", f"{META}/mae/pretrain/mae_pretrain_vit_base.pth",
+        md5="8cad7c", figures=(Figure(67.8, "[cls]"), Figure(71.6, "AbMILP", T7))),
+    "mae_vit_large_patch16": CatalogueEntry("mae", "vit_large_patch16",
+        f"{META}/mae/pretrain/mae_pretrain_vit_large.pth", md5="b8b06e",
+        figures=(Figure(76.0, "[cls]"), Figure(77.4, "AbMILP", T7))),
+    "mae_vit_huge_patch14": CatalogueEntry("mae", "vit_huge_patch14", f"{META}/mae/pretrain/mae_pretrain_vit_huge.pth",
+        md5="9bdbb0", figures=(Figure(77.2, "[cls]"), Figure(78.1, "AbMILP", T7))),
+    # named in the code of "Beyond [cls]" only
+    "mae_vit_base_patch16_decoder": CatalogueEntry("mae", "vit_base_patch16",
+        f"{META}/mae/visualize/mae_visualize_vit_base.pth"),
+    "mae_vit_large_patch16_decoder": CatalogueEntry("mae", "vit_large_patch16",
+        f"{META}/mae/visualize/mae_visualize_vit_large.pth"),
+    "mae_vit_large_patch16_decoder_gan": CatalogueEntry("mae", "vit_large_patch16",
+        f"{META}/mae/visualize/mae_visualize_vit_large_ganloss.pth"),
+    "mae_ft_mean_vit_base_patch16": CatalogueEntry("mae_ft_mean", "vit_base_patch16",
+        f"{META}/mae/finetune/mae_finetuned_vit_base.pth", md5="1b25e9", figures=(Figure(83.664, "fine-tuned"),)),
+    "mae_ft_mean_vit_large_patch16": CatalogueEntry("mae_ft_mean", "vit_large_patch16",
+        f"{META}/mae/finetune/mae_finetuned_vit_large.pth", md5="51f550", figures=(Figure(85.952, "fine-tuned"),)),
+    "mae_ft_mean_vit_huge_patch14": CatalogueEntry("mae_ft_mean", "vit_huge_patch14",
+        f"{META}/mae/finetune/mae_finetuned_vit_huge.pth", md5="2541f2", figures=(Figure(86.928, "fine-tuned"),)),
+    "simmim_vit_base_patch16": CatalogueEntry("simmim", "vit_base_patch16", None,
+        figures=(Figure(56.7, "mean patch of block 8"),), page=f"{DRIVE}/1dJn6GYkwMIcoP3zqOEyW1_iQfpBi8UOw/view"),
+    "simmim_ft_vit_base_patch16": CatalogueEntry("simmim_ft", "vit_base_patch16", None,
+        figures=(Figure(83.8, "fine-tuned"),), page=f"{DRIVE}/1fKgDYd0tRgyHyTnyB1CleYxjo0Gn5tEB/view"),
+    "beitv2_vit_base_patch16": CatalogueEntry("beitv2", "vit_base_patch16", f"{BEIT}/beitv2_base_patch16_224_pt1k.pth",
+        figures=(Figure(78.9, "[cls]", V1), Figure(80.9, "AbMILP", T7))),
+    "beitv2_vit_base_patch16_300e": CatalogueEntry("beitv2", "vit_base_patch16",
+        f"{BEIT}/beitv2_base_patch16_224_pt1k_300e.pth"),
+    "beitv2_vit_large_patch16": CatalogueEntry("beitv2", "vit_large_patch16",
+        f"{BEIT}/beitv2_large_patch16_224_pt1k.pth"),
+    "maskfeat_vit_base_patch16": CatalogueEntry("maskfeat", "vit_base_patch16",
+        f"{META}/pyslowfast/masked_models/in1k_VIT_B_MaskFeat_PT_epoch_01600.pyth"),
+    "maskfeat_vit_large_patch16": CatalogueEntry("maskfeat", "vit_large_patch16",
+        f"{META}/pyslowfast/masked_models/in1k_VIT_L_MaskFeat_PT_epoch_01600.pyth"),
+    "ijepa_vit_huge_patch14": CatalogueEntry("ijepa", "vit_huge_patch14", f"{META}/ijepa/IN1K-vit.h.14-300e.pth.tar",
+        figures=(Figure(79.2, "AbMILP", T7),)),
+    "ijepa_vit_huge_patch14_in22k": CatalogueEntry("ijepa", "vit_huge_patch14",
+        f"{META}/ijepa/IN22K-vit.h.14-900e.pth.tar"),
+    "capi_vit_large_patch14": CatalogueEntry("capi", "vit_large_patch14", f"{META}/capi/capi_vitl14_in1k.pth",
+        figures=(Figure(82.9, "attentive probe"), Figure(82.4, "AbMILP", T7))),
+    "capi_vit_large_patch14_in22k": CatalogueEntry("capi", "vit_large_patch14", f"{META}/capi/capi_vitl14_i22k.pth",
+        figures=(Figure(83.6, "attentive probe"),)),
+    "capi_vit_large_patch14_lvd": CatalogueEntry("capi", "vit_large_patch14", f"{META}/capi/capi_vitl14_lvd.pth",
+        figures=(Figure(83.8, "attentive probe"),)),
+    "capi_vit_large_patch14_p205": CatalogueEntry("capi", "vit_large_patch14", f"{META}/capi/capi_vitl14_p205.pth",
+        figures=(Figure(79.2, "attentive probe"),)),
+    "data2vec_vit_base_patch16": CatalogueEntry("data2vec", "vit_base_patch16",
+        f"{META}/fairseq/data2vec/data2vec_vision/base_800/checkpoint-799.pth"),
+    "data2vec_vit_large_patch16": CatalogueEntry("data2vec", "vit_large_patch16",
+        f"{META}/fairseq/data2vec/data2vec_vision/large_1600/checkpoint-799.pth"),
+    "data2vec_vit_large_patch16_800e": CatalogueEntry("data2vec", "vit_large_patch16",
+        f"{META}/fairseq/data2vec/data2vec_vision/large_800/checkpoint-799.pth"),
+    "dino_vit_small_patch16": CatalogueEntry("dino", "vit_small_patch16",
+        f"{META}/dino/dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth",
+        figures=(Figure(77.0, "[cls] of 4 blocks"),)),
+    "dino_vit_small_patch8": CatalogueEntry("dino", "vit_small_patch8",
+        f"{META}/dino/dino_deitsmall8_pretrain/dino_deitsmall8_pretrain.pth",
+        figures=(Figure(79.7, "[cls] of 4 blocks"),)),
+    "dino_vit_base_patch16": CatalogueEntry("dino", "vit_base_patch16",
+        f"{META}/dino/dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth",
+        figures=(Figure(78.2, "[cls] + mean patch"),)),
+    "dino_vit_base_patch8": CatalogueEntry("dino", "vit_base_patch8",
+        f"{META}/dino/dino_vitbase8_pretrain/dino_vitbase8_pretrain.pth",
+        figures=(Figure(80.1, "[cls] + mean patch"),)),
+    # 12 heads, unlike everybody else's ViT-S
+    "mocov3_vit_small_patch16": CatalogueEntry("mocov3", "vit_small_patch16",
+        f"{META}/moco-v3/vit-s-300ep/vit-s-300ep.pth.tar", figures=(Figure(73.2, "[cls]"),)),
+    "mocov3_vit_base_patch16": CatalogueEntry("mocov3", "vit_base_patch16",
+        f"{META}/moco-v3/vit-b-300ep/vit-b-300ep.pth.tar",
+        figures=(Figure(76.7, "[cls]"), Figure(75.1, "[cls]", V1), Figure(75.1, "AbMILP", V1))),
+    "ibot_vit_small_patch16": CatalogueEntry("ibot", "vit_small_patch16", f"{IBOT}/vits_16/checkpoint_teacher.pth",
+        figures=(Figure(77.9, "own features"),)),
+    "ibot_vit_base_patch16": CatalogueEntry("ibot", "vit_base_patch16", f"{IBOT}/vitb_16/checkpoint_teacher.pth",
+        figures=(Figure(79.5, "own features"), Figure(77.8, "[cls]", V1), Figure(77.9, "AbMILP", V1))),
+    "ibot_vit_base_patch16_rand": CatalogueEntry("ibot", "vit_base_patch16",
+        f"{IBOT}/vitb_16_rand_mask/checkpoint_teacher.pth", figures=(Figure(79.8, "own features"),)),
+    "ibot_vit_large_patch16": CatalogueEntry("ibot", "vit_large_patch16", f"{IBOT}/vitl_16/checkpoint_teacher.pth",
+        figures=(Figure(81.0, "own features"),)),
+    "ibot_vit_large_patch16_rand": CatalogueEntry("ibot", "vit_large_patch16",
+        f"{IBOT}/vitl_16_rand_mask/checkpoint_teacher.pth", figures=(Figure(81.3, "own features"),)),
+    "msn_vit_small_patch16": CatalogueEntry("msn", "vit_small_patch16", f"{META}/msn/vits16_800ep.pth.tar"),
+    "msn_vit_base_patch16": CatalogueEntry("msn", "vit_base_patch16", f"{META}/msn/vitb16_600ep.pth.tar"),
+    "msn_vit_large_patch16": CatalogueEntry("msn", "vit_large_patch16", f"{META}/msn/vitl16_600ep.pth.tar"),
+    "msn_vit_base_patch4": CatalogueEntry("msn", "vit_base_patch4", f"{META}/msn/vitb4_300ep.pth.tar"),
+    "msn_vit_large_patch7": CatalogueEntry("msn", "vit_large_patch7", f"{META}/msn/vitl7_200ep.pth.tar"),
+    "mim_refiner_mae_vit_large_patch16": CatalogueEntry("mim_refiner", "vit_large_patch16",
+        f"{REFINER}/maerefined_l16.th"),
+    "mim_refiner_mae_vit_huge_patch14": CatalogueEntry("mim_refiner", "vit_huge_patch14",
+        f"{REFINER}/maerefined_h14.th"),
+    "mim_refiner_mae_vit_2b_patch14": CatalogueEntry("mim_refiner", "vit_2b_patch14",
+        f"{REFINER}/maerefined_twob14.th"),
+    "mim_refiner_d2v2_vit_large_patch16": CatalogueEntry("mim_refiner_d2v2", "vit_large_patch16",
+        f"{REFINER}/d2v2refined_l16.th"),
+    "mim_refiner_d2v2_vit_huge_patch14": CatalogueEntry("mim_refiner_d2v2", "vit_huge_patch14",
+        f"{REFINER}/d2v2refined_h14.th"),
+    "mim_refiner_dbot_vit_large_patch16": CatalogueEntry("mim_refiner", "vit_large_patch16",
+        f"{REFINER}/dbotrefined_l16.th"),
+    "mim_refiner_dbot_vit_huge_patch14": CatalogueEntry("mim_refiner", "vit_huge_patch14",
+        f"{REFINER}/dbotrefined_h14.th"),
+    "mim_refiner_crossmae_vit_large_patch16": CatalogueEntry("mim_refiner", "vit_large_patch16",
+        f"{REFINER}/crossmaerefined_l16.th"),
+    "dinov2_vit_small_patch14": CatalogueEntry("dinov2", "vit_small_patch14",
+        f"{META}/dinov2/dinov2_vits14/dinov2_vits14_pretrain.pth", figures=(Figure(81.1, "own features"),)),
+    "dinov2_vit_base_patch14": CatalogueEntry("dinov2", "vit_base_patch14",
+        f"{META}/dinov2/dinov2_vitb14/dinov2_vitb14_pretrain.pth", figures=(Figure(84.5, "own features"),)),
+    "dinov2_vit_large_patch14": CatalogueEntry("dinov2", "vit_large_patch14",
+        f"{META}/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth", figures=(Figure(86.3, "own features"),)),
+    "dinov2_vit_small_patch14_reg": CatalogueEntry("dinov2_reg", "vit_small_patch14",
+        f"{META}/dinov2/dinov2_vits14/dinov2_vits14_reg4_pretrain.pth", figures=(Figure(80.9, "own features"),)),
+    "dinov2_vit_base_patch14_reg": CatalogueEntry("dinov2_reg", "vit_base_patch14",
+        f"{META}/dinov2/dinov2_vitb14/dinov2_vitb14_reg4_pretrain.pth", figures=(Figure(84.6, "own features"),)),
+    "dinov2_vit_large_patch14_reg": CatalogueEntry("dinov2_reg", "vit_large_patch14",
+        f"{META}/dinov2/dinov2_vitl14/dinov2_vitl14_reg4_pretrain.pth", figures=(Figure(86.7, "own features"),)),
 }  # fmt: skip
 
 

@@ -10,6 +10,9 @@ from encoders.families import FAMILIES, TABLE, Family, Grid
 from encoders.reading import DEFAULTS, Reading, read_as
 from util.tensor_files import safetensors_metadata
 
+FILE_NAME = "by its file name"
+UNSURE = ("", TABLE, FILE_NAME)  # reasons that leave heads, activation and preprocessing open
+
 
 class Detected(NamedTuple):
     """The family that a file is read as.
@@ -44,11 +47,11 @@ def detect_family(
     readings = {name: read(name) for name in fitting}
     complete = [name for name in fitting if not readings[name].problems]
     reasons = {name: FAMILIES[name].evidence(readings[name].weights, content) for name in complete or fitting}
-    shown = [name for name, reason in reasons.items() if reason not in ("", TABLE)]
+    shown = [name for name, reason in reasons.items() if reason not in UNSURE]
     shown = shown or [name for name, reason in reasons.items() if reason]
     if not shown and complete:
         shown = [name for name in complete if name in families_called(path) and only_weights(content, FAMILIES[name])]
-        reasons |= dict.fromkeys(shown, "by its file name")
+        reasons |= dict.fromkeys(shown, FILE_NAME)
     if len(shown) == 1:
         return Detected(shown[0], reason=reasons[shown[0]])
     if not complete and (damaged := [name for name in ("timm", *fitting) if name in fitting]):

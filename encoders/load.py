@@ -12,9 +12,9 @@ from encoders import timm_models
 from encoders.architectures import ARCHITECTURES, FROM_FILE, architecture, default_input_size
 from encoders.catalogue import fetch_weights, known_family, named_family
 from encoders.contents import without_wrappers
-from encoders.detect import Detected, detect_family, obstacle, other_encoders, where_encoders_are
-from encoders.families import FAMILIES, TABLE, Grid, drop_rule
-from encoders.reading import DEFAULTS, RELATIVE, Reading, not_finite, read_as
+from encoders.detect import UNSURE, Detected, detect_family, obstacle, other_encoders, where_encoders_are
+from encoders.families import FAMILIES, Grid, drop_rule
+from encoders.reading import DEFAULTS, RELATIVE, Reading, problems_of, read_as
 from models_vit import NORMS, VisionTransformer
 from util.distributed import main_process_first
 from util.files import sha256
@@ -86,18 +86,15 @@ def load_encoder(
         detected = detect_family(path, content, checkpoint_key, grid, **options)
 
     reading = read_as(content, detected.family, model, checkpoint_key, grid, **options)
-    problems = [*reading.problems, *not_finite(reading)]
-    if "patch_embed.proj.weight" not in reading.state:
-        problems = [*problems, *filter(None, [obstacle(content) or where_encoders_are(content, checkpoint_key)])]
-    if problems:
+    if problems := problems_of(reading):
+        if "patch_embed.proj.weight" not in reading.state:
+            problems += filter(None, [obstacle(content) or where_encoders_are(content, checkpoint_key)])
         raise ValueError(f"{finetune} is not a {model} of family {detected.family}: {'; '.join(problems)}")
-    if reading.heads_open:
-        raise ValueError(f"{finetune}: {heads_question(reading.options['embed_dim'])}")
-    for name in sorted(reading.published.keys() & options.keys() - {"norm_layer", "norm_order", "activation"}):
-        if reading.published[name] != options[name] and not timm_name:
-            theirs = reading.published[name]
+    for name, theirs in reading.published.items() if not timm_name else ():
+        if options.get(name, theirs) != theirs:
             log.warning("%s: %s = %s, where its authors have %s", finetune, name, options[name], theirs)
-    backbone = VisionTransformer(**reading.options, **{"pos_resampling": "unknown"} if detected.others else {})
+    resampling = {"pos_resampling": "unknown"} if detected.others else {}
+    backbone = VisionTransformer(**{**reading.options, **resampling})
     backbone.load_state_dict(reading.state, strict=True)
     backbone.eval().requires_grad_(False)
     pixels = FAMILIES[detected.family]
@@ -163,11 +160,6 @@ def input_size(encoder: Encoder, stated: int | None) -> int:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def heads_question(width: int) -> str:
-    divisors = [str(heads) for heads in range(1, width + 1) if width % heads == 0 and width // heads >= 4]
-    return f"the number of heads is not known for a width of {width}: state it with --num_heads ({', '.join(divisors)})"
-
-
 def log_encoder(finetune: str, encoder: Encoder, reading: Reading, detected: Detected, stated: set[str],
                 arch: str | None) -> None:  # fmt: skip
     """Log what the tokens depend on and tensors do not show; what nothing states, as a warning and in the record.
@@ -192,7 +184,7 @@ def log_encoder(finetune: str, encoder: Encoder, reading: Reading, detected: Det
         "loaded %s (%s, family %s %s, %d tensors): %s, resampled by rule %s", finetune, reading.model, detected.family,
         detected.reason or "by assumption", len(reading.state), "; ".join(facts.values()), backbone.pos_resampling,
     )  # fmt: skip
-    if detected.reason in ("", TABLE):
+    if detected.reason in UNSURE:
         if RELATIVE in reading.state:
             stated = {*stated, "timm_name"}  # not a plain ViT of timm
         assumed = [f"{fact} (--{name})" for name, fact in facts.items() if name not in stated]

@@ -30,7 +30,7 @@ class Reading:
     options: dict = field(default_factory=dict)  # these, with what the caller states
     shapes: State = field(default_factory=dict)  # of the model
     problems: list[str] = field(default_factory=list)  # reasons why the state does not cover the model
-    heads_open: bool = False  # whether neither the file nor its sizes tell the number of heads
+    heads_open: bool = False  # neither the file nor its sizes show the number of heads
 
 
 def read_as(
@@ -39,7 +39,7 @@ def read_as(
 ) -> Reading:  # fmt: skip
     """A file's content as one of a family, of the architecture `model` or of the sizes that its tensors have.
 
-    Values are not looked at: see not_finite.
+    Values are not looked at: see problems_of.
     """
     family = FAMILIES[name]
     reading = Reading(name, weights_of(content, family, checkpoint_key) or {})
@@ -185,12 +185,19 @@ def mismatches(state: State, shapes: State) -> list[str]:
     return problems
 
 
-def not_finite(reading: Reading) -> list[str]:
-    """The tensors that hold NaN or infinity, or values that float32 cannot."""
+def problems_of(reading: Reading) -> list[str]:
+    """All reasons why a reading cannot be used, those in the values of the tensors among them."""
     values = {name: value for name, value in reading.state.items() if value.dtype in FLOATS and not value.is_meta}
-    broken = [name for name, value in values.items() if not value.float().isfinite().all()]
-    verb = "holds" if len(broken) == 1 else "hold"
-    return [f"{', '.join(by_block(sorted(broken), reading.shapes))} {verb} NaN or infinity"] if broken else []
+    broken = sorted(name for name, value in values.items() if not value.float().isfinite().all())
+    problems = list(reading.problems)
+    if broken:
+        verb = "holds" if len(broken) == 1 else "hold"
+        problems.append(f"{', '.join(by_block(broken, reading.shapes))} {verb} NaN or infinity")
+    if reading.heads_open and not problems:
+        width = reading.options["embed_dim"]
+        divisors = ", ".join(str(heads) for heads in range(1, width // 4 + 1) if width % heads == 0)
+        problems.append(f"the heads of a width of {width} are not known: state them with --num_heads ({divisors})")
+    return problems
 
 
 def by_block(names: list[str], among: dict) -> list[str]:

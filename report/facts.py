@@ -1,7 +1,7 @@
 """What a report says about any run: state, data, warnings, arguments, provenance."""
 
 import argparse
-import importlib.util
+import importlib
 import math
 import statistics
 from collections.abc import Callable, Hashable, Iterable, Sequence
@@ -207,8 +207,7 @@ def time_cell(run: Run) -> Cell:
 def default_arguments(program: str) -> Record:
     """The defaults of a program's arguments as a record holds them; {} if this code has no such program."""
     try:
-        module = f"cli.{program.removeprefix('main_')}"
-        parser = importlib.import_module(module if importlib.util.find_spec(module) else program).get_args_parser()
+        parser = importlib.import_module(f"cli.{program.removeprefix('main_')}").get_args_parser()
     except ModuleNotFoundError:
         return {}
     return plain(argparse.Namespace(**{action.dest: action.default for action in parser._actions}))

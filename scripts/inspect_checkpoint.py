@@ -16,13 +16,13 @@ from torch import Tensor
 
 from cli.console import Parser, run_main
 from encoders import timm_models
-from encoders.architectures import FROM_FILE, architecture
+from encoders.architectures import ARCHITECTURES, FROM_FILE, architecture
 from encoders.catalogue import CATALOGUE, fetch_weights, known_family, named_family
-from encoders.contents import without_wrappers
-from encoders.detect import Detected, detect_family, other_encoders
-from encoders.families import FAMILIES, TABLE, drop_rule
-from encoders.load import heads_question, resampling, undecided_family
-from encoders.reading import Reading, not_finite, read_as
+from encoders.contents import is_state, without_wrappers
+from encoders.detect import UNSURE, Detected, detect_family, other_encoders
+from encoders.families import FAMILIES, drop_rule
+from encoders.load import resampling, undecided_family
+from encoders.reading import Reading, problems_of, read_as
 from util.files import sha256
 from util.tensor_files import load_plain_or_safetensors
 
@@ -80,20 +80,15 @@ def main(args: Namespace) -> None:
         detected = stated or detect_family(path, content, args.checkpoint_key, args.grid)
     except ValueError as error:
         print(f"family        {error}")
-        entries = {} if all(isinstance(value, Tensor) for value in content.values()) else content
-        for name, value in list(entries.items())[:20]:
+        for name, value in list(content.items())[:20] if not is_state(content) else ():
             print(f"  holds {name}: {kind(value)}")
         sys.exit(1)
 
     options = timm_models.options_of(timm_model, args.file) if timm_model else {}
-    if args.num_heads:
-        options["num_heads"] = args.num_heads
+    options |= {"num_heads": args.num_heads} if args.num_heads else {}
     reading = read_as(content, detected.family, args.model or FROM_FILE, args.checkpoint_key, args.grid, **options)
-    problems = [*reading.problems, *not_finite(reading)]
-    print(f"family        {describe(detected)}\narchitecture  {reading.model or 'unknown'}")
-    print(f"tensors       {len(reading.weights)}, {sum(value.numel() for value in reading.weights.values()):,} numbers")
-    if reading.shapes:
-        print_model(reading, detected, timm_model)
+    problems = problems_of(reading)
+    print_facts(reading, detected, timm_model.pretrained_cfg if timm_model else FAMILIES[detected.family]._asdict())
     used = set(map(id, reading.weights.values()))
     beside = {name: value for name, value in content.items() if not isinstance(value, Tensor)}
     for name, value in beside.items():
@@ -104,48 +99,37 @@ def main(args: Namespace) -> None:
     for argument in other_encoders(content, reading):
         print(f"also holds    an encoder: {argument}")
     print("\n" + aligned([("fate", "key", "shape", "count"), *coverage(reading)]) + "\n")
-    if reading.heads_open:
-        problems = [*problems, heads_question(reading.options["embed_dim"])]
     if problems:
         print("cannot be used:\n" + "\n".join(f"  {problem}" for problem in problems))
         sys.exit(1)
-    print_commands(args, reading, detected, path is None or args.file in CATALOGUE)
+    flags = f"--model {reading.model if reading.model in ARCHITECTURES else FROM_FILE} --finetune {args.file}"
+    flags += "".join(f" --{name} {vars(args)[name]}" for name in ("checkpoint_key", "num_heads") if vars(args)[name])
+    flags += f" --grid {args.grid[0]} {args.grid[1]}" if args.grid else ""
+    families = [""] if path is None or args.file in CATALOGUE else [detected.family, *detected.others]
+    print("use it with" if len(families) == 1 else "use it with the family that it is of")
+    for name in families:
+        rule = f"  # {FAMILIES[name].description}; positions: {resampling(name)}" if len(families) > 1 else ""
+        print(f"  python main_linprobe.py {flags}{f' --family {name}' * bool(name)} --data_path $IMAGENET{rule}")
 
 
-def describe(detected: Detected) -> str:
+def print_facts(reading: Reading, detected: Detected, pixels: dict) -> None:
     reason = detected.reason or "by assumption: the file does not show its family"
-    return f"{detected.family}, {reason}: {FAMILIES[detected.family].description}"
-
-
-def print_model(reading: Reading, detected: Detected, timm_model: Any) -> None:
+    print(f"family        {detected.family}, {reason}: {FAMILIES[detected.family].description}")
+    print(f"architecture  {reading.model or 'unknown'}")
+    print(f"tensors       {len(reading.weights)}, {sum(value.numel() for value in reading.weights.values()):,} numbers")
+    if not reading.shapes:
+        return
+    (height, width), patch = reading.options["img_size"], reading.options["patch_size"]
+    mean, std = (tuple(round(value, 3) for value in pixels[name]) for name in ("mean", "std"))
     count = sum(value.numel() for value in reading.shapes.values())
-    height, width = reading.options["img_size"]
-    patch = reading.options["patch_size"]
-    mean, std = FAMILIES[reading.family].mean, FAMILIES[reading.family].std
-    if timm_model is not None:
-        mean, std = timm_model.pretrained_cfg["mean"], timm_model.pretrained_cfg["std"]
     print(f"parameters    {count:,} of the encoder, {reading.options['num_heads']} heads")
-    pixels = f"{height}" if height == width else f"{height} x {width}"
-    print(f"preprocessing {pixels} pixels ({height // patch} x {width // patch} patches), "
-          f"mean {tuple(round(x, 3) for x in mean)}, std {tuple(round(x, 3) for x in std)}")  # fmt: skip
-    if detected.reason in ("", TABLE):
+    print(f"preprocessing {height} x {width} pixels ({height // patch} x {width // patch} patches), "
+          f"mean {mean}, std {std}")  # fmt: skip
+    if detected.reason in UNSURE:
         print("assumed       heads (--num_heads), activation and norms (--timm_name), --mean, --std, --grid: "
               "tensors do not show them")  # fmt: skip
     if detected.others:
         print(f"undecided     {undecided_family(detected)}")
-
-
-def print_commands(args: Namespace, reading: Reading, detected: Detected, known: bool) -> None:
-    named = "_width" not in reading.model
-    options = f"--model {reading.model if named else FROM_FILE} --finetune {args.file}"
-    for flag in ("checkpoint_key", "num_heads"):
-        options += f" --{flag} {getattr(args, flag)}" if getattr(args, flag) else ""
-    options += f" --grid {args.grid[0]} {args.grid[1]}" if args.grid else ""
-    families = [""] if known else [detected.family, *detected.others]
-    print("use it with" if len(families) == 1 else "use it with the family that it is of")
-    for name in families:
-        rule = f"  # {FAMILIES[name].description}; positions: {resampling(name)}" if len(families) > 1 else ""
-        print(f"  python main_linprobe.py {options}{f' --family {name}' * bool(name)} --data_path $IMAGENET{rule}")
 
 
 if __name__ == "__main__":

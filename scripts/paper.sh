@@ -219,20 +219,16 @@ deepen() {
 }
 
 # transfer NAME/DATASET: baseline and AbMILP (Table 2)
+declare -A images_of=([imagenet1pct]=62811 [food101]=101000 [coco]=123287 [nus_wide]=269648 [cub200]=11788
+    [stanford_cars]=16185 [oxford_pets]=7349)
 transfer() {
-    local name=${1%%/*} set=${1#*/} heads=(cls abmilp) n gpus=$gpus recipe flags images
+    local name=${1%%/*} set=${1#*/} heads=(cls abmilp) n gpus=$gpus recipe flags images folder
     case "$name" in ijepa_* | capi_*) heads=(pos abmilp) ;; esac
     n=$(epochs "$name")
-    case "$set" in
-        demo_few) flags=(--dataset demo_few "${data[@]:2}") images=0 ;;
-        imagenet1pct) flags=(--dataset "$set" --data_path "$IMAGENET" --num_workers 16) images=62811 ;;
-        food101) flags=(--dataset "$set" --data_path "$FOOD101" --num_workers 16) images=101000 ;;
-        coco) flags=(--dataset "$set" --data_path "$COCO" --num_workers 16) images=123287 ;;
-        nus_wide) flags=(--dataset "$set" --data_path "$NUS_WIDE" --num_workers 16) images=269648 ;;
-        cub200) flags=(--dataset "$set" --data_path "$CUB200" --num_workers 16) images=11788 ;;
-        stanford_cars) flags=(--dataset "$set" --data_path "$STANFORD_CARS" --num_workers 16) images=16185 ;;
-        oxford_pets) flags=(--dataset "$set" --data_path "$OXFORD_PETS" --num_workers 16) images=7349 ;;
-    esac
+    images=${images_of[$set]:-0} folder=${set^^}
+    [ "$set" != imagenet1pct ] || folder=IMAGENET
+    flags=(--dataset "$set" --data_path "${!folder:-}" --num_workers 16)
+    [ "$set" != demo_few ] || flags=(--dataset demo_few "${data[@]:2}")
     case "$set" in
         demo_few) recipe=(--optimizer sgd --blr 1 --batch_size 20 --bn_group 20 --epochs "${EPOCHS:-6}"
             --warmup_epochs 1) ;;

@@ -44,7 +44,7 @@ for i in 0 1; do
     run="$out/probes/${labels[i]}"
     rm -rf "$run"
     python main_linprobe.py $data $recipe --num_workers "$workers" --finetune "${weights[i]}" \
-        --cls_features cls pos abmilp --seeds 0 1 2 --output_dir "$run"
+        --cls_features cls pos abmilp --seeds 0 1 2 --seeds_vary weights --output_dir "$run"
     runs+=("${labels[i]}=$run")
 done
 

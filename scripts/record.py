@@ -55,7 +55,10 @@ def obstacles(args: dict, encoder: dict, size: int, n_train: int | None, n_test:
     if DATASETS[args["dataset"]].protocol:
         if size != 224:
             reasons.append(f"images of {size or 'unknown'} pixels, the paper's have 224")
-        reasons += differences(args, ENCODER)
+        for name, value in ENCODER.items():
+            given = args.get(name, value)
+            if given != value and set(given if isinstance(given, list) else [given]) != {None}:  # a list: per encoder
+                reasons.append(f"{name} {given}, the paper's {value}")
     return reasons
 
 

@@ -23,7 +23,7 @@ rules() {
     local oracle="--oracle demo/mae_ft.safetensors --oracle_model vit_demo_patch8"
     rm -rf "$out/aggregation"
     python main_linprobe.py $data --model vit_demo_patch8 --finetune demo/mae.safetensors $oracle \
-        --cls_features cls pos attn-mn attn-lcte ca1 dino abmilp ap1 --seeds 0 1 2 --batch_size 100 --accum_iter 2 \
+        --cls_features cls pos attn-mn attn-lcte ca1 dino abmilp ap1 --seeds 0 1 2 --seeds_vary weights --batch_size 100 --accum_iter 2 \
         --epochs "$epochs" --warmup_epochs 1 --blr 30 --eval_every "$epochs" --output_dir "$out/aggregation/probes/demo"
     python main_analyze_aggregation.py $data --probes "$out/aggregation/probes/demo" $oracle --batch_size 50 \
         --boxes "$out/data/boxes.csv" --loc_workers 0 --loc_map_heads best --output_dir "$out/aggregation/rules/demo"
@@ -44,6 +44,7 @@ bash scripts/reproduce_all.sh --smoke
 python -m paper.shown $full $short
 cp $full/attention/attention.png docs/quickstart_attention.png
 cp $full/maps.png docs/quickstart_maps.png
+cp $full/attention/park.png docs/attention_park.png
 for name in boxes kl maps; do cp "$full/aggregation/rules/demo/$name.png" "docs/aggregation_$name.png"; done
 for folder in demo demo_few; do rm -f results/$folder/*.json && cp output_dir/smoke/results/$folder/*.json results/$folder; done
 python scripts/make_tables.py --dataset demo > /dev/null

@@ -55,7 +55,7 @@ def test_all_encoders_of_the_paper_are_there():
     assert {"MAE", "SimMIM", "BEiT-v2", "MaskFeat", "I-JEPA", "CAPI", "DINO", "MoCo-v3", "iBOT"} <= methods
 
 
-def test_a_file_for_browsers_comes_with_what_to_do():
+def test_files_offered_to_browsers_only_are_answered_with_the_page_and_the_flags():
     with pytest.raises(ValueError) as error:
         fetch_weights("simmim_vit_base_patch16")
     message = str(error.value)
@@ -63,7 +63,7 @@ def test_a_file_for_browsers_comes_with_what_to_do():
     assert message.endswith("--finetune PATH_OF_THE_FILE --family simmim --model vit_base_patch16")
 
 
-def test_a_mistyped_name_is_answered_with_similar_ones():
+def test_a_misspelt_name_is_answered_with_similar_ones():
     with pytest.raises(ValueError, match=r"did you mean mae_vit_base_patch16"):
         fetch_weights("mae_vit_base_pach16")
 
@@ -143,19 +143,19 @@ def test_a_bar_shows_the_progress_on_a_terminal(server, cache, capsys, monkeypat
         ("page", r"the server answers with a web page"),
     ],
 )
-def test_what_does_not_come_whole_does_not_come(server, cache, name, reason):
+def test_incomplete_downloads_leave_no_file(server, cache, name, reason):
     url = f"{server.url}/{name}.pth"
     with pytest.raises(ValueError, match=rf"cannot download {url}: {reason}; or fetch it yourself and put it at /"):
         download(url, None)
     assert contents(cache) == []
 
 
-def test_nobody_there_is_one_line(cache):
+def test_a_refused_connection_is_one_line(cache):
     with pytest.raises(ValueError, match=r"cannot download http://127.0.0.1:1/w.pth: .*refused"):
         download("http://127.0.0.1:1/w.pth", None)
 
 
-def test_another_hash_is_refused_even_of_a_file_put_there_by_hand(server, cache):
+def test_a_wrong_hash_is_refused_also_in_the_cache(server, cache):
     url = f"{server.url}/w.pth"
     with pytest.raises(ValueError, match=r"published as 000000\.\.\.: it is damaged or was replaced$"):
         download(url, "000000")
@@ -194,7 +194,7 @@ def test_a_file_url_is_a_download_too_and_needs_no_network(cache, tmp_path):
     assert download((tmp_path / "w.pth").as_uri(), MD5, offline=True).read_bytes() == DATA
 
 
-def test_the_flag_reaches_files_and_timm(cache, monkeypatch):
+def test_offline_reaches_files_and_timm(cache, monkeypatch):
     parser = Parser("")
     add_encoder_arguments(parser)
     build = functools.partial(lambda *argv: build_encoder(parser.parse_args([*argv, "--offline"])))

@@ -135,7 +135,7 @@ def test_damaged_binary_files_are_named(array, name):
     folder, *_ = array(name)
     path = next(path for path in sorted(folder.iterdir()) if path.name.startswith(("test.", "test_b", "test_X")))
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(ValueError, match=rf"{path} has [\d,]+ bytes, which is not a multiple of"):
+    with pytest.raises(ValueError, match=rf"{path} is damaged: it has [\d,]+ bytes, not a multiple of"):
         build_dataset(name, folder.parent, "val")
 
 

@@ -180,7 +180,7 @@ def test_a_zero_row_of_positions_is_no_evidence(key, write, state):
     assert load_encoder(write({key: zero}), "file").record["family"] == "timm"
 
 
-def test_fine_tuned_files_of_other_methods_are_not_called_mae_or_simmim(write, state):
+def test_mean_pooled_files_of_other_methods_are_not_called_mae(write, state):
     mean_pooled = {key: value for key, value in state.items() if not key.startswith("norm.")}
     mean_pooled |= {"fc_norm.weight": torch.ones(64), "fc_norm.bias": torch.zeros(64), "head.weight": torch.ones(3, 64)}
     encoder = load_encoder(write({"model": mean_pooled}), "file")

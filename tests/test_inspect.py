@@ -91,7 +91,7 @@ def test_a_good_file_is_described_and_the_command_works(state, tiny, tmp_path, c
     assert re.search(r"family +mae, by its decoder: ", text) and re.search(rf"architecture +{tiny}\n", text)
     parameters = sum(value.numel() for value in state.values())
     assert f"parameters    {parameters:,} of the encoder, 2 heads" in text
-    assert "32 pixels (4 x 4 patches), mean (0.485, 0.456, 0.406), std (0.229, 0.224, 0.225)" in text
+    assert "32 x 32 pixels (4 x 4 patches), mean (0.485, 0.456, 0.406), std (0.229, 0.224, 0.225)" in text
     assert re.search(r"used +blocks\.N\.attn\.qkv\.weight +96x32 +3\n", text)
     assert re.search(r"dropped: decoder_\*? +decoder_embed\.weight +2x3 +1\n", text)
     assert re.search(r"dropped: mask_token +mask_token +1 +1\n", text)
@@ -101,7 +101,7 @@ def test_a_good_file_is_described_and_the_command_works(state, tiny, tmp_path, c
     assert load_encoder(options["--finetune"], options["--model"], options["--family"]).record["model"] == tiny
 
 
-def test_everything_that_is_wrong_is_in_the_table(state, tiny, tmp_path, capsys):
+def test_every_problem_is_listed(state, tiny, tmp_path, capsys):
     state["blocks.1.ls1.gamma"] = torch.ones(32)
     state["norm.weight"][3] = torch.nan
     del state["blocks.2.attn.qkv.bias"]
@@ -113,14 +113,14 @@ def test_everything_that_is_wrong_is_in_the_table(state, tiny, tmp_path, capsys)
         assert problem in text.split("cannot be used:")[1]
 
 
-def test_of_an_unknown_file_the_names_of_tensors_are_told(tmp_path, capsys):
+def test_an_unknown_file_is_described_by_the_names_of_its_tensors(tmp_path, capsys):
     path = saved(tmp_path / "w.pth", {"layer.weight": torch.ones(2)}, cfg=argparse.Namespace())
     code, text = inspect(path, capsys)
     assert code == 1 and "holds no weights of a known family" in text and "holds model: dict of 1" in text
     assert "its tensors are called layer.weight; there are mae, " in text
 
 
-def test_candidates_are_named_with_what_they_differ_in_and_the_arguments_of_each(state, tmp_path, capsys):
+def test_families_that_a_plain_file_may_be_of_are_listed_with_a_command_each(state, tmp_path, capsys):
     torch.save({f"module.{key}": value for key, value in state.items()}, tmp_path / "w.pth")
     code, text = inspect(tmp_path / "w.pth", capsys)
     assert code == 0 and "families timm, dino, the same encoder at the size of its positions" in text
@@ -149,7 +149,7 @@ def test_a_size_without_a_name_is_read_from_the_file(state, tiny, tmp_path, caps
     path = saved(tmp_path / "w.pth", state)
     monkeypatch.delitem(models_vit.ARCHITECTURES, tiny)
     code, text = inspect(path, capsys, family="mae")
-    assert code == 1 and "state it with --num_heads (1, 2, 4, 8)" in text
+    assert code == 1 and "state them with --num_heads (1, 2, 4, 8)" in text
     code, text = inspect(path, capsys, family="mae", num_heads=2)
     assert code == 0 and f"--model file --finetune {path} --num_heads 2 --family mae" in text
     monkeypatch.setitem(models_vit.ARCHITECTURES, tiny, models_vit.sizes(32, 4, 2, 8))
@@ -166,7 +166,7 @@ def test_a_size_without_a_name_is_read_from_the_file(state, tiny, tmp_path, caps
         (ROOT / "README.md", {"family": "mea"}, "unknown family 'mea': did you mean mae"),
     ],
 )
-def test_a_mistake_is_said(file, options, message, capsys):
+def test_mistakes_in_the_arguments_are_one_line(file, options, message, capsys):
     with pytest.raises(ValueError, match=message):
         inspect(file, capsys, **options)
 

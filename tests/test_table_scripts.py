@@ -52,6 +52,9 @@ def commands(text):
 
 def parsed(program, argv):
     """The arguments, as the real parser of the program reads them and checks that they go together."""
+    argv = [
+        str(Path(__file__)) if before == "--boxes" else word for before, word in zip(["", *argv], argv, strict=False)
+    ]
     module = importlib.import_module(program.removesuffix(".py").replace("/", "."))
     if not program.startswith("main_"):
         return module.get_args_parser().parse_args(argv)
