@@ -127,7 +127,6 @@ def test_the_nearest_name_comes_first(word, names, near):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--epochs", "0", "--warmup_epochs", "0"], "--epochs 0: it takes at least one"),
         (["--epochs", "3"], "--warmup_epochs 5 does not fit into --epochs 3: write a number from 0 to 3"),
         (["--input_size", "40"], "--input_size 40 is not divisible by the patch size 16 of vit_base_patch16"),
         (["--input_size", "-32"], "--input_size -32 is not divisible by"),
@@ -160,7 +159,7 @@ def test_impossible_settings_are_refused_before_anything_is_read(flags, message)
         ("main_linprobe", ["--bn_group", "100"], "--bn_group 100 and --batch_size 512"),
         ("main_linprobe", ["--dataset", "coco", "--knn", "10"], "--knn needs one label per image"),
         ("main_linprobe", ["--eval", "--resume", "absent.pth"], "--resume absent.pth: there is no file of that name"),
-        ("main_finetune", ["--dataset", "coco"], "has several labels an image"),
+        ("main_finetune", ["--dataset", "coco"], "has several labels per image"),
         ("main_finetune", ["--finetune", "absent.pth"], "--finetune absent.pth: no such file"),
         ("main_pretrain", ["--dataset", "imagenette1k"], "unknown data set 'imagenette1k'"),
         ("main_analyze_attention", ["--tsne_blocks", "12"], "has blocks 0 to 11"),
