@@ -571,8 +571,9 @@ def test_doubtful_runs_are_marked_on_top_and_beside_their_numbers(tmp_path, make
 def test_a_run_continued_with_other_code_is_marked(tmp_path, make):
     put_attention(tmp_path / "run", "MAE", "DINO", dirty=True)
     put_attention(tmp_path / "run2", "MAE", commit="facade")
+    put(tmp_path / "probed" / "aggregation.json", aggregation() | {"probes": {"dirty": True}})
     page = make(tmp_path)
-    for name, badge in (("run", "uncommitted code"), ("run2", "several commits")):
+    for name, badge in (("run", "uncommitted code"), ("run2", "several commits"), ("probed", "uncommitted code")):
         assert any(row[0] == name and badge in row[2] for row in page.rows if len(row) > 2)
     assert "facade" in page.text
 
