@@ -1,6 +1,7 @@
 """What README says can be typed, and what it points to is there."""
 
 import importlib
+import os
 import re
 import runpy
 import shlex
@@ -37,7 +38,7 @@ def inline(text: str) -> list[str]:
     return [" ".join(words.split()) for words in re.findall(r"`((?:python|bash) (?:scripts|tests)/[^`]+)`", text)]
 
 
-def shell_script(name: str, *words: str) -> list[str]:
+def shell_script(name: str, *words: str, **settings: str) -> list[str]:
     """The commands that a script would run."""
     stubs = """
         python() { if [ "$1" = -c ]; then echo 1; else printf '%q ' python "$@"; echo; fi; }
@@ -45,7 +46,7 @@ def shell_script(name: str, *words: str) -> list[str]:
         export -f python rm mkdir cp mv
         bash "$@" """
     done = subprocess.run(["bash", "-c", stubs, "bash", f"scripts/{name}.sh", *words], cwd=ROOT, capture_output=True,
-                          text=True, check=True)  # fmt: skip
+                          text=True, check=True, env=os.environ | settings)  # fmt: skip
     return [line for line in done.stdout.splitlines() if line.startswith("python ")]
 
 
@@ -78,6 +79,7 @@ def test_help_ends_with_examples_and_says_something_of_every_flag_in_a_titled_gr
         *sorted({command for page in PAGES for command in inline(page.read_text())}),
         *(command for program in PARSERS for command in examples(program)),
         *(command for words in ([], ["--short"], ["--real"]) for command in shell_script("quickstart", *words)),
+        *shell_script("real_encoder", "--finetune", "a.pth", DATA="d", OUT="o", LABEL="l", SIZE="224", TINY_SIZE="112"),
     ],
 )
 def test_command_is_understood(command, tmp_path, monkeypatch):
