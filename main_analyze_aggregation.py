@@ -1,19 +1,4 @@
-"""What is aggregated: how rules weigh the patches of one encoder, and whether that localises objects. Table 6, Figures
-7 to 9 and Table 8.
-
-Rules are fixed (--rules), or the trained probes of a main_linprobe.py run (--probes), whose encoder is used unless
---finetune is given. `<output_dir>/aggregation.json` holds the entropy of each rule's vector, divergences of pairs of
-rules, and with --boxes MaxBoxAccV2; the figures are kl, maps and boxes. Under torchrun, processes share the images.
-
-examples:
-    # everything: fixed rules, an oracle, the probes of a run, and localisation
-    python main_analyze_aggregation.py --data_path $IMAGENET --probes runs/mae_base --oracle dino_vit_base_patch16 \\
-        --boxes $IMAGENET/LOC_val_solution.csv --output_dir runs/aggregation
-
-    # rules without parameters, on 1,000 images
-    python main_analyze_aggregation.py --data_path $IMAGENET --finetune mae_vit_base_patch16 \\
-        --rules attn-mn attn-lcte pos ca2 --num_images 1000 --output_dir runs/rules
-"""
+"""What is aggregated: rules that weigh the patches, and localisation; cli/analyze_aggregation.py has the arguments."""
 
 import argparse
 import json
@@ -28,7 +13,7 @@ from cli.console import checked, parse, run_main
 from cli.encoder_arguments import ORACLE_ARGUMENTS, build_oracle, frozen_encoder, precision
 
 if __name__ == "__main__":  # before the slow imports: --help and mistakes answer at once
-    ARGS = checked(parse(get_args_parser(__doc__)), check, check_files)
+    ARGS = checked(parse(get_args_parser()), check, check_files)
 
 import torch
 

@@ -1,20 +1,4 @@
-"""End-to-end fine-tuning on the [cls] token: the paper's MAE-FT, and the demo's fine-tuned encoder.
-
-The run folder gets `encoder.safetensors` (encoder and head, family mae_ft), for --finetune of every other main.
---global_pool classifies the mean patch instead, as MAE's published models do (family mae_ft_mean). Defaults are the
-paper's recipe for ViT-B (B.1). Source: He et al., 2022, appendix A.
-
-examples:
-    # the paper's ViT-B: effective batch 1,024
-    torchrun --nproc_per_node 8 main_finetune.py --model vit_base_patch16 --finetune mae_vit_base_patch16 \\
-        --batch_size 128 --data_path $IMAGENET --output_dir runs/mae_ft_base
-
-    # the accuracy of a published classifier
-    python main_finetune.py --eval --resume mae_finetuned_vit_base.pth --global_pool --data_path $IMAGENET
-
-    # resume a stopped run
-    python main_finetune.py --args_from runs/mae_ft_base/args.json --resume auto
-"""
+"""End-to-end fine-tuning on the [cls] token; cli/finetune.py has the arguments and examples."""
 
 import argparse
 import functools
@@ -29,7 +13,7 @@ from cli.encoder_arguments import build_encoder, precision
 from cli.finetune import check, get_args_parser, mixes
 
 if __name__ == "__main__":  # before the slow imports: --help and mistakes answer at once
-    ARGS = checked(parse(get_args_parser(__doc__)), check, check_files)
+    ARGS = checked(parse(get_args_parser()), check, check_files)
 
 import torch
 from PIL import Image, ImageOps

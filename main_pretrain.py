@@ -1,20 +1,4 @@
-"""MAE pretraining: the paper's ViT-S, the demo encoder, or any architecture of models_vit.
-
-The run folder gets `encoder.safetensors` (the encoder in MAE's published layout, for --finetune of every other main),
-`results.json` (last epoch and provenance), and `reconstruction.png` (image, masked, reconstruction).
-Source: He et al., "Masked Autoencoders Are Scalable Vision Learners", CVPR 2022.
-
-examples:
-    # the paper's ViT-S: effective batch 4,096
-    torchrun --nproc_per_node 8 main_pretrain.py --model vit_small_patch16 --batch_size 512 --data_path $IMAGENET \\
-        --output_dir runs/mae_small
-
-    # a small encoder on the demo's images, on any machine
-    python main_pretrain.py --model vit_demo_patch8 --dataset demo --data_path demo_images --epochs 20 --warmup_epochs 2
-
-    # resume a stopped run
-    python main_pretrain.py --args_from runs/mae_small/args.json --resume auto
-"""
+"""MAE pretraining; cli/pretrain.py has the arguments and examples. Source: He et al., CVPR 2022."""
 
 import argparse
 import functools
@@ -26,7 +10,7 @@ from cli.pretrain import check, get_args_parser
 from encoders.architectures import default_input_size
 
 if __name__ == "__main__":  # before the slow imports: --help and mistakes answer at once
-    ARGS = checked(parse(get_args_parser(__doc__)), check, check_files)
+    ARGS = checked(parse(get_args_parser()), check, check_files)
 
 import torch
 from torch.utils.data import Dataset

@@ -90,10 +90,6 @@ class VectorStats:
         self.moments.update(torch.cat(parts, dim=1).flatten(1))
         self.images += len(vectors)
 
-    def merge(self, other: "VectorStats") -> None:
-        self.moments.merge(other.moments)
-        self.images += other.images
-
     def state(self) -> dict[str, Any]:
         """Tensors and plain data, for `add_state`."""
         return {"images": self.images, "moments": vars(self.moments)}

@@ -15,7 +15,7 @@ from probing.finished_run import ProbeRun
 
 KEPT_OF_PROBES = (
     "args", "effective_batch", "bn_group", "n_train", "n_val", "n_test", "train_images", "test_images", "command",
-    "commit", "seeds_vary",
+    "commit", "dirty", "seeds_vary",
 )  # fmt: skip
 
 

@@ -1,8 +1,9 @@
 """FIGURES drawn from attention.json alone: lines over the blocks, heat maps of the heads, spectra; and t-SNE's maps."""
 
+import json
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from textwrap import wrap
 from typing import NamedTuple
@@ -16,25 +17,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from util.plotting import (
-    BLOCKS,
-    COLOURS,
-    DASHES,
-    MARKERS,
-    STYLE,
-    WIDTH,
-    block_ticks,
-    choose_metrics,
-    column,
-    counted,
-    entries,
-    head_panel,
-    mark_empty,
-    model_name,
-    name_row,
-    save_figure,
-    title,
-)
+from attention.metrics import METRICS, metric_names
+from util.plotting import COLOURS, DASHES, GREY, MARKERS, STYLE, WIDTH, save_figure
 
 LINES = {  # of reference values, by the field of attention.json
     "uniform": {"color": "0.4", "linewidth": 0.8, "linestyle": (0, (5, 3)), "zorder": 1},
@@ -42,6 +26,102 @@ LINES = {  # of reference values, by the field of attention.json
 }
 LEGEND = {"uniform": "uniform attention", "upper": "largest possible value"}
 DEPTHS = ListedColormap(colormaps["viridis"](np.linspace(0, 0.92, 256)))  # without the yellow, which white paper hides
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# reading attention.json
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def load_attention(path: Path) -> dict:
+    """The attention.json of main_analyze_attention.py; ValueError where the file is something else."""
+    try:
+        result = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(result, dict) or not {"label", "encoder", "metrics", "patches"} <= result.keys():
+        raise ValueError(f"{path} is not an attention.json of main_analyze_attention.py")
+    return result
+
+
+def choose_metrics(words: Sequence[str], results: Sequence[dict], axes: Collection[str | None]) -> list[str]:
+    """Metrics by name or group, in the order of the words; of a group, those that were measured.
+
+    axes: what a figure can draw, of Metric.axis. Empty where nothing is left. ValueError for an unknown word, and for a
+    metric that no result has.
+    """
+    named = metric_names(words)
+    measured = {name for result in results for name in result["metrics"]}
+    if missing := [word for word in words if word in METRICS and word not in measured]:
+        raise ValueError(f"metrics {' '.join(missing)} were not measured: there are {', '.join(sorted(measured))}")
+    return [name for name in named if name in measured and METRICS[name].axis in axes]
+
+
+def model_name(result: dict) -> str:
+    """ "vit_base_patch16" as papers write it: ViT-B/16."""
+    model = result["encoder"]["model"]
+    size, _, patch = model.removeprefix("vit_").partition("_patch")
+    letter = {"tiny": "Ti", "small": "S", "base": "B", "large": "L", "huge": "H", "2b": "2B"}.get(size, size)
+    return f"ViT-{letter}/{patch}" if patch else model
+
+
+def title(name: str) -> str:
+    """Of a panel; a metric that has no title is called what it is."""
+    given = METRICS[name].title if name in METRICS else ""
+    return given or name.replace("cls", "[cls]").replace("self_", "self-").replace("_", " ")
+
+
+def entries(metric: dict) -> tuple[list[int], list[dict]]:
+    """Depths, and what was measured there: the blocks from 0, after the embedding (-1) where there is one."""
+    found = ([metric["embedding"]] if "embedding" in metric else []) + metric["blocks"]
+    first = -1 if "embedding" in metric else 0
+    return list(range(first, first + len(found))), found
+
+
+def column(found: Sequence[dict], key: str) -> np.ndarray:
+    """One number, or a list of them, per entry; NaN where it is null."""
+    return np.array([entry[key] for entry in found], dtype=float)
+
+
+def counted(first: int, last: int, parts: int = 4) -> list[int]:
+    """Ticks for things that are counted: all of a few, else the first and about `parts` in equal steps."""
+    step = 1 if last <= 2 * parts else math.ceil(last / parts)
+    return [first, *(number for number in range(step, last + 1, step) if number > first)]
+
+
+BLOCKS = "block (from 0)"
+
+
+def block_ticks(axis: Axes, depths: Sequence[int]) -> None:
+    """E: the embedding, where the depths have it."""
+    ticks = counted(0, max(depths))
+    if min(depths) < 0:
+        axis.set_xticks([-1, *ticks], ["E", *map(str, ticks)])
+    else:
+        axis.set_xticks(ticks)
+    axis.set_xlabel(BLOCKS + "; E: embedding" * (min(depths) < 0))
+
+
+def name_row(axis: Axes, text: str, distance: float) -> None:
+    """Write a row's name to the left of its first panel; distance in points."""
+    axis.annotate(text, (0, 0.5), xytext=(-distance, 0), xycoords="axes fraction", textcoords="offset points",
+                  rotation=90, ha="right", va="center", fontsize=7.5, fontweight="bold")  # fmt: skip
+
+
+def head_panel(axis: Axes, text: str, small: str = "") -> None:
+    """A title, and a line or two under it, centred over the panel and its labels.
+
+    Not Axes.set_title: the layout makes no room for a title that is wider than its panel.
+    """
+    for words, above, style in ((small, 3, GREY), (text, 11 + 7 * small.count("\n"), {"fontsize": 7.5})):
+        axis.annotate(words, (0.4, 1), xycoords="axes fraction", xytext=(0, above), textcoords="offset points",
+                      ha="center", **style)  # fmt: skip
+
+
+def mark_empty(axis: Axes) -> None:
+    """A panel of what an encoder lacks."""
+    axis.text(0.5, 0.5, "not measured", transform=axis.transAxes, ha="center", va="center", **GREY)
+    axis.set_axis_off()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

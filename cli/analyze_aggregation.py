@@ -1,4 +1,19 @@
-"""Arguments of main_analyze_aggregation.py."""
+"""What is aggregated: how rules weigh the patches of one encoder, and whether that localises objects. Table 6, Figures
+7 to 9 and Table 8.
+
+Rules are fixed (--rules), or the trained probes of a main_linprobe.py run (--probes), whose encoder is used unless
+--finetune is given. `<output_dir>/aggregation.json` holds the entropy of each rule's vector, divergences of pairs of
+rules, and with --boxes MaxBoxAccV2; the figures are kl, maps and boxes. Under torchrun, processes share the images.
+
+examples:
+    # everything: fixed rules, an oracle, the probes of a run, and localisation
+    python main_analyze_aggregation.py --data_path $IMAGENET --probes runs/mae_base --oracle dino_vit_base_patch16 \\
+        --boxes $IMAGENET/LOC_val_solution.csv --output_dir runs/aggregation
+
+    # rules without parameters, on 1,000 images
+    python main_analyze_aggregation.py --data_path $IMAGENET --finetune mae_vit_base_patch16 \\
+        --rules attn-mn attn-lcte pos ca2 --num_images 1000 --output_dir runs/rules
+"""
 
 import argparse
 from pathlib import Path
@@ -10,8 +25,8 @@ from cli.console import Parser, inner_share, non_negative_int, positive_int, sha
 from cli.encoder_arguments import add_encoder_arguments, add_oracle_arguments
 
 
-def get_args_parser(description: str | None = None) -> Parser:
-    parser = Parser(description)
+def get_args_parser() -> Parser:
+    parser = Parser(__doc__)
     add_encoder_arguments(parser)
     add_data_arguments(parser, labels=False)
     add = parser.add_argument_group("rules").add_argument

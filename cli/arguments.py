@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -132,41 +131,23 @@ def plain(args: argparse.Namespace) -> dict:
     return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
 
 
-def check_numbers(args: argparse.Namespace) -> None:
-    """Refuse numbers that have no meaning, NaN and infinity among them; ValueError."""
-    for name in ("lr", "blr", "min_lr", "weight_decay", "start_epoch"):
-        given = getattr(args, name)
-        for value in given if isinstance(given, list) else [given]:
-            if value is not None and not 0 <= value < math.inf:
-                raise ValueError(f"--{name} {value}: write a number, 0 or more")
-
-
 def check_training(args: argparse.Namespace) -> None:
-    """Refuse what no training can do, before anything is read; ValueError."""
+    """Check how the arguments of a training fit together; ValueError."""
     check_input_size(args.input_size, args.model)
-    check_numbers(args)
-    if args.epochs < 1:
-        raise ValueError(f"--epochs {args.epochs}: it takes at least one")
     if args.start_epoch >= args.epochs:
         raise ValueError(f"--start_epoch {args.start_epoch}: the epochs are 0 to {args.epochs - 1}")
-    if not 0 <= args.warmup_epochs <= args.epochs:
-        raise ValueError(
-            f"--warmup_epochs {args.warmup_epochs} does not fit into --epochs {args.epochs}: write a number from 0 to "
-            f"{args.epochs}"
-        )
+    if args.warmup_epochs > args.epochs:
+        raise ValueError(f"--warmup_epochs {args.warmup_epochs} must be at most --epochs {args.epochs}")
     micro_steps_of_a_group(getattr(args, "bn_group", None) or args.batch_size, args.batch_size, args.accum_iter)
 
 
 def check_files(args: argparse.Namespace, remote: bool = False) -> None:
-    """Refuse data, architectures, weights and a checkpoint that are not there, at the cost of a look; ValueError.
-
-    remote: files are out of sight.
-    """
+    """Check that data, architectures, weights and a checkpoint exist; ValueError. remote: without looking at files."""
     check_dataset(args.dataset, None if remote else args.data_path)
     check_weights(args, remote)
     resume = getattr(args, "resume", "")
     if not (remote or resume in ("", "auto") or Path(resume).is_file()):
-        raise ValueError(f"--resume {resume}: there is no file of that name")
+        raise ValueError(f"--resume {resume}: no such file")
 
 
 # flags that may change when a run is resumed: where it runs and what it reports, not what it computes (the weights of

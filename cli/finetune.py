@@ -1,4 +1,20 @@
-"""Arguments of main_finetune.py."""
+"""End-to-end fine-tuning on the [cls] token: the paper's MAE-FT, and the demo's fine-tuned encoder.
+
+The run folder gets `encoder.safetensors` (encoder and head, family mae_ft), for --finetune of every other main.
+--global_pool classifies the mean patch instead, as MAE's published models do (family mae_ft_mean). Defaults are the
+paper's recipe for ViT-B (B.1). Source: He et al., 2022, appendix A.
+
+examples:
+    # the paper's ViT-B: effective batch 1,024
+    torchrun --nproc_per_node 8 main_finetune.py --model vit_base_patch16 --finetune mae_vit_base_patch16 \\
+        --batch_size 128 --data_path $IMAGENET --output_dir runs/mae_ft_base
+
+    # the accuracy of a published classifier
+    python main_finetune.py --eval --resume mae_finetuned_vit_base.pth --global_pool --data_path $IMAGENET
+
+    # resume a stopped run
+    python main_finetune.py --args_from runs/mae_ft_base/args.json --resume auto
+"""
 
 import argparse
 
@@ -23,8 +39,8 @@ from cli.encoder_arguments import add_encoder_arguments
 from data_sets.table import DATASETS
 
 
-def get_args_parser(description: str | None = None) -> Parser:
-    parser = Parser(description)
+def get_args_parser() -> Parser:
+    parser = Parser(__doc__)
     add_encoder_arguments(parser)
     add_data_arguments(parser, loaders=False)  # timm augments PIL images
     head = parser.add_argument_group("classifier")

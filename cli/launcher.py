@@ -1,8 +1,8 @@
-"""Send a program of this project to SLURM, or run it here, and requeue it where it is pre-empted or out of time.
+"""Submit a program of this project to SLURM, or run it here; requeue it when it is pre-empted or out of time.
 
-Flags that are not the launcher's are the program's. The run folder is --job_dir; every start continues its newest
-checkpoint (--resume auto), so a requeued job goes on where it stopped. Jobs run a copy of the code as it is now, and
-in the folder where they were submitted.
+Flags that the launcher does not have are passed to the program. The run folder is --job_dir; every start continues
+from its newest checkpoint (--resume auto), and so does a requeued job. Jobs run a copy of the current code, in the
+folder where they were submitted.
 
 examples:
     # probes on a node of four GPUs
@@ -10,7 +10,7 @@ examples:
         --model vit_base_patch16 --finetune mae_vit_base_patch16 --cls_features cls pos abmilp \\
         --batch_size 2048 --accum_iter 2 --data_path $IMAGENET
 
-    # an array of jobs, each in a folder of its own; shown, not submitted
+    # a job array, one folder per job; printed, not submitted
     python submitit_linprobe.py --job_dir runs/seeds --ngpus 4 --sweep seed 0 1 2 --dry_run \\
         --finetune mae_vit_base_patch16 --data_path $IMAGENET
 
@@ -174,12 +174,7 @@ def program_arguments(args: argparse.Namespace, argv: list[str], folder: Path) -
 
 def parser_module(program: str) -> ModuleType:
     """The module with `get_args_parser` and `check` of a main."""
-    try:
-        return importlib.import_module(f"cli.{program.removeprefix('main_')}")
-    except ModuleNotFoundError:  # until every main has moved its parser
-        module = importlib.import_module(program)
-        module.check = getattr(module, "settle", None) or module.check
-        return module
+    return importlib.import_module(f"cli.{program.removeprefix('main_')}")
 
 
 def gpus_per_node(args: argparse.Namespace) -> int:

@@ -1,4 +1,20 @@
-"""Arguments of main_pretrain.py."""
+"""MAE pretraining: the paper's ViT-S, the demo encoder, or any architecture of models_vit.
+
+The run folder gets `encoder.safetensors` (the encoder in MAE's published layout, for --finetune of every other main),
+`results.json` (last epoch and provenance), and `reconstruction.png` (image, masked, reconstruction).
+Source: He et al., "Masked Autoencoders Are Scalable Vision Learners", CVPR 2022.
+
+examples:
+    # the paper's ViT-S: effective batch 4,096
+    torchrun --nproc_per_node 8 main_pretrain.py --model vit_small_patch16 --batch_size 512 --data_path $IMAGENET \\
+        --output_dir runs/mae_small
+
+    # a small encoder on the demo's images, on any machine
+    python main_pretrain.py --model vit_demo_patch8 --dataset demo --data_path demo_images --epochs 20 --warmup_epochs 2
+
+    # resume a stopped run
+    python main_pretrain.py --args_from runs/mae_small/args.json --resume auto
+"""
 
 import argparse
 
@@ -12,8 +28,8 @@ def encoder_name(model: str) -> str:
     return model.removeprefix("mae_").removesuffix("_dec512d8b")
 
 
-def get_args_parser(description: str | None = None) -> Parser:
-    parser = Parser(description)
+def get_args_parser() -> Parser:
+    parser = Parser(__doc__)
     model = parser.add_argument_group("model")
     model.add_argument("--model", default="vit_small_patch16", metavar="MODEL", type=encoder_name,
                        help="encoder architecture, by name")  # fmt: skip

@@ -221,7 +221,7 @@ FAMILIES = {
         "MAE fine-tuned on the mean patch: its authors' fine-tuned files",
         key="model", needs=("pos_embed", "fc_norm.weight", "head.weight"), lacks=("norm.*",),
         drop=("fc_norm.*", "head.*"), vit={"final_norm": "none", "pos_resampling": "plain"},
-        evidence=lambda weights, content: "",
+        evidence=lambda weights, content: "by its history" * ("history" in content),
     ),
     "simmim": Family(
         "SimMIM pretraining files",

@@ -8,12 +8,12 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from attention.figures import model_name
 from data_sets.table import DATASETS
 from encoders.catalogue import PUBLICATIONS
 from encoders.families import FAMILIES
 from paper.ledger import Cell, cell_in
 from probing.results import seeds_note
-from util.plotting import model_name
 
 PAPER_DATASET = "imagenet1k"
 DASH = "–"

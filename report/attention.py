@@ -6,14 +6,13 @@ from collections.abc import Sequence
 
 from markupsafe import Markup
 
-from attention.figures import FIGURES
+from attention.figures import FIGURES, entries, model_name, title
 from attention.metrics import METRICS, metric_names
 from report import facts
 from report.facts import RunReport, mean_std, real
 from report.figures import drawing, shorten
 from report.page import NONE, Cell, Group, Text, join, table
 from report.runs import Record, Run
-from util.plotting import entries, model_name, title
 
 Measured = tuple[RunReport, Record]  # a run, and the attention.json of one of its encoders
 EXPLANATION = "Lines: mean over images and heads; bands: one standard deviation over images. Blocks are counted from 0."

@@ -1,6 +1,5 @@
-"""What analyses of images share: which images, and passes over them that can be stopped and gone on with."""
+"""Which images an analysis takes, and resumable passes over them."""
 
-import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -9,11 +8,9 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 
 from data_sets.table import build_dataset
-from runtime.folder import MISFITS, AnotherRun, RunFolder
-from runtime.processes import require_same_run
-from runtime.resumable import check_identity
-from util import signals
-from util.distributed import agree, barrier, gather_objects, leave, rank, world_size
+from runtime.folder import RunFolder
+from runtime.resumable import Resumable, check_identity
+from util.distributed import agree, gather_objects, rank, world_size
 from util.progress import log
 from util.seeding import stable_seed
 
@@ -35,21 +32,21 @@ def subset(length: int, num_images: int | None, seed: int) -> list[int]:
 
 
 class Record(Protocol):
-    """What a pass gathers from the images of one process."""
+    """What a pass accumulates over the images of one process."""
 
     def state(self) -> dict[str, Any]:
-        """What another is made of that goes on from here: tensors and plain data."""
+        """Tensors and plain data from which another record continues."""
 
 
 AnyRecord = TypeVar("AnyRecord", bound=Record)
 
 
-class Progress(Generic[AnyRecord]):
-    """How far an analysis has come in its passes over the images, and its checkpoints.
+class Progress(Resumable, Generic[AnyRecord]):
+    """Passes of an analysis over its images, with checkpoints: checkpoint-<pass>-<images>.pth within a pass, counted
+    from 0, and checkpoint-<pass>.pth after it.
 
-    checkpoint-<pass>-<images>.pth stands within a pass, counted from 0; checkpoint-<pass>.pth behind it. The images
-    that were seen are always the first ones, so another number of processes can go on with the others; it gives the
-    same numbers, to rounding.
+    The images seen are always the first ones, so another number of processes can continue with the others, with the
+    same numbers to rounding.
     """
 
     def __init__(
@@ -66,12 +63,11 @@ class Progress(Generic[AnyRecord]):
         """results: pattern of the names of the result files; identity: plain data that must be equal when the analysis
         is resumed; passes: {name: makes a pass's record from the states of several processes}; images: of every pass;
         batch_size: images per process; save_every_minutes: 0 for no checkpoints within a pass."""
-        self.program, self.folder, self.pattern, self.identity = program, folder, results, identity
+        super().__init__(program, folder, identity, save_every_minutes)
+        self.pattern = results
         self.names, self.makers, self.images = list(passes), list(passes.values()), images
-        self.batch_size, self.save_every_minutes = batch_size, save_every_minutes
+        self.batch_size = batch_size
         self.results: list[dict] = []  # of the passes behind it
-        self.saved = (0, 0)  # where the newest checkpoint stands; at the start, none is needed
-        self.saved_at = time.monotonic()
         self._begin([])
 
     def _begin(self, states: Sequence[dict], seen: int = 0, seconds: float = 0.0) -> None:
@@ -81,78 +77,60 @@ class Progress(Generic[AnyRecord]):
 
     @property
     def complete(self) -> bool:
-        """Nothing is left but to write the results."""
+        """Whether all passes are done."""
         return len(self.results) == len(self.makers)
 
     @property
     def seconds(self) -> float:
-        """That the pass has taken, in all its starts."""
+        """Duration of the pass, over all starts of the program."""
         return time.perf_counter() - self.start
 
     @property
-    def place(self) -> tuple[int, int]:
+    def position(self) -> tuple[int, int]:
         return len(self.results), self.seen
 
+    @property
+    def at_start(self) -> bool:
+        return self.position == (0, 0)
+
+    def done_so_far(self) -> str:
+        return f"{self.seen} of {self.images} images ({self.names[len(self.results)]})"
+
     def reach(self, batches: int) -> None:
-        """So many batches of every process are behind this start; a checkpoint where it is time for one."""
+        """Every process has done this many batches since this start; a checkpoint if one is due."""
         self.seen = min(self.first + batches * self.batch_size * world_size(), self.images)
-        minutes = self.save_every_minutes
-        late = bool(minutes) and time.monotonic() - self.saved_at >= 60 * minutes
-        if agree(late)[0] and self.saved != self.place:
+        new = not self.at_start and self.saved_position != self.position
+        if agree(self.overdue)[0] and new:
             self.save()
 
     def end_pass(self, result: dict) -> None:
-        """Keep what a pass has given, tensors and plain data, and go to the next."""
+        """Keep the result of a pass, tensors and plain data, and begin the next pass."""
         self.results.append(result)
         self._begin([])
         self.save()
 
     def save(self) -> None:
-        """Write a checkpoint of where the analysis stands: all processes together."""
         ended = self.seen == 0
-        states = [] if ended else gather_objects(self.record.state())
         state = {
-            "results": [list(pair) for pair in zip(self.names, self.results, strict=False)], "recorders": states,
-            "seconds": self.seconds, "identity": self.identity,
-        }  # fmt: skip
-        keep = 1 if self.complete else 2
-        self.folder.save_checkpoint(len(self.results) - ended, state, keep, None if ended else self.seen)
-        self.saved, self.saved_at = self.place, time.monotonic()
-
-    def stoppable(self) -> contextlib.AbstractContextManager[None]:
-        """Requests to stop wait for the end of a batch in this block; then the analysis is saved."""
-        return signals.saving(self._save_for_later)
-
-    def _save_for_later(self) -> str:
-        if self.folder.read_path is None:
-            return "nothing saved, because --output_dir is empty"
-        if self.place == (0, 0):
-            return "before its first batch, so that there was nothing to save"
-        if self.saved != self.place:
-            self.save()
-        barrier()  # the first process to end takes the others along
-        leave()
-        return (
-            f"saved after {self.seen} of {self.images} images ({self.names[len(self.results)]}) in "
-            f"{self.folder.read_path}; the same command with --resume auto goes on"
-        )
+            "results": [list(pair) for pair in zip(self.names, self.results, strict=False)],
+            "recorders": [] if ended else gather_objects(self.record.state()),
+            "seconds": self.seconds,
+        }
+        self._write(len(self.results) - ended, state, None if ended else self.seen, keep=1 if self.complete else 2)
 
     def resume(self, resume: str) -> None:
         """Continue from the checkpoint that `resume` names, see RunFolder.find_checkpoint. ValueError where there is
         none to continue from and the folder holds results."""
-        require_same_run(self.identity)
-        if self.folder.find_checkpoint(resume, restore=self._restore) is None:
+        if self._find(resume, self._restore) is None:
             self.folder.refuse_results(self.pattern)
         elif self.folder.kept:
-            self.saved = self.place
+            self.saved_position = self.position
         if self.complete:
-            log.info("the analysis is complete: its results are written again")
+            log.info("the analysis is complete: only its results are written again")
 
     def _restore(self, state: dict) -> None:
-        """Take over a checkpoint. ValueError where it does not fit, AnotherRun where that is meant by the arguments."""
-        if missing := {"step", "results", "recorders", "seconds", "identity"} - state.keys():
-            raise ValueError(f"not a checkpoint of {self.program} (no {', '.join(sorted(missing))})")
-        try:
+        """Take over a checkpoint. ValueError where it does not fit, AnotherRun where the arguments differ."""
+        with self._checking(state, {"results", "recorders", "seconds"}):
             check_identity(self.identity, state["identity"])
             results, states, seen = state["results"], state["recorders"], state["step"] or 0
             if len(results) != state["epoch"] + (seen == 0) or not 0 <= seen <= self.images:
@@ -160,16 +138,12 @@ class Progress(Generic[AnyRecord]):
             if [name for name, _ in results] != self.names[: len(results)]:
                 raise ValueError(f"its results are of other passes than {', '.join(self.names)}")
             if seen and not states:
-                raise ValueError("it is of no process")
+                raise ValueError("it has the state of no process")
             if not seen:
                 states = []
             elif len(states) == world_size():
                 states = [states[rank()]]
             elif rank() != 0:
-                states = []  # the first process takes what all of them had
+                states = []  # the first process takes over the states of all
             self.results = [result for _, result in results]
             self._begin(states, seen, float(state["seconds"]))
-        except AnotherRun:
-            raise
-        except MISFITS as error:
-            raise ValueError(f"the checkpoint does not fit this run: {error}") from error

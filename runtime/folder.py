@@ -25,8 +25,8 @@ from util.files import atomic_path, digest, disk_error, remove_leftovers, to_jso
 from util.progress import log
 from util.safe_load import load_plain
 
-# what loading a state of wrong content raises, inside of torch too
-MISFITS = (RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError)
+# raised, also inside torch, by loading a state with unexpected content
+LOAD_ERRORS = (RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError)
 LOCK = ".lock"
 # of a run, as a pattern
 FILES = (
@@ -75,7 +75,7 @@ class RunFolder:
         self.write(name, record)
         if self.path is not None:
             with self._writing("--log_dir", self.log_dir):
-                wait_for_a_later_name(self.log_dir)
+                date_back_event_files(self.log_dir)
                 self.board = SummaryWriter(log_dir=str(self.log_dir), purge_step=purge_step)
 
     def write(self, name: str, value: Any) -> None:
@@ -207,13 +207,13 @@ class RunFolder:
         if chosen is None:
             return None
         if distributed.world_size() > 1:  # each node may have a file of that name
-            content = ""
             try:
                 if distributed.rank() != 0:
                     _, state = _load(chosen, restore)
+                content = digest(state)
             except ValueError as problem:
                 content = str(problem)
-            require_same_run({f"checkpoint {chosen}": content or digest(state)})
+            require_same_run({f"checkpoint {chosen}": content})
         if self.read_path is not None and Path(chosen).resolve().parent == self.read_path.resolve():
             self.kept = [self.read_path / Path(chosen).name]
         log.info("%s from %s", "evaluating" if evaluate_only else "resuming", chosen)
@@ -240,7 +240,7 @@ class RunFolder:
         """ValueError where the folder holds a run of another main: its record, args.json, would be lost."""
         mine, theirs = Path(sys.argv[0]).name, ""
         if self.read_path is not None:
-            with contextlib.suppress(OSError, *MISFITS):
+            with contextlib.suppress(OSError, *LOAD_ERRORS):
                 theirs = json.loads((self.read_path / "args.json").read_text())["command"].split()[0]
         if mine != theirs and mine.startswith("main_") and theirs.startswith("main_"):
             raise ValueError(f"--output_dir {self.read_path} holds a run of {theirs}: name another folder")
@@ -259,14 +259,18 @@ class RunFolder:
                 )
 
 
-def wait_for_a_later_name(log_dir: Path) -> None:
-    """TensorBoard reads its files in the order of their names, which begin with the second of their start: a run that
-    is resumed within a second, or on a machine whose clock is some seconds behind, would come before what it
-    continues."""
-    seconds = [path.name.split(".")[3] for path in log_dir.glob("events.out.tfevents.*")]
-    ahead = max((int(second) + 1 for second in seconds if second.isdecimal()), default=0) - time.time()
-    if 0 < ahead <= 10:  # by more, the clock was set, and no waiting helps
-        time.sleep(ahead)
+def date_back_event_files(log_dir: Path) -> None:
+    """Rename TensorBoard's files so that they sort before one that is opened now.
+
+    They are read in the order of their names, which begin with the second of their start: a run resumed within a
+    second, or on a machine whose clock is behind, would come before what it continues.
+    """
+    paths = sorted(log_dir.glob("events.out.tfevents.*"))
+    for path, latest in zip(paths, range(int(time.time()) - len(paths), 2**40), strict=False):
+        fields = path.name.split(".")
+        if fields[3].isdecimal() and int(fields[3]) > latest:
+            fields[3] = str(latest)
+            path.rename(log_dir / ".".join(fields))
 
 
 class AnotherRun(ValueError):

@@ -1,12 +1,20 @@
 """The processes of a run, which must compute the same thing."""
 
 import contextlib
+import importlib.metadata
+import platform
 from collections.abc import Iterator
 from typing import Any
 
-from runtime.provenance import code_digest, hardware, versions
+from runtime.provenance import code_digest, hardware
 from util.distributed import World, distributed, gather_objects, require_equal
 from util.progress import log, setup_logging
+
+
+def installed_versions() -> dict[str, str]:
+    """Without importing the packages, which takes seconds."""
+    packages = ("torch", "torchvision", "timm", "numpy", "pillow")
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}}
 
 
 @contextlib.contextmanager
@@ -19,7 +27,7 @@ def process_group(device: str, dist_url: str, arguments: dict[str, Any]) -> Iter
         setup_logging()
         if world.size > 1:
             require_equal(
-                {"code": code_digest(), **versions(), **arguments},
+                {"code": code_digest(), **installed_versions(), **arguments},
                 "start every process with the same command and the same installation",
             )
             machines = {str(machine) for machine in gather_objects(hardware(world.device))}

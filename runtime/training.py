@@ -7,7 +7,6 @@ are functions of (seed, epoch, sample or chunk), and the sums of the epoch that 
 Letters: S losses, one per network that trains on its own: the probes of a bank, or the one network.
 """
 
-import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,12 +17,10 @@ from torch import Tensor
 
 from data_sets.loader import Loader, Sample, Watched
 from data_sets.order import GlobalBatches
-from runtime.folder import MISFITS, AnotherRun, RunFolder
-from runtime.processes import require_same_run
-from runtime.resumable import check_identity
+from runtime.folder import RunFolder
+from runtime.resumable import Resumable, check_identity
 from util import signals
-from util.allocator import keep_freed_memory
-from util.distributed import GradientMean, agree, barrier, leave, rank, world_size
+from util.distributed import GradientMean, agree, rank, world_size
 from util.progress import log, peak_memory, throughput
 
 
@@ -55,7 +52,7 @@ class Method(Protocol):
         """Weights and buffers, of tensors by name."""
 
     def load(self, state: dict[str, Any]) -> None:
-        """The inverse of `state`, complete or an error of MISFITS."""
+        """The inverse of `state`, complete or an error of LOAD_ERRORS."""
 
 
 class OneNetwork:
@@ -68,8 +65,6 @@ class OneNetwork:
     ):  # fmt: skip
         self.model, self.optimizer, self.device, self.amp = model, optimizer, device, amp
         self.groups = [[p for p in model.parameters() if p.requires_grad]]
-        if device.type == "cpu":
-            keep_freed_memory()  # activations and gradients come and go with every step
 
     def train(self) -> None:
         self.model.train()
@@ -122,7 +117,7 @@ class Plan:
     save_every_steps: int = 0
 
 
-class Training:
+class Training(Resumable):
     """One run of a Method. Its position is `epoch` and `done`, the number of optimizer steps done in that epoch."""
 
     def __init__(
@@ -140,22 +135,33 @@ class Training:
         """schedule: (fractional epoch, a group's `peak_lr`) -> rate, which the group's `lr_scale` multiplies.
         identity: plain data that must be equal when the run is resumed. first_epoch: of a run that is not resumed."""
         self.plan, self.method, self.optimizer, self.schedule = plan, method, optimizer, schedule
-        self.loader, self.batches, self.folder = loader, batches, folder
-        self.identity = {"effective batch": batches.effective, **(identity or {})}
+        self.loader, self.batches = loader, batches
+        identity = {"effective batch": batches.effective, **(identity or {})}
+        super().__init__(method.program, folder, identity, plan.save_every_minutes)
         self.epoch = self.first_epoch = first_epoch
         self.done = 0
         self.history: list[dict] = []  # what the program keeps of earlier epochs
         self.diverged_at = torch.full((len(method.names),), -1, device=method.device)  # step of the run; -1: it did not
-        self.told: set[int] = set()  # losses whose divergence was reported
+        self.reported: set[int] = set()  # losses whose divergence was reported
         self.last_scalars: dict[str, float] = {}  # of the epoch that has just ended
-        self.saved: tuple[int, int] | None = None  # where the newest checkpoint stands
-        self.saved_at = self.began = time.monotonic()
+        self.began = time.monotonic()
         self.earlier = 0.0  # seconds that the run took in the starts before this one, until it was saved
         self._clear()
 
     def _clear(self) -> None:
         self.loss_sum = torch.zeros(len(self.method.names), device=self.method.device, dtype=torch.float64)
         self.seconds = self.waited = 0.0
+
+    @property
+    def position(self) -> tuple[int, int]:
+        return self.epoch, self.done
+
+    @property
+    def at_start(self) -> bool:
+        return self.position == (self.first_epoch, 0)
+
+    def done_so_far(self) -> str:
+        return f"{self.done} of {self.batches.steps} steps of epoch {self.epoch}"
 
     @property
     def steps_done(self) -> int:
@@ -228,7 +234,7 @@ class Training:
         if self.done % max(1, self.batches.steps // 20) == 0:
             self._look_for_divergence()
             values = {f"train_loss{self._suffix(i)}": loss for i, loss in enumerate(losses.tolist())}
-            values = {name: loss for i, (name, loss) in enumerate(values.items()) if i not in self.told}
+            values = {name: loss for i, (name, loss) in enumerate(values.items()) if i not in self.reported}
             self.folder.scalars({**values, "lr": self.optimizer.param_groups[0]["lr"]}, self.steps_done)
         self.done += 1
 
@@ -255,86 +261,51 @@ class Training:
                 f"{what} diverged: the loss or its gradient is not finite in {places[found.index(max(found))]}; "
                 "lower the learning rate"
             )
-        for index in (i for i, step in enumerate(found) if step >= 0 and i not in self.told):
-            self.told.add(index)
+        for index in (i for i, step in enumerate(found) if step >= 0 and i not in self.reported):
+            self.reported.add(index)
             log.warning("%s diverged in %s: it stays as it was", self.method.names[index], places[index])
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
     def _save_or_stop(self) -> None:
-        minutes, steps = self.plan.save_every_minutes, self.plan.save_every_steps
-        late = bool(minutes) and time.monotonic() - self.saved_at >= 60 * minutes
-        number, late = agree(signals.requested(), late)
+        number, overdue = agree(signals.requested(), self.overdue)
         if number:
             raise signals.Stopped(number)
-        if late or (steps and self.steps_done % steps == 0):
+        steps = self.plan.save_every_steps
+        if overdue or (steps and self.steps_done % steps == 0):
             self.save()
 
     def save(self) -> None:
-        """Write a checkpoint of where the run stands. FloatingPointError instead where nothing is left to train."""
+        """Write a checkpoint. FloatingPointError instead where nothing is left to train."""
         self._look_for_divergence()
         ended = self.done == 0
-        self.folder.save_checkpoint(self.epoch - ended, {
+        state = {
             "loss_sum": self.loss_sum, "seconds": self.seconds, "waited": self.waited, "history": self.history,
             "scalars": self.last_scalars if ended else {}, "diverged_at": self.diverged_at.tolist(),
             self.method.state_name: self.method.state(), "optimizer": self.optimizer.state_dict(),
-            "elapsed": self.elapsed, "identity": self.identity,
-        }, step=None if ended else self.done)  # fmt: skip
-        self.saved, self.saved_at = (self.epoch, self.done), time.monotonic()
-
-    def stoppable(self) -> contextlib.AbstractContextManager[None]:
-        """Requests to stop wait for the end of an optimizer step in this block; then the run is saved.
-
-        An evaluation that is abandoned is repeated when the run is resumed.
-        """
-        return signals.saving(self._save_for_later)
-
-    def _save_for_later(self) -> str:
-        if self.folder.read_path is None:
-            return "nothing saved, because --output_dir is empty"
-        if self.saved is None and self.steps_done == self.first_epoch * self.batches.steps:
-            return "before its first step, so that there was nothing to save"
-        if self.saved != (self.epoch, self.done):
-            self.save()
-        barrier()  # the first process to end takes the others along
-        leave()
-        return (
-            f"saved after {self.done} of {self.batches.steps} steps of epoch {self.epoch} in {self.folder.read_path}; "
-            "the same command with --resume auto goes on"
-        )
+            "elapsed": self.elapsed,
+        }  # fmt: skip
+        self._write(self.epoch - ended, state, None if ended else self.done)
 
     def resume(self, resume: str, evaluate_only: bool = False, evaluated: Sequence[str] = ()) -> None:
-        """Continue from the checkpoint that --resume asks for, if there is one; see RunFolder.find_checkpoint.
+        """Continue from the checkpoint that `resume` names, if there is one; see RunFolder.find_checkpoint.
 
         evaluated: names of `identity` that must be equal if the checkpoint is only evaluated."""
-        require_same_run(self.identity)
         self.evaluated = evaluated
-        state = self.folder.find_checkpoint(resume, evaluate_only, lambda s: self._restore(s, evaluate_only))
+        state = self._find(resume, lambda state: self._restore(state, evaluate_only), evaluate_only)
         if state is not None and not evaluate_only:
             self.epoch, self.done = state["epoch"], state["step"]
             if self.done is None:
                 self.epoch, self.done = self.epoch + 1, 0
-            self.saved = (self.epoch, self.done) if self.folder.kept else None  # of another folder: not here yet
+            self.saved_position = self.position if self.folder.kept else None  # None: it is in another folder
             if self.epoch >= self.plan.epochs:
-                log.info("all %d epochs are done: only what comes behind them is written again", self.plan.epochs)
+                log.info("all %d epochs are done: only the results are written again", self.plan.epochs)
 
     def _restore(self, state: dict, evaluate_only: bool) -> None:
-        """Take over a checkpoint, but for its place. ValueError where it does not fit, AnotherRun where that is meant
-        by the arguments."""
+        """Take over all of a checkpoint but its position. ValueError where it does not fit, AnotherRun where that is
+        because of the arguments."""
         name = self.method.state_name
-        missing = {
-            "step",
-            name,
-            "optimizer",
-            "history",
-            "loss_sum",
-            "diverged_at",
-            "scalars",
-            "identity",
-        } - state.keys()
-        if missing:
-            raise ValueError(f"not a checkpoint of {self.method.program} (no {', '.join(sorted(missing))})")
-        try:
+        with self._checking(state, {name, "optimizer", "history", "loss_sum", "diverged_at", "scalars"}):
             if evaluate_only:
                 kept = {name: self.identity[name] for name in self.evaluated}
                 check_identity(kept, state["identity"], "give the flags of the run, as --args_from its args.json does")
@@ -343,10 +314,6 @@ class Training:
             self.method.load(state[name])
             if not evaluate_only:
                 self._restore_progress(state)
-        except AnotherRun:
-            raise
-        except MISFITS as error:
-            raise ValueError(f"the checkpoint does not fit this run: {error}") from error
 
     def _restore_progress(self, state: dict) -> None:
         steps = self.batches.steps
@@ -363,7 +330,7 @@ class Training:
             raise ValueError(f"it stands at step {step} of epoch {epoch}")
         self.loss_sum, self.diverged_at = loss_sum.to(self.loss_sum), diverged_at.to(self.diverged_at)
         self.seconds, self.waited = float(state["seconds"]), float(state["waited"])
-        self.earlier = float(state.get("elapsed", 0))  # checkpoints of before did not count
+        self.earlier = float(state["elapsed"])
         evaluated = [entry["epoch"] for entry in history if isinstance(entry.get("test", entry.get("val")), dict)]
         if len(evaluated) < len(history) or (state["scalars"] and evaluated[-1:] != [epoch]):
             raise ValueError(f"its history is of the epochs {evaluated}")

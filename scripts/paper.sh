@@ -183,7 +183,7 @@ heads() {
 bank() {
     local folder=$1 name=$2 recipe n images
     n=$(epochs "$name")
-    images=$((n * (1281167 + 50000)))
+    images=$((n * (3 * 1281167 + 50000)))  # three seeds train on views of their own
     [[ " $* " != *" dino "* ]] || images=$((2 * images))  # the oracle sees them, too
     shift 2
     if [ "$mode" = --smoke ]; then
@@ -219,8 +219,8 @@ deepen() {
 }
 
 # transfer NAME/DATASET: baseline and AbMILP (Table 2)
-declare -A images_of=([imagenet1pct]=62811 [food101]=101000 [coco]=123287 [nus_wide]=269648 [cub200]=11788
-    [stanford_cars]=16185 [oxford_pets]=7349)
+declare -A images_of=([imagenet1pct]=88433 [food101]=252500 [coco]=359861 [nus_wide]=593226 [cub200]=23776
+    [stanford_cars]=32473 [oxford_pets]=14709)  # per epoch: test images, and three seeds' training images
 transfer() {
     local name=${1%%/*} set=${1#*/} heads=(cls abmilp) n gpus=$gpus recipe flags images folder
     case "$name" in ijepa_* | capi_*) heads=(pos abmilp) ;; esac

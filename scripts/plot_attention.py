@@ -11,10 +11,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from attention.figures import FIGURES
+from attention.figures import FIGURES, choose_metrics, load_attention
 from attention.metrics import GROUPS, METRICS
-from cli.console import Parser, run_main
-from util.plotting import choose_metrics, load_attention
+from cli.console import Parser, one_of, run_main
 
 
 def main(args: argparse.Namespace) -> None:
@@ -36,7 +35,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = Parser(__doc__)
     parser.add_argument("results", nargs="+", type=Path, metavar="RESULT", help="attention.json of an encoder")
     parser.add_argument("--kind", default="attention", choices=FIGURES, help="of figure, as above")
-    parser.add_argument("--metrics", nargs="+", default=None, metavar="METRIC",
+    parser.add_argument("--metrics", nargs="+", type=one_of([*GROUPS, *METRICS]), metavar="METRIC",
                         help=f"groups ({', '.join(GROUPS)}) or {', '.join(METRICS)} (default: the kind's)")  # fmt: skip
     parser.add_argument("--output", type=Path, default=None, help="png, pdf or svg, by its suffix (default: KIND.png)")
     return parser

@@ -26,10 +26,10 @@ from PIL import Image
 from torch import Tensor
 
 from attention.metrics import entropy
-from cli.analyze_attention import encoder_labels
+from cli.analyze_attention import add_label_argument, encoder_labels
 from cli.console import Parser, run_main
 from cli.encoder_arguments import add_encoder_arguments, frozen_encoder, one_encoder_each, precision
-from data_sets.images import read_rgb
+from data_sets.images import UnreadableImage, read_rgb
 from data_sets.views import eval_transform
 from models_vit import VisionTransformer, attention_row
 from util.plotting import STYLE, WIDTH, add_scale, draw_map, save_figure, visible
@@ -47,6 +47,8 @@ class Maps(NamedTuple):
 def read_image(path: Path) -> Image.Image:
     try:
         return read_rgb(path)
+    except UnreadableImage:  # names the file
+        raise
     except Exception as error:  # decoders raise anything
         raise ValueError(f"cannot read image {path}: {error}") from error
 
@@ -77,7 +79,9 @@ def attention_of(
         for step in backbone.trace(image[None]):
             if step.index == block % backbone.depth:
                 break
-    row = attention_row(step, token, num_prefix=0)[0].double()
+    # in float32, large logits lose digits, and small probabilities vanish
+    exact = step._replace(q=step.q.double(), k=step.k.double())
+    row = attention_row(exact, token, num_prefix=0)[0]
     patches = row[:, prefix:]
     return (patches / patches.sum(1, keepdim=True)).unflatten(1, grid), row[:, token]
 
@@ -163,7 +167,7 @@ if __name__ == "__main__":
     parser = Parser(__doc__)
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="files")
     add_encoder_arguments(parser, several=True)
-    parser.add_argument("--label", nargs="+", default=None, help="names of the encoders (default: of their files)")
+    add_label_argument(parser)
     parser.add_argument("--block", type=int, default=-1, help="counted from 0; negative: from the end")
     parser.add_argument("--query", nargs=2, type=int, default=None, metavar=("ROW", "COLUMN"),
                         help="a patch, counted from 0 from the upper left; without it, [cls]")  # fmt: skip

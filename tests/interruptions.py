@@ -15,7 +15,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import timm  # noqa: F401  (programs import these two late; forks would do so each)
 import torch
+import torch.distributed.nn
+import torchvision.transforms.v2  # noqa: F401
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cli.console import parse, run_main

@@ -64,7 +64,7 @@ def test_an_analysis_stopped_in_both_passes_is_the_uninterrupted_one(
         assert run(PROGRAM, command, tmp_path, "--resume", "auto", *more) == 0
         assert differences(analysed(tmp_path), whole) == []
     assert checkpoints(tmp_path) == ["checkpoint-1.pth"]
-    assert "the analysis is complete: its results are written again" in capsys.readouterr().out
+    assert "the analysis is complete: only its results are written again" in capsys.readouterr().out
     assert run(PROGRAM, command, tmp_path) == 2
     assert "already holds results" in capsys.readouterr().err
 

@@ -123,9 +123,9 @@ def test_any_split_of_the_images_gives_the_same(sizes):
         parts.append(VectorStats(3, "row_col", KL_FLOOR))
         parts[-1].update(chunk)
     merged = VectorStats(3, "row_col", KL_FLOOR)
-    merged.merge(VectorStats(3, "row_col", KL_FLOOR))  # of a process without images
+    merged.add_state(VectorStats(3, "row_col", KL_FLOOR).state())  # of a process without images
     for part in parts:
-        merged.merge(part)
+        merged.add_state(part.state())
     for (one, found), (other, expected) in zip(merged.results()[1].items(), whole.results()[1].items(), strict=True):
         assert one == other and found["images"] == expected["images"] and found["infinite"] == expected["infinite"]
         for key in ("mean", "std"):

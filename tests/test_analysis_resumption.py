@@ -140,7 +140,7 @@ def test_results_that_a_kill_cut_short_are_written_again_and_so_are_complete_one
     for _ in range(2):
         (tmp_path / ".attention.png.abcd1234.tmp").touch()
         assert run("main_analyze_attention", command, tmp_path, "--resume", "auto") == 0
-        assert "the analysis is complete: its results are written again" in capsys.readouterr().out
+        assert "the analysis is complete: only its results are written again" in capsys.readouterr().out
         assert differences(found(tmp_path), whole) == []
 
 
@@ -273,7 +273,7 @@ BAD = {
     "a result too many": (changed(lambda s: s["results"].append(["b", {}])), "with 2 results"),
     "other results": (changed(lambda s: s.update(results=[["encoder c", {}]])), "its results are of other passes"),
     "no results": (changed(lambda s: s.update(results=[7])), "does not fit this run"),
-    "no recorder": (changed(lambda s: s.update(recorders=[])), "it is of no process"),
+    "no recorder": (changed(lambda s: s.update(recorders=[])), "the state of no process"),
     "strange recorder": (changed(lambda s: s.update(recorders=[{"a": 1}])), "does not fit this run"),
     "cut moments": (
         changed(lambda s: s["recorders"][0]["moments"].update(mean=torch.zeros(3))), "its moments are not of"
@@ -307,7 +307,7 @@ def test_a_bad_checkpoint_is_named_and_the_one_before_it_used(
         (["--resume", "auto", "--seed", "1"], "seed was 0, is 1"),
         (["--resume", "auto", "--label", "a", "c"], "label was"),
         ([], "already holds a run (checkpoint-1-4.pth): continue it with --resume auto"),
-        (["--save_every_minutes", "-1"], "--save_every_minutes -1.0: write how often"),
+        (["--save_every_minutes", "-1"], "--save_every_minutes: must be a number >= 0"),
     ],
     ids=" ".join,
 )

@@ -127,8 +127,7 @@ def test_the_nearest_name_comes_first(word, names, near):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--epochs", "0", "--warmup_epochs", "0"], "--epochs 0: it takes at least one"),
-        (["--epochs", "3"], "--warmup_epochs 5 does not fit into --epochs 3: write a number from 0 to 3"),
+        (["--epochs", "3"], "--warmup_epochs 5 must be at most --epochs 3"),
         (["--input_size", "40"], "--input_size 40 is not divisible by the patch size 16 of vit_base_patch16"),
         (["--input_size", "-32"], "--input_size -32 is not divisible by"),
         (["--model", "vit_bas"], "unknown model 'vit_bas': did you mean vit_base_patch16, "),
@@ -159,8 +158,8 @@ def test_impossible_settings_are_refused_before_anything_is_read(flags, message)
         ("main_linprobe", ["--return_block", "12"], "has blocks 0 to 11"),
         ("main_linprobe", ["--bn_group", "100"], "--bn_group 100 and --batch_size 512"),
         ("main_linprobe", ["--dataset", "coco", "--knn", "10"], "--knn needs one label per image"),
-        ("main_linprobe", ["--eval", "--resume", "absent.pth"], "--resume absent.pth: there is no file of that name"),
-        ("main_finetune", ["--dataset", "coco"], "has several labels an image"),
+        ("main_linprobe", ["--eval", "--resume", "absent.pth"], "--resume absent.pth: no such file"),
+        ("main_finetune", ["--dataset", "coco"], "has several labels per image"),
         ("main_finetune", ["--finetune", "absent.pth"], "--finetune absent.pth: no such file"),
         ("main_pretrain", ["--dataset", "imagenette1k"], "unknown data set 'imagenette1k'"),
         ("main_analyze_attention", ["--tsne_blocks", "12"], "has blocks 0 to 11"),
@@ -171,15 +170,15 @@ def test_impossible_settings_are_refused_before_anything_is_read(flags, message)
         ("main_analyze_aggregation", ["--dataset", "imagnet1k"], "did you mean imagenet1k?"),
     ],
 )
-def test_a_folder_that_is_taken_does_not_hide_a_mistake(program, mistake, message, tmp_path):
+def test_a_folder_that_is_taken_does_not_hide_a_mistake(program, mistake, message, tmp_path, capsys):
     for name in ("log.txt", "aggregation.json", "MAE/attention.json"):
         (tmp_path / "run" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "run" / name).write_text("{}")
     main = importlib.import_module(program)
     words = ["--data_path", str(tmp_path), "--output_dir", str(tmp_path / "run"), "--device", "cpu"]
-    with pytest.raises(ValueError) as error:
+    with pytest.raises((ValueError, SystemExit)) as error:
         main.main(parse(main.get_args_parser(), [*words, *mistake]))
-    assert message in str(error.value)
+    assert message in f"{error.value} {capsys.readouterr().err}"
     with pytest.raises(ValueError, match="already holds"):
         main.main(parse(main.get_args_parser(), words))
 

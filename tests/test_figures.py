@@ -12,9 +12,18 @@ import pytest
 from matplotlib.colors import to_rgba
 
 import attention.figures
-from attention.figures import FIGURES, draw_attention, draw_figures, draw_heads, draw_spectra, draw_token_maps
+from attention.figures import (
+    FIGURES,
+    choose_metrics,
+    draw_attention,
+    draw_figures,
+    draw_heads,
+    draw_spectra,
+    draw_token_maps,
+    model_name,
+)
 from attention.metrics import GROUPS, METRICS, REFERENCES, Sizes
-from util.plotting import COLOURS, choose_metrics, model_name
+from util.plotting import COLOURS
 
 ROOT = Path(__file__).resolve().parent.parent
 HEADS = 3
@@ -247,16 +256,16 @@ def test_program_draws_every_kind(tmp_path, monkeypatch, capsys):
     ("words", "message"),
     [
         (["a.json", "a.json"], "two results are both called 'MAE' (ViT-B/16)"),
-        (["a.json", "--metrics", "nonsense"], "--metrics nonsense: choose from the groups paper"),
+        (["a.json", "--metrics", "nonsense"], "--metrics: unknown 'nonsense': "),
         (["a.json", "--metrics", "patch_register_attention"], "not measured: there are"),
         (
             ["a.json", "--kind", "spectra", "--metrics", "paper"],
             "--kind spectra: nothing of --metrics paper was measured; there are",
         ),
-        (["a.json", "--output", "a.jpeg"], "a figure is written as .png, .pdf, .svg"),
+        (["a.json", "--output", "a.jpeg"], "must end in .png, .pdf, .svg"),
         (["a.json", "--output", "nowhere/a.png"], "cannot be written: No such file or directory"),
         (["missing.json"], "missing.json cannot be read"),
-        (["b.json"], "b.json is no attention.json"),
+        (["b.json"], "b.json is not an attention.json"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -162,7 +162,7 @@ def test_a_finished_run_is_not_written_over(command):
         (["--global_pool"], "use --cls_features pos"),
         (
             ["--epochs", "1", "--warmup_epochs", "2"],
-            "--warmup_epochs 2 does not fit into --epochs 1: write a number from 0 to 1",
+            "--warmup_epochs 2 must be at most --epochs 1",
         ),
         (["--eval"], "--eval evaluates a checkpoint: name it with --resume"),
         (["--lr", "1", "--blr", "1", "2"], "--lr 1.0 sets one rate, --blr [1.0, 2.0] several"),

@@ -13,7 +13,7 @@ import time
 import pytest
 import torch
 
-from runtime.folder import RunFolder, wait_for_a_later_name
+from runtime.folder import RunFolder, date_back_event_files
 from runtime.provenance import code_version, provenance
 
 
@@ -179,13 +179,14 @@ def test_a_file_system_without_locks_does(tmp_path, monkeypatch):
     RunFolder(tmp_path).claim()
 
 
-@pytest.mark.parametrize(("ahead", "waits"), [(-5, False), (3, True), (3600, False)])
-def test_a_machine_whose_clock_is_seconds_behind_waits_for_its_turn_in_tensorboard(tmp_path, monkeypatch, ahead, waits):
-    slept = []
-    monkeypatch.setattr(time, "sleep", slept.append)
-    (tmp_path / f"events.out.tfevents.{int(time.time()) + ahead}.host.1.0").touch()
-    wait_for_a_later_name(tmp_path)
-    assert [ahead <= seconds <= ahead + 1 for seconds in slept] == [True] * waits
+def test_event_files_of_a_clock_that_was_ahead_sort_before_new_ones_in_their_old_order(tmp_path):
+    now = int(time.time())
+    for number, second in enumerate((now - 9, now - 1, now, now + 5, now + 3600)):
+        (tmp_path / f"events.out.tfevents.{second}.host.1.{number}").touch()
+    date_back_event_files(tmp_path)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert [name[-1] for name in names] == list("01234") and int(names[-1].split(".")[3]) < time.time()
+    assert names[0] == f"events.out.tfevents.{now - 9}.host.1.0"
 
 
 def test_an_empty_path_keeps_nothing(tmp_path, monkeypatch):

@@ -51,11 +51,10 @@ def test_map_is_the_row_of_the_full_attention(tiny, options, query, token):
         torch.testing.assert_close(to_self, row[:, token], rtol=1e-5, atol=1e-7)
 
 
-def test_images_are_read_as_those_of_data_sets(tmp_path):
-    grey = np.linspace(0, 2**16 - 1, 64).astype(np.uint16).reshape(8, 8)
-    Image.fromarray(grey).save(tmp_path / "grey.png")
-    picture = runpy.run_path(SCRIPT)["read_image"](tmp_path / "grey.png")
-    np.testing.assert_array_equal(np.array(picture), np.repeat((grey >> 8)[..., None], 3, axis=2))
+def test_images_of_more_than_8_bits_are_refused_by_name(tmp_path):
+    Image.fromarray(np.zeros((8, 8), np.uint16)).save(tmp_path / "grey.png")
+    with pytest.raises(ValueError, match=r"^cannot read image \S+grey.png: its pixels have more than 8 bits"):
+        PROGRAM["read_image"](tmp_path / "grey.png")
 
 
 def test_heads_are_counted_from_0(monkeypatch):

@@ -293,8 +293,8 @@ def test_interruption_ends_the_script_and_not_only_the_program_that_runs(tmp_pat
 def test_images_of_the_oracle_are_counted_too(tmp_path):
     text = call("table1", tmp_path=tmp_path, IMAGENET="x").stdout
     told = dict(re.findall(r"# \S+/probes/(\S+): ([\d,]+) images", text))
-    assert told["mae_vit_base_patch16"] == "239,610,060" and told["dino_vit_base_patch16"] == "119,805,030"
-    assert told["capi_vit_large_patch14"] == "66,558,350"
+    assert told["mae_vit_base_patch16"] == "700,830,180" and told["dino_vit_base_patch16"] == "350,415,090"
+    assert told["capi_vit_large_patch14"] == "194,675,050"
 
 
 def test_transfer_to_one_percent_of_imagenet_is_left_out_without_its_list(tmp_path):
