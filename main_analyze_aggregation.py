@@ -128,6 +128,7 @@ def main(args: argparse.Namespace) -> None:
                   **provenance(world.device)}  # fmt: skip
         networks = [backbone, *([oracle.backbone] if oracle else []), *(rule.pooling for rule in everything)]
         facts = {
+            **encoder.facts(size), **(oracle.facts if oracle else {}),
             "rule_names": [rule.name for rule in everything], "test images": record["test_images"],
             "weights": digest([network.state_dict() for network in networks]), "boxes": boxes and boxes.fingerprint(),
             "scores of the probes": run and to_json(run.scores()),

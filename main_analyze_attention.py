@@ -28,7 +28,6 @@ from runtime.processes import process_group
 from runtime.provenance import provenance, utc_now
 from util import signals
 from util.distributed import barrier
-from util.files import digest
 from util.progress import log
 
 
@@ -50,13 +49,16 @@ def main(args: argparse.Namespace) -> None:
             check_blocks(args.tsne_blocks, encoder.backbone.depth)
 
         run = {"args": plain(args), "encoders": [encoder.record for encoder, _ in encoders], **provenance(world.device)}
-        weights = [digest(encoder.backbone.state_dict()) for encoder, _ in encoders]
-        pixels = fingerprint(images)
+        facts = {"images": fingerprint(images), "encoders": labels, "weights": []}
+        for label, (encoder, size) in zip(labels, encoders, strict=True):
+            found = encoder.facts(size)
+            facts["weights"].append(found.pop("weights"))
+            facts |= {f"{label}, {name}": value for name, value in found.items()}
         progress = Progress(
             Path(__file__).name,
             folder,
             "*/attention.json",
-            identity(args, {"images": pixels, "encoders": labels, "weights": weights}),
+            identity(args, facts),
             {f"encoder {label}": Recorder.of for label in labels},
             len(chosen),
             args.batch_size,
@@ -85,7 +87,7 @@ def main(args: argparse.Namespace) -> None:
                 result = {
                     **summary(label, encoder, size, numbers), "amp": args.amp, "reduction": args.reduction,
                     "seed": args.seed, "seconds": progress.seconds, "args": plain(args),
-                    "classes": len(images.classes), "n_test": len(images), "test_images": pixels,
+                    "classes": len(images.classes), "n_test": len(images), "test_images": facts["images"],
                     "finished": utc_now(), **provenance(world.device),
                 }  # fmt: skip
                 speed = result["images"] / result["seconds"]

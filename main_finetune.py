@@ -59,7 +59,7 @@ def main(args: argparse.Namespace) -> None:
         with seeded("weights", args.seed):
             encoder, size = build_encoder(args, drop_path=args.drop_path)
             facts = {
-                "weights": digest(encoder.backbone.state_dict()), "training images": fingerprint(train_images),
+                **encoder.facts(size), "training images": fingerprint(train_images),
                 "test images": fingerprint(test_images), "class names": digest(train_images.classes),
                 "pixels": [size, list(encoder.mean), list(encoder.std)], "family": encoder.record["family"],
             }  # fmt: skip

@@ -21,6 +21,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch.utils.data import Dataset
@@ -34,6 +35,7 @@ from data_sets.table import DATASETS, build_splits
 from data_sets.views import eval_transform, train_transform
 from encoders.architectures import check_blocks
 from encoders.load import Encoder
+from encoders.oracle import Oracle
 from engine_linprobe import FrozenTokens, Probing, evaluate, nearest_neighbours
 from models_vit import VisionTransformer
 from probing.bank import ProbeBank, ProbeSpec
@@ -51,7 +53,7 @@ from probing.results import (
 )
 from runtime.folder import RunFolder
 from runtime.processes import process_group, require_same_run
-from runtime.provenance import provenance, utc_now
+from runtime.provenance import code_digest, provenance, utc_now
 from runtime.training import Plan, Training
 from util.files import digest
 from util.lars import LARS
@@ -88,10 +90,10 @@ def main(args: argparse.Namespace) -> None:
         oracle = build_oracle(args, encoder, size, amp).to(world.device) if bank.needs.oracle else None
         frozen = FrozenTokens(backbone, bank.blocks, amp, args.final_norm, bank.needs, oracle)
         facts = {
-            "weights": digest(backbone.state_dict()),
-            "training images": fingerprint(train_images),
-            "test images": fingerprint(test_images),
-        }
+            **encoder.facts(size), **(oracle.facts if oracle else {}), "class names": digest(train_images.classes),
+        }  # fmt: skip
+        evaluated = ["final_norm", *facts]  # what must be as in training if a checkpoint is evaluated
+        facts |= {"training images": fingerprint(train_images), "test images": fingerprint(test_images)}
         require_same_run(facts)
 
         # ---- data: order and augmentation depend on (seed, epoch, sample) alone
@@ -107,7 +109,7 @@ def main(args: argparse.Namespace) -> None:
         cache = None
         if args.cache_views and not args.eval:
             tokens = CachedTokens(frozen, bank, size, world.device)
-            key = cache_key(args, encoder, facts, oracle, [train_images, test_images], held_out, world.device)
+            key = cache_key(args, encoder.facts(size), oracle, [train_images, test_images], held_out, world.device)
             cache = FeatureCache(tokens, parts, args.cache_dir, key)
             loaders = {name: cache.loader(name, orders[name]) for name in parts}
         tally = functools.partial(MultiLabelTally if multi_label else Tally, len(specs), num_classes, world.device)
@@ -126,7 +128,7 @@ def main(args: argparse.Namespace) -> None:
             plan, probing, optimizer, schedule, loaders["train"], batches, folder, identity(args, facts),
             args.start_epoch,
         )  # fmt: skip
-        training.resume(args.resume, evaluate_only=args.eval)
+        training.resume(args.resume, args.eval, evaluated)
         keeper = None
         if args.save_predictions:
             keeper = PredictionKeeper(probing.names, num_classes, multi_label, world.device)
@@ -219,21 +221,21 @@ def image_parts(
 
 
 def cache_key(
-    args: argparse.Namespace, encoder: Encoder, facts: dict, oracle, images: list[Dataset], held_out: Sequence[int],
-    device: torch.device,
+    args: argparse.Namespace, encoder: dict[str, Any], oracle: Oracle | None, images: list[Dataset],
+    held_out: Sequence[int], device: torch.device,
 ) -> dict:  # fmt: skip
     """Everything that cached features depend on; nothing for a cache in memory, which needs no name."""
     if args.cache_dir is None:
         return {}
     versions = provenance(device)["versions"]
     return {
-        "weights": facts["weights"],
-        "encoder": [encoder.mean, encoder.std, encoder.record["family"]],
-        "oracle": oracle and oracle.record["sha256"],
+        "encoder": encoder,
+        "oracle": oracle and oracle.facts,
         "images": [fingerprint(part, local=True) for part in images],
         "held out": held_out,
         "arguments": feature_arguments(args),
         "device": device.type,
+        "code": code_digest(),
         "versions": {name: versions[name] for name in ("torch", "torchvision", "pillow", "numpy")},
     }
 

@@ -37,7 +37,8 @@ class Annotation(NamedTuple):
 class BoxSource(NamedTuple):
     """A file format. `fits(path)` detects it and `read(path)` returns {image: Annotation}.
 
-    An image is named by its path relative to the file's folder (by_path), else by its file name without suffix.
+    An image is named by its path, absolute or relative to the file's folder (by_path), else by its file name without
+    suffix.
     """
 
     description: str
@@ -167,6 +168,7 @@ def _comma_rows(path: Path, columns: int) -> Iterator[tuple[str, list[str]]]:
 
 
 CSV_NAMES, CSV_BOX = ("path", "file"), ("x0", "y0", "x1", "y1")
+CSV_SIZES = ("w", "h"), ("width", "height")
 
 
 def _csv_columns(path: Path) -> list[str]:
@@ -178,11 +180,13 @@ def _csv_columns(path: Path) -> list[str]:
 
 
 def _csv(path: Path) -> dict[str, Annotation]:
-    """Columns path (or file), x0, y0, x1, y1 in any order; w and h, if present, are the image's size."""
+    """Columns path (or file), x0, y0, x1, y1 in any order; w and h (or width and height), if present, are the image's
+    size."""
     path = path / "boxes.csv" if path.is_dir() else path
     columns = _csv_columns(path)
     name = next((name for name in CSV_NAMES if name in columns), CSV_NAMES[0])
-    for column in (name, *CSV_BOX, *[side for side in ("w", "h") if side in columns]):
+    sides = next((sides for sides in CSV_SIZES if set(sides) & set(columns)), ())
+    for column in (name, *CSV_BOX, *sides):
         if (count := columns.count(column)) != 1:
             raise ValueError(f"{path} has {count} columns called {column} instead of 1: {', '.join(columns)}")
 
@@ -190,7 +194,11 @@ def _csv(path: Path) -> dict[str, Annotation]:
         with open(path, newline="", encoding="utf-8-sig") as file:
             for number, row in enumerate(csv.DictReader(file), 2):
                 where, image = f"{path}, line {number}", (row[name] or "").replace("\\", "/")
-                size = _size(where, row["w"], row["h"]) if {"w", "h"} <= row.keys() else None
+                if None in row:
+                    raise ValueError(
+                        f"{where}: {', '.join(row[None])} are in no column: there are {', '.join(columns)}"
+                    )
+                size = _size(where, *(row[side] for side in sides)) if sides else None
                 yield Row(where, image and os.path.normpath(image), [row[side] or "" for side in CSV_BOX], size)
 
     try:
@@ -337,7 +345,10 @@ def read_boxes(
 
 
 def _keys_by_path(images: Dataset, annotations: dict[str, Annotation], bases: Sequence[Path]) -> list[str]:
-    """Each image's path as the source writes it: relative to the first base that gives any match."""
+    """Each image's path as the source writes it: absolute, or relative to the first base that gives any match."""
+    keys = [Path(os.path.abspath(file)).as_posix() for file, _ in images.samples]
+    if any(key in annotations for key in keys):
+        return keys
     for base in bases:
         keys = [Path(os.path.relpath(file, base)).as_posix() for file, _ in images.samples]
         if any(key in annotations for key in keys):

@@ -73,8 +73,14 @@ def read_rows(path: Path, *kinds: Callable[[str], Any]) -> list[tuple]:
 
 
 def read_json(path: Path) -> Any:
+    def entries(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):  # json keeps the last of them
+            refuse_duplicates([name for name, _ in pairs], "entry", "an object")
+        return found
+
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
+        return json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=entries)
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
 

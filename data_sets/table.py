@@ -116,9 +116,12 @@ def check_wnids(classes: Sequence[str]) -> None:
 
 def _kaggle_labels(path: Path) -> dict[str, str]:
     """{image: wnid} of lines like ILSVRC2012_val_00048981,n03995372 85 1 499 272"""
-    rows = [line.split(",") for line in read_lines(path)[1:]]
-    if any(len(row) != 2 or not row[1].startswith("n") for row in rows):
-        raise ValueError(f"{path} is not Kaggle's LOC_val_solution.csv: its lines are not of the form IMAGE,WNID ...")
+    header, *rows = (line.split(",") for line in read_lines(path))
+    if header != ["ImageId", "PredictionString"] or any(len(row) != 2 or not row[1].startswith("n") for row in rows):
+        raise ValueError(
+            f"{path} is not Kaggle's LOC_val_solution.csv: line 1 is not ImageId,PredictionString, or another "
+            "not of the form IMAGE,WNID ..."
+        )
     refuse_duplicates([name for name, _ in rows], "image", path)
     return {name: prediction.split()[0] for name, prediction in rows}
 
@@ -273,6 +276,8 @@ def _coco(year: int, root: Path, split: str, allow_subset: bool) -> FileImages:
         hash(tuple(boxes))  # TypeError for lists and the like
     except (KeyError, TypeError) as error:
         raise ValueError(f"{source} is not a file of COCO's boxes: {error}") from error
+    if not boxes:
+        raise ValueError(f"{source} holds no boxes, hence no labels")
     targets = np.zeros((len(images), len(categories)), np.uint8)
     for number, (image, category) in enumerate(boxes, 1):
         if image not in rows or category not in columns:

@@ -12,14 +12,18 @@ from util.safe_load import Foreign
 
 # names that torch.compile, activation checkpointing, FSDP and DistributedDataParallel put into keys
 WRAPPER = re.compile(r"(?<![^.])(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module|module)\.")
+AVERAGED = "n_averaged"  # the counter of torch.optim.swa_utils.AveragedModel, beside the weights in "module."
 CHUNK = re.compile(r"(?<![^.])blocks\.(\d+)\.(\d+)\.")  # DINOv2's chunks of blocks
 STEM = re.compile(r"(^|.*\.)patch_embed\.(proj\.)?weight")
 NESTING = 4  # levels of dictionaries that are searched for encoders
 
 
 def without_wrappers(content: dict) -> dict:
-    """The content with wrapper names removed from the keys of tensors, and chunked blocks numbered in one sequence."""
+    """The content with wrapper names removed from the keys of tensors, AveragedModel's counter left out, and chunked
+    blocks numbered in one sequence."""
     content = {key: without_wrappers(value) if isinstance(value, dict) else value for key, value in content.items()}
+    if any(isinstance(key, str) and key.startswith("module.") for key in content):
+        content = {key: value for key, value in content.items() if key != AVERAGED}
     if not any(isinstance(value, Tensor) for value in content.values()):
         return content
     names = {key: WRAPPER.sub("", key) if isinstance(key, str) else key for key in content}
@@ -76,13 +80,17 @@ def dictionaries(content: dict, name: str = "") -> Iterator[tuple[str, dict]]:
             yield from dictionaries(value, f"{name}.{key}".removeprefix("."))
 
 
-def encoders_in(content: dict) -> list[str]:
-    """The names, for part_of, of everything below the top of a file that looks like a Vision Transformer."""
+def encoders_in(content: dict, tensors_only: bool = True) -> list[str]:
+    """The names, for part_of, of everything below the top of a file that looks like a Vision Transformer.
+
+    tensors_only: leave out those with entries that are not tensors, which part_of does not give.
+    """
     names = []
     for name, entries in dictionaries(content):
         for stem in filter(None, (STEM.fullmatch(key) for key in entries if isinstance(key, str))):
             part = ".".join(filter(None, [name, *stem[1].split(".")]))
-            names += [part] if part and part not in names and part_of(content, part) else []
+            wanted = part and part not in names and not (tensors_only and part_of(content, part) is None)
+            names += [part] if wanted else []
     return names
 
 

@@ -119,20 +119,22 @@ def where_encoders_are(content: dict, checkpoint_key: str | None) -> str:
 
 
 def other_encoders(content: dict, reading: Reading) -> list[str]:
-    """The arguments that load the encoders of a file other than the one that was read."""
+    """The arguments that load the encoders of a file other than the one that was read; of those that nothing loads, the
+    names."""
     used = set(map(id, reading.weights.values()))
     arguments = []
-    for name in encoders_in(content):
-        part = part_of(content, name)
-        if not used & set(map(id, part.values())):
-            parts = name.split(".")
-            for key in dict.fromkeys([parts[-1], parts[0], name]):  # the family's own name for it, if there is one
-                other = read_as(content, reading.family, FROM_FILE, key)
-                if not other.problems and set(map(id, part.values())) & set(map(id, other.weights.values())):
-                    arguments.append(f"--checkpoint_key {key}")
-                    break
-            else:
-                arguments += filter(None, [arguments_for(content, name)])
+    for name in encoders_in(content, tensors_only=False):
+        own = set(map(id, (part_of(content, name) or {}).values()))
+        if own & used:
+            continue
+        parts = name.split(".")
+        for key in dict.fromkeys([parts[-1], parts[0], name]) if own else ():  # the family's own name, if there is one
+            other = read_as(content, reading.family, FROM_FILE, key)
+            if not other.problems and own & set(map(id, other.weights.values())):
+                arguments.append(f"--checkpoint_key {key}")
+                break
+        else:
+            arguments.append(arguments_for(content, name) or f"{name} (which no family loads)")
     return arguments
 
 

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -17,7 +17,7 @@ from encoders.families import FAMILIES, Grid, drop_rule
 from encoders.reading import DEFAULTS, RELATIVE, Reading, problems_of, read_as
 from models_vit import NORMS, VisionTransformer
 from util.distributed import main_process_first
-from util.files import sha256
+from util.files import digest, sha256
 from util.progress import log
 from util.tensor_files import load_plain_or_safetensors, safetensors_metadata, save_encoder  # noqa: F401
 
@@ -29,6 +29,19 @@ class Encoder(NamedTuple):
     mean: tuple[float, ...]
     std: tuple[float, ...]
     record: dict  # model, source, family, sha256: for args.json and results
+    options: dict | None = None  # of the backbone
+
+    def facts(self, size: int, name: str = "encoder") -> dict[str, Any]:
+        """What its tokens of images of `size` pixels depend on, as plain data: the weights, and all that they do not
+        show, so that files of the same tensors under different families differ."""
+        settings = {
+            "family": self.record["family"], "input size": size, "mean": list(self.mean), "std": list(self.std),
+            **{option: list(v) if isinstance(v, tuple) else v for option, v in (self.options or {}).items()},
+        }  # fmt: skip
+        weights = digest(self.backbone.state_dict())
+        return {"weights" if name == "encoder" else f"{name} weights": weights} | {
+            f"{name}: {setting}": value for setting, value in settings.items()
+        }
 
 
 def load_encoder(
@@ -102,9 +115,12 @@ def load_encoder(
         timm_models.check_tokens(timm_model, backbone, timm_name)
         pixels = pixels._replace(**{name: tuple(timm_model.pretrained_cfg[name]) for name in ("mean", "std")})
 
-    digest = sha256(path) if path is not None else None
-    record = {"model": reading.model, "source": Path(finetune).name, "family": detected.family, "sha256": digest}
-    encoder = Encoder(backbone, tuple(mean or pixels.mean), tuple(std or pixels.std), record)
+    record = {
+        "model": reading.model, "source": Path(finetune).name, "family": detected.family,
+        "sha256": sha256(path) if path is not None else None,
+    }  # fmt: skip
+    pixels = tuple(mean or pixels.mean), tuple(std or pixels.std)
+    encoder = Encoder(backbone, *pixels, record, {**reading.options, **resampling})
     arch = content["arch"] if isinstance(content.get("arch"), str) else None
     log_encoder(finetune, encoder, reading, detected, {*stated, *options}, arch)
     if others := other_encoders(content, reading):
@@ -118,9 +134,11 @@ def random_encoder(model: str, stated: dict, options: dict) -> Encoder:
         raise ValueError(f"--{needing[0]} {stated[needing[0]]} needs weights: name them with --finetune")
     if model == FROM_FILE:
         raise ValueError(f"--model {FROM_FILE} needs weights: name them with --finetune")
-    backbone = VisionTransformer(**{**architecture(model), **options}).eval().requires_grad_(False)
+    options = {**architecture(model), **options}
+    backbone = VisionTransformer(**options).eval().requires_grad_(False)
     record = {"model": model, "source": None, "family": None, "sha256": None}
-    return Encoder(backbone, tuple(stated.get("mean", IMAGENET_MEAN)), tuple(stated.get("std", IMAGENET_STD)), record)
+    pixels = tuple(stated.get("mean", IMAGENET_MEAN)), tuple(stated.get("std", IMAGENET_STD))
+    return Encoder(backbone, *pixels, record, options)
 
 
 def timm_of_file(content: dict, name: str, checkpoint_key: str | None, grid: Grid | None) -> nn.Module:

@@ -18,6 +18,7 @@ class Oracle:
 
     def __init__(self, oracle: Encoder, probed: Encoder, size: int, amp: torch.dtype = torch.float32):
         self.backbone, self.amp, self.record = oracle.backbone.eval().requires_grad_(False), amp, oracle.record
+        self.facts = oracle.facts(size, "oracle")
         if not self.backbone.has_cls:
             raise ValueError("this encoder has no [cls] token, hence no [cls] attention")
         patches = self.backbone.patch_size, probed.backbone.patch_size

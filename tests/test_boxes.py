@@ -177,6 +177,8 @@ def broken(tmp_path: Path, root: Path, name: str, old: str, new: str) -> Path:
         ("csv", ",10,5,59,", ",60,5,59,", r"line 2: 60, 5, 59, 30 is not a box"),
         ("csv", ",10,5,", ",-1,5,", r"line 2: -1, 5, 59, 30 is not a box"),
         ("csv", "val/n00000000/ILSVRC2012_val_00000001.JPEG", "", r"line 2: the image has no name"),
+        ("csv", ",10,5,59,30", ",10,5,59,30,80,40", r"line 2: 80, 40 are in no column: there are path, x0, y0, x1, y1"),
+        ("csv elsewhere", ",w,h,", ",w,tall,", r"0 columns called h instead of 1"),
         ("csv elsewhere", ",80,40,", ",8,40,", r"exceeds its image of 8 x 40 pixels"),
         ("csv elsewhere", ",80,40,", ",0,0,", r"line 2: no image has 0 x 0 pixels"),
         ("csv elsewhere", ",80,40,0,", ",160,80,0,", r"line 4: val/.*2.JPEG has two sizes, \(160, 80\) and \(80, 40\)"),
@@ -268,6 +270,16 @@ def test_names_without_folders_must_tell_images_apart(root, tmp_path):
     shutil.copy(root / path_in(root, NAMES[0]), root / "val" / "n00000001")
     with pytest.raises(ValueError, match="two images are called ILSVRC2012_val_00000001"):
         read(write_wsol(tmp_path / "annotations", root), root)
+
+
+def test_sizes_of_images_may_be_called_width_and_height(root, tmp_path):
+    path = broken(tmp_path, root, "csv elsewhere", ",w,h,", ",width,height,")
+    assert read(path, root).annotations[0].size == (80, 40)
+
+
+def test_paths_may_be_absolute(root, tmp_path):
+    path = broken(tmp_path / "elsewhere", root, "csv", "val/", f"{root}/val/")
+    assert read(path, root).annotations[0].boxes
 
 
 def test_tables_of_spreadsheets_are_read(root, tmp_path):

@@ -366,6 +366,9 @@ def repeat(path, line):
         ("coco", coco_entry("annotations"), "annotations: id 100 appears twice"),
         ("coco", coco_entry("categories"), "categories: id 90 appears twice"),
         ("coco", coco_entry("categories", id=4), "class toothbrush appears twice"),
+        ("coco", edit(COCO, '"annotations":', '"annotations": [], "annotations":'), "entry annotations appears twice"),
+        ("coco", edit(COCO, '"category_id": 90', '"category_id": 1, "category_id": 90'), "entry category_id appears"),
+        ("food101", edit(FOOD, '{"', '{"waffles": [], "'), "entry waffles appears twice"),
         ("cub200", repeat(CUB_IMAGES, "3 001.Black_footed_Albatross/Bird_0003.jpg"), "number 3 appears twice"),
         ("cub200", repeat(CUB, "2 1"), "number 2 appears twice"),
         ("cub200", repeat("CUB_200_2011/classes.txt", "2 002.Laysan_Albatross"), "number 2 appears twice"),
@@ -386,6 +389,21 @@ def test_what_is_listed_twice_or_contradicts_itself_is_refused(miniature, name, 
     with pytest.raises(ValueError, match=message) as error:
         build_dataset(name, root, "train")
     assert "\n" not in str(error.value)
+
+
+def test_a_coco_file_without_boxes_is_refused(miniature):
+    root, *_ = miniature("coco")
+    content = json.loads((root / COCO).read_text())
+    (root / COCO).write_text(json.dumps({**content, "annotations": []}))
+    with pytest.raises(ValueError, match="holds no boxes, hence no labels"):
+        build_dataset("coco", root, "train")
+
+
+def test_the_first_image_of_a_solution_without_header_is_not_lost(miniature):
+    root, *_ = miniature("imagenet1k", flat="kaggle")
+    edit("LOC_val_solution.csv", "ImageId,PredictionString\n", "")(root)
+    with pytest.raises(ValueError, match=r"is not Kaggle's LOC_val_solution\.csv: line 1 is not ImageId,PredictionStr"):
+        build_dataset("imagenet1k", root, "val", allow_subset=True)
 
 
 def test_images_listed_twice_for_the_flat_validation_folder_are_refused(miniature):

@@ -171,6 +171,14 @@ def test_features_of_other_pixels_are_not_taken_for_these(command, image_folder,
     assert_same(run(command, tmp_path / "second", *changed, *kept), expected, 0)
 
 
+def test_features_of_other_code_are_made_anew(command, tmp_path, monkeypatch):
+    kept = ["--cache_views", "1", "--cache_dir", str(tmp_path / "cache")]
+    run(command, tmp_path / "first", *kept)
+    monkeypatch.setattr(main_linprobe, "code_digest", lambda: "0")
+    run(command, tmp_path / "second", *kept)
+    assert len(list((tmp_path / "cache").glob("*.f32"))) == 2
+
+
 @pytest.mark.parametrize("suffix", ["f32", "safetensors"])
 @pytest.mark.parametrize("position", [0.02, 0.5, 0.99])
 def test_a_changed_byte_of_the_cache_is_named(command, suffix, position, tmp_path):

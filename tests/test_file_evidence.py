@@ -200,6 +200,25 @@ def test_other_encoders_of_a_file_are_named_with_the_key_that_loads_each(first, 
         assert load(path, checkpoint_key=key).backbone.norm.weight.equal(-loaded.backbone.norm.weight)
 
 
+EXTRA = {"counter of an average": {"num_updates": torch.tensor(3)}, "a number": {"step": 5},
+         "another head": {"projector.0.weight": torch.zeros(3, 3)}}  # fmt: skip
+
+
+@pytest.mark.parametrize("extra", EXTRA.values(), ids=EXTRA)
+def test_an_encoder_that_nothing_loads_is_named_too(extra, write, state, caplog):
+    load(write({"model": state, "ema": {**{key: -value for key, value in state.items()}, **extra}}))
+    assert "holds other encoders, too: ema (which no family loads)" in caplog.text
+
+
+def test_the_average_that_torch_keeps_of_a_model_is_read(write, state, caplog):
+    """As torchvision's training script writes it."""
+    average = {"n_averaged": torch.tensor(3), **{f"module.{key}": -value for key, value in state.items()}}
+    path = write({"model": state, "model_ema": average})
+    loaded = load(path)
+    assert "holds other encoders, too: --checkpoint_key model_ema" in caplog.text
+    assert load(path, checkpoint_key="model_ema").backbone.norm.weight.equal(-loaded.backbone.norm.weight)
+
+
 def test_a_file_of_one_encoder_names_no_other(write, state, caplog):
     load(write({"model": state, "optimizer": {"state": {0: {"step": torch.ones(1)}}}}))
     assert "other encoders" not in caplog.text

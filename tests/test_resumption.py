@@ -11,6 +11,7 @@ import time
 import pytest
 import torch
 from interruptions import PROGRAMS, Killed, differences, flags, kill, outcome, run, scalars
+from safetensors.torch import load_file
 
 from data_sets.loader import KeyedDataset
 from encoders.load import save_encoder
@@ -420,6 +421,44 @@ def test_weights_may_move_and_may_not_change(commands, weights, whole, tmp_path,
         moved.write_bytes(weights.read_bytes())
         assert run(program, commands[program], folder, "--resume", "auto", "--finetune", moved) == 0
         assert differences(outcome(folder), whole(program)) == []
+
+
+@pytest.mark.parametrize("program", ["main_linprobe", "main_finetune"])
+def test_equal_tensors_of_another_family_are_another_encoder(program, commands, weights, tmp_path, capsys):
+    """Families resample positions differently, so that tokens differ at other sizes than the file's."""
+    command = [*commands[program], "--epochs", "1"]
+    folder, other = tmp_path / "run", tmp_path / "other.safetensors"
+    assert run(program, command, folder) == 0
+    save_encoder(other, load_file(weights), {"family": "dino"})
+    assert run(program, command, folder, "--resume", "auto", "--finetune", other) == 2
+    error = capsys.readouterr().err
+    assert "this is another run (" in error and "encoder: pos_resampling was plain, is offset" in error
+
+
+def test_the_weights_of_an_oracle_may_not_change(commands, weights, tmp_path, capsys):
+    folder, oracle = tmp_path / "run", tmp_path / "oracle.safetensors"
+    oracle.write_bytes(weights.read_bytes())
+    command = [*commands["main_linprobe"], "--epochs", "1", "--cls_features", "dino", "--oracle", str(oracle),
+               "--oracle_model", "vit_demo_patch8"]  # fmt: skip
+    assert run("main_linprobe", command, folder) == 0
+    torch.manual_seed(1)
+    save_encoder(oracle, build_vit("vit_demo_patch8", img_size=32).state_dict(), {"family": "mae"})
+    assert run("main_linprobe", command, folder, "--resume", "auto") == 2
+    assert "this is another run (oracle weights was" in capsys.readouterr().err
+
+
+def test_probes_are_evaluated_on_the_encoder_of_their_training(commands, tmp_path, capsys):
+    folder, other = tmp_path / "run", tmp_path / "other.safetensors"
+    command = [*commands["main_linprobe"], "--epochs", "1"]
+    assert run("main_linprobe", command, folder) == 0
+    torch.manual_seed(1)
+    save_encoder(other, build_vit("vit_demo_patch8", img_size=32).state_dict(), {"family": "mae"})
+    checkpoint = ["--eval", "--resume", folder / "checkpoint-0.pth"]
+    assert run("main_linprobe", command, folder, *checkpoint) == 0
+    assert run("main_linprobe", command, folder, *checkpoint, "--finetune", other) == 2
+    assert "this is another run (weights was" in capsys.readouterr().err
+    assert run("main_linprobe", command, folder, *checkpoint, "--mean", "0.5", "0.5", "0.5") == 2
+    assert "encoder: mean was [0.485, 0.456, 0.406], is [0.5, 0.5, 0.5]" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
