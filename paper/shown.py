@@ -19,9 +19,9 @@ ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = "short"  # folder beside the records
 MEASURED = ("probes", "metrics", "rules", "over_seeds")  # of the programs' results: what a golden keeps and compares
 ORIGIN = ("commit", "dirty", "versions", "command")
-# between AVX-512 and AVX2 kernels, and 1 and 2 threads, scores were equal and other numbers within 4e-6 of their value;
-# points: one of the 100 test images; ratio: 25 times what was measured
-TOLERANCE = {"points": 1.0, "ratio": 1e-4}
+# Processors round differently, and training amplifies it: after the quickstart's 12 epochs, top-1 of single seeds differed
+# by up to 1.1 points and losses by 0.8 % between an AMD and an Intel processor (AVX-512 both), with equal code.
+TOLERANCE = {"points": 3.0, "ratio": 1e-2}
 
 
 def shown_records(page: Path) -> dict[Path, dict]:
