@@ -29,8 +29,8 @@ class FrozenEncoder(nn.Module):
 
     def __init__(self, encoder: Encoder, size: int):
         super().__init__()
-        self.backbone, self.mean, self.std, self.record = encoder
-        self.size = size
+        self.backbone, self.mean, self.std = encoder.backbone, encoder.mean, encoder.std
+        self.record, self.size = encoder.record, size
 
     @property
     def transform(self) -> View:

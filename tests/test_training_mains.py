@@ -89,7 +89,7 @@ MISTAKES = {
     "data set": (["--dataset", "imagenet"], "unknown data set 'imagenet': did you mean imagenet1k, "),
     "size": (["--input_size", "0"], "--input_size 0 is not divisible by the patch size 8"),
     "start": (["--start_epoch", "3"], "--start_epoch 3: the epochs are 0 to 2"),
-    "checkpoint": (["--resume", "absent.pth"], "--resume absent.pth: there is no file"),
+    "checkpoint": (["--resume", "absent.pth"], "--resume absent.pth: no such file"),
     "device": (["--device", "gpu"], "--device gpu: write cuda, cpu or auto"),
 }
 
