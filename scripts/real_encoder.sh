@@ -27,7 +27,7 @@ python main_linprobe.py "$@" "${common[@]}" --data_path "$tiny" --input_size "$T
 python scripts/compare_probes.py "$LABEL=$OUT/probes" --output "$OUT/comparison.md"
 
 echo "--- what is aggregated, and whether it is the object"
-python main_analyze_aggregation.py --probes "$OUT/probes" --probe_heads abmilp ap1 --boxes "$tiny/boxes.csv" \
-    --data_path "$tiny" --batch_size 50 "${common[@]}" --output_dir "$OUT/aggregation"
+python main_analyze_aggregation.py --probes "$OUT/probes" --probe_heads abmilp --boxes "$tiny/boxes.csv" --num_images 500 \
+    --loc_step 0.01 --data_path "$tiny" --batch_size 50 "${common[@]}" --output_dir "$OUT/aggregation"
 
 python scripts/make_report.py "$OUT/photos" "$OUT/tiny" "$OUT/probes" "$OUT/aggregation" --output "$OUT/report.html"
