@@ -180,6 +180,8 @@ def mismatches(state: State, shapes: State) -> list[str]:
             problems.append(f"{name} is {tuple(state[name].shape)}, wanted {tuple(shapes[name].shape)}")
         elif state[name].is_meta:
             problems.append(f"{name} is a tensor without values (device meta)")
+        elif state[name].layout != torch.strided:
+            problems.append(f"{name} is a sparse tensor ({state[name].layout}): save it dense")
         elif state[name].dtype not in FLOATS:
             problems.append(f"{name} holds {state[name].dtype} values, not float16, bfloat16, float32 or float64")
     return problems
@@ -187,7 +189,11 @@ def mismatches(state: State, shapes: State) -> list[str]:
 
 def problems_of(reading: Reading) -> list[str]:
     """All reasons why a reading cannot be used, those in the values of the tensors among them."""
-    values = {name: value for name, value in reading.state.items() if value.dtype in FLOATS and not value.is_meta}
+    values = {
+        name: value
+        for name, value in reading.state.items()
+        if value.dtype in FLOATS and not value.is_meta and value.layout == torch.strided
+    }
     broken = sorted(name for name, value in values.items() if not value.float().isfinite().all())
     problems = list(reading.problems)
     if broken:

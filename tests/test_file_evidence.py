@@ -357,6 +357,7 @@ def test_dinov2_files_are_never_called_mae(where, write, state, tmp_path):
         (None, "blocks.0.norm1.weight is None"),
         (3, "blocks.0.norm1.weight is a int"),
         (torch.empty(64, device="meta"), "without values"),
+        (torch.ones(64).to_sparse(), "is a sparse tensor"),
     ],
 )
 @pytest.mark.parametrize("entry", [None, "model", "net"])
