@@ -1,5 +1,6 @@
 """What training and analyses share: checkpoints on time and on request, and going on from one."""
 
+import abc
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Set
@@ -11,7 +12,7 @@ from util import signals
 from util.distributed import barrier, leave
 
 
-class Resumable:
+class Resumable(abc.ABC):
     """A run with a `position` (what it counts, smaller units within larger ones) that checkpoints bring back."""
 
     def __init__(self, program: str, folder: RunFolder, identity: dict[str, Any], save_every_minutes: float):
@@ -22,20 +23,22 @@ class Resumable:
         self.saved_at = time.monotonic()
 
     @property
+    @abc.abstractmethod
     def position(self) -> tuple[int, int]:
-        raise NotImplementedError
+        """Epoch and optimizer steps, or pass and images, that are completed."""
 
     @property
+    @abc.abstractmethod
     def at_start(self) -> bool:
         """Whether nothing has been computed that a checkpoint would keep."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def done_so_far(self) -> str:
-        raise NotImplementedError
+        """The position in words, for the line about the saved run."""
 
+    @abc.abstractmethod
     def save(self) -> None:
         """Write a checkpoint of the position: all processes together."""
-        raise NotImplementedError
 
     @property
     def overdue(self) -> bool:
