@@ -64,6 +64,17 @@ def pretrained(tmp_path_factory):
 
 
 @pytest.fixture
+def probe_command(image_folder, tiny, tmp_path):
+    """Flags of main_linprobe.py for a tiny MAE encoder on the image folder; epochs and output folder are the test's."""
+    torch.manual_seed(0)
+    save_encoder(tmp_path / "encoder.safetensors", models_vit.build_vit(tiny).state_dict(), {"family": "mae"})
+    return [
+        "--model", tiny, "--finetune", str(tmp_path / "encoder.safetensors"), "--data_path", str(image_folder),
+        "--amp", "float32", "--device", "cpu", "--num_workers", "0",
+    ]  # fmt: skip
+
+
+@pytest.fixture
 def run_program():
     """Start a program in a process of its own, or in several under torchrun, on the CPU."""
 

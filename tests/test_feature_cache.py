@@ -12,22 +12,15 @@ from PIL import Image
 import main_linprobe
 from cli.console import parse
 from data_sets.table import DATASETS
-from encoders.load import save_encoder
-from models_vit import build_vit
 from probing import feature_cache
 
 EPOCHS = 3
 
 
 @pytest.fixture
-def command(image_folder, tiny, tmp_path):
-    torch.manual_seed(0)
-    save_encoder(tmp_path / "encoder.safetensors", build_vit(tiny).state_dict(), {"family": "mae"})
-    return [
-        "--model", tiny, "--finetune", str(tmp_path / "encoder.safetensors"), "--data_path", str(image_folder),
-        "--amp", "float32", "--device", "cpu", "--num_workers", "0", "--epochs", str(EPOCHS), "--warmup_epochs", "1",
-        "--blr", "40", "--batch_size", "6", "--accum_iter", "2",
-    ]  # fmt: skip
+def command(probe_command):
+    flags = f"--epochs {EPOCHS} --warmup_epochs 1 --blr 40 --batch_size 6 --accum_iter 2"
+    return [*probe_command, *flags.split()]
 
 
 def run(command, folder, *words):

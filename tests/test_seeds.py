@@ -7,21 +7,14 @@ import torch
 
 import main_linprobe
 from cli.console import parse
-from encoders.load import save_encoder
-from models_vit import build_vit
 
 EPOCHS = 2
 
 
 @pytest.fixture
-def command(image_folder, tiny, tmp_path):
-    torch.manual_seed(0)
-    save_encoder(tmp_path / "encoder.safetensors", build_vit(tiny).state_dict(), {"family": "mae"})
-    return [
-        "--model", tiny, "--finetune", str(tmp_path / "encoder.safetensors"), "--data_path", str(image_folder),
-        "--amp", "float32", "--device", "cpu", "--num_workers", "0", "--epochs", str(EPOCHS), "--warmup_epochs", "0",
-        "--blr", "40", "--batch_size", "4", "--accum_iter", "2", "--cls_features", "cls", "abmilp",
-    ]  # fmt: skip
+def command(probe_command):
+    flags = f"--epochs {EPOCHS} --warmup_epochs 0 --blr 40 --batch_size 4 --accum_iter 2 --cls_features cls abmilp"
+    return [*probe_command, *flags.split()]
 
 
 def run(command, folder, *words):
