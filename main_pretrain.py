@@ -24,14 +24,7 @@ from data_sets.loader import KeyedDataset, build_loader
 from data_sets.order import GlobalBatches
 from data_sets.table import build_dataset
 from data_sets.views import train_transform
-from engine_pretrain import (
-    ContrastivePretraining,
-    Pretraining,
-    draw_reconstructions,
-    examples,
-    reconstruct,
-    tiled,
-)
+from engine_pretrain import ContrastivePretraining, Pretraining, draw_reconstructions, examples, reconstruct, tiled
 from models_mae import DECODERS, MaskedAutoencoder
 from models_moco import MomentumContrast, SharedEncoder
 from models_vit import build_vit
