@@ -255,9 +255,9 @@ def test_program_draws_every_kind(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["a.json", "a.json"], "two results are both called 'MAE' (ViT-B/16)"),
+        (["a.json", "a.json"], "two results are called 'MAE' (ViT-B/16)"),
         (["a.json", "--metrics", "nonsense"], "--metrics: unknown 'nonsense': "),
-        (["a.json", "--metrics", "patch_register_attention"], "not measured: there are"),
+        (["a.json", "--metrics", "patch_register_attention"], "were not measured; available"),
         (
             ["a.json", "--kind", "spectra", "--metrics", "paper"],
             "--kind spectra: nothing of --metrics paper was measured; there are",

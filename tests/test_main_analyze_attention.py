@@ -118,7 +118,7 @@ def test_numbers_are_means_and_deviations_over_the_images(images, result):
         for image, _ in build_dataset("image_folder", images, "val"):
             for step in model.trace(transform(image)[None]):
                 reduced = reduce_attention(
-                    step, 1, True, "explicit", ("cls_attention", "distance", "received"), sizes=SIZES
+                    step, 1, True, "explicit", {need for m in METRICS.values() for need in m.needs}, sizes=SIZES
                 )
                 patches = step.out[:, 1:].unflatten(1, (4, 4))
                 for name in names:
