@@ -21,7 +21,8 @@ from PIL import Image, ImageOps
 from data_sets.images import fingerprint
 from data_sets.loader import KeyedDataset, build_loader
 from data_sets.order import EvaluationBatches, GlobalBatches
-from data_sets.table import build_splits, check_wnids
+from data_sets.published import check_wnids
+from data_sets.table import build_splits
 from data_sets.views import eval_transform
 from encoders.load import Encoder, load_plain_or_safetensors, safetensors_metadata
 from engine_finetune import Classifier, FineTuning, evaluate

@@ -28,7 +28,9 @@ def reading(path: Path | str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # parsers of damaged content raise anything
-        reason = " ".join(str(error).split()) if isinstance(error, ValueError | OSError) else repr(error)
+        reason = repr(error)
+        if isinstance(error, ValueError | OSError | KeyError):
+            reason = "it has no " * isinstance(error, KeyError) + " ".join(str(error).split())
         raise ValueError(f"{path} cannot be read: {reason[:300]}") from error
 
 
@@ -159,7 +161,7 @@ def read_records(path: Path, size: int) -> np.ndarray:
     with reading(path):
         length = path.stat().st_size
         if not length or length % size:
-            raise ValueError(f"damaged: it has {length:,} bytes, not a multiple of {size:,}, a record's size")
+            raise ValueError(f"it has {length:,} bytes, not a multiple of {size:,}, a record's size")
         return np.memmap(path, dtype=np.uint8, mode="r").reshape(-1, size)
 
 

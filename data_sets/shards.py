@@ -86,7 +86,8 @@ class Slices(Content):
         with open(path, "rb") as file:
             file.seek(start)
             content = file.read(size)
-        if len(content) < size or self.index.sha256 and hashlib.sha256(content).hexdigest() != self.index.sha256[index]:
+        digests = self.index.sha256
+        if len(content) < size or (digests and digests[index] != hashlib.sha256(content).hexdigest()):
             raise UnreadableImage(f"cannot read image {self.names[index]}: it is cut off or has changed")
         return content
 
