@@ -5,7 +5,7 @@ torch and torchvision are imported at first use: --help and mistakes in the argu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from PIL import Image
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from data_sets.crop import TorchvisionCrop, Whole
 
-torch, shapes, functional = map(lazy, ("torch", "data_sets.crop", "torchvision.transforms.v2.functional"))
+torch, shapes, transforms = map(lazy, ("torch", "data_sets.crop", "torchvision.transforms"))
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 LOADERS = {
@@ -39,11 +39,17 @@ class View:
     """
 
     def __init__(
-        self, shape: TorchvisionCrop | Whole, mean: Numbers, std: Numbers, loader: str = "pil", hflip: bool = False
+        self,
+        shape: TorchvisionCrop | Whole,
+        steps: Sequence[Callable] = (),
+        mean: Numbers = IMAGENET_MEAN,
+        std: Numbers = IMAGENET_STD,
+        loader: str = "pil",
     ):
+        """shape: what is cut out and how it is resized; steps: then, functions of PIL images and of uint8 tensors."""
         if loader not in LOADERS:
             raise ValueError(f"loader {loader!r}: choose one of {', '.join(LOADERS)}")
-        self.shape, self.mean, self.std, self.loader, self.hflip = shape, mean, std, loader, hflip
+        self.shape, self.steps, self.mean, self.std, self.loader = shape, steps, mean, std, loader
         self.constants: dict[torch.device, list[Tensor]] = {}
 
     def read(self, images: Images, index: int) -> tuple[Image.Image | Tensor, Label]:
@@ -56,8 +62,8 @@ class View:
         image = self.shape.cut(image if self.loader == "pil" else pixels_of(image))
         if self.loader != "gpu":
             image = self.shape.resize(image)
-        if self.hflip and torch.rand(1) < 0.5:
-            image = functional.horizontal_flip(image)
+        for step in self.steps:
+            image = step(image)
         return pixels_of(image).contiguous()
 
     def normalise(self, pixels: Tensor | Windows) -> Tensor:
@@ -74,7 +80,7 @@ class View:
             self.constants[pixels.device] = [torch.tensor(255.0, device=pixels.device), *columns]
         scale, mean, std = self.constants[pixels.device]
         result = torch.empty_like(pixels, dtype=torch.float32)
-        in_turn = pixels.device.type == "cpu" and pixels.dim() == 4  # one image at a time stays in the cache
+        in_turn = pixels.device.type == "cpu" and pixels.dim() >= 4  # one image at a time stays in the cache
         for part, target in zip(pixels, result, strict=True) if in_turn else [(pixels, result)]:
             target.copy_(part).div_(scale).sub_(mean).div_(std)
         return result
@@ -126,7 +132,8 @@ def train_transform(
     if crop == "center":
         return eval_transform(input_size, mean, std, loader)
     cropper = {"mae": shapes.RandomResizedCrop, "torchvision": shapes.TorchvisionCrop}[crop]
-    return View(cropper(input_size, scale=scale, interpolation=shapes.BICUBIC), mean, std, loader, hflip)
+    shape = cropper(input_size, scale=scale, interpolation=shapes.BICUBIC)
+    return View(shape, [transforms.RandomHorizontalFlip()] * hflip, mean, std, loader)
 
 
 def eval_transform(
@@ -140,9 +147,10 @@ def eval_transform(
 
     whole: resize the shorter side to input_size, so that the crop keeps all of it.
     """
-    return View(shapes.CentralCrop(input_size, input_size if whole else int(input_size * 256 / 224)), mean, std, loader)
+    side = input_size if whole else int(input_size * 256 / 224)
+    return View(shapes.CentralCrop(input_size, side), (), mean, std, loader)
 
 
 def stretch_transform(size: int, mean: Numbers, std: Numbers, loader: str = "pil") -> View:
     """The whole image, each side resized by its own factor (bilinear), as in wsolevaluation."""
-    return View(shapes.Whole(size), mean, std, loader)
+    return View(shapes.Whole(size), (), mean, std, loader)

@@ -1,4 +1,4 @@
-"""Pack a data set into a few large files, for --loader packed: python scripts/pack_images.py --data_path DATA --output PACK
+"""Pack a data set for --loader packed: python scripts/pack_images.py --data_path DATA --output PACK
 
 Programs then take --data_path PACK, with the same --dataset. docs/datasets.md states which pixels change.
 """
@@ -35,7 +35,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--kind", choices=KINDS, default="pixels", help="how images are stored")
     parser.add_argument("--side", type=positive_int, default=256, help="largest shorter side of pixels and jpeg")
     parser.add_argument("--splits", nargs="+", choices=["train", "val"], default=["train", "val"], help="what to pack")
-    parser.add_argument("--allow_subset", action="store_true", help="accept fewer images than the official data set has")
+    parser.add_argument(
+        "--allow_subset", action="store_true", help="accept fewer images than the official data set has"
+    )
     parser.add_argument("--label_column", metavar="NAME", help="column of the labels in a list, in .json or in a table")
     parser.add_argument("--workers", type=positive_int, default=len(os.sched_getaffinity(0)), help="processes")
     parser.add_argument("--check", action="store_true", help="only compare the images of --output with their digests")

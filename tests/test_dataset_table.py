@@ -402,7 +402,9 @@ def test_a_coco_file_without_boxes_is_refused(miniature):
 def test_the_first_image_of_a_solution_without_header_is_not_lost(miniature):
     root, *_ = miniature("imagenet1k", flat="kaggle")
     edit("LOC_val_solution.csv", "ImageId,PredictionString\n", "")(root)
-    with pytest.raises(ValueError, match=r"is not Kaggle's LOC_val_solution\.csv: line 1 must be ImageId,PredictionStr"):
+    with pytest.raises(
+        ValueError, match=r"is not Kaggle's LOC_val_solution\.csv: line 1 must be ImageId,PredictionStr"
+    ):
         build_dataset("imagenet1k", root, "val", allow_subset=True)
 
 
@@ -460,7 +462,7 @@ def test_flat_validation_without_labels_names_the_missing_files(miniature):
     root, *_ = miniature("imagenet1k", flat="kaggle")
     (root / "LOC_val_solution.csv").unlink()
     with pytest.raises(
-        ValueError, match="none of LOC_val_solution.csv, ILSVRC2012_devkit_t12, .*there is train, val;"
+        ValueError, match=r"none of LOC_val_solution\.csv, ILSVRC2012_devkit_t12, .*there is train, val;"
     ):
         build_dataset("imagenet1k", root, "val")
     write(root / "LOC_val_solution.csv", "ImageId,PredictionString", "nonsense")
