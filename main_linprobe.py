@@ -50,7 +50,7 @@ def main(args: argparse.Namespace) -> None:
     check_files(args)
     multi_label, metric, seeds = DATASETS[args.dataset].multi_label, headline(args), data_seeds(args)
     with process_group(args.device, args.dist_url, shared_arguments(args)) as world:
-        folder = RunFolder(args.output_dir + args.suffix if args.output_dir else "", args.log_dir)
+        folder = RunFolder(args.output_dir + args.suffix if args.output_dir else "", args.log_dir, args.track)
         if not args.eval:
             folder.refuse_overwriting(args.resume)
 
