@@ -79,7 +79,7 @@ def main(args: argparse.Namespace) -> None:
         encoder, size = frozen_encoder(asked)
         backbone, amp = encoder.backbone.to(world.device), precision(args.amp)
         grid = backbone.grid_of(size, size)
-        shape = Tokens(backbone.embed_dim, grid, backbone.num_prefix_tokens)
+        shape = Tokens.of(backbone, grid)
         bank = run.bank(encoder, grid) if run is not None else None
         if run is not None:
             check_encoder(run, asked, encoder, size)
@@ -89,7 +89,10 @@ def main(args: argparse.Namespace) -> None:
         everything = [*rules, *heads]
         for rule in everything:
             rule.pooling.to(world.device).eval()
-        blocks, final_norm = tuple(sorted({rule.block for rule in rules})), run is not None and run.args.final_norm
+        blocks, final_norm = (
+            tuple(sorted({block for rule in rules for block in rule.blocks})),
+            run is not None and run.args.final_norm,
+        )
         needs, oracle = needs_of(everything), oracle and oracle.to(world.device)
         tokens = FrozenTokens(backbone, blocks, amp, final_norm, needs, oracle)
 
