@@ -32,7 +32,9 @@ class View:
     equal pixels, and resizes them with torchvision, which changes some pixels by a level or two of 255.
     """
 
-    def __init__(self, steps: Sequence[Callable], mean: Numbers, std: Numbers, loader: str = "pil"):
+    def __init__(
+        self, steps: Sequence[Callable], mean: Numbers = IMAGENET_MEAN, std: Numbers = IMAGENET_STD, loader: str = "pil"
+    ):
         """steps: functions of PIL images and of uint8 tensors."""
         if loader not in LOADERS:
             raise ValueError(f"loader {loader!r}: choose one of {', '.join(LOADERS)}")
@@ -64,7 +66,7 @@ class View:
             self.constants[pixels.device] = [torch.tensor(255.0, device=pixels.device), *columns]
         scale, mean, std = self.constants[pixels.device]
         result = torch.empty_like(pixels, dtype=torch.float32)
-        in_turn = pixels.device.type == "cpu" and pixels.dim() == 4  # one image at a time stays in the cache
+        in_turn = pixels.device.type == "cpu" and pixels.dim() >= 4  # one image at a time stays in the cache
         for part, target in zip(pixels, result, strict=True) if in_turn else [(pixels, result)]:
             target.copy_(part).div_(scale).sub_(mean).div_(std)
         return result
