@@ -70,7 +70,7 @@ def main(args: argparse.Namespace) -> None:
     check_files(args)
     with process_group(args.device, args.dist_url, shared_arguments(args)) as world:
         # ---- images, frozen encoder, trained probes, rules
-        folder = RunFolder(args.output_dir)
+        folder = RunFolder(args.output_dir, args.log_dir, args.track)
         if not args.resume:
             folder.refuse_results("aggregation.json")
         run = read_run(args.probes) if args.probes is not None else None
@@ -85,7 +85,7 @@ def main(args: argparse.Namespace) -> None:
         encoder, size = frozen_encoder(asked)
         backbone, amp = encoder.backbone.to(world.device), precision(args.amp)
         grid = backbone.grid_of(size, size)
-        shape = Tokens(backbone.embed_dim, grid, backbone.num_prefix_tokens)
+        shape = Tokens.of(backbone, grid)
         bank = run.bank(encoder, grid) if run is not None else None
         if run is not None:
             check_encoder(run, asked, encoder, size)
@@ -95,7 +95,10 @@ def main(args: argparse.Namespace) -> None:
         everything = [*rules, *heads]
         for rule in everything:
             rule.pooling.to(world.device).eval()
-        blocks, final_norm = tuple(sorted({rule.block for rule in rules})), run is not None and run.args.final_norm
+        blocks, final_norm = (
+            tuple(sorted({block for rule in rules for block in rule.blocks})),
+            run is not None and run.args.final_norm,
+        )
         needs, oracle = needs_of(everything), oracle and oracle.to(world.device)
         tokens = FrozenTokens(backbone, blocks, amp, final_norm, needs, oracle)
 
@@ -143,8 +146,7 @@ def main(args: argparse.Namespace) -> None:
                             len(chosen), args.batch_size, args.save_every_minutes)  # fmt: skip
         progress.resume(args.resume)
         barrier()  # no rank writes before rank 0 has looked
-        folder.claim()
-        folder.write("args.json", record)
+        folder.start(record)
 
         with localizer, progress.stoppable():
             # ---- passes over the images, each image once over all processes
@@ -167,6 +169,8 @@ def main(args: argparse.Namespace) -> None:
             result |= {"over_seeds": over_seeds(result), "seconds": seconds, **record, "finished": utc_now()}
             log.info("%s", table(result))
             folder.write("aggregation.json", result)
+            for rule, summaries in result["over_seeds"].items():
+                folder.scalars({f"{quantity}/{rule}": summary["mean"] for quantity, summary in summaries.items()}, 0)
             if folder.path is not None:
                 draw(args, result, rules, tokens, examples, pixels, boxes, folder.path)
             barrier()

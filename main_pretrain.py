@@ -43,7 +43,7 @@ def main(args: argparse.Namespace) -> None:
     check(args)
     check_files(args)
     with process_group(args.device, args.dist_url, shared_arguments(args)) as world:
-        folder = RunFolder(args.output_dir, args.log_dir)
+        folder = RunFolder(args.output_dir, args.log_dir, args.track)
         folder.refuse_overwriting(args.resume)
 
         # ---- networks

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from data_sets.order import micro_steps_of_a_group
 from data_sets.packed import is_packed
 from data_sets.table import DATASETS, build_dataset, build_splits, check_dataset
 from data_sets.views import LOADERS
+from runtime.trackers import TRACKERS
 
 if TYPE_CHECKING:
     import torch
@@ -101,6 +103,10 @@ def add_run_arguments(parser: Parser, trains: bool = True) -> None:
     group = parser.add_argument_group("run")
     group.add_argument("--output_dir", default="./output_dir", help="folder of the results; empty: write nothing")
     group.add_argument("--log_dir", default=None, help="TensorBoard folder (default: --output_dir)")
+    group.add_argument(
+        "--track", nargs="*", choices=TRACKERS, default=["tensorboard"],
+        help="send metrics, configuration, figures and records to these; wandb, trackio: requirements-track.txt",
+    )  # fmt: skip
     group.add_argument("--device", default="auto", help="cuda, cpu, or auto: CUDA if there is a GPU")
     group.add_argument("--seed", default=0, type=any_int, help="seed of data order, augmentation and initial weights")
     group.add_argument("--resume", default="", help='checkpoint to continue from; "auto": the newest in --output_dir')
@@ -171,6 +177,9 @@ def check_training(args: argparse.Namespace) -> None:
 
 def check_files(args: argparse.Namespace, remote: bool = False) -> None:
     """Check that data, architectures, weights and a checkpoint exist; ValueError. remote: without looking at files."""
+    for name in args.track:
+        if name != "tensorboard" and not remote and importlib.util.find_spec(name) is None:
+            raise ValueError(f"--track {name}: not installed: pip install -r requirements-track.txt")
     check_dataset(args.dataset, None if remote else args.data_path)
     if getattr(args, "loader", "") == "packed" and not (remote or is_packed(args.data_path)):
         raise ValueError(f"--loader packed: {args.data_path} is not a folder of scripts/pack_images.py")
@@ -187,7 +196,7 @@ RESUMABLE_FLAGS = {
     "world_size", "local_rank", "args_from", "data_path", "accum_iter", "eval", "eval_every", "report", "dist_eval",
     "suffix", "save_predictions", "knn", "per_class", "cache_dir", "offline", "on_bad_image", "multilabel_metric",
     "finetune", "save_every_minutes", "save_every_steps", "figure_every", "loc_workers", "images", "num_examples",
-    "draw_threshold",
+    "draw_threshold", "track",
 }  # fmt: skip
 
 

@@ -47,7 +47,7 @@ from engine_pretrain import Pretraining
 from models_mae import DECODERS, MaskedAutoencoder
 from models_vit import VisionTransformer, build_vit
 from probing.bank import ProbeBank, ProbeSpec
-from probing.heads import parse_head
+from probing.heads import canonical_head
 from runtime.provenance import provenance
 from runtime.training import all_finite
 from util.choices import instead_of
@@ -188,10 +188,9 @@ def training_step(
     backbone: VisionTransformer, probes: Bank, size: int, amp: torch.dtype, feed: Callable[[], tuple[Tensor, Tensor]]
 ) -> Callable[[], Tensor]:
     """The step of a bank on the last block: frozen forward, probes, their gradients, LARS. feed: images, labels."""
-    specs = []
-    for head, blr, seed in probes:
-        name, options = parse_head(head, {})
-        specs.append(ProbeSpec(name, backbone.depth - 1, blr, seed, options))
+    specs = [
+        ProbeSpec(canonical_head(head, {}, backbone.depth), backbone.depth - 1, blr, seed) for head, blr, seed in probes
+    ]
     bank = ProbeBank(specs, backbone, backbone.grid_of(size, size), CLASSES).to(backbone.norm.weight.device).train()
     tokens = FrozenTokens(backbone, bank.blocks, amp, needs=bank.needs)
     optimizer = LARS(bank.parameter_groups([64 * spec.blr for spec in specs]))  # the rates of a batch of 16,384

@@ -37,7 +37,7 @@ def cls_and_abmilp(run: ProbeRun, encoder: Encoder, images: Tensor) -> dict[str,
     every AbMILP probe, averaged over its seeds. ValueError if the run has none."""
     backbone = encoder.backbone
     grid = backbone.grid_of(*images.shape[-2:])
-    shape = Tokens(backbone.embed_dim, grid, backbone.num_prefix_tokens)
+    shape = Tokens.of(backbone, grid)
     cls = fixed_rules(["attn-mn"] if backbone.has_cls else [], backbone, shape, has_oracle=False)
     rules = probe_rules(run.bank(encoder, grid), backbone.depth - 1, run.scores())
     abmilp = [rule for rule in rules if rule.head.startswith("abmilp")]
