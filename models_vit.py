@@ -5,8 +5,9 @@ Letters: B images, N tokens (prefix first), P prefix tokens ([cls], then registe
 D width, d = D / H head width, L blocks. Blocks are counted from 0.
 """
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -78,6 +79,7 @@ class Features(NamedTuple):
     cls_attention: Tensor | None  # (B,H,M) [cls] row of the attention, softmax over all N keys; only when asked for
     patch_attention: dict[int, Tensor] | None = None  # {patch: (B,H,M) its row}; only when asked for
     oracle: Tensor | None = None  # (B,M) attention from elsewhere; no model makes it
+    pooled: dict[str, Tensor] | None = None  # {name: (B,E)} the model's own pooled outputs, with its last block
 
 
 class PatchEmbed(nn.Module):
@@ -270,6 +272,8 @@ class VisionTransformer(nn.Module):
     norm_layer, norm_order, activation: of the blocks; names of NORMS, NORM_ORDERS, ACTIVATIONS.
     final_norm: "affine", "plain" (without weight and bias) or "none"; `forward` does not apply it.
     """
+
+    pooled: Mapping[str, int] = MappingProxyType({})  # widths of Features.pooled
 
     def __init__(
         self,
