@@ -258,7 +258,62 @@ class Block(nn.Module):
         return BlockOutput(q, k, bias, update, out)
 
 
-class VisionTransformer(nn.Module):
+class Backbone(nn.Module):
+    """What every encoder of this project offers: `trace` yields its blocks, `forward` the tokens of chosen ones."""
+
+    embed_dim: int
+    depth: int
+    num_heads: int
+    patch_size: int
+    num_registers: int
+    num_prefix_tokens: int
+    has_cls: bool
+    norm: nn.Module  # the final one, which `forward` does not apply; nn.Identity where there is none
+
+    def trace(self, images: Tensor) -> Iterator[BlockTrace]:
+        """Images (B,3,h,w) -> one BlockTrace per block, in order; stop iterating to skip the blocks that follow."""
+        raise NotImplementedError
+
+    def grid_of(self, height: int, width: int) -> Grid:
+        """Rows and columns of patches of an image of height x width pixels."""
+        return height // self.patch_size, width // self.patch_size
+
+    def forward(
+        self, images: Tensor, blocks: Sequence[int] | None = None, cls_attention: bool = False,
+        patch_attention: Collection[int] = (),
+    ) -> dict[int, Features]:  # fmt: skip
+        """Images (B,3,h,w) -> {block: Features} for the chosen blocks (default: the last), before the final norm.
+
+        Blocks after the last chosen one are not computed. Raises ValueError for a block that does not exist.
+        """
+        wanted = {self.depth - 1} if blocks is None else set(blocks)
+        check_blocks(sorted(wanted), self.depth)
+        features = {}
+        for step in self.trace(images):
+            if step.index in wanted:
+                features[step.index] = self.split(step, cls_attention, patch_attention)
+            if step.index == max(wanted):
+                break
+        return features
+
+    def split(self, step: BlockTrace, cls_attention: bool = False, patch_attention: Collection[int] = ()) -> Features:
+        """The tokens that leave a block, by kind; with the rows of its attention that are asked for."""
+        prefix = self.num_prefix_tokens
+        attention = None
+        if cls_attention:
+            if not self.has_cls:
+                raise ValueError("this encoder has no [cls] token, hence no [cls] attention")
+            attention = attention_from_cls(step, prefix)
+        return Features(
+            cls=step.out[:, 0] if self.has_cls else None,
+            registers=step.out[:, prefix - self.num_registers : prefix],
+            patches=step.out[:, prefix:],
+            cls_attention=attention,
+            patch_attention={i: attention_row(step, prefix + i, prefix) for i in patch_attention} or None,
+        )
+
+
+class VisionTransformer(Backbone):
     """ViT whose `trace` yields every block and whose `forward` returns the tokens of chosen blocks.
 
     pos_embed: "learned" (trainable), "sincos" (MAE's fixed table, not trained), or "none".
@@ -310,6 +365,7 @@ class VisionTransformer(nn.Module):
         self.num_prefix_tokens = int(class_token) + reg_tokens
         self.num_embedded_prefix = 0 if no_embed_class else self.num_prefix_tokens
         self.patch_embed = PatchEmbed(patch_size, embed_dim)
+        self.has_cls = class_token
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if class_token else None
         self.reg_token = nn.Parameter(torch.zeros(1, reg_tokens, embed_dim)) if reg_tokens else None
         self.pos_resampling = pos_resampling
@@ -337,14 +393,6 @@ class VisionTransformer(nn.Module):
         for token in (self.cls_token, self.reg_token):
             if token is not None:
                 nn.init.normal_(token, std=0.02)
-
-    @property
-    def has_cls(self) -> bool:
-        return self.cls_token is not None
-
-    def grid_of(self, height: int, width: int) -> Grid:
-        """Rows and columns of patches of an image of height x width pixels."""
-        return height // self.patch_size, width // self.patch_size
 
     def compile_blocks(self, backend: str | Callable = "inductor") -> None:
         """Compile each block where it stands; all share the code, which takes some twenty seconds to make."""
@@ -392,42 +440,7 @@ class VisionTransformer(nn.Module):
             tokens = out
 
     def trace(self, images: Tensor) -> Iterator[BlockTrace]:
-        """Images (B,3,h,w) -> one BlockTrace per block, in order; stop iterating to skip the blocks that follow."""
         return self.trace_tokens(torch.cat(self.embed(images), dim=1), self.grid_of(*images.shape[-2:]))
-
-    def forward(
-        self, images: Tensor, blocks: Sequence[int] | None = None, cls_attention: bool = False,
-        patch_attention: Collection[int] = (),
-    ) -> dict[int, Features]:  # fmt: skip
-        """Images (B,3,h,w) -> {block: Features} for the chosen blocks (default: the last), before the final norm.
-
-        Blocks after the last chosen one are not computed. Raises ValueError for a block that does not exist.
-        """
-        wanted = {self.depth - 1} if blocks is None else set(blocks)
-        check_blocks(sorted(wanted), self.depth)
-        features = {}
-        for step in self.trace(images):
-            if step.index in wanted:
-                features[step.index] = self.split(step, cls_attention, patch_attention)
-            if step.index == max(wanted):
-                break
-        return features
-
-    def split(self, step: BlockTrace, cls_attention: bool = False, patch_attention: Collection[int] = ()) -> Features:
-        """The tokens that leave a block, by kind; with the rows of its attention that are asked for."""
-        prefix = self.num_prefix_tokens
-        attention = None
-        if cls_attention:
-            if not self.has_cls:
-                raise ValueError("this encoder has no [cls] token, hence no [cls] attention")
-            attention = attention_from_cls(step, prefix)
-        return Features(
-            cls=step.out[:, 0] if self.has_cls else None,
-            registers=step.out[:, prefix - self.num_registers : prefix],
-            patches=step.out[:, prefix:],
-            cls_attention=attention,
-            patch_attention={i: attention_row(step, prefix + i, prefix) for i in patch_attention} or None,
-        )
 
 
 def attention_row(step: BlockTrace, query: int, num_prefix: int) -> Tensor:

@@ -277,11 +277,13 @@ class ImageBoxes:
         boxes, (width, height) = self.original(index)
         return (boxes * float(size) / np.array([width, height, width, height])).astype(np.int64)
 
-    def cropped(self, index: int, size: int) -> np.ndarray:
+    def cropped(self, index: int, size: int, crop_pct: float | None = CROP_PCT) -> np.ndarray:
         """(m,4) in the view of data_sets.views.eval_transform: clipped to the crop; boxes outside of it are dropped."""
+        if crop_pct is None:
+            return self.resized(index, size)
         boxes, sides = self.original(index)
         # torchvision's Resize of the shorter side, and its CenterCrop
-        short, target = min(sides), int(size * 256 / 224)
+        short, target = min(sides), int(size / crop_pct)
         resized = [target if side == short else int(target * side / short) for side in sides]
         corner = [round((side - size) / 2.0) for side in resized]
         moved = boxes * np.tile(np.array(resized) / np.array(sides), 2) - np.tile(corner, 2)

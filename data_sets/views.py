@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 torch, transforms, functional = map(lazy, ("torch", "torchvision.transforms", "torchvision.transforms.v2.functional"))
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CROP_PCT = 224 / 256  # of the shorter side, the share that the central crop keeps
 LOADERS = ("pil", "tensor")
 Numbers = tuple[float, ...]
 
@@ -81,17 +82,20 @@ def train_transform(
     crop: str = "mae",
     hflip: bool = True,
     loader: str = "pil",
+    interpolation: str = "bicubic",
+    crop_pct: float | None = CROP_PCT,
 ) -> View:
     """The recipe's augmentation: random crop to input_size, horizontal flip, normalisation (paper, B.2).
 
-    crop: "mae" draws once, "torchvision" up to ten times; "center" is no augmentation: eval_transform.
+    crop: "mae" draws once, "torchvision" up to ten times; "center" is no augmentation: eval_transform, which alone
+    reads crop_pct.
     """
     from data_sets.crop import RandomResizedCrop, TorchvisionCrop
 
     if crop == "center":
-        return eval_transform(input_size, mean, std, loader)
+        return eval_transform(input_size, mean, std, loader, interpolation, crop_pct)
     cropper = {"mae": RandomResizedCrop, "torchvision": TorchvisionCrop}[crop]
-    steps = [cropper(input_size, scale=scale, interpolation=transforms.InterpolationMode.BICUBIC)]
+    steps = [cropper(input_size, scale=scale, interpolation=transforms.InterpolationMode(interpolation))]
     return View([*steps, *[transforms.RandomHorizontalFlip()] * hflip], mean, std, loader)
 
 
@@ -100,14 +104,17 @@ def eval_transform(
     mean: Numbers = IMAGENET_MEAN,
     std: Numbers = IMAGENET_STD,
     loader: str = "pil",
-    whole: bool = False,
+    interpolation: str = "bicubic",
+    crop_pct: float | None = CROP_PCT,
 ) -> View:
-    """Resize the shorter side to input_size x 256 / 224 (bicubic), central crop, normalisation.
+    """Resize the shorter side to input_size / crop_pct, central crop, normalisation.
 
-    whole: resize the shorter side to input_size, so that the crop keeps all of it.
+    interpolation: a name of torchvision's InterpolationMode. crop_pct: None resizes both sides to input_size.
     """
-    side = input_size if whole else int(input_size * 256 / 224)
-    steps = [_resize([side], transforms.InterpolationMode.BICUBIC), transforms.CenterCrop(input_size)]
+    mode = transforms.InterpolationMode(interpolation)
+    if crop_pct is None:
+        return View([_resize([input_size, input_size], mode)], mean, std, loader)
+    steps = [_resize([int(input_size / crop_pct)], mode), transforms.CenterCrop(input_size)]
     return View(steps, mean, std, loader)
 
 
