@@ -1,9 +1,8 @@
 """The results ledger: one small JSON file per measured table cell, with the origin of its number.
 
 A cell is (dataset, model, arch, quantity, head) in the vocabulary of results/paper_numbers.json; its record is
-`<results>/<dataset>/<model>.<arch>.<quantity>.<head>.json`. A record ends with a seal, the sha256 of its content: one
-that was edited, or that lies in another cell's place, is refused. The seal catches accidents, not forgery: whoever
-edits a record can compute a new seal, and is caught only where the record contradicts itself.
+`<results>/<dataset>/<model>.<arch>.<quantity>.<head>.json`. A record ends with a seal, the sha256 of its content, so
+that an edited or misplaced record is refused. The seal guards against accidents, not against forgery.
 """
 
 import hashlib
@@ -20,12 +19,10 @@ from encoders.catalogue import CATALOGUE
 from util.files import to_json, write_json
 
 NAME = r"[\w=+-]+"  # each part of a cell; no dots, which separate the parts in the file's name
-DERIVED = ("value", "std", "n", "unit")  # computed from the others
 FIELDS = (
     *("value", "std", "n", "values", "seeds", "unit", "notes", "obstacles", "settings", "weights", "data"),
     *("commit", "dirty", "versions", "sources"),
 )
-SOURCE = ("command", "seed", "hardware", "seconds", "finished", "result_sha256", "log_sha256")  # of each run
 UNITS = {"aggregation_entropy": "nats", "aggregation_entropy_block_mean": "nats"}  # all others: percent
 INDEPENDENT = ["weights", "order", "views"]  # what independent runs of different --seed vary
 
@@ -89,7 +86,7 @@ def make_record(cell: Cell, values: Sequence[float], seeds: Sequence[int | None]
     """The sealed record of a cell.
 
     values: one per seed; ValueError unless all are finite numbers, and percentages where the unit is %.
-    sources: SOURCE of each run that was measured; several runs differ in their seed alone.
+    sources: origin of each measured run; several runs differ in their seed alone.
     """
     unit = UNITS.get(cell.quantity, "%")
     if not values or not all(type(value) in (int, float) and math.isfinite(value) for value in values):
@@ -118,7 +115,8 @@ def join(cell: Cell, records: Sequence[dict]) -> dict:
     if repeated := [seed for seed in seeds if seeds.count(seed) > 1]:
         raise ValueError(f"several of these runs measured {cell} with seed {repeated[0]}: give one of them")
     seeds, values = zip(*sorted(rows), strict=True)
-    fields = {name: records[0][name] for name in FIELDS if name not in (*DERIVED, "values", "seeds")}
+    derived = ("value", "std", "n", "values", "seeds", "unit")
+    fields = {name: records[0][name] for name in FIELDS if name not in derived}
     fields["sources"] = sorted((s for record in records for s in record["sources"]), key=lambda source: source["seed"])
     if all(record["n"] == 1 for record in records):  # separate runs
         views = fields["settings"].get("crop") != "center"
@@ -136,13 +134,9 @@ def seal_of(record: dict) -> str:
 
 
 def write_record(results: Path, record: dict, replace: bool = False) -> Path:
-    """Write a record to its place. ValueError where another measurement of the cell is there, unless replace, and for
-    a record that read_record would refuse."""
-    cell, content = cell_in(record), json.loads(to_json(record))
-    if problem := contradiction(cell, content):
-        raise ValueError(f"{cell} is not a valid record: {problem}")
-    path = Path(results) / cell.file
-    if path.exists() and not replace and read_record(results, path) != content:
+    """Write a record to its place. ValueError where another measurement of the cell is there, unless replace."""
+    path = Path(results) / cell_in(record).file
+    if path.exists() and not replace and read_record(results, path) != json.loads(to_json(record)):
         raise ValueError(f"{path} holds another measurement: remove it, or use --replace")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -166,51 +160,7 @@ def read_record(results: Path, path: Path) -> dict:
         raise ValueError(f"{path} was changed after it was made (its seal does not match): make it anew from its run")
     if path != Path(results) / cell.file:
         raise ValueError(f"{path} is the record of {cell}: it belongs in {Path(results) / cell.file}")
-    if problem := contradiction(cell, record):
-        raise ValueError(f"{path} contradicts itself: {problem}; make it anew from its run")
     return record
-
-
-def contradiction(cell: Cell, record: dict) -> str:
-    """Why a record, though its seal matches, cannot come from a run; "" where nothing shows that."""
-    try:
-        again = make_record(cell, **{name: record[name] for name in FIELDS if name not in DERIVED})
-        for name in DERIVED:
-            if again[name] != record[name]:
-                return f"{name} {record[name]}, but its values give {again[name]}"
-        seeds, settings, data, weights = (record[name] for name in ("seeds", "settings", "data", "weights"))
-        if len(seeds) != len(record["values"]):
-            return f"{len(record['values'])} values for {len(seeds)} seeds"
-        known = [seed for seed in seeds if seed is not None]
-        if len(set(known)) != len(known):
-            return f"a seed is repeated in {known}"
-        if missing := [name for source in record["sources"] or [{}] for name in SOURCE if name not in source]:
-            return f"a run without its {missing[0]}"
-        if "epochs" in settings and data["n_train"] is None:
-            return "it was trained, but its data lack the number of training images"
-        if (classes := DATASETS[cell.dataset].classes) not in (None, data["classes"]):
-            return f"{data['classes']} classes, but {cell.dataset} has {classes}"
-        if missing := set(other_counts(cell.dataset, val=data["n_test"])) - set(record["obstacles"]):
-            return f"{missing.pop()}, which its obstacles do not say"
-        if "family" in weights and (model := model_of({**weights, "model": cell.arch})) != cell.model:
-            return f"weights of {model}, but the cell is of {cell.model}"
-        for source in record["sources"]:
-            given = re.findall(r"(?<!\S)--dataset[= ](\S+)", source["command"])
-            if given and given[-1] != cell.dataset:
-                return f"its command has --dataset {given[-1]}, but the cell is of {cell.dataset}"
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        return f"not written by scripts/record.py ({error!r})"
-    return ""
-
-
-def other_counts(dataset: str, **counts: int | None) -> list[str]:
-    """Obstacles to a comparison: splits (train, val) of a data set that were not used completely."""
-    official, verbs = DATASETS[dataset].images, {"train": "trained", "val": "tested"}
-    return [
-        f"{verbs[split]} on {count:,} images, the data set has {official[split]:,}"
-        for split, count in counts.items()
-        if official and count not in (None, official[split])
-    ]
 
 
 def read_ledger(results: Path, datasets: Sequence[str]) -> dict[Cell, dict]:

@@ -21,14 +21,13 @@ from cli.console import Parser, run_main
 from data_sets.table import DATASETS
 from encoders.catalogue import CATALOGUE
 from models_vit import architecture, default_input_size
-from paper.ledger import Cell, cell_in, cell_of, join, make_record, other_counts, write_record
+from paper.ledger import Cell, cell_in, cell_of, join, make_record, write_record
 from util.files import sha256
 from util.progress import log, setup_logging
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 MALFORMED = (KeyError, TypeError, AttributeError, IndexError)  # from JSON that another program wrote
 PAPER_ORACLE = "dino_vit_base_patch16"
-LOG_TOLERANCE = 0.1  # points: with --save_predictions, results.json has an evaluation of its own
 PAPER_STEP = 0.01  # of thresholds: the coarser of the reference's two
 # how the paper trains probes (B.2, and the published code where the text is silent)
 PROTOCOLS = {
@@ -60,6 +59,16 @@ def obstacles(args: dict, encoder: dict, size: int, n_train: int | None, n_test:
             if given != value and set(given if isinstance(given, list) else [given]) != {None}:  # a list: per encoder
                 reasons.append(f"{name} {given}, the paper's {value}")
     return reasons
+
+
+def other_counts(dataset: str, **counts: int | None) -> list[str]:
+    """Obstacles to a comparison: splits (train, val) of a data set that were not used completely."""
+    official, verbs = DATASETS[dataset].images, {"train": "trained", "val": "tested"}
+    return [
+        f"{verbs[split]} on {count:,} images, the data set has {official[split]:,}"
+        for split, count in counts.items()
+        if official and count not in (None, official[split])
+    ]
 
 
 def training_obstacles(run: dict, family: str | None, head: str, optimizer: str, blr: float, chosen: bool) -> list[str]:
@@ -128,7 +137,6 @@ def origin(path: Path, result: dict, trained: dict | None) -> dict[str, Any]:
 def probe_records(path: Path, run: dict) -> Iterable[dict]:
     """results.json: the accuracy of each head, over its seeds, at the last epoch."""
     args, encoder, quantity = run["args"], run["encoder"], run["headline"]
-    check_log(path, run)
     depth, size = sizes_of(encoder["model"])
     size = args["input_size"] or size
     common, n_train, n_val = origin(path, run, run), run["n_train"], run["n_val"]
@@ -163,25 +171,6 @@ def probe_records(path: Path, run: dict) -> Iterable[dict]:
             )
         values, seeds = [probe["last"][quantity] for probe in probes], [probe["seed"] for probe in probes]
         yield make_record(cell, values, seeds, notes=notes, obstacles=reasons, settings=settings, **common)
-
-
-def check_log(path: Path, run: dict) -> None:
-    """ValueError unless log.txt, whose hash the record keeps, ends with the scores of results.json."""
-    log_file = path.parent / "log.txt"
-    if not log_file.is_file():
-        return
-    try:
-        last, headline = json.loads(log_file.read_text().splitlines()[-1]), run["headline"]
-        of_test = "test" in last
-        ours = {name: probe["last"] if of_test else probe["val"]["last"] for name, probe in run["probes"].items()}
-        theirs = last["test" if of_test else "val"]
-        pairs = [(scores[headline], theirs[name][headline]) for name, scores in ours.items()]
-        complete = ours.keys() == theirs.keys() and last["epoch"] + 1 == run["args"]["epochs"]
-        if complete and all(a == b or abs(a - b) <= LOG_TOLERANCE for a, b in pairs):
-            return
-    except (*MALFORMED, ValueError):
-        pass
-    raise ValueError(f"{log_file} does not end with the scores of {path.name}: one was changed; repeat the run")
 
 
 def check_one_rate(path: Path, head: str, probes: Sequence[dict]) -> None:
