@@ -1,6 +1,6 @@
 """Encoders that their own library loads and runs: transformers (hf:), timm (timm:) and open_clip (open_clip:).
 
-Weights come from safetensors files alone, and no code from a model's repository is run. What is downloaded lies in Hugging
+Weights come from safetensors files alone, and no code from a model's repository is run. Downloads are kept in Hugging
 Face's cache, in a folder named after the commit. Importable without torch.
 """
 
@@ -11,6 +11,7 @@ import importlib
 import inspect
 import json
 from collections.abc import Callable, Iterator
+from math import isqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -33,16 +34,18 @@ class Loaded(NamedTuple):
     """A model of a library, what runs it on images (B,3,size,size), and its preprocessing."""
 
     model: nn.Module
+    configuration: str  # what determines its computation beside the weights
     run: Callable[[nn.Module, Tensor], Any]
     size: int
     pixels: Pixels
     revision: str | None  # commit of the repository; None for local files
-    assumed: tuple[str, ...] = ()  # what nothing states
+    outputs: Callable[[Any], dict[str, Tensor]] = lambda output: {}  # of what the model returns, (B,E) each
+    assumed: tuple[str, ...] = ()  # of the preprocessing, what nothing states
+    missing: tuple[str, ...] = ()  # tensors that the file lacks
 
 
 class Library(NamedTuple):
-    package: str  # to import
-    distribution: str  # to install
+    package: str
     names: str  # what may follow the prefix
     load: Callable[[str, int | None, bool], Loaded]  # name, input size, offline
 
@@ -65,15 +68,18 @@ def load_from_library(finetune: str, size: int | None = None, offline: bool = Fa
         importlib.import_module(library.package)
     except ImportError as error:
         raise ValueError(
-            f"{finetune} needs {library.distribution}, which is not installed ({error}): "
+            f"{finetune} needs {library.package}, which cannot be imported ({error}): "
             "pip install -r requirements-encoders.txt"
         ) from error
     try:
         with quiet(library.package):
             return library.load(name, size, offline)
     except Exception as error:  # libraries raise errors of all kinds
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ValueError(f"{finetune}: {reason}") from error
+        raise ValueError(f"{finetune}: {one_line(error)}") from error
+
+
+def one_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 @contextlib.contextmanager
@@ -144,10 +150,19 @@ def load_hf(name: str, size: int | None, offline: bool) -> Loaded:
         folder, config=config, dtype=torch.float32, attn_implementation="sdpa", use_safetensors=True,
         output_loading_info=True, **safe,
     )  # fmt: skip
-    model.missing = sorted(report["missing_keys"])
-    model = getattr(model, "vision_model", model)
+    missing = sorted(report["missing_keys"])
+    for key in missing:  # not random: a fingerprint of the weights covers them
+        torch.nn.init.zeros_(model.get_parameter(key))
+    missing = tuple(key.removeprefix("vision_model.") for key in missing)
+    projection, model = getattr(model, "visual_projection", None), getattr(model, "vision_model", model)
     run = HF_INPUTS.get(vision.model_type.removesuffix("_vision_model"), run_hf)
-    return Loaded(model, run, size, pixels, commit, assumed)
+
+    def outputs(output: Any) -> dict[str, Tensor]:
+        heads = {"map": hasattr(model, "head") and (lambda pooled: pooled), "projected": projection}
+        return {name: head(output.pooler_output) for name, head in heads.items() if head and not missing}
+
+    configuration = config.to_json_string(use_diff=False)
+    return Loaded(model, configuration, run, size, pixels, commit, outputs, assumed, missing)
 
 
 def run_hf(model: nn.Module, images: Tensor) -> Any:
@@ -206,6 +221,8 @@ def hf_pixels(folder: Path, config: Any, size: int | None) -> tuple[int, Pixels,
         return stated.get(option, getattr(processor, option, None))
 
     native = getattr(config, "image_size", getattr(config, "crop_size", None))
+    if native is None and hasattr(config, "num_patches"):
+        native = isqrt(config.num_patches) * config.patch_size
     resized, crop = value("size"), value("crop_size") if value("do_center_crop") else None
     if not stated or not resized:  # the class's default size is not the model's
         resized, crop = {"shortest_edge": native or 224}, None
@@ -268,18 +285,19 @@ def load_timm(name: str, size: int | None, offline: bool) -> Loaded:
     model = timm.create_model(source, pretrained=True, num_classes=0, img_size=size, **overlay)
     stated = timm.data.resolve_model_data_config(model)
     native = getattr(getattr(model, "patch_embed", None), "img_size", None) or stated["input_size"][1:]
-    pixels = Pixels(
-        stated["mean"], stated["std"], stated["interpolation"], crop_of(stated["crop_mode"], stated["crop_pct"])
-    )
-    return Loaded(model, run_model, size or native[0], pixels, commit)
+    pixels = pixels_of(stated, stated["crop_mode"], stated["crop_pct"])
+    pools = getattr(model, "attn_pool", None) is not None
+    configuration = f"{model.pretrained_cfg['architecture']} {model._model_args}"
+    outputs = (lambda output: {"map": output}) if pools else (lambda output: {})
+    return Loaded(model, configuration, run_model, size or native[0], pixels, commit, outputs)
 
 
-def crop_of(mode: str, share: float) -> float | None:
-    """Pixels.crop_pct for a crop mode of timm or open_clip."""
+def pixels_of(stated: dict, mode: str, share: float) -> Pixels:
+    """The preprocessing that timm or open_clip states. share: of the shorter side that a central crop keeps."""
     modes = {"center": share, "shortest": share, "squash": None}
     if mode not in modes:
-        raise ValueError(f"its crop mode {mode} is not known here: there are {', '.join(modes)}")
-    return modes[mode]
+        raise ValueError(f"images are to be cropped by rule {mode}; this project has {', '.join(modes)}")
+    return Pixels(tuple(stated["mean"]), tuple(stated["std"]), stated["interpolation"], modes[mode])
 
 
 def load_open_clip(name: str, size: int | None, offline: bool) -> Loaded:
@@ -290,6 +308,7 @@ def load_open_clip(name: str, size: int | None, offline: bool) -> Loaded:
     hub = name.removeprefix("hf-hub:").removeprefix("local-dir:")
     if hub != name or Path(hub).is_dir():
         folder, commit = fetched(hub, offline)
+        configuration = (folder / "open_clip_config.json").read_text()
         model = open_clip.create_model(f"local-dir:{folder}", **options)
     else:
         architecture, _, tag = name.partition("/")
@@ -304,20 +323,17 @@ def load_open_clip(name: str, size: int | None, offline: bool) -> Loaded:
             raise ValueError(f"{file} is no safetensors file, and nothing else is loaded")
         options |= {"force_quick_gelu": published.get("quick_gelu", False)}
         chosen = {key: published[key] for key in ("mean", "std", "interpolation", "resize_mode") if key in published}
+        configuration = f"{architecture} {options}"
         model = open_clip.create_model(architecture, str(file), force_preprocess_cfg=chosen, **options)
     stated = open_clip.get_model_preprocess_cfg(model)
     side = stated["size"] if isinstance(stated["size"], int) else stated["size"][0]
-    pixels = Pixels(stated["mean"], stated["std"], stated["interpolation"], crop_of(stated["resize_mode"], 1.0))
-    return Loaded(model.visual, run_model, size or side, pixels, commit)
+    pixels = pixels_of(stated, stated["resize_mode"], 1.0)
+    side, outputs = size or side, lambda output: {"projected": output}
+    return Loaded(model.visual, configuration, run_model, side, pixels, commit, outputs)
 
 
 LIBRARIES = {
-    "hf": Library("transformers", "transformers", "hf:ORG/NAME, hf:FOLDER", load_hf),
-    "timm": Library("timm", "timm", "timm:NAME, timm:hf-hub:ORG/NAME, timm:FOLDER", load_timm),
-    "open_clip": Library(
-        "open_clip",
-        "open_clip_torch",
-        "open_clip:MODEL/TAG, open_clip:MODEL/FILE.safetensors, open_clip:FOLDER",
-        load_open_clip,
-    ),
+    "hf": Library("transformers", "hf:ORG/NAME, hf:FOLDER", load_hf),
+    "timm": Library("timm", "timm:NAME, timm:hf-hub:ORG/NAME, timm:FOLDER", load_timm),
+    "open_clip": Library("open_clip", "open_clip:MODEL/TAG, open_clip:MODEL/FILE, open_clip:FOLDER", load_open_clip),
 }

@@ -7,6 +7,7 @@ block, and the output of its attention, come from forward hooks. Letters as in m
 import contextlib
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from math import isqrt
 from typing import Any, NamedTuple
@@ -16,17 +17,20 @@ import torch.nn.functional as F
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
+from encoders.libraries import Loaded
 from models_vit import Backbone, BlockTrace
 
 CLS_TOKEN = re.compile(r"(.*\.)?(cls|class)_?(token|embedding|embed|emb)s?")  # names of its parameter
 
 
-class Call(NamedTuple):
-    """One call of scaled_dot_product_attention, and the modules that were running, outermost first."""
+@dataclass(eq=False)
+class Call:
+    """One call of scaled_dot_product_attention, and the names of the modules that were running, outermost first."""
 
-    modules: tuple[nn.Module, ...]
+    modules: tuple[str, ...]
     q: Tensor
     k: Tensor
+    v: Tensor
     mask: Tensor | None
     causal: bool
     scale: float
@@ -40,7 +44,7 @@ class Run(greenlet):
         self.x: Tensor | None = None  # entering the block that runs
         self.update: Tensor | None = None
         self.calls: list[Call] = []  # of the block that runs
-        self.modules: list[nn.Module] = []  # that are running; kept while the structure is sought
+        self.modules: list[str] = []  # that are running, outermost first; kept while the structure is sought
 
 
 @contextlib.contextmanager
@@ -55,7 +59,7 @@ def listening() -> Iterator[None]:
         run = getcurrent()
         if isinstance(run, Run):
             width = query.shape[-1] ** -0.5 if scale is None else scale
-            run.calls.append(Call(tuple(run.modules), query, key, attn_mask, is_causal, width))
+            run.calls.append(Call(tuple(run.modules), query, key, value, attn_mask, is_causal, width))
         return original(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **options)
 
     F.scaled_dot_product_attention = attention
@@ -75,7 +79,10 @@ def listening() -> Iterator[None]:
 class Structure(NamedTuple):
     blocks: list[nn.Module]
     attentions: list[nn.Module]  # of each block
+    names: list[str]  # of the attentions
     norm: nn.Module  # after the last block; nn.Identity where there is none
+    used: set[str]  # modules that compute the tokens
+    output: Any  # of the model
 
 
 def first_tensor(value: Any) -> Tensor | None:
@@ -87,33 +94,10 @@ def first_tensor(value: Any) -> Tensor | None:
 class Ended(NamedTuple):
     """A module's forward pass that has ended."""
 
+    name: str
     module: nn.Module
     input: Tensor | None
     output: Tensor | None
-
-
-def run_noting_modules(model: nn.Module, forward: Callable[[], Any]) -> tuple[list[Call], list[Ended]]:
-    """The attention calls of a forward pass, and its modules in the order of their ends."""
-    run, ended = Run(forward), []
-
-    def enter(module: nn.Module, args: tuple) -> None:
-        if getcurrent() is run:
-            run.modules.append(module)
-
-    def leave(module: nn.Module, args: tuple, output: Any) -> None:
-        if getcurrent() is run:
-            run.modules.pop()
-            ended.append(Ended(module, first_tensor(args), first_tensor(output)))
-
-    handles = [module.register_forward_pre_hook(enter) for module in model.modules()]
-    handles += [module.register_forward_hook(leave) for module in model.modules()]
-    try:
-        with listening():
-            run.switch()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return run.calls, ended
 
 
 def structure_of(model: nn.Module, forward: Callable[[], Any], images: int) -> Structure:
@@ -122,55 +106,61 @@ def structure_of(model: nn.Module, forward: Callable[[], Any], images: int) -> S
     Blocks are the members of the container with the most members that compute attention. ValueError, with the reason,
     for a model whose attention a BlockTrace does not describe.
     """
-    calls, ended = run_noting_modules(model, forward)
-    if not calls:
+    names = {module: name for name, module in model.named_modules()}
+    run, ended = Run(forward), []
+
+    def enter(module: nn.Module, args: tuple) -> None:
+        run.modules.append(names[module])
+
+    def leave(module: nn.Module, args: tuple, output: Any) -> None:
+        ended.append(Ended(run.modules.pop(), module, first_tensor(args), first_tensor(output)))
+
+    with contextlib.ExitStack() as hooks, listening():
+        for module in names:
+            hooks.callback(module.register_forward_pre_hook(enter).remove)
+            hooks.callback(module.register_forward_hook(leave).remove)
+        output = run.switch()
+    if not run.calls:
         raise ValueError("no attention call was seen: it does not use torch's scaled_dot_product_attention")
-    names = {id(module): name for name, module in model.named_modules()}
-    members: dict[str, dict[str, list[int]]] = {}  # container -> member -> its calls
-    for index, call in enumerate(calls):
-        for name in [names[id(module)] for module in call.modules[1:]]:
-            members.setdefault(name.rpartition(".")[0], {}).setdefault(name, []).append(index)
 
-    def rank(name: str) -> tuple[int, bool]:
-        return len(members[name]), isinstance(model.get_submodule(name), nn.ModuleList | nn.Sequential)
-
-    container = max(members, key=rank)
+    members: dict[str, dict[str, list[Call]]] = {}  # container -> member -> its calls
+    for call in run.calls:
+        for name in call.modules[1:]:
+            members.setdefault(name.rpartition(".")[0], {}).setdefault(name, []).append(call)
+    lists = (nn.ModuleList, nn.Sequential)
+    container = max(members, key=lambda name: (len(members[name]), isinstance(model.get_submodule(name), lists)))
     blocks = members[container]
-    inside = [index for own in blocks.values() for index in own]
-    for index, call in enumerate(calls[: max(inside) + 1]):  # later ones pool the tokens
-        where, q, k = names[id(call.modules[-1])], tuple(call.q.shape), tuple(call.k.shape)
+    last = max(index for index, end in enumerate(ended) if end.name in blocks)
+    final_calls = next(reversed(blocks.values()))
+    for call in run.calls[: run.calls.index(final_calls[-1]) + 1]:  # those that follow pool the tokens
+        where, q, k = call.modules[-1], tuple(call.q.shape), tuple(call.k.shape)
         if len(q) != 4 or q[0] != images:
-            raise ValueError(f"{where} computes attention in windows: its queries are {q} for {images} images")
+            raise ValueError(f"{where} computes attention in windows: queries of shape {q} for {images} image")
         if k != q or call.causal:
-            raise ValueError(
-                f"{where} is not self-attention of all tokens: queries {q}, keys {k}, causal: {call.causal}"
-            )
-        if index not in inside:
+            reason = "it is causal" if call.causal else f"{q[2]} queries, {k[2]} keys"
+            raise ValueError(f"{where} is not self-attention among all tokens: {reason}")
+        if not blocks.keys() & set(call.modules):
             raise ValueError(f"{where} computes attention outside of the blocks {container}")
-    several = [name for name, own in blocks.items() if len(own) > 1]
-    silent = sorted(
-        {names[id(end.module)] for end in ended if names[id(end.module)].rpartition(".")[0] == container} - set(blocks)
-    )
-    if several or (silent and container):
-        name = (several + silent)[0]
-        raise ValueError(f"{name} makes {len(blocks.get(name, []))} attention calls, not one as the blocks of a ViT")
-    attentions = []
-    for name, (index,) in blocks.items():
-        path = [names[id(module)] for module in calls[index].modules]
-        if path[-1] == name:
-            raise ValueError(f"{name} computes attention in no module of its own, so its output cannot be read")
-        attentions.append(model.get_submodule(path[path.index(name) + 1]))
-    found = [model.get_submodule(name) for name in blocks]
-    last = next(index for index, end in enumerate(ended) if end.module is found[-1])
-    return Structure(found, attentions, norm_after(ended[last].output, ended[last + 1 :]))
+    silent = [end.name for end in ended if container and end.name.rpartition(".")[0] == container]
+    for name in [*blocks, *silent]:
+        if len(blocks.get(name, ())) != 1:
+            raise ValueError(f"{name} makes {len(blocks.get(name, ()))} attention calls; a block of a ViT makes one")
+    paths = {name: calls[0].modules for name, calls in blocks.items()}
+    if name := next((name for name, path in paths.items() if path[-1] == name), None):
+        raise ValueError(f"{name} computes attention in no module of its own, so that its output cannot be read")
+    attentions = [path[path.index(name) + 1] for name, path in paths.items()]
+    norm = norm_after(ended[last].output, ended[last + 1 :])
+    used = {end.name for end in ended[: last + 1]} | {names.get(norm, "")}
+    modules = [[model.get_submodule(name) for name in part] for part in (blocks, attentions)]
+    return Structure(*modules, attentions, norm, used, output)
 
 
 def norm_after(tokens: Tensor, ended: list[Ended]) -> nn.Module:
     """The first norm of all tokens (B,N,D), or of the first token, after the last block; nn.Identity without one."""
     for end in ended:
-        if "norm" in type(end.module).__name__.lower() and end.input is not None:
-            if any(end.input.shape == own.shape and end.input.equal(own) for own in (tokens, tokens[:, 0])):
-                return end.module
+        normed = end.input if "norm" in type(end.module).__name__.lower() else None
+        if normed is not None and any(normed.shape == t.shape and normed.equal(t) for t in (tokens, tokens[:, 0])):
+            return end.module
     return nn.Identity()
 
 
@@ -182,46 +172,48 @@ def norm_after(tokens: Tensor, ended: list[Ended]) -> nn.Module:
 class TracedEncoder(Backbone):
     """A model of another library, with the interface of models_vit.VisionTransformer. It takes images of one size.
 
-    call: runs the model on images (B,3,size,size). ValueError, with the reason, where its blocks compute something else
-    than a BlockTrace describes, or its tokens are not a row-major grid of patches behind some prefix tokens.
+    ValueError, with the reason, where the blocks compute something else than a BlockTrace describes, the tokens are not
+    a row-major grid of patches behind some prefix tokens, or weights of the blocks are missing.
     """
 
-    def __init__(self, model: nn.Module, call: Callable[[nn.Module, Tensor], Any], size: int):
+    def __init__(self, loaded: Loaded):
         super().__init__()
-        self.model, self.call, self.size = model.eval().requires_grad_(False), call, size
+        self.model, self.run, self.outputs_of = loaded.model.eval().requires_grad_(False), loaded.run, loaded.outputs
+        self.size = loaded.size
+        image = torch.randn(1, 3, self.size, self.size, generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
-            structure = structure_of(model, lambda: call(model, torch.zeros(1, 3, size, size)), 1)
+            structure = structure_of(self.model, lambda: self.run(self.model, image), 1)
+            if lost := [key for key in loaded.missing if key.rpartition(".")[0] in structure.used]:
+                raise ValueError(f"the file lacks {', '.join(lost[:4])}{', ...' * (len(lost) > 4)}")
             self._norm = (structure.norm,)  # in a tuple, so that it is not registered twice
-            self.depth = len(structure.blocks)
-            self.blocks_at, self.attention_at = (
-                {id(m): n for n, m in model.named_modules()}[id(part[0])] for part in structure[:2]
-            )
+            self.pooled = {name: output.shape[1] for name, output in self.outputs_of(structure.output).items()}
+            self.depth, self.traced = len(structure.blocks), f"{structure.names[0]} ... {structure.names[-1]}"
             add_hooks(structure)
-            self.find_tokens()
+            self.find_tokens(image)
 
     @property
     def norm(self) -> nn.Module:
         return self._norm[0]
 
-    def find_tokens(self) -> None:
+    def find_tokens(self, image: Tensor) -> None:
         """Find the grid by experiment: new pixels in a patch must change its token more than all others."""
-        size = self.size
-        image = torch.randn(3, size, size, generator=torch.Generator().manual_seed(0))
-        step = next(self.trace(image[None]))
-        if not (step.x.shape == step.update.shape == step.out.shape and step.x.ndim == 3 and len(step.x) == 1):
-            shapes = f"{tuple(step.x.shape)}, {tuple(step.update.shape)} and {tuple(step.out.shape)}"
-            raise ValueError(f"the tokens that its first block takes, attends to and returns have shapes {shapes}")
-        _, tokens, self.embed_dim = step.x.shape
+        step = next(self.trace(image))
+        shapes = [tuple(tokens.shape) for tokens in (step.x, step.update, step.out)]
+        if len(set(shapes)) > 1 or len(shapes[0]) != 3 or shapes[0][0] != 1:
+            raise ValueError(f"the tokens that enter a block, of its attention and that leave it have shapes {shapes}")
+        _, tokens, self.embed_dim = shapes[0]
         self.num_heads = step.q.shape[1]
         for side in range(isqrt(tokens), 0, -1):
-            prefix, patch = tokens - side**2, size // side
-            if size % side == 0 and prefix < side**2 and self.is_grid(image, side, prefix):
+            prefix = tokens - side**2
+            if self.size % side == 0 and prefix < side**2 and self.is_grid(image, side, prefix):
                 break
         else:
-            raise ValueError(f"its {tokens} tokens are not a row-major grid of patches of the {size} x {size} pixels")
-        named = any(CLS_TOKEN.fullmatch(name) for name, _ in self.model.named_parameters())
-        self.has_cls = bool(prefix) and named
-        self.patch_size, self.num_prefix_tokens, self.num_registers = patch, prefix, prefix - self.has_cls
+            raise ValueError(
+                f"its {tokens} tokens are not one for each patch of a row-major grid ({self.size} x {self.size} pixels)"
+            )
+        self.has_cls = prefix > 0 and any(CLS_TOKEN.fullmatch(name) for name, _ in self.model.named_parameters())
+        self.patch_size, self.num_prefix_tokens = self.size // side, prefix
+        self.num_registers = prefix - self.has_cls
 
     def is_grid(self, image: Tensor, side: int, prefix: int) -> bool:
         patch, cells = self.size // side, [(0, 0), (0, side - 1), (side - 1, 0), (side // 2, side // 3)]
@@ -233,20 +225,27 @@ class TracedEncoder(Backbone):
         return most.tolist() == [prefix + row * side + column for row, column in cells]
 
     def trace(self, images: Tensor) -> Iterator[BlockTrace]:
-        if images.shape[-2:] != (self.size, self.size):
+        if (given := tuple(images.shape[-2:])) != (self.size, self.size):
             raise ValueError(
-                f"images of {' x '.join(map(str, images.shape[-2:]))} pixels: the encoder was loaded for {self.size} x {self.size}"
+                f"images of {given[0]} x {given[1]} pixels: this encoder was loaded for {self.size} pixels"
             )
-        run = Run(lambda: self.call(self.model, images))
-        for _ in range(self.depth):
-            with listening():
-                step = run.switch()
-            yield step
+        run, more = Run(lambda: self.run(self.model, images)), False
+        try:
+            for _ in range(self.depth):
+                with listening():
+                    step = run.switch()
+                more = yield step
+            if more:  # what the model itself returns
+                with listening():
+                    yield run.switch()
+        finally:
+            run.throw()
+
+    def own_outputs(self, steps: Iterator[BlockTrace]) -> dict[str, Tensor]:
+        return self.outputs_of(steps.send(True))
 
     def compile_blocks(self, backend: str | Callable = "inductor") -> None:
-        raise ValueError(
-            "an encoder that its own library runs cannot be compiled: tracing ends where compiled code begins"
-        )
+        raise ValueError("an encoder that its own library runs cannot be compiled: compiled code is not traced")
 
 
 def add_hooks(structure: Structure) -> None:
@@ -263,11 +262,12 @@ def add_hooks(structure: Structure) -> None:
     def leave(index: int, block: nn.Module, args: tuple, output: Any) -> None:
         if isinstance(run := getcurrent(), Run):
             (call,) = run.calls
-            q, k = in_autocast(call.q), in_autocast(call.k)
-            step = BlockTrace(index, run.x, q, k, call.scale, bias_of(call), run.update, first_tensor(output))
+            q, k, v = map(in_autocast, (call.q, call.k, call.v))
+            step = BlockTrace(index, run.x, q, k, call.scale, bias_of(call), run.update, first_tensor(output), v)
             run.x = run.update = None
-            run.calls = []
-            run.parent.switch(step)
+            run.calls, consumer = [], run.parent
+            del call, run  # a pass that refers to itself, or to tensors, would not be freed when it is abandoned
+            consumer.switch(step)
 
     for index, (block, attention) in enumerate(zip(structure.blocks, structure.attentions, strict=True)):
         block.register_forward_pre_hook(enter, with_kwargs=True)
