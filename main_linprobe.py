@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from cli.arguments import identity, loading, plain, shared_arguments
+from cli.arguments import identity, loading, plain, shared_arguments, split_options
 from cli.encoder_arguments import build_oracle, frozen_encoder, precision
 from data_sets.images import fingerprint
 from data_sets.loader import KeyedDataset, build_loader
@@ -31,7 +31,7 @@ from engine_linprobe import FrozenTokens, Probing, evaluate, nearest_neighbours
 from models_vit import VisionTransformer
 from probing.bank import ProbeBank, ProbeSpec
 from probing.feature_cache import CachedTokens, FeatureCache, Part
-from probing.heads import check_aggregation
+from probing.heads import own_block
 from probing.predictions import FILE, PredictionKeeper
 from probing.results import best_probe, log_neighbours, log_scores, log_summary, summary, warn_of_choices, warn_of_edges
 from runtime.folder import RunFolder
@@ -50,13 +50,13 @@ def main(args: argparse.Namespace) -> None:
     check_files(args)
     multi_label, metric, seeds = DATASETS[args.dataset].multi_label, headline(args), data_seeds(args)
     with process_group(args.device, args.dist_url, shared_arguments(args)) as world:
-        folder = RunFolder(args.output_dir + args.suffix if args.output_dir else "", args.log_dir)
+        folder = RunFolder(args.output_dir + args.suffix if args.output_dir else "", args.log_dir, args.track)
         if not args.eval:
             folder.refuse_overwriting(args.resume)
 
         # ---- labelled images; with --val_fraction, rates are chosen on held-out training images
         train_images, test_images, num_classes = build_splits(
-            args.dataset, args.data_path, args.nb_classes, args.allow_subset
+            args.dataset, args.data_path, args.nb_classes, **split_options(args)
         )
         kept, held_out = hold_out(train_images.targets, args.val_fraction, args.seed)
         if max(args.knn, default=0) > len(kept):
@@ -175,15 +175,15 @@ def main(args: argparse.Namespace) -> None:
 
 def probe_specs(args: argparse.Namespace, backbone: VisionTransformer) -> list[ProbeSpec]:
     """The probes that the arguments name. ValueError for what does not exist or does not fit the encoder."""
-    for aggregation, _ in heads(args):
-        check_aggregation(aggregation, backbone.has_cls)
     blocks = args.return_block if args.return_block is not None else [backbone.depth - 1]
     check_blocks(blocks, backbone.depth)
-    settings = itertools.product(heads(args), blocks, args.optimizer, args.blr, args.seeds or [args.seed])
-    return [
-        ProbeSpec(aggregation, block, blr, seed, options, optimizer, args.lr)
-        for (aggregation, options), block, optimizer, blr, seed in settings
+    placed = [
+        (head, block)
+        for head in heads(args, backbone.depth)
+        for block in dict.fromkeys(own_block(head) if own_block(head) is not None else block for block in blocks)
     ]
+    settings = itertools.product(placed, args.optimizer, args.blr, args.seeds or [args.seed])
+    return [ProbeSpec(*place, blr, seed, optimizer, args.lr) for place, optimizer, blr, seed in settings]
 
 
 def image_parts(

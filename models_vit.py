@@ -81,7 +81,7 @@ class Features(NamedTuple):
     cls_attention: Tensor | None  # (B,H,M) [cls] row of the attention, softmax over all N keys; only when asked for
     patch_attention: dict[int, Tensor] | None = None  # {patch: (B,H,M) its row}; only when asked for
     oracle: Tensor | None = None  # (B,M) attention from elsewhere; no model makes it
-    pooled: dict[str, Tensor] | None = None  # (B,E) each, the model's own outputs; only when asked for
+    pooled: dict[str, Tensor] | None = None  # {name: (B,E)} the model's own pooled outputs, with its last block
 
 
 class PatchEmbed(nn.Module):

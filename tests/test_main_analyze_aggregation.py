@@ -282,7 +282,7 @@ def test_overflow_stops_the_analysis(data, tmp_path):
         (["--probe_heads", "abmilp"], "--probe_heads selects probes of a run: name it with --probes"),
         (["--boxes_only"], "--boxes_only needs true boxes: name them with --boxes"),
         (["--loc_map_heads", "best"], "--loc_map_heads best needs true boxes"),
-        (["--rules", "cls"], "--rules cls: the [cls] token; it weighs no patches"),
+        (["--rules", "cls"], "--rules cls weighs no patches"),
         (["--rules", "abmilp"], "--rules abmilp is learned: name the run that trained it with --probes"),
         (["--rules", "dino"], "--rules dino needs the attention of another encoder: name it with --oracle"),
         (["--rules", "pos", "pos"], "--rules pos pos names a rule twice"),

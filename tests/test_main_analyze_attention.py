@@ -118,7 +118,7 @@ def test_numbers_are_means_and_deviations_over_the_images(images, result):
         for image, _ in build_dataset("image_folder", images, "val"):
             for step in model.trace(transform(image)[None]):
                 reduced = reduce_attention(
-                    step, 1, True, "explicit", ("cls_attention", "distance", "received"), sizes=SIZES
+                    step, 1, True, "explicit", {need for m in METRICS.values() for need in m.needs}, sizes=SIZES
                 )
                 patches = step.out[:, 1:].unflatten(1, (4, 4))
                 for name in names:
@@ -286,7 +286,7 @@ def test_damaged_images_are_left_out_and_not_counted(images, tmp_path, capsys):
 
 
 def test_token_map_of_images_of_several_labels_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(main_analyze_attention, "analysed_images", lambda args: [None])
+    monkeypatch.setattr(main_analyze_attention, "unlabelled_images", lambda *args: [None])
     words = ["--data_path", str(tmp_path), "--dataset", "coco", "--tsne_blocks", "0", *FLAGS]
     with pytest.raises(ValueError, match=r"--tsne_blocks .*--dataset coco"):
         main_analyze_attention.main(parse(get_args_parser(), words))
