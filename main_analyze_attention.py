@@ -3,7 +3,7 @@
 import argparse
 
 from cli.analyze_attention import check, encoder_labels, folder_name, get_args_parser
-from cli.arguments import check_files, identity, loading, plain, shared_arguments
+from cli.arguments import check_files, data_options, identity, loading, plain, shared_arguments
 from cli.console import checked, parse, run_main
 from cli.encoder_arguments import frozen_encoder, one_encoder_each, precision
 
@@ -23,9 +23,10 @@ from data_sets.examples import random_examples
 from data_sets.images import fingerprint
 from data_sets.loader import KeyedDataset, build_loader
 from data_sets.order import EvaluationBatches
+from data_sets.table import unlabelled_images
 from data_sets.views import eval_transform
 from encoders.architectures import check_blocks
-from runtime.analysis import Progress, analysed_images, subset
+from runtime.analysis import Progress, subset
 from runtime.folder import RunFolder
 from runtime.processes import process_group
 from runtime.provenance import provenance, utc_now
@@ -44,7 +45,7 @@ def main(args: argparse.Namespace) -> None:
         folder = RunFolder(args.output_dir)
         if not args.resume:
             folder.refuse_results("*/attention.json")
-        images = analysed_images(args.dataset, args.data_path, args.allow_subset)
+        images = unlabelled_images(args.dataset, args.data_path, **data_options(args))
         chosen = subset(len(images), args.num_images, args.seed)
         examples = random_examples(images, chosen, args.num_examples, args.seed)
         encoders = [frozen_encoder(encoder_args) for encoder_args in one_encoder_each(args)]

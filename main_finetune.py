@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from cli.arguments import check_files, identity, loading, plain, shared_arguments
+from cli.arguments import check_files, identity, loading, plain, shared_arguments, split_options
 from cli.console import checked, parse, run_main
 from cli.encoder_arguments import build_encoder, precision
 from cli.finetune import check, get_args_parser, mixes
@@ -21,7 +21,8 @@ from PIL import Image, ImageOps
 from data_sets.images import fingerprint
 from data_sets.loader import KeyedDataset, build_loader
 from data_sets.order import EvaluationBatches, GlobalBatches
-from data_sets.table import build_splits, check_wnids
+from data_sets.published import check_wnids
+from data_sets.table import build_splits
 from data_sets.views import eval_transform
 from encoders.load import Encoder, load_plain_or_safetensors, safetensors_metadata
 from engine_finetune import Classifier, FineTuning, evaluate
@@ -53,7 +54,7 @@ def main(args: argparse.Namespace) -> None:
         if published is not None:
             args.finetune = args.resume
         train_images, test_images, num_classes = build_splits(
-            args.dataset, args.data_path, args.nb_classes, args.allow_subset
+            args.dataset, args.data_path, args.nb_classes, **split_options(args)
         )
         batches = GlobalBatches(len(train_images), args.batch_size, args.accum_iter, args.seed)
         with seeded("weights", args.seed):

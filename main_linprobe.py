@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from cli.arguments import identity, loading, plain, shared_arguments
+from cli.arguments import identity, loading, plain, shared_arguments, split_options
 from cli.encoder_arguments import build_oracle, frozen_encoder, precision
 from data_sets.images import fingerprint
 from data_sets.loader import KeyedDataset, build_loader
@@ -56,7 +56,7 @@ def main(args: argparse.Namespace) -> None:
 
         # ---- labelled images; with --val_fraction, rates are chosen on held-out training images
         train_images, test_images, num_classes = build_splits(
-            args.dataset, args.data_path, args.nb_classes, args.allow_subset
+            args.dataset, args.data_path, args.nb_classes, **split_options(args)
         )
         kept, held_out = hold_out(train_images.targets, args.val_fraction, args.seed)
         if max(args.knn, default=0) > len(kept):

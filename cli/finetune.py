@@ -42,7 +42,7 @@ from data_sets.table import DATASETS
 def get_args_parser() -> Parser:
     parser = Parser(__doc__)
     add_encoder_arguments(parser)
-    add_data_arguments(parser, loaders=False)  # timm augments PIL images
+    add_data_arguments(parser, loaders=False, splits=True)  # timm augments PIL images
     head = parser.add_argument_group("classifier")
     head.add_argument("--global_pool", action="store_true", help="classify the mean patch instead of [cls]")
     optim = parser.add_argument_group("optimisation")

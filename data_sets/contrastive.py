@@ -24,7 +24,7 @@ class Stacked(View):
 
     def __init__(self, views: Sequence[View]):
         first = views[0]
-        super().__init__([], first.mean, first.std, first.loader)
+        super().__init__(first.shape, (), first.mean, first.std, first.loader)
         self.views = views
 
     def pixels(self, image: Image.Image | Tensor) -> Tensor:
@@ -46,9 +46,10 @@ def contrastive_view(
 ) -> View:
     """Random crop, colour jitter, grey, blur, solarisation, flip. blur, solarize: their probabilities; smallest: the
     smallest share of the image in a crop."""
+    if loader == "gpu":
+        raise ValueError("loader gpu only crops and flips: views to compare need the loader pil, tensor or packed")
     jitter = transforms.ColorJitter(0.4, 0.4, 0.2, 0.1)
     steps = [
-        TorchvisionCrop(input_size, scale=(smallest, 1.0)),
         lambda image: functional.to_pil_image(image) if isinstance(image, Tensor) else image,
         transforms.RandomApply([jitter], p=0.8),
         transforms.RandomGrayscale(0.2),
@@ -56,7 +57,7 @@ def contrastive_view(
         transforms.RandomApply([ImageOps.solarize], p=solarize),
         transforms.RandomHorizontalFlip(),
     ]
-    return View(steps, loader=loader)
+    return View(TorchvisionCrop(input_size, scale=(smallest, 1.0)), steps, loader=loader)
 
 
 def contrastive_views(input_size: int, smallest: float = 0.08, loader: str = "pil") -> list[View]:
