@@ -80,7 +80,7 @@ def main(args: argparse.Namespace) -> None:
                 backbone = encoder.backbone.to(world.device).eval()
                 if args.compile:
                     backbone.compile_blocks()
-                transform = eval_transform(size, encoder.mean, encoder.std, args.loader)
+                transform = eval_transform(size, **encoder.pixels, loader=args.loader)
                 dataset = KeyedDataset(images, transform, args.seed, on_bad_image=args.on_bad_image)
                 batches = EvaluationBatches(len(images), args.batch_size, chosen[progress.seen :])
                 loader = build_loader(dataset, batches, **loading(args, world.device))

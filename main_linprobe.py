@@ -135,8 +135,8 @@ def main(args: argparse.Namespace) -> None:
             cache.fill(args.batch_size, **load.keywords)
         log.info(
             "%d probes on %s; %d training images and %d held out, %d steps of %d per epoch, normalised in groups of "
-            "%d, lr %s", len(specs), args.model, len(kept), len(held_out), batches.steps, batches.effective,
-            run["bn_group"], ", ".join(f"{lr:g}" for lr in sorted(set(lrs))),
+            "%d, lr %s", len(specs), encoder.record["model"], len(kept), len(held_out), batches.steps,
+            batches.effective, run["bn_group"], ", ".join(f"{lr:g}" for lr in sorted(set(lrs))),
         )  # fmt: skip
         watched = "val" if held_out else "test"
         with training.stoppable():
@@ -191,7 +191,7 @@ def image_parts(
     held_out: Sequence[int], test_images: Dataset,
 ) -> dict[str, Part]:  # fmt: skip
     """The images of "train" (augmented), of "test", and of "val" if some are held out."""
-    normalise = {"mean": encoder.mean, "std": encoder.std, "loader": args.loader}
+    normalise = {**encoder.pixels, "loader": args.loader}
     augment = train_transform(size, crop=args.crop, hflip=not args.no_hflip, **normalise)
     pixels = eval_transform(size, **normalise)
     keyed = functools.partial(KeyedDataset, seed=args.seed, on_bad_image=args.on_bad_image)
