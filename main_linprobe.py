@@ -224,9 +224,9 @@ def cache_key(
 
 
 def build_optimizer(args: argparse.Namespace, specs: list[ProbeSpec], groups: list[dict]) -> LARS:
-    """One optimizer, with the rule of each probe in its group."""
-    for spec, group in zip(specs, groups, strict=True):
-        group |= OPTIMIZERS[spec.optimizer]
+    """One optimizer, with the rule of its probes in each group."""
+    for group in groups:
+        group |= OPTIMIZERS[specs[group["rows"][0]].optimizer]
         if args.momentum is not None:
             group["momentum"] = args.momentum
     return LARS(groups, weight_decay=args.weight_decay)

@@ -347,7 +347,7 @@ class Training(Resumable):
 
 def first_of(rate: float | Tensor) -> float:
     """A rate, or that of the first of several networks."""
-    return torch.as_tensor(rate).flatten()[0].item()
+    return torch.as_tensor(rate, dtype=torch.float64).flatten()[0].item()
 
 
 def all_finite(tensors: list[Tensor]) -> Tensor:

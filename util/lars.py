@@ -71,7 +71,7 @@ class LARS(torch.optim.Optimizer):
             is_matrix = w.ndim > 2
             if decay and (is_matrix or trust is None):
                 g = g.add(w, alpha=decay)
-            lr = torch.as_tensor(group["lr"]).to(w.device, w.dtype)
+            lr = torch.as_tensor(group["lr"], dtype=torch.float64).to(w.device, w.dtype)
             g_norm, ratio = norms(g), torch.ones_like(lr)
             if is_matrix and trust is not None:
                 w_norm = norms(w)
@@ -83,11 +83,12 @@ class LARS(torch.optim.Optimizer):
             shape = -1, *[1] * (w.ndim - 1)
             if g.is_cuda or not alive.all():  # reading `alive` is free on a CPU, and passing over g is not
                 g = g.masked_fill_(~alive.view(shape), 0.0)
+            keep = torch.where(alive, torch.full_like(lr, momentum), 1.0).view(shape)
             ratio, lr = (torch.where(alive, factor, 0.0).view(shape) for factor in (ratio, lr))
             if u is None:
                 w.addcmul_(g, -lr * ratio)
             else:
-                u.mul_(torch.where(alive, momentum, 1.0).to(u.dtype).view(shape)).addcmul_(g, ratio)
+                u.mul_(keep).addcmul_(g, ratio)
                 w.addcmul_(u, -lr)
         return alive
 
