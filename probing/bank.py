@@ -149,7 +149,7 @@ class Stack:
             vectors, statistics = self._map(pool, out_dims=(1, 2))
         for name, batches in zip(self.inner, statistics, strict=True):
             self.pending[name] += batches
-        return vectors.float()
+        return vectors.to(self.parameters[0].dtype)
 
     def logits(self, vectors: Tensor) -> Tensor:
         """Normalised vectors (B,S,D') or (B,1,D') -> (S,K,B). In this layout gradients have that of their weights."""

@@ -149,6 +149,8 @@ def test_each_probe_of_a_mixed_bank_ends_where_it_ends_alone(backbone):
     rates = [2.0 if spec.optimizer == "lars" else 0.02 for spec in specs]
     bank = train(specs, backbone, rates).probe_states()
     exact = train(specs, backbone, rates, torch.float64, folded=False).probe_states()
+    for name, state in train(specs, backbone, rates, torch.float64).probe_states().items():
+        assert distance(state, exact[name]) < 1e-10, name
     for spec, rate in zip(specs, rates, strict=True):
         single = train([spec], backbone, [rate], folded=False).probe_states()[spec.name]
         single = {key: value.double() for key, value in single.items()}
