@@ -25,18 +25,17 @@ from util.tensor_files import safetensors_metadata
 
 
 class FrozenEncoder(nn.Module):
-    """A frozen encoder. Images (B,3,h,w) are normalised with `mean` and `std`, as `transform` does; h and w are
-    multiples of the patch size. `record` says which weights these are."""
+    """A frozen encoder. Images (B,3,h,w) are normalised as `transform` does (`pixels`: mean, std, interpolation, crop);
+    h and w are multiples of the patch size. `record` says which weights these are."""
 
     def __init__(self, encoder: Encoder, size: int):
         super().__init__()
-        self.backbone, self.mean, self.std = encoder.backbone, encoder.mean, encoder.std
-        self.record, self.size = encoder.record, size
+        self.backbone, self.pixels, self.record, self.size = encoder.backbone, encoder.pixels, encoder.record, size
 
     @property
     def transform(self) -> View:
         """From a PIL image to (3,size,size): resize, central crop, normalisation, as the programs evaluate."""
-        return eval_transform(self.size, self.mean, self.std)
+        return eval_transform(self.size, **self.pixels)
 
     @torch.no_grad()
     def features(self, images: Tensor, blocks: Sequence[int] = (-1,)) -> dict[int, Features]:
