@@ -106,6 +106,7 @@ def main(args: argparse.Namespace) -> None:
         boxes = None
         if args.boxes is not None:
             boxes = read_boxes(args.boxes, args.box_format, images, args.data_path, chosen, args.allow_subset)
+            boxes.crop_pct = encoder.crop_pct
         if args.images:
             examples = examples_from_files(images, args.images)
         else:
@@ -125,7 +126,7 @@ def main(args: argparse.Namespace) -> None:
                 states,
             )
 
-        pixels = {"crop": eval_transform(size, encoder.mean, encoder.std, args.loader),
+        pixels = {"crop": eval_transform(size, **encoder.pixels, loader=args.loader),
                   "resize": stretch_transform(size, encoder.mean, encoder.std, args.loader)}  # fmt: skip
         parts = {} if args.boxes_only else {"crop": ["vectors"]}
         if boxes is not None:

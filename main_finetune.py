@@ -83,7 +83,8 @@ def main(args: argparse.Namespace) -> None:
             )  # fmt: skip
         train_set = KeyedDataset(train_images, augment, args.seed, on_bad_image=args.on_bad_image, train=True)
         train_loader = build_loader(train_set, batches, **loading(args, world.device))
-        pixels = eval_transform(size, encoder.mean, encoder.std, whole=size > 224)  # as in MAE
+        whole = {"crop_pct": 1.0} if size > 224 else {}  # as in MAE
+        pixels = eval_transform(size, **encoder.pixels | whole)
         test_set = KeyedDataset(test_images, pixels, args.seed, on_bad_image=args.on_bad_image)
         test_batches = EvaluationBatches(len(test_set), args.batch_size)
         test_loader = build_loader(test_set, test_batches, **loading(args, world.device))

@@ -68,7 +68,9 @@ def main(args: argparse.Namespace) -> None:
         if args.final_norm and isinstance(backbone.norm, torch.nn.Identity):
             raise ValueError(f"--final_norm: encoders of family {encoder.record['family']} have no last norm; omit it")
         specs = probe_specs(args, backbone)
-        bank = ProbeBank(specs, backbone, backbone.grid_of(size, size), num_classes, args.init).to(world.device)
+        bank = ProbeBank(specs, backbone, backbone.grid_of(size, size), num_classes, args.init, bool(seeds)).to(
+            world.device
+        )
         amp = precision(args.amp)
         oracle = build_oracle(args, encoder, size, amp).to(world.device) if bank.needs.oracle else None
         frozen = FrozenTokens(backbone, bank.blocks, amp, args.final_norm, bank.needs, oracle)
@@ -135,8 +137,8 @@ def main(args: argparse.Namespace) -> None:
             cache.fill(args.batch_size, **load.keywords)
         log.info(
             "%d probes on %s; %d training images and %d held out, %d steps of %d per epoch, normalised in groups of "
-            "%d, lr %s", len(specs), args.model, len(kept), len(held_out), batches.steps, batches.effective,
-            run["bn_group"], ", ".join(f"{lr:g}" for lr in sorted(set(lrs))),
+            "%d, lr %s", len(specs), encoder.record["model"], len(kept), len(held_out), batches.steps,
+            batches.effective, run["bn_group"], ", ".join(f"{lr:g}" for lr in sorted(set(lrs))),
         )  # fmt: skip
         watched = "val" if held_out else "test"
         with training.stoppable():
@@ -191,7 +193,7 @@ def image_parts(
     held_out: Sequence[int], test_images: Dataset,
 ) -> dict[str, Part]:  # fmt: skip
     """The images of "train" (augmented), of "test", and of "val" if some are held out."""
-    normalise = {"mean": encoder.mean, "std": encoder.std, "loader": args.loader}
+    normalise = {**encoder.pixels, "loader": args.loader}
     augment = train_transform(size, crop=args.crop, hflip=not args.no_hflip, **normalise)
     pixels = eval_transform(size, **normalise)
     keyed = functools.partial(KeyedDataset, seed=args.seed, on_bad_image=args.on_bad_image)
@@ -224,9 +226,9 @@ def cache_key(
 
 
 def build_optimizer(args: argparse.Namespace, specs: list[ProbeSpec], groups: list[dict]) -> LARS:
-    """One optimizer, with the rule of each probe in its group."""
-    for spec, group in zip(specs, groups, strict=True):
-        group |= OPTIMIZERS[spec.optimizer]
+    """One optimizer, with the rule of its probes in each group."""
+    for group in groups:
+        group |= OPTIMIZERS[specs[group["rows"][0]].optimizer]
         if args.momentum is not None:
             group["momentum"] = args.momentum
     return LARS(groups, weight_decay=args.weight_decay)

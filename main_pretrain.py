@@ -67,7 +67,7 @@ def main(args: argparse.Namespace) -> None:
         augment = train_transform(size, scale=(args.crop_scale, 1.0), crop="torchvision", loader=args.loader)
         patches = encoder.grid_size[0] * encoder.grid_size[1]
         if weight > 0:
-            views = [*[augment] * (weight < 1), *contrastive_views(size, args.view_scale, args.loader)]
+            views = [*[augment] * (weight < 1), *contrastive_views(size, args.view_scale, args.view_grey, args.loader)]
             augment, patches = Stacked(views), patches * len(views)
         dataset = KeyedDataset(images, augment, args.seed, patches, args.on_bad_image, train=True)
         loader = build_loader(dataset, batches, **loading(args, world.device))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cli.console import Parser, any_int, named_path, non_negative, non_negative_int, positive_int, share_below_one
-from cli.encoder_arguments import check_input_size, check_weights
+from cli.encoder_arguments import check_input_size, check_weights, settle_model
 from data_sets.images import ON_BAD_IMAGE, Images
 from data_sets.order import micro_steps_of_a_group
 from data_sets.packed import is_packed
@@ -167,6 +167,8 @@ def plain(args: argparse.Namespace) -> dict:
 
 def check_training(args: argparse.Namespace) -> None:
     """Check how the arguments of a training fit together; ValueError."""
+    if hasattr(args, "finetune"):
+        settle_model(args)
     check_input_size(args.input_size, args.model)
     if args.start_epoch >= args.epochs:
         raise ValueError(f"--start_epoch {args.start_epoch}: the epochs are 0 to {args.epochs - 1}")

@@ -12,7 +12,6 @@ from torchvision import transforms
 from torchvision.transforms import functional as F
 from torchvision.transforms.v2 import functional as v2
 
-BICUBIC, BILINEAR = transforms.InterpolationMode.BICUBIC, transforms.InterpolationMode.BILINEAR
 AnyImage = Image.Image | Tensor
 
 
@@ -54,14 +53,14 @@ class RandomResizedCrop(TorchvisionCrop):
 class Whole:
     """The whole image, each side resized to `size` by its own factor."""
 
-    def __init__(self, size: int):
-        self.size = size
+    def __init__(self, size: int, interpolation: str = "bilinear"):
+        self.size, self.interpolation = size, transforms.InterpolationMode(interpolation)
 
     def cut(self, img: AnyImage) -> AnyImage:
         return img
 
     def resize(self, img: AnyImage) -> AnyImage:
-        return v2.resize(img, [self.size, self.size], BILINEAR, antialias=True)
+        return v2.resize(img, [self.size, self.size], self.interpolation, antialias=True)
 
 
 class CentralCrop(Whole):
@@ -69,13 +68,16 @@ class CentralCrop(Whole):
 
     PIXELS = 2**24  # of the resized image; beyond, only what the crop keeps is computed
 
-    def __init__(self, size: int, side: int):
-        self.size, self.side = size, side
+    def __init__(self, size: int, side: int, interpolation: str = "bicubic"):
+        super().__init__(size, interpolation)
+        self.side = side
 
     def resize(self, img: AnyImage) -> AnyImage:
         _, *sides = F.get_dimensions(img)
         if max(sides) * self.side**2 <= min(sides) * self.PIXELS:
-            return v2.center_crop(v2.resize(img, [self.side], BICUBIC, antialias=True), [self.size, self.size])
+            return v2.center_crop(
+                v2.resize(img, [self.side], self.interpolation, antialias=True), [self.size, self.size]
+            )
         picture = v2.to_pil_image(img.cpu()) if isinstance(img, Tensor) else img
         window, box = [], []  # (first, last) of what is read and of what is kept, height before width
         for side in sides:
@@ -86,5 +88,5 @@ class CentralCrop(Whole):
             box.append([edge - window[-1][0] for edge in kept])
         picture = picture.crop([edges[end] for end in (0, 1) for edges in reversed(window)])
         box = [edges[end] for end in (0, 1) for edges in reversed(box)]  # left, upper, right, lower
-        picture = picture.resize((self.size, self.size), Image.Resampling.BICUBIC, box)
+        picture = picture.resize((self.size, self.size), Image.Resampling[self.interpolation.name], box)
         return v2.pil_to_tensor(picture).to(img.device) if isinstance(img, Tensor) else picture

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 torch, shapes, transforms = map(lazy, ("torch", "data_sets.crop", "torchvision.transforms"))
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CROP_PCT = 224 / 256  # of the shorter side, the share that the central crop keeps
 LOADERS = {
     "pil": "the pixels of the paper's recipe",
     "tensor": "faster, pixels differ by 1/255 here and there",
@@ -124,15 +125,18 @@ def train_transform(
     crop: str = "mae",
     hflip: bool = True,
     loader: str = "pil",
+    interpolation: str = "bicubic",
+    crop_pct: float | None = CROP_PCT,
 ) -> View:
     """The recipe's augmentation: random crop to input_size, horizontal flip, normalisation (paper, B.2).
 
-    crop: "mae" draws once, "torchvision" up to ten times; "center" is no augmentation: eval_transform.
+    crop: "mae" draws once, "torchvision" up to ten times; "center" is no augmentation: eval_transform, which alone
+    reads crop_pct.
     """
     if crop == "center":
-        return eval_transform(input_size, mean, std, loader)
+        return eval_transform(input_size, mean, std, loader, interpolation, crop_pct)
     cropper = {"mae": shapes.RandomResizedCrop, "torchvision": shapes.TorchvisionCrop}[crop]
-    shape = cropper(input_size, scale=scale, interpolation=shapes.BICUBIC)
+    shape = cropper(input_size, scale=scale, interpolation=transforms.InterpolationMode(interpolation))
     return View(shape, [transforms.RandomHorizontalFlip()] * hflip, mean, std, loader)
 
 
@@ -141,14 +145,16 @@ def eval_transform(
     mean: Numbers = IMAGENET_MEAN,
     std: Numbers = IMAGENET_STD,
     loader: str = "pil",
-    whole: bool = False,
+    interpolation: str = "bicubic",
+    crop_pct: float | None = CROP_PCT,
 ) -> View:
-    """Resize the shorter side to input_size x 256 / 224 (bicubic), central crop, normalisation.
+    """Resize the shorter side to input_size / crop_pct, central crop, normalisation.
 
-    whole: resize the shorter side to input_size, so that the crop keeps all of it.
+    interpolation: a name of torchvision's InterpolationMode. crop_pct: None resizes both sides to input_size.
     """
-    side = input_size if whole else int(input_size * 256 / 224)
-    return View(shapes.CentralCrop(input_size, side), (), mean, std, loader)
+    if crop_pct is None:
+        return View(shapes.Whole(input_size, interpolation), (), mean, std, loader)
+    return View(shapes.CentralCrop(input_size, int(input_size / crop_pct), interpolation), (), mean, std, loader)
 
 
 def stretch_transform(size: int, mean: Numbers, std: Numbers, loader: str = "pil") -> View:

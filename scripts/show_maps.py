@@ -64,7 +64,7 @@ def main(args: argparse.Namespace) -> None:
         if common not in (None, shown := fingerprint(images)):
             raise ValueError(f"{folder} was tested on other images than the runs before it: draw one figure for each")
         common = shown
-        view = eval_transform(size, encoder.mean, encoder.std, run.args.loader)
+        view = eval_transform(size, **encoder.pixels, loader=run.args.loader)
         generator = torch.Generator().manual_seed(stable_seed("maps", args.seed))
         chosen = torch.randperm(len(images), generator=generator)[: args.images].tolist()
         batch = torch.stack([KeyedDataset(images, view, 0)[0, index].image for index in chosen])

@@ -29,11 +29,12 @@ RECIPES = {
         [transforms.RandomResizedCrop(32, scale=(0.2, 1.0), interpolation=BICUBIC)],
     ),
     "test": (eval_transform, {}, [transforms.Resize(36, interpolation=BICUBIC), transforms.CenterCrop(32)]),
-    "test, whole": (
+    "all of the shorter side": (
         eval_transform,
-        {"whole": True},
-        [transforms.Resize(32, interpolation=BICUBIC), transforms.CenterCrop(32)],
+        {"crop_pct": 1.0, "interpolation": "bilinear"},
+        [transforms.Resize(32), transforms.CenterCrop(32)],
     ),
+    "both sides resized": (eval_transform, {"crop_pct": None}, [transforms.Resize((32, 32), interpolation=BICUBIC)]),
     "whole": (stretch_transform, {}, [transforms.Resize((32, 32))]),
 }
 
