@@ -7,6 +7,7 @@ table does not import torch: the command line lists it.
 from __future__ import annotations
 
 import functools
+import importlib
 import re
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -51,15 +52,18 @@ class Aggregation(NamedTuple):
     blocks: str = ""  # the blocks it reads if the head names none; "": that of the probe
 
 
-def fixed(name: str, **settings: str) -> Callable[..., Pooling]:
-    """Build a class of probing.fixed."""
+def fixed(name: str, module: str = "fixed", **settings: str) -> Callable[..., Pooling]:
+    """Build a class of a module of probing."""
 
     def build(tokens: Tokens, **options: Value) -> Pooling:
-        from probing import fixed
-
-        return getattr(fixed, name)(tokens, **settings, **options)
+        return getattr(importlib.import_module(f"probing.{module}"), name)(tokens, **settings, **options)
 
     return build
+
+
+def unlabelled(rule: str) -> Callable[..., Pooling]:
+    """Build a rule of probing.unlabelled."""
+    return fixed("UnlabelledWeights", "unlabelled", rule=rule)
 
 
 def learned(name: str, content: str = "patch", **settings: Value) -> Callable[..., Pooling]:
@@ -178,6 +182,18 @@ AGGREGATIONS = {
     ),
     "dino": Aggregation(
         fixed("OracleAttention"), "patches weighted by the [cls] attention of --oracle", {"scale": SCALE}
+    ),
+    "far": Aggregation(unlabelled("deviations"), "patches weighted by their squared distance from the mean token"),
+    "blob": Aggregation(unlabelled("blobs"), "patches weighted by that distance, averaged over 3 x 3 patches"),
+    "norm": Aggregation(unlabelled("norms"), "patches weighted by the norm of their token"),
+    "lowfreq": Aggregation(
+        unlabelled("low_frequencies"), "patches weighted by the energy of the tokens' low spatial frequencies"
+    ),
+    "fiedler": Aggregation(
+        unlabelled("fiedler"), "patches weighted by the Fiedler vector of the graph of similar tokens (TokenCut)"
+    ),
+    "received": Aggregation(
+        fixed("ReceivedAttention", "unlabelled"), "patches weighted by the attention that they receive from patches"
     ),
     "map": Aggregation(
         fixed("OwnPooling", output="map"), "the model's own attention pooling (SigLIP, AIMv2, PE)", blocks="last1"
