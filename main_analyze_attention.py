@@ -51,9 +51,9 @@ def main(args: argparse.Namespace) -> None:
         run = {"args": plain(args), "encoders": [encoder.record for encoder, _ in encoders], **provenance(world.device)}
         facts = {"images": fingerprint(images), "encoders": labels, "weights": []}
         for label, (encoder, size) in zip(labels, encoders, strict=True):
-            found = encoder.facts(size)
-            facts["weights"].append(found.pop("weights"))
-            facts |= {f"{label}, {name}": value for name, value in found.items()}
+            encoder_facts = encoder.facts(size)
+            facts["weights"].append(encoder_facts.pop("weights"))
+            facts |= {f"{label}, {name}": value for name, value in encoder_facts.items()}
         progress = Progress(
             Path(__file__).name,
             folder,
@@ -81,15 +81,20 @@ def main(args: argparse.Namespace) -> None:
                 loader = build_loader(dataset, batches, **loading(args, world.device))
                 metrics, sizes = applicable(names, backbone), Sizes.of(backbone, size)
                 amp = precision(args.amp)
-                numbers = measure(
-                    backbone, loader, metrics, sizes, amp, args.reduction, world.device, label, progress
-                )  # fmt: skip
+                numbers = measure(backbone, loader, metrics, sizes, amp, args.reduction, world.device, label, progress)
                 result = {
-                    **summary(label, encoder, size, numbers), "amp": args.amp, "reduction": args.reduction,
-                    "seed": args.seed, "seconds": progress.seconds, "args": plain(args),
-                    "classes": len(images.classes), "n_test": len(images), "test_images": facts["images"],
-                    "finished": utc_now(), **provenance(world.device),
-                }  # fmt: skip
+                    **summary(label, encoder, size, numbers),
+                    "amp": args.amp,
+                    "reduction": args.reduction,
+                    "seed": args.seed,
+                    "seconds": progress.seconds,
+                    "args": plain(args),
+                    "classes": len(images.classes),
+                    "n_test": len(images),
+                    "test_images": facts["images"],
+                    "finished": utc_now(),
+                    **provenance(world.device),
+                }
                 speed = result["images"] / result["seconds"]
                 log.info("%s: %d images, %.1f images/s", label, result["images"], speed)
                 if args.tsne_blocks and world.is_main:

@@ -2,16 +2,7 @@
 
 from cli.arguments import check_files
 from cli.console import checked, parse, run_main
-from cli.linprobe import (
-    OPTIMIZERS,
-    check,
-    data_seeds,
-    feature_arguments,
-    get_args_parser,
-    headline,
-    heads,
-    seeds_vary,
-)
+from cli.linprobe import OPTIMIZERS, check, data_seeds, feature_arguments, get_args_parser, headline, heads, seeds_vary
 
 if __name__ == "__main__":  # before the slow imports: --help and mistakes answer at once
     ARGS = checked(parse(get_args_parser()), check, check_files)
@@ -42,15 +33,7 @@ from probing.bank import ProbeBank, ProbeSpec
 from probing.feature_cache import CachedTokens, FeatureCache, Part
 from probing.heads import check_aggregation
 from probing.predictions import FILE, PredictionKeeper
-from probing.results import (
-    best_probe,
-    log_neighbours,
-    log_scores,
-    log_summary,
-    summary,
-    warn_of_choices,
-    warn_of_edges,
-)
+from probing.results import best_probe, log_neighbours, log_scores, log_summary, summary, warn_of_choices, warn_of_edges
 from runtime.folder import RunFolder
 from runtime.processes import process_group, require_same_run
 from runtime.provenance import code_digest, provenance, utc_now

@@ -300,10 +300,10 @@ GROUPS = {
 }
 
 
-def metric_names(words: Sequence[str]) -> list[str]:
-    """Metrics by name or group, in the order given; ValueError for unknown words."""
-    if unknown := [word for word in words if word not in GROUPS and word not in METRICS]:
+def metric_names(names: Sequence[str]) -> list[str]:
+    """Expand groups and keep the order; ValueError for an unknown name."""
+    if unknown := [name for name in names if name not in GROUPS and name not in METRICS]:
         near = nearest(unknown[0], [*GROUPS, *METRICS])
         choices = f"the groups {', '.join(GROUPS)}, or {', '.join(METRICS)}"
         raise ValueError(f"unknown metrics {' '.join(unknown)}: {near}choose from {choices}")
-    return list(dict.fromkeys(name for word in words for name in GROUPS.get(word, (word,))))
+    return list(dict.fromkeys(metric for name in names for metric in GROUPS.get(name, (name,))))

@@ -181,10 +181,7 @@ class RunFolder:
                     path.unlink(missing_ok=True)
 
     def find_checkpoint(
-        self,
-        resume: str,
-        evaluate_only: bool = False,
-        restore: Callable[[dict[str, Any]], None] = lambda state: None,
+        self, resume: str, evaluate_only: bool = False, restore: Callable[[dict[str, Any]], None] = lambda state: None
     ) -> dict[str, Any] | None:
         """The state to resume from: a path, "auto" for the newest good one of this folder, "" for a fresh start.
 
