@@ -1,9 +1,11 @@
 """The optimizer "logreg": fit probes to convergence on cached features, and again to draws of few images.
 
-A probe minimises loss + strength / 2 x the squared weights of its classifier and its head, by L-BFGS in float64 on all
-images at once. loss: mean cross-entropy, or mean binary cross-entropy if images have several labels. The classifier
-reads vectors standardised over these images; biases are not penalised. Without parameters in the head this is convex:
-scikit-learn's LogisticRegression(C=1 / (strength n)) on the features of its StandardScaler, with the same optimum.
+A probe minimises loss + strength / 2 x (squared weights of the classifier + squared change of the head's parameters),
+by L-BFGS in float64 on all images at once. loss: mean cross-entropy, or mean binary cross-entropy if images have several
+labels. The classifier reads vectors standardised over these images; its biases are not penalised. Without parameters in
+the head this is convex: scikit-learn's LogisticRegression(C=1 / (strength n)) on the features of its StandardScaler,
+with the same optimum. The change of the head counts, not its size: standardisation undoes the size of values, which
+would shrink without end.
 
 Letters: n images, D' width of a vector, K classes.
 """
@@ -28,11 +30,11 @@ from runtime.training import EpochStats, Training
 from util import signals
 from util.distributed import from_main, world_size
 from util.intervals import student
-from util.optim import is_decayed
 from util.progress import log, peak_memory
 from util.seeding import seeded
 
-TOLERANCE = {False: 1e-8, True: 1e-5}  # of the largest entry of the gradient, by whether the head has parameters
+# bound on the excess over the optimum as a share of the objective, by whether the head has parameters; see `fit`
+TOLERANCE = {False: 1e-6, True: 1e-4}
 MOST_STEPS = 5000
 CHUNK = 2**24  # values of cached features that are read at a time
 KEPT = 8  # such chunks that stay on the device
@@ -51,6 +53,7 @@ class Fits(NamedTuple):
 
     effective: int  # images of a fit
     steps: int
+    seeds: tuple[int, ...] = (0,)  # one order
 
 
 def tasks(specs: Sequence[ProbeSpec], shots: Shots) -> list[tuple[int, int, int]]:
@@ -96,35 +99,43 @@ def standardise(vectors: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
 def fit(
     probe: Probe, vectors: Callable[[], Tensor], labels: Tensor, loss: Callable, strength: float
 ) -> dict[str, float]:  # fmt: skip
-    """Move a probe in float64 from its weights to a minimum. Returns the training loss without the penalty, the largest
-    entry of the gradient, and the number of steps; a head with parameters may have other minima."""
-    learned, parameters = probe.aggregation.learned, list(probe.parameters())
-    penalised = [parameter for name, parameter in probe.named_parameters() if is_decayed(name, parameter)]
-    fixed = None if learned else standardise(vectors(), probe.norm.eps)
+    """Move a probe in float64 from its weights to a minimum.
 
-    def losses() -> tuple[Tensor, Tensor]:
+    Steps end when |gradient|^2 / (2 strength), as a share of the objective, is below TOLERANCE. Without parameters in
+    the head this bounds the excess over the optimum, as the penalty makes the objective strongly convex but for the
+    biases; a head with parameters may have other minima. Returns the training loss without the penalty, that share
+    ("gap"), and the number of steps.
+    """
+    learned, parameters = probe.aggregation.learned, list(probe.parameters())
+    initial = [parameter.detach().clone() for parameter in probe.aggregation.parameters()]
+    fixed = None if learned else standardise(vectors(), probe.norm.eps)
+    state: dict[str, float] = {}
+
+    def evaluate(point: np.ndarray) -> tuple[float, np.ndarray]:
+        torch.nn.utils.vector_to_parameters(torch.tensor(point, device=labels.device), parameters)
         normalised, mean, variance = fixed or standardise(vectors(), probe.norm.eps)
         probe.norm.running_mean.copy_(mean.detach())
         probe.norm.running_var.copy_(variance.detach())
         value = loss(probe.classifier(normalised), labels)
-        return value, value + strength / 2 * sum(parameter.square().sum() for parameter in penalised)
+        changes = (p - before for p, before in zip(probe.aggregation.parameters(), initial, strict=True))
+        squares = sum((change.square().sum() for change in changes), probe.classifier.weight.square().sum())
+        objective = value + strength / 2 * squares
+        gradients = torch.autograd.grad(objective, parameters, allow_unused=True, materialize_grads=True)
+        gradient = torch.cat([gradient.flatten() for gradient in gradients]).cpu().numpy()
+        state.update(loss=value.item(), gap=float(gradient @ gradient) / (2 * strength * objective.item()))
+        return objective.item(), gradient
 
-    def evaluate(point: np.ndarray) -> tuple[float, np.ndarray]:
-        torch.nn.utils.vector_to_parameters(torch.tensor(point, device=labels.device), parameters)
-        value = losses()[1]
-        gradients = torch.autograd.grad(value, parameters, allow_unused=True, materialize_grads=True)
-        return value.item(), torch.cat([gradient.flatten() for gradient in gradients]).cpu().numpy()
-
-    def look_for_signals(point: np.ndarray) -> None:
+    def is_done(point: np.ndarray) -> None:
         if world_size() == 1:  # several processes stop after the fit, at the same one
             signals.check()
+        if state["gap"] <= TOLERANCE[learned]:
+            raise StopIteration
 
     start = torch.nn.utils.parameters_to_vector(parameters).detach().cpu().numpy()
-    options = {"gtol": TOLERANCE[learned], "ftol": 0, "maxiter": MOST_STEPS, "maxfun": 2 * MOST_STEPS, "maxcor": 20}
-    end = optimize.minimize(evaluate, start, jac=True, method="L-BFGS-B", callback=look_for_signals, options=options)
-    gradient = evaluate(end.x)[1]
-    with torch.no_grad():
-        return {"loss": losses()[0].item(), "gradient": float(abs(gradient).max()), "steps": int(end.nit)}
+    options = {"gtol": 0, "ftol": 0, "maxiter": MOST_STEPS, "maxfun": 2 * MOST_STEPS, "maxcor": 20}
+    end = optimize.minimize(evaluate, start, jac=True, method="L-BFGS-B", callback=is_done, options=options)
+    evaluate(end.x)
+    return {**state, "steps": int(end.nit)}
 
 
 class Fitting(Training):
@@ -141,7 +152,7 @@ class Fitting(Training):
         self.strengths = sorted(set(strengths), reverse=True)
         self.bank = self.method.bank
         self.tasks = tasks(self.bank.specs, shots)
-        self.initial = copy.deepcopy(self.bank.probes)
+        self.initial = [self.bank.probe(index) for index in range(len(self.bank.specs))]
         self.facts: dict[str, dict[str, Any]] = {spec.name: {} for spec in self.bank.specs}
 
     def train_one_epoch(self) -> EpochStats:
@@ -180,8 +191,8 @@ class Fitting(Training):
             return
         self.facts[name] = facts
         self.loss_sum[index] = facts["converged"]["loss"]
-        self.bank.probes[index].load_state_dict(state)
-        log.info("%s: strength %g, training loss %.4f, gradient %.0e after %d steps", name, strength, *end.values())
+        self.bank.load_probe_states({**self.bank.probe_states(), name: state})
+        log.info("%s: strength %g, training loss %.4f, gap %.0e after %d steps", name, strength, *end.values())
 
     def _choose(self, index: int, draw: tuple[int, int]) -> tuple[float, dict[str, dict[str, float]]]:
         """The strength with the lowest loss on the held-out images, and {strength: loss and score on them}."""
@@ -200,13 +211,13 @@ class Fitting(Training):
         probe = copy.deepcopy(self.initial[index]).double().eval()
         torch.nn.init.zeros_(probe.classifier.weight)
         torch.nn.init.zeros_(probe.classifier.bias)
-        vectors = functools.partial(images.vectors, probe, self.bank.specs[index].block, self.bank._row[index])
+        vectors = functools.partial(images.vectors, probe, self.bank.specs[index].block, self.bank.row(index))
         return probe, fit(probe, vectors, images.labels, self.method.loss, strength)
 
     @torch.no_grad()
     def _evaluate(self, probe: Probe, index: int, images: Images) -> dict[str, float]:
         """Loss and score in percent of a probe."""
-        vectors = images.vectors(probe, self.bank.specs[index].block, self.bank._row[index])
+        vectors = images.vectors(probe, self.bank.specs[index].block, self.bank.row(index))
         logits, labels = probe.classifier(probe.norm(vectors)), images.labels
         outputs = logits if labels.ndim > 1 else logits.topk(1).indices
         return {"loss": self.method.loss(logits, labels).item(), "score": score(outputs, labels, self.headline)}
