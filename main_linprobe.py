@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from cli.arguments import identity, loading, plain, shared_arguments
+from cli.arguments import identity, loading, plain, shared_arguments, split_options
 from cli.encoder_arguments import build_oracle, frozen_encoder, precision
 from data_sets.images import fingerprint
 from data_sets.loader import KeyedDataset, build_loader
@@ -33,7 +33,7 @@ from engine_linprobe import FrozenTokens, Probing, evaluate, nearest_neighbours
 from models_vit import VisionTransformer
 from probing.bank import ProbeBank, ProbeSpec
 from probing.feature_cache import CachedTokens, FeatureCache, Part
-from probing.heads import check_aggregation
+from probing.heads import own_block
 from probing.logreg import Fits, Fitting, Shots, describe, tasks
 from probing.predictions import FILE, PredictionKeeper
 from probing.results import best_probe, log_neighbours, log_scores, log_summary, summary, warn_of_choices, warn_of_edges
@@ -56,13 +56,13 @@ def main(args: argparse.Namespace) -> None:
     check_files(args)
     multi_label, metric, seeds = DATASETS[args.dataset].multi_label, headline(args), data_seeds(args)
     with process_group(args.device, args.dist_url, shared_arguments(args)) as world:
-        folder = RunFolder(args.output_dir + args.suffix if args.output_dir else "", args.log_dir)
+        folder = RunFolder(args.output_dir + args.suffix if args.output_dir else "", args.log_dir, args.track)
         if not args.eval:
             folder.refuse_overwriting(args.resume)
 
         # ---- labelled images; with --val_fraction, rates are chosen on held-out training images
         train_images, test_images, num_classes = build_splits(
-            args.dataset, args.data_path, args.nb_classes, args.allow_subset
+            args.dataset, args.data_path, args.nb_classes, **split_options(args)
         )
         kept, held_out = hold_out(train_images.targets, args.val_fraction, args.seed)
         if max(args.knn, default=0) > len(kept):
@@ -144,8 +144,8 @@ def main(args: argparse.Namespace) -> None:
             cache.fill(args.batch_size, **load.keywords)
         log.info(
             "%d probes on %s; %d training images and %d held out, %d steps of %d per epoch, normalised in groups of "
-            "%d, lr %s", len(specs), args.model, len(kept), len(held_out), batches.steps, batches.effective,
-            run["bn_group"], ", ".join(f"{lr:g}" for lr in sorted(set(lrs))),
+            "%d, lr %s", len(specs), encoder.record["model"], len(kept), len(held_out), batches.steps,
+            batches.effective, run["bn_group"], ", ".join(f"{lr:g}" for lr in sorted(set(lrs))),
         )  # fmt: skip
         watched = "val" if held_out and not fits else "test"  # logreg fits the probes to held-out images, too
         with training.stoppable():
@@ -195,15 +195,15 @@ def main(args: argparse.Namespace) -> None:
 
 def probe_specs(args: argparse.Namespace, backbone: VisionTransformer) -> list[ProbeSpec]:
     """The probes that the arguments name. ValueError for what does not exist or does not fit the encoder."""
-    for aggregation, _ in heads(args):
-        check_aggregation(aggregation, backbone.has_cls)
     blocks = args.return_block if args.return_block is not None else [backbone.depth - 1]
     check_blocks(blocks, backbone.depth)
-    settings = itertools.product(heads(args), blocks, args.optimizer, args.blr, args.seeds or [args.seed])
-    return [
-        ProbeSpec(aggregation, block, blr, seed, options, optimizer, args.lr)
-        for (aggregation, options), block, optimizer, blr, seed in settings
+    placed = [
+        (head, block)
+        for head in heads(args, backbone.depth)
+        for block in dict.fromkeys(own_block(head) if own_block(head) is not None else block for block in blocks)
     ]
+    settings = itertools.product(placed, args.optimizer, args.blr, args.seeds or [args.seed])
+    return [ProbeSpec(*place, blr, seed, optimizer, args.lr) for place, optimizer, blr, seed in settings]
 
 
 def image_parts(
@@ -211,7 +211,7 @@ def image_parts(
     held_out: Sequence[int], test_images: Dataset,
 ) -> dict[str, Part]:  # fmt: skip
     """The images of "train" (augmented), of "test", and of "val" if some are held out."""
-    normalise = {"mean": encoder.mean, "std": encoder.std, "loader": args.loader}
+    normalise = {**encoder.pixels, "loader": args.loader}
     augment = train_transform(size, crop=args.crop, hflip=not args.no_hflip, **normalise)
     pixels = eval_transform(size, **normalise)
     keyed = functools.partial(KeyedDataset, seed=args.seed, on_bad_image=args.on_bad_image)

@@ -99,7 +99,7 @@ def block_ticks(axis: Axes, depths: Sequence[int]) -> None:
         axis.set_xticks([-1, *ticks], ["E", *map(str, ticks)])
     else:
         axis.set_xticks(ticks)
-    axis.set_xlabel(BLOCKS + "; E: embedding" * (min(depths) < 0))
+    axis.set_xlabel(f"{BLOCKS}; E: embedding" if min(depths) < 0 else BLOCKS)
 
 
 def name_row(axis: Axes, text: str, distance: float) -> None:
@@ -188,7 +188,8 @@ def draw_panel(axis: Axes, name: str, results: Sequence[dict], labels: Sequence[
     for result in having:
         depths, measured = entries(result["metrics"][name])
         mean, std = column(measured, "mean"), column(measured, "std")
-        if np.isnan(mean).all():
+        depths, mean, std = (np.array(values)[np.isfinite(mean)] for values in (depths, mean, std))
+        if not len(mean):
             continue
         number = labels.index(result["label"])
         colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]

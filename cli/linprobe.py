@@ -42,7 +42,7 @@ from cli.encoder_arguments import add_encoder_arguments, add_oracle_arguments
 from cli.presets import add_preset
 from data_sets.table import DATASETS
 from encoders.architectures import check_blocks, known_depth
-from probing.heads import AGGREGATIONS, Options, check_aggregation, option_flags, parse_head
+from probing.heads import AGGREGATIONS, canonical_head, check_aggregation, option_flags, parts_of
 
 OPTIMIZERS = {  # settings of util.lars.LARS; momentum as in the paper, and as in its code for SGD
     "lars": {"momentum": 0.9},
@@ -66,12 +66,12 @@ def get_args_parser() -> Parser:
     parser = Parser(__doc__)
     add_preset(parser)
     add_encoder_arguments(parser)
-    add_data_arguments(parser)
+    add_data_arguments(parser, splits=True)
 
     add = parser.add_argument_group("probes").add_argument
     add("--cls_features", nargs="+", default=None, metavar="HEAD",
-        help=f"heads: {', '.join(AGGREGATIONS)}, with options as in abmilp:depth=2,act=tanh, ap12 or ca2 "
-        "(default: cls)")  # fmt: skip
+        help=f"heads: {', '.join(AGGREGATIONS)}, with options as in abmilp:depth=2,act=tanh, ap12 or ca2; of several "
+        "blocks (cls@8-11, pos@last4); concatenated (cls@8-11+pos) (default: cls)")  # fmt: skip
     add("--return_block", nargs="+", type=non_negative_int, metavar="BLOCK",
         help="blocks to probe, counted from 0 (default: the last)")  # fmt: skip
     add("--seeds", nargs="+", type=any_int, help="independent runs of every probe (default: --seed)")
@@ -151,8 +151,9 @@ def check(args: argparse.Namespace) -> None:
             raise ValueError("--cls_token is MAE's probe of [cls]: omit --cls_features or --cls_token")
         args.final_norm, args.init = True, "trunc_normal"
     args.cls_features = args.cls_features or ["cls"]
-    for aggregation, _ in heads(args):
-        check_aggregation(aggregation, not args.no_cls_token)
+    for head in heads(args, known_depth(args.model)):
+        for part in parts_of(head, {}):
+            check_aggregation(part.aggregation, not args.no_cls_token)
     check_blocks(args.return_block or [], known_depth(args.model))
     refused = {
         f"--lr {args.lr} sets one rate, --blr {args.blr} several: omit one of them": (
@@ -200,10 +201,10 @@ def _check_logreg(args: argparse.Namespace) -> None:
     args.blr, args.lr, args.seeds_vary = [0.0], None, "weights"
 
 
-def heads(args: argparse.Namespace) -> list[tuple[str, Options]]:
-    """Aggregations and options of --cls_features. ValueError for what does not exist."""
+def heads(args: argparse.Namespace, depth: int | None) -> list[str]:
+    """The heads of --cls_features, as canonical_head names them; depth: of the encoder, None: not known yet."""
     flags = {flag: vars(args)[flag] for flag in option_flags()}
-    return [parse_head(head, flags) for head in args.cls_features]
+    return [canonical_head(head, flags, depth) for head in args.cls_features]
 
 
 def headline(args: argparse.Namespace) -> str:

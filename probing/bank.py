@@ -10,36 +10,38 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from encoders.architectures import check_blocks
 from models_vit import Features, VisionTransformer
 from probing.folding import pool_together
-from probing.heads import Options, check_aggregation, head_name
-from probing.pooling import Needs, Pooling, Tokens, select
+from probing.heads import blocks_of, build_head, parts_of
+from probing.norm import ProbeNorm, normalise
+from probing.pooling import Needs, Pooling, Tokens, read_blocks, select
 from util.distributed import gather_tensors
 from util.seeding import seeded
-
-BN_EPS = 1e-6  # MAE's linear probe
 
 
 @dataclass(frozen=True)
 class ProbeSpec:
     """One probe of a bank. `name` identifies it everywhere: in logs, results and checkpoints."""
 
-    aggregation: str
-    block: int  # 0-based
+    head: str  # from heads.canonical_head, such as cls, abmilp:depth=2,act=tanh, ap12 or cls@8-11+pos@11
+    block: int  # 0-based; of the parts of the head that name none, else the last that the head names
     blr: float  # base learning rate; the rate is blr x effective batch / 256
     seed: int  # of the initial weights, and of its data if seeds vary it
-    options: Options = ()  # of the aggregation, from heads.parse_head
     optimizer: str = "lars"  # or "sgd", or "logreg"
     lr: float | None = None  # the rate itself, if given instead of blr
 
     @property
-    def head(self) -> str:
-        """The aggregation with its options, such as abmilp, abmilp:depth=2,act=tanh or ap12."""
-        return head_name(self.aggregation, self.options)
+    def aggregation(self) -> str:
+        """The head without options and blocks."""
+        return "+".join(part.aggregation for part in parts_of(self.head, {}))
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """The blocks that the probe reads."""
+        return blocks_of(self.head, self.block)
 
     @property
     def name(self) -> str:
@@ -51,69 +53,17 @@ class ProbeSpec:
         return f"{self.head}/block{self.block}/{optimizer}{rate}/seed{self.seed}"
 
 
-class ProbeNorm(nn.BatchNorm1d):
-    """BatchNorm1d without affine whose running statistics do not depend on how a batch is split over ranks.
-
-    Training normalises each group of images (by default a micro-batch) by its own statistics, as nn.BatchNorm1d does,
-    and stores them; `commit` then updates the running ones group by group, in the order of the data over all ranks. So
-    any number of processes gets the values of nn.BatchNorm1d on one.
-    """
-
-    def __init__(self, width: int):
-        super().__init__(width, eps=BN_EPS, momentum=0.1, affine=False)
-        # (G,2,D') of each forward pass since the last commit: mean and unbiased variance of its G groups of images
-        self.pending: list[Tensor] = []
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
-            return F.batch_norm(x, self.running_mean, self.running_var, training=False, eps=self.eps)
-        (normalised,), (statistics,) = normalise([x])
-        self.pending.append(statistics)
-        return normalised
-
-    @torch.no_grad()
-    def commit(self, statistics: Tensor) -> None:
-        """statistics (groups, 2, D'), in the order of the data."""
-        for mean, variance in statistics:
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance, self.momentum)
-            self.num_batches_tracked += 1
-
-
-def normalise(vectors: Sequence[Tensor], groups: int = 1) -> tuple[list[Tensor], list[Tensor]]:
-    """Batch normalisation without affine of several (B,D') in one call; also the (G,2,D') statistics of each.
-
-    groups: G consecutive parts of the images, each normalised by itself. The statistics are the mean and the unbiased
-    variance. ValueError for groups of fewer than two images.
-    """
-    joined = torch.cat(vectors, dim=1) if len(vectors) > 1 else vectors[0]  # channels are independent
-    images, width = joined.shape
-    if images // groups < 2:
-        raise ValueError("batch normalisation needs at least two images: raise --batch_size or --bn_group")
-    if groups > 1:  # groups as channels
-        joined = joined.view(groups, -1, width).transpose(0, 1).flatten(1)
-    with torch.no_grad():
-        variance, mean = torch.var_mean(joined, dim=0)
-    normalised = F.batch_norm(joined, None, None, training=True, eps=BN_EPS)
-    if groups > 1:
-        normalised = normalised.unflatten(1, (groups, width)).transpose(0, 1).flatten(0, 1)
-    widths = [vector.shape[1] for vector in vectors]
-    statistics = torch.stack([mean, variance]).unflatten(1, (groups, width)).transpose(0, 1)
-    return list(normalised.split(widths, dim=1)), list(statistics.split(widths, dim=2))
-
-
 class Probe(nn.Module):
     """aggregation -> norm -> classifier. Initial weights depend on nothing but the spec.
 
     init: of the classifier, "default" (PyTorch's, as in the paper's code) or "trunc_normal" (std 0.01, MAE's probe).
     """
 
-    def __init__(self, spec: ProbeSpec, tokens: Tokens, has_cls: bool, num_classes: int, init: str = "default"):
+    def __init__(self, spec: ProbeSpec, tokens: Tokens, num_classes: int, init: str = "default"):
         super().__init__()
-        entry = check_aggregation(spec.aggregation, has_cls)
         # the learning rate is not part of the key: rates are compared from equal initial weights
         with seeded("probe", spec.head, spec.block, spec.seed):
-            self.aggregation = entry.build(tokens, **dict(spec.options))
+            self.aggregation = build_head(spec.head, spec.block, tokens)
             self.norm = ProbeNorm(self.aggregation.width)
             self.classifier = nn.Linear(self.aggregation.width, num_classes)
             if init == "trunc_normal":
@@ -121,7 +71,7 @@ class Probe(nn.Module):
                 nn.init.zeros_(self.classifier.bias)
 
     def forward(self, features: Features) -> Tensor:
-        """Tokens of the probe's block -> logits (B,K)."""
+        """Tokens of the probe's block, or several from read_blocks -> logits (B,K)."""
         return self.classifier(self.norm(self.aggregation(features).vector))
 
 
@@ -136,10 +86,10 @@ class ProbeBank(nn.Module):
         names = [spec.name for spec in specs]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"the same probe is requested twice: {', '.join(twice)}")
-        check_blocks(sorted({spec.block for spec in specs}), backbone.depth)
         self.specs = tuple(specs)
-        tokens = Tokens(backbone.embed_dim, grid, backbone.num_prefix_tokens)
-        self.probes = nn.ModuleList(Probe(spec, tokens, backbone.has_cls, num_classes, init) for spec in specs)
+        check_blocks(self.blocks, backbone.depth)
+        tokens = Tokens.of(backbone, grid)
+        self.probes = nn.ModuleList(Probe(spec, tokens, num_classes, init) for spec in specs)
         self._plan()
 
     def _plan(self) -> None:
@@ -154,7 +104,7 @@ class ProbeBank(nn.Module):
                 self._distinct.append(index)
                 pool = getattr(probe.aggregation, "pool", None)
                 if pool is not None and pool.folds:
-                    inputs = spec.block, probe.aggregation.content, pool.normalised
+                    inputs = spec.blocks, probe.aggregation.content, pool.norm_eps
                     self._folded.setdefault(inputs, []).append(rows[key])
             self._row.append(rows[key])
 
@@ -191,7 +141,7 @@ class ProbeBank(nn.Module):
 
     @property
     def blocks(self) -> tuple[int, ...]:
-        return tuple(sorted({spec.block for spec in self.specs}))
+        return tuple(sorted({block for spec in self.specs for block in spec.blocks}))
 
     @property
     def needs(self) -> Needs:
@@ -204,6 +154,9 @@ class ProbeBank(nn.Module):
         Equal to Probe.forward within rounding. No operation mixes probes: NaN or infinity in one changes no other.
         groups: of images, each normalised by itself in training.
         """
+        for norm in self.modules() if self.training else ():
+            if isinstance(norm, ProbeNorm):
+                norm.groups = groups
         vectors = features if isinstance(features, list) else self.pool(features)
         if not self.training:
             return [
@@ -219,14 +172,14 @@ class ProbeBank(nn.Module):
     def pool(self, features: dict[int, Features]) -> list[Tensor]:
         """Vectors (B,D') of the distinct poolings; one without parameters is computed once for all probes."""
         vectors = [None] * len(self._distinct)
-        for (block, content, normalised), rows in self._folded.items():
+        tokens = {spec.blocks: read_blocks(features, spec.blocks) for spec in self.distinct}
+        for (blocks, content, _), rows in self._folded.items():
             pools = [self._aggregation(row).pool for row in rows]
-            tokens = select(features[block], content)
-            for row, vector in zip(rows, pool_together(pools, tokens, normalised), strict=True):
+            for row, vector in zip(rows, pool_together(pools, select(tokens[blocks], content)), strict=True):
                 vectors[row] = vector
         return [
-            self._aggregation(row)(features[self.specs[self._distinct[row]].block]).vector if vector is None else vector
-            for row, vector in enumerate(vectors)
+            self._aggregation(row)(tokens[spec.blocks]).vector if vector is None else vector
+            for row, (vector, spec) in enumerate(zip(vectors, self.distinct, strict=True))
         ]
 
     def _aggregation(self, row: int) -> Pooling:
@@ -234,7 +187,7 @@ class ProbeBank(nn.Module):
 
     def commit_statistics(self) -> None:
         """Update every probe's running statistics, equally on all ranks; call once per optimizer step."""
-        norms = [probe.norm for probe in self.probes]
+        norms = [module for module in self.probes.modules() if isinstance(module, ProbeNorm)]
         local = torch.cat([torch.stack(norm.pending).flatten(2) for norm in norms], dim=2)  # (A, G, sum of 2 D')
         everywhere = torch.stack(gather_tensors(local), dim=1).flatten(0, 2)  # micro-step, rank, group: data order
         widths = [2 * norm.num_features for norm in norms]

@@ -10,20 +10,18 @@ Letters: B images, M tokens, D width, D' width of a vector, C columns.
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from probing.pooling import NORM_EPS, TokenPool
+from probing.pooling import TokenPool
 
 
-def pool_together(pools: Sequence[TokenPool], tokens: Tensor, normalised: bool) -> list[Tensor]:
+def pool_together(pools: Sequence[TokenPool], tokens: Tensor) -> list[Tensor]:
     """Poolings that fold, on the same tokens (B,M,D) -> the vector (B,D') of each.
 
-    Equal to each pooling's `forward` within rounding, as are the gradients of its parameters. normalised: the columns
-    apply to normalised tokens. No value of one pooling enters another, not even with weight 0.
+    All have the same `prepare`. Equal to each pooling's `forward` within rounding, as are the gradients of its
+    parameters. No value of one pooling enters another, not even with weight 0.
     """
-    if normalised:
-        tokens = F.layer_norm(tokens, tokens.shape[-1:], eps=NORM_EPS)
+    tokens = pools[0].prepare(tokens)
     columns = [pool.columns() for pool in pools]
     counts = [column.weight.shape[1] for column in columns]
     scores = tokens @ torch.cat([column.weight for column in columns], dim=1)

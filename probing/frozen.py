@@ -48,7 +48,11 @@ class FrozenTokens(NamedTuple):
 
         return {
             block: f._replace(
-                cls=prepare(f.cls), registers=prepare(f.registers), patches=prepare(f.patches), oracle=attention
+                cls=prepare(f.cls),
+                registers=prepare(f.registers),
+                patches=prepare(f.patches),
+                oracle=attention,
+                pooled=f.pooled and {name: output.float() for name, output in f.pooled.items()},
             )
             for block, f in features.items()
         }

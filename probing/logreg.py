@@ -1,9 +1,9 @@
 """The optimizer "logreg": fit probes to convergence on cached features, and again to draws of few images.
 
 A probe minimises loss + strength / 2 x (squared weights of the classifier + squared change of the head's parameters),
-by L-BFGS in float64 on all images at once. loss: mean cross-entropy, or mean binary cross-entropy if images have several
-labels. The classifier reads vectors standardised over these images; its biases are not penalised. Without parameters in
-the head this is convex: scikit-learn's LogisticRegression(C=1 / (strength n)) on the features of its StandardScaler,
+by L-BFGS in float64 on all images at once. loss: mean cross-entropy, or mean binary cross-entropy with several labels
+per image. The classifier reads vectors standardised over these images; its biases are not penalised. Without parameters
+in the head this is convex: scikit-learn's LogisticRegression(C=1 / (strength n)) on the features of its StandardScaler,
 with the same optimum. The change of the head counts, not its size: standardisation undoes the size of values, which
 would shrink without end.
 
@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from probing.bank import Probe, ProbeSpec
 from probing.feature_cache import FeatureCache
+from probing.pooling import read_blocks
 from probing.predictions import score
 from runtime.training import EpochStats, Training
 from util import signals
@@ -76,13 +77,13 @@ class Images:
         read = self.cache.tokens(self.cache.rows[self.chunks[chunk]].to(self.device))
         return pytree.tree_map(lambda leaf: None if leaf is None else leaf.double(), read)
 
-    def vectors(self, probe: Probe, block: int, row: int) -> Tensor:
+    def vectors(self, probe: Probe, blocks: Sequence[int], row: int) -> Tensor:
         """(n,D') in float64, differentiable in the parameters of the head. row: of the probe's vector if the cache
         holds pooled vectors. The activations of several chunks are computed again in the backward pass, not kept."""
 
         def pool(chunk: int) -> Tensor:
             read = self.read(chunk)
-            return read[row] if isinstance(read, list) else probe.aggregation(read[block]).vector
+            return read[row] if isinstance(read, list) else probe.aggregation(read_blocks(read, blocks)).vector
 
         chunks = range(len(self.chunks))
         if len(chunks) > 1 and torch.is_grad_enabled() and probe.aggregation.learned:
@@ -211,13 +212,13 @@ class Fitting(Training):
         probe = copy.deepcopy(self.initial[index]).double().eval()
         torch.nn.init.zeros_(probe.classifier.weight)
         torch.nn.init.zeros_(probe.classifier.bias)
-        vectors = functools.partial(images.vectors, probe, self.bank.specs[index].block, self.bank.row(index))
+        vectors = functools.partial(images.vectors, probe, self.bank.specs[index].blocks, self.bank.row(index))
         return probe, fit(probe, vectors, images.labels, self.method.loss, strength)
 
     @torch.no_grad()
     def _evaluate(self, probe: Probe, index: int, images: Images) -> dict[str, float]:
         """Loss and score in percent of a probe."""
-        vectors = images.vectors(probe, self.bank.specs[index].block, self.bank.row(index))
+        vectors = images.vectors(probe, self.bank.specs[index].blocks, self.bank.row(index))
         logits, labels = probe.classifier(probe.norm(vectors)), images.labels
         outputs = logits if labels.ndim > 1 else logits.topk(1).indices
         return {"loss": self.method.loss(logits, labels).item(), "score": score(outputs, labels, self.headline)}

@@ -134,10 +134,9 @@ def test_a_stopped_run_continues_with_the_next_fit_to_the_same_bits(command, fit
     flags = ["--cls_features", "cls", "abmilp", "--l2", 0.1, 1, "--shots", 2, "--episodes", 2]
     whole = run(command, tmp_path / "whole", *flags)
     done = len(fits)
-    monkeypatch.setattr(signals, "requested", lambda: 15 * (len(fits) >= done + 7))  # in the third of 6 steps
-    with pytest.raises(signals.Stopped, match="saved after 3 of 6 steps"):
+    with monkeypatch.context() as patch, pytest.raises(signals.Stopped, match="saved after 3 of 6 steps"):
+        patch.setattr(signals, "requested", lambda: 15 * (len(fits) >= done + 7))  # in the third step
         run(command, tmp_path / "run", *flags)
-    monkeypatch.undo()
     again = run([*command, "--resume", "auto"], tmp_path / "run", *flags)
     assert again["probes"] == whole["probes"]
     for name, state in states(tmp_path / "whole").items():
