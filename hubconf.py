@@ -30,12 +30,13 @@ class FrozenEncoder(nn.Module):
     def __init__(self, encoder: Encoder, size: int):
         super().__init__()
         self.backbone, self.mean, self.std = encoder.backbone, encoder.mean, encoder.std
+        self.pixels = encoder.pixels
         self.record, self.size = encoder.record, size
 
     @property
     def transform(self) -> View:
         """From a PIL image to (3,size,size): resize, central crop, normalisation, as the programs evaluate."""
-        return eval_transform(self.size, self.mean, self.std)
+        return eval_transform(self.size, **self.pixels)
 
     @torch.no_grad()
     def features(self, images: Tensor, blocks: Sequence[int] = (-1,)) -> dict[int, Features]:

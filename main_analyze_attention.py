@@ -3,7 +3,7 @@
 import argparse
 
 from cli.analyze_attention import check, encoder_labels, folder_name, get_args_parser
-from cli.arguments import check_files, identity, loading, plain, shared_arguments
+from cli.arguments import check_files, data_options, identity, loading, plain, shared_arguments
 from cli.console import checked, parse, run_main
 from cli.encoder_arguments import frozen_encoder, one_encoder_each, precision
 
@@ -12,17 +12,21 @@ if __name__ == "__main__":  # before the slow imports: --help and mistakes answe
 
 from pathlib import Path
 
+from attention.examples import FILE as EXAMPLES
+from attention.examples import example_maps
 from attention.figures import draw_figures, draw_token_maps
 from attention.measure import Recorder, applicable, measure, summary, table
 from attention.metrics import Sizes, metric_names
 from attention.reductions import choose_reduction
 from attention.tokens import token_map
+from data_sets.examples import random_examples
 from data_sets.images import fingerprint
 from data_sets.loader import KeyedDataset, build_loader
 from data_sets.order import EvaluationBatches
+from data_sets.table import unlabelled_images
 from data_sets.views import eval_transform
 from encoders.architectures import check_blocks
-from runtime.analysis import Progress, analysed_images, subset
+from runtime.analysis import Progress, subset
 from runtime.folder import RunFolder
 from runtime.processes import process_group
 from runtime.provenance import provenance, utc_now
@@ -41,8 +45,9 @@ def main(args: argparse.Namespace) -> None:
         folder = RunFolder(args.output_dir)
         if not args.resume:
             folder.refuse_results("*/attention.json")
-        images = analysed_images(args.dataset, args.data_path, args.allow_subset)
+        images = unlabelled_images(args.dataset, args.data_path, **data_options(args))
         chosen = subset(len(images), args.num_images, args.seed)
+        examples = random_examples(images, chosen, args.num_examples, args.seed)
         encoders = [frozen_encoder(encoder_args) for encoder_args in one_encoder_each(args)]
         for encoder, _ in encoders:
             applicable(names, encoder.backbone)
@@ -75,7 +80,7 @@ def main(args: argparse.Namespace) -> None:
                 backbone = encoder.backbone.to(world.device).eval()
                 if args.compile:
                     backbone.compile_blocks()
-                transform = eval_transform(size, encoder.mean, encoder.std, args.loader)
+                transform = eval_transform(size, **encoder.pixels, loader=args.loader)
                 dataset = KeyedDataset(images, transform, args.seed, on_bad_image=args.on_bad_image)
                 batches = EvaluationBatches(len(images), args.batch_size, chosen[progress.seen :])
                 loader = build_loader(dataset, batches, **loading(args, world.device))
@@ -101,6 +106,9 @@ def main(args: argparse.Namespace) -> None:
                     # one process can stop at once: its pass is complete, and saved
                     with signals.deferred(world.size > 1):
                         result["tsne"] = token_map(backbone, dataset, args.tsne_blocks, args.seed, world.device)
+                if examples and folder.path is not None:
+                    own = RunFolder(folder.path / folder_name(label))
+                    own.save_tensors(EXAMPLES, *example_maps(label, backbone, examples, transform))
                 backbone.cpu()
                 progress.end_pass(result)
 

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from cli.arguments import check_files, identity, loading, plain, shared_arguments
+from cli.arguments import check_files, identity, loading, plain, shared_arguments, split_options
 from cli.console import checked, parse, run_main
 from cli.encoder_arguments import build_encoder, precision
 from cli.finetune import check, get_args_parser, mixes
@@ -21,7 +21,8 @@ from PIL import Image, ImageOps
 from data_sets.images import fingerprint
 from data_sets.loader import KeyedDataset, build_loader
 from data_sets.order import EvaluationBatches, GlobalBatches
-from data_sets.table import build_splits, check_wnids
+from data_sets.published import check_wnids
+from data_sets.table import build_splits
 from data_sets.views import eval_transform
 from encoders.load import Encoder, load_plain_or_safetensors, safetensors_metadata
 from engine_finetune import Classifier, FineTuning, evaluate
@@ -53,7 +54,7 @@ def main(args: argparse.Namespace) -> None:
         if published is not None:
             args.finetune = args.resume
         train_images, test_images, num_classes = build_splits(
-            args.dataset, args.data_path, args.nb_classes, args.allow_subset
+            args.dataset, args.data_path, args.nb_classes, **split_options(args)
         )
         batches = GlobalBatches(len(train_images), args.batch_size, args.accum_iter, args.seed)
         with seeded("weights", args.seed):
@@ -82,7 +83,8 @@ def main(args: argparse.Namespace) -> None:
             )  # fmt: skip
         train_set = KeyedDataset(train_images, augment, args.seed, on_bad_image=args.on_bad_image, train=True)
         train_loader = build_loader(train_set, batches, **loading(args, world.device))
-        pixels = eval_transform(size, encoder.mean, encoder.std, whole=size > 224)  # as in MAE
+        whole = {"crop_pct": 1.0} if size > 224 else {}  # as in MAE
+        pixels = eval_transform(size, **encoder.pixels | whole)
         test_set = KeyedDataset(test_images, pixels, args.seed, on_bad_image=args.on_bad_image)
         test_batches = EvaluationBatches(len(test_set), args.batch_size)
         test_loader = build_loader(test_set, test_batches, **loading(args, world.device))

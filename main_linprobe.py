@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from cli.arguments import identity, loading, plain, shared_arguments
+from cli.arguments import identity, loading, plain, shared_arguments, split_options
 from cli.encoder_arguments import build_oracle, frozen_encoder, precision
 from data_sets.images import fingerprint
 from data_sets.loader import KeyedDataset, build_loader
@@ -56,7 +56,7 @@ def main(args: argparse.Namespace) -> None:
 
         # ---- labelled images; with --val_fraction, rates are chosen on held-out training images
         train_images, test_images, num_classes = build_splits(
-            args.dataset, args.data_path, args.nb_classes, args.allow_subset
+            args.dataset, args.data_path, args.nb_classes, **split_options(args)
         )
         kept, held_out = hold_out(train_images.targets, args.val_fraction, args.seed)
         if max(args.knn, default=0) > len(kept):
@@ -135,8 +135,8 @@ def main(args: argparse.Namespace) -> None:
             cache.fill(args.batch_size, **load.keywords)
         log.info(
             "%d probes on %s; %d training images and %d held out, %d steps of %d per epoch, normalised in groups of "
-            "%d, lr %s", len(specs), args.model, len(kept), len(held_out), batches.steps, batches.effective,
-            run["bn_group"], ", ".join(f"{lr:g}" for lr in sorted(set(lrs))),
+            "%d, lr %s", len(specs), encoder.record["model"], len(kept), len(held_out), batches.steps,
+            batches.effective, run["bn_group"], ", ".join(f"{lr:g}" for lr in sorted(set(lrs))),
         )  # fmt: skip
         watched = "val" if held_out else "test"
         with training.stoppable():
@@ -191,7 +191,7 @@ def image_parts(
     held_out: Sequence[int], test_images: Dataset,
 ) -> dict[str, Part]:  # fmt: skip
     """The images of "train" (augmented), of "test", and of "val" if some are held out."""
-    normalise = {"mean": encoder.mean, "std": encoder.std, "loader": args.loader}
+    normalise = {**encoder.pixels, "loader": args.loader}
     augment = train_transform(size, crop=args.crop, hflip=not args.no_hflip, **normalise)
     pixels = eval_transform(size, **normalise)
     keyed = functools.partial(KeyedDataset, seed=args.seed, on_bad_image=args.on_bad_image)

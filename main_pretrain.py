@@ -6,7 +6,7 @@ cli/pretrain.py has the arguments and examples.
 import argparse
 import functools
 
-from cli.arguments import check_files, identity, loading, plain, shared_arguments
+from cli.arguments import check_files, data_options, identity, loading, plain, shared_arguments
 from cli.console import checked, parse, run_main
 from cli.encoder_arguments import precision
 from cli.pretrain import check, get_args_parser
@@ -22,7 +22,7 @@ from data_sets.contrastive import Stacked, contrastive_views
 from data_sets.images import fingerprint
 from data_sets.loader import KeyedDataset, build_loader
 from data_sets.order import GlobalBatches
-from data_sets.table import build_dataset
+from data_sets.table import unlabelled_images
 from data_sets.views import train_transform
 from engine_pretrain import ContrastivePretraining, Pretraining, draw_reconstructions, examples, reconstruct, tiled
 from models_mae import DECODERS, MaskedAutoencoder
@@ -47,7 +47,7 @@ def main(args: argparse.Namespace) -> None:
         folder.refuse_overwriting(args.resume)
 
         # ---- networks
-        images = build_dataset(args.dataset, args.data_path, "train", args.allow_subset)
+        images = unlabelled_images(args.dataset, args.data_path, "train", **data_options(args))
         batches = GlobalBatches(len(images), args.batch_size, args.accum_iter, args.seed)
         size, weight = args.input_size or default_input_size(args.model), args.contrastive_weight
         with seeded("weights", args.seed):
@@ -67,7 +67,7 @@ def main(args: argparse.Namespace) -> None:
         augment = train_transform(size, scale=(args.crop_scale, 1.0), crop="torchvision", loader=args.loader)
         patches = encoder.grid_size[0] * encoder.grid_size[1]
         if weight > 0:
-            views = [*[augment] * (weight < 1), *contrastive_views(size, args.view_scale, args.loader)]
+            views = [*[augment] * (weight < 1), *contrastive_views(size, args.view_scale, args.view_grey, args.loader)]
             augment, patches = Stacked(views), patches * len(views)
         dataset = KeyedDataset(images, augment, args.seed, patches, args.on_bad_image, train=True)
         loader = build_loader(dataset, batches, **loading(args, world.device))

@@ -49,6 +49,7 @@ def get_args_parser() -> Parser:
     add("--num_images", type=positive_int, help="size of a random subset of the images (default: all images)")
     add("--batch_size", default=64, type=positive_int, help="images per process")
     add("--reduction", default="auto", choices=["auto", *REDUCTIONS], help="how attention is computed; results agree")
+    add("--num_examples", default=4, type=non_negative_int, help="images whose maps a report shows; 0: none")
     add("--compile", action="store_true", help="compile the encoder's blocks: for long runs on a GPU")
     add(
         "--tsne_blocks",

@@ -8,11 +8,12 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cli.console import Parser, any_int, named_path, non_negative, non_negative_int, positive_int
-from cli.encoder_arguments import check_input_size, check_weights
-from data_sets.images import ON_BAD_IMAGE
+from cli.console import Parser, any_int, named_path, non_negative, non_negative_int, positive_int, share_below_one
+from cli.encoder_arguments import check_input_size, check_weights, settle_model
+from data_sets.images import ON_BAD_IMAGE, Images
 from data_sets.order import micro_steps_of_a_group
-from data_sets.table import DATASETS, check_dataset
+from data_sets.packed import is_packed
+from data_sets.table import DATASETS, build_dataset, build_splits, check_dataset
 from data_sets.views import LOADERS
 from runtime.trackers import TRACKERS
 
@@ -20,12 +21,22 @@ if TYPE_CHECKING:
     import torch
 
 
-def add_data_arguments(parser: Parser, labels: bool = True, loaders: bool = True) -> None:
-    """labels: whether the program uses labels, and so has --nb_classes; loaders: whether it has --loader."""
+def add_data_arguments(parser: Parser, labels: bool = True, loaders: bool = True, splits: bool = False) -> None:
+    """labels: whether the program uses labels, and so has --nb_classes; loaders: whether it has --loader; splits:
+    whether it trains and tests, and so has --val_split."""
     group = parser.add_argument_group("data")
-    group.add_argument("--data_path", required=True, type=named_path, help="folder of the data set")
+    group.add_argument("--data_path", required=True, type=named_path, help="folder of the data set, or hf:ORG/NAME")
     group.add_argument("--dataset", default="image_folder", help=f"kind of data set: {', '.join(DATASETS)}")
     group.add_argument("--allow_subset", action="store_true", help="accept fewer images than the official data set has")
+    group.add_argument("--label_column", metavar="NAME", help="column of the labels in a list, in .json or in a table")
+    if splits:
+        group.add_argument(
+            "--val_split",
+            default=0.0,
+            type=share_below_one,
+            metavar="SHARE",
+            help="test on this share of each class of a folder of classes without train/ and val/, drawn by --seed",
+        )
     group.add_argument(
         "--on_bad_image",
         choices=ON_BAD_IMAGE,
@@ -41,9 +52,9 @@ def add_data_arguments(parser: Parser, labels: bool = True, loaders: bool = True
     if loaders:
         group.add_argument(
             "--loader",
-            choices=LOADERS,
+            choices=list(LOADERS),
             default="pil",
-            help="pil: the pixels of the paper's recipe; tensor: faster, pixels differ by 1/255 here and there",
+            help="; ".join(f"{name}: {text}" for name, text in LOADERS.items()),
         )
     group.add_argument(
         "--num_workers",
@@ -69,6 +80,23 @@ def loading(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         "num_workers": args.num_workers, "pin_memory": args.pin_mem and device.type == "cuda",
         "affinity_hack": args.dataloader_affinity_hack, "device": device,
     }  # fmt: skip
+
+
+def data_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of data_sets.table.build_dataset that the arguments set."""
+    return {"allow_subset": args.allow_subset, "label_column": args.label_column}
+
+
+def run_test_images(args: argparse.Namespace) -> Images:
+    """The test images of a finished run with these arguments."""
+    if args.val_split:
+        return build_splits(args.dataset, args.data_path, None, **split_options(args))[1]
+    return build_dataset(args.dataset, args.data_path, "val", **data_options(args))
+
+
+def split_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of data_sets.table.build_splits that the arguments set."""
+    return {**data_options(args), "val_split": args.val_split, "seed": args.seed}
 
 
 def add_run_arguments(parser: Parser, trains: bool = True) -> None:
@@ -139,6 +167,8 @@ def plain(args: argparse.Namespace) -> dict:
 
 def check_training(args: argparse.Namespace) -> None:
     """Check how the arguments of a training fit together; ValueError."""
+    if hasattr(args, "finetune"):
+        settle_model(args)
     check_input_size(args.input_size, args.model)
     if args.start_epoch >= args.epochs:
         raise ValueError(f"--start_epoch {args.start_epoch}: the epochs are 0 to {args.epochs - 1}")
@@ -153,6 +183,8 @@ def check_files(args: argparse.Namespace, remote: bool = False) -> None:
         if name != "tensorboard" and not remote and importlib.util.find_spec(name) is None:
             raise ValueError(f"--track {name}: not installed: pip install -r requirements-track.txt")
     check_dataset(args.dataset, None if remote else args.data_path)
+    if getattr(args, "loader", "") == "packed" and not (remote or is_packed(args.data_path)):
+        raise ValueError(f"--loader packed: {args.data_path} is not a folder of scripts/pack_images.py")
     check_weights(args, remote)
     resume = getattr(args, "resume", "")
     if not (remote or resume in ("", "auto") or Path(resume).is_file()):

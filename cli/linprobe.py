@@ -58,7 +58,7 @@ NOT_IN_FEATURES = (RESUMABLE_FLAGS - {"on_bad_image"}) | {
 def get_args_parser() -> Parser:
     parser = Parser(__doc__)
     add_encoder_arguments(parser)
-    add_data_arguments(parser)
+    add_data_arguments(parser, splits=True)
 
     add = parser.add_argument_group("probes").add_argument
     add("--cls_features", nargs="+", default=None, metavar="HEAD",

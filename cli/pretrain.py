@@ -40,7 +40,15 @@ from encoders.architectures import architecture, default_input_size
 
 # flags of one part of the loss
 RECONSTRUCTION = ("mask_ratio", "norm_pix_loss", "crop_scale", "figure_every")
-CONTRAST = ("temperature", "encoder_momentum", "projector_width", "view_scale", "view_drop", "stop_grad_conv1")
+CONTRAST = (
+    "temperature",
+    "encoder_momentum",
+    "projector_width",
+    "view_scale",
+    "view_grey",
+    "view_drop",
+    "stop_grad_conv1",
+)
 
 
 def encoder_name(model: str) -> str:
@@ -69,6 +77,7 @@ def get_args_parser() -> Parser:
                       help="of the momentum encoder at the first step; rises to 1")  # fmt: skip
     moco.add_argument("--projector_width", default=4096, type=positive_int, help="hidden width of the two MLPs")
     moco.add_argument("--view_scale", default=0.08, type=positive_share, help="smallest share of the image in a view")
+    moco.add_argument("--view_grey", default=0.2, type=share, help="probability that a view has no colour")
     moco.add_argument("--view_drop", default=0.0, type=share_below_one,
                       help="share of patches that the trained encoder does not see of a view")  # fmt: skip
     moco.add_argument("--stop_grad_conv1", action="store_true",

@@ -29,7 +29,7 @@ LOAD_ERRORS = (RuntimeError, ValueError, TypeError, KeyError, AttributeError, In
 LOCK = ".lock"
 # of a run, as a pattern
 FILES = (
-    r"(args|results|attention|aggregation|tsne|trackers)\.json|log\.txt|(encoder|predictions)\.safetensors"
+    r"(args|results|attention|aggregation|tsne|trackers)\.json|log\.txt|(encoder|predictions|examples)\.safetensors"
     r"|checkpoint-\d+(-\d+)?\.pth|\w+\.(png|pdf)"
 )
 

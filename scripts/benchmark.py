@@ -39,8 +39,9 @@ from cli.encoder_arguments import PRECISIONS, precision
 from data_sets.crop import RandomResizedCrop
 from data_sets.loader import KeyedDataset, Loader, Sample, build_loader
 from data_sets.order import EvaluationBatches, GlobalBatches
+from data_sets.packed import is_packed
 from data_sets.table import build_dataset
-from data_sets.views import IMAGENET_MEAN, IMAGENET_STD, LOADERS, View, eval_transform, train_transform
+from data_sets.views import IMAGENET_MEAN, IMAGENET_STD, View, eval_transform, train_transform
 from engine_linprobe import FrozenTokens
 from engine_pretrain import Pretraining
 from models_mae import DECODERS, MaskedAutoencoder
@@ -309,7 +310,7 @@ def pretrain(args: argparse.Namespace, device: torch.device) -> Contestants:
     return {name: make() for name, make in makers.items() if args.only in (None, name)}
 
 
-def loader(args: argparse.Namespace, _: torch.device) -> Contestants:
+def loader(args: argparse.Namespace, device: torch.device) -> Contestants:
     """Batches that one core decodes, crops, flips and normalises: as usually written with torchvision, by its v2 on
     tensors, and by each --loader; and each --loader's test views."""
     if args.data_path is None:
@@ -327,13 +328,14 @@ def loader(args: argparse.Namespace, _: torch.device) -> Contestants:
         return decode_image(path, ImageReadMode.RGB)
 
     contestants = {}
-    if args.dataset == "image_folder":
+    if args.dataset == "image_folder" and not is_packed(args.data_path):
         batches = functools.partial(DataLoader, batch_size=args.batch_size, shuffle=True, drop_last=True)
         contestants["torchvision, PIL images"] = endless(batches(ImageFolder(folder, usual)))
         contestants["torchvision, v2 on tensors"] = endless(batches(ImageFolder(folder, on_tensors, loader=decode)))
-    for name in LOADERS:
+    names = ["pil", "tensor", *["packed"] * is_packed(args.data_path), *["gpu"] * (device.type == "cuda")]
+    for name in names:
         contestants[f"--loader {name}"] = endless(views(args, 0, train_transform(size, loader=name)))
-    for name in LOADERS:
+    for name in names:
         contestants[f"--loader {name}, test"] = endless(views(args, 0, eval_transform(size, loader=name), test=True))
     return contestants
 

@@ -151,7 +151,7 @@ def main(args: argparse.Namespace) -> None:
     for path, image in images.items():
         rows = []
         for label, (encoder, size) in zip(labels, encoders, strict=True):
-            transform = eval_transform(size, encoder.mean, encoder.std)
+            transform = eval_transform(size, **encoder.pixels)
             seen = transform(image)
             heads, to_self = attention_of(encoder.backbone, seen, args.block, args.query, precision(args.amp))
             rows.append(Maps(label, visible(seen, transform), heads, to_self))

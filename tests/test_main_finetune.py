@@ -94,13 +94,13 @@ def test_the_test_image_is_cropped_up_to_224_pixels_and_whole_above(program, mon
     asked = []
 
     def spy(*words, **options):
-        asked.append((words[0], options))
+        asked.append((words[0], options["crop_pct"]))
         raise KeyboardInterrupt
 
     monkeypatch.setattr(main_finetune, "eval_transform", spy)
     with pytest.raises(KeyboardInterrupt):
         program.run("", "--input_size", size)
-    assert asked == [(size, {"whole": whole})]
+    assert asked == [(size, 1.0 if whole else 0.875)]
 
 
 def test_positions_are_resampled_once_and_trained_at_the_size_that_was_asked(program, pretrained, tmp_path):
