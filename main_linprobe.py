@@ -74,7 +74,9 @@ def main(args: argparse.Namespace) -> None:
         if args.final_norm and isinstance(backbone.norm, torch.nn.Identity):
             raise ValueError(f"--final_norm: encoders of family {encoder.record['family']} have no last norm; omit it")
         specs = probe_specs(args, backbone)
-        bank = ProbeBank(specs, backbone, backbone.grid_of(size, size), num_classes, args.init).to(world.device)
+        bank = ProbeBank(specs, backbone, backbone.grid_of(size, size), num_classes, args.init, bool(seeds)).to(
+            world.device
+        )
         amp = precision(args.amp)
         oracle = build_oracle(args, encoder, size, amp).to(world.device) if bank.needs.oracle else None
         frozen = FrozenTokens(backbone, bank.blocks, amp, args.final_norm, bank.needs, oracle)
@@ -244,9 +246,9 @@ def cache_key(
 
 
 def build_optimizer(args: argparse.Namespace, specs: list[ProbeSpec], groups: list[dict]) -> LARS:
-    """One optimizer, with the rule of each probe in its group."""
-    for spec, group in zip(specs, groups, strict=True):
-        group |= OPTIMIZERS[spec.optimizer]
+    """One optimizer, with the rule of its probes in each group."""
+    for group in groups:
+        group |= OPTIMIZERS[specs[group["rows"][0]].optimizer]
         if args.momentum is not None:
             group["momentum"] = args.momentum
     return LARS(groups, weight_decay=args.weight_decay)
