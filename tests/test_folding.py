@@ -9,9 +9,9 @@ import torch.nn.functional as F
 
 from models_vit import Features, VisionTransformer
 from probing.bank import ProbeBank, ProbeSpec
-from probing.folding import pool_together
+from probing.folding import fold
 from probing.heads import build_head, canonical_head
-from probing.pooling import Tokens, read_blocks, select
+from probing.pooling import Columns, Tokens, read_blocks, select
 from util.lars import LARS
 
 TINY = {"img_size": 24, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2, "reg_tokens": 1}
@@ -48,14 +48,16 @@ def make_features(generator, B=32, dtype=torch.float32):
 
 
 def together(heads, features, coefficients):
-    """Vectors and gradients of heads that fold, by pool_together in groups as in a bank."""
+    """Vectors and gradients of heads that fold, of those with the same tokens at once, as in a bank."""
     vectors = {}
     for content in ("patch", "all"):
         for eps in (None, 1e-6, 1e-5):
             group = [w for w, head in heads.items() if (head.content, head.pool.norm_eps) == (content, eps)]
-            pools = [heads[word].pool for word in group]
             if group:
-                vectors |= dict(zip(group, pool_together(pools, select(features, content)), strict=True))
+                tokens = heads[group[0]].pool.prepare(select(features, content))
+                columns = [[t if t is None else t[None] for t in heads[word].pool.columns()] for word in group]
+                means = fold(tokens, [Columns(*each) for each in columns])
+                vectors |= {word: heads[word].pool.project(mean[:, 0]) for word, mean in zip(group, means, strict=True)}
     return {word: gradients(heads[word], vectors[word], coefficients[word]) for word in heads}
 
 
@@ -112,13 +114,17 @@ def train(specs, backbone, rates, dtype=torch.float32, steps=100, spoil=None, fo
     """
     bank = ProbeBank(specs, backbone, (3, 3), 5).to(dtype)
     groups = bank.parameter_groups(rates)
-    for spec, group in zip(specs, groups, strict=True):
-        group["trust_coefficient"] = 1e-3 if spec.optimizer == "lars" else None
+    if not folded:
+        groups = [{"params": list(probe.parameters()), "lr": lr} for probe, lr in zip(bank.probes, rates, strict=True)]
+    for position, group in enumerate(groups):
+        optimizer = specs[group.get("rows", [position])[0]].optimizer
+        group["trust_coefficient"] = 1e-3 if optimizer == "lars" else None
     optimizer = LARS(groups)
     for step, (features, labels) in enumerate(batches(dtype)[:steps]):
-        logits = bank(features) if folded else alone(bank, features)
-        torch.stack([F.cross_entropy(one, labels) for one in logits]).sum().backward()
-        bank.commit_statistics()
+        logits = [each.T for part in bank.logits(features) for each in part] if folded else alone(bank, features)
+        torch.stack([F.cross_entropy(each, labels) for each in logits]).sum().backward()
+        if folded:
+            bank.commit_statistics([torch.ones(len(stack.rows), dtype=torch.bool) for stack in bank.stacks])
         optimizer.step()
         optimizer.zero_grad()
         if spoil is not None and step == spoil[1]:
@@ -143,6 +149,8 @@ def test_each_probe_of_a_mixed_bank_ends_where_it_ends_alone(backbone):
     rates = [2.0 if spec.optimizer == "lars" else 0.02 for spec in specs]
     bank = train(specs, backbone, rates).probe_states()
     exact = train(specs, backbone, rates, torch.float64, folded=False).probe_states()
+    for name, state in train(specs, backbone, rates, torch.float64).probe_states().items():
+        assert distance(state, exact[name]) < 1e-10, name
     for spec, rate in zip(specs, rates, strict=True):
         single = train([spec], backbone, [rate], folded=False).probe_states()[spec.name]
         single = {key: value.double() for key, value in single.items()}
