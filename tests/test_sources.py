@@ -291,7 +291,8 @@ def test_lists_name_their_labels(tmp_path, suffix):
 
 @pytest.mark.parametrize(("lines", "message"), [
     ([], "names no columns; expected one of path"), (["a.jpg,cat"], "names no columns; expected one of path"),
-    (["path,label", "a.jpg"], "entry 1 is not a path and a label"), (["path,label", "b.jpg,cat"], "are missing, the first"),
+    (["path,label", "a.jpg"], "entry 1 is not a path and a label"),
+    (["path,label", "b.jpg,cat"], "are missing, the first"),
     (["path,label", "a.jpg,cat", "a.jpg,dog"], r"a\.jpg appears twice"), (["path,label", "a.jpg,"], "0 labels of"),
     (["path,label,class", "a.jpg,cat,cat"], "expected one of path"), (["path,label", "\udcff,cat"], "cannot be read"),
 ])  # fmt: skip
