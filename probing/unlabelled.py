@@ -36,7 +36,7 @@ def norms(patches: Tensor, grid: Grid) -> Tensor:
 
 
 def low_frequencies(patches: Tensor, grid: Grid) -> Tensor:
-    """(B,M) energy at each patch of the tokens' lowest spatial frequencies: at most one cycle per axis, not the mean."""
+    """(B,M) energy at each patch of the tokens' lowest frequencies: at most one cycle per axis, not the mean."""
     spectrum = torch.fft.fft2(patches.unflatten(1, grid), dim=(1, 2))
     low = [torch.fft.fftfreq(side, 1 / side, device=patches.device).abs() <= 1 for side in grid]
     kept = low[0][:, None] & low[1]
