@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
@@ -18,8 +19,8 @@ from models_mae import MaskedAutoencoder, denormalised, unpatchify
 from models_moco import SharedEncoder, momentum_at
 from runtime.training import OneNetwork
 from util.distributed import world_size
+from util.files import atomic_path
 
-COLUMNS = ("image", "masked", "reconstruction", "reconstruction + visible")
 GREY = 0.5  # of masked patches
 COLLAPSED = 0.01  # spread of [cls]; about 0.5 at random initial weights
 AT_CHANCE = 0.99  # of the loss that equal similarities give
@@ -139,7 +140,8 @@ def examples(images: Dataset, input_size: int, seed: int, patches: int, count: i
 def reconstruct(
     model: MaskedAutoencoder, images: Tensor, noise: Tensor, mask_ratio: float, amp: torch.dtype
 ) -> np.ndarray:
-    """images (n,3,h,w) and noise (n,M), as from `examples` -> pictures (n,4,h,w,3) in [0,1]: the COLUMNS.
+    """images (n,3,h,w) and noise (n,M), as from `examples` -> pictures (n,4,h,w,3) in [0,1]: the image, its
+    visible patches, the reconstruction, and the same with the visible patches put in.
 
     A model of normalised pixels does not predict the mean and variance of a patch: these are taken from the image.
     """
@@ -158,29 +160,14 @@ def reconstruct(
     return np.nan_to_num(pictures, nan=GREY)
 
 
-def tiled(pictures: np.ndarray, gap: int = 0) -> np.ndarray:
-    """(n,4,h,w,3) -> one image with a row for each of the n, and `gap` white pixels between pictures."""
-    padded = np.pad(pictures, [(0, 0), (0, 0), (0, gap), (0, gap), (0, 0)], constant_values=1)
-    rows = np.concatenate([np.concatenate(list(row), axis=1) for row in padded])
-    return rows[: len(rows) - gap, : rows.shape[1] - gap]
+def tiled(pictures: np.ndarray) -> np.ndarray:
+    """(n,4,h,w,3) -> one image (n h, 4 w, 3) with a row for each of the n."""
+    return np.concatenate([np.concatenate(list(row), axis=1) for row in pictures])
 
 
-def draw_reconstructions(pictures: np.ndarray, target: Path) -> None:
-    """One row per image, under the names of the COLUMNS."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    from util.plotting import STYLE, WIDTH, save_figure
-
-    image = tiled(pictures, gap=max(1, pictures.shape[3] // 32))
-    width, head = 0.67 * WIDTH, 0.2  # inches, of the figure and of the names
-    height = width * image.shape[0] / image.shape[1]
-    with rc_context(STYLE):
-        figure = Figure(figsize=(width, height + head))
-        axis = figure.add_axes((0, 0, 1, height / (height + head)))
-        axis.imshow(image, interpolation="nearest", aspect="auto")
-        axis.set_axis_off()
-        above = {"xycoords": "axes fraction", "xytext": (0, 3), "textcoords": "offset points", "ha": "center"}
-        for index, name in enumerate(COLUMNS):
-            axis.annotate(name, ((index + 0.5) / len(COLUMNS), 1), **above)
-        save_figure(figure, target)
+def save_picture(image: np.ndarray, target: Path) -> None:
+    """Write an image (h,w,3) in [0,1] as PNG, whole, enlarged to at least 1,000 pixels in width."""
+    scale = -(-1000 // image.shape[1])
+    pixels = np.rint(255 * image).astype(np.uint8).repeat(scale, axis=0).repeat(scale, axis=1)
+    with atomic_path(target) as temporary:
+        Image.fromarray(pixels).save(temporary, format="PNG")

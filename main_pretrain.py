@@ -24,7 +24,7 @@ from data_sets.loader import KeyedDataset, build_loader
 from data_sets.order import GlobalBatches
 from data_sets.table import unlabelled_images
 from data_sets.views import train_transform
-from engine_pretrain import ContrastivePretraining, Pretraining, draw_reconstructions, examples, reconstruct, tiled
+from engine_pretrain import ContrastivePretraining, Pretraining, examples, reconstruct, save_picture, tiled
 from models_mae import DECODERS, MaskedAutoencoder
 from models_moco import MomentumContrast, SharedEncoder
 from models_vit import build_vit
@@ -129,8 +129,9 @@ def record_reconstructions(folder: RunFolder, pretraining: Pretraining, images: 
     sample = examples(images, rows * encoder.patch_size, seed, rows * columns)
     pixels, noise = (part.to(pretraining.device) for part in (sample.image, sample.noise))
     pictures = reconstruct(pretraining.autoencoder, pixels, noise, pretraining.mask_ratio, pretraining.amp)
-    folder.image("reconstruction", tiled(pictures), step)
-    draw_reconstructions(pictures, folder.path / "reconstruction.png")
+    picture = tiled(pictures)
+    folder.image("reconstruction", picture, step)
+    save_picture(picture, folder.path / "reconstruction.png")
 
 
 if __name__ == "__main__":
