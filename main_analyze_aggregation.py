@@ -46,7 +46,7 @@ from aggregation.rules import (
 from data_sets.images import fingerprint
 from data_sets.loader import KeyedDataset, build_loader
 from data_sets.order import EvaluationBatches
-from data_sets.table import unlabelled_images
+from data_sets.table import build_dataset
 from data_sets.views import View, eval_transform, stretch_transform
 from encoders.load import Encoder, input_size
 from encoders.oracle import Oracle
@@ -78,7 +78,7 @@ def main(args: argparse.Namespace) -> None:
         images = (
             run_test_images(run.args)
             if own_split
-            else unlabelled_images(args.dataset, args.data_path, **data_options(args))
+            else build_dataset(args.dataset, args.data_path, "val", **data_options(args), labels=False)
         )
         chosen = subset(len(images), args.num_images, args.seed)
         asked = run.with_encoder(args) if run is not None and not args.finetune else args

@@ -22,7 +22,7 @@ from data_sets.contrastive import Stacked, contrastive_views
 from data_sets.images import fingerprint
 from data_sets.loader import KeyedDataset, build_loader
 from data_sets.order import GlobalBatches
-from data_sets.table import unlabelled_images
+from data_sets.table import build_dataset
 from data_sets.views import train_transform
 from engine_pretrain import ContrastivePretraining, Pretraining, draw_reconstructions, examples, reconstruct, tiled
 from models_mae import DECODERS, MaskedAutoencoder
@@ -47,7 +47,7 @@ def main(args: argparse.Namespace) -> None:
         folder.refuse_overwriting(args.resume)
 
         # ---- networks
-        images = unlabelled_images(args.dataset, args.data_path, "train", **data_options(args))
+        images = build_dataset(args.dataset, args.data_path, "train", **data_options(args), labels=False)
         batches = GlobalBatches(len(images), args.batch_size, args.accum_iter, args.seed)
         size, weight = args.input_size or default_input_size(args.model), args.contrastive_weight
         with seeded("weights", args.seed):
