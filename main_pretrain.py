@@ -33,7 +33,7 @@ from runtime.processes import process_group
 from runtime.provenance import provenance, utc_now
 from runtime.training import Plan, Training
 from util.distributed import barrier
-from util.lr_sched import lr_at, scaled_lr
+from util.lr_sched import fitting_warmup, lr_at, scaled_lr
 from util.optim import weight_decay_groups
 from util.progress import log
 from util.seeding import seeded
@@ -76,24 +76,24 @@ def main(args: argparse.Namespace) -> None:
         lr = args.lr if args.lr is not None else scaled_lr(args.blr, batches.effective)
         groups = [{**group, "peak_lr": lr} for group in weight_decay_groups(model, args.weight_decay)]
         optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
-        schedule = functools.partial(lr_at, epochs=args.epochs, warmup_epochs=args.warmup_epochs, min_lr=args.min_lr)
+        warmup = fitting_warmup(args.warmup_epochs, args.epochs)
+        schedule = functools.partial(lr_at, epochs=args.epochs, warmup_epochs=warmup, min_lr=args.min_lr)
         facts = {"training images": fingerprint(images)}
-        pretraining = Pretraining(model, optimizer, args.mask_ratio, world.device, precision(args.amp))
-        if weight > 0:
-            pretraining = ContrastivePretraining(
-                model, optimizer, args.mask_ratio, world.device, precision(args.amp), weight, args.encoder_momentum,
-                batches, args.epochs,
-            )  # fmt: skip
+        amount = args.mask_ratio, world.device, precision(args.amp)
+        if weight == 0:
+            pretraining = Pretraining(model, optimizer, *amount)
+        else:
+            contrast = weight, args.encoder_momentum, batches, args.epochs
+            pretraining = ContrastivePretraining(model, optimizer, *amount, *contrast)
             facts["images compared"] = args.batch_size * world.size
         plan = Plan(args.epochs, args.seed, args.save_every_minutes, args.save_every_steps)
-        training = Training(
-            plan, pretraining, optimizer, schedule, loader, batches, folder, identity(args, facts), args.start_epoch
-        )
+        settings = identity(args, facts), args.start_epoch
+        training = Training(plan, pretraining, optimizer, schedule, loader, batches, folder, *settings)
         training.resume(args.resume)
 
         # ---- epochs
-        run = {"args": plain(args), "lr": lr, "effective_batch": batches.effective, "n_train": len(images),
-               "train_images": facts["training images"], **provenance(world.device)}  # fmt: skip
+        run = {"args": plain(args), "lr": lr, "effective_batch": batches.effective, "n_train": len(images)}
+        run |= {"train_images": facts["training images"], **provenance(world.device)}
         training.start(run)
         parameters = sum(p.numel() for p in model.parameters()) / 1e6
         log.info("%s, %.1f M parameters; %d images", args.model, parameters, len(dataset))
