@@ -334,7 +334,9 @@ def read_training(run: Run) -> list[Content]:
     """log.txt; without it, the last epoch of results.json."""
     values: dict[str, dict[int, float]] = {}  # {quantity: {epoch from 1: value}}
     for record in run.epochs or [result["last"] for result in run.results]:
-        scores = {f"test {metric_label(name)}": v for name, v in record.get("test", {}).items() if name != "n"}
+        scores = {
+            f"test {metric_label(name)}": v for name, v in record.get("test", {}).items() if name not in ("n", "epoch")
+        }
         named = {TRAINING.get(name, name): v for name, v in record.items() if name not in ("epoch", "test")}
         for name, value in {**named, **scores}.items():
             values.setdefault(name, {})[record["epoch"] + 1] = real(value)
