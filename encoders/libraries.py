@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from data_sets.views import IMAGENET_MEAN, IMAGENET_STD
+from util.choices import nearest
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -268,8 +269,6 @@ def load_timm(name: str, size: int | None, offline: bool) -> Loaded:
         source = f"local-dir:{folder}"
     else:
         if not timm.is_model(name.split(".")[0]):
-            from util.choices import nearest
-
             near = nearest(name.split(".")[0], timm.list_models())
             raise ValueError(f"timm {timm.__version__} has no such model: {near}timm.list_models() lists them")
         source, published = name, timm.get_pretrained_cfg(name)
@@ -282,7 +281,7 @@ def load_timm(name: str, size: int | None, offline: bool) -> Loaded:
         folder, commit = fetched(repository, offline, file if file.endswith(".safetensors") else "*.safetensors")
         weights = next(iter(sorted(folder.glob(file))), next(folder.glob("*.safetensors")))
         overlay = {"pretrained_cfg_overlay": {"file": str(weights), "source": "file", "custom_load": False}}
-    model = timm.create_model(source, pretrained=True, num_classes=0, img_size=size, **overlay)
+    model = timm.create_model(source, pretrained=True, num_classes=0, img_size=size, **overlay).eval()
     stated = timm.data.resolve_model_data_config(model)
     native = getattr(getattr(model, "patch_embed", None), "img_size", None) or stated["input_size"][1:]
     pixels = pixels_of(stated, stated["crop_mode"], stated["crop_pct"])
