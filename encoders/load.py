@@ -176,7 +176,7 @@ def traced_encoder(finetune: str, size: int | None, offline: bool, stated: dict)
     if assumed := [f"{name} (--{name})" for name in loaded.assumed if not stated.get(name)]:
         record["assumed"] = assumed
         log.warning("%s does not state its preprocessing, so these are assumed: %s", finetune, ", ".join(assumed))
-    options = {"version": record["version"], "configuration": loaded.configuration}
+    options = {"version": record["version"], "configuration": digest(loaded.configuration)}
     return Encoder(backbone, pixels.mean, pixels.std, record, options, pixels.interpolation, pixels.crop_pct)
 
 

@@ -9,6 +9,7 @@ import sys
 import weakref
 from pathlib import Path
 
+import huggingface_hub.constants
 import pytest
 import safetensors.torch
 import timm
@@ -25,13 +26,10 @@ from encoders.libraries import Loaded, Pixels
 from encoders.load import load_encoder, save_encoder
 from encoders.traced import TracedEncoder
 from models_vit import Backbone, VisionTransformer
-
-pytest.importorskip("transformers")
-pytest.importorskip("open_clip")
-import transformers
-
 from scripts import inspect_checkpoint, list_traced
 from scripts.list_traced import MODELS, save_model
+
+transformers, open_clip = pytest.importorskip("transformers"), pytest.importorskip("open_clip")
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("BEYOND_CLS_SHARED", Path(__file__).resolve().parents[2] / "shared"))
@@ -371,6 +369,32 @@ def test_mistakes_end_in_one_line(finetune, options, message):
     assert "\n" not in str(error.value)
 
 
+def test_offline_models_come_from_the_cache_and_record_their_commit(saved, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    commit, folder = "0123456789abcdef0123456789abcdef01234567", tmp_path / "models--org--name"
+    shutil.copytree(saved("EVA-02").partition(":")[2], folder / "snapshots" / commit)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text(commit)
+    for name in ("timm:hf-hub:org/name", f"timm:hf-hub:org/name@{commit}"):
+        record = load_encoder(name, "file", offline=True, size=32).record
+        assert (record["revision"], record["source"], record["family"]) == (commit, name, "timm")
+    with pytest.raises(ValueError, match=r"--offline, and org/name@main2 is neither .*: hf download org/name$"):
+        load_encoder("hf:org/name@main2", "file", offline=True)
+
+
+def test_open_clip_takes_a_file_of_one_of_its_models(saved, tmp_path, monkeypatch):
+    (tmp_path / "tiny.json").write_text(json.dumps(list_traced.OPEN_CLIP))
+    monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIGS", {})
+    open_clip.add_model_config(tmp_path)
+    folder = saved("CLIP, open_clip").partition(":")[2]
+    ours = load_encoder(f"open_clip:{folder}", "file").backbone
+    file = load_encoder(f"open_clip:tiny/{folder}/open_clip_model.safetensors", "file").backbone
+    assert all(value.equal(file.state_dict()[key]) for key, value in ours.state_dict().items())
+    (tmp_path / "weights.pt").touch()
+    with pytest.raises(ValueError, match="is no safetensors file"):
+        load_encoder(f"open_clip:tiny/{tmp_path}/weights.pt", "file")
+
+
 def test_only_complete_safetensors_of_an_installed_library_are_loaded(saved, tmp_path, monkeypatch):
     folder = tmp_path / "model"
     shutil.copytree(saved("DINOv2").partition(":")[2], folder)
@@ -383,7 +407,7 @@ def test_only_complete_safetensors_of_an_installed_library_are_loaded(saved, tmp
     with pytest.raises(ValueError, match=r"the file lacks .*encoder.layer.1.mlp.fc1.bias"):
         load_encoder(f"hf:{folder}", "file")
     file.rename(folder / "pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"there is no \*.safetensors in"):
+    with pytest.raises(ValueError, match=r"there are no \*.safetensors in"):
         load_encoder(f"hf:{folder}", "file")
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ValueError, match=r"needs transformers, .*: pip install -r requirements-encoders.txt"):
