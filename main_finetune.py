@@ -32,7 +32,7 @@ from runtime.provenance import provenance, utc_now
 from runtime.training import Plan, Training
 from util.distributed import barrier
 from util.files import digest
-from util.lr_sched import lr_at, scaled_lr
+from util.lr_sched import fitting_warmup, lr_at, scaled_lr
 from util.optim import layer_decay_groups
 from util.progress import log
 from util.seeding import seeded
@@ -93,7 +93,8 @@ def main(args: argparse.Namespace) -> None:
         lr = args.lr if args.lr is not None else scaled_lr(args.blr, batches.effective)
         groups = layer_decay_groups(model, encoder.backbone.depth, args.weight_decay, args.layer_decay)
         optimizer = torch.optim.AdamW([{**group, "peak_lr": lr} for group in groups], lr=lr, fused=True)
-        schedule = functools.partial(lr_at, epochs=args.epochs, warmup_epochs=args.warmup_epochs, min_lr=args.min_lr)
+        warmup = fitting_warmup(args.warmup_epochs, args.epochs)
+        schedule = functools.partial(lr_at, epochs=args.epochs, warmup_epochs=warmup, min_lr=args.min_lr)
         amp = precision(args.amp)
         tuning = FineTuning(model, optimizer, world.device, amp, args.smoothing, mixup, args.clip_grad)
         plan = Plan(args.epochs, args.seed, args.save_every_minutes, args.save_every_steps)

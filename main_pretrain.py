@@ -33,7 +33,7 @@ from runtime.processes import process_group
 from runtime.provenance import provenance, utc_now
 from runtime.training import Plan, Training
 from util.distributed import barrier
-from util.lr_sched import lr_at, scaled_lr
+from util.lr_sched import fitting_warmup, lr_at, scaled_lr
 from util.optim import weight_decay_groups
 from util.progress import log
 from util.seeding import seeded
@@ -76,7 +76,8 @@ def main(args: argparse.Namespace) -> None:
         lr = args.lr if args.lr is not None else scaled_lr(args.blr, batches.effective)
         groups = [{**group, "peak_lr": lr} for group in weight_decay_groups(model, args.weight_decay)]
         optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
-        schedule = functools.partial(lr_at, epochs=args.epochs, warmup_epochs=args.warmup_epochs, min_lr=args.min_lr)
+        warmup = fitting_warmup(args.warmup_epochs, args.epochs)
+        schedule = functools.partial(lr_at, epochs=args.epochs, warmup_epochs=warmup, min_lr=args.min_lr)
         facts = {"training images": fingerprint(images)}
         pretraining = Pretraining(model, optimizer, args.mask_ratio, world.device, precision(args.amp))
         if weight > 0:

@@ -33,14 +33,12 @@ def listed(root: Path, split: str, label_column: str | None = None, multi_label:
             rows = [parse_json(line.encode()) for line in text.splitlines() if line.strip()]
         else:
             rows = list(csv.DictReader(text.splitlines(), delimiter="\t" if source.suffix == ".tsv" else ","))
-        columns = list(rows[0]) if rows else []
+        columns = [name for name in rows[0] if name] if rows else []
         paths = [name for name in columns if name.lower() in PATHS]
         labels = [name for name in columns if name == label_column or (label_column is None and name.lower() in LABELS)]
         if len(paths) != 1 or len(labels) != 1:
-            problem = f"its first line names the columns {', '.join(columns) or '(none)'}; expected"
-            raise ValueError(
-                f"{problem} one of {', '.join(PATHS)}, and {label_column or 'one of ' + ', '.join(LABELS)}"
-            )
+            expected = f"one of {', '.join(PATHS)}, and one of {label_column or ', '.join(LABELS)}"
+            raise ValueError(f"its first line names {', '.join(columns) or 'no columns'}; expected {expected}")
         for number, row in enumerate(rows, 1):
             if not isinstance(row.get(paths[0]), str) or row.get(labels[0]) is None or None in row:
                 raise ValueError(f"entry {number} is not a {paths[0]} and a {labels[0]}")

@@ -142,8 +142,7 @@ def build_splits(
     if nb_classes not in (None, len(train.classes)):
         problem = f"--nb_classes {nb_classes}, but {root} has {len(train.classes)} classes"
         raise ValueError(f"{problem}: correct it or leave it out")
-    paths = [set(getattr(images.content, "paths", ())) for images in (train, val)]
-    if shared := paths[0] & paths[1]:
+    if shared := set(train.names) & set(val.names) if hasattr(train, "samples") else ():
         raise ValueError(f"{root}: {len(shared):,} images are in both splits, such as {min(shared)}")
     if train.digests is not None and val.digests is not None:
         known = set(map(bytes, train.digests))

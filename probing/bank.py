@@ -35,7 +35,7 @@ class ProbeSpec:
     block: int  # 0-based; of the parts of the head that name none, else the last that the head names
     blr: float  # base learning rate; the rate is blr x effective batch / 256
     seed: int  # of the initial weights, and of its data if seeds vary it
-    optimizer: str = "lars"  # or "sgd"
+    optimizer: str = "lars"  # or "sgd", or "logreg"
     lr: float | None = None  # the rate itself, if given instead of blr
 
     @property
@@ -50,6 +50,8 @@ class ProbeSpec:
 
     @property
     def name(self) -> str:
+        if self.optimizer == "logreg":  # has no rate
+            return f"{self.head}/block{self.block}/logreg/seed{self.seed}"
         rate = f"blr{self.blr!r}" if self.lr is None else f"lr{self.lr!r}"
         # LARS is the recipe's and omitted, like an option at its default
         optimizer = "" if self.optimizer == "lars" else f"{self.optimizer}/"
@@ -228,6 +230,14 @@ class ProbeBank(nn.Module):
         part = copy.copy(self)
         part.stacks = [stack for stack in self.stacks if stack.spec.seed == seed]
         return part
+
+    def probe(self, index: int) -> Probe:
+        """A copy of a probe."""
+        return copy.deepcopy(self.probes[index])
+
+    def row(self, index: int) -> int:
+        """The position of a probe's vector among those that `pool` returns."""
+        return self._row[index]
 
     @property
     def distinct(self) -> tuple[ProbeSpec, ...]:

@@ -127,7 +127,6 @@ def test_the_nearest_name_comes_first(word, names, near):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--epochs", "3"], "--warmup_epochs 5 must be at most --epochs 3"),
         (["--input_size", "40"], "--input_size 40 is not divisible by the patch size 16 of vit_base_patch16"),
         (["--input_size", "-32"], "--input_size -32 is not divisible by"),
         (["--model", "vit_bas"], "unknown model 'vit_bas': did you mean vit_base_patch16, "),

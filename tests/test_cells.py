@@ -1,10 +1,9 @@
-"""The ledger: records of runs, sealed and in their places, with what stands in the way of comparing them."""
+"""Cells of the paper's tables: values from results, and what stands in the way of comparing them."""
 
 import copy
 import json
 import math
 from argparse import Namespace
-from datetime import UTC, datetime
 
 import pytest
 
@@ -15,9 +14,9 @@ import main_linprobe
 from cli.arguments import plain
 from cli.console import parse
 from data_sets.demo import generate
-from paper.ledger import Cell, cell_of, read_ledger, short_head, write_record
+from paper import cells
+from paper.cells import cell_of, cells_of, short_head
 from scripts import record as program
-from util.files import sha256
 
 ORIGIN = {
     "command": "main.py", "commit": "abc", "dirty": False, "versions": {"torch": "2.11"}, "device": "CPU",
@@ -44,25 +43,13 @@ def probing(tops=(67.0, 68.0, 69.0), head="cls", flags=(), encoder=ENCODER, **ch
     }  # fmt: skip
 
 
-def log_of(result):
-    """The last line of log.txt."""
-    probes = result.get("probes") if isinstance(result, dict) and "rules" not in result else None
-    if not probes:
-        return "{}"
-    last = {name: {"top1": probe["last"]["top1"]} for name, probe in probes.items()}
-    return json.dumps({"epoch": result["args"]["epochs"] - 1, "test": last}) + "\n"
-
-
 @pytest.fixture
 def made(tmp_path):
-    """The records of results, by their cell; the folder of each holds a log."""
+    """The cells of a result, by head."""
 
     def run(result, name="results.json"):
-        folder = tmp_path / "run"
-        folder.mkdir(exist_ok=True)
-        (folder / "log.txt").write_text(log_of(result))
-        (folder / name).write_text(json.dumps(result))
-        return {record["head"]: record for record in program.records(folder / name)}
+        (tmp_path / name).write_text(json.dumps(result))
+        return {measured.cell.head: measured for measured in cells_of(tmp_path / name)}
 
     return run
 
@@ -102,61 +89,6 @@ def test_encoders_that_differ_have_cells_that_differ(source, family, model):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# seals and places
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def test_record_says_where_its_number_comes_from(made, tmp_path):
-    record = made(probing())["cls"]
-    assert (record["value"], record["std"], record["n"], record["seeds"]) == (68.0, 1.0, 3, [0, 1, 2])
-    assert record["obstacles"] == record["notes"] == [] and record["weights"]["sha256"] == "e" * 64
-    assert record["settings"]["epochs"] == 90 and record["settings"]["lr"] == 6.4
-    assert record["data"]["fingerprint"] == "f" * 64 and record["data"]["train_fingerprint"] == "a" * 64
-    assert record["sources"] == [{
-        "command": "main.py", "seed": 0, "hardware": {"device": "CPU", "processes": 1, "threads": 2}, "seconds": 9.0,
-        "finished": "2025-01-31T12:00:00+00:00", "result_sha256": sha256(tmp_path / "run" / "results.json"),
-        "log_sha256": sha256(tmp_path / "run" / "log.txt"),
-    }]  # fmt: skip
-    path = write_record(tmp_path / "results", record)
-    assert path == tmp_path / "results/imagenet1k/mae.vit_base_patch16.top1.cls.json"
-    cell = Cell("imagenet1k", "mae", "vit_base_patch16", "top1", "cls")
-    assert read_ledger(tmp_path / "results", ["imagenet1k"]) == {cell: json.loads(path.read_text())}
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda text: text.replace("68.0", "71.6", 1), lambda text: text.replace('"dirty": false', '"dirty": true'),
-        lambda text: text[:-50], lambda text: text.replace("68.0", "NaN", 1), lambda text: "[]", lambda text: "{}",
-        lambda text: text.replace('"n": 3', '"n": 3, "more": 1'), lambda text: "[" * 100_000,
-        lambda text: "",
-    ],
-)  # fmt: skip
-def test_changed_record_is_refused_with_its_name(made, tmp_path, damage):
-    path = write_record(tmp_path, made(probing())["cls"])
-    path.write_text(damage(path.read_text()))
-    with pytest.raises(ValueError, match=rf"{path} (was changed|is not a record)") as error:
-        read_ledger(tmp_path, ["imagenet1k"])
-    assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("place", ["demo/mae.{}.top1.cls.json", "imagenet1k/mae.{}.top1.pos.json"])
-def test_record_in_another_place_is_refused(made, tmp_path, place):
-    path = write_record(tmp_path, made(probing())["cls"])
-    (tmp_path / "demo").mkdir()
-    path.rename(tmp_path / place.format("vit_base_patch16"))
-    with pytest.raises(ValueError, match="belongs in"):
-        read_ledger(tmp_path, [place.split("/")[0]])
-
-
-def test_another_measurement_is_not_written_over(made, tmp_path):
-    record = made(probing())["cls"]
-    assert write_record(tmp_path, record) == write_record(tmp_path, record)
-    with pytest.raises(ValueError, match="holds another measurement"):
-        write_record(tmp_path, made(probing((1.0,)))["cls"])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # what stands in the way
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -184,19 +116,19 @@ def test_departures_from_the_paper_are_said(made, changes, obstacle):
     result = probing(**{name: value for name, value in changes.items() if name != "args"})
     result["args"] |= changes.get("args", {})
     (record,) = made(result).values()
-    assert obstacle in record["obstacles"]
+    assert obstacle in record.obstacles
 
 
 def test_encoder_of_unnamed_sizes_has_a_cell_of_the_last_block_and_says_what_was_assumed(made):
     record = made(probing(encoder={**ENCODER, "model": "vit_64x4", "assumed": ["8 heads"]}))["cls"]
-    assert record["arch"] == "vit_64x4" and record["notes"] == ["assumed of the weights: 8 heads"]
-    assert "images of unknown pixels, the paper's have 224" in record["obstacles"]
+    assert record.cell.arch == "vit_64x4" and record.notes == ["assumed of the weights: 8 heads"]
+    assert "images of unknown pixels, the paper's have 224" in record.obstacles
 
 
 def test_images_that_could_not_be_read_are_an_obstacle(made):
     result = probing()
     next(iter(result["probes"].values()))["last"]["n"] = 49_998
-    assert "measured on 49,998 of 50,000 images" in made(result)["cls"]["obstacles"]
+    assert "measured on 49,998 of 50,000 images" in made(result)["cls"].obstacles
 
 
 def test_large_encoders_have_fifty_epochs(made):
@@ -204,7 +136,7 @@ def test_large_encoders_have_fifty_epochs(made):
     result = probing(encoder=encoder, flags=["--model", "vit_large_patch16", "--epochs", "50"])
     for probe in result["probes"].values():
         probe["block"] = 23
-    assert made(result)["cls"]["obstacles"] == []
+    assert made(result)["cls"].obstacles == []
 
 
 @pytest.mark.parametrize(
@@ -217,9 +149,9 @@ def test_large_encoders_have_fifty_epochs(made):
 def test_tokens_of_capi_are_those_that_its_public_model_returns(made, tmp_path, family, flags, obstacles):
     encoder = {**ENCODER, "source": f"{family}_vit_base_patch16", "family": family}
     trained = probing(head="abmilp", encoder=encoder, flags=flags)
-    assert made(trained)["abmilp"]["obstacles"] == obstacles
+    assert made(trained)["abmilp"].obstacles == obstacles
     found = by_quantity(aggregation(encoder=encoder, probes=trained), tmp_path)
-    assert found["aggregation_entropy", "abmilp"]["obstacles"] == obstacles
+    assert found["aggregation_entropy", "abmilp"].obstacles == obstacles
 
 
 def test_blocks_before_the_last_are_cells_of_their_own(made):
@@ -248,8 +180,8 @@ def test_rates_that_held_out_images_chose_are_recorded_alone(made):
     for probe in result["probes"].values():
         probe["chosen"] = probe["blr"] == 0.2
     record = made(result)["cls"]
-    assert record["settings"]["lr"] == 12.8 and record["n"] == 3 and record["obstacles"] == []
-    assert record["notes"] == ["trained on 1,280,000 of 1,281,167 images, rate 0.2 chosen on the others"]
+    assert record.settings["blr"] == 0.2 and len(record.values) == 3 and record.obstacles == []
+    assert record.notes == ["trained on 1,280,000 of 1,281,167 images, rate 0.2 chosen on the others"]
 
 
 def test_diverged_probes_have_no_cell(made, caplog):
@@ -260,16 +192,16 @@ def test_diverged_probes_have_no_cell(made, caplog):
 
 def test_files_are_said_to_be_files(made):
     record = made(probing(encoder={**ENCODER, "source": "mine.pth"}))["cls"]
-    assert record["notes"] == ["weights from mine.pth; nothing shows that they are those of the paper"]
+    assert record.notes == ["weights from mine.pth; nothing shows that they are those of the paper"]
 
 
 @pytest.mark.parametrize(
     ("result", "words"),
     [
         (probing(flags=["--dataset", "image_folder"]), "--dataset image_folder can be any images"),
-        ({**probing(), "bn_group": None, "test_images": ...}, "at this version"),
-        ({"args": {}}, "at this version"),
-        ([], "at this version"),
+        ({**probing(), "bn_group": None, "test_images": ...}, "not a result of this version's programs"),
+        ({"args": {}}, "not a result of this version's programs"),
+        ([], "not a result of this version's programs"),
     ],
 )  # fmt: skip
 def test_runs_that_do_not_say_enough_are_refused(made, result, words):
@@ -282,14 +214,14 @@ def test_runs_that_do_not_say_enough_are_refused(made, result, words):
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [(b"\xff\xfe{", "cannot be read as JSON"), (b"[" * 100_000, "cannot be read as JSON"), (b"{", "cannot be read"),
-     (json.dumps(probing((math.nan,))).encode(), "must be finite")],
+    [(b"\xff\xfe{", "not a result"), (b"[" * 100_000, "not a result"), (b"{", "not a result"),
+     (json.dumps(probing((math.nan,))).encode(), "has the values")],
 )  # fmt: skip
 def test_results_that_are_none_are_named(tmp_path, content, words):
     path = tmp_path / "results.json"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=words) as error:
-        program.records(path)
+        cells_of(path)
     assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
@@ -298,7 +230,7 @@ def test_run_of_which_nothing_is_left_is_said(tmp_path):
     for probe in result["probes"].values():
         probe["diverged_at"] = {"epoch": 3, "step": 1}
     run = put(tmp_path / "run", "results.json", result)
-    with pytest.raises(ValueError, match=f"{run}: nothing to record"):
+    with pytest.raises(ValueError, match=f"{run}/results.json: nothing to record"):
         recorded(tmp_path, run)
 
 
@@ -330,47 +262,40 @@ def run_of_seed(folder, seed, top, flags=(), **changes):
 def put(folder, name, result):
     folder.mkdir()
     (folder / name).write_text(json.dumps(result))
-    (folder / "log.txt").write_text(log_of(result))
     return folder
 
 
 def recorded(tmp_path, *runs):
     program.main(Namespace(runs=list(runs), results=tmp_path / "results", replace=False))
-    return read_ledger(tmp_path / "results", ["imagenet1k"])
+    return cells.recorded(tmp_path / "results", ["imagenet1k"])
 
 
-def test_runs_of_a_sweep_over_seeds_are_one_record_with_all_their_sources(tmp_path):
+def test_runs_of_a_sweep_over_seeds_measure_a_cell_together(tmp_path):
     runs = [run_of_seed(tmp_path / f"seed={seed}", seed, top) for seed, top in ((2, 69.0), (0, 67.0), (1, 68.0))]
-    (record,) = recorded(tmp_path, *runs).values()
-    assert (record["value"], record["std"], record["n"]) == (68.0, 1.0, 3)
-    assert (record["values"], record["seeds"], record["obstacles"]) == ([67.0, 68.0, 69.0], [0, 1, 2], [])
-    assert [source["seed"] for source in record["sources"]] == [0, 1, 2]
-    for source, run in zip(record["sources"], (runs[1], runs[2], runs[0]), strict=True):
-        assert source["command"] == f"main.py --seed {source['seed']}"
-        assert source["log_sha256"] == sha256(run / "log.txt")
-        assert source["result_sha256"] == sha256(run / "results.json")
+    (measured,) = recorded(tmp_path, *runs).values()
+    assert (measured.mean, measured.std, len(measured.values)) == (68.0, 1.0, 3)
+    assert (measured.values, measured.seeds, measured.obstacles) == ([67.0, 68.0, 69.0], [0, 1, 2], [])
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"flags": ["--epochs", "80"]}, "epochs 90 and 80"),
-        ({"flags": ["--crop", "center"]}, "crop mae and center"),
-        ({"flags": ["--multilabel_metric", "any_match", "--warmup_epochs", "5"]}, "warmup_epochs 10 and 5"),
-        ({"commit": "abd"}, "commit abc and abd"),
-        ({"dirty": True}, "dirty False and True"),
-        ({"versions": {"torch": "2.12"}}, "torch 2.11 and 2.12"),
-        ({"encoder": {**ENCODER, "sha256": "d" * 64}}, f"sha256 {'e' * 64} and {'d' * 64}"),
-        ({"test_images": "b" * 64}, f"fingerprint {'f' * 64} and {'b' * 64}"),
-        ({"train_images": "b" * 64}, f"train_fingerprint {'a' * 64} and {'b' * 64}"),
-        ({"bn_group": 1024}, "bn_group 2048 and 1024"),
+        ({"flags": ["--epochs", "80"]}, "epochs"),
+        ({"flags": ["--crop", "center"]}, "crop"),
+        ({"commit": "abd"}, "commit"),
+        ({"dirty": True}, "dirty"),
+        ({"versions": {"torch": "2.12"}}, "versions"),
+        ({"encoder": {**ENCODER, "sha256": "d" * 64}}, "sha256"),
+        ({"test_images": "b" * 64}, "test_images"),
+        ({"train_images": "b" * 64}, "train_images"),
+        ({"bn_group": 1024}, "bn_group"),
     ],
 )
 def test_runs_that_differ_in_more_than_the_seed_are_refused(tmp_path, changes, words):
     runs = [run_of_seed(tmp_path / "0", 0, 67.0), run_of_seed(tmp_path / "1", 1, 68.0, **changes)]
-    with pytest.raises(ValueError, match=r"/0 and .*/1 measured imagenet1k/mae.* differ in more") as error:
+    with pytest.raises(ValueError, match=r"/0/.* and .*/1/.* measured imagenet1k/mae.* differ in more") as error:
         recorded(tmp_path, *runs)
-    assert f"({words}" in str(error.value) and "\n" not in str(error.value)
+    assert words in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "results").exists()
 
 
@@ -378,15 +303,14 @@ def test_where_a_run_was_made_is_none_of_its_settings(tmp_path):
     other = {"device": "GPU", "seconds": 2.0, "finished": "2025-02-01T12:00:00+00:00"}
     runs = [run_of_seed(tmp_path / "0", 0, 67.0),
             run_of_seed(tmp_path / "1", 1, 68.0, flags=["--num_workers", "3"], **other)]  # fmt: skip
-    (record,) = recorded(tmp_path, *runs).values()
-    assert [source["hardware"]["device"] for source in record["sources"]] == ["CPU", "GPU"]
+    assert len(recorded(tmp_path, *runs)) == 1
 
 
 def test_a_seed_counts_once(tmp_path):
     run = run_of_seed(tmp_path / "0", 0, 67.0)
     (record,) = recorded(tmp_path, run, run).values()  # the same run twice
-    assert record["n"] == 1
-    with pytest.raises(ValueError, match=r"several of these runs measured .* with seed 0: give one of them"):
+    assert len(record.values) == 1
+    with pytest.raises(ValueError, match=r"measured .* with seed 0: remove one of them"):
         recorded(tmp_path, run, run_of_seed(tmp_path / "again", 0, 67.0))
 
 
@@ -403,12 +327,9 @@ def test_analyses_of_the_probes_of_several_seeds_are_joined_and_what_no_seed_dec
         return put(tmp_path / f"{seed}-{of_pos}", "aggregation.json", result)
 
     found = {cell.head: record for cell, record in recorded(tmp_path, *map(analysis, (0, 1, 2))).items()}
-    assert found["attn-mn"]["n"] == 1 and found["attn-mn"]["value"] == 5.14
-    assert found["abmilp"]["n"] == 3 and found["abmilp"]["value"] == pytest.approx(4.9)
-    assert [source["probes"]["command"] for source in found["abmilp"]["sources"]] == [
-        f"main_linprobe.py --seed {seed}" for seed in range(3)
-    ]
-    with pytest.raises(ValueError, match="with different results: give one of them"):
+    assert found["attn-mn"].values == [5.14]
+    assert len(found["abmilp"].values) == 3 and found["abmilp"].mean == pytest.approx(4.9)
+    with pytest.raises(ValueError, match="with seed None: remove one of them"):
         recorded(tmp_path, tmp_path / "0-5.14", analysis(1, 5.2))
 
 
@@ -422,16 +343,16 @@ EVERYTHING = ["weights", "order", "views"]
 def test_record_says_what_its_seeds_vary(made, tmp_path, changes, varied):
     """Runs that do not say it are older than the field, and varied initial weights only."""
     trained = probing(**changes)
-    assert made(trained)["cls"]["settings"]["seeds_vary"] == varied
+    assert made(trained)["cls"].settings["seeds_vary"] == varied
     found = by_quantity(aggregation(probes=trained), tmp_path)
-    assert found["aggregation_entropy", "abmilp"]["settings"]["seeds_vary"] == varied
-    assert "seeds_vary" not in found["aggregation_entropy", "attn-mn"]["settings"]
+    assert found["aggregation_entropy", "abmilp"].settings["seeds_vary"] == varied
+    assert "seeds_vary" not in found["aggregation_entropy", "attn-mn"].settings
 
 
 def test_separate_runs_vary_everything(tmp_path):
     runs = [run_of_seed(tmp_path / str(seed), seed, top) for seed, top in ((0, 67.0), (1, 68.0))]
     (record,) = recorded(tmp_path, *runs).values()
-    assert record["settings"]["seeds_vary"] == EVERYTHING
+    assert record.settings["seeds_vary"] == EVERYTHING
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -451,9 +372,9 @@ def attention(**changes):
 
 def test_entropy_is_the_mean_over_blocks(made):
     record = made(attention(), "attention.json")["cls"]
-    assert record["value"] == pytest.approx(5.05) and record["std"] is None and record["obstacles"] == []
+    assert record.mean == pytest.approx(5.05) and record.std is None and record.obstacles == []
     some = made(attention(images=1000), "attention.json")["cls"]
-    assert some["obstacles"] == ["measured on 1,000 of 50,000 images"]
+    assert some.obstacles == ["measured on 1,000 of 50,000 images"]
 
 
 def test_mean_over_some_of_the_blocks_is_refused(made):
@@ -465,7 +386,7 @@ def test_mean_over_some_of_the_blocks_is_refused(made):
 
 def test_uniform_weights_stand_for_encoders_without_cls(made):
     record = made(attention(tokens=272, patches=256, registers=16, metrics={}), "attention.json")["pos"]
-    assert record["value"] == math.log(256)
+    assert record.mean == math.log(256)
 
 
 def aggregation(**changes):
@@ -488,7 +409,7 @@ def aggregation(**changes):
 def by_quantity(result, tmp_path):
     path = tmp_path / "aggregation.json"
     path.write_text(json.dumps(result))
-    return {(record["quantity"], record["head"]): record for record in program.records(path)}
+    return {(measured.cell.quantity, measured.cell.head): measured for measured in cells_of(path)}
 
 
 def test_rules_are_recorded_over_their_seeds_and_localisation_calls_cls_attention_cls(tmp_path):
@@ -497,22 +418,22 @@ def test_rules_are_recorded_over_their_seeds_and_localisation_calls_cls_attentio
         ("aggregation_entropy", "attn-mn"), ("aggregation_entropy", "abmilp"), ("maxboxaccv2", "cls"),
         ("maxboxaccv2", "abmilp"),
     }  # fmt: skip
-    assert found["aggregation_entropy", "abmilp"]["values"] == [4.8, 4.9]
-    assert found["maxboxaccv2", "abmilp"]["seeds"] == [0, 1] and found["maxboxaccv2", "cls"]["value"] == 50.0
-    assert all(record["obstacles"] == [] for record in found.values())
+    assert found["aggregation_entropy", "abmilp"].values == [4.8, 4.9]
+    assert found["maxboxaccv2", "abmilp"].seeds == [0, 1] and found["maxboxaccv2", "cls"].mean == 50.0
+    assert all(record.obstacles == [] for record in found.values())
 
 
 def test_what_is_wrong_with_the_probes_is_wrong_with_their_rules(tmp_path):
     found = by_quantity(aggregation(probes=probing(flags=["--epochs", "2"], n_train=100)), tmp_path)
-    learned = found["aggregation_entropy", "abmilp"]["obstacles"]
+    learned = found["aggregation_entropy", "abmilp"].obstacles
     assert learned == ["probes trained on 100 images", "epochs 2, the paper's 90"]
-    assert found["aggregation_entropy", "attn-mn"]["obstacles"] == []
+    assert found["aggregation_entropy", "attn-mn"].obstacles == []
 
 
 def test_localisation_of_another_kind_is_an_obstacle(tmp_path):
     result = aggregation()
     result["localization"] |= {"transform": "crop", "step": 0.1}
-    (crop, step) = by_quantity(result, tmp_path)["maxboxaccv2", "cls"]["obstacles"]
+    (crop, step) = by_quantity(result, tmp_path)["maxboxaccv2", "cls"].obstacles
     assert "central crops" in crop and "steps of 0.1" in step
 
 
@@ -534,14 +455,13 @@ def test_demo_runs_become_records_of_the_demo(tmp_path):
          tmp_path / "rules")  # fmt: skip
     runs = [tmp_path / name for name in ("probes", "flow", "rules")]
     program.main(Namespace(runs=runs, results=tmp_path / "results", replace=False))
-    found = read_ledger(tmp_path / "results", ["demo"])
-    assert {(cell.quantity, cell.head, record["n"]) for cell, record in found.items()} == {
+    found = cells.recorded(tmp_path / "results", ["demo"])
+    assert {(cell.quantity, cell.head, len(record.values)) for cell, record in found.items()} == {
         ("top1", "cls", 2), ("top1", "abmilp-d2-relu", 2), ("aggregation_entropy_block_mean", "cls", 1),
         ("aggregation_entropy", "attn-mn", 1), ("aggregation_entropy", "abmilp-d2-relu", 2),
         ("maxboxaccv2", "cls", 1), ("maxboxaccv2", "abmilp-d2-relu", 2),
     }  # fmt: skip
-    assert len({record["data"]["fingerprint"] for record in found.values()}) == 1
-    assert all(record["obstacles"] == [] and record["data"]["n_test"] == 10 for record in found.values())
+    assert all(record.obstacles == [] and record.result["n_test"] == 10 for record in found.values())
 
 
 def test_a_sweep_over_seeds_is_one_record_as_the_launcher_makes_it(tmp_path):
@@ -556,12 +476,7 @@ def test_a_sweep_over_seeds_is_one_record_as_the_launcher_makes_it(tmp_path):
     for job in jobs:
         main_linprobe.main(parse(main_linprobe.get_args_parser(), job.argv))
     program.main(Namespace(runs=[job.folder for job in jobs], results=tmp_path / "results", replace=False))
-    found = read_ledger(tmp_path / "results", ["demo"])
+    found = cells.recorded(tmp_path / "results", ["demo"])
     assert {cell.head for cell in found} == {"cls", "abmilp"}
     for record in found.values():
-        assert record["n"] == 3 and record["std"] is not None and record["seeds"] == [0, 1, 2]
-        assert [source["seed"] for source in record["sources"]] == [0, 1, 2]
-        assert [source["log_sha256"] for source in record["sources"]] == [
-            sha256(job.folder / "log.txt") for job in jobs
-        ]
-        assert datetime.fromisoformat(record["sources"][0]["finished"]).tzinfo is UTC
+        assert len(record.values) == 3 and record.std is not None and record.seeds == [0, 1, 2]
