@@ -6,6 +6,7 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from models_vit import Features, VisionTransformer
 from probing.bank import ProbeBank, ProbeSpec
@@ -183,3 +184,34 @@ def test_poolings_without_parameters_are_computed_once_for_all_seeds_and_rates(b
 def test_tokens_are_normalised_as_the_layer_norms_of_the_definition_do(word):
     pool = build(word).pool
     assert {norm.eps for norm in pool.modules() if isinstance(norm, torch.nn.LayerNorm)} == {pool.norm_eps}
+
+
+def test_heads_in_bfloat16_are_those_of_float32_to_its_digits_and_folded_ones_to_the_bit(backbone):
+    words, features = ["abmilp:depth=2", "abmilp:sa=both", "aim4", "abmilp", "cls"], batches(torch.float32)[0][0]
+    full, half = (ProbeBank(specs_of(words), backbone, (3, 3), 5, amp=amp) for amp in (torch.float32, torch.bfloat16))
+    for word, ours, theirs in zip(words, half.pool(features), full.pool(features), strict=True):
+        assert ours.dtype == torch.float32
+        error = (ours - theirs).abs().max() / theirs.abs().max()
+        assert (error == 0) if word in ("abmilp", "cls") else (0 < error < 0.02), word
+
+
+def test_the_number_of_operations_does_not_grow_with_the_bank(backbone):
+    class Count(TorchDispatchMode):
+        launched = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.launched += 1
+            return func(*args, **(kwargs or {}))
+
+    counts = []
+    for seeds in (2, 16):
+        words = ["cls", "abmilp", "ap4", "abmilp:depth=2,act=tanh", "abmilp:sa=both", "aim4"]
+        specs = [spec for word in words for seed in range(seeds) for spec in specs_of([word], seed)]
+        bank = ProbeBank(specs, backbone, (3, 3), 5)
+        optimizer, features = LARS(bank.parameter_groups([2.0] * len(specs))), batches(torch.float32)[0][0]
+        with Count() as count:
+            torch.cat([logits.sum((1, 2)) for logits in bank.logits(features)]).sum().backward()
+            alive = [torch.ones(seeds, dtype=torch.bool) for _ in bank.stacks]
+            bank.commit_statistics(optimizer.guarded_step(alive))
+        counts.append(count.launched)
+    assert counts[0] == counts[1]
