@@ -235,10 +235,6 @@ class ProbeBank(nn.Module):
         """A copy of a probe."""
         return copy.deepcopy(self.probes[index])
 
-    def row(self, index: int) -> int:
-        """The position of a probe's vector among those that `pool` returns."""
-        return self._row[index]
-
     @property
     def distinct(self) -> tuple[ProbeSpec, ...]:
         """The first probe of each of the vectors that `pool` returns."""

@@ -14,9 +14,9 @@ import main_finetune
 import main_linprobe
 import main_pretrain
 from attention.metrics import METRICS
+from cli import encoder_arguments
 from cli.arguments import check_training, plain
 from cli.console import parse, run_main
-from cli import encoder_arguments
 from cli.encoder_arguments import build_encoder
 from cli.linprobe import head_precision
 from data_sets.table import DATASETS

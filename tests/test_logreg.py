@@ -36,8 +36,8 @@ def fits(monkeypatch):
     """The fits that follow: (vectors, labels, strength, probe, record)."""
     calls, fit = [], logreg.fit
 
-    def spy(probe, vectors, labels, loss, strength):
-        end = fit(probe, vectors, labels, loss, strength)
+    def spy(probe, vectors, labels, strength):
+        end = fit(probe, vectors, labels, strength)
         with torch.no_grad():
             calls.append((vectors().numpy(), labels.numpy(), strength, probe, end))
         return end
@@ -135,7 +135,7 @@ def test_a_stopped_run_continues_with_the_next_fit_to_the_same_bits(command, fit
     whole = run(command, tmp_path / "whole", *flags)
     done = len(fits)
     with monkeypatch.context() as patch, pytest.raises(signals.Stopped, match="saved after 3 of 6 steps"):
-        patch.setattr(signals, "requested", lambda: 15 * (len(fits) >= done + 7))  # in the third step
+        patch.setattr(signals, "requested", lambda: 15 * (len(fits) >= done + 7))  # in the third step, of two fits
         run(command, tmp_path / "run", *flags)
     again = run([*command, "--resume", "auto"], tmp_path / "run", *flags)
     assert again["probes"] == whole["probes"]
