@@ -27,6 +27,7 @@ from util import signals
 IOUS = (0.3, 0.5, 0.7)
 TOP = 255  # largest value of an 8-bit map
 IMAGES_PER_JOB = 4
+LEVELS_AT_ONCE = 10
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -61,42 +62,71 @@ def score_map(weights: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return (enlarged * TOP).astype(np.uint8)
 
 
-def boxes_at(scores: np.ndarray, level: int) -> tuple[np.ndarray, int]:
-    """Boxes (n,4) of the pixels above a level in a map (h,w) uint8, and the index of the largest contour's box.
+def contours_above(scores: np.ndarray, level: int, mask: np.ndarray | None = None) -> Sequence[np.ndarray]:
+    """Contours, those of holes too, of the pixels above a level in a map (h,w) uint8; none if the map is all zeros.
 
-    Contours of holes count too. If no pixel is above the level, the only box is the first pixel.
+    mask: memory for the pixels above the level; new memory for each level takes as long as the contours.
     """
-    contours, _ = cv2.findContours((scores > level).view(np.uint8), cv2.RETR_TREE, cv2.CHAIN_APPROX_SIMPLE)
+    _, mask = cv2.threshold(scores, level, 1, cv2.THRESH_BINARY, mask)
+    return cv2.findContours(mask, cv2.RETR_TREE, cv2.CHAIN_APPROX_SIMPLE)[0]
+
+
+def bounding_boxes(contours: Sequence[np.ndarray], size: tuple[int, int]) -> np.ndarray:
+    """Boxes (n,4) in an image of `size` (h,w), which end one pixel behind the contour, as in the published evaluation.
+
+    Without contours, the box is the first pixel.
+    """
     if not contours:
-        return np.zeros((1, 4), np.int64), 0
-    boxes = np.array([cv2.boundingRect(contour) for contour in contours], np.int64)
-    boxes[:, 2:] = np.minimum(boxes[:, :2] + boxes[:, 2:], (scores.shape[1] - 1, scores.shape[0] - 1))
-    largest = 0 if len(contours) == 1 else int(np.argmax([cv2.contourArea(contour) for contour in contours]))
-    return boxes, largest
+        return np.zeros((1, 4), np.int64)
+    points, starts = np.concatenate(contours)[:, 0], np.cumsum([0, *map(len, contours)])[:-1]
+    low, high = np.minimum.reduceat(points, starts), np.maximum.reduceat(points, starts) + 1
+    return np.concatenate([low, np.minimum(high, (size[1] - 1, size[0] - 1))], axis=1).astype(np.int64)
 
 
-def overlaps(boxes: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """Intersection over union (n,m) of boxes (n,4) and (m,4), border pixels included."""
+def largest_of(contours: Sequence[np.ndarray]) -> int:
+    return int(np.argmax([cv2.contourArea(contour) for contour in contours])) if len(contours) > 1 else 0
+
+
+def boxes_at(scores: np.ndarray, level: int) -> tuple[np.ndarray, int]:
+    """Boxes (n,4) of the pixels above a level in a map (h,w) uint8, and the index of the largest contour's box."""
+    contours = contours_above(scores, level)
+    return bounding_boxes(contours, scores.shape), largest_of(contours)
+
+
+def intersections(boxes: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of boxes (n,4) with (m,4), border pixels included: intersection over union (n,m), and the shares of `truth`."""
 
     def area(box: np.ndarray) -> np.ndarray:
-        return (box[..., 2] - box[..., 0] + 1) * (box[..., 3] - box[..., 1] + 1)
+        return (box[..., 2:] - box[..., :2] + 1).clip(min=0).prod(-1)
 
     boxes, truth = boxes[:, None], truth[None]
     low, high = np.maximum(boxes[..., :2], truth[..., :2]), np.minimum(boxes[..., 2:], truth[..., 2:])
-    shared = (high - low + 1).clip(min=0).prod(-1)
-    return shared / (area(boxes) + area(truth) - shared)
+    shared = area(np.concatenate([low, high], axis=-1))
+    return shared / (area(boxes) + area(truth) - shared), shared / area(truth)
 
 
-def best_overlaps(scores: np.ndarray, truth: np.ndarray, levels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The best IoU with any true box at each level (T,): of all contours (V2), and of the largest one (V1)."""
+def found_boxes(scores: np.ndarray, truth: np.ndarray, levels: np.ndarray) -> np.ndarray:
+    """Whether a true box is found (2,T,3) by the contours of a `score_map`: by any (V2) or the largest (V1), at each
+    level and IoU.
+
+    Boxes of a level lie within boxes of every lower level. So their IoUs are at most the shares of the true boxes that
+    lower boxes cover: from the level on at which these are too small, nothing is found.
+    """
     present = np.bincount(scores.ravel(), minlength=TOP + 1) > 0
     # levels with the same pixels above them are evaluated once
     _, first, of_level = np.unique(np.cumsum(present)[levels], return_index=True, return_inverse=True)
-    cuts = [boxes_at(scores, int(levels[index])) for index in first]
-    starts = np.cumsum([0, *(len(boxes) for boxes, _ in cuts)])[:-1]
-    best = overlaps(np.concatenate([boxes for boxes, _ in cuts]), truth).max(1)
-    largest = starts + [index for _, index in cuts]
-    return np.maximum.reduceat(best, starts)[of_level], best[largest][of_level]
+    found, mask = np.zeros((2, len(first), len(IOUS)), bool), np.empty_like(scores)
+    for start in range(0, len(first), LEVELS_AT_ONCE):
+        some = levels[first[start : start + LEVELS_AT_ONCE]].tolist()
+        cuts = [contours_above(scores, level, mask) for level in some]
+        starts = np.cumsum([0, *map(len, cuts)])[:-1]
+        boxes = bounding_boxes([contour for contours in cuts for contour in contours], scores.shape)
+        overlaps, shares = (part.max(1) for part in intersections(boxes, truth))
+        best = np.maximum.reduceat(overlaps, starts), overlaps[starts + list(map(largest_of, cuts))]
+        found[:, start : start + len(cuts)] = np.stack(best)[..., None] >= IOUS
+        if shares[starts[-1] :].max() < IOUS[0]:
+            break
+    return found[:, of_level]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -107,28 +137,34 @@ def best_overlaps(scores: np.ndarray, truth: np.ndarray, levels: np.ndarray) -> 
 class Tally(NamedTuple):
     """Numbers of found images per map, level and IoU: integer sums, equal for any split of the images."""
 
-    images: int
+    images: int  # with a true box
     found: np.ndarray  # (R,T,3) by any contour
     found_v1: np.ndarray  # (R,T,3) by the largest contour
     found_whole: np.ndarray  # (3,) by the whole image as a box, as a baseline
+    without_map: np.ndarray  # (R,) images whose map is not finite; nothing is found there
+    images_left_out: int = 0  # without a true box
+    boxes_left_out: int = 0  # outside of the crop
 
     def __add__(self, other: "Tally") -> "Tally":
         return Tally(*(mine + theirs for mine, theirs in zip(self, other, strict=True)))
 
 
 def no_images(maps: int, levels: int) -> Tally:
-    counts = np.zeros((maps, levels, len(IOUS)), np.int64)
-    return Tally(0, counts, counts.copy(), np.zeros(len(IOUS), np.int64))
+    counts = np.zeros((2, maps, levels, len(IOUS)), np.int64)
+    return Tally(0, *counts, np.zeros(len(IOUS), np.int64), np.zeros(maps, np.int64))
 
 
 def tally(maps: Sequence[np.ndarray], truths: Sequence[np.ndarray], size: tuple[int, int], levels: np.ndarray) -> Tally:
-    """maps: (R,rows,columns) per image; truths: its boxes (m,4) in an image of `size` (h,w), at least one."""
+    """maps: (R,rows,columns) per image; truths: its boxes (m,4) in an image of `size` (h,w)."""
     total = no_images(len(maps[0]) if len(maps) else 0, len(levels))
     whole = np.array([[0, 0, size[1] - 1, size[0] - 1]])
     for of_image, truth in zip(maps, truths, strict=True):
-        best = [best_overlaps(score_map(weights, size), truth, levels) for weights in of_image]
-        found, found_v1 = (np.stack(parts)[..., None] >= IOUS for parts in zip(*best, strict=True))
-        total += Tally(1, found, found_v1, overlaps(whole, truth).max() >= IOUS)
+        if not len(truth):
+            total = total._replace(images_left_out=total.images_left_out + 1)
+            continue
+        found = np.stack([found_boxes(score_map(weights, size), truth, levels) for weights in of_image], axis=1)
+        without_map = ~np.isfinite(of_image).all((1, 2))
+        total += Tally(1, *found, intersections(whole, truth)[0].max() >= IOUS, without_map)
     return total
 
 
@@ -145,6 +181,7 @@ def summary(total: Tally, number: int, levels: np.ndarray) -> dict:
         "maxboxacc": float(accuracy_v1[:, half].max()),
         "threshold_v1": float(levels[accuracy_v1[:, half].argmax()] / TOP),
         "found": total.found[number].tolist(),
+        "images_without_map": int(total.without_map[number]),
     }
 
 
@@ -164,11 +201,11 @@ class Localizer:
 
     def __init__(self, maps: int, size: tuple[int, int], levels: np.ndarray, workers: int):
         self.maps, self.size, self.levels, self.workers = maps, size, levels, workers
-        self.total = self.empty()
         self.jobs: deque[Future] = deque()
-        # not forked from this process, which has threads and perhaps a GPU
-        context = get_context("forkserver")
-        self.pool = ProcessPoolExecutor(workers, context, initializer=_start_worker) if workers else None
+        self.total = no_images(maps, len(levels))
+        # not forked from this process, which has threads and perhaps a GPU; there is one worker per core
+        start = get_context("forkserver"), cv2.setNumThreads, (1,)
+        self.pool = ProcessPoolExecutor(workers, *start) if workers else None
 
     def __enter__(self) -> "Localizer":
         return self
@@ -184,28 +221,22 @@ class Localizer:
         """Add a batch: maps (B,R,rows,columns) and each image's true boxes. Blocks while workers are far behind."""
         for start in range(0, len(maps), IMAGES_PER_JOB):
             part = slice(start, start + IMAGES_PER_JOB)
+            job = maps[part], truths[part], self.size, self.levels
             if self.pool is None:
-                self.total += tally(maps[part], truths[part], self.size, self.levels)
+                self.total += tally(*job)
                 continue
             with signals.blocked(), _watched_workers():  # workers that this call starts inherit the blocked signals
-                self.jobs.append(self.pool.submit(tally, maps[part], truths[part], self.size, self.levels))
+                self.jobs.append(self.pool.submit(tally, *job))
             while len(self.jobs) > 8 * self.workers:
                 self._wait()
-
-    def empty(self) -> Tally:
-        return no_images(self.maps, len(self.levels))
 
     def result(self) -> Tally:
         """Tally of all maps added since the last call; waits for the workers."""
         while self.jobs:
             self._wait()
-        total, self.total = self.total, self.empty()
+        total, self.total = self.total, no_images(self.maps, len(self.levels))
         return total
 
     def _wait(self) -> None:
         with _watched_workers():
             self.total += self.jobs.popleft().result()
-
-
-def _start_worker() -> None:
-    cv2.setNumThreads(1)  # there is one worker per core

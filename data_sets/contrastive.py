@@ -41,25 +41,25 @@ class Blur:
         return image.filter(ImageFilter.GaussianBlur(self.scale * random.uniform(*BLUR)))
 
 
-def contrastive_view(
-    input_size: int, blur: float, solarize: float, smallest: float = 0.08, loader: str = "pil"
-) -> View:
-    """Random crop, colour jitter, grey, blur, solarisation, flip. blur, solarize: their probabilities; smallest: the
-    smallest share of the image in a crop."""
+def contrastive_views(input_size: int, smallest: float = 0.08, grey: float = 0.2, loader: str = "pil") -> list[View]:
+    """Two views by random crop, colour jitter, grey, blur, solarisation and flip. The first is always blurred; the
+    second rarely, but sometimes solarised.
+
+    smallest: smallest share of the image in a crop. grey: probability of a view without colour.
+    """
     if loader == "gpu":
         raise ValueError("loader gpu only crops and flips: views to compare need the loader pil, tensor or packed")
-    jitter = transforms.ColorJitter(0.4, 0.4, 0.2, 0.1)
-    steps = [
-        lambda image: functional.to_pil_image(image) if isinstance(image, Tensor) else image,
-        transforms.RandomApply([jitter], p=0.8),
-        transforms.RandomGrayscale(0.2),
-        transforms.RandomApply([Blur(input_size)], p=blur),
-        transforms.RandomApply([ImageOps.solarize], p=solarize),
-        transforms.RandomHorizontalFlip(),
-    ]
-    return View(TorchvisionCrop(input_size, scale=(smallest, 1.0)), steps, loader=loader)
 
+    def view(blur: float, solarize: float) -> View:
+        jitter = transforms.ColorJitter(0.4, 0.4, 0.2, 0.1)
+        steps = [
+            lambda image: functional.to_pil_image(image) if isinstance(image, Tensor) else image,
+            transforms.RandomApply([jitter], p=0.8),
+            transforms.RandomGrayscale(grey),
+            transforms.RandomApply([Blur(input_size)], p=blur),
+            transforms.RandomApply([ImageOps.solarize], p=solarize),
+            transforms.RandomHorizontalFlip(),
+        ]
+        return View(TorchvisionCrop(input_size, scale=(smallest, 1.0)), steps, loader=loader)
 
-def contrastive_views(input_size: int, smallest: float = 0.08, loader: str = "pil") -> list[View]:
-    """The two views: the first always blurred, the second rarely, but sometimes solarised."""
-    return [contrastive_view(input_size, *odds, smallest, loader) for odds in ((1.0, 0.0), (0.1, 0.2))]
+    return [view(blur=1.0, solarize=0.0), view(blur=0.1, solarize=0.2)]

@@ -50,7 +50,7 @@ class ClsAndMeanPatch(Pooling):
 class OwnPooling(Pooling):
     """What the model's own pooling makes of its last block (Features.pooled); no weights."""
 
-    weighs = False
+    weighs, needs = False, Needs(pooled=True)
 
     def __init__(self, tokens: Tokens, output: str):
         if output not in tokens.pooled:

@@ -38,7 +38,7 @@ class FrozenTokens(NamedTuple):
     @torch.no_grad()
     def __call__(self, images: Tensor) -> dict[int, Features]:
         with torch.autocast(images.device.type, dtype=self.amp, enabled=self.amp != torch.float32):
-            features = self.backbone(images, self.blocks, self.needs.cls_attention, self.needs.cells)
+            features = self.backbone(images, self.blocks, *self.needs[:2], pooled=self.needs.pooled)
         attention = self.oracle(images) if self.needs.oracle else None
 
         def prepare(tokens: Tensor | None) -> Tensor | None:

@@ -1,6 +1,6 @@
-"""Batch normalisation of a probe, whose statistics do not depend on how a batch is split over processes.
+"""Batch normalisation of probes, whose statistics do not depend on how a batch is split over processes.
 
-Letters: B images, G groups of images, D' width of a vector.
+Letters: B images, G groups of images, D' width of a vector, V vectors.
 """
 
 from collections.abc import Sequence
@@ -10,36 +10,39 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 BN_EPS = 1e-6  # MAE's linear probe
+MOMENTUM = 0.1
 
 
 class ProbeNorm(nn.BatchNorm1d):
-    """BatchNorm1d without affine whose running statistics do not depend on how a batch is split over ranks.
+    """BatchNorm1d without affine. In a bank, it hands out the statistics of a training batch instead of using them.
 
-    Training normalises each group of images (by default a micro-batch) by its own statistics, as nn.BatchNorm1d does,
-    and stores them; `commit` then updates the running ones group by group, in the order of the data over all ranks. So
-    any number of processes gets the values of nn.BatchNorm1d on one.
+    Training normalises each of `groups` consecutive parts of the images by its own statistics. `pending`, if it is a
+    list, receives these as (G,2,D'): the bank updates the running statistics once per optimizer step, see `commit`.
     """
 
     def __init__(self, width: int):
-        super().__init__(width, eps=BN_EPS, momentum=0.1, affine=False)
-        # (G,2,D') of each forward pass since the last commit: mean and unbiased variance of its G groups of images
-        self.pending: list[Tensor] = []
+        super().__init__(width, eps=BN_EPS, momentum=MOMENTUM, affine=False)
+        self.pending: list[Tensor] | None = None
         self.groups = 1
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
-            return F.batch_norm(x, self.running_mean, self.running_var, training=False, eps=self.eps)
+        if not self.training or self.pending is None:
+            return super().forward(x)
         (normalised,), (statistics,) = normalise([x], self.groups)
         self.pending.append(statistics)
         return normalised
 
-    @torch.no_grad()
-    def commit(self, statistics: Tensor) -> None:
-        """statistics (groups, 2, D'), in the order of the data."""
-        for mean, variance in statistics:
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance, self.momentum)
-            self.num_batches_tracked += 1
+
+@torch.no_grad()
+def commit(mean: Tensor, variance: Tensor, count: Tensor, statistics: Tensor, alive: Tensor) -> None:
+    """Update running statistics (S,D') and the number of updates (S,), as nn.BatchNorm1d does, where `alive` (S,).
+
+    statistics: (groups,2,V,D') of all groups of all processes in the order of the data, V = S or 1.
+    """
+    for group in statistics:
+        for running, value in zip((mean, variance), group, strict=True):
+            running.lerp_(torch.where(alive[:, None], value, running), MOMENTUM)
+    count += alive * len(statistics)
 
 
 def normalise(vectors: Sequence[Tensor], groups: int = 1) -> tuple[list[Tensor], list[Tensor]]:

@@ -46,9 +46,10 @@ class Needs(NamedTuple):
     cls_attention: bool = False  # Features.cls_attention
     cells: frozenset[int] = frozenset()  # patches whose attention is needed: Features.patch_attention
     oracle: bool = False  # Features.oracle
+    pooled: bool = False  # Features.pooled
 
     def union(self, other: "Needs") -> "Needs":
-        return Needs(self.cls_attention or other.cls_attention, self.cells | other.cells, self.oracle or other.oracle)
+        return Needs(*(ours | theirs for ours, theirs in zip(self, other, strict=True)))
 
 
 class Columns(NamedTuple):

@@ -13,7 +13,7 @@ from util.files import sha256
 
 NOTES = {  # about a run: how they stand out, and what the top of the page says
     "random weights": ("loud", "Some encoders have RANDOM WEIGHTS: their numbers say nothing about a method."),
-    "learned nothing": ("loud", "Some probes LEARNED NOTHING: no seed is two standard errors above chance."),
+    "learned nothing": ("loud", "Some probes LEARNED NOTHING: they score as chance does."),
     "uncommitted code": ("loud", "Some runs used UNCOMMITTED CODE: their commit alone does not reproduce them."),
     "commit unknown": ("loud", "Some records do not say which commit of the code wrote them."),
     "several commits": ("loud", "Some runs were continued with another commit of the code than they began with."),

@@ -10,6 +10,7 @@ from jinja2 import ChainableUndefined, Environment, FileSystemLoader, TemplateEr
 from PIL import Image
 
 from report import facts
+from report.maps import read_maps
 from report.plots import Axes, Line, plot
 from report.programs import READERS, Content
 from report.runs import KINDS, Run
@@ -54,7 +55,8 @@ def render(
         of_program = [(run, contents) for run, contents in reads if run.program == program]
         same = group_by([(run, c) for run, contents in of_program for c in contents], lambda pair: pair[1].key)
         if of_program:
-            sections[program] = {"groups": [compare(pairs) for pairs in same], "reads": of_program}
+            maps = read_maps([path for run, _ in of_program for path in run.files("examples.safetensors")])
+            sections[program] = {"groups": [compare(pairs) for pairs in same], "reads": of_program, "maps": maps}
     notes = {
         note for run, contents in reads for note in (*facts.notes_of(run), *(n for c in contents for n in c.notes))
     }

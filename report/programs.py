@@ -57,14 +57,15 @@ def read_probes(run: Run) -> list[Content]:
     shown = score_names([probe["last"] for probe in probes.values()], headline)
     rows = fold([probe_row(run, shown, name, probe) for name, probe in probes.items()])
     settings, labels = group_by(probes, stem), short_names(probes)
-    result, notes = [], []
+    result, notes, lines = [], [], remarks(run, probes)
     for i, names in enumerate(settings):
         cells = rows[i].cells
         score = cells.get(f"test {metric_label(headline)}") or cells.get(f"held-out {metric_label(headline)}")
         if score is not None and cells.get("choice") != "tried":
             result.append(f"{labels[names[0]]}: {score.text if isinstance(score, Cell) else f'{score.mean:.2f}'}")
-        if at_chance([probes[name]["last"] for name in names], run.record.get("classes")):
+        if nothing := [probes[name]["learned_nothing"] for name in names if probes[name].get("learned_nothing")]:
             notes = ["learned nothing"]
+            lines.append(("loud", f"{run.name}, {labels[names[0]]}: {nothing[0]}."))
             rows[i] = Row({**cells, "head": Cell(str(cells["head"]), badges=badges(notes))}, rows[i].children)
     neighbours = [
         {"run": run_cell(run), "name": name, "vector": stem(name), "neighbours": int(k)}
@@ -81,7 +82,7 @@ def read_probes(run: Run) -> list[Content]:
             result=result,
             curves={"": epoch_curves(run, probes, watched, headline)},
             neighbours=fold(neighbours),
-            remarks=remarks(run, probes),
+            remarks=lines,
             notes=notes,
         )
     ]
@@ -152,15 +153,6 @@ def unfinished_probes(run: Run, watched: str) -> dict[str, Record]:
         if lost:
             probes[name]["diverged_at"] = {"epoch": lost[0]["epoch"]}
     return probes
-
-
-def at_chance(scores: Sequence[Record], classes: int | None) -> bool:
-    """Whether no top-1 is two standard errors above chance, the share 1 / classes."""
-    if not classes or not all({"top1", "n"} <= score.keys() for score in scores):
-        return False
-    chance = 100 / classes
-    margins = [2 * math.sqrt(chance * (100 - chance) / score["n"]) for score in scores]
-    return not any(real(score["top1"]) > chance + margin for score, margin in zip(scores, margins, strict=True))
 
 
 def short_names(names: Iterable[str]) -> dict[str, str]:

@@ -49,7 +49,6 @@ from models_vit import VisionTransformer, build_vit
 from probing.bank import ProbeBank, ProbeSpec
 from probing.heads import canonical_head
 from runtime.provenance import provenance
-from runtime.training import all_finite
 from util.choices import instead_of
 from util.distributed import GradientMean
 from util.lars import LARS
@@ -197,10 +196,14 @@ def training_step(
 
     def step() -> Tensor:
         images, labels = feed()
-        losses = torch.stack([F.cross_entropy(logits, labels) for logits in bank(tokens(images))])
+        logits = bank.logits(tokens(images))
+        losses = torch.cat(
+            [F.cross_entropy(each, labels.expand(len(each), -1), reduction="none").mean(1) for each in logits]
+        )
         losses.sum().backward()
-        bank.commit_statistics()
-        optimizer.step()
+        bank.commit_statistics(
+            optimizer.guarded_step([torch.ones_like(stack.index, dtype=torch.bool) for stack in bank.stacks])
+        )
         optimizer.zero_grad()
         return losses.detach()
 
@@ -278,12 +281,12 @@ def pretrain(args: argparse.Namespace, device: torch.device) -> Contestants:
         method = Pretraining(model, adamw(model), MASK_RATIO, device, amp)
 
         def step() -> Tensor:  # as runtime.training takes it
-            mean = GradientMean([p for group in method.groups for p in group], 1)
+            mean = GradientMean(method.parameters, 1)
             losses = method.losses(sample, ())
             losses.sum().backward()
             mean.add(losses)
             losses = mean.take()
-            method.step(losses.isfinite() & all_finite([p.grad for p in method.groups[0]]))
+            method.step(losses.isfinite())
             method.optimizer.zero_grad()
             return losses
 

@@ -551,7 +551,6 @@ def test_an_analysis_of_boxes_alone_is_summarised_by_them(tmp_path, make):
     [
         ({"encoder": {**ENCODER, "source": None}}, "random weights", "RANDOM WEIGHTS"),
         ({"dirty": True}, "uncommitted code", "UNCOMMITTED CODE"),
-        ({"classes": 2}, "learned nothing", "LEARNED NOTHING"),  # 42 % are two standard errors above 10 %, not 50 %
         ({"dirty": None, "commit": None}, "commit unknown", "do not say which commit"),
     ],
 )
@@ -560,8 +559,16 @@ def test_doubtful_runs_are_marked_on_top_and_beside_their_numbers(tmp_path, make
     assert warning not in make(tmp_path / "good").text
     put_bank(tmp_path / "bad", **change)
     page = make(tmp_path)
-    assert warning in page.text and page.row("good", "cls")
-    assert page.row("bad", f"cls {badge}") if "classes" in change else page.row(f"bad {badge}", "cls")
+    assert warning in page.text and page.row(f"bad {badge}", "cls") and page.row("good", "cls")
+
+
+def test_probes_that_learned_nothing_are_marked_on_top_and_in_their_row(tmp_path, make):
+    results = bank()
+    results["probes"]["cls/block11/blr0.1/seed1"]["learned_nothing"] = "test top-1 10.0 is chance"
+    put(tmp_path / "run" / "results.json", results)
+    page = make(tmp_path / "run")
+    assert "LEARNED NOTHING" in page.text and page.row("run", "cls learned nothing") and page.row("run", "abmilp")
+    assert "run, cls: test top-1 10.0 is chance." in page.text
 
 
 def test_a_run_continued_with_other_code_is_marked(tmp_path, make):

@@ -125,10 +125,11 @@ def test_programs_take_it(name, saved, image_folder, tmp_path):
     argv = ["--data_path", str(image_folder), "--finetune", saved(name), *RUN, "--output_dir"]
     main_analyze_attention.main(parse(main_analyze_attention.get_args_parser(), [*argv, ""]))
     flags = ["--epochs", "1", "--warmup_epochs", "0", "--batch_size", "12", "--cls_features", "pos", "abmilp"]
-    argv += [str(tmp_path), *flags, "--cache_views", "1"]
+    own = list(load_encoder(saved(name), "file").backbone.pooled)
+    argv += [str(tmp_path), *flags, *own, "--cache_views", "1"]
     main_linprobe.main(parse(main_linprobe.get_args_parser(), argv))
     results = json.loads((tmp_path / "results.json").read_text())
-    assert len(results["probes"]) == 2 and results["args"]["model"] == "file"
+    assert len(results["probes"]) == 2 + len(own) and results["args"]["model"] == "file"
     assert results["encoder"].keys() >= {"model", "source", "family", "version", "revision", "sha256", "preprocessing"}
 
 
