@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-import hubconf
+import api
 import main_analyze_attention
 import main_linprobe
 from cli.console import parse
@@ -102,7 +102,7 @@ def flow_of(attention: torch.Tensor, prefix: int, has_cls: bool) -> dict[str, to
 
 @pytest.mark.parametrize("name", TRACED)
 def test_tokens_and_attention_are_those_of_the_library(name, saved):
-    encoder, pixels = hubconf.encoder(saved(name)), images()
+    encoder, pixels = api.encoder(saved(name)), images()
     backbone = encoder.backbone
     assert isinstance(backbone, Backbone) and backbone.depth == 2 and backbone.num_heads == 2
     assert list_traced.difference(backbone, pixels) <= (1e-5 if name == "CLIP, open_clip" else 0)
@@ -185,7 +185,7 @@ def of_hugging_face(state: dict[str, torch.Tensor], blocks: str) -> dict[str, to
     return result
 
 
-def three_routes(ours, state: dict, config, name: str, options: dict, folder: Path) -> list[hubconf.FrozenEncoder]:
+def three_routes(ours, state: dict, config, name: str, options: dict, folder: Path) -> list[api.FrozenEncoder]:
     """An encoder of this project, and the same weights through transformers and timm."""
     theirs = transformers.AutoModel.from_config(config)
     theirs.load_state_dict(of_hugging_face(state, "encoder.layer" if "dinov2" in name else "layers"))
@@ -193,11 +193,11 @@ def three_routes(ours, state: dict, config, name: str, options: dict, folder: Pa
     timms = timm.create_model(name, num_classes=0, **options)
     timms.load_state_dict({key: value for key, value in state.items() if key != "mask_token"})
     timm.models.save_for_hf(timms, folder / "timm", model_args=options, safe_serialization=True)
-    return [ours, *(hubconf.encoder(f"{prefix}:{folder / prefix}") for prefix in ("hf", "timm"))]
+    return [ours, *(api.encoder(f"{prefix}:{folder / prefix}") for prefix in ("hf", "timm"))]
 
 
 @torch.no_grad()
-def assert_same_traces(encoders: list[hubconf.FrozenEncoder], pixels: torch.Tensor) -> None:
+def assert_same_traces(encoders: list[api.FrozenEncoder], pixels: torch.Tensor) -> None:
     for ours, *others in zip(*(encoder.backbone.trace(pixels) for encoder in encoders), strict=True):
         for other in others:
             assert other.index == ours.index and other.scale == ours.scale
@@ -211,7 +211,7 @@ def test_one_mae_by_three_routes_is_one_encoder(tmp_path):
     state = list_traced.randomised(VisionTransformer(**options)).state_dict()
     save_encoder(tmp_path / "mae.safetensors", state, {"family": "mae"})
     config = transformers.ViTMAEConfig(**list_traced.HF | {"intermediate_size": 128, "layer_norm_eps": 1e-6})
-    ours = hubconf.encoder(str(tmp_path / "mae.safetensors"), num_heads=2)
+    ours = api.encoder(str(tmp_path / "mae.safetensors"), num_heads=2)
     ours, *others = encoders = three_routes(ours, state, config, "vit_base_patch16_224", options, tmp_path)
     assert_same_traces(encoders, images())
     for other in others:
@@ -228,7 +228,7 @@ def test_a_trained_dinov2_by_three_routes_is_one_encoder(tmp_path):
     state["pos_embed"] = torch.cat([prefix, part], dim=1)
     save_encoder(tmp_path / "dinov2.safetensors", state, {"family": "dinov2"})
     config = transformers.Dinov2Config(hidden_size=384, num_attention_heads=6, image_size=224, patch_size=14)
-    ours = hubconf.encoder(str(tmp_path / "dinov2.safetensors"), "vit_small_patch14")
+    ours = api.encoder(str(tmp_path / "dinov2.safetensors"), "vit_small_patch14")
     assert_same_traces(
         three_routes(ours, state, config, "vit_small_patch14_dinov2", {"img_size": 224}, tmp_path), images(1, 224)
     )
