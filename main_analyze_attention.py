@@ -23,7 +23,7 @@ from data_sets.examples import random_examples
 from data_sets.images import fingerprint
 from data_sets.loader import KeyedDataset, build_loader
 from data_sets.order import EvaluationBatches
-from data_sets.table import unlabelled_images
+from data_sets.table import build_dataset
 from data_sets.views import eval_transform
 from encoders.architectures import check_blocks
 from runtime.analysis import Progress, subset
@@ -45,7 +45,7 @@ def main(args: argparse.Namespace) -> None:
         folder = RunFolder(args.output_dir)
         if not args.resume:
             folder.refuse_results("*/attention.json")
-        images = unlabelled_images(args.dataset, args.data_path, **data_options(args))
+        images = build_dataset(args.dataset, args.data_path, "val", **data_options(args), labels=False)
         chosen = subset(len(images), args.num_images, args.seed)
         examples = random_examples(images, chosen, args.num_examples, args.seed)
         encoders = [frozen_encoder(encoder_args) for encoder_args in one_encoder_each(args)]
