@@ -140,7 +140,8 @@ def main(args: argparse.Namespace) -> None:
             "args": plain(args), "encoder": encoder.record, "effective_batch": batches.effective,
             "bn_group": args.bn_group or args.batch_size, "steps_per_epoch": batches.steps,
             "lr": dict(zip(probing.names, lrs, strict=True)), "n_train": len(kept), "n_val": len(held_out),
-            "n_test": len(test_images), "classes": num_classes, "headline": metric,
+            "n_test": len(test_images), "classes": num_classes, "class_names": list(map(str, train_images.classes)),
+            "headline": metric,
             "train_images": facts["training images"], "test_images": facts["test images"],
             "seeds_vary": seeds_vary(args), "oracle": oracle and oracle.record, **provenance(world.device),
         }  # fmt: skip
