@@ -38,12 +38,19 @@ class FrozenEncoder(nn.Module):
         return eval_transform(self.size, **self.pixels)
 
     @torch.no_grad()
-    def features(self, images: Tensor, blocks: Sequence[int] = (-1,)) -> dict[int, Features]:
-        """{block: tokens leaving it}, before the final norm; blocks count from 0, negative ones from the end."""
+    def features(
+        self, images: Tensor, blocks: Sequence[int] = (-1,), cls_attention: bool = False, pooled: bool = False
+    ) -> dict[int, Features]:
+        """{block: tokens leaving it}, before the final norm; blocks count from 0, negative ones from the end.
+
+        cls_attention: with the attention of [cls] to the patches, (B,H,M). pooled: with what the model's own pooling
+        makes of its last block, {name: (B,E)}.
+        """
         depth = self.backbone.depth
         if outside := [block for block in blocks if not -depth <= block < depth]:
             raise ValueError(f"block {outside[0]}: this encoder has the blocks 0 to {depth - 1}")
-        features = self.backbone(images, sorted({block % depth for block in blocks}))
+        wanted = sorted({block % depth for block in blocks})
+        features = self.backbone(images, wanted, cls_attention, pooled=pooled)
         return {block: features[block % depth] for block in blocks}
 
     forward = features

@@ -104,18 +104,8 @@ def block_ticks(axis: Axes, depths: Sequence[int]) -> None:
 
 def name_row(axis: Axes, text: str, distance: float) -> None:
     """Write a row's name to the left of its first panel; distance in points."""
-    axis.annotate(
-        text,
-        (0, 0.5),
-        xytext=(-distance, 0),
-        xycoords="axes fraction",
-        textcoords="offset points",
-        rotation=90,
-        ha="right",
-        va="center",
-        fontsize=7.5,
-        fontweight="bold",
-    )
+    style = {"rotation": 90, "ha": "right", "va": "center", "fontsize": 7.5, "fontweight": "bold"}
+    axis.annotate(text, (0, 0.5), (-distance, 0), "axes fraction", "offset points", **style)
 
 
 def head_panel(axis: Axes, text: str, subtitle: str = "") -> None:
@@ -124,15 +114,7 @@ def head_panel(axis: Axes, text: str, subtitle: str = "") -> None:
     Not Axes.set_title: the layout makes no room for a title that is wider than its panel.
     """
     for line, above, style in ((subtitle, 3, GREY), (text, 11 + 7 * subtitle.count("\n"), {"fontsize": 7.5})):
-        axis.annotate(
-            line,
-            (0.4, 1),
-            xycoords="axes fraction",
-            xytext=(0, above),
-            textcoords="offset points",
-            ha="center",
-            **style,
-        )
+        axis.annotate(line, (0.4, 1), (0, above), "axes fraction", "offset points", ha="center", **style)
 
 
 def mark_empty(axis: Axes) -> None:
@@ -193,18 +175,10 @@ def draw_panel(axis: Axes, name: str, results: Sequence[dict], labels: Sequence[
             continue
         number = labels.index(result["label"])
         colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
-        (handles[result["label"]],) = axis.plot(
-            depths,
-            mean,
-            DASHES[number // len(COLOURS) % len(DASHES)],
-            color=colour,
-            marker=marker,
-            markersize=3,
-            markeredgewidth=0,
-            markevery=math.ceil(len(depths) / 13),
-            linewidth=1.1,
-            zorder=3,
-        )
+        dash = DASHES[number // len(COLOURS) % len(DASHES)]
+        style = {"color": colour, "marker": marker, "markersize": 3, "markeredgewidth": 0, "linewidth": 1.1}
+        every = math.ceil(len(depths) / 13)
+        (handles[result["label"]],) = axis.plot(depths, mean, dash, markevery=every, zorder=3, **style)
         spread = np.nan_to_num(std)
         if spread.any():
             axis.fill_between(depths, mean - spread, mean + spread, color=colour, alpha=0.15, linewidth=0, zorder=2)

@@ -152,7 +152,12 @@ def add_schedule_arguments(
     group.add_argument("--batch_size", default=batch_size, type=positive_int, help="images per process and micro-step")
     group.add_argument("--accum_iter", default=1, type=positive_int, help="micro-steps per optimizer step")
     group.add_argument("--epochs", default=epochs, type=positive_int, help="training epochs")
-    group.add_argument("--warmup_epochs", default=warmup_epochs, type=non_negative_int, help="linear warm-up epochs")
+    group.add_argument(
+        "--warmup_epochs",
+        default=warmup_epochs,
+        type=non_negative_int,
+        help="linear warm-up epochs; if more than --epochs, a tenth of these",
+    )
     group.add_argument(
         "--blr", default=blr, type=non_negative, **several, help="base learning rate: lr = blr x effective batch / 256"
     )
@@ -172,8 +177,6 @@ def check_training(args: argparse.Namespace) -> None:
     check_input_size(args.input_size, args.model)
     if args.start_epoch >= args.epochs:
         raise ValueError(f"--start_epoch {args.start_epoch}: the epochs are 0 to {args.epochs - 1}")
-    if args.warmup_epochs > args.epochs:
-        raise ValueError(f"--warmup_epochs {args.warmup_epochs} must be at most --epochs {args.epochs}")
     micro_steps_of_a_group(getattr(args, "bn_group", None) or args.batch_size, args.batch_size, args.accum_iter)
 
 
@@ -198,7 +201,7 @@ RESUMABLE_FLAGS = {
     "world_size", "local_rank", "args_from", "data_path", "accum_iter", "eval", "eval_every", "report", "dist_eval",
     "suffix", "save_predictions", "knn", "per_class", "cache_dir", "offline", "on_bad_image", "multilabel_metric",
     "finetune", "save_every_minutes", "save_every_steps", "figure_every", "loc_workers", "images", "num_examples",
-    "draw_threshold", "track",
+    "draw_threshold", "track", "preset",
 }  # fmt: skip
 
 

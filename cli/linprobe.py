@@ -16,13 +16,19 @@ examples:
     python main_linprobe.py --model vit_small_patch16 --finetune dino_vit_small_patch16 --dataset cifar10 \\
         --data_path data --cls_features cls abmilp:depth=2,act=tanh --return_block 2 5 8 11 --cache_views 1
 
+    # a few hundred photos: logistic regression, and AbMILP, on features that are computed once
+    python main_linprobe.py --preset small --finetune dino_vit_base_patch16 --data_path photos \\
+        --cls_features cls pos abmilp --output_dir runs/photos
+
     # continue a stopped run
     python main_linprobe.py --args_from runs/mae_b/args.json --resume auto
 """
 
+from __future__ import annotations
+
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cli.arguments import (
     RESUMABLE_FLAGS,
@@ -33,16 +39,22 @@ from cli.arguments import (
     check_training,
     plain,
 )
-from cli.console import Parser, any_int, non_negative, non_negative_int, positive_int, share_below_one
-from cli.encoder_arguments import add_encoder_arguments, add_oracle_arguments
+from cli.console import Parser, any_int, non_negative, non_negative_int, positive, positive_int, share_below_one
+from cli.encoder_arguments import add_encoder_arguments, add_oracle_arguments, precision
+from cli.presets import add_preset
 from data_sets.table import DATASETS
 from encoders.architectures import check_blocks, known_depth
 from probing.heads import AGGREGATIONS, canonical_head, check_aggregation, option_flags, parts_of
 
+if TYPE_CHECKING:
+    import torch
+
 OPTIMIZERS = {  # settings of util.lars.LARS; momentum as in the paper, and as in its code for SGD
     "lars": {"momentum": 0.9},
     "sgd": {"momentum": 0.0, "trust_coefficient": None},
+    "logreg": {},  # probing.logreg, which does not use it
 }
+L2_PATH = [1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0]
 MULTILABEL_METRICS = ("map", "any_match", "label_accuracy")  # of util.scores.MultiLabelScores
 
 # arguments without effect on cached features, or whose effect is compared itself: --finetune by the digest of the
@@ -51,12 +63,13 @@ NOT_IN_FEATURES = (RESUMABLE_FLAGS - {"on_bad_image"}) | {
     "checkpoint_key", "dataset", "allow_subset", "nb_classes", "seed", "seeds", "seeds_vary", "oracle", "oracle_model",
     "oracle_family", "oracle_checkpoint_key", "init", "batch_size", "bn_group", "epochs", "warmup_epochs", "optimizer",
     "momentum", "weight_decay", "blr", "lr", "min_lr", "cache_views", "val_fraction", "cls_token", "global_pool",
-    "start_epoch",
+    "start_epoch", "preset", "l2", "shots", "episodes", "head_amp",
 }  # fmt: skip
 
 
 def get_args_parser() -> Parser:
     parser = Parser(__doc__)
+    add_preset(parser)
     add_encoder_arguments(parser)
     add_data_arguments(parser, splits=True)
 
@@ -83,9 +96,21 @@ def get_args_parser() -> Parser:
     add("--bn_group", type=positive_int, metavar="N",
         help="images that are normalised together; a part or a multiple of --batch_size (paper: 2048; default: "
         "--batch_size)")  # fmt: skip
-    add("--optimizer", nargs="+", choices=list(OPTIMIZERS), default=["lars"], help="update rules")
+    add("--optimizer", nargs="+", choices=list(OPTIMIZERS), default=["lars"],
+        help="update rules; logreg: no epochs, but L-BFGS to convergence on cached features, without augmentation "
+        "unless --cache_views is given")  # fmt: skip
+    add("--l2", nargs="+", type=positive, default=L2_PATH,
+        help="of logreg: strengths of the penalty l2 / 2 x squared weights; of several, held-out images choose (20 %% "
+        "of the training images, unless --val_fraction is given)")  # fmt: skip
+    add("--shots", nargs="+", type=positive_int, default=[], metavar="N",
+        help="of logreg: also fit on draws of N training images per class")  # fmt: skip
+    add("--episodes", default=20, type=positive_int, help="draws for each of --shots")
     add("--momentum", type=non_negative, help="momentum (default: 0.9 for LARS, 0 for SGD, as in the paper's code)")
     add("--weight_decay", default=0.0, type=non_negative, help="weight decay of matrices; with SGD also of vectors")
+    add("--compile", action="store_true", help="compile the encoder's blocks; for long runs on a GPU")
+    add("--head_amp", action="store_true",
+        help="compute heads that transform every token in the precision of --amp, on a GPU with TF32 products: faster, "
+        "and not comparable with the paper to the last digit")  # fmt: skip
     add("--crop", choices=["mae", "torchvision", "center"], default="mae",
         help="random crop of one draw (mae) or up to ten (torchvision); center: no augmentation")  # fmt: skip
     add("--no_hflip", action="store_true", help="no horizontal flips")
@@ -122,6 +147,8 @@ def get_args_parser() -> Parser:
 
 def check(args: argparse.Namespace) -> None:
     """Resolve arguments that depend on each other; ValueError for contradictions."""
+    if "logreg" in args.optimizer:
+        _check_logreg(args)
     check_training(args)
     if args.global_pool:
         raise ValueError(
@@ -149,7 +176,7 @@ def check(args: argparse.Namespace) -> None:
             args.val_fraction and args.report == "best"
         ),
         f"--cache_views must be <= --epochs {args.epochs}, as an epoch uses one view; got {args.cache_views}": (
-            args.cache_views > args.epochs
+            args.cache_views > args.epochs and "logreg" not in args.optimizer
         ),
         f"--cache_views must be 1 without augmentation (--crop center), got {args.cache_views}": (
             args.crop == "center" and args.cache_views > 1
@@ -157,21 +184,50 @@ def check(args: argparse.Namespace) -> None:
         "--cache_dir stores the features of --cache_views: set it to the number of views": (
             args.cache_dir is not None and not args.cache_views
         ),
+        f"--shots {' '.join(map(str, args.shots))} needs --optimizer logreg": (
+            args.shots and "logreg" not in args.optimizer
+        ),
         "--save_predictions needs an --output_dir to write to": args.save_predictions and not args.output_dir,
     }
     for message, wrong in refused.items():
         if wrong:
             raise ValueError(message)
     if args.dataset in DATASETS and DATASETS[args.dataset].multi_label:
-        for flag in ("per_class", "knn"):
+        for flag in ("per_class", "knn", "shots"):
             if getattr(args, flag):
                 raise ValueError(f"--{flag} needs one label per image; --dataset {args.dataset} has several: omit it")
+
+
+def _check_logreg(args: argparse.Namespace) -> None:
+    """Replace what logreg has no use for: epochs, rates, and, without --cache_views, augmentation."""
+    if len(set(args.optimizer)) > 1:
+        raise ValueError(f"--optimizer {' '.join(args.optimizer)}: logreg has no epochs; give it a run of its own")
+    if not args.cache_views:
+        args.crop, args.cache_views = "center", 1
+    if len(set(args.l2)) > 1:
+        args.val_fraction = args.val_fraction or 0.2
+    args.epochs, args.warmup_epochs, args.start_epoch = 1, 0, 0
+    args.blr, args.lr, args.seeds_vary = [0.0], None, "weights"
 
 
 def heads(args: argparse.Namespace, depth: int | None) -> list[str]:
     """The heads of --cls_features, as canonical_head names them; depth: of the encoder, None: not known yet."""
     flags = {flag: vars(args)[flag] for flag in option_flags()}
     return [canonical_head(head, flags, depth) for head in args.cls_features]
+
+
+def head_precision(args: argparse.Namespace, device: torch.device) -> torch.dtype:
+    """The dtype of heads that transform every token. ValueError for a --head_amp without use."""
+    import torch
+
+    if not args.head_amp:
+        return torch.float32
+    if args.amp == "float16":
+        raise ValueError("--head_amp: gradients of heads underflow in float16; use --amp bfloat16")
+    if device.type == "cpu" and precision(args.amp) == torch.float32:
+        raise ValueError(f"--head_amp has no effect with --amp {args.amp} on a CPU: use --amp bfloat16, or omit it")
+    torch.backends.cuda.matmul.allow_tf32 = True
+    return precision(args.amp)
 
 
 def headline(args: argparse.Namespace) -> str:

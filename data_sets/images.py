@@ -116,49 +116,35 @@ def pixels_of(image: Image.Image | Tensor) -> Tensor:
     return image if isinstance(image, torch.Tensor) else torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-# ---- storage
+# ---- data sets
 
 
 class Content:
-    """The stored images of a data set: encoded files, or pixels (h,w,3) uint8. Can be pickled for loaders' workers.
-
-    names: one for each image, for messages: a path, or a container and a name in it.
-    """
+    """Stored images: encoded files, or pixels (h,w,3) uint8. names: for messages, one for each image."""
 
     names: Sequence[str]
 
     def read(self, index: int) -> bytes | np.ndarray:
         raise NotImplementedError
 
-    def sizes(self) -> np.ndarray:
-        """(n,) int64: bytes of each image."""
+    def stats(self) -> np.ndarray:
+        """(n,2) int64: bytes of each image, and when its file was modified (ns; 0: never)."""
         raise NotImplementedError
-
-    def stamps(self) -> np.ndarray:
-        """(n,) int64: modification time in ns of the file that holds each image; zeros in memory."""
-        return np.zeros(len(self.names), np.int64)
 
 
 class Files(Content):
     """A file for each image."""
 
     def __init__(self, paths: Iterable[str | Path]):
-        self.names = self.paths = list(map(str, paths))
+        self.names = list(map(str, paths))
 
     def read(self, index: int) -> bytes:
-        with open(self.paths[index], "rb") as file:
+        with open(self.names[index], "rb") as file:
             return file.read()
 
-    @functools.cached_property
-    def _stats(self) -> np.ndarray:
-        stats = _in_threads(os.stat, self.paths, self.paths)
+    def stats(self) -> np.ndarray:
+        stats = _in_threads(lambda index: os.stat(self.names[index]), range(len(self.names)), self.names)
         return np.array([(status.st_size, status.st_mtime_ns) for status in stats], np.int64).reshape(-1, 2)
-
-    def sizes(self) -> np.ndarray:
-        return self._stats[:, 0]
-
-    def stamps(self) -> np.ndarray:
-        return self._stats[:, 1]
 
 
 class Pixels(Content):
@@ -172,47 +158,22 @@ class Pixels(Content):
     def read(self, index: int) -> np.ndarray:
         return self.pixels[index]
 
-    def sizes(self) -> np.ndarray:
-        return np.full(len(self.pixels), self.pixels[:1].nbytes)
+    def stats(self) -> np.ndarray:
+        return np.full((len(self.pixels), 2), (self.pixels[:1].nbytes, 0))
 
-
-class Part(Content):
-    """Some images of another content, in the order of `indices`."""
-
-    def __init__(self, content: Content, indices: Sequence[int]):
-        self.content, self.indices = content, list(indices)
-        self.names = [content.names[index] for index in self.indices]
-        if hasattr(content, "paths"):
-            self.paths = self.names
-
-    def read(self, index: int) -> bytes | np.ndarray:
-        return self.content.read(self.indices[index])
-
-    def sizes(self) -> np.ndarray:
-        return self.content.sizes()[self.indices]
-
-    def stamps(self) -> np.ndarray:
-        return self.content.stamps()[self.indices]
-
-
-# ---- data sets
 
 WHOLE = 2**30  # bytes of images up to which all of them are hashed: seconds
 SAMPLE = 4096  # images that are read of larger data sets
 
 
 class Images:
-    """Images with labels. Items are (PIL image in RGB, label).
-
-    targets: a list of n classes, or (n,K) uint8 of zeros and ones. samples: as in torchvision's ImageFolder, a list of
-    (path, label); only if every image has a file of its own.
-    """
+    """Images with labels: items (PIL image in RGB, label). targets: a list of n classes, or (n,K) zeros and ones."""
 
     def __init__(self, content: Content, targets: Sequence[int] | np.ndarray, classes: Sequence[str]):
-        self.content, self.classes = content, list(classes)
+        self.content, self.classes, self.names = content, list(classes), content.names
         self.targets = targets if isinstance(targets, np.ndarray) else list(targets)
-        if len(content.names) != len(self.targets):
-            raise ValueError(f"{len(content.names):,} images, but {len(self.targets):,} labels")
+        if len(self.names) != len(self.targets):
+            raise ValueError(f"{len(self.names):,} images, but {len(self.targets):,} labels")
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -220,36 +181,38 @@ class Images:
     def __getitem__(self, index: int) -> tuple[Image.Image, Label]:
         return decode(self.content.read(index), self.names[index]), self.targets[index]
 
-    @property
-    def names(self) -> Sequence[str]:
-        return self.content.names
-
     @functools.cached_property
     def samples(self) -> list[tuple[str, Label]]:
-        return list(zip(self.content.paths, self.targets, strict=True))
+        """(path, label) as in torchvision's ImageFolder; AttributeError unless every image has a file of its own."""
+        if not isinstance(self.content, Files):
+            raise AttributeError("samples")
+        return list(zip(self.names, self.targets, strict=True))
+
+    def part(self, indices: Sequence[int]) -> Images:
+        """Some of the images, which must be files, in the order of `indices`."""
+        several = isinstance(self.targets, np.ndarray)
+        targets = self.targets[indices] if several else [self.targets[index] for index in indices]
+        return Images(Files(self.names[index] for index in indices), targets, self.classes)
+
+    @functools.cached_property
+    def stats(self) -> np.ndarray:
+        return self.content.stats()
 
     @functools.cached_property
     def digests(self) -> np.ndarray | None:
         """(n,32) uint8: sha256 of each image's content; None if they have more than WHOLE bytes altogether."""
-        if self.content.sizes().sum() > WHOLE:
+        if self.stats[:, 0].sum() > WHOLE:
             return None
-        return np.frombuffer(b"".join(self._hash(range(len(self)))), np.uint8).reshape(-1, 32)
+        return np.frombuffer(b"".join(self.sha256(range(len(self)))), np.uint8).reshape(-1, 32)
 
-    def _hash(self, indices: Iterable[int], limit: int | None = None) -> Iterator[bytes]:
-        """sha256 of the first `limit` bytes of images."""
+    def sha256(self, indices: Sequence[int], limit: int | None = None) -> Iterator[bytes]:
+        """Of the first `limit` bytes of images."""
 
-        def sha256(index: int) -> bytes:
+        def digest(index: int) -> bytes:
             content = self.content.read(index)
-            content = content if isinstance(content, bytes) else content.tobytes()
-            return hashlib.sha256(content[:limit]).digest()
+            return hashlib.sha256((content if isinstance(content, bytes) else content.tobytes())[:limit]).digest()
 
-        return _in_threads(sha256, list(indices), self.names)
-
-    def part(self, indices: Sequence[int]) -> Images:
-        """Some of the images, in the order of `indices`."""
-        several = isinstance(self.targets, np.ndarray)
-        targets = self.targets[indices] if several else [self.targets[index] for index in indices]
-        return Images(Part(self.content, indices), targets, self.classes)
+        return _in_threads(digest, indices, self.names)
 
 
 def fingerprint(images: Images, local: bool = False) -> str:
@@ -266,26 +229,24 @@ def fingerprint(images: Images, local: bool = False) -> str:
     if images.digests is not None:
         total.update(images.digests)
         return total.hexdigest()
-    total.update(np.ascontiguousarray(images.content.sizes(), np.int64))
-    if local:
-        total.update(np.ascontiguousarray(images.content.stamps(), np.int64))
-    for content in images._hash(np.unique(np.linspace(0, len(images) - 1, SAMPLE, dtype=int)), WHOLE // SAMPLE):
-        total.update(content)
+    total.update(np.ascontiguousarray(images.stats if local else images.stats[:, :1]))
+    chosen = np.unique(np.linspace(0, len(images) - 1, SAMPLE, dtype=int))
+    for digest in images.sha256(chosen, WHOLE // SAMPLE):
+        total.update(digest)
     return total.hexdigest()
 
 
-def _in_threads(function: Callable, items: Sequence[Any], names: Sequence[str]) -> Iterator:
-    """function(item) in the order of the items; threads hide the latency of network disks. names: by index."""
+def _in_threads(function: Callable[[int], Any], indices: Sequence[int], names: Sequence[str]) -> Iterator:
+    """function(index) in the order of the indices; threads hide the latency of network disks."""
 
     def apply(start: int) -> list:
         results = []
-        for item in items[start : start + 512]:
+        for index in indices[start : start + 512]:
             try:
-                results.append(function(item))
+                results.append(function(index))
             except OSError as error:
-                name = item if isinstance(item, str) else names[item]
-                raise UnreadableImage(f"cannot read image {name}: {error.strerror or error}") from error
+                raise UnreadableImage(f"cannot read image {names[index]}: {error.strerror or error}") from error
         return results
 
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
-        yield from itertools.chain.from_iterable(pool.map(apply, range(0, len(items), 512)))
+        yield from itertools.chain.from_iterable(pool.map(apply, range(0, len(indices), 512)))

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from data_sets.images import Images, UnreadableImage, decode, fingerprint
-from data_sets.readers import targets_of
+from data_sets.readers import images_by_class
 from data_sets.shards import Index, Slices
 from util.progress import progress
 
@@ -87,8 +87,8 @@ def read_packed(root: Path, name: str, split: str) -> Images:
     for shard, file in enumerate(files):
         if not file.is_file() or file.stat().st_size != ends[shard]:
             raise ValueError(f"{file} is missing or cut off: pack again")
-    targets = targets_of(index.labels, range(len(facts["classes"])), facts["multi_label"])
-    return Images(Slices(files, index), targets, facts["classes"])
+    images = images_by_class(Slices(files, index), index.labels, range(len(facts["classes"])), facts["multi_label"])
+    return Images(images.content, images.targets, facts["classes"])
 
 
 def verify(images: Images) -> None:

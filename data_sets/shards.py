@@ -91,11 +91,11 @@ class Slices(Content):
             raise UnreadableImage(f"cannot read image {self.names[index]}: it is cut off or has changed")
         return content
 
-    def sizes(self) -> np.ndarray:
-        return np.array(self.index.size, np.int64)
-
-    def stamps(self) -> np.ndarray:
-        return np.array([os.stat(path).st_mtime_ns for path in self.files], np.int64)[self.index.shard]
+    def stats(self) -> np.ndarray:
+        modified = [os.stat(path).st_mtime_ns for path in self.files]
+        return np.array(
+            [(size, modified[shard]) for size, shard in zip(self.index.size, self.index.shard, strict=True)]
+        )
 
     def stems(self) -> list[str]:
         """File names without suffix."""
@@ -239,7 +239,8 @@ class TableRows(Content):
         content = self.cells[row].as_py()
         return Path(self.paths[row]).read_bytes() if content is None else content
 
-    sizes = Slices.sizes
+    def stats(self) -> np.ndarray:
+        return np.array([(size, 0) for size in self.index.size])
 
 
 def hugging_face(root: Path, split: str, label_column: str | None = None, multi_label: bool = False) -> Images:

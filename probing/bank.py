@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from encoders.architectures import check_blocks
 from models_vit import Features, VisionTransformer
@@ -33,7 +35,7 @@ class ProbeSpec:
     block: int  # 0-based; of the parts of the head that name none, else the last that the head names
     blr: float  # base learning rate; the rate is blr x effective batch / 256
     seed: int  # of the initial weights, and of its data if seeds vary it
-    optimizer: str = "lars"  # or "sgd"
+    optimizer: str = "lars"  # or "sgd", or "logreg"
     lr: float | None = None  # the rate itself, if given instead of blr
 
     @property
@@ -48,6 +50,8 @@ class ProbeSpec:
 
     @property
     def name(self) -> str:
+        if self.optimizer == "logreg":  # has no rate
+            return f"{self.head}/block{self.block}/logreg/seed{self.seed}"
         rate = f"blr{self.blr!r}" if self.lr is None else f"lr{self.lr!r}"
         # LARS is the recipe's and omitted, like an option at its default
         optimizer = "" if self.optimizer == "lars" else f"{self.optimizer}/"
@@ -74,6 +78,19 @@ class Probe(nn.Module):
     def forward(self, features: Features) -> Tensor:
         """Tokens of the probe's block, or several from read_blocks -> logits (B,K)."""
         return self.classifier(self.norm(self.aggregation(features).vector))
+
+
+class WeightFirst(TorchFunctionMode):
+    """F.linear as weight @ x^T where the weight is the larger: so its gradient has its layout and needs no copy.
+
+    Copies of transposed gradients of attentive heads took a fifth of a step."""
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func is F.linear and args[0].ndim > 1 and args[0].numel() < args[1].numel():
+            x, weight, *bias = args
+            product = (weight @ x.mT).mT
+            return product + bias[0] if bias and bias[0] is not None else product
+        return func(*args, **(kwargs or {}))
 
 
 class Applied(nn.Module):
@@ -116,7 +133,7 @@ class Stack:
             if name.startswith(prefix)
         }
         run = functools.partial(functional_call, module)
-        with sdpa_kernel(SDPBackend.MATH):  # vmap computes the fused kernels one probe at a time
+        with WeightFirst(), sdpa_kernel(SDPBackend.MATH):  # vmap computes the fused kernels one probe at a time
             return vmap(lambda values, *inputs: run(values, inputs), (0, *[dim] * len(inputs)), out_dims)(
                 values, *inputs
             )
@@ -213,6 +230,10 @@ class ProbeBank(nn.Module):
         part = copy.copy(self)
         part.stacks = [stack for stack in self.stacks if stack.spec.seed == seed]
         return part
+
+    def probe(self, index: int) -> Probe:
+        """A copy of a probe."""
+        return copy.deepcopy(self.probes[index])
 
     @property
     def distinct(self) -> tuple[ProbeSpec, ...]:

@@ -1,4 +1,4 @@
-"""AGGREGATIONS: how the tokens of a block become one vector per image, and the names of heads.
+"""Names of heads, and AGGREGATIONS (heads.toml): how the tokens of a block become one vector per image.
 
 A head is one pooling or several, whose vectors are concatenated: "abmilp:depth=2", "cls@8-11+pos@11". Importing this
 table does not import torch: the command line lists it.
@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
-from typing import TYPE_CHECKING, NamedTuple
+import tomllib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from encoders.architectures import check_blocks
 from util.choices import instead_of, nearest
@@ -26,14 +26,14 @@ class Option(NamedTuple):
     """An option of a head, written `head:name=value`; its flag sets the default for heads that do not specify it."""
 
     default: Value
-    allowed: tuple[str, ...] | int  # values, or the smallest number
+    allowed: list[str] | int  # values, or the smallest number
     help: str
-    flag: str | None = ""  # if not --<aggregation>_<name>; None: no flag, only head:name=value
-    unused: Callable[[dict[str, Value]], bool] = lambda options: False  # whether the other values make it irrelevant
+    flag: str  # without dashes; "": none
+    unused_if: dict[str, Value]  # values of other options that make it irrelevant
 
     def read(self, text: str) -> Value:
         """The value of a text. ValueError says what is allowed."""
-        if not isinstance(self.allowed, int):
+        if isinstance(self.allowed, list):
             if text not in self.allowed:
                 raise ValueError(instead_of(text, self.allowed))
             return text
@@ -41,150 +41,48 @@ class Option(NamedTuple):
             raise ValueError(f"must be a whole number >= {self.allowed}")
         return int(text)
 
+    def unused(self, values: dict[str, Value]) -> bool:
+        return bool(self.unused_if) and all(values[key] == value for key, value in self.unused_if.items())
+
 
 class Aggregation(NamedTuple):
-    build: Callable[..., Pooling]  # (tokens, **options)
+    """An entry of heads.toml, which explains the fields."""
+
+    pool: str
     description: str
-    options: Mapping[str, Option] = MappingProxyType({})
-    number: str = ""  # the option that a number after the name sets: ap12 is ap:heads=12
+    options: dict[str, Option]
+    settings: dict[str, Value]
+    number: str = ""
     needs_cls: bool = False
-    blocks: str = ""  # the blocks it reads if the head names none; "": that of the probe
+    blocks: str = ""
 
-
-def fixed(name: str, **settings: str) -> Callable[..., Pooling]:
-    """Build a class of probing.fixed."""
-
-    def build(tokens: Tokens, **options: Value) -> Pooling:
-        from probing import fixed
-
-        return getattr(fixed, name)(tokens, **settings, **options)
-
-    return build
-
-
-def learned(name: str, content: str = "patch", **settings: Value) -> Callable[..., Pooling]:
-    """Build a TokenPool of probing.attentive, or AbMILP; content: the tokens it pools (see select)."""
-
-    def build(tokens: Tokens, content: str = content, **options: Value) -> Pooling:
+    def build(self, tokens: Tokens, **options: Value) -> Pooling:
+        """The pooling for tokens of this shape."""
         from abmilp import AbMILP
-        from probing import attentive
+        from probing import attentive, fixed, unlabelled
         from probing.pooling import PooledTokens
 
-        pool = AbMILP if name == "AbMILP" else getattr(attentive, name)
-        return PooledTokens(pool.of(tokens, content, **{**settings, **options}), content)
-
-    return build
-
-
-def is_linear(options: dict[str, Value]) -> bool:
-    return options["depth"] == 1
+        options = {**self.settings, **options}
+        for module in (fixed, unlabelled):
+            if hasattr(module, self.pool):
+                return getattr(module, self.pool)(tokens, **options)
+        pool, content = getattr(attentive, self.pool, AbMILP), options.pop("content", "patch")
+        return PooledTokens(pool.of(tokens, content, **options), content)
 
 
-CONTENT = Option("patch", ("patch", "all"), "tokens to pool")
-SCALE = Option("sum", ("sum", "release"), "weights of sum 1, or the published code's scale", "aggregation_scale")
-HEADS = Option(12, 1, "attention heads")
-ATTENTIVE = {"heads": HEADS._replace(flag=None), "content": CONTENT._replace(flag=None)}
+def entry_of(name: str, settings: dict[str, Any], options: dict[str, Any], **facts: Any) -> Aggregation:
+    return Aggregation(
+        settings=settings,
+        options={
+            key: Option(**{"flag": f"{name}_{key}", "unused_if": {}, **option}) for key, option in options.items()
+        },
+        **facts,
+    )
+
 
 AGGREGATIONS = {
-    "cls": Aggregation(fixed("ClsToken"), "the [cls] token", needs_cls=True),
-    "pos": Aggregation(fixed("MeanPatch"), "the mean of the patch tokens"),
-    "both": Aggregation(fixed("ClsAndMeanPatch"), "[cls] and mean patch, concatenated", needs_cls=True),
-    "abmilp": Aggregation(
-        learned("AbMILP"),
-        "attention-based multiple-instance pooling (the paper's head)",
-        {
-            "depth": Option(1, 1, "layers of the score"),
-            "act": Option("relu", ("relu", "gelu", "tanh", "gated"), "activation of the score", unused=is_linear),
-            "hidden": Option(0, 0, "width of the score's hidden layers; 0: the tokens' width", unused=is_linear),
-            "sa": Option(
-                "none",
-                ("none", "map", "both", "residual"),
-                "self-attention before pooling, for the scores (map) or for scores and values (both, residual)",
-            ),
-            "cond": Option("none", ("none", "pe"), "pe: add position embeddings to the score's input"),
-            "content": CONTENT,
-            "branches": Option(1, 1, "number of scores on the same hidden layers; vectors are concatenated"),
-        },
-    ),
-    "ap": Aggregation(
-        learned("AttentivePool", design="cae"),
-        "attentive probing as in CAE; ap12 has 12 heads",
-        {
-            "heads": HEADS,
-            "content": CONTENT,
-            "eps": Option("1e-6", ("1e-6", "1e-5"), "epsilon of the batch norm that follows; CAE's is 1e-5", None),
-        },
-        "heads",
-    ),
-    "ep": Aggregation(
-        learned("EfficientPool"),
-        "efficient probing; ep32 has 32 queries",
-        {
-            "queries": Option(32, 1, "learned queries"),
-            "shrink": Option(1, 1, "factor by which the vector is narrower than the tokens"),
-            "content": CONTENT,
-        },
-        "queries",
-    ),
-    "aim": Aggregation(
-        learned("AttentivePool", design="aim"),
-        "AIM's attentive probe: attention over batch-normalised tokens; aim12 has 12 heads",
-        {**ATTENTIVE, "queries": Option(1, 1, "learned queries, whose vectors are averaged", None)},
-        "heads",
-    ),
-    "vjepa": Aggregation(
-        learned("AttentivePool", design="vjepa"),
-        "V-JEPA's attentive probe: cross-attention and an MLP, each with a residual; vjepa12 has 12 heads",
-        {**ATTENTIVE, "depth": Option(1, 1, "blocks, all but the last of self-attention: 4 in V-JEPA 2", None)},
-        "heads",
-    ),
-    "siglip": Aggregation(
-        learned("AttentivePool", design="siglip"),
-        "SigLIP's attention pooling (MAP) with new weights; siglip12 has 12 heads",
-        ATTENTIVE,
-        "heads",
-    ),
-    "capi": Aggregation(
-        learned("AttentivePool", design="capi", width=64),
-        "CAPI's attentive probe",
-        {"width": Option(64, 1, "width of an attention head", None), "content": ATTENTIVE["content"]},
-    ),
-    "simpool": Aggregation(
-        learned("AttentivePool", design="simpool", heads=1),
-        "SimPool: the mean token attends to the normalised tokens",
-        {"content": ATTENTIVE["content"]},
-    ),
-    "alf": Aggregation(
-        learned("AttentivePool", content="blocks", design="alf"),
-        "attentive layer fusion: attention over [cls] and mean patch of all blocks, or of those after @",
-        {"heads": Option(0, 0, "attention heads; 0: as many as summary tokens", None)},
-        blocks="all",
-    ),
-    "attn-mn": Aggregation(fixed("MeanClsAttention"), "patches weighted by the mean [cls] attention", needs_cls=True),
-    "attn-lcte": Aggregation(
-        fixed("LowestEntropyClsAttention"), "patches weighted by the [cls] attention of lowest entropy", needs_cls=True
-    ),
-    "ca": Aggregation(
-        fixed("CentralAttention"),
-        "patches weighted by the attention of the central ones; ca2: of the central 2 x 2",
-        {"size": Option(1, 1, "side of the square of patches whose attention is used"), "scale": SCALE},
-        "size",
-    ),
-    "cp": Aggregation(
-        fixed("CentralPatches"),
-        "the mean of the central patches; cp2: of the central 2 x 2",
-        {"size": Option(1, 1, "side of the square of patches")},
-        "size",
-    ),
-    "dino": Aggregation(
-        fixed("OracleAttention"), "patches weighted by the [cls] attention of --oracle", {"scale": SCALE}
-    ),
-    "map": Aggregation(
-        fixed("OwnPooling", output="map"), "the model's own attention pooling (SigLIP, AIMv2, PE)", blocks="last1"
-    ),
-    "projected": Aggregation(
-        fixed("OwnPooling", output="projected"), "the model's own projected output (CLIP)", blocks="last1"
-    ),
+    name: entry_of(name, **{"settings": {}, "options": {}, **entry})
+    for name, entry in tomllib.loads(Path(__file__).with_name("heads.toml").read_text()).items()
 }
 
 
@@ -200,12 +98,8 @@ def check_aggregation(name: str, has_cls: bool) -> Aggregation:
 
 def option_flags() -> dict[str, Option]:
     """{flag without dashes: option} of the flags that set an option's default."""
-    return {
-        option.flag or f"{aggregation}_{name}": option
-        for aggregation, entry in AGGREGATIONS.items()
-        for name, option in entry.options.items()
-        if option.flag is not None
-    }
+    options = [option for entry in AGGREGATIONS.values() for option in entry.options.values()]
+    return {option.flag: option for option in options if option.flag}
 
 
 def parse_head(head: str, flags: dict[str, Value]) -> tuple[str, Options]:
@@ -234,12 +128,11 @@ def parse_head(head: str, flags: dict[str, Value]) -> tuple[str, Options]:
         given[key] = value
     values = {}
     for key, option in entry.options.items():
-        flag = option.flag or f"{name}_{key}"
-        value = given.get(key, str(flags.get(flag, option.default)))
+        value = given.get(key, str(flags.get(option.flag, option.default)))
         try:
             values[key] = option.read(value)
         except ValueError as error:
-            source = f"head {head}: {key}={value}" if key in given else f"--{flag} {value}"
+            source = f"head {head}: {key}={value}" if key in given else f"--{option.flag} {value}"
             raise ValueError(f"{source}: {error}") from None
     for key in given:
         if entry.options[key].unused(values):

@@ -10,7 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cli.console import Parser, run_main
-from probing.heads import AGGREGATIONS, Option, build_head, canonical_head
+from probing.heads import AGGREGATIONS, build_head, canonical_head
 from probing.pooling import Tokens
 from util.files import keep_table
 
@@ -21,25 +21,20 @@ DEPTH = 12
 
 def markdown() -> str:
     lines = ["| head | vector | options | parameters |", "|---|---|---|---|"]
-    heads_of: dict[tuple[str, Option], list[str]] = {}
+    options: dict[tuple[str, str, str], list[str]] = {}
     for name, entry in AGGREGATIONS.items():
         pooling = build_head(canonical_head(name, {}, DEPTH), DEPTH - 1, VIT_BASE)
         parameters = sum(parameter.numel() for parameter in pooling.parameters())
         number = entry.options[entry.number].default if entry.number else ""
-        options = ", ".join(f"`{key}`" for key in entry.options)
-        lines.append(f"| `{name}{number}` | {entry.description} | {options} | {parameters:,} |")
+        keys = ", ".join(f"`{key}`" for key in entry.options)
+        lines.append(f"| `{name}{number}` | {entry.description} | {keys} | {parameters:,} |")
         for key, option in entry.options.items():
-            heads_of.setdefault((key, option._replace(flag=None)), []).append(f"`{name}`")
+            whole = isinstance(option.allowed, int)
+            values = f"{option.default}; whole numbers >= {option.allowed}" if whole else ", ".join(option.allowed)
+            options.setdefault((key, option.help, values), []).append(f"`{name}`")
     lines += ["", "| option | of | meaning | values (default first) |", "|---|---|---|---|"]
-    for (key, option), heads in heads_of.items():
-        lines.append(f"| `{key}` | {', '.join(heads)} | {option.help} | {values(option)} |")
+    lines += [f"| `{key}` | {', '.join(heads)} | {text} | {values} |" for (key, text, values), heads in options.items()]
     return "\n".join(lines) + "\n"
-
-
-def values(option: Option) -> str:
-    if isinstance(option.allowed, int):
-        return f"{option.default}; whole numbers >= {option.allowed}"
-    return ", ".join([option.default, *(value for value in option.allowed if value != option.default)])
 
 
 def main(args: Namespace) -> None:

@@ -1,6 +1,6 @@
 """The paper's tables, each measured value beside the paper's: python scripts/make_tables.py [--dataset demo]
 
-Numbers come from the records of the ledger (paper/ledger.py; scripts/record.py adds them). Each table is written to
+Numbers come from the records in results/<dataset>/ (scripts/record.py adds them). Each table is written to
 `<results>/<dataset>/tableN.md`, or as LaTeX. Its notes say on what a value was measured, and why it cannot be
 compared with the paper's; then there is no difference. What was not measured is a dash.
 
@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cli.console import Parser, run_main
 from data_sets.table import DATASETS
-from paper.ledger import read_ledger, recorded_datasets
+from paper.cells import recorded
 from paper.runs import rules_table, runs_table
 from paper.shown import golden_problems, history_gap, origin_problems, shown_records
 from paper.tables import PAPER_DATASET, TABLES, Row, datasets_of, rows_of, table_of
@@ -31,7 +31,6 @@ from util.files import keep_table, write_atomically
 ROOT = Path(__file__).resolve().parent.parent
 PAPER = ROOT / "results" / "paper_numbers.json"
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
-REQUIRED = (PAPER_DATASET, "demo")  # data sets whose tables must be written
 
 
 class Page(NamedTuple):
@@ -114,7 +113,7 @@ FORMATS = {"markdown": "md", "latex": "tex"}
 
 def text_of(name: str, dataset: str, form: str, results: Path) -> str:
     """ValueError names a file that is not a record."""
-    records = read_ledger(results, sorted(datasets_of(table_of(name, dataset), dataset)))
+    records = recorded(results, sorted(datasets_of(table_of(name, dataset), dataset)))
     rows = rows_of(name, dataset, records, json.loads(PAPER.read_text()))
     return {"markdown": markdown, "latex": latex}[form](page_of(name, dataset, rows))
 
@@ -124,7 +123,7 @@ def path_of(name: str, dataset: str, form: str, results: Path) -> Path:
 
 
 def has_records(name: str, dataset: str, results: Path) -> bool:
-    records = read_ledger(results, sorted(datasets_of(table_of(name, dataset), dataset)))
+    records = recorded(results, sorted(datasets_of(table_of(name, dataset), dataset)))
     return any(entry and entry.ours for row in rows_of(name, dataset, records, ()) for entry in row.entries)
 
 
@@ -158,12 +157,12 @@ def check(results: Path, pages: Sequence[Path], computed: Path | None = None) ->
 def stale_tables(results: Path) -> list[str]:
     """Files of tables that are not what the records say, including missing ones and those of no table or data set."""
     stale, known = [], set()
-    for dataset in dict.fromkeys([*recorded_datasets(results), PAPER_DATASET]):
+    for dataset in (name for name in DATASETS if (results / name).is_dir()):
         for name in TABLES:
             for form in FORMATS:
                 path = path_of(name, dataset, form, results)
                 known.add(path)
-                required = form == "markdown" and dataset in REQUIRED and has_records(name, dataset, results)
+                required = form == "markdown" and has_records(name, dataset, results)
                 if (path.exists() or required) and read_page(path) != text_of(name, dataset, form, results):
                     stale.append(str(path))
     patterns = [f"*/{kind}*.{suffix}" for kind in ("table", "figure") for suffix in FORMATS.values()]

@@ -24,7 +24,7 @@ def main(args: argparse.Namespace) -> None:
     for split in args.splits:
         images = read_packed(args.output, args.dataset, split)
         verify(images)
-        log.info("%s: %d %s images, %.2f GB", args.output, len(images), split, images.content.sizes().sum() / 1e9)
+        log.info("%s: %d %s images, %.2f GB", args.output, len(images), split, images.stats[:, 0].sum() / 1e9)
 
 
 def get_args_parser() -> argparse.ArgumentParser:

@@ -1,6 +1,8 @@
 """The Python interface: equal to what the programs compute, from any folder, and as an installed package."""
 
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -149,3 +151,15 @@ assert beyond_cls.__file__.startswith({str(site)!r}) and importlib.util.find_spe
     argv = [sys.executable, "-c", code]
     done = subprocess.run(argv, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.stdout.strip().endswith(PRINTED), done.stderr
+
+
+def test_the_notebook_of_first_steps_runs_and_its_figure_is_drawn(tmp_path):
+    cells = json.loads((ROOT / "docs" / "first_steps.ipynb").read_text())["cells"]
+    code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    environment = {**os.environ, "OUTPUT": str(tmp_path), "MPLBACKEND": "Agg"}
+    argv = [sys.executable, "-c", code]
+    done = subprocess.run(argv, cwd=ROOT / "docs", env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    scores = {head: float(score) for head, score in re.findall(r"(\w+): top-1 ([\d.]+) %", done.stdout)}
+    assert scores["abmilp"] > scores["cls"] > 10  # chance; as the paper has it for MAE
+    assert Image.open(tmp_path / "first_steps.png").size[0] > 300

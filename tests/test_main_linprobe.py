@@ -18,7 +18,7 @@ import main_linprobe
 from cli.console import parse, run_main
 from data_sets.table import DATASETS
 from encoders.load import save_encoder
-from models_vit import build_vit
+from models_vit import VisionTransformer, build_vit
 from probing.predictions import FILE, read_predictions
 from util.scores import multilabel_scores
 
@@ -130,6 +130,19 @@ def test_diverged_probe_is_reported_and_its_neighbour_goes_on(command, tmp_path,
         assert all(value.isfinite().all() for value in state.values())
 
 
+def test_compiled_blocks_and_heads_in_bfloat16_learn_what_a_plain_run_learns(command, monkeypatch):
+    compiled, compile_blocks = [], VisionTransformer.compile_blocks
+    monkeypatch.setattr(
+        VisionTransformer, "compile_blocks", lambda model: compiled.append(compile_blocks(model, backend="eager"))
+    )
+    words = ["--amp", "bfloat16", "--cls_features", "abmilp:depth=2", "--epochs", "3"]
+    (plain,) = run([*command, *words])["probes"].values()
+    other = [*command[:-1], f"{command[-1]}-fast", *words, "--compile", "--head_amp"]
+    (fast,) = run(other)["probes"].values()
+    assert len(compiled) == 1 and fast["last"]["loss"] == pytest.approx(plain["last"]["loss"], rel=0.1)
+    assert fast["last"]["loss"] != plain["last"]["loss"]
+
+
 def test_a_finished_run_is_not_written_over(command):
     run(command)
     with pytest.raises(ValueError, match="already holds a run"):
@@ -157,7 +170,6 @@ def test_a_finished_run_is_not_written_over(command):
         (["--batch_size", "65"], "larger than the 64 training images"),
         (["--input_size", "30"], "--input_size 30 is not divisible by the patch size 8"),
         (["--global_pool"], "use --cls_features pos"),
-        (["--epochs", "1", "--warmup_epochs", "2"], "--warmup_epochs 2 must be at most --epochs 1"),
         (["--eval"], "--eval evaluates a checkpoint: name it with --resume"),
         (["--lr", "1", "--blr", "1", "2"], "--lr 1.0 sets one rate, --blr [1.0, 2.0] several"),
         (["--family", "imagenet"], "unknown family 'imagenet': choose one of auto, mae, mae_ft"),
