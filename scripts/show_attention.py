@@ -28,7 +28,7 @@ from torch import Tensor
 from attention.metrics import entropy
 from cli.analyze_attention import add_label_argument, encoder_labels
 from cli.console import Parser, run_main
-from cli.encoder_arguments import add_encoder_arguments, frozen_encoder, one_encoder_each, precision
+from cli.encoder_arguments import add_encoder_arguments, choose_precision, frozen_encoder, one_encoder_each, precision
 from data_sets.images import UnreadableImage, read_rgb
 from data_sets.table import build_dataset
 from data_sets.views import eval_transform
@@ -153,6 +153,7 @@ def main(args: argparse.Namespace) -> None:
     except OSError as error:
         raise ValueError(f"--output_dir {args.output_dir} cannot be made: {error.strerror}") from error
     what = "[cls]" if args.query is None else f"the patch in row {args.query[0]}, column {args.query[1]} (from 0)"
+    choose_precision(args, torch.device("cpu"))
     for path, image in images.items():
         rows = []
         for label, (encoder, size) in zip(labels, encoders, strict=True):
