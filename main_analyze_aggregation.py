@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from cli.analyze_aggregation import check, get_args_parser
-from cli.arguments import check_files, identity, loading, plain, shared_arguments
+from cli.arguments import check_files, identity, loading, plain, processes
 from cli.console import checked, parse, run_main
 from cli.encoder_arguments import ORACLE_ARGUMENTS, build_oracle, frozen_encoder, precision
 
@@ -67,7 +67,7 @@ from util.progress import log
 def main(args: argparse.Namespace) -> None:
     check(args)
     check_files(args)
-    with process_group(args.device, args.dist_url, shared_arguments(args)) as world:
+    with process_group(**processes(args)) as world:
         # ---- images, frozen encoder, trained probes, rules
         folder = RunFolder(args.output_dir)
         if not args.resume:

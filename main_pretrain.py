@@ -3,7 +3,7 @@
 import argparse
 import functools
 
-from cli.arguments import check_files, identity, loading, plain, shared_arguments
+from cli.arguments import check_files, identity, loading, plain, processes
 from cli.console import checked, parse, run_main
 from cli.encoder_arguments import precision
 from cli.pretrain import check, get_args_parser
@@ -37,7 +37,7 @@ from util.seeding import seeded
 def main(args: argparse.Namespace) -> None:
     check(args)
     check_files(args)
-    with process_group(args.device, args.dist_url, shared_arguments(args)) as world:
+    with process_group(**processes(args)) as world:
         folder = RunFolder(args.output_dir, args.log_dir)
         folder.refuse_overwriting(args.resume)
 

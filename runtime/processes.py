@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from runtime.provenance import code_digest, hardware
-from util.distributed import World, distributed, gather_objects, require_equal
+from util.distributed import Timeouts, World, distributed, gather_objects, require_equal
 from util.progress import log, setup_logging
 
 
@@ -18,12 +18,12 @@ def installed_versions() -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def process_group(device: str, dist_url: str, arguments: dict[str, Any]) -> Iterator[World]:
+def process_group(device: str, dist_url: str, timeouts: Timeouts, arguments: dict[str, Any]) -> Iterator[World]:
     """Join the processes of the run, see util.distributed.distributed, and set up the log.
 
     ValueError on all of them where `arguments`, the code or the versions of libraries are not the same everywhere.
     """
-    with distributed(device, dist_url) as world:
+    with distributed(device, dist_url, timeouts) as world:
         setup_logging()
         if world.size > 1:
             require_equal(
