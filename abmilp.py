@@ -115,7 +115,7 @@ class AbMILP(TokenPool):
     def folds(self) -> bool:
         return len(self.score) == 1 and self.self_attention is None
 
-    def columns(self) -> Columns:
+    def columns(self, tokens: Tensor | None = None) -> Columns:
         weight = self.score[-1].weight.T
         return Columns(weight, None if self.positions is None else self.positions[0] @ weight)
 

@@ -96,7 +96,7 @@ class FineTuning(OneNetwork):
 
     def step(self, alive: Tensor) -> Tensor:
         if self.clip_grad is not None:
-            nn.utils.clip_grad_norm_(self.groups[0], self.clip_grad)
+            nn.utils.clip_grad_norm_(self.parameters, self.clip_grad)
         return super().step(alive)
 
 
@@ -108,5 +108,5 @@ def evaluate(model: Classifier, loader: Iterable, device: torch.device, amp: tor
     for sample in Watched(loader, "test", agree=True):
         with torch.autocast(device.type, dtype=amp, enabled=amp != torch.float32):
             logits = model(sample.image.to(device, non_blocking=True))
-        tally.update([logits], sample.label.to(device, non_blocking=True))
+        tally.update(logits[None], sample.label.to(device, non_blocking=True))
     return tally.compute()[0]

@@ -15,21 +15,21 @@ from probing.bank import ProbeBank
 from probing.frozen import FiniteCheck, FrozenTokens, Read, concat_reads
 from probing.knn import knn_scores
 from probing.predictions import PredictionKeeper
-from runtime.training import all_finite
+from util.lars import LARS
 from util.scores import MultiLabelScores, MultiLabelTally, Scores, Tally
 
 
 class Probing:
     """A bank of probes and its optimizer (one group per probe), as a runtime.training.Method.
 
-    Losses are summed over probes, so no probe's gradient depends on the others. A probe whose loss, gradient or new
-    weights are not finite keeps, from then on, the weights, statistics and momentum from before that step.
+    Losses are summed over probes, so no probe's gradient depends on the others. A probe whose loss, gradient or update
+    is not finite keeps, from then on, the weights, statistics and momentum from before that step.
     """
 
     program, state_name = "main_linprobe.py", "probes"
 
     def __init__(
-        self, bank: ProbeBank, tokens: FrozenTokens, optimizer: torch.optim.Optimizer, device: torch.device,
+        self, bank: ProbeBank, tokens: FrozenTokens, optimizer: LARS, device: torch.device,
         multi_label: bool = False, bn_group: int | None = None, seeds: Sequence[int] = (),
     ):  # fmt: skip
         """multi_label: labels are (B,K) zeros and ones; the loss is binary cross-entropy, averaged over B x K.
@@ -37,13 +37,10 @@ class Probing:
         seeds: groups of images alternate between these seeds (GlobalBatches' `seeds`), and each trains the probes of
         its seed; empty: every group trains all probes."""
         self.bank, self.tokens, self.optimizer, self.device = bank, tokens, optimizer, device
-        self.loss = binary_cross_entropy if multi_label else F.cross_entropy
-        self.bn_group = bn_group
+        self.multi_label, self.bn_group = multi_label, bn_group
         self.names = tuple(spec.name for spec in bank.specs)
-        self.groups = [list(probe.parameters()) for probe in bank.probes]
-        everything = range(len(bank.specs))
-        chosen = [[i for i in everything if bank.specs[i].seed == seed] for seed in seeds] or [list(everything)]
-        self.turns = [(bank.subset(rows), torch.tensor(rows, device=device)) for rows in chosen]
+        self.parameters = [parameter for stack in bank.stacks for parameter in stack.parameters]
+        self.turns = [bank.of_seed(seed) for seed in seeds] or [bank]
         self.finite = FiniteCheck(tokens, device)
         self.train()
 
@@ -64,41 +61,31 @@ class Probing:
                 return None
             reads, all_labels = zip(*self.waiting, strict=True)
             self.waiting, read, labels = [], concat_reads(reads), torch.cat(all_labels)
-        bank, rows = self.turns[self.turn]
-        losses = torch.stack([self.loss(logits, labels) for logits in bank(read, len(labels) // bn_group)])
-        if len(self.turns) == 1:
-            return losses
-        self.turn = (self.turn + 1) % len(self.turns)
-        losses = self.done.to(losses.dtype).index_copy(0, rows, losses)
-        if self.turn == 0:
-            self.done = torch.zeros_like(self.done)
-            return losses
-        losses[rows].sum().backward()  # now, so that the tokens of one seed are in memory
-        self.done = losses.detach()
-        return None
+        bank = self.turns[self.turn]
+        by_stack = [self._loss(logits, labels) for logits in bank.logits(read, len(labels) // bn_group)]
+        index = torch.cat([stack.index for stack in bank.stacks])
+        losses = self.done.to(by_stack[0].dtype).index_copy(0, index, torch.cat(by_stack))
+        self.turn += 1
+        if self.turn < len(self.turns):
+            losses.sum().backward()  # now, so that the tokens of one seed are in memory
+            self.done = losses.detach()
+            return None
+        self.turn, self.done = 0, torch.zeros_like(self.done)
+        return losses
+
+    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Logits (S,K,B) -> losses (S,)."""
+        if self.multi_label:
+            targets = labels.T.to(logits.dtype).expand_as(logits)
+            return F.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean((1, 2))
+        return F.cross_entropy(logits, labels.expand(len(logits), -1), reduction="none").mean(1)
 
     @torch.no_grad()
     def step(self, alive: Tensor) -> Tensor:
-        # undone rather than skipped: whether a probe is alive is known on the GPU only, and not waited for
-        before = [{key: tensor.clone() for key, tensor in self._tensors(i).items()} for i in range(len(self.groups))]
-        self.bank.commit_statistics()
-        self.optimizer.step()
-        alive = alive & torch.stack([all_finite(group) for group in self.groups])
-        for i, kept in enumerate(before):
-            for key, tensor in self._tensors(i).items():
-                # momentum that the first step creates was zero before
-                tensor.copy_(torch.where(alive[i], tensor, kept.get(key, torch.zeros_like(tensor))))
-        return alive
-
-    def _tensors(self, index: int) -> dict[Any, Tensor]:
-        """All that a probe's step changes: parameters, buffers, optimizer state."""
-        probe = self.bank.probes[index]
-        tensors: dict[Any, Tensor] = {**dict(probe.named_parameters()), **dict(probe.named_buffers())}
-        for name, parameter in probe.named_parameters():
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                if isinstance(value, Tensor):
-                    tensors[name, key] = value
-        return tensors
+        stacks = self.bank.stacks
+        healthy = self.optimizer.guarded_step([alive[stack.index] for stack in stacks])
+        self.bank.commit_statistics(healthy)
+        return alive.index_copy(0, torch.cat([stack.index for stack in stacks]), torch.cat(healthy))
 
     def check(self) -> None:
         """ValueError if the encoder's tokens, not the probes, are what is not finite; each rank must call it."""
@@ -109,10 +96,6 @@ class Probing:
 
     def load(self, state: dict[str, Any]) -> None:
         self.bank.load_probe_states(state)
-
-
-def binary_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
 
 
 @torch.no_grad()

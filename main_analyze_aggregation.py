@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from cli.analyze_aggregation import check, get_args_parser
-from cli.arguments import check_files, identity, loading, plain, processes
+from cli.arguments import check_files, data_options, identity, loading, plain, processes, run_test_images
 from cli.console import checked, parse, run_main
 from cli.encoder_arguments import ORACLE_ARGUMENTS, build_oracle, frozen_encoder, precision
 
@@ -46,6 +46,7 @@ from aggregation.rules import (
 from data_sets.images import fingerprint
 from data_sets.loader import KeyedDataset, build_loader
 from data_sets.order import EvaluationBatches
+from data_sets.table import unlabelled_images
 from data_sets.views import View, eval_transform, stretch_transform
 from encoders.load import Encoder, input_size
 from encoders.oracle import Oracle
@@ -54,7 +55,7 @@ from models_vit import VisionTransformer
 from probing.bank import ProbeBank
 from probing.finished_run import ProbeRun, read_run
 from probing.pooling import Tokens
-from runtime.analysis import Progress, analysed_images, subset
+from runtime.analysis import Progress, subset
 from runtime.folder import RunFolder
 from runtime.processes import process_group
 from runtime.provenance import provenance, utc_now
@@ -69,17 +70,22 @@ def main(args: argparse.Namespace) -> None:
     check_files(args)
     with process_group(**processes(args)) as world:
         # ---- images, frozen encoder, trained probes, rules
-        folder = RunFolder(args.output_dir)
+        folder = RunFolder(args.output_dir, args.log_dir, args.track)
         if not args.resume:
             folder.refuse_results("aggregation.json")
         run = read_run(args.probes) if args.probes is not None else None
-        images = analysed_images(args.dataset, args.data_path, args.allow_subset)
+        own_split = run is not None and run.args.val_split and run.args.data_path == args.data_path
+        images = (
+            run_test_images(run.args)
+            if own_split
+            else unlabelled_images(args.dataset, args.data_path, **data_options(args))
+        )
         chosen = subset(len(images), args.num_images, args.seed)
         asked = run.with_encoder(args) if run is not None and not args.finetune else args
         encoder, size = frozen_encoder(asked)
         backbone, amp = encoder.backbone.to(world.device), precision(args.amp)
         grid = backbone.grid_of(size, size)
-        shape = Tokens(backbone.embed_dim, grid, backbone.num_prefix_tokens)
+        shape = Tokens.of(backbone, grid)
         bank = run.bank(encoder, grid) if run is not None else None
         if run is not None:
             check_encoder(run, asked, encoder, size)
@@ -89,7 +95,10 @@ def main(args: argparse.Namespace) -> None:
         everything = [*rules, *heads]
         for rule in everything:
             rule.pooling.to(world.device).eval()
-        blocks, final_norm = tuple(sorted({rule.block for rule in rules})), run is not None and run.args.final_norm
+        blocks, final_norm = (
+            tuple(sorted({block for rule in rules for block in rule.blocks})),
+            run is not None and run.args.final_norm,
+        )
         needs, oracle = needs_of(everything), oracle and oracle.to(world.device)
         tokens = FrozenTokens(backbone, blocks, amp, final_norm, needs, oracle)
 
@@ -97,6 +106,7 @@ def main(args: argparse.Namespace) -> None:
         boxes = None
         if args.boxes is not None:
             boxes = read_boxes(args.boxes, args.box_format, images, args.data_path, chosen, args.allow_subset)
+            boxes.crop_pct = encoder.crop_pct
         if args.images:
             examples = examples_from_files(images, args.images)
         else:
@@ -116,7 +126,7 @@ def main(args: argparse.Namespace) -> None:
                 states,
             )
 
-        pixels = {"crop": eval_transform(size, encoder.mean, encoder.std, args.loader),
+        pixels = {"crop": eval_transform(size, **encoder.pixels, loader=args.loader),
                   "resize": stretch_transform(size, encoder.mean, encoder.std, args.loader)}  # fmt: skip
         parts = {} if args.boxes_only else {"crop": ["vectors"]}
         if boxes is not None:
@@ -137,8 +147,7 @@ def main(args: argparse.Namespace) -> None:
                             len(chosen), args.batch_size, args.save_every_minutes)  # fmt: skip
         progress.resume(args.resume)
         barrier()  # no rank writes before rank 0 has looked
-        folder.claim()
-        folder.write("args.json", record)
+        folder.start(record)
 
         with localizer, progress.stoppable():
             # ---- passes over the images, each image once over all processes
@@ -161,6 +170,8 @@ def main(args: argparse.Namespace) -> None:
             result |= {"over_seeds": over_seeds(result), "seconds": seconds, **record, "finished": utc_now()}
             log.info("%s", table(result))
             folder.write("aggregation.json", result)
+            for rule, summaries in result["over_seeds"].items():
+                folder.scalars({f"{quantity}/{rule}": summary["mean"] for quantity, summary in summaries.items()}, 0)
             if folder.path is not None:
                 draw(args, result, rules, tokens, examples, pixels, boxes, folder.path)
             barrier()

@@ -3,7 +3,7 @@
 import argparse
 
 from cli.analyze_attention import check, encoder_labels, folder_name, get_args_parser
-from cli.arguments import check_files, identity, loading, plain, processes
+from cli.arguments import check_files, data_options, identity, loading, plain, processes
 from cli.console import checked, parse, run_main
 from cli.encoder_arguments import frozen_encoder, one_encoder_each, precision
 
@@ -12,17 +12,21 @@ if __name__ == "__main__":  # before the slow imports: --help and mistakes answe
 
 from pathlib import Path
 
+from attention.examples import FILE as EXAMPLES
+from attention.examples import example_maps
 from attention.figures import draw_figures, draw_token_maps
 from attention.measure import Recorder, applicable, measure, summary, table
 from attention.metrics import Sizes, metric_names
 from attention.reductions import choose_reduction
 from attention.tokens import token_map
+from data_sets.examples import random_examples
 from data_sets.images import fingerprint
 from data_sets.loader import KeyedDataset, build_loader
 from data_sets.order import EvaluationBatches
+from data_sets.table import unlabelled_images
 from data_sets.views import eval_transform
 from encoders.architectures import check_blocks
-from runtime.analysis import Progress, analysed_images, subset
+from runtime.analysis import Progress, subset
 from runtime.folder import RunFolder
 from runtime.processes import process_group
 from runtime.provenance import provenance, utc_now
@@ -41,8 +45,9 @@ def main(args: argparse.Namespace) -> None:
         folder = RunFolder(args.output_dir)
         if not args.resume:
             folder.refuse_results("*/attention.json")
-        images = analysed_images(args.dataset, args.data_path, args.allow_subset)
+        images = unlabelled_images(args.dataset, args.data_path, **data_options(args))
         chosen = subset(len(images), args.num_images, args.seed)
+        examples = random_examples(images, chosen, args.num_examples, args.seed)
         encoders = [frozen_encoder(encoder_args) for encoder_args in one_encoder_each(args)]
         for encoder, _ in encoders:
             applicable(names, encoder.backbone)
@@ -51,9 +56,9 @@ def main(args: argparse.Namespace) -> None:
         run = {"args": plain(args), "encoders": [encoder.record for encoder, _ in encoders], **provenance(world.device)}
         facts = {"images": fingerprint(images), "encoders": labels, "weights": []}
         for label, (encoder, size) in zip(labels, encoders, strict=True):
-            found = encoder.facts(size)
-            facts["weights"].append(found.pop("weights"))
-            facts |= {f"{label}, {name}": value for name, value in found.items()}
+            encoder_facts = encoder.facts(size)
+            facts["weights"].append(encoder_facts.pop("weights"))
+            facts |= {f"{label}, {name}": value for name, value in encoder_facts.items()}
         progress = Progress(
             Path(__file__).name,
             folder,
@@ -75,57 +80,64 @@ def main(args: argparse.Namespace) -> None:
                 backbone = encoder.backbone.to(world.device).eval()
                 if args.compile:
                     backbone.compile_blocks()
-                transform = eval_transform(size, encoder.mean, encoder.std, args.loader)
+                transform = eval_transform(size, **encoder.pixels, loader=args.loader)
                 dataset = KeyedDataset(images, transform, args.seed, on_bad_image=args.on_bad_image)
                 batches = EvaluationBatches(len(images), args.batch_size, chosen[progress.seen :])
                 loader = build_loader(dataset, batches, **loading(args, world.device))
                 metrics, sizes = applicable(names, backbone), Sizes.of(backbone, size)
                 amp = precision(args.amp)
-                numbers = measure(
-                    backbone, loader, metrics, sizes, amp, args.reduction, world.device, label, progress
-                )  # fmt: skip
+                numbers = measure(backbone, loader, metrics, sizes, amp, args.reduction, world.device, label, progress)
                 result = {
-                    **summary(label, encoder, size, numbers), "amp": args.amp, "reduction": args.reduction,
-                    "seed": args.seed, "seconds": progress.seconds, "args": plain(args),
-                    "classes": len(images.classes), "n_test": len(images), "test_images": facts["images"],
-                    "finished": utc_now(), **provenance(world.device),
-                }  # fmt: skip
+                    **summary(label, encoder, size, numbers),
+                    "amp": args.amp,
+                    "reduction": args.reduction,
+                    "seed": args.seed,
+                    "seconds": progress.seconds,
+                    "args": plain(args),
+                    "classes": len(images.classes),
+                    "n_test": len(images),
+                    "test_images": facts["images"],
+                    "finished": utc_now(),
+                    **provenance(world.device),
+                }
                 speed = result["images"] / result["seconds"]
                 log.info("%s: %d images, %.1f images/s", label, result["images"], speed)
                 if args.tsne_blocks and world.is_main:
                     # one process can stop at once: its pass is complete, and saved
                     with signals.deferred(world.size > 1):
                         result["tsne"] = token_map(backbone, dataset, args.tsne_blocks, args.seed, world.device)
+                if examples and folder.path is not None:
+                    own = RunFolder(folder.path / folder_name(label))
+                    own.save_tensors(EXAMPLES, *example_maps(label, backbone, examples, transform))
                 backbone.cpu()
                 progress.end_pass(result)
 
             # ---- results
-            save(args.output_dir, args.log_dir, progress.results)
+            save(args.output_dir, args.log_dir, args.track, progress.results)
             barrier()
         folder.close()
 
 
-def save(output_dir: str, log_dir: str | None, results: list[dict]) -> None:
-    """Log a table; write JSON, TensorBoard (its step is the block) and the figures."""
+def save(output_dir: str, log_dir: str | None, track: list[str], results: list[dict]) -> None:
+    """Log a table; write JSON, the figures, and to the trackers (their step is the block)."""
     folder = RunFolder(output_dir)
-    for result in results:
+    tsne = [result.pop("tsne", None) for result in results]
+    if folder.path is not None:
+        draw_figures(results, folder.path)
+    for result, maps in zip(results, tsne, strict=True):
         log.info("%s, mean over images:\n%s", result["label"], table(result))
         if folder.path is None:
             continue
         name = folder_name(result["label"])
-        subfolder = RunFolder(folder.path / name, Path(log_dir) / name if log_dir else None)
-        tsne = result.pop("tsne", None)
+        subfolder = RunFolder(folder.path / name, Path(log_dir) / name if log_dir else None, track)
         subfolder.start(result, "attention.json", purge_step=0)  # a resumed run may write them again
-        for metric, measured in result["metrics"].items():
-            for block in measured["blocks"]:
-                if block["mean"] is not None:
-                    subfolder.scalars({metric: block["mean"]}, block["block"])
-        subfolder.close()
-        if tsne is not None:
-            subfolder.write("tsne.json", tsne)
-            draw_token_maps(tsne, result["label"], folder.path / name / "tsne.png")
-    if folder.path is not None:
-        draw_figures(results, folder.path)
+        for block in range(max(len(measured["blocks"]) for measured in result["metrics"].values())):
+            means = {metric: measured["blocks"][block]["mean"] for metric, measured in result["metrics"].items()}
+            subfolder.scalars({metric: mean for metric, mean in means.items() if mean is not None}, block)
+        if maps is not None:
+            subfolder.write("tsne.json", maps)
+            draw_token_maps(maps, result["label"], folder.path / name / "tsne.png")
+        subfolder.close(folder.path.glob("*.png"))
 
 
 if __name__ == "__main__":

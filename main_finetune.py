@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from cli.arguments import check_files, identity, loading, plain, processes
+from cli.arguments import check_files, identity, loading, plain, processes, split_options
 from cli.console import checked, parse, run_main
 from cli.encoder_arguments import build_encoder, precision
 from cli.finetune import check, get_args_parser, mixes
@@ -21,7 +21,8 @@ from PIL import Image, ImageOps
 from data_sets.images import fingerprint
 from data_sets.loader import KeyedDataset, build_loader
 from data_sets.order import EvaluationBatches, GlobalBatches
-from data_sets.table import build_splits, check_wnids
+from data_sets.published import check_wnids
+from data_sets.table import build_splits
 from data_sets.views import eval_transform
 from encoders.load import Encoder, load_plain_or_safetensors, safetensors_metadata
 from engine_finetune import Classifier, FineTuning, evaluate
@@ -31,7 +32,7 @@ from runtime.provenance import provenance, utc_now
 from runtime.training import Plan, Training
 from util.distributed import barrier
 from util.files import digest
-from util.lr_sched import lr_at, scaled_lr
+from util.lr_sched import fitting_warmup, lr_at, scaled_lr
 from util.optim import layer_decay_groups
 from util.progress import log
 from util.seeding import seeded
@@ -44,7 +45,7 @@ def main(args: argparse.Namespace) -> None:
     check(args)
     check_files(args)
     with process_group(**processes(args)) as world:
-        folder = RunFolder(args.output_dir, args.log_dir)
+        folder = RunFolder(args.output_dir, args.log_dir, args.track)
         if not args.eval:
             folder.refuse_overwriting(args.resume)
 
@@ -53,7 +54,7 @@ def main(args: argparse.Namespace) -> None:
         if published is not None:
             args.finetune = args.resume
         train_images, test_images, num_classes = build_splits(
-            args.dataset, args.data_path, args.nb_classes, args.allow_subset
+            args.dataset, args.data_path, args.nb_classes, **split_options(args)
         )
         batches = GlobalBatches(len(train_images), args.batch_size, args.accum_iter, args.seed)
         with seeded("weights", args.seed):
@@ -82,7 +83,8 @@ def main(args: argparse.Namespace) -> None:
             )  # fmt: skip
         train_set = KeyedDataset(train_images, augment, args.seed, on_bad_image=args.on_bad_image, train=True)
         train_loader = build_loader(train_set, batches, **loading(args, world.device))
-        pixels = eval_transform(size, encoder.mean, encoder.std, whole=size > 224)  # as in MAE
+        whole = {"crop_pct": 1.0} if size > 224 else {}  # as in MAE
+        pixels = eval_transform(size, **encoder.pixels | whole)
         test_set = KeyedDataset(test_images, pixels, args.seed, on_bad_image=args.on_bad_image)
         test_batches = EvaluationBatches(len(test_set), args.batch_size)
         test_loader = build_loader(test_set, test_batches, **loading(args, world.device))
@@ -91,7 +93,8 @@ def main(args: argparse.Namespace) -> None:
         lr = args.lr if args.lr is not None else scaled_lr(args.blr, batches.effective)
         groups = layer_decay_groups(model, encoder.backbone.depth, args.weight_decay, args.layer_decay)
         optimizer = torch.optim.AdamW([{**group, "peak_lr": lr} for group in groups], lr=lr, fused=True)
-        schedule = functools.partial(lr_at, epochs=args.epochs, warmup_epochs=args.warmup_epochs, min_lr=args.min_lr)
+        warmup = fitting_warmup(args.warmup_epochs, args.epochs)
+        schedule = functools.partial(lr_at, epochs=args.epochs, warmup_epochs=warmup, min_lr=args.min_lr)
         amp = precision(args.amp)
         tuning = FineTuning(model, optimizer, world.device, amp, args.smoothing, mixup, args.clip_grad)
         plan = Plan(args.epochs, args.seed, args.save_every_minutes, args.save_every_steps)

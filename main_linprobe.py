@@ -2,16 +2,8 @@
 
 from cli.arguments import check_files
 from cli.console import checked, parse, run_main
-from cli.linprobe import (
-    OPTIMIZERS,
-    check,
-    data_seeds,
-    feature_arguments,
-    get_args_parser,
-    headline,
-    heads,
-    seeds_vary,
-)
+from cli.linprobe import OPTIMIZERS, check, data_seeds, feature_arguments, get_args_parser, headline, heads, seeds_vary
+from cli.presets import FEW_STEPS, small_command
 
 if __name__ == "__main__":  # before the slow imports: --help and mistakes answer at once
     ARGS = checked(parse(get_args_parser()), check, check_files)
@@ -23,10 +15,11 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from cli.arguments import identity, loading, plain, processes
+from cli.arguments import identity, loading, plain, processes, split_options
 from cli.encoder_arguments import build_oracle, frozen_encoder, precision
 from data_sets.images import fingerprint
 from data_sets.loader import KeyedDataset, build_loader
@@ -40,26 +33,22 @@ from engine_linprobe import FrozenTokens, Probing, evaluate, nearest_neighbours
 from models_vit import VisionTransformer
 from probing.bank import ProbeBank, ProbeSpec
 from probing.feature_cache import CachedTokens, FeatureCache, Part
-from probing.heads import check_aggregation
+from probing.heads import own_block
+from probing.logreg import Fits, Fitting, Shots, describe, tasks
 from probing.predictions import FILE, PredictionKeeper
-from probing.results import (
-    best_probe,
-    log_neighbours,
-    log_scores,
-    log_summary,
-    summary,
-    warn_of_choices,
-    warn_of_edges,
-)
+from probing.results import best_probe, log_neighbours, log_scores, log_summary, summary, warn_of_choices, warn_of_edges
+from probing.untrained import mark_untrained
 from runtime.folder import RunFolder
 from runtime.processes import process_group, require_same_run
 from runtime.provenance import code_digest, provenance, utc_now
 from runtime.training import Plan, Training
 from util.files import digest
 from util.lars import LARS
-from util.lr_sched import lr_at, scaled_lr
+from util.lr_sched import fitting_warmup, lr_at, scaled_lr
 from util.progress import log
 from util.scores import MultiLabelTally, Tally
+
+NEIGHBOURS = (1, 5, 20)  # of k-NN without --knn, if features are cached
 
 
 def main(args: argparse.Namespace) -> None:
@@ -67,13 +56,13 @@ def main(args: argparse.Namespace) -> None:
     check_files(args)
     multi_label, metric, seeds = DATASETS[args.dataset].multi_label, headline(args), data_seeds(args)
     with process_group(**processes(args)) as world:
-        folder = RunFolder(args.output_dir + args.suffix if args.output_dir else "", args.log_dir)
+        folder = RunFolder(args.output_dir + args.suffix if args.output_dir else "", args.log_dir, args.track)
         if not args.eval:
             folder.refuse_overwriting(args.resume)
 
         # ---- labelled images; with --val_fraction, rates are chosen on held-out training images
         train_images, test_images, num_classes = build_splits(
-            args.dataset, args.data_path, args.nb_classes, args.allow_subset
+            args.dataset, args.data_path, args.nb_classes, **split_options(args)
         )
         kept, held_out = hold_out(train_images.targets, args.val_fraction, args.seed)
         if max(args.knn, default=0) > len(kept):
@@ -85,7 +74,9 @@ def main(args: argparse.Namespace) -> None:
         if args.final_norm and isinstance(backbone.norm, torch.nn.Identity):
             raise ValueError(f"--final_norm: encoders of family {encoder.record['family']} have no last norm; omit it")
         specs = probe_specs(args, backbone)
-        bank = ProbeBank(specs, backbone, backbone.grid_of(size, size), num_classes, args.init).to(world.device)
+        bank = ProbeBank(specs, backbone, backbone.grid_of(size, size), num_classes, args.init, bool(seeds)).to(
+            world.device
+        )
         amp = precision(args.amp)
         oracle = build_oracle(args, encoder, size, amp).to(world.device) if bank.needs.oracle else None
         frozen = FrozenTokens(backbone, bank.blocks, amp, args.final_norm, bank.needs, oracle)
@@ -97,7 +88,8 @@ def main(args: argparse.Namespace) -> None:
         require_same_run(facts)
 
         # ---- data: order and augmentation depend on (seed, epoch, sample) alone
-        batches = GlobalBatches(
+        fits, shots = "logreg" in args.optimizer, Shots(args.shots, args.episodes, args.seed)
+        batches = Fits(len(kept), len(tasks(specs, shots))) if fits else GlobalBatches(
             len(train_images), args.batch_size, args.accum_iter, args.seed, indices=kept, group=args.bn_group,
             seeds=seeds,
         )  # fmt: skip
@@ -121,13 +113,12 @@ def main(args: argparse.Namespace) -> None:
         # ---- recipe: LARS, a rate for each probe, warm-up and half-cosine by optimizer step
         lrs = [args.lr if args.lr is not None else scaled_lr(spec.blr, batches.effective) for spec in specs]
         optimizer = build_optimizer(args, specs, bank.parameter_groups(lrs))
-        schedule = functools.partial(lr_at, epochs=args.epochs, warmup_epochs=args.warmup_epochs, min_lr=args.min_lr)
+        warmup = fitting_warmup(args.warmup_epochs, args.epochs)
+        schedule = functools.partial(lr_at, epochs=args.epochs, warmup_epochs=warmup, min_lr=args.min_lr)
         probing = Probing(bank, tokens, optimizer, world.device, multi_label, args.bn_group, seeds)
         plan = Plan(args.epochs, args.seed, args.save_every_minutes, args.save_every_steps)
-        training = Training(
-            plan, probing, optimizer, schedule, loaders["train"], batches, folder, identity(args, facts),
-            args.start_epoch,
-        )  # fmt: skip
+        trained = plan, probing, optimizer, schedule, loaders["train"], batches, folder, identity(args, facts)
+        training = Fitting(cache, args.l2, shots, metric, *trained) if fits else Training(*trained, args.start_epoch)
         training.resume(args.resume, args.eval, evaluated)
         keeper = None
         if args.save_predictions:
@@ -148,14 +139,17 @@ def main(args: argparse.Namespace) -> None:
         # ---- epochs
         training.start(run)
         warn_of_choices(specs, bool(held_out))
-        if cache is not None and (training.epoch < args.epochs or held_out or keeper):
+        if batches.steps * args.epochs < FEW_STEPS and not fits:
+            command = small_command(args, get_args_parser(), probing.program)
+            log.warning("only %d optimizer steps: for so few images, %s", batches.steps * args.epochs, command)
+        if cache is not None:
             cache.fill(args.batch_size, **load.keywords)
         log.info(
             "%d probes on %s; %d training images and %d held out, %d steps of %d per epoch, normalised in groups of "
-            "%d, lr %s", len(specs), args.model, len(kept), len(held_out), batches.steps, batches.effective,
-            run["bn_group"], ", ".join(f"{lr:g}" for lr in sorted(set(lrs))),
+            "%d, lr %s", len(specs), encoder.record["model"], len(kept), len(held_out), batches.steps,
+            batches.effective, run["bn_group"], ", ".join(f"{lr:g}" for lr in sorted(set(lrs))),
         )  # fmt: skip
-        watched = "val" if held_out else "test"
+        watched = "val" if held_out and not fits else "test"  # logreg fits the probes to held-out images, too
         with training.stoppable():
             for epoch in training.epochs():
                 stats = training.train_one_epoch()
@@ -166,7 +160,8 @@ def main(args: argparse.Namespace) -> None:
                 }  # fmt: skip
                 if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
                     record[watched] = score(watched)
-                    training.history.append({"epoch": epoch, watched: record[watched]})
+                    losses = dict(zip(probing.names, stats.losses, strict=True))
+                    training.history.append({"epoch": epoch, "train_loss": losses, watched: record[watched]})
                 log.info("epoch %d: %s%s", epoch, best_probe(record.get(watched), metric, watched), stats.speed())
                 folder.log_line(record)
                 figures = record.get(watched, {}).items()
@@ -175,13 +170,23 @@ def main(args: argparse.Namespace) -> None:
             # ---- results of the last epoch
             final = score("test", keeper) if held_out or keeper else training.history[-1]["test"]
             results = summary(bank, training.history, training.diverged(), watched, metric, final)
+            for name, fit in training.facts.items() if fits else ():
+                results[name] |= describe(fit)
+            labels = (np.asarray(images.targets) for images in (train_images, test_images))
+            mark_untrained(
+                results, training.history[-1].get("train_loss", {}), next(labels)[kept], next(labels), metric
+            )
             write_predictions(folder, keeper, specs, run, results)
-            if args.knn:
-                pixels, order = parts["test"].dataset.transform, orders["test"]
+            is_cached = cache is not None and args.crop == "center"  # without augmentation
+            neighbours = args.knn or [k for k in NEIGHBOURS if is_cached and not multi_label and k <= len(kept)]
+            if neighbours:
+                order = EvaluationBatches(len(train_images), args.batch_size, kept)
+                pixels = parts["test"].dataset.transform
                 plain_train = KeyedDataset(train_images, pixels, args.seed, on_bad_image=args.on_bad_image)
-                train = load(plain_train, EvaluationBatches(len(train_images), args.batch_size, kept))
-                test = load(parts["test"].dataset, order)
-                run["knn"] = nearest_neighbours(bank, frozen, train, test, world.device, args.knn, num_classes)
+                train = cache.loader("train", order) if is_cached else load(plain_train, order)
+                test = loaders["test"] if is_cached else load(parts["test"].dataset, orders["test"])
+                reader = tokens if is_cached else frozen
+                run["knn"] = nearest_neighbours(bank, reader, train, test, world.device, neighbours, num_classes)
                 log_neighbours(run["knn"])
             run |= {"seconds": training.elapsed, "finished": utc_now()}
             folder.write("results.json", {"probes": results, **run})
@@ -192,15 +197,15 @@ def main(args: argparse.Namespace) -> None:
 
 def probe_specs(args: argparse.Namespace, backbone: VisionTransformer) -> list[ProbeSpec]:
     """The probes that the arguments name. ValueError for what does not exist or does not fit the encoder."""
-    for aggregation, _ in heads(args):
-        check_aggregation(aggregation, backbone.has_cls)
     blocks = args.return_block if args.return_block is not None else [backbone.depth - 1]
     check_blocks(blocks, backbone.depth)
-    settings = itertools.product(heads(args), blocks, args.optimizer, args.blr, args.seeds or [args.seed])
-    return [
-        ProbeSpec(aggregation, block, blr, seed, options, optimizer, args.lr)
-        for (aggregation, options), block, optimizer, blr, seed in settings
+    placed = [
+        (head, block)
+        for head in heads(args, backbone.depth)
+        for block in dict.fromkeys(own_block(head) if own_block(head) is not None else block for block in blocks)
     ]
+    settings = itertools.product(placed, args.optimizer, args.blr, args.seeds or [args.seed])
+    return [ProbeSpec(*place, blr, seed, optimizer, args.lr) for place, optimizer, blr, seed in settings]
 
 
 def image_parts(
@@ -208,7 +213,7 @@ def image_parts(
     held_out: Sequence[int], test_images: Dataset,
 ) -> dict[str, Part]:  # fmt: skip
     """The images of "train" (augmented), of "test", and of "val" if some are held out."""
-    normalise = {"mean": encoder.mean, "std": encoder.std, "loader": args.loader}
+    normalise = {**encoder.pixels, "loader": args.loader}
     augment = train_transform(size, crop=args.crop, hflip=not args.no_hflip, **normalise)
     pixels = eval_transform(size, **normalise)
     keyed = functools.partial(KeyedDataset, seed=args.seed, on_bad_image=args.on_bad_image)
@@ -241,9 +246,9 @@ def cache_key(
 
 
 def build_optimizer(args: argparse.Namespace, specs: list[ProbeSpec], groups: list[dict]) -> LARS:
-    """One optimizer, with the rule of each probe in its group."""
-    for spec, group in zip(specs, groups, strict=True):
-        group |= OPTIMIZERS[spec.optimizer]
+    """One optimizer, with the rule of its probes in each group."""
+    for group in groups:
+        group |= OPTIMIZERS[specs[group["rows"][0]].optimizer]
         if args.momentum is not None:
             group["momentum"] = args.momentum
     return LARS(groups, weight_decay=args.weight_decay)
@@ -257,7 +262,7 @@ def write_predictions(
         return
     probes = {spec.name: {"head": spec.head, **dataclasses.asdict(spec)} for spec in specs}
     for name, result in results.items():
-        probes[name] |= {key: result[key] for key in ("chosen",) if key in result}
+        probes[name] |= {key: result[key] for key in ("chosen", "learned_nothing") if key in result}
     known = "headline", "seeds_vary", "test_images", "classes", "encoder", "command", "commit", "dirty"
     tensors, metadata = keeper.gather({"probes": probes, **{name: run[name] for name in known}})
     folder.save_tensors(FILE, tensors, metadata)

@@ -1,9 +1,12 @@
-"""MAE pretraining; cli/pretrain.py has the arguments and examples. Source: He et al., CVPR 2022."""
+"""Pretraining: MAE (He et al., CVPR 2022), MoCo-v3 (Chen et al., ICCV 2021), or their sum (Park et al., ICLR 2023).
+
+cli/pretrain.py has the arguments and examples.
+"""
 
 import argparse
 import functools
 
-from cli.arguments import check_files, identity, loading, plain, processes
+from cli.arguments import check_files, data_options, identity, loading, plain, processes
 from cli.console import checked, parse, run_main
 from cli.encoder_arguments import precision
 from cli.pretrain import check, get_args_parser
@@ -15,20 +18,22 @@ if __name__ == "__main__":  # before the slow imports: --help and mistakes answe
 import torch
 from torch.utils.data import Dataset
 
+from data_sets.contrastive import Stacked, contrastive_views
 from data_sets.images import fingerprint
 from data_sets.loader import KeyedDataset, build_loader
 from data_sets.order import GlobalBatches
-from data_sets.table import build_dataset
+from data_sets.table import unlabelled_images
 from data_sets.views import train_transform
-from engine_pretrain import Pretraining, draw_reconstructions, examples, reconstruct, tiled
+from engine_pretrain import ContrastivePretraining, Pretraining, draw_reconstructions, examples, reconstruct, tiled
 from models_mae import DECODERS, MaskedAutoencoder
+from models_moco import MomentumContrast, SharedEncoder
 from models_vit import build_vit
 from runtime.folder import RunFolder
 from runtime.processes import process_group
 from runtime.provenance import provenance, utc_now
 from runtime.training import Plan, Training
 from util.distributed import barrier
-from util.lr_sched import lr_at, scaled_lr
+from util.lr_sched import fitting_warmup, lr_at, scaled_lr
 from util.optim import weight_decay_groups
 from util.progress import log
 from util.seeding import seeded
@@ -38,23 +43,32 @@ def main(args: argparse.Namespace) -> None:
     check(args)
     check_files(args)
     with process_group(**processes(args)) as world:
-        folder = RunFolder(args.output_dir, args.log_dir)
+        folder = RunFolder(args.output_dir, args.log_dir, args.track)
         folder.refuse_overwriting(args.resume)
 
-        # ---- network
-        images = build_dataset(args.dataset, args.data_path, "train", args.allow_subset)
+        # ---- networks
+        images = unlabelled_images(args.dataset, args.data_path, "train", **data_options(args))
         batches = GlobalBatches(len(images), args.batch_size, args.accum_iter, args.seed)
-        size = args.input_size or default_input_size(args.model)
+        size, weight = args.input_size or default_input_size(args.model), args.contrastive_weight
         with seeded("weights", args.seed):
             encoder = build_vit(args.model, img_size=size)
-            model = MaskedAutoencoder(encoder, **DECODERS[args.model], norm_pix_loss=args.norm_pix_loss)
+            networks = []
+            if weight < 1:
+                networks += [MaskedAutoencoder(encoder, **DECODERS[args.model], norm_pix_loss=args.norm_pix_loss)]
+            if weight > 0:
+                networks += [MomentumContrast(encoder, args.projector_width, args.temperature, args.view_drop)]
+        encoder.patch_embed.requires_grad_(not args.stop_grad_conv1)
+        model = networks[0] if weight == 0 else SharedEncoder(networks)
         model.to(world.device)
         if args.compile:
             model.compile_blocks()
 
-        # ---- data: torchvision's crop, as in MAE (whose probes use another one)
+        # ---- data: torchvision's crop, as in MAE (whose probes use another one); views to compare as in MoCo-v3
         augment = train_transform(size, scale=(args.crop_scale, 1.0), crop="torchvision", loader=args.loader)
         patches = encoder.grid_size[0] * encoder.grid_size[1]
+        if weight > 0:
+            views = [*[augment] * (weight < 1), *contrastive_views(size, args.view_scale, args.view_grey, args.loader)]
+            augment, patches = Stacked(views), patches * len(views)
         dataset = KeyedDataset(images, augment, args.seed, patches, args.on_bad_image, train=True)
         loader = build_loader(dataset, batches, **loading(args, world.device))
 
@@ -62,9 +76,16 @@ def main(args: argparse.Namespace) -> None:
         lr = args.lr if args.lr is not None else scaled_lr(args.blr, batches.effective)
         groups = [{**group, "peak_lr": lr} for group in weight_decay_groups(model, args.weight_decay)]
         optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
-        schedule = functools.partial(lr_at, epochs=args.epochs, warmup_epochs=args.warmup_epochs, min_lr=args.min_lr)
-        pretraining = Pretraining(model, optimizer, args.mask_ratio, world.device, precision(args.amp))
+        warmup = fitting_warmup(args.warmup_epochs, args.epochs)
+        schedule = functools.partial(lr_at, epochs=args.epochs, warmup_epochs=warmup, min_lr=args.min_lr)
         facts = {"training images": fingerprint(images)}
+        pretraining = Pretraining(model, optimizer, args.mask_ratio, world.device, precision(args.amp))
+        if weight > 0:
+            pretraining = ContrastivePretraining(
+                model, optimizer, args.mask_ratio, world.device, precision(args.amp), weight, args.encoder_momentum,
+                batches, args.epochs,
+            )  # fmt: skip
+            facts["images compared"] = args.batch_size * world.size
         plan = Plan(args.epochs, args.seed, args.save_every_minutes, args.save_every_steps)
         training = Training(
             plan, pretraining, optimizer, schedule, loader, batches, folder, identity(args, facts), args.start_epoch
@@ -81,11 +102,16 @@ def main(args: argparse.Namespace) -> None:
         with training.stoppable():
             for epoch in training.epochs():
                 stats = training.train_one_epoch()
-                folder.log_line(stats.record(epoch))
-                log.info("epoch %d: loss %.4f, %s", epoch, stats.losses[0], stats.speed())
-                if epoch + 1 == args.epochs or (args.figure_every and (epoch + 1) % args.figure_every == 0):
+                values = pretraining.record(stats.losses[0])
+                folder.log_line(stats.record(epoch) | values)
+                listed = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
+                log.info("epoch %d: %s, %s", epoch, listed, stats.speed())
+                if epoch >= args.warmup_epochs and (failure := pretraining.failure(values)):
+                    log.warning("epoch %d: %s", epoch, failure)
+                due = epoch + 1 == args.epochs or (args.figure_every and (epoch + 1) % args.figure_every == 0)
+                if due and pretraining.autoencoder is not None:
                     record_reconstructions(folder, pretraining, images, args.seed, training.steps_done - 1)
-                training.end_epoch()
+                training.end_epoch(values if weight > 0 else None)
             metadata = {"family": "mae", "model": args.model, "input_size": str(size), "epochs": str(args.epochs)}
             folder.save_encoder(encoder.state_dict(), metadata)
             run |= {"seconds": training.elapsed, "finished": utc_now()}
@@ -99,11 +125,11 @@ def record_reconstructions(folder: RunFolder, pretraining: Pretraining, images: 
     """Reconstruct a few training images for reconstruction.png and TensorBoard. step: the last one that was done."""
     if folder.path is None:
         return
-    encoder = pretraining.model.encoder
+    encoder = pretraining.autoencoder.encoder
     rows, columns = encoder.grid_size
     sample = examples(images, rows * encoder.patch_size, seed, rows * columns)
     pixels, noise = (part.to(pretraining.device) for part in (sample.image, sample.noise))
-    pictures = reconstruct(pretraining.model, pixels, noise, pretraining.mask_ratio, pretraining.amp)
+    pictures = reconstruct(pretraining.autoencoder, pixels, noise, pretraining.mask_ratio, pretraining.amp)
     folder.image("reconstruction", tiled(pictures), step)
     draw_reconstructions(pictures, folder.path / "reconstruction.png")
 

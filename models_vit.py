@@ -5,8 +5,9 @@ Letters: B images, N tokens (prefix first), P prefix tokens ([cls], then registe
 D width, d = D / H head width, L blocks. Blocks are counted from 0.
 """
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -57,6 +58,7 @@ class BlockTrace(NamedTuple):
     logit_bias: Tensor | None  # (H,N,N) relative position, where the family has one
     update: Tensor  # (B,N,D) attention branch after its projection, before LayerScale and residual
     out: Tensor  # (B,N,D) residual stream leaving the block
+    v: Tensor | None = None  # (B,H,N,d)
 
 
 class BlockOutput(NamedTuple):
@@ -64,6 +66,7 @@ class BlockOutput(NamedTuple):
 
     q: Tensor
     k: Tensor
+    v: Tensor
     logit_bias: Tensor | None
     update: Tensor
     out: Tensor
@@ -78,6 +81,7 @@ class Features(NamedTuple):
     cls_attention: Tensor | None  # (B,H,M) [cls] row of the attention, softmax over all N keys; only when asked for
     patch_attention: dict[int, Tensor] | None = None  # {patch: (B,H,M) its row}; only when asked for
     oracle: Tensor | None = None  # (B,M) attention from elsewhere; no model makes it
+    pooled: dict[str, Tensor] | None = None  # {name: (B,E)} the model's own pooled outputs, with its last block
 
 
 class PatchEmbed(nn.Module):
@@ -128,7 +132,7 @@ class RotaryEmbedding(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention that also hands out its queries, keys and logit bias."""
+    """Multi-head self-attention that also returns its queries, keys, values and logit bias."""
 
     def __init__(
         self,
@@ -151,14 +155,14 @@ class Attention(nn.Module):
 
     def forward(
         self, x: Tensor, grid: Grid | None = None, kept: slice = EVERY
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """(B,N,D) -> update (B,n,D) of the kept tokens, q and k (B,H,N,d), logit bias (H,N,N) where there is one."""
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        """(B,N,D) -> update (B,n,D) of the kept tokens, q, k and v (B,H,N,d), logit bias (H,N,N) if there is one."""
         q, k, v = (part.transpose(1, 2) for part in self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2))
         if self.rope is not None:
             q, k = self.rope(q, grid), self.rope(k, grid)
         bias = None if self.rel_pos_bias is None else self.rel_pos_bias(grid)
         values = attend(q, k, v, bias, self.scale).transpose(1, 2).flatten(2)
-        return self.proj(values[:, kept]), q, k, bias
+        return self.proj(values[:, kept]), q, k, v, bias
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
@@ -245,7 +249,7 @@ class Block(nn.Module):
 
         kept: the tokens that are wanted afterwards; all are attended to.
         """
-        update, q, k, bias = self.attn(self.norm1(x) if self.norm_order == "pre" else x, grid, kept)
+        update, q, k, v, bias = self.attn(self.norm1(x) if self.norm_order == "pre" else x, grid, kept)
         branch = self.norm1(update) if self.norm_order == "residual" else update
         middle = x[:, kept] + self.drop_path1(self.ls1(branch))
         if self.norm_order == "post":
@@ -255,10 +259,75 @@ class Block(nn.Module):
             out = middle + self.drop_path2(self.ls2(self.norm2(self.mlp(middle))))
         else:
             out = middle + self.drop_path2(self.ls2(self.mlp(self.norm2(middle))))
-        return BlockOutput(q, k, bias, update, out)
+        return BlockOutput(q, k, v, bias, update, out)
 
 
-class VisionTransformer(nn.Module):
+class Backbone(nn.Module):
+    """What every encoder offers: `trace` yields its blocks, `forward` returns the tokens of chosen ones."""
+
+    embed_dim: int
+    depth: int
+    num_heads: int
+    patch_size: int
+    num_registers: int
+    num_prefix_tokens: int
+    has_cls: bool
+    norm: nn.Module  # the last one, which `forward` does not apply; nn.Identity where there is none
+    pooled: Mapping[str, int] = MappingProxyType({})  # widths of the model's own outputs (Features.pooled)
+
+    def trace(self, images: Tensor) -> Iterator[BlockTrace]:
+        """Images (B,3,h,w) -> one BlockTrace per block, in order; stop iterating to skip the blocks that follow."""
+        raise NotImplementedError
+
+    def own_outputs(self, steps: Iterator[BlockTrace]) -> dict[str, Tensor]:
+        """The outputs named in `pooled`, from a trace that has come to the last block."""
+        raise ValueError("this encoder has no pooled outputs of its own")
+
+    def grid_of(self, height: int, width: int) -> Grid:
+        """Rows and columns of patches of an image of height x width pixels."""
+        return height // self.patch_size, width // self.patch_size
+
+    def forward(
+        self,
+        images: Tensor,
+        blocks: Sequence[int] | None = None,
+        cls_attention: bool = False,
+        patch_attention: Collection[int] = (),
+        pooled: bool = False,
+    ) -> dict[int, Features]:
+        """Images (B,3,h,w) -> {block: Features} for the chosen blocks (default: the last), before the final norm.
+
+        Blocks after the last chosen one are not computed, unless pooled outputs are asked for, which are those of the
+        last block. Raises ValueError for a block that does not exist.
+        """
+        last = self.depth - 1
+        wanted = {last} if blocks is None else set(blocks)
+        check_blocks(sorted(wanted), self.depth)
+        features = {}
+        for step in (steps := self.trace(images)):
+            if step.index in wanted:
+                features[step.index] = self.split(step, cls_attention, patch_attention)
+            if step.index == (last if pooled else max(wanted)):
+                break
+        if pooled and last in wanted:
+            features[last] = features[last]._replace(pooled=self.own_outputs(steps))
+        return features
+
+    def split(self, step: BlockTrace, cls_attention: bool = False, patch_attention: Collection[int] = ()) -> Features:
+        """The tokens that leave a block, by kind; with the rows of its attention that are asked for."""
+        prefix = self.num_prefix_tokens
+        if cls_attention and not self.has_cls:
+            raise ValueError("this encoder has no [cls] token, hence no [cls] attention")
+        return Features(
+            cls=step.out[:, 0] if self.has_cls else None,
+            registers=step.out[:, prefix - self.num_registers : prefix],
+            patches=step.out[:, prefix:],
+            cls_attention=attention_from_cls(step, prefix) if cls_attention else None,
+            patch_attention={i: attention_row(step, prefix + i, prefix) for i in patch_attention} or None,
+        )
+
+
+class VisionTransformer(Backbone):
     """ViT whose `trace` yields every block and whose `forward` returns the tokens of chosen blocks.
 
     pos_embed: "learned" (trainable), "sincos" (MAE's fixed table, not trained), or "none".
@@ -310,6 +379,7 @@ class VisionTransformer(nn.Module):
         self.num_prefix_tokens = int(class_token) + reg_tokens
         self.num_embedded_prefix = 0 if no_embed_class else self.num_prefix_tokens
         self.patch_embed = PatchEmbed(patch_size, embed_dim)
+        self.has_cls = class_token
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if class_token else None
         self.reg_token = nn.Parameter(torch.zeros(1, reg_tokens, embed_dim)) if reg_tokens else None
         self.pos_resampling = pos_resampling
@@ -337,14 +407,6 @@ class VisionTransformer(nn.Module):
         for token in (self.cls_token, self.reg_token):
             if token is not None:
                 nn.init.normal_(token, std=0.02)
-
-    @property
-    def has_cls(self) -> bool:
-        return self.cls_token is not None
-
-    def grid_of(self, height: int, width: int) -> Grid:
-        """Rows and columns of patches of an image of height x width pixels."""
-        return height // self.patch_size, width // self.patch_size
 
     def compile_blocks(self, backend: str | Callable = "inductor") -> None:
         """Compile each block where it stands; all share the code, which takes some twenty seconds to make."""
@@ -387,47 +449,12 @@ class VisionTransformer(nn.Module):
     def trace_tokens(self, tokens: Tensor, grid: Grid | None = None) -> Iterator[BlockTrace]:
         """Run the blocks on embedded tokens (B,N,D), yielding each as it is computed; grid as in Block.forward."""
         for index, block in enumerate(self.blocks):
-            q, k, bias, update, out = block(tokens, grid)
-            yield BlockTrace(index, tokens, q, k, block.attn.scale, bias, update, out)
+            q, k, v, bias, update, out = block(tokens, grid)
+            yield BlockTrace(index, tokens, q, k, block.attn.scale, bias, update, out, v)
             tokens = out
 
     def trace(self, images: Tensor) -> Iterator[BlockTrace]:
-        """Images (B,3,h,w) -> one BlockTrace per block, in order; stop iterating to skip the blocks that follow."""
         return self.trace_tokens(torch.cat(self.embed(images), dim=1), self.grid_of(*images.shape[-2:]))
-
-    def forward(
-        self, images: Tensor, blocks: Sequence[int] | None = None, cls_attention: bool = False,
-        patch_attention: Collection[int] = (),
-    ) -> dict[int, Features]:  # fmt: skip
-        """Images (B,3,h,w) -> {block: Features} for the chosen blocks (default: the last), before the final norm.
-
-        Blocks after the last chosen one are not computed. Raises ValueError for a block that does not exist.
-        """
-        wanted = {self.depth - 1} if blocks is None else set(blocks)
-        check_blocks(sorted(wanted), self.depth)
-        features = {}
-        for step in self.trace(images):
-            if step.index in wanted:
-                features[step.index] = self.split(step, cls_attention, patch_attention)
-            if step.index == max(wanted):
-                break
-        return features
-
-    def split(self, step: BlockTrace, cls_attention: bool = False, patch_attention: Collection[int] = ()) -> Features:
-        """The tokens that leave a block, by kind; with the rows of its attention that are asked for."""
-        prefix = self.num_prefix_tokens
-        attention = None
-        if cls_attention:
-            if not self.has_cls:
-                raise ValueError("this encoder has no [cls] token, hence no [cls] attention")
-            attention = attention_from_cls(step, prefix)
-        return Features(
-            cls=step.out[:, 0] if self.has_cls else None,
-            registers=step.out[:, prefix - self.num_registers : prefix],
-            patches=step.out[:, prefix:],
-            cls_attention=attention,
-            patch_attention={i: attention_row(step, prefix + i, prefix) for i in patch_attention} or None,
-        )
 
 
 def attention_row(step: BlockTrace, query: int, num_prefix: int) -> Tensor:

@@ -18,6 +18,7 @@ from PIL import Image
 
 from data_sets.files import is_system_file
 from data_sets.readers import missing_files, read_lines
+from data_sets.views import CROP_PCT
 from util.files import digest
 from util.progress import log
 
@@ -242,8 +243,11 @@ BOX_SOURCES = {
 class ImageBoxes:
     """The true boxes of a data set's images, in pixels of the transformed image.
 
-    images: their files are opened for their size; None: every annotation states its own.
+    images: their files are opened for their size; None: every annotation states its own. crop_pct: of the encoder's
+    central crop.
     """
+
+    crop_pct: float | None = CROP_PCT
 
     def __init__(self, images: Dataset | None, annotations: Sequence[Annotation | None], source: Path):
         self.images, self.annotations, self.source = images, annotations, source
@@ -279,9 +283,11 @@ class ImageBoxes:
 
     def cropped(self, index: int, size: int) -> np.ndarray:
         """(m,4) in the view of data_sets.views.eval_transform: clipped to the crop; boxes outside of it are dropped."""
+        if self.crop_pct is None:
+            return self.resized(index, size)
         boxes, sides = self.original(index)
         # torchvision's Resize of the shorter side, and its CenterCrop
-        short, target = min(sides), int(size * 256 / 224)
+        short, target = min(sides), int(size / self.crop_pct)
         resized = [target if side == short else int(target * side / short) for side in sides]
         corner = [round((side - size) / 2.0) for side in resized]
         moved = boxes * np.tile(np.array(resized) / np.array(sides), 2) - np.tile(corner, 2)

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from aggregation.boxes import ImageBoxes
 from aggregation.figures import BOXES, Localized, display_name, draw_boxes, draw_maps
-from aggregation.localization import TOP, boxes_at, overlaps, score_map
+from aggregation.localization import TOP, boxes_at, intersections, score_map
 from aggregation.rules import Rule, vectors_of
 from data_sets.images import DamagedImage, read_rgb
 from data_sets.views import View
@@ -122,5 +122,5 @@ def largest_box(weights: np.ndarray, truth: np.ndarray, size: tuple[int, int], t
     """The box of the largest contour of a map (rows,columns) at a threshold, in an image of `size` (h,w)."""
     # thresholds that equal a level give that level despite rounding
     boxes, largest = boxes_at(score_map(weights, size), int(threshold * TOP + 1e-9))
-    overlap = float(overlaps(boxes[largest : largest + 1], truth).max()) if len(truth) else None
+    overlap = float(intersections(boxes[largest : largest + 1], truth)[0].max()) if len(truth) else None
     return Localized(weights, boxes[largest], overlap)

@@ -28,6 +28,7 @@ from util.workers import DeadWorker
 IOUS = (0.3, 0.5, 0.7)
 TOP = 255  # largest value of an 8-bit map
 IMAGES_PER_JOB = 4
+LEVELS_AT_ONCE = 10
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -62,42 +63,71 @@ def score_map(weights: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return (enlarged * TOP).astype(np.uint8)
 
 
-def boxes_at(scores: np.ndarray, level: int) -> tuple[np.ndarray, int]:
-    """Boxes (n,4) of the pixels above a level in a map (h,w) uint8, and the index of the largest contour's box.
+def contours_above(scores: np.ndarray, level: int, mask: np.ndarray | None = None) -> Sequence[np.ndarray]:
+    """Contours, those of holes too, of the pixels above a level in a map (h,w) uint8; none if the map is all zeros.
 
-    Contours of holes count too. If no pixel is above the level, the only box is the first pixel.
+    mask: memory for the pixels above the level; new memory for each level takes as long as the contours.
     """
-    contours, _ = cv2.findContours((scores > level).view(np.uint8), cv2.RETR_TREE, cv2.CHAIN_APPROX_SIMPLE)
+    _, mask = cv2.threshold(scores, level, 1, cv2.THRESH_BINARY, mask)
+    return cv2.findContours(mask, cv2.RETR_TREE, cv2.CHAIN_APPROX_SIMPLE)[0]
+
+
+def bounding_boxes(contours: Sequence[np.ndarray], size: tuple[int, int]) -> np.ndarray:
+    """Boxes (n,4) in an image of `size` (h,w), which end one pixel behind the contour, as in the published evaluation.
+
+    Without contours, the box is the first pixel.
+    """
     if not contours:
-        return np.zeros((1, 4), np.int64), 0
-    boxes = np.array([cv2.boundingRect(contour) for contour in contours], np.int64)
-    boxes[:, 2:] = np.minimum(boxes[:, :2] + boxes[:, 2:], (scores.shape[1] - 1, scores.shape[0] - 1))
-    largest = 0 if len(contours) == 1 else int(np.argmax([cv2.contourArea(contour) for contour in contours]))
-    return boxes, largest
+        return np.zeros((1, 4), np.int64)
+    points, starts = np.concatenate(contours)[:, 0], np.cumsum([0, *map(len, contours)])[:-1]
+    low, high = np.minimum.reduceat(points, starts), np.maximum.reduceat(points, starts) + 1
+    return np.concatenate([low, np.minimum(high, (size[1] - 1, size[0] - 1))], axis=1).astype(np.int64)
 
 
-def overlaps(boxes: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """Intersection over union (n,m) of boxes (n,4) and (m,4), border pixels included."""
+def largest_of(contours: Sequence[np.ndarray]) -> int:
+    return int(np.argmax([cv2.contourArea(contour) for contour in contours])) if len(contours) > 1 else 0
+
+
+def boxes_at(scores: np.ndarray, level: int) -> tuple[np.ndarray, int]:
+    """Boxes (n,4) of the pixels above a level in a map (h,w) uint8, and the index of the largest contour's box."""
+    contours = contours_above(scores, level)
+    return bounding_boxes(contours, scores.shape), largest_of(contours)
+
+
+def intersections(boxes: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of boxes (n,4) with (m,4), border pixels included: intersection over union (n,m), and the shares of `truth`."""
 
     def area(box: np.ndarray) -> np.ndarray:
-        return (box[..., 2] - box[..., 0] + 1) * (box[..., 3] - box[..., 1] + 1)
+        return (box[..., 2:] - box[..., :2] + 1).clip(min=0).prod(-1)
 
     boxes, truth = boxes[:, None], truth[None]
     low, high = np.maximum(boxes[..., :2], truth[..., :2]), np.minimum(boxes[..., 2:], truth[..., 2:])
-    shared = (high - low + 1).clip(min=0).prod(-1)
-    return shared / (area(boxes) + area(truth) - shared)
+    shared = area(np.concatenate([low, high], axis=-1))
+    return shared / (area(boxes) + area(truth) - shared), shared / area(truth)
 
 
-def best_overlaps(scores: np.ndarray, truth: np.ndarray, levels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The best IoU with any true box at each level (T,): of all contours (V2), and of the largest one (V1)."""
+def found_boxes(scores: np.ndarray, truth: np.ndarray, levels: np.ndarray) -> np.ndarray:
+    """Whether a true box is found (2,T,3) by the contours of a `score_map`: by any (V2) or the largest (V1), at each
+    level and IoU.
+
+    Boxes of a level lie within boxes of every lower level. So their IoUs are at most the shares of the true boxes that
+    lower boxes cover: from the level on at which these are too small, nothing is found.
+    """
     present = np.bincount(scores.ravel(), minlength=TOP + 1) > 0
     # levels with the same pixels above them are evaluated once
     _, first, of_level = np.unique(np.cumsum(present)[levels], return_index=True, return_inverse=True)
-    cuts = [boxes_at(scores, int(levels[index])) for index in first]
-    starts = np.cumsum([0, *(len(boxes) for boxes, _ in cuts)])[:-1]
-    best = overlaps(np.concatenate([boxes for boxes, _ in cuts]), truth).max(1)
-    largest = starts + [index for _, index in cuts]
-    return np.maximum.reduceat(best, starts)[of_level], best[largest][of_level]
+    found, mask = np.zeros((2, len(first), len(IOUS)), bool), np.empty_like(scores)
+    for start in range(0, len(first), LEVELS_AT_ONCE):
+        some = levels[first[start : start + LEVELS_AT_ONCE]].tolist()
+        cuts = [contours_above(scores, level, mask) for level in some]
+        starts = np.cumsum([0, *map(len, cuts)])[:-1]
+        boxes = bounding_boxes([contour for contours in cuts for contour in contours], scores.shape)
+        overlaps, shares = (part.max(1) for part in intersections(boxes, truth))
+        best = np.maximum.reduceat(overlaps, starts), overlaps[starts + list(map(largest_of, cuts))]
+        found[:, start : start + len(cuts)] = np.stack(best)[..., None] >= IOUS
+        if shares[starts[-1] :].max() < IOUS[0]:
+            break
+    return found[:, of_level]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -127,9 +157,8 @@ def tally(maps: Sequence[np.ndarray], truths: Sequence[np.ndarray], size: tuple[
     total = no_images(len(maps[0]) if len(maps) else 0, len(levels))
     whole = np.array([[0, 0, size[1] - 1, size[0] - 1]])
     for of_image, truth in zip(maps, truths, strict=True):
-        best = [best_overlaps(score_map(weights, size), truth, levels) for weights in of_image]
-        found, found_v1 = (np.stack(parts)[..., None] >= IOUS for parts in zip(*best, strict=True))
-        total += Tally(1, found, found_v1, overlaps(whole, truth).max() >= IOUS)
+        found = np.stack([found_boxes(score_map(weights, size), truth, levels) for weights in of_image], axis=1)
+        total += Tally(1, *found, intersections(whole, truth)[0].max() >= IOUS)
     return total
 
 

@@ -21,8 +21,8 @@ from engine_linprobe import FrozenTokens
 from models_vit import Features, VisionTransformer
 from probing.bank import ProbeBank
 from probing.fixed import FixedWeights
-from probing.heads import AGGREGATIONS, check_aggregation, parse_head
-from probing.pooling import Needs, Pooling, Tokens
+from probing.heads import AGGREGATIONS, blocks_of, build_head, canonical_head, parse_head
+from probing.pooling import Needs, Pooling, Tokens, read_blocks
 from runtime.analysis import Progress
 from util.finite import overflow_cause
 
@@ -33,6 +33,7 @@ class Rule(NamedTuple):
     name: str
     head: str  # as in --cls_features
     block: int
+    blocks: tuple[int, ...]  # all that the head reads; `block` is the last
     pooling: Pooling
     probe: str | None = None  # name of the probe that learned it
     seed: int | None = None  # of that probe
@@ -62,16 +63,15 @@ def fixed_rules(heads: Sequence[str], backbone: VisionTransformer, tokens: Token
     oracle that is missing."""
     rules = []
     for head in heads:
-        aggregation, options = parse_head(head, {})
-        check_aggregation(aggregation, backbone.has_cls)
-        pooling = AGGREGATIONS[aggregation].build(tokens, **dict(options))
+        last, name = backbone.depth - 1, canonical_head(head, {}, backbone.depth)
+        pooling = build_head(name, last, tokens)
         if not pooling.weighs:
-            raise ValueError(f"--rules {head}: {AGGREGATIONS[aggregation].description}; it weighs no patches")
+            raise ValueError(f"--rules {head} weighs no patches")
         if pooling.learned:
             raise ValueError(f"--rules {head} is learned: name the run that trained it with --probes")
         if pooling.needs.oracle and not has_oracle:
             raise ValueError(f"--rules {head} needs the attention of another encoder: name it with --oracle")
-        rules.append(Rule(head, head, backbone.depth - 1, pooling))
+        rules.append(Rule(head, name, last, blocks_of(name, last), pooling))
     if len(set(heads)) < len(heads):
         raise ValueError(f"--rules {' '.join(heads)} names a rule twice")
     return rules
@@ -106,7 +106,8 @@ def probe_rules(bank: ProbeBank, last: int, names: Container[str]) -> list[Rule]
             parts.append(f"seed{spec.seed}")
         name = "/".join([spec.head, *parts])
         probe_and_seed = (spec.name, spec.seed) if learned else (None, None)
-        rule = Rule(name, spec.head, spec.block, probe.aggregation, *probe_and_seed, notes_on(probe.aggregation))
+        read, pooling = (spec.head, spec.block, spec.blocks), probe.aggregation
+        rule = Rule(name, *read, pooling, *probe_and_seed, notes_on(pooling))
         rules.setdefault(name, rule)
     return list(rules.values())
 
@@ -126,7 +127,7 @@ def notes_on(pooling: Pooling) -> tuple[str, ...]:
 def head_rules(backbone: VisionTransformer, tokens: Tokens) -> list[Rule]:
     """The [cls] attention of each head of the last block; heads are counted from 0."""
     last, names = backbone.depth - 1, [f"attn-head{head}" for head in range(backbone.num_heads)]
-    return [Rule(name, name, last, ClsAttentionOfHead(tokens, head)) for head, name in enumerate(names)]
+    return [Rule(name, name, last, (last,), ClsAttentionOfHead(tokens, head)) for head, name in enumerate(names)]
 
 
 def needs_of(rules: Iterable[Rule]) -> Needs:
@@ -136,7 +137,7 @@ def needs_of(rules: Iterable[Rule]) -> Needs:
 def vectors_of(rules: Sequence[Rule], features: dict[int, Features]) -> Tensor:
     """Features by block -> (B,R,M) weights that sum to 1, in float64; NaN where a rule has none for an image."""
     patches = next(iter(features.values())).patches.shape[1]
-    vectors = [normalised(rule.pooling(features[rule.block]).weights, patches) for rule in rules]
+    vectors = [normalised(rule.pooling(read_blocks(features, rule.blocks)).weights, patches) for rule in rules]
     return torch.stack(vectors, dim=1)
 
 

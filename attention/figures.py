@@ -44,17 +44,17 @@ def load_attention(path: Path) -> dict:
     return result
 
 
-def choose_metrics(words: Sequence[str], results: Sequence[dict], axes: Collection[str | None]) -> list[str]:
-    """Metrics by name or group, in the order of the words; of a group, those that were measured.
+def choose_metrics(names: Sequence[str], results: Sequence[dict], axes: Collection[str | None]) -> list[str]:
+    """Metrics by name or group, in the given order; of a group, the measured ones.
 
-    axes: what a figure can draw, of Metric.axis. Empty where nothing is left. ValueError for an unknown word, and for a
-    metric that no result has.
+    axes: the values of Metric.axis that a figure can draw. The list may be empty. ValueError for an unknown name and
+    for a metric that no result has.
     """
-    named = metric_names(words)
+    expanded = metric_names(names)
     measured = {name for result in results for name in result["metrics"]}
-    if missing := [word for word in words if word in METRICS and word not in measured]:
-        raise ValueError(f"metrics {' '.join(missing)} were not measured: there are {', '.join(sorted(measured))}")
-    return [name for name in named if name in measured and METRICS[name].axis in axes]
+    if missing := [name for name in names if name in METRICS and name not in measured]:
+        raise ValueError(f"metrics {' '.join(missing)} were not measured; available: {', '.join(sorted(measured))}")
+    return [name for name in expanded if name in measured and METRICS[name].axis in axes]
 
 
 def model_name(result: dict) -> str:
@@ -66,25 +66,25 @@ def model_name(result: dict) -> str:
 
 
 def title(name: str) -> str:
-    """Of a panel; a metric that has no title is called what it is."""
+    """Title of a metric's panel, by default from its name."""
     given = METRICS[name].title if name in METRICS else ""
     return given or name.replace("cls", "[cls]").replace("self_", "self-").replace("_", " ")
 
 
 def entries(metric: dict) -> tuple[list[int], list[dict]]:
-    """Depths, and what was measured there: the blocks from 0, after the embedding (-1) where there is one."""
-    found = ([metric["embedding"]] if "embedding" in metric else []) + metric["blocks"]
+    """Depths and their measurements: blocks from 0, preceded by the embedding (-1) if it was measured."""
+    measured = ([metric["embedding"]] if "embedding" in metric else []) + metric["blocks"]
     first = -1 if "embedding" in metric else 0
-    return list(range(first, first + len(found))), found
+    return list(range(first, first + len(measured))), measured
 
 
-def column(found: Sequence[dict], key: str) -> np.ndarray:
-    """One number, or a list of them, per entry; NaN where it is null."""
-    return np.array([entry[key] for entry in found], dtype=float)
+def column(entries: Sequence[dict], key: str) -> np.ndarray:
+    """A number or a list of numbers per entry; null becomes NaN."""
+    return np.array([entry[key] for entry in entries], dtype=float)
 
 
 def counted(first: int, last: int, parts: int = 4) -> list[int]:
-    """Ticks for things that are counted: all of a few, else the first and about `parts` in equal steps."""
+    """Integer ticks: all if they are few, else the first and about `parts` more in equal steps."""
     step = 1 if last <= 2 * parts else math.ceil(last / parts)
     return [first, *(number for number in range(step, last + 1, step) if number > first)]
 
@@ -93,33 +93,32 @@ BLOCKS = "block (from 0)"
 
 
 def block_ticks(axis: Axes, depths: Sequence[int]) -> None:
-    """E: the embedding, where the depths have it."""
+    """Label blocks; the embedding, at -1, is E."""
     ticks = counted(0, max(depths))
     if min(depths) < 0:
         axis.set_xticks([-1, *ticks], ["E", *map(str, ticks)])
     else:
         axis.set_xticks(ticks)
-    axis.set_xlabel(BLOCKS + "; E: embedding" * (min(depths) < 0))
+    axis.set_xlabel(f"{BLOCKS}; E: embedding" if min(depths) < 0 else BLOCKS)
 
 
 def name_row(axis: Axes, text: str, distance: float) -> None:
     """Write a row's name to the left of its first panel; distance in points."""
-    axis.annotate(text, (0, 0.5), xytext=(-distance, 0), xycoords="axes fraction", textcoords="offset points",
-                  rotation=90, ha="right", va="center", fontsize=7.5, fontweight="bold")  # fmt: skip
+    style = {"rotation": 90, "ha": "right", "va": "center", "fontsize": 7.5, "fontweight": "bold"}
+    axis.annotate(text, (0, 0.5), (-distance, 0), "axes fraction", "offset points", **style)
 
 
-def head_panel(axis: Axes, text: str, small: str = "") -> None:
+def head_panel(axis: Axes, text: str, subtitle: str = "") -> None:
     """A title, and a line or two under it, centred over the panel and its labels.
 
     Not Axes.set_title: the layout makes no room for a title that is wider than its panel.
     """
-    for words, above, style in ((small, 3, GREY), (text, 11 + 7 * small.count("\n"), {"fontsize": 7.5})):
-        axis.annotate(words, (0.4, 1), xycoords="axes fraction", xytext=(0, above), textcoords="offset points",
-                      ha="center", **style)  # fmt: skip
+    for line, above, style in ((subtitle, 3, GREY), (text, 11 + 7 * subtitle.count("\n"), {"fontsize": 7.5})):
+        axis.annotate(line, (0.4, 1), (0, above), "axes fraction", "offset points", ha="center", **style)
 
 
 def mark_empty(axis: Axes) -> None:
-    """A panel of what an encoder lacks."""
+    """A panel without data: the encoder lacks the tokens of the metric."""
     axis.text(0.5, 0.5, "not measured", transform=axis.transAxes, ha="center", va="center", **GREY)
     axis.set_axis_off()
 
@@ -134,12 +133,12 @@ def draw_attention(results: Sequence[dict], metrics: Sequence[str], target: Path
     """Means over images (and heads) against the block, with bands of +-1 standard deviation over the images.
 
     A column per metric, a row per architecture, a colour and marker per label. Dashed: the value where every key gets
-    the same attention; dotted: an upper bound. A value further from the data than the data are wide is not drawn, but
-    named above the panel like the others, with an arrow. ValueError for two results of one label and architecture.
+    the same attention; dotted: an upper bound. The subtitle gives these values; an arrow marks one
+    that is too far from the data to be drawn. ValueError for two results with the same label and architecture.
     """
     keys = [(result["label"], model_name(result)) for result in results]
     if twice := [key for key in keys if keys.count(key) > 1]:
-        raise ValueError(f"two results are both called {twice[0][0]!r} ({twice[0][1]}): draw them apart, or rename one")
+        raise ValueError(f"two results are called {twice[0][0]!r} ({twice[0][1]}): rename one or draw them apart")
     labels, models = (list(dict.fromkeys(names)) for names in zip(*keys, strict=True))
     columns = math.ceil(len(metrics) / math.ceil(len(metrics) / 4))  # of five, three and two
     chunks = [metrics[start : start + columns] for start in range(0, len(metrics), columns)]
@@ -147,7 +146,7 @@ def draw_attention(results: Sequence[dict], metrics: Sequence[str], target: Path
     width = WIDTH if columns > 2 else WIDTH * (columns + 1) / 4
     figure = Figure(figsize=(width, 1.7 * len(rows) + 0.1), layout="constrained")
     axes = figure.subplots(len(rows), columns, squeeze=False)
-    handles = {}  # of the legend, by what it says
+    handles = {}  # legend entries by label
     for line, (model, chunk) in zip(axes, rows, strict=True):
         of_model = [result for result in results if model_name(result) == model]
         for axis, name in zip(line, chunk, strict=False):
@@ -156,29 +155,30 @@ def draw_attention(results: Sequence[dict], metrics: Sequence[str], target: Path
             name_row(line[0], model, 45)
         for axis in line[len(chunk) :]:
             axis.remove()
-    named = [word for word in (*labels, *LEGEND.values()) if word in handles]
+    named = [label for label in (*labels, *LEGEND.values()) if label in handles]
     entry = 0.45 + 0.055 * max(map(len, named), default=0)  # inches
     count = max(1, min(len(named), int(width / entry)))
     figure.set_figheight(figure.get_figheight() + 0.15 * math.ceil(len(named) / count))
-    figure.legend([handles[word] for word in named], named, loc="outside upper center", frameon=False, ncols=count)
+    figure.legend([handles[label] for label in named], named, loc="outside upper center", frameon=False, ncols=count)
     save_figure(figure, target)
 
 
 def draw_panel(axis: Axes, name: str, results: Sequence[dict], labels: Sequence[str]) -> dict[str, Line2D]:
-    """One metric of encoders of one architecture; returns what a legend says of it."""
+    """One metric of encoders of one architecture; returns its legend entries."""
     handles, ranges = {}, []
     having = [result for result in results if name in result["metrics"]]
     for result in having:
-        depths, found = entries(result["metrics"][name])
-        mean, std = column(found, "mean"), column(found, "std")
-        if np.isnan(mean).all():
+        depths, measured = entries(result["metrics"][name])
+        mean, std = column(measured, "mean"), column(measured, "std")
+        depths, mean, std = (np.array(values)[np.isfinite(mean)] for values in (depths, mean, std))
+        if not len(mean):
             continue
         number = labels.index(result["label"])
         colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
-        (handles[result["label"]],) = axis.plot(
-            depths, mean, DASHES[number // len(COLOURS) % len(DASHES)], color=colour, marker=marker, markersize=3,
-            markeredgewidth=0, markevery=math.ceil(len(depths) / 13), linewidth=1.1, zorder=3,
-        )  # fmt: skip
+        dash = DASHES[number // len(COLOURS) % len(DASHES)]
+        style = {"color": colour, "marker": marker, "markersize": 3, "markeredgewidth": 0, "linewidth": 1.1}
+        every = math.ceil(len(depths) / 13)
+        (handles[result["label"]],) = axis.plot(depths, mean, dash, markevery=every, zorder=3, **style)
         spread = np.nan_to_num(std)
         if spread.any():
             axis.fill_between(depths, mean - spread, mean + spread, color=colour, alpha=0.15, linewidth=0, zorder=2)
@@ -187,13 +187,14 @@ def draw_panel(axis: Axes, name: str, results: Sequence[dict], labels: Sequence[
         head_panel(axis, title(name))
         mark_empty(axis)
         return {}
-    drawn, words = draw_references(axis, [result["metrics"][name] for result in having], min(ranges), max(ranges))
-    head_panel(axis, title(name), ("; " if len("; ".join(words)) <= 36 else "\n").join(words))
+    drawn, subtitles = draw_references(axis, [result["metrics"][name] for result in having], min(ranges), max(ranges))
+    head_panel(axis, title(name), ("; " if len("; ".join(subtitles)) <= 36 else "\n").join(subtitles))
     metric = having[0]["metrics"][name]
     definition = re.sub(r"_(\w+)", r"$_{\1}$", metric["definition"])
     pure = metric["unit"] in ("probability", "ratio")
-    axis.set_ylabel(metric["unit"] if len(metric["definition"]) > 20 else
-                    definition if pure else f"{definition} ({metric['unit']})")  # fmt: skip
+    axis.set_ylabel(
+        metric["unit"] if len(metric["definition"]) > 20 else definition if pure else f"{definition} ({metric['unit']})"
+    )
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(axis="y", linewidth=0.3, alpha=0.6)
     block_ticks(axis, depths)
@@ -205,10 +206,10 @@ def draw_references(
 ) -> tuple[dict[str, Line2D], list[str]]:
     """The uniform value and the bounds of one metric of several encoders, whose data lie in [low, high].
 
-    Sets the limits of the axis. Returns what a legend says, and the values by name.
+    Sets the limits of the axis. Returns legend entries and subtitles.
     """
     room = max(high - low, 1e-3 * max(abs(low), abs(high)), 1e-9)
-    limits, handles, words, seen = [low, high], {}, [], set()
+    limits, handles, subtitles, seen = [low, high], {}, [], set()
     for kind, word, reach in (("uniform", "uniform", room), ("upper", "largest", room / 2)):
         named = {metric[kind]["value"]: metric[kind]["name"] for metric in metrics if metric.get(kind)}
         texts = []
@@ -225,12 +226,12 @@ def draw_references(
             else:
                 text += " ↑" if value > high else " ↓"
             texts.append(text)
-        words += [f"{word} {', '.join(texts)}"] if texts else []
+        subtitles += [f"{word} {', '.join(texts)}"] if texts else []
     margin = 0.05 * (max(limits) - min(limits)) or room
     lowest = max((metric["lower"]["value"] for metric in metrics if metric.get("lower")), default=-math.inf)
     # where the axis reaches the smallest possible value, it ends there, and bands with it
     axis.set_ylim(lowest if min(limits) - room / 2 <= lowest else min(limits) - margin, max(limits) + margin)
-    return handles, words
+    return handles, subtitles
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -301,8 +302,8 @@ def draw_spectra(results: Sequence[dict], metrics: Sequence[str], target: Path) 
         drawn = []
         for axis, result in cells:
             metric = result["metrics"][name]
-            depths, found = entries(metric)
-            profiles = column(found, f"mean_per_{metric['axis']}")
+            depths, measured = entries(metric)
+            profiles = column(measured, f"mean_per_{metric['axis']}")
             x = np.arange(1, profiles.shape[1] + 1)
             if metric["axis"] == "frequency":
                 x = np.arange(profiles.shape[1]) * 2 / math.isqrt(result["patches"])
@@ -329,7 +330,7 @@ def draw_spectra(results: Sequence[dict], metrics: Sequence[str], target: Path) 
 
 
 class Kind(NamedTuple):
-    """How results become a figure, and which metrics it shows unless told otherwise."""
+    """A kind of figure and the metrics that it shows by default."""
 
     draw: Callable[[Sequence[dict], Sequence[str], Path], None]
     metrics: str  # a group of attention.metrics.GROUPS
@@ -368,13 +369,13 @@ def draw_token_maps(tsne: dict, label: str, target: Path) -> None:
     figure = Figure(figsize=(side * columns, side * rows + 0.45), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     marks = [image_mark(tsne["classes"], classes, image) for image in range(len(tsne["classes"]))]
-    for axis, one in zip(axes, maps, strict=False):
-        for points, (colour, marker) in zip(one["points"], marks, strict=True):
+    for axis, block in zip(axes, maps, strict=False):
+        for points, (colour, marker) in zip(block["points"], marks, strict=True):
             axis.scatter(*np.array(points).T, s=4, color=colour, marker=marker, linewidth=0)
-        axis.set_title(f"block {one['block']} (from 0)")
-        everything = np.concatenate(one["points"])
+        axis.set_title(f"block {block['block']} (from 0)")
+        everything = np.concatenate(block["points"])
         low, high = everything.min(0), everything.max(0)
-        half, centre = 0.53 * (high - low).max(), (low + high) / 2  # distances mean something: one scale for both axes
+        half, centre = 0.53 * (high - low).max(), (low + high) / 2  # equal scales: distances are meaningful
         axis.set(xticks=[], yticks=[], box_aspect=1)
         axis.set(xlim=(centre[0] - half, centre[0] + half), ylim=(centre[1] - half, centre[1] + half))
     for axis in axes[len(maps) :]:
@@ -382,16 +383,23 @@ def draw_token_maps(tsne: dict, label: str, target: Path) -> None:
     figure.suptitle(f"{label}: t-SNE of the patch tokens of {len(marks)} images", fontsize=8)
     colours = [COLOURS[number % len(COLOURS)] for number in range(len(classes))]
     handles = [Line2D([], [], color=colour, marker="o", markersize=4, linestyle="") for colour in colours]
-    figure.legend(handles, classes, loc="outside lower center", ncols=min(len(classes), 6), frameon=False,
-                  title="colour: class; shade and shape: image", title_fontsize=6.5)  # fmt: skip
+    figure.legend(
+        handles,
+        classes,
+        loc="outside lower center",
+        ncols=min(len(classes), 6),
+        frameon=False,
+        title="colour: class; shade and shape: image",
+        title_fontsize=6.5,
+    )
     save_figure(figure, target)
 
 
 def image_mark(names: Sequence[str], classes: Sequence[str], image: int) -> tuple[np.ndarray, str]:
     """Colour and marker of one of the images whose classes are `names`: its class's colour, darker to lighter."""
     of_class = [index for index, name in enumerate(names) if name == names[image]]
-    place = of_class.index(image)
+    index_in_class = of_class.index(image)
     colour = np.array(to_rgb(COLOURS[classes.index(names[image]) % len(COLOURS)]))
-    shade = 1.0 if len(of_class) == 1 else 0.55 + 0.9 * place / (len(of_class) - 1)  # below 1 towards black
+    shade = 1.0 if len(of_class) == 1 else 0.55 + 0.9 * index_in_class / (len(of_class) - 1)  # below 1 towards black
     mixed = colour * shade if shade <= 1 else 1 - (1 - colour) * (2 - shade)
-    return mixed, MARKERS[place % len(MARKERS)]
+    return mixed, MARKERS[index_in_class % len(MARKERS)]

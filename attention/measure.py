@@ -1,6 +1,6 @@
 """One pass of a frozen encoder over images: every metric in every block, as moments over the images.
 
-A pass can be stopped between two batches and goes on from there, to the same bits.
+A pass can be interrupted between two batches and resumed bit for bit.
 """
 
 import time
@@ -20,7 +20,7 @@ from util.distributed import gather_objects
 from util.finite import overflow_cause
 from util.moments import Covariance, Moments
 
-Place = tuple[str, int]  # a metric, and the block (of tokens: the number of blocks before them)
+Key = tuple[str, int]  # metric and block; for metrics of tokens, the number of blocks before them
 
 
 def applicable(names: Collection[str], backbone: VisionTransformer) -> dict[str, Metric]:
@@ -36,8 +36,8 @@ def applicable(names: Collection[str], backbone: VisionTransformer) -> dict[str,
 
 def observe(
     step: BlockTrace, metrics: dict[str, Metric], num_prefix: int, has_cls: bool, sizes: Sizes, reduction: str
-) -> Iterator[tuple[Place, Tensor]]:
-    """What the metrics say of one block, (B,..) each; those of tokens, also of what enters the first block."""
+) -> Iterator[tuple[Key, Tensor]]:
+    """Metrics of one block, (B,..) each; metrics of tokens are also taken before the first block."""
     of_attention = {name: metric for name, metric in metrics.items() if not metric.of_tokens}
     if of_attention:
         wanted = {need for metric in of_attention.values() for need in metric.needs}
@@ -54,17 +54,17 @@ def observe(
 
 
 class Recorder:
-    """What was observed so far, by place."""
+    """Running moments of all observations, by key."""
 
     def __init__(self):
         self.moments = Moments()  # of all records of an image as one vector: one update per batch
-        self.widths: dict[Place, int] = {}
-        self.covariances: dict[Place, Covariance] = {}
+        self.widths: dict[Key, int] = {}
+        self.covariances: dict[Key, Covariance] = {}
 
     @classmethod
     def of(cls, states: Sequence[dict[str, Any]]) -> "Recorder":
-        """Of the images that all of these have seen; merged in their order: the same bits everywhere and in every run.
-        ValueError or KeyError for what is no state."""
+        """Merge the states of several recorders, in the given order so that all ranks compute the same bits.
+        ValueError or KeyError for an invalid state."""
         total = cls()
         for state in states:
             moments = Moments(**state["moments"])
@@ -81,49 +81,51 @@ class Recorder:
     def state(self) -> dict[str, Any]:
         return {
             "moments": vars(self.moments),
-            "widths": [[*place, width] for place, width in self.widths.items()],
-            "covariances": [[*place, vars(covariance)] for place, covariance in self.covariances.items()],
+            "widths": [[*key, width] for key, width in self.widths.items()],
+            "covariances": [[*key, vars(covariance)] for key, covariance in self.covariances.items()],
         }
 
-    def add(self, observed: dict[Place, Tensor]) -> None:
-        """One batch of at least one image. FloatingPointError for a number that is not finite, ValueError for other
-        numbers than those before."""
-        records = {place: record for place, record in observed.items() if not METRICS[place[0]].over_images}
-        widths = {place: record.shape[1] for place, record in records.items()}
+    def add(self, observed: dict[Key, Tensor]) -> None:
+        """Add a batch of at least one image. FloatingPointError for a number that is not finite, ValueError for a
+        set of metrics that differs from the batches before."""
+        records = {key: record for key, record in observed.items() if not METRICS[key[0]].over_images}
+        widths = {key: record.shape[1] for key, record in records.items()}
         if records and self.widths not in ({}, widths):
-            raise ValueError("the checkpoint holds other numbers than are measured now: start without --resume")
+            raise ValueError("the checkpoint holds other metrics than this run measures: start a new run")
         numbers = torch.cat(list(records.values()), dim=1).cpu() if records else torch.empty(0)
-        vectors = {place: record.cpu() for place, record in observed.items() if place not in records}
+        vectors = {key: record.cpu() for key, record in observed.items() if key not in records}
         if not all(values.isfinite().all() for values in (numbers, *vectors.values())):
-            name, block = next(place for place, record in observed.items() if not record.isfinite().all())
+            name, block = next(key for key, record in observed.items() if not record.isfinite().all())
             raise FloatingPointError(f"{name} is not finite in block {block}: leave this metric out")
-        for place, means in vectors.items():
-            self.covariances.setdefault(place, Covariance()).update(means)
+        for key, means in vectors.items():
+            self.covariances.setdefault(key, Covariance()).update(means)
         if records:
             self.widths = widths
             self.moments.update(numbers)
 
-    def results(self) -> dict[Place, dict]:
+    def results(self) -> dict[Key, dict]:
         """count, mean and std over the images of the summary, and of each number per axis, as JSON has them."""
-        found = {}
+        results = {}
         if self.widths:
             widths = list(self.widths.values())
             parts = (self.moments.mean.split(widths), self.moments.std().split(widths))
-            for place, mean, std in zip(self.widths, *parts, strict=True):
-                axis = METRICS[place[0]].axis
+            for key, mean, std in zip(self.widths, *parts, strict=True):
+                axis = METRICS[key[0]].axis
                 entry = {"count": self.moments.count, "mean": float(mean[0]), "std": float(std[0])}
                 if axis is not None:
                     entry |= {f"mean_per_{axis}": mean[1:].tolist(), f"std_per_{axis}": std[1:].tolist()}
-                found[place] = entry
-        for place, covariance in self.covariances.items():
+                results[key] = entry
+        for key, covariance in self.covariances.items():
             rank = min(covariance.count - 1, len(covariance.mean))  # more cannot differ from zero
             spectrum = log_spectrum(covariance.matrix(), rank)
             mean = float(spectrum.mean()) if rank else None
-            found[place] = {
-                "count": covariance.count, "mean": mean, "std": None,
-                f"mean_per_{METRICS[place[0]].axis}": spectrum.tolist(),
-            }  # fmt: skip
-        return found
+            results[key] = {
+                "count": covariance.count,
+                "mean": mean,
+                "std": None,
+                f"mean_per_{METRICS[key[0]].axis}": spectrum.tolist(),
+            }
+        return results
 
 
 @torch.no_grad()
@@ -137,7 +139,7 @@ def measure(
     device: torch.device,
     description: str = "attention",
     progress: Progress[Recorder] | None = None,
-) -> dict[Place, dict]:
+) -> dict[Key, dict]:
     """{(metric, block): count, mean, std, ...} over the images of all processes, each counted once.
 
     Metrics of tokens have a block more: 0 is what enters the first block. progress: the images measured before; the
@@ -165,7 +167,7 @@ def measure(
     return results
 
 
-def summary(label: str, encoder: Encoder, input_size: int, numbers: dict[Place, dict]) -> dict:
+def summary(label: str, encoder: Encoder, input_size: int, numbers: dict[Key, dict]) -> dict:
     """attention.json: what was measured, on what, and what each number means; enough to draw every figure.
 
     numbers: of `measure`. Blocks are counted from 0; metrics of tokens also have an entry `embedding`.

@@ -64,6 +64,7 @@ class Reduced(NamedTuple):
     cls_attention: Tensor | None  # (B,H,M) A_0j
     distance: Tensor | None  # (B,H,M) sum_j a'_ij |r_i - r_j|, in pixels
     received: Tensor | None  # (B,H,M) sum_i a'_ij, what patch j gets from all patches
+    patch_update: Tensor | None  # (B,M,D) update_i
 
 
 def reduce_attention(
@@ -109,6 +110,7 @@ def reduce_attention(
         cls_attention=cls_attention(trace, num_prefix) if "cls_attention" in wanted else None,
         distance=sums.distance * sizes.patch_size if sums.distance is not None else None,
         received=sums.received,
+        patch_update=trace.update[:, num_prefix:] if "patch_update" in wanted else None,
     )
 
 
@@ -141,6 +143,17 @@ def mutual_information(received: Tensor, patch_entropy: Tensor) -> Tensor:
     return torch.where(information > 0, information / normaliser, 0.0)
 
 
+def largest_share(weights: Tensor) -> Tensor:
+    """Share of non-negative weights (...,M) that the SINKS largest of them hold."""
+    return weights.topk(min(SINKS, weights.shape[-1])).values.sum(-1) / weights.sum(-1)
+
+
+def norm_ratio(vectors: Tensor) -> Tensor:
+    """(B,M,D) -> (B,1): the largest 2-norm divided by the median one."""
+    norms = torch.linalg.vector_norm(vectors.double(), dim=-1)
+    return (norms.amax(1) / norms.quantile(0.5, dim=1))[:, None]
+
+
 def farthest(sizes: Sizes) -> float:
     return math.dist((0, 0), (sizes.grid[0] - 1, sizes.grid[1] - 1)) * sizes.patch_size
 
@@ -162,6 +175,8 @@ REFERENCES: dict[str, Callable[[Sizes], float]] = {  # by the name that figures 
     "1/N": lambda s: 1 / s.tokens,
     "1/M": lambda s: 1 / s.patches,
     "R/N": lambda s: s.registers / s.tokens,
+    "4/M": lambda s: min(1.0, SINKS / s.patches),
+    "ranks": lambda s: float(s.patches),
     "ln M": lambda s: math.log(s.patches),
     "-ln M": lambda s: -math.log(s.patches),
     "mean distance": mean_distance,
@@ -201,8 +216,10 @@ LEGEND = (
     "softmax over all N tokens; a'_ij = A_ij / Σ_k A_ik; H(a) = -Σ_j a_j ln a_j; p_i is the position of patch i; "
     "x_i enters the block, update_i is what attention adds to it (before LayerScale), z_i leaves the block"
 )
+SINKS = 4  # patches that count as attention sinks
 LOGGED = "logged by the paper's code"
 PARK = "Park et al. 2023"
+REGISTERS = "Darcet et al. 2024"
 METRICS = {
     "cls_self_attention": Metric(
         "probability", "A_00", "Fig. 3, 10", lambda r: r.cls.to_self, needs=("cls",), upper="1", uniform="1/N",
@@ -233,11 +250,11 @@ METRICS = {
         uniform="1/N",
     ),
     "cls_register_attention": Metric(
-        "probability", "Σ_r A_0r", "Darcet et al. 2024", lambda r: r.cls.to_registers, needs=("cls", "registers"),
+        "probability", "Σ_r A_0r", REGISTERS, lambda r: r.cls.to_registers, needs=("cls", "registers"),
         upper="1", uniform="R/N",
     ),
     "patch_register_attention": Metric(
-        "probability", "mean_i Σ_r A_ir", "Darcet et al. 2024", lambda r: r.patches.to_registers.mean(2),
+        "probability", "mean_i Σ_r A_ir", REGISTERS, lambda r: r.patches.to_registers.mean(2),
         needs=("registers",), upper="1", uniform="R/N",
     ),
     "cls_patch_entropy": Metric(
@@ -270,6 +287,21 @@ METRICS = {
         lambda r: mutual_information(r.received, r.patches.patch_entropy), needs=("received",), upper="1", uniform="0",
         title="mutual information",
     ),
+    "patch_sink_attention": Metric(
+        "probability", "mean_i a'_ij, summed over the 4 patches j with the largest values", "Xiao et al. 2024 (sinks)",
+        lambda r: largest_share(r.received), needs=("received",), upper="1", uniform="4/M",
+        title="patch attention to sinks",
+    ),
+    "cls_sink_attention": Metric(
+        "probability", "a'_0j, summed over the 4 patches j with the largest values", "Xiao et al. 2024 (sinks)",
+        lambda r: largest_share(r.cls_attention), needs=("cls", "cls_attention"), upper="1", uniform="4/M",
+        title="[cls] attention to sinks",
+    ),
+    "patch_update_rank": Metric(
+        "rank", "exp H(s / Σ s), s: singular values of the matrix of update_i", "Roy and Vetterli 2007",
+        lambda r: entropy(torch.linalg.svdvals(r.patch_update.double())).exp()[:, None], needs=("patch_update",),
+        lower="1", upper="ranks", axis=None, title="effective rank of update",
+    ),
     "patch_log_amplitude": Metric(
         "log ratio", "ln|F z| of the highest diagonal frequency less that of the mean, F over the grid", PARK,
         log_amplitude, lower=None, of_tokens=True, axis="frequency", summary=lambda values: values[:, -1],
@@ -279,6 +311,10 @@ METRICS = {
         "log", "ln of the singular values of the covariance of z_i over patches; their mean", PARK,
         lambda tokens: log_singular_values(tokens.flatten(1, 2)), lower=None, of_tokens=True, axis="rank",
         title="singular values, tokens",
+    ),
+    "patch_norm_ratio": Metric(
+        "ratio", "max_i |z_i| / median_i |z_i|", REGISTERS, lambda tokens: norm_ratio(tokens.flatten(1, 2)),
+        lower="1", of_tokens=True, axis=None, title="largest patch norm",
     ),
     "image_log_singular_values": Metric(
         "log", "ln of the singular values of the covariance of mean_i z_i over images; their mean", PARK,
@@ -292,18 +328,20 @@ for _name, _metric in METRICS.items():
 # Figs. 3 to 6 and 10 to 13, in this order
 PAPER_METRICS = ("cls_self_attention", "cls_patch_entropy", "patch_self_attention_relative", "patch_patch_entropy")
 PARK_METRICS = tuple(name for name, metric in METRICS.items() if metric.source == PARK)
+SINK_METRICS = ("patch_norm_ratio", "patch_sink_attention", "cls_sink_attention", "patch_update_rank")
 GROUPS = {
     "paper": PAPER_METRICS,
-    "flow": tuple(name for name in METRICS if name not in PARK_METRICS),  # all that costs next to nothing
+    "flow": tuple(name for name in METRICS if name not in (*PARK_METRICS, *SINK_METRICS)),  # nearly free
     "park": PARK_METRICS,
+    "sinks": SINK_METRICS,
     "all": tuple(METRICS),
 }
 
 
-def metric_names(words: Sequence[str]) -> list[str]:
-    """Metrics by name or group, in the order given; ValueError for unknown words."""
-    if unknown := [word for word in words if word not in GROUPS and word not in METRICS]:
+def metric_names(names: Sequence[str]) -> list[str]:
+    """Expand groups and keep the order; ValueError for an unknown name."""
+    if unknown := [name for name in names if name not in GROUPS and name not in METRICS]:
         near = nearest(unknown[0], [*GROUPS, *METRICS])
         choices = f"the groups {', '.join(GROUPS)}, or {', '.join(METRICS)}"
         raise ValueError(f"unknown metrics {' '.join(unknown)}: {near}choose from {choices}")
-    return list(dict.fromkeys(name for word in words for name in GROUPS.get(word, (word,))))
+    return list(dict.fromkeys(metric for name in names for metric in GROUPS.get(name, (name,))))

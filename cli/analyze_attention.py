@@ -38,14 +38,27 @@ def get_args_parser() -> Parser:
     analysis = parser.add_argument_group("analysis")
     add_label_argument(analysis)
     add = analysis.add_argument
-    add("--metrics", nargs="+", default=["flow"], metavar="METRIC", type=one_of([*GROUPS, *METRICS]),
-        help=f"groups ({', '.join(GROUPS)}) or names: {', '.join(METRICS)}")  # fmt: skip
+    add(
+        "--metrics",
+        nargs="+",
+        default=["flow"],
+        metavar="METRIC",
+        type=one_of([*GROUPS, *METRICS]),
+        help=f"groups ({', '.join(GROUPS)}) or names: {', '.join(METRICS)}",
+    )
     add("--num_images", type=positive_int, help="size of a random subset of the images (default: all images)")
     add("--batch_size", default=64, type=positive_int, help="images per process")
     add("--reduction", default="auto", choices=["auto", *REDUCTIONS], help="how attention is computed; results agree")
+    add("--num_examples", default=4, type=non_negative_int, help="images whose maps a report shows; 0: none")
     add("--compile", action="store_true", help="compile the encoder's blocks: for long runs on a GPU")
-    add("--tsne_blocks", nargs="+", type=non_negative_int, default=[], metavar="BLOCK",
-        help=f"t-SNE of the patch tokens of {TSNE_IMAGES} images after these blocks")  # fmt: skip
+    add(
+        "--tsne_blocks",
+        nargs="+",
+        type=non_negative_int,
+        default=[],
+        metavar="BLOCK",
+        help=f"t-SNE of the patch tokens of {TSNE_IMAGES} images after these blocks",
+    )
     add_run_arguments(parser, trains=False)
     return parser
 

@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cli.console import Parser, any_int, named_path, non_negative, non_negative_int, positive, positive_int
-from cli.encoder_arguments import check_input_size, check_weights
-from data_sets.images import ON_BAD_IMAGE
+from cli.console import (
+    Parser,
+    any_int,
+    named_path,
+    non_negative,
+    non_negative_int,
+    positive,
+    positive_int,
+    share_below_one,
+)
+from cli.encoder_arguments import check_input_size, check_weights, settle_model
+from data_sets.images import ON_BAD_IMAGE, Images
 from data_sets.order import micro_steps_of_a_group
-from data_sets.table import DATASETS, check_dataset
+from data_sets.packed import is_packed
+from data_sets.table import DATASETS, build_dataset, build_splits, check_dataset
 from data_sets.views import LOADERS
+from runtime.trackers import TRACKERS
 from util.distributed import Timeouts
 from util.files import to_json
 
@@ -21,12 +33,22 @@ if TYPE_CHECKING:
     import torch
 
 
-def add_data_arguments(parser: Parser, labels: bool = True, loaders: bool = True) -> None:
-    """labels: whether the program uses labels, and so has --nb_classes; loaders: whether it has --loader."""
+def add_data_arguments(parser: Parser, labels: bool = True, loaders: bool = True, splits: bool = False) -> None:
+    """labels: whether the program uses labels, and so has --nb_classes; loaders: whether it has --loader; splits:
+    whether it trains and tests, and so has --val_split."""
     group = parser.add_argument_group("data")
-    group.add_argument("--data_path", required=True, type=named_path, help="folder of the data set")
+    group.add_argument("--data_path", required=True, type=named_path, help="folder of the data set, or hf:ORG/NAME")
     group.add_argument("--dataset", default="image_folder", help=f"kind of data set: {', '.join(DATASETS)}")
     group.add_argument("--allow_subset", action="store_true", help="accept fewer images than the official data set has")
+    group.add_argument("--label_column", metavar="NAME", help="column of the labels in a list, in .json or in a table")
+    if splits:
+        group.add_argument(
+            "--val_split",
+            default=0.0,
+            type=share_below_one,
+            metavar="SHARE",
+            help="test on this share of each class of a folder of classes without train/ and val/, drawn by --seed",
+        )
     group.add_argument(
         "--on_bad_image",
         choices=ON_BAD_IMAGE,
@@ -42,9 +64,9 @@ def add_data_arguments(parser: Parser, labels: bool = True, loaders: bool = True
     if loaders:
         group.add_argument(
             "--loader",
-            choices=LOADERS,
+            choices=list(LOADERS),
             default="pil",
-            help="pil: the pixels of the paper's recipe; tensor: faster, pixels differ by 1/255 here and there",
+            help="; ".join(f"{name}: {text}" for name, text in LOADERS.items()),
         )
     group.add_argument(
         "--num_workers",
@@ -72,10 +94,31 @@ def loading(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def data_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of data_sets.table.build_dataset that the arguments set."""
+    return {"allow_subset": args.allow_subset, "label_column": args.label_column}
+
+
+def run_test_images(args: argparse.Namespace) -> Images:
+    """The test images of a finished run with these arguments."""
+    if args.val_split:
+        return build_splits(args.dataset, args.data_path, None, **split_options(args))[1]
+    return build_dataset(args.dataset, args.data_path, "val", **data_options(args))
+
+
+def split_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of data_sets.table.build_splits that the arguments set."""
+    return {**data_options(args), "val_split": args.val_split, "seed": args.seed}
+
+
 def add_run_arguments(parser: Parser, trains: bool = True) -> None:
     group = parser.add_argument_group("run")
     group.add_argument("--output_dir", default="./output_dir", help="folder of the results; empty: write nothing")
     group.add_argument("--log_dir", default=None, help="TensorBoard folder (default: --output_dir)")
+    group.add_argument(
+        "--track", nargs="*", choices=TRACKERS, default=["tensorboard"],
+        help="send metrics, configuration, figures and records to these; wandb, trackio: requirements-track.txt",
+    )  # fmt: skip
     group.add_argument("--device", default="auto", help="cuda, cpu, or auto: CUDA if there is a GPU")
     group.add_argument("--seed", default=0, type=any_int, help="seed of data order, augmentation and initial weights")
     group.add_argument("--resume", default="", help='checkpoint to continue from; "auto": the newest in --output_dir')
@@ -136,7 +179,12 @@ def add_schedule_arguments(
     group.add_argument("--batch_size", default=batch_size, type=positive_int, help="images per process and micro-step")
     group.add_argument("--accum_iter", default=1, type=positive_int, help="micro-steps per optimizer step")
     group.add_argument("--epochs", default=epochs, type=positive_int, help="training epochs")
-    group.add_argument("--warmup_epochs", default=warmup_epochs, type=non_negative_int, help="linear warm-up epochs")
+    group.add_argument(
+        "--warmup_epochs",
+        default=warmup_epochs,
+        type=non_negative_int,
+        help="linear warm-up epochs; if more than --epochs, a tenth of these",
+    )
     group.add_argument(
         "--blr", default=blr, type=non_negative, **several, help="base learning rate: lr = blr x effective batch / 256"
     )
@@ -152,18 +200,23 @@ def plain(args: argparse.Namespace) -> dict:
 
 def check_training(args: argparse.Namespace) -> None:
     """Check how the arguments of a training fit together; ValueError."""
+    if hasattr(args, "finetune"):
+        settle_model(args)
     check_input_size(args.input_size, args.model)
     if args.start_epoch >= args.epochs:
         raise ValueError(f"--start_epoch {args.start_epoch}: the epochs are 0 to {args.epochs - 1}")
-    if args.warmup_epochs > args.epochs:
-        raise ValueError(f"--warmup_epochs {args.warmup_epochs} must be at most --epochs {args.epochs}")
     micro_steps_of_a_group(getattr(args, "bn_group", None) or args.batch_size, args.batch_size, args.accum_iter)
 
 
 def check_files(args: argparse.Namespace, remote: bool = False) -> None:
     """Check that data, architectures, weights and a checkpoint exist; ValueError. remote: without looking at files."""
     timeouts(args)
+    for name in args.track:
+        if name != "tensorboard" and not remote and importlib.util.find_spec(name) is None:
+            raise ValueError(f"--track {name}: not installed: pip install -r requirements-track.txt")
     check_dataset(args.dataset, None if remote else args.data_path)
+    if getattr(args, "loader", "") == "packed" and not (remote or is_packed(args.data_path)):
+        raise ValueError(f"--loader packed: {args.data_path} is not a folder of scripts/pack_images.py")
     check_weights(args, remote)
     resume = getattr(args, "resume", "")
     if not (remote or resume in ("", "auto") or Path(resume).is_file()):
@@ -177,7 +230,7 @@ RESUMABLE_FLAGS = set(
     output_dir log_dir resume device num_workers pin_mem dataloader_affinity_hack dist_url dist_timeout world_size
     local_rank args_from data_path accum_iter eval eval_every report dist_eval suffix save_predictions knn per_class
     cache_dir offline on_bad_image multilabel_metric finetune save_every_minutes save_every_steps figure_every
-    loc_workers images num_examples draw_threshold
+    loc_workers images num_examples draw_threshold track preset
     """.split()  # noqa: SIM905
 )
 

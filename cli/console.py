@@ -104,6 +104,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, description: str | None, **options):
         description, heading, examples = (description or "").partition("examples:\n")
         self.other_flags: list[str] = []  # of another program that reads the same command line
+        self.presets: dict[str, str] = {}  # flags that --preset NAME stands for
         options = {"epilog": heading + examples, "formatter_class": Help, "usage": "%(prog)s [options]", **options}
         # without abbreviations, whose meaning changes when a flag is added
         super().__init__(description=description, allow_abbrev=False, **options)
@@ -154,10 +155,13 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(parser: Parser, argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse; a run's args.json, named by --args_from, replaces the defaults."""
+    """Parse; a run's args.json, named by --args_from, replaces the defaults, and other flags replace a preset's."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--args_from", type=Path)
-    path = first.parse_known_args(argv)[0].args_from
+    first.add_argument("--preset")
+    given = first.parse_known_args(argv)[0]
+    argv = [*parser.presets.get(given.preset, "").split(), *(sys.argv[1:] if argv is None else argv)]
+    path = given.args_from
     if path is not None:
         try:
             parser.take_defaults(dict(json.loads(path.read_text(encoding="utf-8"))["args"]))

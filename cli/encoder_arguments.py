@@ -11,6 +11,7 @@ from cli.console import positive_int
 from encoders.architectures import FROM_FILE, architecture, default_input_size
 from encoders.catalogue import CATALOGUE, fetch_weights, known_family
 from encoders.families import FAMILIES
+from encoders.libraries import LIBRARIES, library_of
 
 if TYPE_CHECKING:
     import torch
@@ -40,7 +41,8 @@ def add_encoder_arguments(parser: argparse.ArgumentParser, several: bool = False
                        help=f"architecture, by name; {FROM_FILE}: the sizes of the weight file")  # fmt: skip
     group.add_argument(
         "--finetune", **default(""), metavar="WEIGHTS",
-        help="weights: a file, a catalogue name, a URL or a timm model's name; empty for random weights",
+        help="weights: a file, a catalogue name, a URL or a timm model's name; empty for random weights; or, without "
+             f"--model, a model run by its library: {'; '.join(library.names for library in LIBRARIES.values())}",
     )  # fmt: skip
     group.add_argument("--family", **default(None),
                        help=f"format of the file: {', '.join(FAMILIES)}, or auto (default): detected")  # fmt: skip
@@ -74,6 +76,17 @@ def precision(name: str) -> torch.dtype:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def settle_model(args: argparse.Namespace) -> None:
+    """Set --model to FROM_FILE for weights that their own library loads: it knows the architecture."""
+    weights, models = args.finetune, args.model
+    if isinstance(weights, list):
+        models = models * len(weights) if len(models) == 1 else models
+        if len(models) == len(weights):
+            args.model = [FROM_FILE if library_of(w) else model for w, model in zip(weights, models, strict=True)]
+    elif library_of(weights):
+        args.model = FROM_FILE
+
+
 def check_input_size(size: int | None, model: str) -> None:
     """ValueError where an input size, or the model's own, is not a multiple of the model's patch size."""
     if model == FROM_FILE:  # checked when the file is read
@@ -90,6 +103,7 @@ def check_input_size(size: int | None, model: str) -> None:
 
 def check_encoder(args: argparse.Namespace) -> None:
     """Refuse what the flags of one encoder alone show to be impossible; ValueError."""
+    settle_model(args)
     check_input_size(args.input_size, args.model)
     if args.std and not min(args.std) > 0:
         raise ValueError(f"--std {' '.join(map(str, args.std))}: values must be positive")
@@ -112,6 +126,8 @@ def check_weights(args: argparse.Namespace, remote: bool = False) -> None:
             continue
         if len(models) in (1, len(weights)) and len(families) in (1, len(weights)):
             known_family(name, models[index % len(models)], families[index % len(families)])
+        if library_of(name):
+            continue
         downloaded = (name in CATALOGUE and CATALOGUE[name].url) or urlparse(name).scheme in ("http", "https")
         if args.offline or not downloaded:
             fetch_weights(name, offline=True)
@@ -119,6 +135,7 @@ def check_weights(args: argparse.Namespace, remote: bool = False) -> None:
 
 def one_encoder_each(args: argparse.Namespace) -> list[argparse.Namespace]:
     """The arguments of each encoder of a program that takes several."""
+    settle_model(args)
     count, columns = len(args.finetune), {"finetune": args.finetune}
     for name in EACH:
         values = getattr(args, name)
@@ -146,7 +163,7 @@ def build_encoder(args: argparse.Namespace, **options) -> tuple[Encoder, int]:
     check_encoder(args)
     encoder = load_encoder(
         args.finetune, args.model, args.family, args.checkpoint_key, args.offline, mean=args.mean, std=args.std,
-        grid=args.grid, timm_name=args.timm_name, **options,
+        grid=args.grid, timm_name=args.timm_name, size=args.input_size, **options,
     )  # fmt: skip
     if not args.finetune:
         log.warning("no --finetune: the encoder's weights are random")

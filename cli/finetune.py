@@ -37,12 +37,13 @@ from cli.console import (
 )
 from cli.encoder_arguments import add_encoder_arguments
 from data_sets.table import DATASETS
+from encoders.libraries import library_of
 
 
 def get_args_parser() -> Parser:
     parser = Parser(__doc__)
     add_encoder_arguments(parser)
-    add_data_arguments(parser, loaders=False)  # timm augments PIL images
+    add_data_arguments(parser, loaders=False, splits=True)  # timm augments PIL images
     head = parser.add_argument_group("classifier")
     head.add_argument("--global_pool", action="store_true", help="classify the mean patch instead of [cls]")
     optim = parser.add_argument_group("optimisation")
@@ -85,6 +86,8 @@ def mixes(args: argparse.Namespace) -> bool:
 def check(args: argparse.Namespace) -> None:
     """Refuse arguments that contradict each other; ValueError."""
     check_training(args)
+    if library_of(args.finetune):
+        raise ValueError(f"--finetune {args.finetune} is run by its library, frozen: name a file or a catalogue name")
     if args.dataset in DATASETS and DATASETS[args.dataset].multi_label:
         raise ValueError(f"--dataset {args.dataset} has several labels per image: probe it with main_linprobe.py")
     if args.eval and not args.resume:

@@ -43,10 +43,7 @@ def get_args_parser() -> Parser:
     what = parser.add_argument_group("what to run")
     what.add_argument("--main", choices=PROGRAMS, default="main_linprobe", help="program to run")
     what.add_argument(
-        "--job_dir",
-        required=True,
-        type=named_path,
-        help="run folder; logs go to its jobs/, the code to its code/",
+        "--job_dir", required=True, type=named_path, help="run folder; logs go to its jobs/, the code to its code/"
     )
     what.add_argument(
         "--sweep",
@@ -84,11 +81,7 @@ def get_args_parser() -> Parser:
     job.add_argument("--slurm", nargs="+", default=[], metavar="NAME=VALUE", help="any other option of sbatch")
     old = parser.add_argument_group("accepted for old commands")
     old.add_argument(
-        "--use_volta32",
-        action="store_const",
-        const="volta32gb",
-        dest="constraint",
-        help="--constraint volta32gb",
+        "--use_volta32", action="store_const", const="volta32gb", dest="constraint", help="--constraint volta32gb"
     )
     return parser
 

@@ -16,6 +16,10 @@ examples:
     python main_linprobe.py --model vit_small_patch16 --finetune dino_vit_small_patch16 --dataset cifar10 \\
         --data_path data --cls_features cls abmilp:depth=2,act=tanh --return_block 2 5 8 11 --cache_views 1
 
+    # a few hundred photos: logistic regression, and AbMILP, on features that are computed once
+    python main_linprobe.py --preset small --finetune dino_vit_base_patch16 --data_path photos \\
+        --cls_features cls pos abmilp --output_dir runs/photos
+
     # continue a stopped run
     python main_linprobe.py --args_from runs/mae_b/args.json --resume auto
 """
@@ -33,16 +37,19 @@ from cli.arguments import (
     check_training,
     plain,
 )
-from cli.console import Parser, any_int, non_negative, non_negative_int, positive_int, share_below_one
+from cli.console import Parser, any_int, non_negative, non_negative_int, positive, positive_int, share_below_one
 from cli.encoder_arguments import add_encoder_arguments, add_oracle_arguments
+from cli.presets import add_preset
 from data_sets.table import DATASETS
 from encoders.architectures import check_blocks, known_depth
-from probing.heads import AGGREGATIONS, Options, check_aggregation, option_flags, parse_head
+from probing.heads import AGGREGATIONS, canonical_head, check_aggregation, option_flags, parts_of
 
 OPTIMIZERS = {  # settings of util.lars.LARS; momentum as in the paper, and as in its code for SGD
     "lars": {"momentum": 0.9},
     "sgd": {"momentum": 0.0, "trust_coefficient": None},
+    "logreg": {},  # probing.logreg, which does not use it
 }
+L2_PATH = [1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0]
 MULTILABEL_METRICS = ("map", "any_match", "label_accuracy")  # of util.scores.MultiLabelScores
 
 # arguments without effect on cached features, or whose effect is compared itself: --finetune by the digest of the
@@ -51,19 +58,20 @@ NOT_IN_FEATURES = (RESUMABLE_FLAGS - {"on_bad_image"}) | {
     "checkpoint_key", "dataset", "allow_subset", "nb_classes", "seed", "seeds", "seeds_vary", "oracle", "oracle_model",
     "oracle_family", "oracle_checkpoint_key", "init", "batch_size", "bn_group", "epochs", "warmup_epochs", "optimizer",
     "momentum", "weight_decay", "blr", "lr", "min_lr", "cache_views", "val_fraction", "cls_token", "global_pool",
-    "start_epoch",
+    "start_epoch", "preset", "l2", "shots", "episodes",
 }  # fmt: skip
 
 
 def get_args_parser() -> Parser:
     parser = Parser(__doc__)
+    add_preset(parser)
     add_encoder_arguments(parser)
-    add_data_arguments(parser)
+    add_data_arguments(parser, splits=True)
 
     add = parser.add_argument_group("probes").add_argument
     add("--cls_features", nargs="+", default=None, metavar="HEAD",
-        help=f"heads: {', '.join(AGGREGATIONS)}, with options as in abmilp:depth=2,act=tanh, ap12 or ca2 "
-        "(default: cls)")  # fmt: skip
+        help=f"heads: {', '.join(AGGREGATIONS)}, with options as in abmilp:depth=2,act=tanh, ap12 or ca2; of several "
+        "blocks (cls@8-11, pos@last4); concatenated (cls@8-11+pos) (default: cls)")  # fmt: skip
     add("--return_block", nargs="+", type=non_negative_int, metavar="BLOCK",
         help="blocks to probe, counted from 0 (default: the last)")  # fmt: skip
     add("--seeds", nargs="+", type=any_int, help="independent runs of every probe (default: --seed)")
@@ -83,7 +91,15 @@ def get_args_parser() -> Parser:
     add("--bn_group", type=positive_int, metavar="N",
         help="images that are normalised together; a part or a multiple of --batch_size (paper: 2048; default: "
         "--batch_size)")  # fmt: skip
-    add("--optimizer", nargs="+", choices=list(OPTIMIZERS), default=["lars"], help="update rules")
+    add("--optimizer", nargs="+", choices=list(OPTIMIZERS), default=["lars"],
+        help="update rules; logreg: no epochs, but L-BFGS to convergence on cached features, without augmentation "
+        "unless --cache_views is given")  # fmt: skip
+    add("--l2", nargs="+", type=positive, default=L2_PATH,
+        help="of logreg: strengths of the penalty l2 / 2 x squared weights; of several, held-out images choose (20 %% "
+        "of the training images, unless --val_fraction is given)")  # fmt: skip
+    add("--shots", nargs="+", type=positive_int, default=[], metavar="N",
+        help="of logreg: also fit on draws of N training images per class")  # fmt: skip
+    add("--episodes", default=20, type=positive_int, help="draws for each of --shots")
     add("--momentum", type=non_negative, help="momentum (default: 0.9 for LARS, 0 for SGD, as in the paper's code)")
     add("--weight_decay", default=0.0, type=non_negative, help="weight decay of matrices; with SGD also of vectors")
     add("--crop", choices=["mae", "torchvision", "center"], default="mae",
@@ -122,6 +138,8 @@ def get_args_parser() -> Parser:
 
 def check(args: argparse.Namespace) -> None:
     """Resolve arguments that depend on each other; ValueError for contradictions."""
+    if "logreg" in args.optimizer:
+        _check_logreg(args)
     check_training(args)
     if args.global_pool:
         raise ValueError(
@@ -133,8 +151,9 @@ def check(args: argparse.Namespace) -> None:
             raise ValueError("--cls_token is MAE's probe of [cls]: omit --cls_features or --cls_token")
         args.final_norm, args.init = True, "trunc_normal"
     args.cls_features = args.cls_features or ["cls"]
-    for aggregation, _ in heads(args):
-        check_aggregation(aggregation, not args.no_cls_token)
+    for head in heads(args, known_depth(args.model)):
+        for part in parts_of(head, {}):
+            check_aggregation(part.aggregation, not args.no_cls_token)
     check_blocks(args.return_block or [], known_depth(args.model))
     refused = {
         f"--lr {args.lr} sets one rate, --blr {args.blr} several: omit one of them": (
@@ -148,7 +167,7 @@ def check(args: argparse.Namespace) -> None:
             args.val_fraction and args.report == "best"
         ),
         f"--cache_views must be <= --epochs {args.epochs}, as an epoch uses one view; got {args.cache_views}": (
-            args.cache_views > args.epochs
+            args.cache_views > args.epochs and "logreg" not in args.optimizer
         ),
         f"--cache_views must be 1 without augmentation (--crop center), got {args.cache_views}": (
             args.crop == "center" and args.cache_views > 1
@@ -156,21 +175,36 @@ def check(args: argparse.Namespace) -> None:
         "--cache_dir stores the features of --cache_views: set it to the number of views": (
             args.cache_dir is not None and not args.cache_views
         ),
+        f"--shots {' '.join(map(str, args.shots))} needs --optimizer logreg": (
+            args.shots and "logreg" not in args.optimizer
+        ),
         "--save_predictions needs an --output_dir to write to": args.save_predictions and not args.output_dir,
     }
     for message, wrong in refused.items():
         if wrong:
             raise ValueError(message)
     if args.dataset in DATASETS and DATASETS[args.dataset].multi_label:
-        for flag in ("per_class", "knn"):
+        for flag in ("per_class", "knn", "shots"):
             if getattr(args, flag):
                 raise ValueError(f"--{flag} needs one label per image; --dataset {args.dataset} has several: omit it")
 
 
-def heads(args: argparse.Namespace) -> list[tuple[str, Options]]:
-    """Aggregations and options of --cls_features. ValueError for what does not exist."""
+def _check_logreg(args: argparse.Namespace) -> None:
+    """Replace what logreg has no use for: epochs, rates, and, without --cache_views, augmentation."""
+    if len(set(args.optimizer)) > 1:
+        raise ValueError(f"--optimizer {' '.join(args.optimizer)}: logreg has no epochs; give it a run of its own")
+    if not args.cache_views:
+        args.crop, args.cache_views = "center", 1
+    if len(set(args.l2)) > 1:
+        args.val_fraction = args.val_fraction or 0.2
+    args.epochs, args.warmup_epochs, args.start_epoch = 1, 0, 0
+    args.blr, args.lr, args.seeds_vary = [0.0], None, "weights"
+
+
+def heads(args: argparse.Namespace, depth: int | None) -> list[str]:
+    """The heads of --cls_features, as canonical_head names them; depth: of the encoder, None: not known yet."""
     flags = {flag: vars(args)[flag] for flag in option_flags()}
-    return [parse_head(head, flags) for head in args.cls_features]
+    return [canonical_head(head, flags, depth) for head in args.cls_features]
 
 
 def headline(args: argparse.Namespace) -> str:

@@ -1,4 +1,7 @@
-"""Random crops: the crop of MAE's recipe, which draws once, and torchvision's."""
+"""The part of an image that an encoder sees, cut and then resized: the crop of MAE's recipe, torchvision's, the central
+crop, and the whole image. `cut` and `resize` take PIL images, and uint8 tensors, which stay uint8."""
+
+from __future__ import annotations
 
 import math
 
@@ -9,13 +12,20 @@ from torchvision import transforms
 from torchvision.transforms import functional as F
 from torchvision.transforms.v2 import functional as v2
 
+AnyImage = Image.Image | Tensor
+
 
 class TorchvisionCrop(transforms.RandomResizedCrop):
     """torchvision's RandomResizedCrop, but uint8 tensors stay uint8 when they are resized: twice as fast."""
 
-    def forward(self, img: Image.Image | Tensor) -> Image.Image | Tensor:
-        window = self.get_params(img, self.scale, self.ratio)
-        return v2.resized_crop(img, *window, self.size, self.interpolation, antialias=True)
+    def cut(self, img: AnyImage) -> AnyImage:
+        return v2.crop(img, *self.get_params(img, self.scale, self.ratio))
+
+    def resize(self, img: AnyImage) -> AnyImage:
+        return v2.resize(img, list(self.size), self.interpolation, antialias=True)
+
+    def forward(self, img: AnyImage) -> AnyImage:
+        return self.resize(self.cut(img))
 
 
 class RandomResizedCrop(TorchvisionCrop):
@@ -27,7 +37,7 @@ class RandomResizedCrop(TorchvisionCrop):
     """
 
     @staticmethod
-    def get_params(img: Tensor, scale: tuple[float, float], ratio: tuple[float, float]) -> tuple[int, int, int, int]:
+    def get_params(img: AnyImage, scale: tuple[float, float], ratio: tuple[float, float]) -> tuple[int, int, int, int]:
         """(top, left, height, width) of the window in pixels of `img` (PIL image or (..., h, w) tensor)."""
         _, height, width = F.get_dimensions(img)
         area = height * width * torch.empty(1).uniform_(*scale).item()
@@ -38,3 +48,45 @@ class RandomResizedCrop(TorchvisionCrop):
         top = torch.randint(0, height - h + 1, (1,)).item()
         left = torch.randint(0, width - w + 1, (1,)).item()
         return top, left, h, w
+
+
+class Whole:
+    """The whole image, each side resized to `size` by its own factor."""
+
+    def __init__(self, size: int, interpolation: str = "bilinear"):
+        self.size, self.interpolation = size, transforms.InterpolationMode(interpolation)
+
+    def cut(self, img: AnyImage) -> AnyImage:
+        return img
+
+    def resize(self, img: AnyImage) -> AnyImage:
+        return v2.resize(img, [self.size, self.size], self.interpolation, antialias=True)
+
+
+class CentralCrop(Whole):
+    """The shorter side resized to `side`, then the central size x size pixels."""
+
+    PIXELS = 2**24  # of the resized image; beyond, only what the crop keeps is computed
+
+    def __init__(self, size: int, side: int, interpolation: str = "bicubic"):
+        super().__init__(size, interpolation)
+        self.side = side
+
+    def resize(self, img: AnyImage) -> AnyImage:
+        _, *sides = F.get_dimensions(img)
+        if max(sides) * self.side**2 <= min(sides) * self.PIXELS:
+            return v2.center_crop(
+                v2.resize(img, [self.side], self.interpolation, antialias=True), [self.size, self.size]
+            )
+        picture = v2.to_pil_image(img.cpu()) if isinstance(img, Tensor) else img
+        window, box = [], []  # (first, last) of what is read and of what is kept, height before width
+        for side in sides:
+            resized = self.side if side == min(sides) else int(self.side * side / min(sides))
+            first, factor = round((resized - self.size) / 2), side / resized
+            kept, margin = (first * factor, (first + self.size) * factor), math.ceil(4 * max(factor, 1))
+            window.append((max(math.floor(kept[0]) - margin, 0), min(math.ceil(kept[1]) + margin, side)))
+            box.append([edge - window[-1][0] for edge in kept])
+        picture = picture.crop([edges[end] for end in (0, 1) for edges in reversed(window)])
+        box = [edges[end] for end in (0, 1) for edges in reversed(box)]  # left, upper, right, lower
+        picture = picture.resize((self.size, self.size), Image.Resampling[self.interpolation.name], box)
+        return v2.pil_to_tensor(picture).to(img.device) if isinstance(img, Tensor) else picture

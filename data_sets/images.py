@@ -1,4 +1,4 @@
-"""Images of a data set by index: decoded to RGB in the same way everywhere, from files or from arrays.
+"""Images of a data set by index, whatever they are stored in, decoded to RGB in the same way everywhere.
 
 EXIF orientation is ignored, as torchvision's data sets ignore it: published accuracies were measured so.
 """
@@ -9,13 +9,14 @@ import concurrent.futures
 import contextlib
 import functools
 import hashlib
+import io
 import itertools
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
@@ -25,9 +26,10 @@ from util.lazy import lazy
 if TYPE_CHECKING:
     from torch import Tensor
 
-torch, io = lazy("torch"), lazy("torchvision.io")
+torch, torchvision_io = lazy("torch"), lazy("torchvision.io")
 
 ON_BAD_IMAGE = ("error", "skip")
+Label = int | np.ndarray  # a class; or (K,) zeros and ones in uint8
 
 
 class UnreadableImage(ValueError):
@@ -39,28 +41,33 @@ class UnreadableImage(ValueError):
 
 
 class DamagedImage(UnreadableImage):
-    """A file that can be read, but does not hold a complete image: what --on_bad_image is about."""
+    """Content that can be read, but is not a complete image: what --on_bad_image is about."""
 
 
-def read_rgb(path: str | Path) -> Image.Image:
-    """The image of a file in RGB, 8 bits a channel; of an animation, the first frame.
+# ---- decoding
+
+
+def decode(content: bytes | np.ndarray, name: str) -> Image.Image:
+    """The image of an encoded file or of pixels (h,w,3) uint8 in RGB; of an animation, the first frame.
 
     As Pillow's convert("RGB"): CMYK and palettes become colours, grey is repeated, transparency is dropped.
     UnreadableImage for more than 8 bits a channel: which of their values are black and white is not in the file, and
     Pillow would clip grey and cut colours, so that 12 bits in a 16-bit file become nearly black. Whatever Pillow
     raises if the image cannot be decoded.
     """
-    with Image.open(path) as image:
-        if kind := deep_pixels(image):
+    if isinstance(content, np.ndarray):
+        return Image.fromarray(np.ascontiguousarray(content))
+    with Image.open(io.BytesIO(content)) as image:
+        if kind := deep_pixels(image, content):
             raise UnreadableImage(
-                f"cannot read image {path}: its pixels have more than 8 bits ({image.format}, {kind}); scale the values"
+                f"cannot read image {name}: its pixels have more than 8 bits ({image.format}, {kind}); scale the values"
                 " that mean black to white to 0 to 255 and save it with 8 bits a channel"
             )
         image.load()
         return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def deep_pixels(image: Image.Image) -> str:
+def deep_pixels(image: Image.Image, content: bytes) -> str:
     """How the pixels of an opened, not yet loaded image are stored if they have more than 8 bits a channel; else ""."""
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         return f"mode {image.mode}"
@@ -72,7 +79,9 @@ def deep_pixels(image: Image.Image) -> str:
             return raw[0]
         if codec == "SGI16" or (codec.startswith("ppm") and args[-1] > 255):
             return "16 bits"
-        if codec == "jpeg2k" and (bits := _jpeg2000_bits(image.filename)) > 8:
+        # JPEG 2000: bits of the first channel are in the SIZ segment, the code stream's first (ISO 15444-1, A.5.1)
+        segment = content.find(b"\xff\x4f\xff\x51", 0, len(content) - 42)
+        if codec == "jpeg2k" and segment >= 0 and (bits := (content[segment + 42] & 0x7F) + 1) > 8:
             return f"{bits} bits"
     return ""
 
@@ -80,27 +89,26 @@ def deep_pixels(image: Image.Image) -> str:
 BITS_PER_SAMPLE = 258  # TIFF tag
 
 
-def _jpeg2000_bits(path: str | Path) -> int:
-    """Bits of the first channel: in the SIZ segment, with which the code stream begins (ISO 15444-1, A.5.1)."""
-    with open(path, "rb") as file:
-        head = file.read(2**16)
-    segment = head.find(b"\xff\x4f\xff\x51")
-    return (head[segment + 42] & 0x7F) + 1 if 0 <= segment < len(head) - 42 else 8
-
-
-def read_pixels(path: str | Path) -> Tensor:
-    """(3,h,w) uint8: the pixels of read_rgb, to the bit, but JPEG files faster.
+def decode_tensor(content: bytes | np.ndarray, name: str) -> Tensor:
+    """(3,h,w) uint8: the pixels of `decode`, to the bit, but of JPEG files faster; pixels are not copied.
 
     torchvision uses the same JPEG library as Pillow. What it refuses is left to Pillow: damaged files, and colours
     other than RGB and grey.
     """
-    data = np.fromfile(path, dtype=np.uint8)
-    if data[:2].tobytes() == b"\xff\xd8":
+    if isinstance(content, np.ndarray):
+        return torch.from_numpy(content).permute(2, 0, 1)
+    if content[:2] == b"\xff\xd8":
         with contextlib.suppress(RuntimeError):
-            pixels = io.decode_jpeg(torch.from_numpy(data), mode=io.ImageReadMode.UNCHANGED)
+            data = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+            pixels = torchvision_io.decode_jpeg(data, mode=torchvision_io.ImageReadMode.UNCHANGED)
             if len(pixels) in (1, 3):
                 return pixels.expand(3, -1, -1)
-    return pixels_of(read_rgb(path))
+    return pixels_of(decode(content, name))
+
+
+def read_rgb(path: str | Path) -> Image.Image:
+    """The image of a file. Errors are those of `decode`, and OSError."""
+    return decode(Path(path).read_bytes(), os.fspath(path))
 
 
 def pixels_of(image: Image.Image | Tensor) -> Tensor:
@@ -108,106 +116,137 @@ def pixels_of(image: Image.Image | Tensor) -> Tensor:
     return image if isinstance(image, torch.Tensor) else torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-WHOLE = 2**30  # bytes of image files up to which all of them are hashed: seconds
-SAMPLE = 4096  # files that are read of larger data sets
+# ---- data sets
 
 
-class FileImages:
-    """Images in files. Items are (PIL image, label), a label being a class or a (K,) uint8 row of zeros and ones."""
+class Content:
+    """Stored images: encoded files, or pixels (h,w,3) uint8. names: for messages, one for each image."""
 
-    def __init__(self, paths: Sequence[str | Path], targets: list[int] | np.ndarray, classes: list[str]):
-        self.samples = list(zip(map(str, paths), targets, strict=True))  # as torchvision's ImageFolder has them
-        self.targets, self.classes = targets, classes
+    names: Sequence[str]
+
+    def read(self, index: int) -> bytes | np.ndarray:
+        raise NotImplementedError
+
+    def stats(self) -> np.ndarray:
+        """(n,2) int64: bytes of each image, and when its file was modified (ns; 0: never)."""
+        raise NotImplementedError
+
+
+class Files(Content):
+    """A file for each image."""
+
+    def __init__(self, paths: Iterable[str | Path]):
+        self.names = list(map(str, paths))
+
+    def read(self, index: int) -> bytes:
+        with open(self.names[index], "rb") as file:
+            return file.read()
+
+    def stats(self) -> np.ndarray:
+        stats = _in_threads(lambda index: os.stat(self.names[index]), range(len(self.names)), self.names)
+        return np.array([(status.st_size, status.st_mtime_ns) for status in stats], np.int64).reshape(-1, 2)
+
+
+class Pixels(Content):
+    """An array (n,h,w,3) uint8, perhaps mapped from a file."""
+
+    def __init__(self, pixels: np.ndarray):
+        if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] != 3:
+            raise ValueError(f"pixels are {pixels.dtype} of shape {pixels.shape}: they must be uint8, (n, h, w, 3)")
+        self.pixels, self.names = pixels, [f"number {index}" for index in range(len(pixels))]
+
+    def read(self, index: int) -> np.ndarray:
+        return self.pixels[index]
+
+    def stats(self) -> np.ndarray:
+        return np.full((len(self.pixels), 2), (self.pixels[:1].nbytes, 0))
+
+
+WHOLE = 2**30  # bytes of images up to which all of them are hashed: seconds
+SAMPLE = 4096  # images that are read of larger data sets
+
+
+class Images:
+    """Images with labels: items (PIL image in RGB, label). targets: a list of n classes, or (n,K) zeros and ones."""
+
+    def __init__(self, content: Content, targets: Sequence[int] | np.ndarray, classes: Sequence[str]):
+        self.content, self.classes, self.names = content, list(classes), content.names
+        self.targets = targets if isinstance(targets, np.ndarray) else list(targets)
+        if len(self.names) != len(self.targets):
+            raise ValueError(f"{len(self.names):,} images, but {len(self.targets):,} labels")
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return len(self.targets)
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, int | np.ndarray]:
-        path, target = self.samples[index]
-        return read_rgb(path), target
+    def __getitem__(self, index: int) -> tuple[Image.Image, Label]:
+        return decode(self.content.read(index), self.names[index]), self.targets[index]
+
+    @functools.cached_property
+    def samples(self) -> list[tuple[str, Label]]:
+        """(path, label) as in torchvision's ImageFolder; AttributeError unless every image has a file of its own."""
+        if not isinstance(self.content, Files):
+            raise AttributeError("samples")
+        return list(zip(self.names, self.targets, strict=True))
+
+    def part(self, indices: Sequence[int]) -> Images:
+        """Some of the images, which must be files, in the order of `indices`."""
+        several = isinstance(self.targets, np.ndarray)
+        targets = self.targets[indices] if several else [self.targets[index] for index in indices]
+        return Images(Files(self.names[index] for index in indices), targets, self.classes)
 
     @functools.cached_property
     def stats(self) -> np.ndarray:
-        """(n,2) int64: size and modification time in ns of each file."""
-        stats = _in_threads(os.stat, [path for path, _ in self.samples])
-        return np.array([(status.st_size, status.st_mtime_ns) for status in stats], np.int64).reshape(-1, 2)
+        return self.content.stats()
 
     @functools.cached_property
     def digests(self) -> np.ndarray | None:
-        """(n,32) uint8: sha256 of each image's content; None if the files have more than WHOLE bytes altogether."""
+        """(n,32) uint8: sha256 of each image's content; None if they have more than WHOLE bytes altogether."""
         if self.stats[:, 0].sum() > WHOLE:
             return None
-        contents = _in_threads(functools.partial(_sha256, -1), [path for path, _ in self.samples])
-        return np.frombuffer(b"".join(contents), np.uint8).reshape(-1, 32)
+        return np.frombuffer(b"".join(self.sha256(range(len(self)))), np.uint8).reshape(-1, 32)
+
+    def sha256(self, indices: Sequence[int], limit: int | None = None) -> Iterator[bytes]:
+        """Of the first `limit` bytes of images."""
+
+        def digest(index: int) -> bytes:
+            content = self.content.read(index)
+            return hashlib.sha256((content if isinstance(content, bytes) else content.tobytes())[:limit]).digest()
+
+        return _in_threads(digest, indices, self.names)
 
 
-class ArrayImages:
-    """Images in an array (n,h,w,3) uint8, perhaps mapped from a file. Items are (PIL image, label)."""
+def fingerprint(images: Images, local: bool = False) -> str:
+    """sha256 that identifies a data set by its images, on any machine and in any folder or container.
 
-    def __init__(self, pixels: np.ndarray, targets: list[int], classes: list[str]):
-        if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] != 3:
-            raise ValueError(f"pixels are {pixels.dtype} of shape {pixels.shape}: they must be uint8, (n, h, w, 3)")
-        self.pixels, self.targets, self.classes = pixels, targets, classes
-
-    def __len__(self) -> int:
-        return len(self.pixels)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return Image.fromarray(np.ascontiguousarray(self.pixels[index])), self.targets[index]
-
-    @functools.cached_property
-    def digests(self) -> np.ndarray:
-        """(n,32) uint8: sha256 of each image's content."""
-        contents = (hashlib.sha256(np.ascontiguousarray(image)).digest() for image in self.pixels)
-        return np.frombuffer(b"".join(contents), np.uint8).reshape(-1, 32)
-
-
-def fingerprint(images: FileImages | ArrayImages, local: bool = False) -> str:
-    """sha256 that identifies a data set by its pixels, on any machine and in any folder.
-
-    It covers the classes and, in their order, each image's label, file name with the folder above it, and content. Of
-    more than WHOLE bytes of files, it covers all sizes, but the content of SAMPLE files only, evenly spread: the first
-    WHOLE / SAMPLE bytes of each. A file that is replaced by another of equal size may then go unnoticed, except with
-    local = True, which adds the modification times of such data sets: for what stays on one machine, as caches do.
-    Copies of a data set may differ in them.
-    UnreadableImage for a file that is missing or cannot be read.
+    It covers the classes and, in their order, each image's label and content. Of more than WHOLE bytes of images, it
+    covers all sizes, but the content of SAMPLE images only, evenly spread: the first WHOLE / SAMPLE bytes of each. An
+    image that is replaced by another of equal size may then go unnoticed, except with local = True, which adds the
+    modification times of such data sets: for what stays on one machine, as caches do. Copies of a data set may differ
+    in them. UnreadableImage for a file that is missing or cannot be read.
     """
-    paths = [path for path, _ in getattr(images, "samples", ())]
-    names = ["/".join(Path(path).parts[-2:]) for path in paths]
-    total = hashlib.sha256(json.dumps([list(map(str, images.classes)), names]).encode())
+    total = hashlib.sha256(json.dumps(list(map(str, images.classes))).encode())
     total.update(np.asarray(images.targets, dtype=np.int64).tobytes())
     if images.digests is not None:
         total.update(images.digests)
         return total.hexdigest()
     total.update(np.ascontiguousarray(images.stats if local else images.stats[:, :1]))
-    chosen = np.unique(np.linspace(0, len(paths) - 1, SAMPLE, dtype=int))
-    for content in _in_threads(functools.partial(_sha256, WHOLE // SAMPLE), [paths[index] for index in chosen]):
-        total.update(content)
+    chosen = np.unique(np.linspace(0, len(images) - 1, SAMPLE, dtype=int))
+    for digest in images.sha256(chosen, WHOLE // SAMPLE):
+        total.update(digest)
     return total.hexdigest()
 
 
-def _sha256(limit: int, path: str) -> bytes:
-    """Of the first bytes of a file; limit = -1: of all."""
-    with open(path, "rb") as file:
-        return hashlib.sha256(file.read(limit)).digest()
-
-
-def _in_threads(function: Callable, paths: Sequence[str]) -> Iterator:
-    """function(path) in the order of the paths; threads hide the latency of network disks."""
+def _in_threads(function: Callable[[int], Any], indices: Sequence[int], names: Sequence[str]) -> Iterator:
+    """function(index) in the order of the indices; threads hide the latency of network disks."""
 
     def apply(start: int) -> list:
         results = []
-        for path in paths[start : start + 512]:
+        for index in indices[start : start + 512]:
             try:
-                results.append(function(path))
+                results.append(function(index))
             except OSError as error:
-                raise UnreadableImage(f"cannot read image {path}: {error.strerror}") from error
+                raise UnreadableImage(f"cannot read image {names[index]}: {error.strerror or error}") from error
         return results
 
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
-        yield from itertools.chain.from_iterable(pool.map(apply, range(0, len(paths), 512)))
-
-
-def path_of(images: FileImages | ArrayImages, index: int) -> str:
-    """The path of an image of a data set, or its number if it has no file."""
-    return images.samples[index][0] if hasattr(images, "samples") else f"number {index}"
+        yield from itertools.chain.from_iterable(pool.map(apply, range(0, len(indices), 512)))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import operator
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,11 +13,10 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 
-from data_sets.images import ON_BAD_IMAGE, DamagedImage, UnreadableImage, path_of
-from data_sets.table import Images
-from data_sets.views import View
+from data_sets.images import ON_BAD_IMAGE, DamagedImage, Images, Label, UnreadableImage
+from data_sets.views import View, Windows
 from util import distributed, signals
 from util.progress import log, progress
 from util.seeding import seeded
@@ -26,8 +24,8 @@ from util.workers import WAIT, check_workers, worker_failure
 
 
 class Sample(NamedTuple):
-    image: Tensor  # (3,h,w) normalised; between a loader's worker and the loader, pixels in uint8
-    label: int | np.ndarray  # the class; or (K,) zeros and ones in uint8, to be converted with .float()
+    image: Tensor  # (3,h,w) normalised; between a loader's worker and the loader, pixels in uint8 or Windows
+    label: Label  # zeros and ones are to be converted with .float()
     index: int  # position in the data set
     noise: Tensor  # (M,) uniform, drawn after the augmentation; empty unless asked for
     valid: bool = True  # False if damaged: training shows another image instead, evaluation must not count it
@@ -88,35 +86,41 @@ class KeyedDataset:
                 image, label = self.replacement(index)
         make = self.transform.pixels if self.as_pixels else self.transform
         with seeded("sample", seed, epoch, index):
-            view = make(Image.new("RGB", (8, 8)) if image is None else image)
+            view = make(Image.new("RGB", (8, 8)) if image is None else image)  # draws as for any image
             view = torch.zeros_like(view) if image is None else view
             return Sample(view, label, index, torch.rand(self.noise), valid)
 
-    def read(self, index: int) -> tuple[Image.Image | Tensor, int | np.ndarray]:
+    def read(self, index: int) -> tuple[Image.Image | Tensor, Label]:
         """An image in RGB and its label. DamagedImage if it cannot be decoded; UnreadableImage if the system reports
         another reason: no such file, no permission, a broken disk."""
-        read = self.transform.read if isinstance(self.transform, View) else operator.getitem
         try:
-            return read(self.dataset, index)
+            is_view = isinstance(self.transform, View)
+            return self.transform.read(self.dataset, index) if is_view else self.dataset[index]
         except (MemoryError, UnreadableImage):
             raise
         except Exception as error:  # decoders raise anything: OSError without errno, SyntaxError, struct.error
             kind = DamagedImage if getattr(error, "errno", None) is None else UnreadableImage
-            raise kind(f"cannot read image {path_of(self.dataset, index)}: {error}") from error
+            raise kind(f"cannot read image {self.dataset.names[index]}: {error}") from error
 
-    def replacement(self, index: int) -> tuple[Image.Image, int | np.ndarray]:
+    def replacement(self, index: int) -> tuple[Image.Image | Tensor, Label]:
         """The next image after `index` that can be read; after the last one follows the first."""
         candidates = range(len(self)) if self.indices is None else self.indices
         start = int(np.searchsorted(candidates, index)) if self.indices is not None else index
         for step in range(1, min(len(candidates), MAX_BAD_IN_A_ROW + 1)):
             with contextlib.suppress(DamagedImage):
                 return self.read(int(candidates[(start + step) % len(candidates)]))
-        raise UnreadableImage(f"cannot read image {path_of(self.dataset, index)}, nor any that could replace it")
+        raise UnreadableImage(f"cannot read image {self.dataset.names[index]}, nor any that could replace it")
 
 
 def _use_all_cores(worker_id: int) -> None:
     """Undo an affinity mask that some OpenMP builds set in the parent (pytorch issue 101850)."""
     os.sched_setaffinity(0, range(os.cpu_count()))
+
+
+def _collate_windows(samples: Sequence[Sample]) -> Sample:
+    """A batch of images of different sizes."""
+    batch = default_collate([sample._replace(image=sample.index) for sample in samples])
+    return batch._replace(image=Windows([sample.image for sample in samples]))
 
 
 class Loader(DataLoader):
@@ -154,7 +158,7 @@ class Loader(DataLoader):
         everywhere = sorted(set().union(*distributed.gather_objects(damaged)))
         if distributed.rank() == 0 and not set(everywhere) <= set(self.damaged):
             outcome = "replaced by the next" if self.dataset.train else "left out"
-            paths = ", ".join(path_of(self.dataset.dataset, index) for index in everywhere[:5])
+            paths = ", ".join(self.dataset.dataset.names[index] for index in everywhere[:5])
             more = ", ..." if len(everywhere) > 5 else ""
             log.warning("%d images could not be read and were %s: %s%s", len(everywhere), outcome, paths, more)
         self.damaged = tuple(everywhere)
@@ -178,8 +182,10 @@ def build_loader(
     if isinstance(dataset.transform, View):
         dataset = copy.copy(dataset)
         dataset.as_pixels = True
+    windows = dataset.as_pixels and dataset.transform.loader == "gpu"
     loader = Loader(
         dataset,
+        collate_fn=_collate_windows if windows else None,
         batch_sampler=batches,
         num_workers=num_workers,
         pin_memory=pin_memory,

@@ -2,174 +2,111 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import io
 import json
 import os
 import struct
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from data_sets.images import FileImages
+from data_sets.files import in_class_order
+from data_sets.images import Content, Files, Images
 from util import distributed
 from util.progress import log
 
 
-def find_folder(
-    root: Path, name: str, marker: str, url: str = "", md5: str | None = None, into: Path | None = None
-) -> Path:
+@contextlib.contextmanager
+def reading(path: Path | str) -> Iterator[None]:
+    """Raise whatever a missing or damaged file raises as a ValueError of one line with its path."""
+    try:
+        yield
+    except Exception as error:  # parsers of damaged content raise anything
+        reason = repr(error)
+        if isinstance(error, ValueError | OSError | KeyError):
+            reason = "it has no " * isinstance(error, KeyError) + " ".join(str(error).split())
+        raise ValueError(f"{path} cannot be read: {reason[:300]}") from error
+
+
+class Listing(NamedTuple):
+    """Image files with their labels, as a list of a data set states them."""
+
+    source: Path  # the list
+    paths: list[Path]
+    targets: list[int] | np.ndarray  # classes from 0; or (n,K) zeros and ones
+    classes: list[str]
+
+    def images(self, allow_subset: bool) -> Images:
+        """ValueError if an image is listed twice, or missing; allow_subset leaves missing ones out."""
+        refuse_duplicates(self.paths, "image", self.source)
+        images = Images(Files(self.paths), self.targets, self.classes)
+        missing = missing_files(self.paths)
+        if not missing:
+            return images
+        problem = f"{len(missing):,} of the {len(self.paths):,} images that {self.source} lists are missing"
+        if not allow_subset or len(missing) == len(self.paths):
+            raise ValueError(f"{problem}, the first {self.paths[missing[0]]}")
+        log.info("%s and left out", problem)
+        return images.part(sorted(set(range(len(images))) - set(missing)))
+
+
+def images_by_class(
+    content: Content, labels: Sequence[Sequence[str]], classes: Sequence[str] | None, multi_label: bool
+) -> Images:  # fmt: skip
+    """Images with labels by name: exactly one each, or with multi_label any number.
+
+    classes: in the order of their numbers; None: those that appear, in class order. ValueError for another name.
+    """
+    for name, mine in zip(content.names, labels, strict=True):
+        if len(mine) != 1 and not multi_label:
+            raise ValueError(f"{len(mine)} labels of {name}, expected one; data sets multilabel_* take any number")
+    known = {name for names in labels for name in names}
+    classes = in_class_order(known) if classes is None else list(classes)
+    if unknown := sorted(known - set(classes)):
+        raise ValueError(f"label {unknown[0]!r} is none of the {len(classes):,} classes")
+    if not known:
+        raise ValueError("no image has a label")
+    return Images(content, targets_of(labels, classes, multi_label), classes)
+
+
+def targets_of(labels: Sequence[Sequence[str]], classes: Sequence[str], multi_label: bool) -> list[int] | np.ndarray:
+    numbers = {name: number for number, name in enumerate(classes)}
+    if not multi_label:
+        return [numbers[name] for (name,) in labels]
+    targets = np.zeros((len(labels), len(classes)), np.uint8)
+    for row, names in enumerate(labels):
+        targets[row, [numbers[name] for name in names]] = 1
+    return targets
+
+
+def find_folder(root: Path, name: str, marker: str, archives: Sequence[tuple[str, str]] = (), into: str = "") -> Path:
     """The folder `name` of an unpacked data set: in `root`, or `root` itself.
 
-    marker: a path that must exist in it. url: of the archive; if the marker is missing, rank 0 downloads it and unpacks
-    it `into` a folder (default: root) while the others wait. ValueError if that fails.
+    marker: a path that must exist in it. archives: (address, md5); if the marker is missing, rank 0 downloads and
+    unpacks them in the folder `into` of root while the others wait.
     """
+
+    def marked() -> Path | None:
+        return next((folder for folder in (root / name, root) if (folder / marker).exists()), None)
+
     with distributed.main_process_first():
-        if not _marked(root, name, marker) and url:
+        for url, md5 in archives if not marked() else ():
             from torchvision.datasets.utils import download_and_extract_archive
 
             log.info("downloading %s", url)
             try:
-                download_and_extract_archive(url, str(into or root), md5=md5)
+                download_and_extract_archive(url, str(root / into), md5=md5)
             except Exception as error:  # of the network, of tar, of the disk
-                raise ValueError(f"{name}/{marker} is not there, and {url} cannot be downloaded: {error}") from error
-    if folder := _marked(root, name, marker):
+                raise ValueError(f"{name}/{marker} is missing, and {url} cannot be downloaded: {error}") from error
+    if folder := marked():
         return folder
     raise ValueError(f"neither {name}/{marker} nor {marker} is in it" if root.is_dir() else "there is no such folder")
-
-
-def _marked(root: Path, name: str, marker: str) -> Path | None:
-    return next((folder for folder in (root / name, root) if (folder / marker).exists()), None)
-
-
-def read_lines(path: Path) -> list[str]:
-    """The lines of a list, stripped, without empty ones."""
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
-    lines = [line for line in lines if line]
-    if not lines:
-        raise ValueError(f"{path} is empty")
-    return lines
-
-
-def read_rows(path: Path, *kinds: Callable[[str], Any]) -> list[tuple]:
-    """The rows of a list with one column for each of `kinds` (int, str). Lines that begin with # are comments."""
-    rows = []
-    for number, line in enumerate(read_lines(path), 1):
-        if line.startswith("#"):
-            continue
-        fields = line.split(maxsplit=len(kinds) - 1)
-        try:
-            rows.append(tuple(kind(field) for kind, field in zip(kinds, fields, strict=True)))
-        except ValueError as error:
-            wanted = " ".join(kind.__name__ for kind in kinds)
-            raise ValueError(f"{path}, line {number}: {line[:60]!r} is not of the form {wanted}") from error
-    return rows
-
-
-def read_json(path: Path) -> Any:
-    def entries(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):  # json keeps the last of them
-            refuse_duplicates([name for name, _ in pairs], "entry", "an object")
-        return found
-
-    try:
-        return json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=entries)
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
-
-
-def read_table(path: Path, kind: Callable[[str], Any]) -> dict[int, Any]:
-    """{number: value} of a list of two columns. ValueError for a number that appears twice."""
-    rows = read_rows(path, int, kind)
-    refuse_duplicates([number for number, _ in rows], "number", path)
-    return dict(rows)
-
-
-def read_matlab(path: Path, name: str, *fields: str) -> np.ndarray:
-    """A variable of a MATLAB file, as an array of at least one dimension. fields: those that a structure must have."""
-    from scipy.io import loadmat
-
-    try:
-        _check_matlab(path.read_bytes())
-        content = loadmat(path, squeeze_me=True).get(name)
-    except Exception as error:  # scipy raises anything for damaged files
-        raise ValueError(f"{path} cannot be read: {error}") from error
-    if content is None:
-        raise ValueError(f"{path} has no variable {name!r}")
-    array = np.atleast_1d(content)
-    if missing := [field for field in fields if field not in (array.dtype.names or ())]:
-        raise ValueError(f"{path}: {name!r} has no {', '.join(missing)}")
-    return array
-
-
-def _check_matlab(data: bytes) -> None:
-    """ValueError or zlib.error for a damaged MATLAB 5 file, over which scipy's compiled reader may crash: elements must
-    fill the file, and the checksums of compressed ones, as all published files have, must hold."""
-    order, start = "<" if data[126:128] == b"IM" else ">", 128
-    while start < len(data):
-        kind, size = struct.unpack_from(f"{order}II", data, start)
-        if kind not in (COMPRESSED, MATRIX):
-            raise ValueError("it is not a MATLAB 5 file, or damaged")
-        start += 8 + size
-        if kind == COMPRESSED:
-            zlib.decompress(data[start - size : start])
-    if start != len(data) or start == 128:
-        raise ValueError("it is cut off")
-
-
-MATRIX, COMPRESSED = 14, 15  # data types of a MATLAB 5 file's elements
-
-
-def read_flags(path: Path) -> np.ndarray:
-    """A file of a 0 or a 1 in each line: (n,) uint8."""
-    try:
-        flags = path.read_bytes().split()
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
-    if strange := set(flags) - {b"0", b"1"}:
-        raise ValueError(f"{path}: a label is {sorted(strange)[0][:40].decode(errors='replace')!r}, neither 0 nor 1")
-    return np.array([flag == b"1" for flag in flags], dtype=np.uint8)
-
-
-def read_bytes(path: Path, record: int) -> np.ndarray:
-    """A file of records of `record` bytes each, memory-mapped: (n, record) uint8."""
-    try:
-        size = path.stat().st_size
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
-    if not size or size % record:
-        raise ValueError(f"{path} is damaged: it has {size:,} bytes, not a multiple of {record:,}, a record's size")
-    return np.memmap(path, dtype=np.uint8, mode="r").reshape(-1, record)
-
-
-def zero_based(labels: Iterable[int], classes: int, path: Path, first: int = 1) -> list[int]:
-    """Labels that count from `first`, changed to count from 0. ValueError for one out of range."""
-    shifted = [int(label) - first for label in labels]
-    for number, label in enumerate(shifted, 1):
-        if not 0 <= label < classes:
-            allowed = f"between {first} and {classes - 1 + first}"
-            raise ValueError(f"{path}: label {label + first} of entry {number} is not {allowed}")
-    return shifted
-
-
-def refuse_duplicates(values: Sequence, what: str, source: Path | str) -> None:
-    """ValueError with the first of the values that appears twice."""
-    if len(set(values)) < len(values):
-        value = next(value for value, count in Counter(values).items() if count > 1)
-        raise ValueError(f"{source}: {what} {value} appears twice")
-
-
-def same_length(what: Iterable, path: Path, others: Iterable, other: Path) -> None:
-    """ValueError unless two lists that belong together have equally many entries."""
-    if len(what) != len(others):
-        raise ValueError(f"{path} has {len(what):,} entries, but {other} {len(others):,}: they do not belong together")
 
 
 def missing_files(paths: Iterable[Path]) -> list[int]:
@@ -182,18 +119,88 @@ def missing_files(paths: Iterable[Path]) -> list[int]:
     return [index for index, path in enumerate(paths) if path.name not in names(path.parent)]
 
 
-def listed_images(
-    paths: list[Path], targets: list[int] | np.ndarray, classes: list[str], source: Path, allow_subset: bool
-) -> FileImages:
-    """The images of a list. ValueError if one is listed twice, or missing; allow_subset leaves missing ones out."""
-    refuse_duplicates(paths, "image", source)
-    missing = missing_files(paths)
-    if missing:
-        problem = f"{len(missing):,} of the {len(paths):,} images that {source} lists are missing"
-        if not allow_subset or len(missing) == len(paths):
-            raise ValueError(f"{problem}, the first {paths[missing[0]]}")
-        log.info("%s and left out", problem)
-        keep = sorted(set(range(len(paths))) - set(missing))
-        paths = [paths[index] for index in keep]
-        targets = targets[keep] if isinstance(targets, np.ndarray) else [targets[index] for index in keep]
-    return FileImages(paths, targets, classes)
+def read_lines(path: Path) -> list[str]:
+    """The lines of a list in UTF-8, stripped, without empty ones."""
+    with reading(path):
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+        if not any(lines):
+            raise ValueError("it is empty")
+        return [line for line in lines if line]
+
+
+def read_rows(path: Path, *kinds: type) -> list[tuple]:
+    """The rows of a list with one column for each of `kinds` (int, str). Lines that begin with # are comments."""
+    rows = []
+    for number, line in enumerate(read_lines(path), 1):
+        if not line.startswith("#"):
+            with reading(f"{path}, line {number}: {line[:60]!r}"):
+                fields = line.split(maxsplit=len(kinds) - 1)
+                rows.append(tuple(kind(field) for kind, field in zip(kinds, fields, strict=True)))
+    return rows
+
+
+def read_table(path: Path, kind: type) -> dict[int, Any]:
+    """{number: value} of a list of two columns. ValueError for a number that appears twice."""
+    rows = read_rows(path, int, kind)
+    refuse_duplicates([number for number, _ in rows], "number", path)
+    return dict(rows)
+
+
+def parse_json(content: bytes) -> Any:
+    """ValueError for a name that an object has twice."""
+
+    def entries(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        refuse_duplicates([name for name, _ in pairs], "entry", "an object")  # json would keep the last of them
+        return dict(pairs)
+
+    return json.loads(content.decode("utf-8-sig"), object_pairs_hook=entries)
+
+
+def read_records(path: Path, size: int) -> np.ndarray:
+    """A file of records of `size` bytes each, memory-mapped: (n, size) uint8."""
+    with reading(path):
+        length = path.stat().st_size
+        if not length or length % size:
+            raise ValueError(f"it has {length:,} bytes, not a multiple of {size:,}, a record's size")
+        return np.memmap(path, dtype=np.uint8, mode="r").reshape(-1, size)
+
+
+MATRIX, COMPRESSED = 14, 15  # data types of a MATLAB 5 file's elements
+
+
+def parse_matlab(data: bytes, name: str) -> np.ndarray:
+    """A variable of a MATLAB 5 file, as an array of at least one dimension.
+
+    Damaged files, over which scipy's compiled reader may crash, are refused before: elements must fill the file, and
+    the checksums of compressed ones, as all published files have, must hold.
+    """
+    from scipy.io import loadmat
+
+    order, start = "<" if data[126:128] == b"IM" else ">", 128
+    while start < len(data):
+        kind, size = struct.unpack_from(f"{order}II", data, start)
+        if kind not in (COMPRESSED, MATRIX):
+            raise ValueError("it is not a MATLAB 5 file, or damaged")
+        start += 8 + size
+        if kind == COMPRESSED:
+            zlib.decompress(data[start - size : start])
+    if start != len(data) or start == 128:
+        raise ValueError("it is cut off")
+    return np.atleast_1d(loadmat(io.BytesIO(data), squeeze_me=True)[name])
+
+
+def zero_based(labels: Iterable[int], classes: int, path: Path, first: int = 1) -> list[int]:
+    """Labels that count from `first`, changed to count from 0. ValueError for one out of range."""
+    shifted = [int(label) - first for label in labels]
+    for number, label in enumerate(shifted, 1):
+        if not 0 <= label < classes:
+            allowed = f"between {first} and {classes - 1 + first}"
+            raise ValueError(f"{path}: label {label + first} of entry {number} is not {allowed}")
+    return shifted
+
+
+def refuse_duplicates(values: Sequence, kind: str, source: Path | str) -> None:
+    """ValueError with the first of the values that appears twice."""
+    if len(set(values)) < len(values):
+        value = next(value for value, count in Counter(values).items() if count > 1)
+        raise ValueError(f"{source}: {kind} {value} appears twice")

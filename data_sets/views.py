@@ -5,72 +5,116 @@ torch and torchvision are imported at first use: --help and mistakes in the argu
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
 from PIL import Image
 
-from data_sets.images import ArrayImages, FileImages, pixels_of, read_pixels
+from data_sets.images import Images, Label, decode_tensor, pixels_of
 from util.lazy import lazy
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-torch, transforms, functional = map(lazy, ("torch", "torchvision.transforms", "torchvision.transforms.v2.functional"))
+    from data_sets.crop import TorchvisionCrop, Whole
+
+torch, shapes, transforms = map(lazy, ("torch", "data_sets.crop", "torchvision.transforms"))
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-LOADERS = ("pil", "tensor")
+CROP_PCT = 224 / 256  # of the shorter side, the share that the central crop keeps
+LOADERS = {
+    "pil": "the pixels of the paper's recipe",
+    "tensor": "faster, pixels differ by 1/255 here and there",
+    "packed": "as tensor, for a folder of scripts/pack_images.py",
+    "gpu": "as tensor, but the device resizes",
+}
 Numbers = tuple[float, ...]
 
 
 class View:
     """An image -> pixels (3,h,w) uint8, made by loaders; and these -> normalised float32, on the encoder's device.
 
-    Calling it does both. loader: "pil" resizes as the recipe does; "tensor" decodes JPEG files to uint8 tensors, with
-    equal pixels, and resizes them with torchvision, which changes some pixels by a level or two of 255.
+    Calling it does both. loader: "pil" resizes as the recipe does; "tensor" and "packed" decode to uint8 tensors, with
+    equal pixels, and resize them with torchvision, which changes some pixels by a level or two of 255; "gpu" leaves
+    resizing to the device: `pixels` is then the window to resize, of any size.
     """
 
-    def __init__(self, steps: Sequence[Callable], mean: Numbers, std: Numbers, loader: str = "pil"):
-        """steps: functions of PIL images and of uint8 tensors."""
+    def __init__(
+        self,
+        shape: TorchvisionCrop | Whole,
+        steps: Sequence[Callable] = (),
+        mean: Numbers = IMAGENET_MEAN,
+        std: Numbers = IMAGENET_STD,
+        loader: str = "pil",
+    ):
+        """shape: what is cut out and how it is resized; steps: then, functions of PIL images and of uint8 tensors."""
         if loader not in LOADERS:
             raise ValueError(f"loader {loader!r}: choose one of {', '.join(LOADERS)}")
-        self.steps, self.mean, self.std, self.loader = steps, mean, std, loader
+        self.shape, self.steps, self.mean, self.std, self.loader = shape, steps, mean, std, loader
         self.constants: dict[torch.device, list[Tensor]] = {}
 
-    def read(self, images: FileImages | ArrayImages, index: int) -> tuple[Image.Image | Tensor, int | np.ndarray]:
-        """An image of a data set, decoded for the steps, and its label."""
-        if self.loader == "pil" or not hasattr(images, "samples"):
+    def read(self, images: Images, index: int) -> tuple[Image.Image | Tensor, Label]:
+        """An image of a data set, decoded for the loader, and its label."""
+        if self.loader == "pil" or not isinstance(images, Images):
             return images[index]
-        path, label = images.samples[index]
-        return read_pixels(path), label
+        return decode_tensor(images.content.read(index), images.names[index]), images.targets[index]
 
     def pixels(self, image: Image.Image | Tensor) -> Tensor:
-        if self.loader == "tensor":
-            image = pixels_of(image)
+        image = self.shape.cut(image if self.loader == "pil" else pixels_of(image))
+        if self.loader != "gpu":
+            image = self.shape.resize(image)
         for step in self.steps:
             image = step(image)
         return pixels_of(image).contiguous()
 
-    def normalise(self, pixels: Tensor) -> Tensor:
-        """(...,3,h,w) uint8 -> float32 on the same device: the bits of torchvision's ToTensor and Normalize.
+    def normalise(self, pixels: Tensor | Windows) -> Tensor:
+        """(...,3,h,w) uint8, or windows to resize -> float32 on the same device: the bits of torchvision's ToTensor and
+        Normalize.
 
         All constants are tensors, as there: CUDA multiplies by the reciprocal of a Python number, which rounds
         differently.
         """
+        if isinstance(pixels, Windows):
+            pixels = torch.stack([self.shape.resize(window) for window in pixels.images()])
         if pixels.device not in self.constants:
             columns = (torch.tensor(part, device=pixels.device).view(-1, 1, 1) for part in (self.mean, self.std))
             self.constants[pixels.device] = [torch.tensor(255.0, device=pixels.device), *columns]
         scale, mean, std = self.constants[pixels.device]
         result = torch.empty_like(pixels, dtype=torch.float32)
-        in_turn = pixels.device.type == "cpu" and pixels.dim() == 4  # one image at a time stays in the cache
+        in_turn = pixels.device.type == "cpu" and pixels.dim() >= 4  # one image at a time stays in the cache
         for part, target in zip(pixels, result, strict=True) if in_turn else [(pixels, result)]:
             target.copy_(part).div_(scale).sub_(mean).div_(std)
         return result
 
     def __call__(self, image: Image.Image | Tensor) -> Tensor:
-        return self.normalise(self.pixels(image))
+        pixels = self.pixels(image)
+        return self.normalise(self.shape.resize(pixels) if self.loader == "gpu" else pixels)
+
+
+class Windows:
+    """Images (3,h,w) uint8 of different sizes as one tensor, which travels between processes and devices at once."""
+
+    def __init__(self, images: Sequence[Tensor]):
+        self.sizes = [image.shape for image in images]
+        self.data = torch.cat([image.flatten() for image in images])
+
+    def images(self) -> list[Tensor]:
+        parts = self.data.split([size.numel() for size in self.sizes])
+        return [part.view(size) for part, size in zip(parts, self.sizes, strict=True)]
+
+    def __getitem__(self, keep: Tensor) -> Windows:
+        return Windows([image for image, kept in zip(self.images(), keep.tolist(), strict=True) if kept])
+
+    def _with(self, data: Tensor) -> Windows:
+        windows = Windows.__new__(Windows)
+        windows.sizes, windows.data = self.sizes, data
+        return windows
+
+    def pin_memory(self) -> Windows:
+        return self._with(self.data.pin_memory())
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> Windows:
+        return self._with(self.data.to(device, non_blocking=non_blocking))
 
 
 def train_transform(
@@ -81,18 +125,19 @@ def train_transform(
     crop: str = "mae",
     hflip: bool = True,
     loader: str = "pil",
+    interpolation: str = "bicubic",
+    crop_pct: float | None = CROP_PCT,
 ) -> View:
     """The recipe's augmentation: random crop to input_size, horizontal flip, normalisation (paper, B.2).
 
-    crop: "mae" draws once, "torchvision" up to ten times; "center" is no augmentation: eval_transform.
+    crop: "mae" draws once, "torchvision" up to ten times; "center" is no augmentation: eval_transform, which alone
+    reads crop_pct.
     """
-    from data_sets.crop import RandomResizedCrop, TorchvisionCrop
-
     if crop == "center":
-        return eval_transform(input_size, mean, std, loader)
-    cropper = {"mae": RandomResizedCrop, "torchvision": TorchvisionCrop}[crop]
-    steps = [cropper(input_size, scale=scale, interpolation=transforms.InterpolationMode.BICUBIC)]
-    return View([*steps, *[transforms.RandomHorizontalFlip()] * hflip], mean, std, loader)
+        return eval_transform(input_size, mean, std, loader, interpolation, crop_pct)
+    cropper = {"mae": shapes.RandomResizedCrop, "torchvision": shapes.TorchvisionCrop}[crop]
+    shape = cropper(input_size, scale=scale, interpolation=transforms.InterpolationMode(interpolation))
+    return View(shape, [transforms.RandomHorizontalFlip()] * hflip, mean, std, loader)
 
 
 def eval_transform(
@@ -100,22 +145,18 @@ def eval_transform(
     mean: Numbers = IMAGENET_MEAN,
     std: Numbers = IMAGENET_STD,
     loader: str = "pil",
-    whole: bool = False,
+    interpolation: str = "bicubic",
+    crop_pct: float | None = CROP_PCT,
 ) -> View:
-    """Resize the shorter side to input_size x 256 / 224 (bicubic), central crop, normalisation.
+    """Resize the shorter side to input_size / crop_pct, central crop, normalisation.
 
-    whole: resize the shorter side to input_size, so that the crop keeps all of it.
+    interpolation: a name of torchvision's InterpolationMode. crop_pct: None resizes both sides to input_size.
     """
-    side = input_size if whole else int(input_size * 256 / 224)
-    steps = [_resize([side], transforms.InterpolationMode.BICUBIC), transforms.CenterCrop(input_size)]
-    return View(steps, mean, std, loader)
+    if crop_pct is None:
+        return View(shapes.Whole(input_size, interpolation), (), mean, std, loader)
+    return View(shapes.CentralCrop(input_size, int(input_size / crop_pct), interpolation), (), mean, std, loader)
 
 
 def stretch_transform(size: int, mean: Numbers, std: Numbers, loader: str = "pil") -> View:
     """The whole image, each side resized by its own factor (bilinear), as in wsolevaluation."""
-    return View([_resize([size, size], transforms.InterpolationMode.BILINEAR)], mean, std, loader)
-
-
-def _resize(size: list[int], interpolation: transforms.InterpolationMode) -> Callable:
-    """Of PIL images, and of uint8 tensors, which stay uint8."""
-    return functools.partial(functional.resize, size=size, interpolation=interpolation, antialias=True)
+    return View(shapes.Whole(size), (), mean, std, loader)

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import http.client
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -227,8 +228,10 @@ def fetch_weights(finetune: str, offline: bool = False) -> Path | None:
 
     offline: ValueError instead of a download.
     """
-    if Path(finetune).exists():
-        return Path(finetune)
+    if (path := Path(finetune)).exists():
+        if prefix := next((prefix for file, prefix in MODEL_FOLDERS.items() if (path / file).is_file()), None):
+            raise ValueError(f"--finetune {finetune} is the folder of a model: write --finetune {prefix}:{finetune}")
+        return path
     if finetune in CATALOGUE:
         entry = CATALOGUE[finetune]
         if entry.url is None:
@@ -243,10 +246,19 @@ def fetch_weights(finetune: str, offline: bool = False) -> Path | None:
 
     if timm.is_model(finetune.split(".")[0]):
         return None
+    if re.fullmatch(r"[\w.-]+/[\w.-]+(@\w+)?", finetune):
+        raise ValueError(
+            f"--finetune {finetune}: no such file; a model of the Hugging Face hub is written hf:{finetune} "
+            f"(or timm:hf-hub:{finetune})"
+        )
     raise ValueError(
         f"--finetune {finetune}: no such file, and neither a timm model, a URL nor a name of the catalogue: "
         f"{nearest(finetune, CATALOGUE)}scripts/list_encoders.py prints it"
     )
+
+
+# files that show which library saved a folder -> the prefix of --finetune
+MODEL_FOLDERS = {"open_clip_config.json": "open_clip", "config.json": "hf"}
 
 
 def families_called(path: Path) -> set[str]:

@@ -208,7 +208,8 @@ INDEX = "*relative_position_index"  # made anew from the grid
 FAMILIES = {
     "mae": Family(
         "MAE: encoder files, files with decoder, and the checkpoints of main_pretrain.py",
-        key="model", needs=("cls_token", "pos_embed", "norm.weight"), drop=("decoder_*", "mask_token"),
+        key="model", needs=("cls_token", "pos_embed", "norm.weight"),
+        drop=("decoder_*", "mask_token", "projector.*", "predictor.*", "momentum_*", "epoch_sums"),
         lacks=("*.gamma", "reg*_token*", "norm_pre.*", *HEADS), vit={"pos_resampling": "plain"}, evidence=mae_evidence,
     ),
     "mae_ft": Family(

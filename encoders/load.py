@@ -1,5 +1,6 @@
 """Load published encoders strictly: every tensor of a file is used or dropped by a rule, every parameter is set."""
 
+import importlib
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,15 +8,17 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from data_sets.views import IMAGENET_MEAN, IMAGENET_STD
+from data_sets.views import CROP_PCT, IMAGENET_MEAN, IMAGENET_STD
 from encoders import timm_models
 from encoders.architectures import ARCHITECTURES, FROM_FILE, architecture, default_input_size
 from encoders.catalogue import fetch_weights, known_family, named_family
 from encoders.contents import without_wrappers
 from encoders.detect import UNSURE, Detected, detect_family, obstacle, other_encoders, where_encoders_are
 from encoders.families import FAMILIES, Grid, drop_rule
+from encoders.libraries import LIBRARIES, library_of, load_from_library, one_line
 from encoders.reading import DEFAULTS, RELATIVE, Reading, problems_of, read_as
-from models_vit import NORMS, VisionTransformer
+from encoders.traced import TracedEncoder
+from models_vit import NORMS, Backbone, VisionTransformer
 from util.distributed import main_process_first
 from util.files import digest, sha256
 from util.progress import log
@@ -25,22 +28,27 @@ from util.tensor_files import load_plain_or_safetensors, safetensors_metadata, s
 class Encoder(NamedTuple):
     """A loaded backbone and where its weights come from."""
 
-    backbone: VisionTransformer
+    backbone: Backbone
     mean: tuple[float, ...]
     std: tuple[float, ...]
     record: dict  # model, source, family, sha256: for args.json and results
     options: dict | None = None  # of the backbone
+    interpolation: str = "bicubic"
+    crop_pct: float | None = CROP_PCT
+
+    @property
+    def pixels(self) -> dict[str, Any]:
+        """Its preprocessing, as options of data_sets.views.eval_transform."""
+        return {name: getattr(self, name) for name in ("mean", "std", "interpolation", "crop_pct")}
 
     def facts(self, size: int, name: str = "encoder") -> dict[str, Any]:
         """What its tokens of images of `size` pixels depend on, as plain data: the weights, and all that they do not
         show, so that files of the same tensors under different families differ."""
-        settings = {
-            "family": self.record["family"], "input size": size, "mean": list(self.mean), "std": list(self.std),
-            **{option: list(v) if isinstance(v, tuple) else v for option, v in (self.options or {}).items()},
-        }  # fmt: skip
+        settings = {"family": self.record["family"], "input size": size, **self.pixels, **(self.options or {})}
         weights = digest(self.backbone.state_dict())
         return {"weights" if name == "encoder" else f"{name} weights": weights} | {
-            f"{name}: {setting}": value for setting, value in settings.items()
+            f"{name}: {setting}": list(value) if isinstance(value, tuple) else value
+            for setting, value in settings.items()
         }
 
 
@@ -55,11 +63,13 @@ def load_encoder(
     std: Sequence[float] | None = None,
     grid: Grid | None = None,
     timm_name: str | None = None,
+    size: int | None = None,
     **options,
 ) -> Encoder:
     """The encoder `model` with the weights that `finetune` names, or random ones where it is empty.
 
-    finetune: a file (.pth or .safetensors), a name of CATALOGUE, a URL, or the name of a timm model.
+    finetune: a file (.pth or .safetensors), a name of CATALOGUE, a URL, the name of a timm model, or a model that its
+    own library runs (encoders.libraries), at `size` pixels; it has no options but mean and std.
     model: a name of ARCHITECTURES, or "file" to take the sizes from the tensors.
     family: a name of FAMILIES; None or "auto": see detect_family. Where that leaves several, which differ in how they
     resample positions, the backbone takes no images of another size than its table's. checkpoint_key: another encoder
@@ -75,6 +85,8 @@ def load_encoder(
         architecture(model)
     stated = {"family": named_family(family), "timm_name": timm_name, "grid": grid, "mean": mean, "std": std}
     stated = {name: value for name, value in stated.items() if value}
+    if library_of(finetune):
+        return traced_encoder(finetune, size, offline, {**stated, **options, "checkpoint_key": checkpoint_key})
     if not finetune:
         return random_encoder(model, stated, options)
     family = known_family(finetune, model, family)
@@ -129,6 +141,45 @@ def load_encoder(
     return encoder
 
 
+def traced_encoder(finetune: str, size: int | None, offline: bool, stated: dict) -> Encoder:
+    """An encoder that its own library loads, configures and runs. ValueError with the reason if it cannot be traced."""
+    prefix, name = finetune.split(":", 1)
+    package = LIBRARIES[prefix].package
+    if configured := [f"--{name}" for name, value in stated.items() if value and name not in ("mean", "std")]:
+        raise ValueError(f"{', '.join(configured)}: {package} configures {finetune}; leave it out")
+    with main_process_first():  # the other processes find its download
+        loaded = load_from_library(finetune, size, offline)
+    try:
+        backbone = TracedEncoder(loaded)
+    except Exception as error:  # libraries raise errors of all kinds
+        raise ValueError(f"{finetune} cannot be traced: {one_line(error)}") from error
+    pixels = loaded.pixels._replace(**{name: tuple(stated[name]) for name in ("mean", "std") if stated.get(name)})
+    backbone.eval().requires_grad_(False)
+    record = {
+        "model": type(loaded.model).__name__,
+        "source": f"{prefix}:{Path(name).name if Path(name).exists() else name}",
+        "family": package,
+        "version": importlib.import_module(package).__version__,
+        "revision": loaded.revision,
+        "sha256": digest(backbone.state_dict()),
+        "traced": backbone.traced,
+        "tokens": {
+            "cls": int(backbone.has_cls),
+            "registers": backbone.num_registers,
+            "patches": loaded.size // backbone.patch_size,
+        },
+        "preprocessing": {"size": loaded.size, **pixels._asdict()},
+    }
+    log.info(
+        "loaded %s: %s", finetune, "; ".join(f"{name} {record[name]}" for name in ("model", "tokens", "preprocessing"))
+    )
+    if assumed := [f"{name} (--{name})" for name in loaded.assumed if not stated.get(name)]:
+        record["assumed"] = assumed
+        log.warning("%s does not state its preprocessing, so these are assumed: %s", finetune, ", ".join(assumed))
+    options = {"version": record["version"], "configuration": loaded.configuration}
+    return Encoder(backbone, pixels.mean, pixels.std, record, options, pixels.interpolation, pixels.crop_pct)
+
+
 def random_encoder(model: str, stated: dict, options: dict) -> Encoder:
     if needing := [name for name in ("family", "timm_name", "grid") if name in stated]:
         raise ValueError(f"--{needing[0]} {stated[needing[0]]} needs weights: name them with --finetune")
@@ -163,6 +214,8 @@ def warn_of_metadata(path: Path, family: str) -> None:
 def input_size(encoder: Encoder, stated: int | None) -> int:
     """Pixels of the square images for an encoder: as stated, of its architecture, or those of its positions."""
     backbone, model = encoder.backbone, encoder.record["model"]
+    if isinstance(backbone, TracedEncoder):
+        return backbone.size
     rows, columns = backbone.grid_size
     size = stated or (default_input_size(model) if model in ARCHITECTURES else rows * backbone.patch_size)
     if size % backbone.patch_size or (not stated and model not in ARCHITECTURES and rows != columns):

@@ -31,7 +31,7 @@ def shown_records(page: Path) -> dict[Path, dict]:
     for name in re.findall(r"(?:\]\(|[= ])(?:\.\./)*(results/[\w./+-]+)", page.read_text()):
         path = ROOT / name
         paths |= set(path.rglob("*.json") if path.is_dir() else [path])
-    found = {}
+    records = {}
     for path in sorted(
         path for path in paths if path.suffix == ".json" and path.parent.name != GOLDEN and path.is_file()
     ):
@@ -40,8 +40,8 @@ def shown_records(page: Path) -> dict[Path, dict]:
         except (OSError, ValueError) as error:
             raise ValueError(f"{path}, which {page} shows, cannot be read: {error}") from error
         if isinstance(content, dict) and "commit" in content:
-            found[path] = content
-    return found
+            records[path] = content
+    return records
 
 
 def git(*command: str) -> str | None:

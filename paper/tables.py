@@ -1,7 +1,7 @@
 """TABLES: the cells of the paper's tables, and each cell's measured value beside the paper's.
 
 What makes a measured value incomparable with the paper's is said in the cell's notes, and the cell then has no
-difference. Cells are those of the ledger (paper/ledger.py).
+difference.
 """
 
 import math
@@ -12,7 +12,7 @@ from attention.figures import model_name
 from data_sets.table import DATASETS
 from encoders.catalogue import PUBLICATIONS
 from encoders.families import FAMILIES
-from paper.ledger import Cell, cell_in
+from paper.cells import Cell, Measurement
 from probing.results import seeds_note
 
 PAPER_DATASET = "imagenet1k"
@@ -192,7 +192,7 @@ def datasets_of(table: Table, dataset: str) -> set[str]:
     return {slot.dataset or dataset for _, slots in table.lines for slot in slots.values()}
 
 
-def rows_of(name: str, dataset: str, records: dict[Cell, dict], paper: Sequence[dict]) -> list[Row]:
+def rows_of(name: str, dataset: str, records: dict[Cell, Measurement], paper: Sequence[dict]) -> list[Row]:
     """The paper's encoders, then the others of which a cell of the table was measured."""
     table, rows = table_of(name, dataset), []
     encoders = {f"{cell.model}.{cell.arch}" for cell in records}
@@ -224,51 +224,52 @@ def cell_at(slot: Slot, encoder: str, dataset: str) -> Cell:
 
 
 def entry_of(
-    name: str, cell: Cell, column: str, record: dict | None, paper: Sequence[dict], notes: Sequence[str]
+    name: str, cell: Cell, column: str, record: Measurement | None, paper: Sequence[dict], notes: Sequence[str]
 ) -> Entry:
     printed, source = paper_value(name, cell, paper)
     of_paper = [f"the paper's value: {source}"] if source else []
     if record is None:
         return Entry(cell, column, paper=printed, notes=tuple(of_paper))
-    ours = (record["value"],)
+    ours = (record.mean,)
     if cell.quantity == ENTROPY_OF_BLOCKS and cell.head == "pos":
-        ours = (record["value"], math.log(PRINTED_PATCHES))
+        ours = (record.mean, math.log(PRINTED_PATCHES))
         of_paper.append(f"ln of its own patches / ln {PRINTED_PATCHES}, which the paper prints for all such encoders")
     prefix = "" if printed is None else "not comparable: "
-    obstacles = [prefix + text for text in record["obstacles"]]
-    notes = dict.fromkeys([*of_paper, *notes, *measured_on(record), *record["notes"], *obstacles])
+    obstacles = [prefix + text for text in record.obstacles]
+    notes = dict.fromkeys([*of_paper, *notes, *measured_on(record), *record.notes, *obstacles])
     differences = tuple(value - printed for value in ours) if printed is not None and not obstacles else ()
-    return Entry(cell, column, ours, record["std"], record["n"], printed, differences, tuple(notes))
+    return Entry(cell, column, ours, record.std, len(record.values), printed, differences, tuple(notes))
 
 
-def measured_on(record: dict) -> list[str]:
+def measured_on(record: Measurement) -> list[str]:
     """Notes on a number: its images, where the data set's name does not say it; its seeds; its code."""
-    data, settings, notes = record["data"], record["settings"], []
-    if DATASETS[record["dataset"]].images is None:
-        notes.append(f"{data['n_test']:,} test images of {record['dataset']} ({data['fingerprint'][:8]})")
+    result, settings, dataset, notes = record.result, record.settings, record.cell.dataset, []
+    count = len(record.values)
+    if DATASETS[dataset].images is None:
+        notes.append(f"{result['n_test']:,} test images of {dataset} ({result['test_images'][:8]})")
         if "epochs" in settings:
-            train = f"{data['n_train']:,} training images of {record['dataset']}"
+            train = f"{result['n_train'] + result['n_val']:,} training images of {dataset}"
             notes.append(f"probes: {train}, {settings['epochs']} epochs")
-    elif DATASETS[record["dataset"]].protocol and "epochs" in settings and record["n"] != PAPER_SEEDS:
-        notes.append(f"{record['n']} seed{'s' * (record['n'] > 1)}, the paper has {PAPER_SEEDS}")
-    if record["std"] is not None:
-        notes.append(f"± over {record['n']} seeds; {seeds_note(settings)}")
-    if record["dirty"] is not False:
-        notes.append(f"made by code {'with uncommitted changes' if record['dirty'] else 'of an unknown commit'}")
+    elif DATASETS[dataset].protocol and "epochs" in settings and count != PAPER_SEEDS:
+        notes.append(f"{count} seed{'s' * (count > 1)}, the paper has {PAPER_SEEDS}")
+    if record.std is not None:
+        notes.append(f"± over {count} seeds; {seeds_note(settings)}")
+    if result["dirty"] is not False:
+        notes.append(f"made by code {'with uncommitted changes' if result['dirty'] else 'of an unknown commit'}")
     return notes
 
 
-def differing_settings(records: Sequence[dict]) -> dict[Cell, list[str]]:
+def differing_settings(records: Sequence[Measurement]) -> dict[Cell, list[str]]:
     """A note per record on the settings in which the records of a table differ without an obstacle or a note on it."""
     every = {}
     for record in records:
-        settings, names = record["settings"], ["amp"]
-        if not DATASETS[record["dataset"]].protocol:  # otherwise, departures from the paper are obstacles
-            noted = ("blr", "optimizer") if settings.get("rate_chosen_on_held_out_images") else ()
+        settings, names = record.settings, ["amp"]
+        if not DATASETS[record.cell.dataset].protocol:  # otherwise, departures from the paper are obstacles
+            noted = ("blr", "optimizer") if settings.get("chosen") else ()
             names = [name for name in PROTOCOL if name not in ("epochs", *noted)]
         known = {name: settings[name] for name in names if settings.get(name) is not None}
-        known["commit"] = (record["commit"] or "unknown")[:7]
-        every[cell_in(record)] = {**known, **{name: v for name, v in record["versions"].items() if name == "torch"}}
+        known["commit"] = (record.result["commit"] or "unknown")[:7]
+        every[record.cell] = known | {n: v for n, v in record.result["versions"].items() if n == "torch"}
     values: dict[str, set] = {}
     for name, value in (item for known in every.values() for item in known.items()):
         values.setdefault(name, set()).add(value)

@@ -1,67 +1,166 @@
-"""Attentive probing: learned queries attend to the tokens. As in CAE, and efficient probing.
+"""Attentive probing: learned queries attend to the tokens. The published heads are rows of DESIGNS; efficient probing.
 
-Letters: B images, M tokens to pool, D width, H heads or queries, d head width, D' width of the vector.
+Letters: B images, M tokens to pool, D width, Q queries, H heads, d head width, C = Q H columns, D' width of the vector.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from probing.pooling import NORM_EPS, Columns, Pooled, TokenPool
+from models_vit import Block, Mlp
+from probing.norm import BN_EPS, ProbeNorm
+from probing.pooling import Columns, TokenPool, Tokens
+
+
+class Design(NamedTuple):
+    """What distinguishes a published head. The letters q, k, v, o name linear maps: of the query, to keys, to values,
+    and of the output."""
+
+    maps: str
+    biases: str  # maps that have one; keys need none, as it cancels in the softmax
+    norm: str  # of the tokens: none, shared (keys and values), each (and the query), batch (over images and tokens)
+    query: str  # its initial values: zeros, normal, trunc_normal (std 0.02), xavier; mean: the mean token, not learned
+    init: str  # of the maps: trunc_normal (std 0.02), xavier, or default (PyTorch's)
+    eps: float = 1e-6  # of the norms
+    residual: bool = False  # add the query to the output
+    mlp: str = ""  # activation of a final x + MLP(LayerNorm(x))
+    widen: int = 1  # head width x heads / D
+
+
+DESIGNS = {
+    # Chen et al., "Context autoencoder for self-supervised representation learning", 2024; github.com/lxtGH/CAE;
+    # without the LayerNorm that the code defines but never uses
+    "cae": Design("qkvo", "qvo", "each", "zeros", "trunc_normal"),
+    # El-Nouby et al., "Scalable pre-training of large autoregressive image models", 2024; github.com/apple/ml-aim
+    "aim": Design("kv", "", "batch", "normal", "default"),
+    # Bardes et al., "Revisiting feature prediction for learning visual representations from video", 2024;
+    # github.com/facebookresearch/jepa; without the output map that the code defines but never uses
+    "vjepa": Design("qkv", "qv", "shared", "trunc_normal", "trunc_normal", eps=1e-5, residual=True, mlp="gelu"),
+    # Zhai et al., "Sigmoid loss for language image pre-training", 2023; MAPHead of google-research/big_vision
+    "siglip": Design("qkvo", "qvo", "none", "xavier", "xavier", mlp="gelu_tanh"),
+    # Darcet et al., "Cluster and predict latent patches", 2025; github.com/facebookresearch/capi
+    "capi": Design("kv", "v", "none", "trunc_normal", "trunc_normal"),
+    # Psomas et al., "Keep it SimPool", 2023; github.com/billpsomas/simpool, without gamma
+    "simpool": Design("qk", "", "shared", "mean", "default"),
+    # Ciernik et al., "Attentive multi-layer fusion for vision transformers", 2026; without the affine map of its batch
+    # norm, which the classifier contains, its dropout and its jitter; github.com/lciernik/attentive-layer-fusion
+    "alf": Design("qkvo", "o", "each", "normal", "default", eps=1e-5, widen=2),
+}
 
 
 class AttentivePool(TokenPool):
-    """Multi-head cross-attention of one learned query q0 to the tokens, without residual and MLP.
+    """Multi-head cross-attention of one or more queries q to the tokens.
 
-        q = Wq LNq(q0) + bq,  k_i = Wk LNk(x_i),  v_i = Wv LNv(x_i) + bv
-        z = Wo concat_h( sum_i softmax_i( q_h . k_ih / sqrt(d) ) v_ih ) + bo
+        q = Wq nq(q0) + bq,  k_i = Wk nk(x_i),  v_i = Wv nv(x_i) + bv
+        z = Wo mean_q concat_h( sum_i softmax_i( q_h . k_ih / sqrt(d) ) v_ih ) + bo
 
-    q0 and all biases start at 0, hence attention starts uniform; matrices are normal, std 0.02, cut at 2.
-    heads: one keeps the full width; where it does not divide D, heads are floor(D / heads) wide and Wo maps back to D.
-    Parameters: 4 D^2 + 10 D where heads divide D.
-    Source: Chen et al., "Context autoencoder for self-supervised representation learning" (CAE), 2024, and its code,
-    without the LayerNorm that the code defines but never uses.
+    Then z + q0 and z + MLP(LayerNorm(z)), as far as the design has them; maps that it lacks are the identity.
+    heads: where it does not divide D, heads are floor(D / heads) wide and Wo maps back to D. depth: depth - 1 blocks of
+    self-attention precede. eps: of the batch norm that follows; the vector is scaled to have that effect.
     """
 
-    folds = normalised = True
-
-    def __init__(self, dim: int, heads: int = 12):
+    def __init__(
+        self,
+        dim: int,
+        heads: int = 12,
+        design: str = "cae",
+        queries: int = 1,
+        depth: int = 1,
+        eps: str | float = BN_EPS,
+    ):
         super().__init__()
-        if not 1 <= heads <= dim:
-            raise ValueError(f"attentive probing of tokens of width {dim} needs 1 to {dim} heads, got {heads}")
-        self.width, self.heads, self.head_width = dim, heads, dim // heads
+        self.design = d = DESIGNS[design]
+        if not 1 <= heads <= dim or (dim % heads and "o" not in d.maps):
+            needs = "a number of heads that divides it" if "o" not in d.maps else f"1 to {dim} heads"
+            raise ValueError(f"attentive probing of tokens of width {dim} needs {needs}, got {heads}")
+        self.width, self.heads, self.head_width = dim, heads, dim // heads * d.widen
+        self.scale = (BN_EPS / float(eps)) ** 0.5
         inner = heads * self.head_width
-        self.query = nn.Parameter(
-            torch.zeros(1, 1, dim)
-        )  # CAE's shape; having several dimensions, it is scaled by LARS
-        self.norm_q, self.norm_k, self.norm_v = (nn.LayerNorm(dim, eps=NORM_EPS) for _ in range(3))
-        self.q, self.k, self.v = nn.Linear(dim, inner), nn.Linear(dim, inner, bias=False), nn.Linear(dim, inner)
-        self.proj = nn.Linear(inner, dim)
-        for layer in (self.q, self.k, self.v, self.proj):
-            nn.init.trunc_normal_(layer.weight, std=0.02)
-            if layer.bias is not None:
-                nn.init.zeros_(layer.bias)
+        self.query = None if d.query == "mean" else nn.Parameter(torch.zeros(1, queries, dim))
+        for name in {"shared": "k", "each": "qkv"}.get(d.norm, ""):
+            setattr(self, f"norm_{name}", nn.LayerNorm(dim, eps=d.eps))
+        self.batch_norm = ProbeNorm(dim) if d.norm == "batch" else None
+        self.norm_eps = d.eps if d.norm in ("shared", "each") else None
+        for name in d.maps:
+            sizes = (inner, dim) if name == "o" else (dim, inner)
+            setattr(self, "proj" if name == "o" else name, nn.Linear(*sizes, bias=name in d.biases))
+        if d.mlp:
+            self.norm, self.mlp = nn.LayerNorm(dim, eps=d.eps), Mlp(dim, 4 * dim, activation=d.mlp)
+        norms = "layernorm" if d.eps == 1e-6 else "layernorm_eps1e-5"
+        self.blocks = nn.ModuleList(Block(dim, heads, norm_layer=norms) for _ in range(depth - 1))
+        self._initialise()
 
-    def forward(self, tokens: Tensor) -> Pooled:
-        """(B,M,D) -> vector (B,D), weights (B,M), with several heads (B,H,M)."""
+    def _initialise(self) -> None:
+        d = self.design
+        if d.query == "normal":
+            nn.init.normal_(self.query, std=0.02)
+        for layer in self.modules():
+            if isinstance(layer, nn.Linear) and d.init != "default":
+                {"trunc_normal": trunc_normal, "xavier": nn.init.xavier_uniform_}[d.init](layer.weight)
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
+        if d.query in ("trunc_normal", "xavier"):
+            {"trunc_normal": trunc_normal, "xavier": nn.init.xavier_uniform_}[d.query](self.query.data[0])
+        if d.residual:  # V-JEPA 2 divides the last matrix of a branch by sqrt(2 x number of its block)
+            for number, block in enumerate(self.blocks, 1):
+                block.attn.proj.weight.data /= (2 * number) ** 0.5
+                block.mlp.fc2.weight.data /= (2 * number) ** 0.5
+            self.mlp.fc2.weight.data /= (2 * max(len(self.blocks), 1)) ** 0.5
 
-        def split(x: Tensor) -> Tensor:  # (.,.,Hd) -> (.,H,.,d)
-            return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+    @classmethod
+    def of(cls, tokens: Tokens, content: str, width: int = 0, **options: int | str) -> "AttentivePool":
+        """width: of a head, instead of their number."""
+        dim = tokens.width
+        if width and dim % width:
+            raise ValueError(f"heads of width {width} do not divide tokens of width {dim}: choose a divisor")
+        if width:
+            options["heads"] = dim // width
+        if content == "blocks":
+            dim //= tokens.blocks
+            options["heads"] = options.get("heads") or tokens.blocks * (1 + tokens.has_cls)
+        return cls(dim, **options)
 
-        q, k, v = self.q(self.norm_q(self.query)), self.k(self.norm_k(tokens)), self.v(self.norm_v(tokens))
-        weights = (split(q) @ split(k).transpose(-2, -1) * self.head_width**-0.5).softmax(-1)  # (B,H,1,M)
-        vector = self.proj((weights @ split(v)).flatten(1))
-        return Pooled(vector, weights[:, 0, 0] if self.heads == 1 else weights[:, :, 0])
+    @property
+    def folds(self) -> bool:
+        return self.query is not None and self.batch_norm is None and not len(self.blocks)
 
-    def columns(self) -> Columns:
+    def prepare(self, tokens: Tensor) -> Tensor:
+        for block in self.blocks:
+            tokens = block(tokens).out
+        if self.batch_norm is not None:
+            return self.batch_norm(tokens.flatten(0, 1)).view_as(tokens)
+        return super().prepare(tokens)
+
+    def columns(self, tokens: Tensor | None = None) -> Columns:
         # q_h . (Wk_h (gamma x^ + beta)) = (gamma * Wk_h^T q_h) . x^ + what is equal for all tokens
-        q = self.q(self.norm_q(self.query)).view(self.heads, 1, -1)
-        back = (q @ self.k.weight.unflatten(0, (self.heads, -1))).squeeze(1) * self.head_width**-0.5  # (H,D)
-        return Columns((back * self.norm_k.weight).T)
+        query = tokens.mean(1, keepdim=True) if self.query is None else self.query  # (1,Q,D) or (B,1,D)
+        query = self.norm_q(query) if self.design.norm == "each" else query
+        query = self.q(query) if "q" in self.design.maps else query
+        keys = self.k.weight.unflatten(0, (self.heads, -1))  # (H,d,D)
+        back = torch.einsum("bqhd,hdc->bqhc", query.unflatten(-1, (self.heads, -1)), keys) * self.head_width**-0.5
+        back = back * self.norm_k.weight if self.norm_eps else back
+        weight = back.flatten(1, 2).transpose(1, 2)
+        return Columns(weight if self.query is None else weight[0])
 
     def project(self, pooled: Tensor) -> Tensor:
-        values = pooled * self.norm_v.weight + self.norm_v.bias  # valid because the weights sum to 1
-        heads = values.transpose(0, 1) @ self.v.weight.unflatten(0, (self.heads, -1)).transpose(1, 2)  # (H,B,d)
-        return self.proj(heads.transpose(0, 1).flatten(1) + self.v.bias)
+        d = self.design
+        if self.norm_eps:
+            norm = self.norm_v if d.norm == "each" else self.norm_k
+            pooled = pooled * norm.weight + norm.bias  # valid because the weights sum to 1
+        z = pooled.unflatten(1, (-1, self.heads))  # (B,Q,H,D)
+        if "v" in d.maps:
+            z = torch.einsum("bqhc,hdc->bqhd", z, self.v.weight.unflatten(0, (self.heads, -1)))
+            z = z if self.v.bias is None else z + self.v.bias.unflatten(0, (self.heads, -1))
+        z = z.flatten(2).mean(1)
+        z = self.proj(z) if "o" in d.maps else z
+        z = z + self.query[:, 0] if d.residual else z
+        z = z + self.mlp(self.norm(z)) if d.mlp else z
+        return z * self.scale
+
+
+def trunc_normal(weight: Tensor) -> None:
+    nn.init.trunc_normal_(weight, std=0.02)
 
 
 class EfficientPool(TokenPool):
@@ -88,14 +187,7 @@ class EfficientPool(TokenPool):
         self.query = nn.Parameter(torch.randn(1, queries, dim) * 0.02)
         self.v = nn.Linear(dim, self.width, bias=False)
 
-    def forward(self, tokens: Tensor) -> Pooled:
-        """(B,M,D) -> vector (B,D'), weights (B,M), with several queries (B,H,M)."""
-        weights = (self.query @ tokens.transpose(1, 2) * self.scale).softmax(-1)  # (B,H,M)
-        values = self.v(tokens).unflatten(-1, (self.queries, -1))  # (B,M,H,d)
-        vector = torch.einsum("bhm,bmhd->bhd", weights, values).flatten(1)
-        return Pooled(vector, weights[:, 0] if self.queries == 1 else weights)
-
-    def columns(self) -> Columns:
+    def columns(self, tokens: Tensor | None = None) -> Columns:
         return Columns(self.query[0].T * self.scale)
 
     def project(self, pooled: Tensor) -> Tensor:

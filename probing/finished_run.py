@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 from encoders.load import Encoder
 from probing.bank import ProbeBank, ProbeSpec
-from probing.heads import parse_head
 from runtime.folder import RunFolder
 from util.files import digest
 
@@ -41,9 +40,8 @@ class ProbeRun(NamedTuple):
             classes = {len(probe["classifier.bias"]) for probe in self.state["probes"].values()}
             specs = []
             for probe in self.results["probes"].values():
-                aggregation, options = parse_head(probe["head"], {})
-                settings = {key: probe[key] for key in ("block", "blr", "seed", "optimizer", "lr")}
-                specs.append(ProbeSpec(aggregation, options=options, **settings))
+                settings = {key: probe[key] for key in ("head", "block", "blr", "seed", "optimizer", "lr")}
+                specs.append(ProbeSpec(**settings))
             bank = ProbeBank(specs, encoder.backbone, grid, *classes)
             bank.load_probe_states(self.state["probes"])
         except WRONG_CONTENT as error:

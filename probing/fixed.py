@@ -47,6 +47,22 @@ class ClsAndMeanPatch(Pooling):
         return Pooled(torch.cat([features.cls, features.patches.mean(1)], dim=1), None)
 
 
+class OwnPooling(Pooling):
+    """What the model's own pooling makes of its last block (Features.pooled); no weights."""
+
+    weighs, needs = False, Needs(pooled=True)
+
+    def __init__(self, tokens: Tokens, output: str):
+        if output not in tokens.pooled:
+            own = f"it has {', '.join(tokens.pooled)}" if tokens.pooled else "it has no pooling of its own"
+            raise ValueError(f"head {output}: not for this encoder: {own}")
+        super().__init__(tokens.pooled[output])
+        self.output = output
+
+    def forward(self, features: Features) -> Pooled:
+        return Pooled(features.pooled[self.output], None)
+
+
 class FixedWeights(Pooling, abc.ABC):
     """sum_j w_j x_j over the patches; weights (B,M).
 

@@ -4,33 +4,32 @@ A query that does not depend on the image scores tokens by a vector w: s_i = x_i
 linear in the tokens is the linear map of the tokens' weighted mean. So keys and values per token are never computed:
 O(MD) per query instead of O(MD^2).
 
-Letters: B images, M tokens, D width, D' width of a vector, C columns.
+Letters: B images, M tokens, D width, S probes, C columns of each.
 """
 
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from probing.pooling import NORM_EPS, TokenPool
+from probing.pooling import Columns
 
 
-def pool_together(pools: Sequence[TokenPool], tokens: Tensor, normalised: bool) -> list[Tensor]:
-    """Poolings that fold, on the same tokens (B,M,D) -> the vector (B,D') of each.
+def fold(tokens: Tensor, columns: Sequence[Columns]) -> list[Tensor]:
+    """Tokens (B,M,D) and Columns with weights (S,D,C) and offsets (S,M,C) -> the weighted means (B,S,C,D) of each.
 
-    Equal to each pooling's `forward` within rounding, as are the gradients of its parameters. normalised: the columns
-    apply to normalised tokens. No value of one pooling enters another, not even with weight 0.
+    No value of one column enters another, not even with weight 0.
     """
-    if normalised:
-        tokens = F.layer_norm(tokens, tokens.shape[-1:], eps=NORM_EPS)
-    columns = [pool.columns() for pool in pools]
-    counts = [column.weight.shape[1] for column in columns]
-    scores = tokens @ torch.cat([column.weight for column in columns], dim=1)
-    if any(column.offset is not None for column in columns):
-        zeros = tokens.new_zeros(tokens.shape[1], max(counts))
-        pairs = zip(columns, counts, strict=True)
-        scores = scores + torch.cat([zeros[:, :n] if c.offset is None else c.offset for c, n in pairs], dim=1)
-    weights = scores.softmax(dim=1)  # (B,M,C)
-    pooled = weights.transpose(1, 2) @ tokens  # (B,C,D)
-    return [pool.project(part) for pool, part in zip(pools, pooled.split(counts, dim=1), strict=True)]
+    shapes = [(len(each.weight), each.weight.shape[2]) for each in columns]
+    counts = [S * C for S, C in shapes]
+    scores = tokens @ torch.cat([each.weight.transpose(0, 1).flatten(1) for each in columns], dim=1)
+    if any(each.offset is not None for each in columns):
+        none = tokens.new_zeros(tokens.shape[1], max(counts))
+        offsets = [
+            none[:, :count] if each.offset is None else each.offset.transpose(0, 1).flatten(1)
+            for each, count in zip(columns, counts, strict=True)
+        ]
+        scores = scores + torch.cat(offsets, dim=1)
+    weights = scores.softmax(dim=1)  # (B,M, sum of counts)
+    means = weights.transpose(1, 2) @ tokens
+    return [part.unflatten(1, shape) for part, shape in zip(means.split(counts, dim=1), shapes, strict=True)]

@@ -38,7 +38,7 @@ class FrozenTokens(NamedTuple):
     @torch.no_grad()
     def __call__(self, images: Tensor) -> dict[int, Features]:
         with torch.autocast(images.device.type, dtype=self.amp, enabled=self.amp != torch.float32):
-            features = self.backbone(images, self.blocks, self.needs.cls_attention, self.needs.cells)
+            features = self.backbone(images, self.blocks, *self.needs[:2], pooled=self.needs.pooled)
         attention = self.oracle(images) if self.needs.oracle else None
 
         def prepare(tokens: Tensor | None) -> Tensor | None:
@@ -48,7 +48,11 @@ class FrozenTokens(NamedTuple):
 
         return {
             block: f._replace(
-                cls=prepare(f.cls), registers=prepare(f.registers), patches=prepare(f.patches), oracle=attention
+                cls=prepare(f.cls),
+                registers=prepare(f.registers),
+                patches=prepare(f.patches),
+                oracle=attention,
+                pooled=f.pooled and {name: output.float() for name, output in f.pooled.items()},
             )
             for block, f in features.items()
         }

@@ -1,15 +1,18 @@
-"""AGGREGATIONS: how the tokens of a block become one vector per image, and the options of each head.
+"""Names of heads, and AGGREGATIONS (heads.toml): how the tokens of a block become one vector per image.
 
-Importing this table does not import torch: the command line lists it.
+A head is one pooling or several, whose vectors are concatenated: "abmilp:depth=2", "cls@8-11+pos@11". Importing this
+table does not import torch: the command line lists it.
 """
 
 from __future__ import annotations
 
-import importlib
+import functools
 import re
-from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+import tomllib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from encoders.architectures import check_blocks
 from util.choices import instead_of, nearest
 
 if TYPE_CHECKING:
@@ -23,14 +26,14 @@ class Option(NamedTuple):
     """An option of a head, written `head:name=value`; its flag sets the default for heads that do not specify it."""
 
     default: Value
-    allowed: tuple[str, ...] | int  # values, or the smallest number
+    allowed: list[str] | int  # values, or the smallest number
     help: str
-    flag: str = ""  # if not --<aggregation>_<name>
-    unused: Callable[[dict[str, Value]], bool] = lambda options: False  # whether the other values make it irrelevant
+    flag: str  # without dashes; "": none
+    unused_if: dict[str, Value]  # values of other options that make it irrelevant
 
     def read(self, text: str) -> Value:
         """The value of a text. ValueError says what is allowed."""
-        if not isinstance(self.allowed, int):
+        if isinstance(self.allowed, list):
             if text not in self.allowed:
                 raise ValueError(instead_of(text, self.allowed))
             return text
@@ -38,102 +41,47 @@ class Option(NamedTuple):
             raise ValueError(f"must be a whole number >= {self.allowed}")
         return int(text)
 
+    def unused(self, values: dict[str, Value]) -> bool:
+        return bool(self.unused_if) and all(values[key] == value for key, value in self.unused_if.items())
+
 
 class Aggregation(NamedTuple):
-    build: Callable[..., Pooling]  # (tokens, **options)
-    needs_cls: bool
-    options: dict[str, Option]
+    """An entry of heads.toml, which explains the fields."""
+
+    pool: str
     description: str
-    number: str = ""  # the option that a number after the name sets: ap12 is ap:heads=12
+    options: dict[str, Option]
+    settings: dict[str, Value]
+    number: str = ""
+    needs_cls: bool = False
+    blocks: str = ""
+
+    def build(self, tokens: Tokens, **options: Value) -> Pooling:
+        """The pooling for tokens of this shape."""
+        from abmilp import AbMILP
+        from probing import attentive, fixed
+        from probing.pooling import PooledTokens
+
+        options = {**self.settings, **options}
+        if hasattr(fixed, self.pool):
+            return getattr(fixed, self.pool)(tokens, **options)
+        pool, content = getattr(attentive, self.pool, AbMILP), options.pop("content", "patch")
+        return PooledTokens(pool.of(tokens, content, **options), content)
 
 
-def fixed(name: str) -> Callable[..., Pooling]:
-    """Build a class of probing.fixed."""
+def entry_of(name: str, settings: dict[str, Any], options: dict[str, Any], **facts: Any) -> Aggregation:
+    return Aggregation(
+        settings=settings,
+        options={
+            key: Option(**{"flag": f"{name}_{key}", "unused_if": {}, **option}) for key, option in options.items()
+        },
+        **facts,
+    )
 
-    def build(tokens: Tokens, **options: Value) -> Pooling:
-        return getattr(importlib.import_module("probing.fixed"), name)(tokens, **options)
-
-    return build
-
-
-def learned(module: str, name: str) -> Callable[..., Pooling]:
-    """Build a TokenPool of the patch tokens, or with content="all" of all tokens."""
-
-    def build(tokens: Tokens, content: str = "patch", **options: Value) -> Pooling:
-        pool = getattr(importlib.import_module(module), name)
-        return importlib.import_module("probing.pooling").PooledTokens(pool.of(tokens, content, **options), content)
-
-    return build
-
-
-def is_linear(options: dict[str, Value]) -> bool:
-    return options["depth"] == 1
-
-
-CONTENT = Option("patch", ("patch", "all"), "tokens to pool")
-SCALE = Option("sum", ("sum", "release"), "weights of sum 1, or the published code's scale", flag="aggregation_scale")
 
 AGGREGATIONS = {
-    "cls": Aggregation(fixed("ClsToken"), True, {}, "the [cls] token"),
-    "pos": Aggregation(fixed("MeanPatch"), False, {}, "the mean of the patch tokens"),
-    "both": Aggregation(fixed("ClsAndMeanPatch"), True, {}, "[cls] and mean patch, concatenated"),
-    "abmilp": Aggregation(
-        learned("abmilp", "AbMILP"),
-        False,
-        {
-            "depth": Option(1, 1, "layers of the score"),
-            "act": Option("relu", ("relu", "gelu", "tanh", "gated"), "activation of the score", unused=is_linear),
-            "hidden": Option(0, 0, "width of the score's hidden layers; 0: the tokens' width", unused=is_linear),
-            "sa": Option(
-                "none",
-                ("none", "map", "both", "residual"),
-                "self-attention before pooling, for the scores (map) or for scores and values (both, residual)",
-            ),
-            "cond": Option("none", ("none", "pe"), "pe: add position embeddings to the score's input"),
-            "content": CONTENT,
-            "branches": Option(1, 1, "number of scores on the same hidden layers; vectors are concatenated"),
-        },
-        "attention-based multiple-instance pooling (the paper's head)",
-    ),
-    "ap": Aggregation(
-        learned("probing.attentive", "AttentivePool"),
-        False,
-        {"heads": Option(12, 1, "attention heads"), "content": CONTENT},
-        "attentive probing as in CAE; ap12 has 12 heads",
-        number="heads",
-    ),
-    "ep": Aggregation(
-        learned("probing.attentive", "EfficientPool"),
-        False,
-        {
-            "queries": Option(32, 1, "learned queries"),
-            "shrink": Option(1, 1, "factor by which the vector is narrower than the tokens"),
-            "content": CONTENT,
-        },
-        "efficient probing; ep32 has 32 queries",
-        number="queries",
-    ),
-    "attn-mn": Aggregation(fixed("MeanClsAttention"), True, {}, "patches weighted by the mean [cls] attention"),
-    "attn-lcte": Aggregation(
-        fixed("LowestEntropyClsAttention"), True, {}, "patches weighted by the [cls] attention of lowest entropy"
-    ),
-    "ca": Aggregation(
-        fixed("CentralAttention"),
-        False,
-        {"size": Option(1, 1, "side of the square of patches whose attention is used"), "scale": SCALE},
-        "patches weighted by the attention of the central ones; ca2: of the central 2 x 2",
-        number="size",
-    ),
-    "cp": Aggregation(
-        fixed("CentralPatches"),
-        False,
-        {"size": Option(1, 1, "side of the square of patches")},
-        "the mean of the central patches; cp2: of the central 2 x 2",
-        number="size",
-    ),
-    "dino": Aggregation(
-        fixed("OracleAttention"), False, {"scale": SCALE}, "patches weighted by the [cls] attention of --oracle"
-    ),
+    name: entry_of(name, **{"settings": {}, "options": {}, **entry})
+    for name, entry in tomllib.loads(Path(__file__).with_name("heads.toml").read_text()).items()
 }
 
 
@@ -149,19 +97,16 @@ def check_aggregation(name: str, has_cls: bool) -> Aggregation:
 
 def option_flags() -> dict[str, Option]:
     """{flag without dashes: option} of the flags that set an option's default."""
-    return {
-        option.flag or f"{aggregation}_{name}": option
-        for aggregation, entry in AGGREGATIONS.items()
-        for name, option in entry.options.items()
-    }
+    options = [option for entry in AGGREGATIONS.values() for option in entry.options.values()]
+    return {option.flag: option for option in options if option.flag}
 
 
 def parse_head(head: str, flags: dict[str, Value]) -> tuple[str, Options]:
-    """A head's name -> its aggregation and options, as in ProbeSpec.
+    """The name of one pooling -> its aggregation and options.
 
     "cls", "abmilp:depth=2,act=tanh", "ap12" (short for "ap:heads=12"). flags: values for option_flags. Options at their
-    default and unused ones are omitted, so each head has one name. ValueError, one line, for a head that does not exist
-    or an option without effect.
+    default and unused ones are omitted, so each head has one name. ValueError for a head that does not exist or an
+    option without effect.
     """
     name, _, text = head.partition(":")
     number = re.fullmatch(r"([a-z-]+)(\d+)", name)
@@ -182,12 +127,11 @@ def parse_head(head: str, flags: dict[str, Value]) -> tuple[str, Options]:
         given[key] = value
     values = {}
     for key, option in entry.options.items():
-        flag = option.flag or f"{name}_{key}"
-        value = given.get(key, str(flags.get(flag, option.default)))
+        value = given.get(key, str(flags.get(option.flag, option.default)))
         try:
             values[key] = option.read(value)
         except ValueError as error:
-            source = f"head {head}: {key}={value}" if key in given else f"--{flag} {value}"
+            source = f"head {head}: {key}={value}" if key in given else f"--{option.flag} {value}"
             raise ValueError(f"{source}: {error}") from None
     for key in given:
         if entry.options[key].unused(values):
@@ -200,10 +144,88 @@ def parse_head(head: str, flags: dict[str, Value]) -> tuple[str, Options]:
     )
 
 
-def head_name(aggregation: str, options: Options) -> str:
-    """The name that parse_head reads: abmilp, abmilp:depth=2,act=tanh, ap12."""
+def head_name(aggregation: str, options: Options, blocks: str = "") -> str:
+    """The name that parse_head reads: abmilp, abmilp:depth=2,act=tanh, ap12; with blocks: abmilp@8-11:depth=2."""
     entry = AGGREGATIONS.get(aggregation)
     number = entry.number if entry is not None else ""
     suffix = "".join(str(value) for key, value in options if key == number)
     rest = ",".join(f"{key}={value}" for key, value in options if key != number)
-    return aggregation + suffix + ":" * bool(rest) + rest
+    return aggregation + suffix + "@" * bool(blocks) + blocks + ":" * bool(rest) + rest
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# heads of several poolings and blocks
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Part(NamedTuple):
+    """One pooling of a head, and the blocks whose tokens it reads, side by side in channels."""
+
+    aggregation: str
+    options: Options
+    blocks: str  # "8-11", "11", "last4", "all"; "": the block of the probe
+
+    def indices(self, block: int) -> tuple[int, ...]:
+        """The blocks of a part of canonical_head; block: of the probe."""
+        first, _, last = (self.blocks or str(block)).partition("-")
+        return tuple(range(int(first), int(last or first) + 1))
+
+
+def parts_of(head: str, flags: dict[str, Value]) -> list[Part]:
+    """The poolings of a head such as "cls@8-11+abmilp:depth=2". ValueError as in parse_head."""
+    parts = []
+    for text in head.split("+"):
+        name, _, options = text.partition(":")
+        name, at, blocks = name.partition("@")
+        if at and not re.fullmatch(r"\d+(-\d+)?|last[1-9]\d*|all", blocks):
+            raise ValueError(f"head {head}: @{blocks} names no blocks; write @11, @8-11, @last4 or @all")
+        aggregation, settings = parse_head(name + ":" * bool(options) + options, flags)
+        parts.append(Part(aggregation, settings, blocks or AGGREGATIONS[aggregation].blocks))
+    return parts
+
+
+def canonical_head(head: str, flags: dict[str, Value], depth: int | None) -> str:
+    """The one name of a head, with blocks counted from 0; depth: of the encoder, None: not known yet.
+
+    ValueError as in parse_head, and for blocks that do not exist.
+    """
+    names = []
+    for part in parts_of(head, flags):
+        blocks = part.blocks
+        if depth is not None and blocks and not blocks[0].isdigit():
+            count = depth if blocks == "all" else int(blocks.removeprefix("last"))
+            if count > depth:
+                raise ValueError(f"head {head}: @{blocks}: this encoder has {depth} blocks")
+            blocks = f"{depth - count}-{depth - 1}"
+        first, _, last = blocks.partition("-")
+        if first.isdigit():
+            check_blocks([int(first), int(last or first)], depth)
+            if int(last or first) < int(first):
+                raise ValueError(f"head {head}: @{blocks} ends before it begins")
+            blocks = first if first == last else blocks
+        names.append(head_name(part.aggregation, part.options, blocks))
+    return "+".join(names)
+
+
+@functools.cache
+def blocks_of(head: str, block: int) -> tuple[int, ...]:
+    """The blocks that a canonical head reads; block: of the probe, for parts that name none."""
+    return tuple(sorted({index for part in parts_of(head, {}) for index in part.indices(block)}))
+
+
+def own_block(head: str) -> int | None:
+    """The last block that a canonical head names; None if a part takes the block of the probe."""
+    parts = parts_of(head, {})
+    return max(part.indices(0)[-1] for part in parts) if all(part.blocks for part in parts) else None
+
+
+def build_head(head: str, block: int, tokens: Tokens) -> Pooling:
+    """The pooling of a canonical head; tokens: of one block. It takes the tokens that read_blocks joins."""
+    from probing.pooling import Parts
+
+    poolings, blocks = [], []
+    for part in parts_of(head, {}):
+        entry = check_aggregation(part.aggregation, tokens.has_cls)
+        blocks.append(part.indices(block))
+        poolings.append(entry.build(tokens.joined(len(blocks[-1])), **dict(part.options)))
+    return poolings[0] if len(poolings) == 1 else Parts(poolings, blocks)

@@ -3,22 +3,36 @@
 Letters: B images, M tokens to pool, D width, D' width of the pooled vector, C columns (queries).
 """
 
+import functools
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models_vit import Features
-
-NORM_EPS = 1e-6  # of LayerNorms on tokens, as in ViT and CAE
+from models_vit import Features, VisionTransformer
 
 
 class Tokens(NamedTuple):
     """Shape of the tokens that a pooling is built for."""
 
-    width: int
+    width: int  # of one block
     grid: tuple[int, int]
     num_prefix: int
+    has_cls: bool = True
+    pooled: Mapping[str, int] = MappingProxyType({})  # widths of Features.pooled
+    blocks: int = 1  # whose tokens are side by side in channels
+
+    @classmethod
+    def of(cls, backbone: VisionTransformer, grid: tuple[int, int]) -> "Tokens":
+        """Those of one block of a backbone."""
+        return cls(backbone.embed_dim, grid, backbone.num_prefix_tokens, backbone.has_cls, backbone.pooled)
+
+    def joined(self, blocks: int) -> "Tokens":
+        """Those of several blocks, by read_blocks."""
+        return self._replace(width=self.width * blocks, blocks=blocks)
 
 
 class Pooled(NamedTuple):
@@ -32,9 +46,10 @@ class Needs(NamedTuple):
     cls_attention: bool = False  # Features.cls_attention
     cells: frozenset[int] = frozenset()  # patches whose attention is needed: Features.patch_attention
     oracle: bool = False  # Features.oracle
+    pooled: bool = False  # Features.pooled
 
     def union(self, other: "Needs") -> "Needs":
-        return Needs(self.cls_attention or other.cls_attention, self.cells | other.cells, self.oracle or other.oracle)
+        return Needs(*(ours | theirs for ours, theirs in zip(self, other, strict=True)))
 
 
 class Columns(NamedTuple):
@@ -67,17 +82,36 @@ class Pooling(nn.Module):
         return next(self.parameters(), None) is not None
 
 
+class Parts(Pooling):
+    """The vectors of several poolings, concatenated; each reads its own blocks. No weights."""
+
+    weighs = False
+
+    def __init__(self, poolings: Sequence[Pooling], blocks: Sequence[tuple[int, ...]]):
+        super().__init__(sum(pooling.width for pooling in poolings))
+        self.poolings, self.blocks = nn.ModuleList(poolings), blocks
+        self.needs = functools.reduce(Needs.union, (pooling.needs for pooling in poolings))
+
+    def forward(self, features: "Features | JoinedBlocks") -> Pooled:
+        """features: of all blocks of the parts, in ascending order."""
+        vectors = []
+        for pooling, blocks in zip(self.poolings, self.blocks, strict=True):
+            own = read_blocks(features.blocks, blocks) if isinstance(features, JoinedBlocks) else features
+            vectors.append(pooling(own).vector)
+        return Pooled(torch.cat(vectors, dim=1), None)
+
+
 class TokenPool(nn.Module):
     """A learned pooling: tokens (B,M,D) -> Pooled, with a vector of `width`.
 
-    folds: its queries depend on no image, so it is a projection of softmax-weighted means of the tokens. Banks then
-    compute many at once (probing/folding.py) by two methods that agree with `forward`, the definition:
-    `columns() -> Columns`, the scores, and `project(pooled)`, from each query's weighted mean (B,C,D) to the vector
-    (B,D'). normalised: the columns apply to tokens after a LayerNorm without affine.
+    Its queries score tokens by vectors, `columns() -> Columns`; `project` maps the weighted mean of each query (B,C,D)
+    to the vector (B,D'). So keys and values per token are never computed: O(MD) per query instead of O(MD^2).
+    norm_eps: of a LayerNorm without affine that precedes both; None: no norm. folds: the queries depend on no image and
+    `prepare` is that norm, so banks may pool many at once (folding.py).
     """
 
     folds = False
-    normalised = False
+    norm_eps: float | None = None
     width: int
 
     @classmethod
@@ -85,21 +119,58 @@ class TokenPool(nn.Module):
         """Build it for tokens of this shape; content: see PooledTokens."""
         return cls(tokens.width, **options)
 
+    def prepare(self, tokens: Tensor) -> Tensor:
+        """The tokens that are scored and averaged."""
+        return tokens if self.norm_eps is None else F.layer_norm(tokens, tokens.shape[-1:], eps=self.norm_eps)
+
+    def forward(self, tokens: Tensor) -> Pooled:
+        """(B,M,D) -> vector (B,D'), weights (B,M), with several queries (B,C,M)."""
+        columns, tokens = self.columns(tokens), self.prepare(tokens)
+        scores = tokens @ columns.weight
+        weights = (scores if columns.offset is None else scores + columns.offset).softmax(1).transpose(1, 2)
+        return Pooled(self.project(weights @ tokens), weights.squeeze(1) if weights.shape[1] == 1 else weights)
+
 
 class PooledTokens(Pooling):
-    """A TokenPool of the patch tokens (content "patch", the paper's) or of all tokens, prefix first (content "all")."""
+    """A TokenPool of the tokens that `content` names; see select."""
 
     def __init__(self, pool: TokenPool, content: str = "patch"):
         super().__init__(pool.width)
         self.pool, self.content = pool, content
+        self.weighs = content != "blocks"
 
     def forward(self, features: Features) -> Pooled:
         return self.pool(select(features, self.content))
 
 
-def select(features: Features, content: str) -> Tensor:
-    """The patch tokens (B,M,D), or with content "all" the tokens (B,N,D): [cls], registers, patches."""
+def select(features: "Features | JoinedBlocks", content: str) -> Tensor:
+    """Tokens to pool. "patch" (the paper's): (B,M,D); "all": (B,N,D), [cls], registers, patches; "blocks": (B,2L,D), of
+    each of L blocks the [cls] token, if there is one, and the mean patch, with a norm of 1."""
     if content == "patch":
         return features.patches
-    prefix = [] if features.cls is None else [features.cls[:, None]]
-    return torch.cat([*prefix, features.registers, features.patches], dim=1)
+    if content == "all":
+        prefix = [] if features.cls is None else [features.cls[:, None]]
+        return torch.cat([*prefix, features.registers, features.patches], dim=1)
+    blocks = features.blocks.values() if isinstance(features, JoinedBlocks) else [features]
+    summaries = [x for block in blocks for x in (block.cls, block.patches.mean(1)) if x is not None]
+    return F.normalize(torch.stack(summaries, dim=1), dim=-1)
+
+
+class JoinedBlocks:
+    """Features of several blocks, whose tokens are side by side in channels; attention and own poolings are those of
+    the last block. Tensors are joined when they are read, and kept."""
+
+    def __init__(self, blocks: Mapping[int, Features]):
+        self.blocks = blocks
+
+    def __getattr__(self, name: str) -> Tensor | None:
+        values = [getattr(features, name) for features in self.blocks.values()]
+        joined = name in ("cls", "registers", "patches") and values[0] is not None
+        value = torch.cat(values, dim=-1) if joined else values[-1]
+        setattr(self, name, value)
+        return value
+
+
+def read_blocks(features: Mapping[int, Features], blocks: Sequence[int]) -> Features | JoinedBlocks:
+    """The features of a block, or of several."""
+    return features[blocks[0]] if len(blocks) == 1 else JoinedBlocks({block: features[block] for block in blocks})

@@ -1,4 +1,4 @@
-"""Predictions of classifiers for every test image: collect, write to predictions.safetensors, read.
+"""Predictions of classifiers for every test image: collect, write to predictions.safetensors, read, score.
 
 Letters: n images, K classes.
 """
@@ -15,6 +15,7 @@ from torch import Tensor
 from encoders.load import load_plain_or_safetensors, safetensors_metadata
 from util.distributed import gather_rows
 from util.files import digest, to_json
+from util.scores import average_precision
 
 FILE = "predictions.safetensors"
 
@@ -86,3 +87,39 @@ def read_predictions(path: Path) -> Predictions:
     facts = json.loads(metadata["facts"])
     outputs, losses = ({name: tensors[f"{kind}/{name}"] for name in facts["probes"]} for kind in ("output", "loss"))
     return Predictions(tensors["index"], tensors["labels"], outputs, losses, facts)
+
+
+# ---- scores in [0, 1], from the `outputs` and labels of Predictions
+
+
+def top1(outputs: Tensor, labels: Tensor) -> Tensor:
+    """(n,) 1 for a hit, else 0."""
+    return (outputs[:, 0] == labels).double()
+
+
+def any_match(outputs: Tensor, labels: Tensor) -> Tensor:
+    return labels.gather(1, outputs.argmax(1, keepdim=True))[:, 0].double()
+
+
+def label_accuracy(outputs: Tensor, labels: Tensor) -> Tensor:
+    return ((outputs > 0) == (labels > 0)).double().mean(1)
+
+
+def mean_average_precision(outputs: Tensor, labels: Tensor) -> float:
+    return average_precision(outputs, labels)[(labels > 0).any(0)].mean().item()
+
+
+def per_class(outputs: Tensor, labels: Tensor) -> float:
+    hits, counts = (torch.bincount(labels, weights=weights) for weights in (top1(outputs, labels), None))
+    return (hits / counts)[counts > 0].mean().item()
+
+
+BY_IMAGE = {"top1": top1, "any_match": any_match, "label_accuracy": label_accuracy}  # scores that are means over images
+OF_ALL = {"map": mean_average_precision, "per_class": per_class}
+
+
+def score(outputs: Tensor, labels: Tensor, headline: str) -> float:
+    """The score of that name, in percent."""
+    if headline in BY_IMAGE:
+        return 100 * BY_IMAGE[headline](outputs, labels).mean().item()
+    return 100 * OF_ALL[headline](outputs, labels)

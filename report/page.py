@@ -1,115 +1,109 @@
-"""The page of a report: tables, figures and texts as plain data, rendered by template.html with autoescape."""
+"""The page of a report: the contents of runs, grouped by program and images, rendered by page.html."""
 
-import math
+import base64
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
+from jinja2 import ChainableUndefined, Environment, FileSystemLoader, TemplateError
+from PIL import Image
 
-DASH = "–"
+from report import facts
+from report.maps import read_maps
+from report.plots import Axes, Line, plot
+from report.programs import READERS, Content
+from report.runs import KINDS, Run
+from report.tables import Cell, Row, group_by, real, table
+
+DAMAGED = (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, IndexError, RecursionError, TemplateError)
+PICTURES = 24  # shown per folder
+REDRAWN = ("attention.png", "park.png", "heads.png", "spectra.png", "kl.png")  # the page has them as tables and plots
 UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")  # not allowed in HTML or UTF-8
 TEMPLATES = Environment(
-    loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    loader=FileSystemLoader(Path(__file__).parent),
+    autoescape=True,
+    undefined=ChainableUndefined,  # what a record lacks is left out
+    trim_blocks=True,
+    extensions=["jinja2.ext.do"],
 )
+Read = tuple[Run, list[Content]]
 
 
-class Cell(NamedTuple):
-    """A table cell; `value` sorts numeric columns, values that are not finite come last."""
-
-    text: object
-    value: float | None = None
-
-    @property
-    def sort_key(self) -> str:
-        return repr(float(self.value)) if math.isfinite(self.value) else ""
-
-
-NONE = Cell(DASH, -math.inf)  # no number here
-
-
-@dataclass(frozen=True)
-class Text:
-    text: object
-    style: str = "soft"  # or "loud", a warning
+def make_report(
+    runs: Sequence[Run], figures: Mapping[str, Sequence[Path]], trouble: Sequence[str], title: str
+) -> tuple[bytes, list[str]]:
+    """The page, and a line for each file or run that is left out."""
+    shown: list[Read] = []
+    left_out = list(trouble)
+    for run in runs:
+        try:
+            read = run, READERS[run.program](run)
+            render(title, [read])
+            shown.append(read)
+        except DAMAGED as error:
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            left_out.append(f"{run.folder}/{run.prefix}: not a record as {run.program}.py writes it ({reason})")
+    return render(title, shown, {name: pictures(paths) for name, paths in figures.items()}, left_out), left_out
 
 
-@dataclass(frozen=True)
-class Table:
-    """Rows of texts, markup or Cells. ValueError for a row that does not have one cell per column."""
-
-    columns: Sequence[object]
-    rows: Sequence[Sequence[object]]
-    caption: str = ""
-    sortable: bool = True
-
-    def __post_init__(self):
-        if wrong := [row for row in self.rows if len(row) != len(self.columns)]:
-            raise ValueError(f"a row of {len(wrong[0])} cells in a table of {len(self.columns)} columns")
-        rows = [[cell if isinstance(cell, Cell) else Cell(cell) for cell in row] for row in self.rows]
-        object.__setattr__(self, "rows", rows)
-
-    @property
-    def numeric(self) -> list[bool]:
-        """For each column, whether all its cells have a number."""
-        return [all(row[i].value is not None for row in self.rows) for i in range(len(self.columns))]
-
-
-def table(rows: Sequence[dict[str, object]], caption: str = "") -> Table:
-    """A Table of {column: cell} rows, without the columns in which every cell is a dash."""
-    names = dict.fromkeys(name for row in rows for name in row)
-    cells = {name: [row.get(name, NONE) for row in rows] for name in names}
-    cells = {name: column for name, column in cells.items() if any(cell not in (NONE, DASH) for cell in column)}
-    return Table(list(cells), list(zip(*cells.values(), strict=True)), caption)
+def render(
+    title: str, reads: Sequence[Read], figures: Mapping[str, Any] | None = None, left_out: Sequence[str] = ()
+) -> bytes:
+    sections = {}
+    for program in READERS:
+        of_program = [(run, contents) for run, contents in reads if run.program == program]
+        same = group_by([(run, c) for run, contents in of_program for c in contents], lambda pair: pair[1].key)
+        if of_program:
+            maps = read_maps([path for run, _ in of_program for path in run.files("examples.safetensors")])
+            sections[program] = {"groups": [compare(pairs) for pairs in same], "reads": of_program, "maps": maps}
+    notes = {
+        note for run, contents in reads for note in (*facts.notes_of(run), *(n for c in contents for n in c.notes))
+    }
+    warnings = [note for name, note in facts.NOTES.items() if name in notes]
+    page = TEMPLATES.get_template("page.html").render(
+        **{"title": title, "reads": reads, "sections": sections, "figures": figures or {}},
+        warnings=[*warnings, *(("loud", f"Left out: {line}") for line in left_out)],
+        **{"facts": facts, "kinds": KINDS, "own_pictures": own_pictures, "real": real, "table": table},
+        **{"Cell": Cell, "Row": Row},
+    )
+    return UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", page.lstrip()).encode()
 
 
-@dataclass(frozen=True)
-class Figure:
-    source: str  # a data: URI
-    alt: str
-    caption: object = None
-    kind: str = "photo"  # or "drawing", whose colours are inverted on dark pages
-    size: tuple[int, int] | None = None  # width and height in pixels
-    wide: bool = False  # scrolls on a phone instead of shrinking
+def compare(same: Sequence[tuple[Run, Content]]) -> dict[str, Any]:
+    """Contents of equal key, their main table, and plots by title, each with the lines of all contents."""
+    contents = [content for _, content in same]
+    merged: dict[str, dict[Axes, list[Line]]] = {}
+    for run, content in same:
+        for title, curves in content.curves.items():
+            for axes, lines in curves.items():
+                known = merged.setdefault(title, {}).setdefault(axes, [])
+                names = [line.name for line in known]
+                known += [line for line in lines if line.name not in names]  # of reference lines one is enough
+                known += [line._replace(name=f"{line.name} ({run.name})") for line in lines
+                          if line.name in names and not line.reference]  # fmt: skip
+    return {
+        "contents": contents,
+        "table": table([row for content in contents for row in content.rows]),
+        "differences": facts.differences(list({run.anchor: run for run, _ in same}.values())),
+        "plots": {title: [plot(*item) for item in plots.items()] for title, plots in merged.items()},
+    }
 
 
-@dataclass(frozen=True)
-class Group:
-    """Blocks shown together."""
-
-    kind: str  # "grid": columns of one width; "gallery": figures at their own size; "details": folded; "card": framed
-    blocks: Sequence[object]  # Text, Table, Figure or Group; None is left out
-    title: object = None
-    anchor: str | None = None
+def own_pictures(run: Run) -> list[dict[str, Any]]:
+    return pictures([path for path in run.files("*.png") if path.name not in REDRAWN], run.folder)
 
 
-def badge(text: str, style: str = "") -> Markup:
-    """A coloured label; styles: good, loud."""
-    return Markup('<span class="badge {}">{}</span> ').format(style, text)
-
-
-def code(text: object) -> Markup:
-    return Markup("<code>{}</code>").format(DASH if text is None else text)
-
-
-def number(value: float | None, digits: int = 1, spread: float | None = None) -> Cell:
-    """A number with its standard deviation, if any; "not finite" for None, NaN and infinities."""
-    if value is None or not math.isfinite(value):
-        return Cell("not finite", math.nan)
-    return Cell(f"{value:,.{digits}f}" + (f" ± {spread:.{digits}f}" if spread is not None else ""), value)
-
-
-def pairs(facts: dict[str, object]) -> Table:
-    return Table(("name", "value"), [[name, value] for name, value in facts.items()], sortable=False)
-
-
-def join(parts: Iterable[object]) -> Markup:
-    return Markup("").join(parts)
-
-
-def render(title: str, **content: object) -> str:
-    page = TEMPLATES.get_template("template.html").render(title=title, **content)
-    return UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", page)
+def pictures(paths: Sequence[Path], folder: Path | None = None) -> list[dict[str, Any]]:
+    """PNG files at their own size; a warning for each that is damaged."""
+    shown: list[dict[str, Any]] = []
+    for path in paths[:PICTURES]:
+        try:
+            with Image.open(path, formats=["PNG"]) as image:
+                image.load()
+            data = base64.b64encode(path.read_bytes()).decode()
+            name = str(path.relative_to(folder)) if folder else path.name
+            shown.append({"data": data, "width": image.width, "height": image.height, "name": name})
+        except Exception as error:  # Pillow's decoders raise many types
+            shown.append({"warning": f"{path} cannot be shown: {' '.join(str(error).split())}"})
+    return shown + ([{"warning": f"{PICTURES} of {len(paths)} pictures are shown."}] if len(paths) > PICTURES else [])

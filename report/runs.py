@@ -15,12 +15,23 @@ Record = Mapping[str, Any]
 
 
 class Kind(NamedTuple):
-    """How the records of a program are recognised."""
+    """How a report calls the runs of a program and recognises their records."""
 
+    title: str
     argument: str  # an argument that no other program has
     result: str  # the file written at the end
     trains: bool = True  # writes log.txt, one line per epoch
     several: bool = False  # writes one result per encoder, each into a subfolder
+
+
+KINDS = {  # by program
+    "main_linprobe": Kind("Linear probes", "cls_features", "results.json"),
+    "main_analyze_attention": Kind("Attention flow", "reduction", "attention.json", trains=False, several=True),
+    "main_analyze_aggregation": Kind("Aggregation", "kl_direction", "aggregation.json", trains=False),
+    "main_finetune": Kind("Fine-tuning", "layer_decay", "results.json"),
+    "main_pretrain": Kind("Pretraining", "mask_ratio", "results.json"),
+}
+RECORDS = list(dict.fromkeys(["args.json", "log.txt", *(kind.result for kind in KINDS.values())]))
 
 
 @dataclass(frozen=True)
@@ -29,12 +40,16 @@ class Run:
     folder: Path
     prefix: str  # of its file names: "" or, as in MAE.results.json, "MAE."
     program: str
-    kind: Kind
     started: Record  # args.json, or {}
     results: list[Record]
     epochs: list[Record]  # log.txt, sorted by epoch
     written: float  # modification time of the newest record
     trouble: list[str]  # records that could not be read
+    anchor: str = ""  # of its card in the page
+
+    @property
+    def kind(self) -> Kind:
+        return KINDS[self.program]
 
     @property
     def record(self) -> Record:
@@ -46,23 +61,18 @@ class Run:
     def args(self) -> Record:
         return args_of(self.record)
 
-    def figures(self) -> list[Path]:
-        below = self.folder.glob("*/tsne.png") if self.kind.several else []
-        return sorted([*self.folder.glob(f"{self.prefix}*.png"), *below])
-
-
-class Findings(NamedTuple):
-    runs: list[Run]
-    figures: dict[str, list[Path]]  # {folder or label: PNG files that belong to no run}
-    trouble: list[str]  # one line per file or folder that is left out
+    def files(self, pattern: str) -> list[Path]:
+        below = self.folder.glob(f"*/{pattern}") if self.kind.several else []
+        return sorted([*self.folder.glob(f"{self.prefix}{pattern}"), *below])
 
 
 def args_of(record: Record) -> Record:
     return record["args"] if isinstance(record.get("args"), dict) else {}
 
 
-def find_runs(arguments: Iterable[str], kinds: Mapping[str, Kind]) -> Findings:
-    """Runs of [LABEL=]PATH arguments: folders of runs, folders that contain them, folders of figures, single records.
+def find_runs(arguments: Iterable[str]) -> tuple[list[Run], dict[str, list[Path]], list[str]]:
+    """Runs of [LABEL=]PATH arguments: folders of runs, folders that contain them, folders of figures, single records;
+    {folder or label: PNG files that belong to no run}; and a line per file or folder that is left out.
 
     A run named twice is listed once. ValueError for a path that does not exist.
     """
@@ -74,36 +84,31 @@ def find_runs(arguments: Iterable[str], kinds: Mapping[str, Kind]) -> Findings:
         if not path or not Path(path).exists():
             raise ValueError(f"{argument}: no such file or folder; give the --output_dir of runs, or LABEL=FOLDER")
         path = Path(path)
-        files, unreadable = list_records(path, kinds) if path.is_dir() else ([path], [])
-        found, problems = read_runs(files, kinds)
-        problems += unreadable
-        own = {picture for run in found for picture in run.figures()}
+        files, problems = list_records(path) if path.is_dir() else ([path], [])
+        here, unreadable = read_runs(files)
+        own = {picture for run in here for picture in run.files("*.png")}
         if pictures := [picture for picture in sorted(path.glob("*.png")) if picture not in own]:
             figures[label or str(path)] = pictures
-        elif not found and not problems:
-            problems = [f"{path}: no run and no figure; a run has one of {', '.join(record_names(kinds))}"]
-        trouble += problems
-        for run in found:
+        elif not (here or problems or unreadable):
+            problems = [f"{path}: no run and no figure; a run has one of {', '.join(RECORDS)}"]
+        trouble += [*problems, *unreadable]
+        for run in here:
             below = [*run.folder.relative_to(path if path.is_dir() else path.parent).parts, run.prefix.rstrip(".")]
             name = "/".join(filter(None, [label, *below])) or path.resolve().name
             runs.setdefault((run.folder.resolve(), run.prefix, run.program), replace(run, name=name))
-    return Findings(distinct_names(list(runs.values())), figures, trouble)
-
-
-def distinct_names(runs: Sequence[Run]) -> list[Run]:
-    """The runs; those of one program and name are named by their paths."""
-    names = [(run.name, run.program) for run in runs]
-    return [
-        replace(run, name=str(run.folder / run.prefix.rstrip("."))) if names.count(name) > 1 else run
-        for run, name in zip(runs, names, strict=True)
+    names = [(run.name, run.program) for run in runs.values()]
+    named = [
+        replace(
+            run,
+            name=run.name if names.count((run.name, run.program)) == 1 else str(run.folder / run.prefix.rstrip(".")),
+            anchor=f"run-{i}",
+        )
+        for i, run in enumerate(runs.values(), 1)
     ]
+    return named, figures, list(dict.fromkeys(trouble))
 
 
-def record_names(kinds: Mapping[str, Kind]) -> list[str]:
-    return list(dict.fromkeys(["args.json", "log.txt", *(kind.result for kind in kinds.values())]))
-
-
-def list_records(top: Path, kinds: Mapping[str, Kind]) -> tuple[list[Path], list[str]]:
+def list_records(top: Path) -> tuple[list[Path], list[str]]:
     """Records in a folder and its subfolders, and a line for each folder that cannot be read; hidden folders and code
     snapshots of SLURM jobs are skipped."""
     files, errors = [], []
@@ -112,43 +117,42 @@ def list_records(top: Path, kinds: Mapping[str, Kind]) -> tuple[list[Path], list
             subfolders.clear()
             continue
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        files += [Path(folder, name) for name in sorted(names) if name.endswith(tuple(record_names(kinds)))]
+        files += [Path(folder, name) for name in sorted(names) if name.endswith(tuple(RECORDS))]
     return files, [f"{error.filename} cannot be read: {error.strerror}" for error in errors]
 
 
-def read_runs(files: Iterable[Path], kinds: Mapping[str, Kind]) -> tuple[list[Run], list[str]]:
+def read_runs(files: Sequence[Path]) -> tuple[list[Run], list[str]]:
     """The runs whose records these are, and a line for each record that belongs to none."""
     # demo/mae.args.json is a record of the run mae
-    pattern = re.compile(rf"(|.+\.)({'|'.join(map(re.escape, record_names(kinds)))})")
+    names = re.compile(rf"(|.+\.)({'|'.join(map(re.escape, RECORDS))})")
     records: dict[tuple[Path, str, str], dict[Path, Record]] = {}  # by folder, prefix and program
     logs: dict[tuple[Path, str], Path] = {}
     trouble: dict[tuple[Path, str], list[str]] = {}
     for path in files:
-        if not (match := pattern.fullmatch(path.name)):
-            return [], [f"{path} is not a record of a run: give its folder, or {', '.join(record_names(kinds))}"]
-        key = path.parent, match[1]
+        if not (match := names.fullmatch(path.name)):
+            return [], [f"{path} is not a record of a run: give its folder, or {', '.join(RECORDS)}"]
+        several = [kind.result for kind in KINDS.values() if kind.several]
+        owned = (
+            match[2] in several and path.with_name("args.json").exists() < path.parent.with_name("args.json").exists()
+        )
+        key = path.parent.parent if owned else path.parent, match[1]
         if match[2] == "log.txt":
             logs[key] = path
             continue
         try:
             content = read_json(path)
-            records.setdefault((*key, program_of(path, match[2], content, kinds)), {})[path] = content
+            records.setdefault((*key, program_of(path, match[2], content)), {})[path] = content
         except ValueError as error:
             trouble.setdefault(key, []).append(str(error))
-    for folder, prefix, program in [key for key in records if kinds[key[2]].several]:
-        owner = records.get((folder.parent, "", program), {})
-        if folder.parent / "args.json" in owner and folder / "args.json" not in records[folder, prefix, program]:
-            owner |= records.pop((folder, prefix, program))
     runs = []
     for (folder, prefix, program), contents in records.items():
-        kind, started = kinds[program], folder / f"{prefix}args.json"
-        log = logs.pop((folder, prefix), None) if kind.trains else None
+        started = folder / f"{prefix}args.json"
+        log = logs.pop((folder, prefix), None) if KINDS[program].trains else None
         epochs, problems = read_log(log) if log else ([], [])
         results = [content for path, content in contents.items() if path != started]
         written = max(path.stat().st_mtime for path in filter(None, [*contents, log]))
         problems += trouble.pop((folder, prefix), [])
-        run = Run("", folder, prefix, program, kind, contents.get(started, {}), results, epochs, written, problems)
-        runs.append(run)
+        runs.append(Run("", folder, prefix, program, contents.get(started, {}), results, epochs, written, problems))
     for key, log in logs.items():
         trouble.setdefault(key, [f"{log}: no args.json or results.json beside it says which program wrote it"])
     return runs, [line for lines in trouble.values() for line in lines]
@@ -157,7 +161,7 @@ def read_runs(files: Iterable[Path], kinds: Mapping[str, Kind]) -> tuple[list[Ru
 def read_json(path: Path) -> Record:
     """ValueError unless the file is a JSON object."""
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(content, dict):
@@ -165,21 +169,18 @@ def read_json(path: Path) -> Record:
     return content
 
 
-def program_of(path: Path, name: str, content: Record, kinds: Mapping[str, Kind]) -> str:
+def program_of(path: Path, name: str, content: Record) -> str:
     """The program that wrote a record: by its arguments, else by a file name that only one program uses."""
-    programs = [program for program, kind in kinds.items() if kind.argument in args_of(content)]
-    programs = programs or [program for program, kind in kinds.items() if kind.result == name]
+    programs = [program for program, kind in KINDS.items() if kind.argument in args_of(content)]
+    programs = programs or [program for program, kind in KINDS.items() if kind.result == name]
     if len(programs) != 1:
-        raise ValueError(f"{path}: not written by any of {', '.join(kinds)}")
+        raise ValueError(f"{path}: not written by any of {', '.join(KINDS)}")
     return programs[0]
 
 
 def read_log(path: Path) -> tuple[list[Record], list[str]]:
-    """The epochs of log.txt (of repeated ones the last), and what to say of lines that cannot be read."""
-    try:
-        lines = [line for line in path.read_text(errors="replace").splitlines() if line.strip()]
-    except OSError as error:
-        return [], [f"{path} cannot be read: {error.strerror}"]
+    """The epochs of log.txt (of repeated ones the last), and a line about those that cannot be read."""
+    lines = [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     records, broken = {}, 0
     for line in lines:
         try:

@@ -1,24 +1,16 @@
-"""Which images an analysis takes, and resumable passes over them."""
+"""The images that an analysis takes, and resumable passes over them."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
-from data_sets.table import build_dataset
 from runtime.folder import RunFolder
 from runtime.resumable import Resumable, check_identity
 from util.distributed import agree, gather_objects, rank, world_size
 from util.progress import log
 from util.seeding import stable_seed
-
-
-def analysed_images(dataset: str, path: Path, allow_subset: bool) -> torch.utils.data.Dataset:
-    """The validation images of a data set, or all of a plain folder of class folders."""
-    is_plain = dataset == "image_folder" and not any((path / split).exists() for split in ("train", "val"))
-    return build_dataset(dataset, path, "." if is_plain else "val", allow_subset)
 
 
 def subset(length: int, num_images: int | None, seed: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""The folder of a run: what was asked (args.json), what happened (log.txt, TensorBoard), and its checkpoints."""
+"""The folder of a run: what was asked (args.json), what happened (log.txt, trackers), and its checkpoints."""
 
 import contextlib
 import errno
@@ -7,8 +7,7 @@ import json
 import os
 import re
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -16,10 +15,10 @@ import numpy
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 from encoders.load import save_encoder
 from runtime.processes import require_same_run
+from runtime.trackers import Service, TensorBoard
 from util import distributed
 from util.files import atomic_path, digest, disk_error, remove_leftovers, to_json, write_atomically, write_json
 from util.progress import log
@@ -30,7 +29,7 @@ LOAD_ERRORS = (RuntimeError, ValueError, TypeError, KeyError, AttributeError, In
 LOCK = ".lock"
 # of a run, as a pattern
 FILES = (
-    r"(args|results|attention|aggregation|tsne)\.json|log\.txt|(encoder|predictions)\.safetensors"
+    r"(args|results|attention|aggregation|tsne|trackers)\.json|log\.txt|(encoder|predictions|examples)\.safetensors"
     r"|checkpoint-\d+(-\d+)?\.pth|\w+\.(png|pdf)"
 )
 
@@ -38,9 +37,12 @@ FILES = (
 class RunFolder:
     """Records of one run; only rank 0 writes, and makes the folder when it does. An empty `path` keeps nothing."""
 
-    def __init__(self, path: str | os.PathLike, log_dir: str | os.PathLike | None = None):
+    def __init__(
+        self, path: str | os.PathLike, log_dir: str | os.PathLike | None = None, track: Sequence[str] = ("tensorboard",)
+    ):
+        """track: of runtime.trackers.TRACKERS; log_dir: of TensorBoard, by default `path`."""
         self.path = Path(path) if path and distributed.rank() == 0 else None
-        self.board: SummaryWriter | None = None
+        self.track, self.trackers = track, []
         self.read_path = Path(path) if path else None
         self.log_dir = Path(log_dir) if log_dir else self.path
         self.kept: list[Path] = []  # checkpoints that this process wrote or read, oldest first
@@ -67,16 +69,17 @@ class RunFolder:
             remove_leftovers(self.path, FILES)
 
     def start(self, record: dict[str, Any], name: str = "args.json", purge_step: int | None = None) -> None:
-        """Write what was asked, with its provenance, and open TensorBoard. ValueError where that is not possible.
+        """Write what was asked, with its provenance, and open the trackers. ValueError where that is not possible.
 
-        purge_step: the first step whose figures are made now: TensorBoard forgets those that it has from there on.
+        purge_step: the first step that is measured now: TensorBoard forgets older values from there on.
         """
         self.claim()
         self.write(name, record)
         if self.path is not None:
             with self._writing("--log_dir", self.log_dir):
-                date_back_event_files(self.log_dir)
-                self.board = SummaryWriter(log_dir=str(self.log_dir), purge_step=purge_step)
+                boards = [TensorBoard(self.log_dir, purge_step)] if "tensorboard" in self.track else []
+            services = [Service(name, self.path, record) for name in self.track if name != "tensorboard"]
+            self.trackers = [*boards, *services]
 
     def write(self, name: str, value: Any) -> None:
         """Write JSON into the folder, made if need be. ValueError where that is not possible."""
@@ -131,21 +134,21 @@ class RunFolder:
         return json.loads(lines[-1]) if lines else None
 
     def scalars(self, values: dict[str, float], step: int) -> None:
-        if self.board is not None:
+        for tracker in self.trackers:
             with self._writing("--log_dir", self.log_dir):
-                for name, value in values.items():
-                    self.board.add_scalar(name, value, step)
+                tracker.scalars(values, step)
 
     def image(self, name: str, pixels: numpy.ndarray, step: int) -> None:
         """pixels: (h,w,3) in [0,1]."""
-        if self.board is not None:
+        for tracker in self.trackers:
             with self._writing("--log_dir", self.log_dir):
-                self.board.add_image(name, pixels, step, dataformats="HWC")
+                tracker.image(name, pixels, step)
 
-    def close(self) -> None:
-        if self.board is not None:
+    def close(self, figures: Iterable[Path] = ()) -> None:
+        """figures: those that the trackers get beside the folder's own."""
+        for tracker in self.trackers:
             with self._writing("--log_dir", self.log_dir):
-                self.board.close()
+                tracker.finish(self.path, [*self.path.glob("*.png"), *figures])
         if self.lock is not None:
             (self.path / LOCK).unlink(missing_ok=True)
             self.lock.close()
@@ -170,8 +173,8 @@ class RunFolder:
             return
         target = self.path / (f"checkpoint-{epoch}.pth" if step is None else f"checkpoint-{epoch}-{step}.pth")
         with self._writing():
-            if self.board is not None:
-                self.board.flush()  # what happened before this state is on record, too
+            for tracker in self.trackers:
+                tracker.flush()  # what happened before this state is on record, too
             with atomic_path(target) as temporary, open(temporary, "wb") as file:
                 torch.save(sealed({"epoch": epoch, "step": step, **state}), file)
             earlier = [path for path in self.kept if path != target and _position(path) < _position(target)]
@@ -181,10 +184,7 @@ class RunFolder:
                     path.unlink(missing_ok=True)
 
     def find_checkpoint(
-        self,
-        resume: str,
-        evaluate_only: bool = False,
-        restore: Callable[[dict[str, Any]], None] = lambda state: None,
+        self, resume: str, evaluate_only: bool = False, restore: Callable[[dict[str, Any]], None] = lambda state: None
     ) -> dict[str, Any] | None:
         """The state to resume from: a path, "auto" for the newest good one of this folder, "" for a fresh start.
 
@@ -257,20 +257,6 @@ class RunFolder:
                     f"--output_dir {self.read_path} already holds a run ({trace.name}): continue it with "
                     "--resume auto, or name another folder"
                 )
-
-
-def date_back_event_files(log_dir: Path) -> None:
-    """Rename TensorBoard's files so that they sort before one that is opened now.
-
-    They are read in the order of their names, which begin with the second of their start: a run resumed within a
-    second, or on a machine whose clock is behind, would come before what it continues.
-    """
-    paths = sorted(log_dir.glob("events.out.tfevents.*"))
-    for path, latest in zip(paths, range(int(time.time()) - len(paths), 2**40), strict=False):
-        fields = path.name.split(".")
-        if fields[3].isdecimal() and int(fields[3]) > latest:
-            fields[3] = str(latest)
-            path.rename(log_dir / ".".join(fields))
 
 
 class AnotherRun(ValueError):

@@ -35,7 +35,7 @@ def code_version() -> dict[str, Any]:
     """Commit of the code that runs, and whether programs differ from it; for a job's snapshot, when it was taken."""
     if (ROOT / SNAPSHOT_RECORD).exists():
         return json.loads((ROOT / SNAPSHOT_RECORD).read_text())
-    status = git("status", "--porcelain", "--untracked-files=all", "--", "*.py", "*.sh")
+    status = git("status", "--porcelain", "--untracked-files=all", "--", "*.py", "*.sh", "*.toml")
     return {"commit": git("rev-parse", "HEAD"), "dirty": None if status is None else bool(status)}
 
 
@@ -43,9 +43,12 @@ def code_files() -> list[Path]:
     """The modules of the programs, relative to ROOT: those that git knows, and new ones beside them."""
     # not every file that git ignores: run folders, which hold older copies, may be here too
     packages = [path.parent.name for path in ROOT.glob("*/__init__.py")]
-    patterns = ["*.py", *(f"{package}/*.py" for package in packages if package != "tests")]
+    patterns = [
+        "*.py",
+        *(f"{package}/*.{kind}" for package in packages if package != "tests" for kind in ("py", "toml")),
+    ]
     new = {path.relative_to(ROOT) for pattern in patterns for path in ROOT.glob(pattern)}
-    known = git("ls-files", "-z", "*.py", ":!tests") or ""
+    known = git("ls-files", "-z", "*.py", "*/*.toml", ":!tests") or ""
     return sorted(new | {Path(name) for name in known.split("\0") if name and (ROOT / name).is_file()})
 
 

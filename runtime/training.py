@@ -29,7 +29,7 @@ class Method(Protocol):
 
     program: str  # whose checkpoints these are
     names: tuple[str, ...]  # of the S losses, in logs; "" for the only one
-    groups: list[list[Tensor]]  # parameters behind each loss
+    parameters: list[Tensor]  # that are trained
     device: torch.device
     state_name: str  # under which a checkpoint holds the weights
 
@@ -43,7 +43,9 @@ class Method(Protocol):
         """
 
     def step(self, alive: Tensor) -> Tensor:
-        """The optimizer step, after the exchange of gradients. Which of the `alive` (S,) losses still are."""
+        """The optimizer step with the mean gradients, for networks that are `alive` (S,): their losses are finite.
+
+        Returns which of them still are: their gradients and updates are finite, too."""
 
     def check(self) -> None:
         """ValueError if losses are not finite for another reason than training; each rank must call it."""
@@ -64,12 +66,13 @@ class OneNetwork:
         self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, device: torch.device, amp: torch.dtype
     ):  # fmt: skip
         self.model, self.optimizer, self.device, self.amp = model, optimizer, device, amp
-        self.groups = [[p for p in model.parameters() if p.requires_grad]]
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
 
     def train(self) -> None:
         self.model.train()
 
     def step(self, alive: Tensor) -> Tensor:
+        alive = alive & all_finite([p.grad for p in self.parameters if p.grad is not None])
         self.optimizer.step()
         return alive
 
@@ -188,7 +191,7 @@ class Training(Resumable):
         self.method.train()
         self.batches.epoch, self.batches.first_step = self.epoch, self.done
         watched = Watched(self.loader, f"epoch {self.epoch}")
-        mean = GradientMean([p for group in self.method.groups for p in group], accum_iter // self.batches.joined)
+        mean = GradientMean(self.method.parameters, accum_iter // self.batches.joined)
         start, earlier, waited = time.perf_counter(), self.seconds, self.waited
         for micro_step, sample in enumerate(watched, start=self.done * accum_iter):
             if micro_step % accum_iter == 0:
@@ -205,7 +208,7 @@ class Training(Resumable):
         self._look_for_divergence()
         return EpochStats(
             (self.loss_sum / steps).tolist(),
-            self.schedule(self.epoch + (steps - 1) / steps, self.optimizer.param_groups[0]["peak_lr"]),
+            self.schedule(self.epoch + (steps - 1) / steps, first_of(self.optimizer.param_groups[0]["peak_lr"])),
             steps * self.batches.effective / self.seconds,
             self.waited / self.seconds,
             peak_memory(self.method.device),
@@ -225,10 +228,8 @@ class Training(Resumable):
 
     def _update(self, losses: Tensor) -> None:
         """One optimizer step with losses (S,); nothing here waits for a GPU, but for reports."""
-        gradients = [[p.grad for p in group if p.grad is not None] for group in self.method.groups]
-        healthy = losses.isfinite() & torch.stack([all_finite(group) for group in gradients])
         before = self.diverged_at < 0
-        alive = self.method.step(before & healthy)
+        alive = self.method.step(before & losses.isfinite())
         self.optimizer.zero_grad()
         self.diverged_at = torch.where(before & ~alive, self.steps_done, self.diverged_at)
         self.loss_sum += torch.where(alive, losses, torch.nan)
@@ -236,7 +237,7 @@ class Training(Resumable):
             self._look_for_divergence()
             values = {f"train_loss{self._suffix(i)}": loss for i, loss in enumerate(losses.tolist())}
             values = {name: loss for i, (name, loss) in enumerate(values.items()) if i not in self.reported}
-            self.folder.scalars({**values, "lr": self.optimizer.param_groups[0]["lr"]}, self.steps_done)
+            self.folder.scalars({**values, "lr": first_of(self.optimizer.param_groups[0]["lr"])}, self.steps_done)
         self.done += 1
 
     def _suffix(self, index: int) -> str:
@@ -344,6 +345,11 @@ class Training(Resumable):
         self.folder.start(record, purge_step=self.steps_done)  # from 0, too: a run killed before its first checkpoint
         if self.done == 0:
             self.folder.scalars(self.last_scalars, self.steps_done)  # they share their step with what is purged
+
+
+def first_of(rate: float | Tensor) -> float:
+    """A rate, or that of the first of several networks."""
+    return torch.as_tensor(rate, dtype=torch.float64).flatten()[0].item()
 
 
 def all_finite(tensors: list[Tensor]) -> Tensor:

@@ -39,16 +39,16 @@ from cli.encoder_arguments import PRECISIONS, precision
 from data_sets.crop import RandomResizedCrop
 from data_sets.loader import KeyedDataset, Loader, Sample, build_loader
 from data_sets.order import EvaluationBatches, GlobalBatches
+from data_sets.packed import is_packed
 from data_sets.table import build_dataset
-from data_sets.views import IMAGENET_MEAN, IMAGENET_STD, LOADERS, View, eval_transform, train_transform
+from data_sets.views import IMAGENET_MEAN, IMAGENET_STD, View, eval_transform, train_transform
 from engine_linprobe import FrozenTokens
 from engine_pretrain import Pretraining
 from models_mae import DECODERS, MaskedAutoencoder
 from models_vit import VisionTransformer, build_vit
 from probing.bank import ProbeBank, ProbeSpec
-from probing.heads import parse_head
+from probing.heads import canonical_head
 from runtime.provenance import provenance
-from runtime.training import all_finite
 from util.choices import instead_of
 from util.distributed import GradientMean
 from util.lars import LARS
@@ -187,20 +187,23 @@ def training_step(
     backbone: VisionTransformer, probes: Bank, size: int, amp: torch.dtype, feed: Callable[[], tuple[Tensor, Tensor]]
 ) -> Callable[[], Tensor]:
     """The step of a bank on the last block: frozen forward, probes, their gradients, LARS. feed: images, labels."""
-    specs = []
-    for head, blr, seed in probes:
-        name, options = parse_head(head, {})
-        specs.append(ProbeSpec(name, backbone.depth - 1, blr, seed, options))
+    specs = [
+        ProbeSpec(canonical_head(head, {}, backbone.depth), backbone.depth - 1, blr, seed) for head, blr, seed in probes
+    ]
     bank = ProbeBank(specs, backbone, backbone.grid_of(size, size), CLASSES).to(backbone.norm.weight.device).train()
     tokens = FrozenTokens(backbone, bank.blocks, amp, needs=bank.needs)
     optimizer = LARS(bank.parameter_groups([64 * spec.blr for spec in specs]))  # the rates of a batch of 16,384
 
     def step() -> Tensor:
         images, labels = feed()
-        losses = torch.stack([F.cross_entropy(logits, labels) for logits in bank(tokens(images))])
+        logits = bank.logits(tokens(images))
+        losses = torch.cat(
+            [F.cross_entropy(each, labels.expand(len(each), -1), reduction="none").mean(1) for each in logits]
+        )
         losses.sum().backward()
-        bank.commit_statistics()
-        optimizer.step()
+        bank.commit_statistics(
+            optimizer.guarded_step([torch.ones_like(stack.index, dtype=torch.bool) for stack in bank.stacks])
+        )
         optimizer.zero_grad()
         return losses.detach()
 
@@ -278,12 +281,12 @@ def pretrain(args: argparse.Namespace, device: torch.device) -> Contestants:
         method = Pretraining(model, adamw(model), MASK_RATIO, device, amp)
 
         def step() -> Tensor:  # as runtime.training takes it
-            mean = GradientMean([p for group in method.groups for p in group], 1)
+            mean = GradientMean(method.parameters, 1)
             losses = method.losses(sample, ())
             losses.sum().backward()
             mean.add(losses)
             losses = mean.take()
-            method.step(losses.isfinite() & all_finite([p.grad for p in method.groups[0]]))
+            method.step(losses.isfinite())
             method.optimizer.zero_grad()
             return losses
 
@@ -310,7 +313,7 @@ def pretrain(args: argparse.Namespace, device: torch.device) -> Contestants:
     return {name: make() for name, make in makers.items() if args.only in (None, name)}
 
 
-def loader(args: argparse.Namespace, _: torch.device) -> Contestants:
+def loader(args: argparse.Namespace, device: torch.device) -> Contestants:
     """Batches that one core decodes, crops, flips and normalises: as usually written with torchvision, by its v2 on
     tensors, and by each --loader; and each --loader's test views."""
     if args.data_path is None:
@@ -328,13 +331,14 @@ def loader(args: argparse.Namespace, _: torch.device) -> Contestants:
         return decode_image(path, ImageReadMode.RGB)
 
     contestants = {}
-    if args.dataset == "image_folder":
+    if args.dataset == "image_folder" and not is_packed(args.data_path):
         batches = functools.partial(DataLoader, batch_size=args.batch_size, shuffle=True, drop_last=True)
         contestants["torchvision, PIL images"] = endless(batches(ImageFolder(folder, usual)))
         contestants["torchvision, v2 on tensors"] = endless(batches(ImageFolder(folder, on_tensors, loader=decode)))
-    for name in LOADERS:
+    names = ["pil", "tensor", *["packed"] * is_packed(args.data_path), *["gpu"] * (device.type == "cuda")]
+    for name in names:
         contestants[f"--loader {name}"] = endless(views(args, 0, train_transform(size, loader=name)))
-    for name in LOADERS:
+    for name in names:
         contestants[f"--loader {name}, test"] = endless(views(args, 0, eval_transform(size, loader=name), test=True))
     return contestants
 

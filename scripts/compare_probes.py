@@ -4,93 +4,59 @@ RUN is the --output_dir of main_linprobe.py --save_predictions. A row is a probe
 standard deviation over seeds, and two confidence intervals of the mean: over test images and, from three seeds on, over
 seeds. Runs with the same label, such as those of several --seed, pool their seeds. Then the difference to the baseline,
 paired by image and by seed. If held-out images chose the rates, only the chosen probes; --all shows the others too.
+Probes that learned nothing are compared with nothing.
 
 Intervals are Student's, paired for differences. For scores that are not a mean over images (map, per_class), intervals
 over images are percentiles of a bootstrap that resamples the images, identically for all probes.
 """
 
 import argparse
+import functools
 import re
 import sys
-from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
-from scipy import stats
 from torch import Tensor
 
-from cli.console import Parser, run_main
-from probing.predictions import Predictions, read_predictions
+from cli.console import Parser, inner_share, positive_int, run_main
+from probing.predictions import BY_IMAGE, Predictions, read_predictions, score
 from probing.results import seeds_note
+from probing.untrained import guessing
 from util.choices import instead_of
 from util.files import write_atomically, write_json
+from util.intervals import UNKNOWN, Interval, student
 from util.progress import progress
-from util.scores import average_precision
 
 FEWEST_SEEDS = 3  # for an interval; with two seeds, Student's at 95 % is the mean -+ 9 standard deviations
 
 
-class Interval(NamedTuple):
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return "–" if np.isnan(self.low) else f"{self.low:.2f} to {self.high:.2f}"
-
-
-class Row(NamedTuple):
-    """A probe with all its seeds. Scores in percent."""
+@dataclass
+class Row:
+    """A probe with all its seeds. Scores in percent; NaN: not known."""
 
     name: str
-    each: list[float]  # of each seed
     chosen: bool | None  # by held-out images; None without any
-    over_images: Interval
-    over_seeds: Interval
-    difference: float = 0.0  # to the baseline
-    difference_over_images: Interval = Interval(np.nan, np.nan)
-    difference_over_seeds: Interval = Interval(np.nan, np.nan)  # if both have the same seeds
+    outputs: dict[tuple, Tensor] = field(default_factory=dict, repr=False)  # of each seed
+    learned_nothing: str | None = None  # the reason, of a seed
+    each: list[float] = field(default_factory=list)  # of each seed
+    over_images: Interval = UNKNOWN
+    over_seeds: Interval = UNKNOWN
+    difference: float = np.nan  # to the baseline
+    difference_over_images: Interval = UNKNOWN
+    difference_over_seeds: Interval = UNKNOWN  # if both have the same seeds
 
     @property
     def mean(self) -> float:
         return float(np.mean(self.each))
 
-
-def top1(outputs: Tensor, labels: Tensor) -> Tensor:
-    """(n,) 1 for a hit, else 0."""
-    return (outputs[:, 0] == labels).double()
-
-
-def any_match(outputs: Tensor, labels: Tensor) -> Tensor:
-    return labels.gather(1, outputs.argmax(1, keepdim=True))[:, 0].double()
-
-
-def label_accuracy(outputs: Tensor, labels: Tensor) -> Tensor:
-    return ((outputs > 0) == (labels > 0)).double().mean(1)
-
-
-def mean_average_precision(outputs: Tensor, labels: Tensor) -> float:
-    return average_precision(outputs, labels)[(labels > 0).any(0)].mean().item()
-
-
-def per_class(outputs: Tensor, labels: Tensor) -> float:
-    hits, counts = (torch.bincount(labels, weights=weights) for weights in (top1(outputs, labels), None))
-    return (hits / counts)[counts > 0].mean().item()
-
-
-BY_IMAGE = {"top1": top1, "any_match": any_match, "label_accuracy": label_accuracy}  # scores that are means over images
-OF_ALL = {"map": mean_average_precision, "per_class": per_class}
-
-
-def student(values: np.ndarray, confidence: float, fewest: int = 2) -> Interval:
-    """Confidence interval of the mean of values (k,); NaN for fewer than `fewest`."""
-    if len(values) < fewest:
-        return Interval(np.nan, np.nan)
-    half = stats.t.ppf((1 + confidence) / 2, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
-    return Interval(float(values.mean() - half), float(values.mean() + half))
+    def record(self) -> dict:
+        """The row as plain data, without the outputs."""
+        return {key: value for key, value in asdict(self).items() if key != "outputs"}
 
 
 def labelled(arguments: list[str]) -> list[tuple[str, Predictions]]:
@@ -110,24 +76,23 @@ def labelled(arguments: list[str]) -> list[tuple[str, Predictions]]:
     return runs
 
 
-def grouped(
-    runs: list[tuple[str, Predictions]], everything: bool
-) -> tuple[dict[str, dict[tuple, Tensor]], dict[str, bool | None]]:  # fmt: skip
-    """{row: {seed: outputs}}, and whether held-out images chose each row; rows not chosen only with `everything`.
+def grouped(runs: list[tuple[str, Predictions]], everything: bool) -> dict[str, Row]:
+    """Rows with the outputs of their seeds, by name; those that held-out images did not choose only with `everything`.
 
     A seed is a run's number among those of its label, and the probe's own seed.
     """
-    several, rows, number, chosen = len({label for label, _ in runs}) > 1, {}, {}, {}
+    several, rows, number = len({label for label, _ in runs}) > 1, {}, {}
     for label, run in runs:
         number[label] = number.get(label, -1) + 1
-        for name, outputs in run.outputs.items():
-            mark = run.facts["probes"][name].get("chosen")
-            if mark is False and not everything:
+        for probe, outputs in run.outputs.items():
+            facts = run.facts["probes"][probe]
+            if facts.get("chosen") is False and not everything:
                 continue
-            row = f"{label}: " * several + name.rpartition("/seed")[0]
-            rows.setdefault(row, {})[number[label], run.facts["probes"][name]["seed"]] = outputs
-            chosen[row] = mark
-    return rows, chosen
+            name = f"{label}: " * several + probe.rpartition("/seed")[0]
+            row = rows.setdefault(name, Row(name, facts.get("chosen")))
+            row.outputs[number[label], facts["seed"]] = outputs
+            row.learned_nothing = row.learned_nothing or facts.get("learned_nothing")
+    return rows
 
 
 def same_rate(name: str, row: str) -> bool:
@@ -142,119 +107,97 @@ def same_rate(name: str, row: str) -> bool:
         return False
 
 
-def compare(
-    rows: dict[str, dict[tuple, Tensor]],
-    chosen: dict[str, bool | None],
-    labels: Tensor,
-    headline: str,
-    baseline: str,
-    confidence: float,
-    resamples: int,
-) -> list[Row]:
-    """A Row for each probe; see the module's docstring."""
+def compare(rows: list[Row], base: Row, labels: Tensor, headline: str, confidence: float, resamples: int) -> None:
+    """Fill in the scores of the rows and their differences to `base`; see the module's docstring."""
     if headline in BY_IMAGE:
-        hits = {
-            n: {s: 100 * BY_IMAGE[headline](t, labels).numpy() for s, t in seeds.items()} for n, seeds in rows.items()
+        interval = functools.partial(student, confidence=confidence)
+        measure = BY_IMAGE[headline]
+        samples = {
+            row.name: np.mean([100 * measure(t, labels).numpy() for t in row.outputs.values()], axis=0) for row in rows
         }
-        each = {name: {seed: float(values.mean()) for seed, values in seeds.items()} for name, seeds in hits.items()}
-        by_image = {name: np.mean(list(seeds.values()), axis=0) for name, seeds in hits.items()}
-
-        def over_images(name: str, less: str | None = None) -> Interval:
-            return student(by_image[name] - (by_image[less] if less else 0), confidence)
     else:
-        score: Callable[[Tensor, Tensor], float] = OF_ALL[headline]
-        each = {
-            name: {seed: 100 * score(outputs, labels) for seed, outputs in seeds.items()}
-            for name, seeds in rows.items()
-        }
-        random, drawn = np.random.default_rng(0), {name: [] for name in rows}
+        interval, samples = functools.partial(percentiles, confidence=confidence), {row.name: [] for row in rows}
+        random = np.random.default_rng(0)
         for _ in progress(range(resamples), "bootstrap", resamples, unit="resample"):
             drawing = torch.from_numpy(random.integers(0, len(labels), len(labels)))
-            for name, seeds in rows.items():
-                scores = [100 * score(outputs[drawing], labels[drawing]) for outputs in seeds.values()]
-                drawn[name].append(np.mean(scores))
+            for row in rows:
+                scores = [score(outputs[drawing], labels[drawing], headline) for outputs in row.outputs.values()]
+                samples[row.name].append(np.mean(scores))
+    for row in rows:
+        row.each = [score(outputs, labels, headline) for outputs in row.outputs.values()]
+        row.over_images = interval(np.array(samples[row.name]))
+        row.over_seeds = student(np.array(row.each), confidence, FEWEST_SEEDS)
+        for each in row.each:
+            row.learned_nothing = row.learned_nothing or guessing(each, labels.numpy(), headline)
+    for row in rows:
+        if row is base or row.learned_nothing or base.learned_nothing:
+            continue
+        row.difference = row.mean - base.mean
+        row.difference_over_images = interval(np.array(samples[row.name]) - np.array(samples[base.name]))
+        if row.outputs.keys() == base.outputs.keys():
+            paired = dict(zip(base.outputs, base.each, strict=True))
+            pairs = [each - paired[seed] for seed, each in zip(row.outputs, row.each, strict=True)]
+            row.difference_over_seeds = student(np.array(pairs), confidence, FEWEST_SEEDS)
 
-        def over_images(name: str, less: str | None = None) -> Interval:
-            values = np.array(drawn[name]) - (np.array(drawn[less]) if less else 0)
-            return Interval(*(float(v) for v in np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])))
 
-    result = []
-    for name, scores in each.items():
-        values, base = np.array(list(scores.values())), each[baseline]
-        row = Row(name, values.tolist(), chosen[name], over_images(name), student(values, confidence, FEWEST_SEEDS))
-        if name != baseline:
-            pairs = (
-                np.array([scores[seed] - base[seed] for seed in scores]) if scores.keys() == base.keys() else values[:0]
-            )
-            row = row._replace(
-                difference=row.mean - float(np.mean(list(base.values()))),
-                difference_over_images=over_images(name, baseline),
-                difference_over_seeds=student(pairs, confidence, FEWEST_SEEDS),
-            )  # fmt: skip
-        result.append(row)
-    return result
+def percentiles(values: np.ndarray, confidence: float) -> Interval:
+    low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Interval(float(low), float(high))
 
 
 def table(rows: list[Row], headline: str, baseline: str, confidence: float, n: int, seeds: str = "") -> str:
     """Markdown. seeds: what they vary, for the line below."""
     share = f"{100 * confidence:g} %"
-    lines = [
-        f"| probe | seeds | {headline} | std | {share}, images | {share}, seeds | difference | {share}, images | "
-        f"{share}, seeds |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    columns = ["probe", "seeds", headline, "std", *2 * [f"{share}, images", f"{share}, seeds", "difference"]][:-1]
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for row in rows:
         std = f"{np.std(row.each, ddof=1):.2f}" if len(row.each) > 1 else "–"
-        name = row.name + " (chosen)" * bool(row.chosen)
+        name = row.name + " (chosen)" * bool(row.chosen) + " (learned nothing)" * bool(row.learned_nothing)
         cells = [name, str(len(row.each)), f"{row.mean:.2f}", std, str(row.over_images), str(row.over_seeds)]
-        is_base = row.name == baseline
-        cells += ["–" if is_base else f"{row.difference:+.2f}", str(row.difference_over_images)]
-        lines.append("| " + " | ".join([*cells, str(row.difference_over_seeds)]) + " |")
+        cells.append("–" if np.isnan(row.difference) else f"{row.difference:+.2f}")
+        cells += [str(row.difference_over_images), str(row.difference_over_seeds)]
+        lines.append("| " + " | ".join(cells) + " |")
     notes = [f"{headline} in percent on {n:,} test images; differences to {baseline}"]
     if any(row.chosen for row in rows):
         notes.append("chosen: best optimizer and rate for its head and block on held-out images")
     if seeds and any(len(row.each) > 1 for row in rows):
         notes.append(seeds)
     if fewest := min((len(row.each) for row in rows if len(row.each) < FEWEST_SEEDS), default=0):
-        notes.append("a single seed has no deviation and no interval over seeds" if fewest == 1 else
-                     "two seeds say little about the deviation; an interval over seeds needs three")  # fmt: skip
+        notes.append(
+            "a single seed has no deviation and no interval over seeds"
+            if fewest == 1
+            else "two seeds say little about the deviation; an interval over seeds needs three"
+        )
+    notes += [f"no conclusion about {row.name}: {row.learned_nothing}" for row in rows if row.learned_nothing]
     return "\n".join([*lines, "", "; ".join(notes), ""])
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = Parser(__doc__)
-    parser.add_argument("runs", nargs="+", metavar="[LABEL=]RUN", help="folders of main_linprobe.py --save_predictions")
-    parser.add_argument(
-        "--baseline", default=None, metavar="PROBE", help="row that differences refer to (default: the first)"
-    )
-    parser.add_argument("--all", action="store_true", help="include rates that held-out images did not choose")
-    parser.add_argument("--confidence", default=0.95, type=float, help="confidence level of the intervals")
-    parser.add_argument("--resamples", default=1000, type=int, help="number of bootstrap resamples")
-    parser.add_argument(
-        "--output", default=None, type=Path, metavar="FILE", help="also write the table there (.json: as JSON)"
-    )
+    add = parser.add_argument
+    add("runs", nargs="+", metavar="[LABEL=]RUN", help="folders of main_linprobe.py --save_predictions")
+    add("--baseline", metavar="PROBE", help="row that differences refer to (default: the first)")
+    add("--all", action="store_true", help="include rates that held-out images did not choose")
+    add("--confidence", default=0.95, type=inner_share, help="confidence level of the intervals")
+    add("--resamples", default=1000, type=positive_int, help="number of bootstrap resamples")
+    add("--output", type=Path, metavar="FILE", help="also write the table there (.json: as JSON)")
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
-    if not 0 < args.confidence < 1 or args.resamples < 1:
-        raise ValueError(
-            f"--confidence must lie between 0 and 1, got {args.confidence}; --resamples must be >= 1, got "
-            f"{args.resamples}"
-        )
     runs = labelled(args.runs)
-    first, (rows, chosen) = runs[0][1], grouped(runs, args.all)
+    first, rows = runs[0][1], grouped(runs, args.all)
     baseline = next((row for row in rows if args.baseline in (None, row) or same_rate(args.baseline, row)), None)
     if baseline is None:
         raise ValueError(f"--baseline {args.baseline}: {instead_of(args.baseline, rows)}")
-    headline = first.facts["headline"]
-    result = compare(rows, chosen, first.labels, headline, baseline, args.confidence, args.resamples)
+    headline, rows, base = first.facts["headline"], list(rows.values()), rows[baseline]
+    compare(rows, base, first.labels, headline, args.confidence, args.resamples)
     seeds = " or ".join(dict.fromkeys(seeds_note(run.facts) for _, run in runs))
-    text = table(result, headline, baseline, args.confidence, len(first.labels), seeds)
+    text = table(rows, headline, baseline, args.confidence, len(first.labels), seeds)
     print(text)
     if args.output is not None and args.output.suffix == ".json":
         record = {"metric": headline, "baseline": baseline, "confidence": args.confidence, "n": len(first.labels)}
-        write_json(args.output, {**record, "seeds": seeds, "probes": [row._asdict() for row in result]})
+        write_json(args.output, {**record, "seeds": seeds, "probes": [row.record() for row in rows]})
     elif args.output is not None:
         write_atomically(args.output, text.encode())
 

@@ -1,16 +1,18 @@
 # Sourced by the other scripts: makes .venv once, installs the pinned requirements, and puts it first on PATH.
-# A second call costs nothing; a changed requirements.txt updates the environment.
+# A second call costs nothing; changed requirements update the environment. REQUIREMENTS names another list of packages.
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-if ! cmp -s requirements.txt .venv/installed.txt; then
+requirements=${REQUIREMENTS:-requirements.txt}
+if ! cat requirements*.txt | cmp -s - ".venv/installed-$requirements"; then
     python=${PYTHON:-$(command -v python3 || command -v python)} || { echo "no python3 on PATH" >&2; exit 1; }
     "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
         echo "Python 3.11 or newer is needed, $python is $("$python" --version); name another one with PYTHON=..." >&2
         exit 1
     }
-    echo "installing the requirements into .venv (a few minutes, once)"
+    echo "installing $requirements into .venv (a few minutes, once)"
     [ -x .venv/bin/python ] || "$python" -m venv .venv
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check --requirement requirements.txt
-    cp requirements.txt .venv/installed.txt
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check --requirement "$requirements"
+    cat requirements*.txt > ".venv/installed-$requirements"
+    [ "$requirements" != requirements-tests.txt ] || cp ".venv/installed-$requirements" .venv/installed-requirements.txt
 fi
 PATH="$PWD/.venv/bin:$PATH"
 # glibc keeps the memory of freed tensors for the next step instead of returning it: 13 % less time per training step of

@@ -1,7 +1,7 @@
 """The paper's tables, each measured value beside the paper's: python scripts/make_tables.py [--dataset demo]
 
-Numbers come from the records of the ledger (paper/ledger.py; scripts/record.py adds them). Each table is written to
-`<results>/<dataset>/tableN.md`, or as LaTeX or CSV. Its notes say on what a value was measured, and why it cannot be
+Numbers come from the records in results/<dataset>/ (scripts/record.py adds them). Each table is written to
+`<results>/<dataset>/tableN.md`, or as LaTeX. Its notes say on what a value was measured, and why it cannot be
 compared with the paper's; then there is no difference. What was not measured is a dash.
 
 --runs, --rules: a table of single runs instead: of probes, one row per encoder; of aggregation rules.
@@ -10,8 +10,6 @@ pages show of clean, known code, with goldens (paper/shown.py)? With --computed,
 """
 
 import argparse
-import csv
-import io
 import json
 import re
 import sys
@@ -23,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cli.console import Parser, run_main
 from data_sets.table import DATASETS
-from paper.ledger import Cell, read_ledger, recorded_datasets
+from paper.cells import recorded
 from paper.runs import rules_table, runs_table
 from paper.shown import golden_problems, history_gap, origin_problems, shown_records
 from paper.tables import PAPER_DATASET, TABLES, Row, datasets_of, rows_of, table_of
@@ -32,7 +30,6 @@ from util.files import keep_table, write_atomically
 ROOT = Path(__file__).resolve().parent.parent
 PAPER = ROOT / "results" / "paper_numbers.json"
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
-REQUIRED = (PAPER_DATASET, "demo")  # data sets whose tables must be written
 
 
 class Page(NamedTuple):
@@ -110,40 +107,13 @@ def latex(page: Page) -> str:
     return "\n".join([*lines, r"\end{tabular}"]) + "\n"
 
 
-CSV_HEADER = (
-    *("encoder", "vit", "line", "column", *Cell._fields, "ours", "ours_196", "std", "n", "paper", "difference"),
-    *("difference_196", "unit", "train_images", "test_images", "weights", "commit", "notes"),
-)
-
-
-def comma_separated(rows: Sequence[Row], records: dict[Cell, dict]) -> str:
-    """A line per cell, with unrounded numbers."""
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(CSV_HEADER)
-    for row in rows:
-        for entry in filter(None, row.entries):
-            ours, differences = [*entry.ours, None, None][:2], [*entry.differences, None, None][:2]
-            numbers = [*ours, entry.std, entry.n or None, entry.paper, *differences]
-            texts = ["" if number is None else repr(number) for number in numbers]
-            origin = [""] * 5
-            if record := records.get(entry.cell):
-                data, weights = record["data"], record["weights"]
-                origin = [record["unit"], data["n_train"], data["n_test"], weights["source"], record["commit"]]
-            notes = "; ".join(entry.notes)
-            writer.writerow([row.encoder, row.vit, row.line, entry.column, *entry.cell, *texts, *origin, notes])
-    return stream.getvalue()
-
-
-FORMATS = {"markdown": "md", "latex": "tex", "csv": "csv"}
+FORMATS = {"markdown": "md", "latex": "tex"}
 
 
 def text_of(name: str, dataset: str, form: str, results: Path) -> str:
     """ValueError names a file that is not a record."""
-    records = read_ledger(results, sorted(datasets_of(table_of(name, dataset), dataset)))
+    records = recorded(results, sorted(datasets_of(table_of(name, dataset), dataset)))
     rows = rows_of(name, dataset, records, json.loads(PAPER.read_text()))
-    if form == "csv":
-        return comma_separated(rows, records)
     return {"markdown": markdown, "latex": latex}[form](page_of(name, dataset, rows))
 
 
@@ -152,7 +122,7 @@ def path_of(name: str, dataset: str, form: str, results: Path) -> Path:
 
 
 def has_records(name: str, dataset: str, results: Path) -> bool:
-    records = read_ledger(results, sorted(datasets_of(table_of(name, dataset), dataset)))
+    records = recorded(results, sorted(datasets_of(table_of(name, dataset), dataset)))
     return any(entry and entry.ours for row in rows_of(name, dataset, records, ()) for entry in row.entries)
 
 
@@ -185,12 +155,12 @@ def check(results: Path, pages: Sequence[Path], computed: Path | None = None) ->
 def stale_tables(results: Path) -> list[str]:
     """Files of tables that are not what the records say, including missing ones and those of no table or data set."""
     stale, known = [], set()
-    for dataset in dict.fromkeys([*recorded_datasets(results), PAPER_DATASET]):
+    for dataset in (name for name in DATASETS if (results / name).is_dir()):
         for name in TABLES:
             for form in FORMATS:
                 path = path_of(name, dataset, form, results)
                 known.add(path)
-                required = form == "markdown" and dataset in REQUIRED and has_records(name, dataset, results)
+                required = form == "markdown" and has_records(name, dataset, results)
                 if (path.exists() or required) and read_page(path) != text_of(name, dataset, form, results):
                     stale.append(str(path))
     patterns = [f"*/{kind}*.{suffix}" for kind in ("table", "figure") for suffix in FORMATS.values()]

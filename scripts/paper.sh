@@ -259,6 +259,29 @@ attend() {
         --metrics flow --label "$label"
 }
 
+# deep_probes NAME: heads on every block; attend_all NAME: every metric on 5,000 images (figure_depth.sh)
+deep_probes() {
+    local blocks
+    case "$1" in *_demo_*) blocks=$(seq 0 5) ;; *) blocks=$(seq 0 11) ;; esac
+    bank "$out/depth/$1" "$1" --cls_features cls pos abmilp --return_block $blocks
+}
+attend_all() {
+    program "$out/metrics/$1" "$1/attention.json" 5000 main_analyze_attention $(weights "$1") "${data[@]}" \
+        --metrics all --num_images "$([ "$mode" = --smoke ] && echo "${VAL:-500}" || echo 5000)" --label "$1"
+}
+
+# depth NAME...: accuracy and attention by block, with the table of the first block that reaches 90 % of the best
+depth() {
+    local name pairs=()
+    for name in "$@"; do
+        [ -z "$(there "depth/$name/results.json")" ] ||
+            pairs+=("$name=$out/depth/$name/results.json,$out/metrics/$name/$name/attention.json")
+    done
+    [ ${#pairs[@]} != 0 ] || return 0
+    show mkdir -p "$out/figures"
+    show python scripts/plot_depth.py "${pairs[@]}" --output "$out/figures/depth.pdf" || failed+=("depth.pdf")
+}
+
 # aggregate NAME: entropies, divergences and maps of the rules of Table 6. localise NAME: boxes of [cls] and AbMILP.
 aggregate() {
     program "$out/aggregation/$1" aggregation.json 100000 main_analyze_aggregation "${data[@]}" "${oracle[@]}" \

@@ -19,11 +19,11 @@ from cli.console import Parser, one_of, run_main
 def main(args: argparse.Namespace) -> None:
     results = [load_attention(path) for path in args.results]
     kind = FIGURES[args.kind]
-    words = args.metrics or [kind.metrics]
-    metrics = choose_metrics(words, results, kind.axes)
+    names = args.metrics or [kind.metrics]
+    metrics = choose_metrics(names, results, kind.axes)
     if not metrics:
         measured = ", ".join(sorted({name for result in results for name in result["metrics"]}))
-        asked = f"--metrics {' '.join(args.metrics)}" if args.metrics else f"what this figure shows ({words[0]})"
+        asked = f"--metrics {' '.join(args.metrics)}" if args.metrics else f"what this figure shows ({names[0]})"
         raise ValueError(f"--kind {args.kind}: nothing of {asked} was measured; there are {measured}")
     for path, result in zip(args.results, results, strict=True):
         if not set(metrics) & set(result["metrics"]):
@@ -35,8 +35,13 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = Parser(__doc__)
     parser.add_argument("results", nargs="+", type=Path, metavar="RESULT", help="attention.json of an encoder")
     parser.add_argument("--kind", default="attention", choices=FIGURES, help="of figure, as above")
-    parser.add_argument("--metrics", nargs="+", type=one_of([*GROUPS, *METRICS]), metavar="METRIC",
-                        help=f"groups ({', '.join(GROUPS)}) or {', '.join(METRICS)} (default: the kind's)")  # fmt: skip
+    parser.add_argument(
+        "--metrics",
+        nargs="+",
+        type=one_of([*GROUPS, *METRICS]),
+        metavar="METRIC",
+        help=f"groups ({', '.join(GROUPS)}) or {', '.join(METRICS)} (default: the kind's)",
+    )
     parser.add_argument("--output", type=Path, default=None, help="png, pdf or svg, by its suffix (default: KIND.png)")
     return parser
 

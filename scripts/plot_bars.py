@@ -1,7 +1,7 @@
 """Figure 1, the baseline and AbMILP of each encoder as bars: python scripts/plot_bars.py [--dataset demo] --output FILE
 
-Numbers come from the ledger. Error bars are standard deviations over seeds, diamonds the paper's values. Hatched bars
-cannot be compared with the paper; make_tables.py --table fig1 says why.
+Numbers come from the records in results/<dataset>/. Error bars are standard deviations over seeds, diamonds the
+paper's values. Hatched bars cannot be compared with the paper; make_tables.py --table fig1 says why.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from cli.console import Parser, run_main
-from paper.ledger import read_ledger
+from paper.cells import recorded
 from paper.tables import PAPER_DATASET, Row, rows_of, table_of
 from util.plotting import COLOURS, STYLE, WIDTH, save_figure
 
@@ -56,7 +56,7 @@ def draw(rows: list[Row], columns: list[str]) -> Figure:
 
 def main(args: argparse.Namespace) -> None:
     paper = json.loads((ROOT / "results" / "paper_numbers.json").read_text())
-    rows = rows_of("fig1", args.dataset, read_ledger(args.results, [args.dataset]), paper)
+    rows = rows_of("fig1", args.dataset, recorded(args.results, [args.dataset]), paper)
     if not any(entry.ours for row in rows for entry in row.entries):
         raise ValueError(f"{args.results / args.dataset} has no record of Figure 1: make them with scripts/figure1.sh")
     save_figure(draw(rows, table_of("fig1", args.dataset).columns), args.output)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Make the demo's records anew, with the figures and tables that show them: bash scripts/remake_records.sh [--short]
-#   (nothing)  results/quickstart and results/aggregation with their goldens, results/demo*, figures of docs/, tables
+#   (nothing)  results/quickstart and results/aggregation with their goldens, figures of docs/, tables
 #   --short    compute the goldens' numbers and compare, in a minute (CI)
 # All records are of the present commit, so that there must not be uncommitted changes. Numbers in the prose of pages are
 # yours to update: make_tables.py and tests/test_make_tables.py name them.
@@ -38,16 +38,12 @@ if [ "$mode" = --short ]; then
 fi
 bash scripts/quickstart.sh
 rules $full 12
-rm -rf output_dir/smoke
-bash scripts/reproduce_all.sh --smoke
 
 python -m paper.shown $full $short
 cp $full/attention/attention.png docs/quickstart_attention.png
 cp $full/maps.png docs/quickstart_maps.png
 cp $full/attention/park.png docs/attention_park.png
 for name in boxes kl maps; do cp "$full/aggregation/rules/demo/$name.png" "docs/aggregation_$name.png"; done
-for folder in demo demo_few; do rm -f results/$folder/*.json && cp output_dir/smoke/results/$folder/*.json results/$folder; done
-python scripts/make_tables.py --dataset demo > /dev/null
 sed -n 's/^<!-- .*: \(python scripts\/make_tables.py .*\) README.md -->$/\1 README.md/p' README.md | bash > /dev/null
 sed -n 's/^<!-- .*: \(python scripts\/make_tables.py .*\) aggregation.md -->$/\1 docs\/aggregation.md/p' docs/aggregation.md | bash > /dev/null
 python scripts/make_tables.py --check --computed $short

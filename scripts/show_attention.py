@@ -60,7 +60,7 @@ def check_wanted(label: str, backbone: VisionTransformer, size: int, block: int,
     if query is None and not backbone.has_cls:
         raise ValueError(f"{label} has no [cls] token: --query ROW COLUMN shows the attention of one of its patches")
     side = size // backbone.patch_size
-    if query is not None and not all(0 <= place < side for place in query):
+    if query is not None and not all(0 <= index < side for index in query):
         raise ValueError(f"--query {query[0]} {query[1]}: {label} has {side} x {side} patches, counted from 0")
 
 
@@ -105,8 +105,8 @@ def draw(rows: Sequence[Maps], query: Sequence[int] | None, heading: str, target
         mean = figure.add_subplot(grid[line : line + 2, 2:4])
         axes = [mean]
         for head in range(len(values)):
-            place = (line + head // per_line, 4 + head % per_line)
-            axes.append(figure.add_subplot(grid[place]))
+            position = (line + head // per_line, 4 + head % per_line)
+            axes.append(figure.add_subplot(grid[position]))
         # the entropy of the mean map, and the mean of self-attention
         shown = torch.cat([values.mean(0, keepdim=True), values])
         to_self = torch.cat([maps.to_self.mean()[None], maps.to_self])
@@ -140,7 +140,7 @@ def main(args: argparse.Namespace) -> None:
     if twice := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"several images are called {twice[0]}: show them in different --output_dir")
     labels = encoder_labels(args)
-    encoders = [frozen_encoder(one) for one in one_encoder_each(args)]
+    encoders = [frozen_encoder(encoder_args) for encoder_args in one_encoder_each(args)]
     for label, (encoder, size) in zip(labels, encoders, strict=True):
         check_wanted(label, encoder.backbone, size, args.block, args.query)
     try:
@@ -151,7 +151,7 @@ def main(args: argparse.Namespace) -> None:
     for path, image in images.items():
         rows = []
         for label, (encoder, size) in zip(labels, encoders, strict=True):
-            transform = eval_transform(size, encoder.mean, encoder.std)
+            transform = eval_transform(size, **encoder.pixels)
             seen = transform(image)
             heads, to_self = attention_of(encoder.backbone, seen, args.block, args.query, precision(args.amp))
             rows.append(Maps(label, visible(seen, transform), heads, to_self))
@@ -169,8 +169,14 @@ if __name__ == "__main__":
     add_encoder_arguments(parser, several=True)
     add_label_argument(parser)
     parser.add_argument("--block", type=int, default=-1, help="counted from 0; negative: from the end")
-    parser.add_argument("--query", nargs=2, type=int, default=None, metavar=("ROW", "COLUMN"),
-                        help="a patch, counted from 0 from the upper left; without it, [cls]")  # fmt: skip
+    parser.add_argument(
+        "--query",
+        nargs=2,
+        type=int,
+        default=None,
+        metavar=("ROW", "COLUMN"),
+        help="a patch, counted from 0 from the upper left; without it, [cls]",
+    )
     parser.add_argument("--output_dir", required=True, type=Path, help="of IMAGE_NAME.png")
     parser.add_argument("--seed", type=int, default=0, help="of random weights, where --finetune is empty")
     run_main(main, parser.parse_args())

@@ -18,11 +18,11 @@ from torch import Tensor
 from aggregation.examples import maps_of
 from aggregation.figures import display_name, draw_maps
 from aggregation.rules import fixed_rules, needs_of, probe_rules
+from cli.arguments import run_test_images
 from cli.console import Parser, positive_int, run_main
 from cli.encoder_arguments import frozen_encoder
 from data_sets.images import fingerprint
 from data_sets.loader import KeyedDataset
-from data_sets.table import build_dataset
 from data_sets.views import eval_transform
 from encoders.load import Encoder
 from engine_linprobe import FrozenTokens
@@ -37,7 +37,7 @@ def cls_and_abmilp(run: ProbeRun, encoder: Encoder, images: Tensor) -> dict[str,
     every AbMILP probe, averaged over its seeds. ValueError if the run has none."""
     backbone = encoder.backbone
     grid = backbone.grid_of(*images.shape[-2:])
-    shape = Tokens(backbone.embed_dim, grid, backbone.num_prefix_tokens)
+    shape = Tokens.of(backbone, grid)
     cls = fixed_rules(["attn-mn"] if backbone.has_cls else [], backbone, shape, has_oracle=False)
     rules = probe_rules(run.bank(encoder, grid), backbone.depth - 1, run.scores())
     abmilp = [rule for rule in rules if rule.head.startswith("abmilp")]
@@ -60,11 +60,11 @@ def main(args: argparse.Namespace) -> None:
         label, _, folder = argument.rpartition("=")
         run = read_run(Path(folder))
         encoder, size = frozen_encoder(run.args)
-        images = build_dataset(run.args.dataset, run.args.data_path, "val", run.args.allow_subset)
+        images = run_test_images(run.args)
         if common not in (None, shown := fingerprint(images)):
             raise ValueError(f"{folder} was tested on other images than the runs before it: draw one figure for each")
         common = shown
-        view = eval_transform(size, encoder.mean, encoder.std, run.args.loader)
+        view = eval_transform(size, **encoder.pixels, loader=run.args.loader)
         generator = torch.Generator().manual_seed(stable_seed("maps", args.seed))
         chosen = torch.randperm(len(images), generator=generator)[: args.images].tolist()
         batch = torch.stack([KeyedDataset(images, view, 0)[0, index].image for index in chosen])

@@ -165,6 +165,11 @@ def mutual_information(a: torch.Tensor) -> np.ndarray:
     return information / np.sqrt(np.log(M) * key_entropy)
 
 
+def effective_rank(update: torch.Tensor) -> torch.Tensor:
+    singular = torch.from_numpy(np.linalg.svd(update.double().numpy(), compute_uv=False))
+    return entropy(singular).exp()[:, None]
+
+
 def among_patches(a, p):
     return a[:, :, p:, p:] / a[:, :, p:, p:].sum(-1, keepdim=True)
 
@@ -187,6 +192,11 @@ DEFINITIONS = {  # a (B,H,N,N), p prefix tokens, trace -> (B,H)
     "patch_update_ratio": lambda a, p, trace: ratio(trace)[:, :, p:].mean(-1),
     "patch_patch_distance": lambda a, p, trace: torch.from_numpy(distance(among_patches(a, p))),
     "patch_patch_mutual_information": lambda a, p, trace: torch.from_numpy(mutual_information(among_patches(a, p))),
+    "patch_sink_attention": lambda a, p, trace: among_patches(a, p).mean(2).sort(-1).values[..., -4:].sum(-1),
+    "cls_sink_attention": lambda a, p, trace: (
+        (a[:, :, 0, p:] / a[:, :, 0, p:].sum(-1, keepdim=True)).sort(-1).values[..., -4:].sum(-1)
+    ),
+    "patch_update_rank": lambda a, p, trace: effective_rank(trace.update[:, p:]),
 }
 
 

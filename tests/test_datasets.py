@@ -179,9 +179,15 @@ def test_splits_of_different_classes_are_refused(image_folder, tmp_path):
         build_splits("image_folder", tmp_path, 1000)
     (tmp_path / "val").unlink()
     (tmp_path / "val").mkdir()
-    (tmp_path / "val" / "red").symlink_to(image_folder / "val" / "red")
-    with pytest.raises(ValueError, match="train has 3 classes and val 1; in one only: blue, green"):
+    for name in ("red", "rose"):
+        (tmp_path / "val" / name).symlink_to(image_folder / ("val" if name == "red" else "train") / "red")
+    with pytest.raises(ValueError, match="train has 3 classes and val 2; only in val: rose"):
         build_splits("image_folder", tmp_path, None)
+    (tmp_path / "val" / "rose").unlink()
+    _, val, classes = build_splits("image_folder", tmp_path, 3)  # a test set of fewer classes
+    assert (val.classes, set(val.targets), classes) == (["blue", "green", "red"], {2}, 3)
+    (tmp_path / "val" / "green").mkdir()  # a class without test images
+    assert build_splits("image_folder", tmp_path, 3)[1].targets == val.targets
 
 
 @pytest.mark.parametrize(("sizes", "message"), [((13, 2), "is larger than the 25 training"), ((0, 1), "be positive")])

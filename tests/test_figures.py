@@ -23,6 +23,8 @@ from attention.figures import (
     model_name,
 )
 from attention.metrics import GROUPS, METRICS, REFERENCES, Sizes
+from cli.console import parse
+from scripts import plot_depth
 from util.plotting import COLOURS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -255,9 +257,9 @@ def test_program_draws_every_kind(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["a.json", "a.json"], "two results are both called 'MAE' (ViT-B/16)"),
+        (["a.json", "a.json"], "two results are called 'MAE' (ViT-B/16)"),
         (["a.json", "--metrics", "nonsense"], "--metrics: unknown 'nonsense': "),
-        (["a.json", "--metrics", "patch_register_attention"], "not measured: there are"),
+        (["a.json", "--metrics", "patch_register_attention"], "were not measured; available"),
         (
             ["a.json", "--kind", "spectra", "--metrics", "paper"],
             "--kind spectra: nothing of --metrics paper was measured; there are",
@@ -275,3 +277,18 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys, words, message):
     Path("b.json").write_text("[]")
     code, error = plot(monkeypatch, capsys, *words)
     assert code == 2 and message in error and error.count("\n") == 1
+
+
+def test_depth_names_the_first_block_with_most_of_the_accuracy(tmp_path, capsys):
+    run = json.loads((ROOT / "results" / "quickstart" / "MAE.results.json").read_text())
+    probes, accuracies = {}, {"cls": (20, 35, 38, 40), "abmilp": (58, 60, 30, 50)}
+    for name, probe in run["probes"].items():
+        for block, top1 in enumerate(accuracies.get(probe["head"], ())):
+            probes[f"{name}/{block}"] = {**probe, "block": block, "last": {**probe["last"], "top1": top1}}
+    (tmp_path / "results.json").write_text(json.dumps({**run, "probes": probes}))
+    (tmp_path / "attention.json").write_text(json.dumps(result(depth=4)))
+    target = tmp_path / "depth.svg"
+    pair = f"MAE={tmp_path / 'results.json'},{tmp_path / 'attention.json'}"
+    plot_depth.main(parse(plot_depth.get_args_parser(), [pair, "--output", str(target)]))
+    assert target.read_text().startswith("<?xml")
+    assert "| MAE | cls | 3 | 40.0 | 2 |\n| MAE | abmilp | 1 | 60.0 | 0 |" in capsys.readouterr().out

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from data_sets import images as images_module
-from data_sets.images import ArrayImages, UnreadableImage, fingerprint
+from data_sets.images import Images, Pixels, UnreadableImage, fingerprint
 from data_sets.table import build_dataset
 
 
@@ -31,15 +31,15 @@ def invert(path):
     ImageOps.invert(Image.open(path)).save(path)
 
 
-def rename(path):
-    path.rename(path.with_name("6.bmp"))
+def change_order(path):
+    path.rename(path.with_name("2.bmp"))
 
 
 def rename_class(path):
     path.parent.rename(path.parent.with_name("eel"))
 
 
-CHANGES = {"pixels": invert, "a name": rename, "a class": rename_class, "the number of images": os.unlink}
+CHANGES = {"pixels": invert, "the order": change_order, "a class": rename_class, "the number of images": os.unlink}
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
@@ -55,6 +55,7 @@ def test_fingerprint_is_that_of_any_copy(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "elsewhere" / "copy", copy_function=shutil.copy)  # not the times
     assert of(tmp_path / "elsewhere" / "copy") == of(folder)
     os.utime(folder / "train/cat/0.bmp", (0, 0))
+    (folder / "train/cat/0.bmp").rename(folder / "train/cat/00.bmp")  # in the same order
     assert of(folder, local=True) == of(folder) == of(tmp_path / "elsewhere" / "copy")
 
 
@@ -77,7 +78,7 @@ def test_fingerprint_of_arrays_changes_with_a_pixel():
     def made(value=0, label=1):
         pixels = np.zeros((3, 4, 5, 3), np.uint8)
         pixels[2, 3, 4, 1] = value
-        return fingerprint(ArrayImages(pixels, [0, 1, label], ["cat", "dog"]))
+        return fingerprint(Images(Pixels(pixels), [0, 1, label], ["cat", "dog"]))
 
     assert made() == made()
     assert len({made(), made(value=1), made(label=0)}) == 3

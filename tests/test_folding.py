@@ -9,27 +9,34 @@ import torch.nn.functional as F
 
 from models_vit import Features, VisionTransformer
 from probing.bank import ProbeBank, ProbeSpec
-from probing.folding import pool_together
-from probing.heads import AGGREGATIONS, parse_head
-from probing.pooling import NORM_EPS, Tokens, select
+from probing.folding import fold
+from probing.heads import build_head, canonical_head
+from probing.pooling import Columns, Tokens, read_blocks, select
 from util.lars import LARS
 
 TINY = {"img_size": 24, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2, "reg_tokens": 1}
-FOLDING = ["abmilp", "ap1", "ap4", "ap3", "ep8", "abmilp:branches=3", "abmilp:cond=pe", "ep2:shrink=2"]
+FOLDING = [
+    *("abmilp", "ap1", "ap4", "ap3", "ep8", "abmilp:branches=3", "abmilp:cond=pe", "ep2:shrink=2"),
+    *("vjepa4", "siglip4", "capi:width=4"),
+]
 WORDS = [*FOLDING, *(f"{word}{',' if ':' in word else ':'}content=all" for word in FOLDING)]
 MIXED = [
     "cls", "pos", "both", "attn-mn", "attn-lcte", "ca2", "cp1", "dino", "abmilp", "ap1", "ap4", "ep8",
-    "abmilp:content=all", "ap4:content=all", "abmilp:depth=2,act=tanh", "abmilp:sa=both",
+    "abmilp:content=all", "ap4:content=all", "abmilp:depth=2,act=tanh", "abmilp:sa=both", "aim4", "vjepa4:depth=2",
+    "siglip4", "simpool", "alf", "cls@0-1+pos", "abmilp@0-1",
 ]  # fmt: skip
 
 
 def build(word, dtype=torch.float64):
     torch.manual_seed(len(word))
-    name, options = parse_head(word, {})
-    head = AGGREGATIONS[name].build(Tokens(16, (3, 3), 2), **dict(options)).to(dtype)
+    head = build_head(canonical_head(word, {}, 2), 1, Tokens(16, (3, 3), 2)).to(dtype)
     for parameter in head.parameters():
         parameter.data += 0.5 * torch.randn_like(parameter)
     return head
+
+
+def both_blocks(generator, dtype=torch.float32):
+    return {block: make_features(generator, dtype=dtype) for block in (0, 1)}
 
 
 def make_features(generator, B=32, dtype=torch.float32):
@@ -41,13 +48,16 @@ def make_features(generator, B=32, dtype=torch.float32):
 
 
 def together(heads, features, coefficients):
-    """Vectors and gradients of heads that fold, by pool_together in groups as in a bank."""
+    """Vectors and gradients of heads that fold, of those with the same tokens at once, as in a bank."""
     vectors = {}
     for content in ("patch", "all"):
-        for normalised in (False, True):
-            group = [w for w, head in heads.items() if (head.content, head.pool.normalised) == (content, normalised)]
-            pools = [heads[word].pool for word in group]
-            vectors |= dict(zip(group, pool_together(pools, select(features, content), normalised), strict=True))
+        for eps in (None, 1e-6, 1e-5):
+            group = [w for w, head in heads.items() if (head.content, head.pool.norm_eps) == (content, eps)]
+            if group:
+                tokens = heads[group[0]].pool.prepare(select(features, content))
+                columns = [[t if t is None else t[None] for t in heads[word].pool.columns()] for word in group]
+                means = fold(tokens, [Columns(*each) for each in columns])
+                vectors |= {word: heads[word].pool.project(mean[:, 0]) for word, mean in zip(group, means, strict=True)}
     return {word: gradients(heads[word], vectors[word], coefficients[word]) for word in heads}
 
 
@@ -87,18 +97,14 @@ def backbone():
 
 
 def specs_of(words, seed=0, optimizer="lars"):
-    specs = []
-    for word in words:
-        name, options = parse_head(word, {})
-        specs.append(ProbeSpec(name, 1, 0.1, seed, options, optimizer))
-    return specs
+    return [ProbeSpec(canonical_head(word, {}, 2), 1, 0.1, seed, optimizer) for word in words]
 
 
 @functools.cache
 def batches(dtype):
     """Features and labels of 100 steps."""
     generator = torch.Generator().manual_seed(1)
-    return [(make_features(generator, dtype=dtype), torch.randint(5, (32,), generator=generator)) for _ in range(100)]
+    return [(both_blocks(generator, dtype), torch.randint(5, (32,), generator=generator)) for _ in range(100)]
 
 
 def train(specs, backbone, rates, dtype=torch.float32, steps=100, spoil=None, folded=True):
@@ -108,19 +114,29 @@ def train(specs, backbone, rates, dtype=torch.float32, steps=100, spoil=None, fo
     """
     bank = ProbeBank(specs, backbone, (3, 3), 5).to(dtype)
     groups = bank.parameter_groups(rates)
-    for spec, group in zip(specs, groups, strict=True):
-        group["trust_coefficient"] = 1e-3 if spec.optimizer == "lars" else None
+    if not folded:
+        groups = [{"params": list(probe.parameters()), "lr": lr} for probe, lr in zip(bank.probes, rates, strict=True)]
+    for position, group in enumerate(groups):
+        optimizer = specs[group.get("rows", [position])[0]].optimizer
+        group["trust_coefficient"] = 1e-3 if optimizer == "lars" else None
     optimizer = LARS(groups)
     for step, (features, labels) in enumerate(batches(dtype)[:steps]):
-        logits = bank({1: features}) if folded else [probe(features) for probe in bank.probes]
-        torch.stack([F.cross_entropy(one, labels) for one in logits]).sum().backward()
-        bank.commit_statistics()
+        logits = [each.T for part in bank.logits(features) for each in part] if folded else alone(bank, features)
+        torch.stack([F.cross_entropy(each, labels) for each in logits]).sum().backward()
+        if folded:
+            bank.commit_statistics([torch.ones(len(stack.rows), dtype=torch.bool) for stack in bank.stacks])
         optimizer.step()
         optimizer.zero_grad()
         if spoil is not None and step == spoil[1]:
             for parameter in bank.probes[specs.index(spoil[0])].parameters():
                 parameter.data.fill_(float("nan"))
     return bank
+
+
+def alone(bank, features):
+    """Logits of each probe by its own definition."""
+    pairs = zip(bank.specs, bank.probes, strict=True)
+    return [probe(read_blocks(features, spec.blocks)) for spec, probe in pairs]
 
 
 def distance(state, truth):
@@ -133,22 +149,23 @@ def test_each_probe_of_a_mixed_bank_ends_where_it_ends_alone(backbone):
     rates = [2.0 if spec.optimizer == "lars" else 0.02 for spec in specs]
     bank = train(specs, backbone, rates).probe_states()
     exact = train(specs, backbone, rates, torch.float64, folded=False).probe_states()
+    for name, state in train(specs, backbone, rates, torch.float64).probe_states().items():
+        assert distance(state, exact[name]) < 1e-10, name
     for spec, rate in zip(specs, rates, strict=True):
-        alone = train([spec], backbone, [rate], folded=False).probe_states()[spec.name]
-        alone = {key: value.double() for key, value in alone.items()}
-        usual = distance(alone, exact[spec.name])
-        assert usual < 1e-2
-        assert distance(bank[spec.name], alone) <= 3 * usual + 1e-6, spec
+        single = train([spec], backbone, [rate], folded=False).probe_states()[spec.name]
+        single = {key: value.double() for key, value in single.items()}
+        usual = distance(single, exact[spec.name])
+        assert usual < 1e-2, spec
+        assert distance(bank[spec.name], single) <= 3 * usual + 1e-6, spec
 
 
 def test_modules_alone_and_the_bank_score_alike(backbone):
     bank = train(specs_of(MIXED), backbone, [2.0] * len(MIXED), steps=3).eval()
-    features = make_features(torch.Generator().manual_seed(5))
-    for probe, logits in zip(bank.probes, bank({1: features}), strict=True):
-        torch.testing.assert_close(logits, probe(features), rtol=1e-5, atol=1e-5)
+    features = both_blocks(torch.Generator().manual_seed(5))
+    torch.testing.assert_close(bank(features), alone(bank, features), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("lost", ["abmilp", "ap1", "ap4:content=all", "cls", "abmilp:sa=both"])
+@pytest.mark.parametrize("lost", ["abmilp", "ap4:content=all", "cls", "abmilp:sa=both", "aim4", "abmilp@0-1"])
 def test_a_neighbour_that_turns_to_nan_changes_no_bit_of_the_others(backbone, lost):
     specs = specs_of(MIXED)
     spoiled = specs[MIXED.index(lost)]
@@ -165,5 +182,7 @@ def test_poolings_without_parameters_are_computed_once_for_all_seeds_and_rates(b
     assert len(bank.pool({1: make_features(torch.Generator().manual_seed(0))})) == 3
 
 
-def test_tokens_are_normalised_as_the_definitions_layer_norms_do():
-    assert {norm.eps for norm in build("ap4").pool.modules() if isinstance(norm, torch.nn.LayerNorm)} == {NORM_EPS}
+@pytest.mark.parametrize("word", ["ap4", "vjepa4", "simpool", "alf"])
+def test_tokens_are_normalised_as_the_layer_norms_of_the_definition_do(word):
+    pool = build(word).pool
+    assert {norm.eps for norm in pool.modules() if isinstance(norm, torch.nn.LayerNorm)} == {pool.norm_eps}

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image, ImageFile
 
-from data_sets.images import ON_BAD_IMAGE, ArrayImages, DamagedImage, UnreadableImage, read_rgb
+from data_sets.images import ON_BAD_IMAGE, DamagedImage, Pixels, UnreadableImage, read_rgb
 from data_sets.loader import KeyedDataset, Loader, build_loader
 from data_sets.order import EvaluationBatches, GlobalBatches
 from data_sets.table import build_dataset
@@ -141,7 +141,7 @@ def test_an_animation_shows_its_first_frame(tmp_path):
 )
 def test_arrays_of_other_pixels_are_refused(pixels):
     with pytest.raises(ValueError, match=r"they must be uint8, \(n, h, w, 3\)"):
-        ArrayImages(pixels, [0, 1], ["a", "b"])
+        Pixels(pixels)
 
 
 def test_exif_orientation_is_ignored_as_in_torchvision(tmp_path):

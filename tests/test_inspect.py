@@ -9,7 +9,7 @@ import torch
 import models_vit
 from encoders.catalogue import CATALOGUE, PUBLICATIONS
 from encoders.load import load_encoder
-from scripts import inspect_checkpoint, list_encoders, list_metrics
+from scripts import inspect_checkpoint, list_encoders, list_heads, list_metrics
 from util.files import sha256
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -18,11 +18,12 @@ complete = pytest.mark.skipif(
     reason="CATALOGUE is incomplete, and test_catalogue.py says what it lacks",
 )
 
-# ---- list_encoders.py, list_metrics.py
+# ---- list_encoders.py, list_heads.py, list_metrics.py
 
 
-def test_the_table_of_metrics_is_that_of_the_code():
-    list_metrics.main(argparse.Namespace(write=None, check=ROOT / "docs" / "attention.md"))
+@pytest.mark.parametrize(("script", "page"), [(list_metrics, "attention.md"), (list_heads, "probing.md")])
+def test_the_tables_of_metrics_and_heads_are_those_of_the_code(script, page):
+    script.main(argparse.Namespace(write=None, check=ROOT / "docs" / page))
 
 
 @complete

@@ -10,10 +10,10 @@ import pytest
 from aggregation.localization import (
     IOUS,
     Localizer,
-    best_overlaps,
     boxes_at,
+    found_boxes,
+    intersections,
     levels_of,
-    overlaps,
     score_map,
     summary,
     tally,
@@ -88,16 +88,17 @@ def test_every_threshold_is_the_definitions(kind, boxes):
     weights, truth = MAPS[kind](rng), random_truth(rng, boxes)
     place = np.searchsorted(LEVELS, (TAUS * 255).astype(int))
     some = slice(None) if kind in ("smooth", "hole") else slice(None, None, 37)
-    for found, every in zip(best_overlaps(score_map(weights, SIZE), truth, LEVELS), (True, False), strict=True):
-        np.testing.assert_array_equal(found[place][some], defined(weights, truth, TAUS[some], every))
+    for found, every in zip(found_boxes(score_map(weights, SIZE), truth, LEVELS), (True, False), strict=True):
+        np.testing.assert_array_equal(found[place][some], defined(weights, truth, TAUS[some], every)[:, None] >= IOUS)
 
 
 def test_images_that_are_not_square_are_the_definitions_too():
     rng, size = np.random.default_rng(5), (60, 100)
     weights, truth = rng.random((6, 10)), random_truth(rng, 2, size)
-    found, _ = best_overlaps(score_map(weights, size), truth, levels_of(0.01))
+    found, _ = found_boxes(score_map(weights, size), truth, levels_of(0.01))
     place = np.searchsorted(levels_of(0.01), (np.arange(0, 1, 0.01) * 255).astype(int))
-    np.testing.assert_array_equal(found[place], defined(weights, truth, np.arange(0, 1, 0.01), True, size))
+    expected = defined(weights, truth, np.arange(0, 1, 0.01), True, size)
+    np.testing.assert_array_equal(found[place], expected[:, None] >= IOUS)
 
 
 def test_accuracies_over_images_are_the_definitions():
@@ -131,14 +132,13 @@ def test_holes_are_boxes_of_their_own():
     boxes, largest = boxes_at(scores, 128)
     assert len(boxes) == 2 and boxes[largest].tolist() == [48, 48, 176, 176]
     inner = np.array([[80, 80, 143, 143]])
-    best, best_v1 = best_overlaps(scores, inner, np.array([128]))
-    assert best[0] > 0.9 > 0.3 > best_v1[0]
+    assert found_boxes(scores, inner, np.array([128]))[:, 0].tolist() == [[True] * 3, [False] * 3]
 
 
 def test_border_pixels_count():
-    assert overlaps(np.array([[0, 0, 9, 9]]), np.array([[0, 0, 9, 9], [9, 9, 18, 18], [10, 0, 19, 9]])).tolist() == [
-        [1.0, pytest.approx(1 / 199), 0.0]
-    ]
+    truth = np.array([[0, 0, 9, 9], [9, 9, 18, 18], [10, 0, 19, 9]])
+    overlaps, shares = intersections(truth[:1], truth)
+    assert overlaps.tolist() == [[1.0, pytest.approx(1 / 199), 0.0]] and shares.tolist() == [[1.0, 0.01, 0.0]]
 
 
 def test_255_levels_are_all_thresholds_of_step_a_thousandth():

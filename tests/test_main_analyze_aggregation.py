@@ -18,7 +18,7 @@ import models_vit
 from aggregation.boxes import read_boxes
 from aggregation.divergence import entropies, normalised
 from aggregation.figures import display_name
-from aggregation.localization import best_overlaps, levels_of, score_map
+from aggregation.localization import found_boxes, levels_of, score_map
 from aggregation.results import table as table_of
 from cli.console import parse, run_main
 from cli.encoder_arguments import frozen_encoder
@@ -140,8 +140,9 @@ def test_boxes_are_those_of_the_stretched_image(data, vectors, result):
     for index, (image, _) in enumerate(images):
         assert stretch(image).shape == (3, 64, 64)
         for name, vector in vectors(stretch(image)).items():
-            best, _ = best_overlaps(score_map(vector.view(8, 8).numpy(), (64, 64)), boxes.resized(index, 64), levels)
-            found[name] += best[:, None] >= (0.3, 0.5, 0.7)
+            found[name] += found_boxes(
+                score_map(vector.view(8, 8).numpy(), (64, 64)), boxes.resized(index, 64), levels
+            )[0]
     for name in NAMES:
         differing = np.abs(np.array(result["localization"]["maps"][name]["found"]) - found[name])
         assert differing.max() <= 1, name  # a pixel on the edge of a level, where batches round otherwise
@@ -282,7 +283,7 @@ def test_overflow_stops_the_analysis(data, tmp_path):
         (["--probe_heads", "abmilp"], "--probe_heads selects probes of a run: name it with --probes"),
         (["--boxes_only"], "--boxes_only needs true boxes: name them with --boxes"),
         (["--loc_map_heads", "best"], "--loc_map_heads best needs true boxes"),
-        (["--rules", "cls"], "--rules cls: the [cls] token; it weighs no patches"),
+        (["--rules", "cls"], "--rules cls weighs no patches"),
         (["--rules", "abmilp"], "--rules abmilp is learned: name the run that trained it with --probes"),
         (["--rules", "dino"], "--rules dino needs the attention of another encoder: name it with --oracle"),
         (["--rules", "pos", "pos"], "--rules pos pos names a rule twice"),

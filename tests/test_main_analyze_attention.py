@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main_analyze_attention
@@ -24,8 +25,9 @@ from cli.console import parse, run_main
 from data_sets.loader import Sample
 from data_sets.table import build_dataset
 from data_sets.views import eval_transform
-from encoders.load import save_encoder
+from encoders.load import load_encoder, save_encoder
 from models_vit import build_vit
+from util.plotting import visible
 from util.seeding import seeded
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -118,7 +120,7 @@ def test_numbers_are_means_and_deviations_over_the_images(images, result):
         for image, _ in build_dataset("image_folder", images, "val"):
             for step in model.trace(transform(image)[None]):
                 reduced = reduce_attention(
-                    step, 1, True, "explicit", ("cls_attention", "distance", "received"), sizes=SIZES
+                    step, 1, True, "explicit", {need for m in METRICS.values() for need in m.needs}, sizes=SIZES
                 )
                 patches = step.out[:, 1:].unflatten(1, (4, 4))
                 for name in names:
@@ -209,6 +211,20 @@ def test_several_encoders_share_a_figure_that_their_results_redraw(images, tmp_p
     for name, metric in results["random"]["metrics"].items():
         assert drawn[name] == [(block["block"], pytest.approx(block["mean"])) for block in metric["blocks"]]
 
+    with safe_open(out / "a_b_c" / "examples.safetensors", framework="pt") as file:
+        maps, facts = {name: file.get_tensor(name) for name in ("pictures", "patches", "attention")}, file.metadata()
+    view = eval_transform(32)
+    seen = torch.stack([view(Image.open(path)) for path in json.loads(facts["images"])])
+    assert len(seen) == 4 and torch.equal(
+        maps["pictures"], torch.from_numpy((255 * visible(seen, view)).round()).byte()
+    )
+    backbone = load_encoder(str(weights), "vit_demo_patch8").backbone.eval()
+    tokens = backbone.norm(backbone(seen, [5])[5].patches)
+    assert torch.allclose(maps["patches"].float(), tokens / tokens.norm(dim=-1).mean(), atol=1e-3)
+    last = list(backbone.trace(seen))[-1]
+    explicit = (last.q.double()[:, :, 0:1] @ last.k.double().mT * last.scale).softmax(-1)[:, :, 0, 1:]
+    assert torch.allclose(maps["attention"][:, 5].double(), explicit / explicit.mean(-1, keepdim=True), rtol=2e-3)
+
     inputs = [str(out / name / "attention.json") for name in ("random", "a_b_c")]
     monkeypatch.setattr(sys, "argv", ["plot_attention.py", *inputs, "--output", str(tmp_path / "again.png")])
     runpy.run_path(str(ROOT / "scripts" / "plot_attention.py"), run_name="__main__")
@@ -286,7 +302,7 @@ def test_damaged_images_are_left_out_and_not_counted(images, tmp_path, capsys):
 
 
 def test_token_map_of_images_of_several_labels_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(main_analyze_attention, "analysed_images", lambda args: [None])
+    monkeypatch.setattr(main_analyze_attention, "unlabelled_images", lambda *args: [None])
     words = ["--data_path", str(tmp_path), "--dataset", "coco", "--tsne_blocks", "0", *FLAGS]
     with pytest.raises(ValueError, match=r"--tsne_blocks .*--dataset coco"):
         main_analyze_attention.main(parse(get_args_parser(), words))

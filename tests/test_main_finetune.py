@@ -82,9 +82,7 @@ def test_maes_own_flags_reach_timm(program, tmp_path, monkeypatch):
     old = "--start_epoch 2 --remode const --recount 3 --resplit --mixup_prob 0.9 --mixup_switch_prob 0.4 --dist_eval"
     old += " --mixup_mode elem --cutmix_minmax 0.2 0.8 --mixup 0 --cutmix 0 --nb_classes 3"
     program.run(tmp_path / "run", *old.split())
-    assert asked == [
-        ((0.0, 0.0, [0.2, 0.8], 0.9, 0.4, "elem"), {"label_smoothing": 0.1, "num_classes": 3}),
-    ]
+    assert asked == [((0.0, 0.0, [0.2, 0.8], 0.9, 0.4, "elem"), {"label_smoothing": 0.1, "num_classes": 3})]
     args = program.parse(*old.split())
     erasing = main_finetune.augmentation(args, 32, load_encoder("", "vit_demo_patch8", img_size=32)).transforms[-1]
     assert (erasing.mode, erasing.max_count, erasing.probability) == ("const", 3, 0.25)
@@ -96,13 +94,13 @@ def test_the_test_image_is_cropped_up_to_224_pixels_and_whole_above(program, mon
     asked = []
 
     def spy(*words, **options):
-        asked.append((words[0], options))
+        asked.append((words[0], options["crop_pct"]))
         raise KeyboardInterrupt
 
     monkeypatch.setattr(main_finetune, "eval_transform", spy)
     with pytest.raises(KeyboardInterrupt):
         program.run("", "--input_size", size)
-    assert asked == [(size, {"whole": whole})]
+    assert asked == [(size, 1.0 if whole else 0.875)]
 
 
 def test_positions_are_resampled_once_and_trained_at_the_size_that_was_asked(program, pretrained, tmp_path):

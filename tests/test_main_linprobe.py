@@ -124,8 +124,8 @@ def test_diverged_probe_is_reported_and_its_neighbour_goes_on(command, tmp_path,
     recipe = ["--blr", "20", "3e39", "--optimizer", "sgd", "--momentum", "0.9", "--epochs", "2"]
     probes = run([*command, *recipe])["probes"]
     healthy, lost = probes["cls/block5/sgd/blr20.0/seed0"], probes["cls/block5/sgd/blr3e+39/seed0"]
-    assert healthy["diverged_at"] is None and lost["diverged_at"] == {"epoch": 0, "step": 2}
-    assert "cls/block5/sgd/blr3e+39/seed0 diverged in epoch 0, step 2" in capsys.readouterr().out
+    assert healthy["diverged_at"] is None and lost["diverged_at"] == {"epoch": 0, "step": 1}
+    assert "cls/block5/sgd/blr3e+39/seed0 diverged in epoch 0, step 1" in capsys.readouterr().out
     for state in states(tmp_path / "run", epoch=1)["probes"].values():
         assert all(value.isfinite().all() for value in state.values())
 
@@ -153,17 +153,10 @@ def test_a_finished_run_is_not_written_over(command):
             ["--cls_features", "dino", "--oracle", "", "--oracle_model", "vit_tiny_patch16"],
             "its patches have 16 pixels",
         ),
-        (
-            ["--no_cls_token", "--finetune", "", "--cls_features", "cls"],
-            "this encoder has no [cls] token; use pos",
-        ),
+        (["--no_cls_token", "--finetune", "", "--cls_features", "cls"], "this encoder has no [cls] token; use pos"),
         (["--batch_size", "65"], "larger than the 64 training images"),
         (["--input_size", "30"], "--input_size 30 is not divisible by the patch size 8"),
         (["--global_pool"], "use --cls_features pos"),
-        (
-            ["--epochs", "1", "--warmup_epochs", "2"],
-            "--warmup_epochs 2 must be at most --epochs 1",
-        ),
         (["--eval"], "--eval evaluates a checkpoint: name it with --resume"),
         (["--lr", "1", "--blr", "1", "2"], "--lr 1.0 sets one rate, --blr [1.0, 2.0] several"),
         (["--family", "imagenet"], "unknown family 'imagenet': choose one of auto, mae, mae_ft"),
@@ -285,7 +278,7 @@ def test_beyond_cls_command_means_the_papers_probe():
     (spec,) = main_linprobe.probe_specs(args, build_vit("vit_base_patch16"))
     assert (spec.head, spec.block, spec.blr) == ("abmilp", 11, 0.1)
     assert not args.final_norm and args.init == "default" and args.warmup_epochs == 10
-    optimizer = main_linprobe.build_optimizer(args, [spec], [{"params": [torch.zeros(1)]}])
+    optimizer = main_linprobe.build_optimizer(args, [spec], [{"params": [torch.zeros(1)], "rows": [0]}])
     assert (spec.optimizer, optimizer.param_groups[0]["momentum"]) == ("lars", 0.9)
 
 

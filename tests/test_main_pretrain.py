@@ -102,13 +102,19 @@ def test_pretraining_crops_as_torchvision_does(program, tmp_path, monkeypatch):
     assert asked == [{"scale": (0.2, 1.0), "crop": "torchvision", "loader": "pil"}]
 
 
+OUT_OF_RANGE = (
+    "--contrastive_weight 1.5", "--temperature 0", "--view_drop 1", "--mask_ratio 1", "--figure_every -1",
+    "--crop_scale 2", "--lr nan", "--blr inf", "--min_lr -1", "--weight_decay -1", "--num_workers -1",
+    "--save_every_minutes nan",
+)  # fmt: skip
 MISTAKES = {
     "micro-steps": (["--batch_size", "13", "--accum_iter", "2"], "is larger than the 24 training images"),
-    "nothing to see": (["--mask_ratio", "0.95"], "--mask_ratio 0.95 masks all 16 patches: lower it"),
+    "nothing to see": (["--mask_ratio", "0.95"], "--mask_ratio 0.95 leaves none of 16 patches: lower it"),
+    "no contrast": (["--temperature", "0.1"], "--temperature has no effect at --contrastive_weight 0: "),
+    "no decoder": (["--contrastive_weight", "1", "--mask_ratio", "0.6"], "--mask_ratio has no effect at "),
     "classes": (["--nb_classes", "10"], "--nb_classes 10: pretraining "),
-    **out_of_range("--mask_ratio 1", "--figure_every -1", "--crop_scale 2", "--lr nan", "--blr inf", "--min_lr -1",
-                   "--weight_decay -1", "--num_workers -1", "--save_every_minutes nan"),
-}  # fmt: skip
+    **out_of_range(*OUT_OF_RANGE),
+}
 
 
 @pytest.mark.parametrize(("flags", "message"), MISTAKES.values(), ids=MISTAKES)

@@ -10,16 +10,7 @@ from timm.models.vision_transformer import VisionTransformer as TimmViT
 from torch import nn
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
-from models_mae import (
-    DECODERS,
-    MaskedAutoencoder,
-    denormalised,
-    normalised,
-    patchify,
-    random_masking,
-    take,
-    unpatchify,
-)
+from models_mae import DECODERS, MaskedAutoencoder, denormalised, normalised, patchify, random_masking, take, unpatchify
 from models_vit import VisionTransformer, attend, build_vit
 
 DECODER = {"decoder_embed_dim": 24, "decoder_depth": 2, "decoder_num_heads": 2}

@@ -8,12 +8,19 @@ from conftest import TINY
 from engine_finetune import Classifier
 from models_mae import MaskedAutoencoder
 from models_vit import VisionTransformer
-from util.lr_sched import lr_at, scaled_lr
+from util.lr_sched import fitting_warmup, lr_at, scaled_lr
 from util.optim import layer_decay_groups, weight_decay_groups
 
 
 def test_without_warm_up_the_first_rate_is_the_peak():
     assert lr_at(0, lr=6.4, epochs=90, warmup_epochs=0) == 6.4
+
+
+def test_a_warm_up_that_does_not_fit_is_shortened_and_logged(caplog):
+    with caplog.at_level("INFO", "beyond_cls"):
+        assert [fitting_warmup(10, epochs) for epochs in (90, 10, 9, 5)] == [10, 10, 0, 0]
+        assert fitting_warmup(40, 30) == 3 and len(caplog.messages) == 3
+    assert caplog.messages[-1] == "a warm-up of 40 epochs does not fit into 30: shortened to 3"
 
 
 def test_rate_grows_with_the_batch():

@@ -13,8 +13,9 @@ import time
 import pytest
 import torch
 
-from runtime.folder import RunFolder, date_back_event_files
+from runtime.folder import RunFolder
 from runtime.provenance import code_version, provenance
+from runtime.trackers import date_back_event_files
 
 
 @pytest.fixture

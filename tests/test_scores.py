@@ -164,7 +164,7 @@ def test_single_label_scores_are_the_definitions():
     logits, labels = random_logits(40, 7), torch.from_numpy(RNG.integers(0, 6, 40))  # the last class has no image
     tally = Tally(2, 7)
     for part in torch.randperm(40).split(9):
-        tally.update([logits[part], -logits[part]], labels[part])
+        tally.update(torch.stack([logits[part], -logits[part]]), labels[part])
     found, reverse = tally.compute()
     ranks = (logits > logits.gather(1, labels[:, None])).sum(1)
     assert found.top1 == pytest.approx(100 * (ranks < 1).double().mean().item())

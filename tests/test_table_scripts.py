@@ -17,7 +17,7 @@ from cli.console import parse
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = [*(f"table{number}" for number in (1, 2, 3, 5, 6, 7, 8)), "figure1", "figure3_6", "figure7", "figure8",
-           "figure9", "figure10_13"]  # fmt: skip
+           "figure9", "figure10_13", "figure_depth"]  # fmt: skip
 FOLDERS = {name: f"/data/{name.lower()}" for name in ("IMAGENET", "FOOD101", "COCO", "NUS_WIDE", "CUB200",
                                                       "STANFORD_CARS", "OXFORD_PETS")}  # fmt: skip
 MODES = {"local": [], "slurm": ["--slurm", "--partition", "gpu"], "smoke": ["--smoke"]}

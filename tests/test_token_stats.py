@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from attention.metrics import norm_ratio
 from attention.tokens import embed_tokens, log_amplitude, log_singular_values
 
 
@@ -56,3 +57,9 @@ def test_embedding_separates_clusters_and_is_a_function_of_the_seed():
     centres = points[:40].mean(0), points[40:].mean(0)
     distance = np.linalg.norm(points[:, None] - np.stack(centres), axis=-1)
     assert (distance.argmin(1) == np.repeat([0, 1], 40)).all()
+
+
+def test_norm_ratio_is_the_largest_norm_over_the_median():
+    tokens = torch.randn(3, 9, 5, generator=torch.Generator().manual_seed(0))
+    norms = np.linalg.norm(tokens.double().numpy(), axis=-1)
+    np.testing.assert_allclose(norm_ratio(tokens)[:, 0], norms.max(1) / np.median(norms, axis=1))

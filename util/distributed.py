@@ -345,28 +345,35 @@ class GradientMean:
 
     def __init__(self, parameters: list[Tensor], micro_steps: int):
         self.parameters, self.micro_steps = parameters, micro_steps
-        self.total: Tensor | None = None  # (S + number of values,) losses, then gradients
+        self.averages = micro_steps * world_size() > 1
         self.trained: list[Tensor] = []  # the parameters that have a gradient
+        self.total: Tensor | None = None  # (S + number of values,) losses, then gradients
+        self.is_empty = True
 
     def add(self, losses: Tensor) -> None:
         """Take up the gradients of a micro-step, which the parameters lose, and its losses (S,)."""
-        losses = losses.detach().double()
-        if self.micro_steps * world_size() > 1:
-            self.trained = [p for p in self.parameters if p.grad is not None]
-            losses = torch.cat([losses, *(p.grad.flatten() for p in self.trained)])  # promotes to double
-            for parameter in self.parameters:
-                parameter.grad = None
-        self.total = losses if self.total is None else self.total.add_(losses)
+        if self.total is None:
+            self.trained = [p for p in self.parameters if p.grad is not None] if self.averages else []
+            sizes = [len(losses), *(p.numel() for p in self.trained)]
+            self.total = torch.empty(sum(sizes), dtype=torch.float64, device=losses.device)
+            self.parts = self.total.split(sizes)
+        values = [losses.detach(), *(p.grad.flatten() for p in self.trained)]
+        for part, value in zip(self.parts, values, strict=True):
+            if self.is_empty:
+                part.copy_(value)
+            else:
+                part.add_(value)
+        self.is_empty = False
+        for parameter in self.trained:
+            parameter.grad = None
 
     def take(self) -> Tensor:
         """Give the parameters their mean gradients. Returns the mean losses (S,) in double, alike on all ranks."""
-        total, self.total = self.total, None
-        if self.micro_steps * world_size() == 1:
-            return total
-        sum_over_ranks(total)
-        total /= self.micro_steps * world_size()
-        sizes = [p.numel() for p in self.trained]
-        losses, *gradients = total.split([len(total) - sum(sizes), *sizes])
+        if self.averages:
+            sum_over_ranks(self.total)
+            self.total /= self.micro_steps * world_size()
+        self.is_empty = True
+        losses, *gradients = self.parts
         for parameter, gradient in zip(self.trained, gradients, strict=True):
             parameter.grad = gradient.view_as(parameter).to(parameter.dtype)
-        return losses
+        return losses.clone()

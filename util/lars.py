@@ -1,9 +1,14 @@
-"""LARS as in the linear probes of MoCo v3 and MAE, and SGD with momentum by the same rule."""
+"""LARS as in the linear probes of MoCo v3 and MAE, and SGD with momentum by the same rule; for one network or many.
 
-from collections.abc import Callable, Iterable
+Letters: S networks.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
+
+DIVERGED = 1e30  # norm of an update that counts as infinite: float32 ends at 3e38, and weights must stay below
 
 
 class LARS(torch.optim.Optimizer):
@@ -15,6 +20,8 @@ class LARS(torch.optim.Optimizer):
     So biases and other vectors get plain momentum steps, and matrices are scaled even without weight decay. (Libraries
     differ: some skip the scaling without weight decay, or scale vectors too.) A group with trust_coefficient None is
     trained by torch.optim.SGD's rule with momentum: nothing is scaled, and vectors decay like matrices.
+    In a `stacked` group, the first dimension of every parameter counts S networks that are trained independently, and
+    `lr` may be a tensor (S,). The number of operations does not depend on S.
     Source: You et al., "Large batch training of convolutional networks", 2017; paper, B.2.
     """
 
@@ -26,7 +33,7 @@ class LARS(torch.optim.Optimizer):
         momentum: float = 0.9,
         trust_coefficient: float | None = 1e-3,  # You et al.; MoCo v3 and MAE use the same
     ):
-        defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum}
+        defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "stacked": False}
         super().__init__(params, {**defaults, "trust_coefficient": trust_coefficient})
 
     @torch.no_grad()
@@ -35,25 +42,57 @@ class LARS(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            trust, momentum, decay = group["trust_coefficient"], group["momentum"], group["weight_decay"]
-            for w in group["params"]:
-                if w.grad is None:
-                    continue
-                g, ratio = w.grad, None
-                if decay and (w.ndim > 1 or trust is None):
-                    g = g.add(w, alpha=decay)
-                if w.ndim > 1 and trust is not None:
-                    w_norm, g_norm = w.norm(), g.norm()
-                    # torch.where: reading the norms would synchronise with the GPU once per tensor
-                    ratio = torch.where((w_norm > 0) & (g_norm > 0), trust * w_norm / g_norm, torch.ones_like(w_norm))
-                if momentum:
-                    state = self.state[w]
-                    if "momentum_buffer" not in state:
-                        state["momentum_buffer"] = torch.zeros_like(w)
-                    u = state["momentum_buffer"].mul_(momentum)
-                    u = u.add_(g) if ratio is None else u.addcmul_(g, ratio)
-                else:
-                    u = g if ratio is None else g * ratio
-                w.add_(u, alpha=-group["lr"])  # the same bits as sub_, in half the time on a CPU
+        self.guarded_step([torch.tensor(True)] * len(self.param_groups))
         return loss
+
+    @torch.no_grad()
+    def guarded_step(self, alive: Sequence[Tensor]) -> list[Tensor]:
+        """Update the networks that are alive and whose gradients and updates are finite; returns which those are.
+
+        alive: per group, (S,) bool. The others keep weights and momentum, without a copy and without waiting for a GPU:
+        their update is multiplied by 0.
+        """
+        return [self._step(group, rows) for group, rows in zip(self.param_groups, alive, strict=True)]
+
+    def _step(self, group: dict, alive: Tensor) -> Tensor:
+        trust, momentum, decay = group["trust_coefficient"], group["momentum"], group["weight_decay"]
+        updates = []
+        for parameter in group["params"]:
+            if parameter.grad is None:
+                continue
+            w, g, u = parameter, parameter.grad, None
+            if momentum:
+                state = self.state[parameter]
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(parameter)
+                u = state["momentum_buffer"]
+            if not group["stacked"]:
+                w, g, u = (None if tensor is None else tensor[None] for tensor in (w, g, u))
+            is_matrix = w.ndim > 2
+            if decay and (is_matrix or trust is None):
+                g = g.add(w, alpha=decay)
+            lr = torch.as_tensor(group["lr"], dtype=torch.float64).to(w.device, w.dtype)
+            g_norm, ratio = norms(g), torch.ones_like(lr)
+            if is_matrix and trust is not None:
+                w_norm = norms(w)
+                ratio = torch.where((w_norm > 0) & (g_norm > 0), trust * w_norm / g_norm, 1.0)
+            largest = ratio * g_norm if u is None else momentum * norms(u) + ratio * g_norm
+            alive = alive.to(w.device) & (lr * largest < DIVERGED)  # not so for NaN
+            updates.append((w, g, u, ratio, lr))
+        for w, g, u, ratio, lr in updates:
+            shape = -1, *[1] * (w.ndim - 1)
+            if g.is_cuda or not alive.all():  # reading `alive` is free on a CPU, and passing over g is not
+                g = g.masked_fill_(~alive.view(shape), 0.0)
+            keep = torch.where(alive, torch.full_like(lr, momentum), 1.0).view(shape)
+            ratio, lr = (torch.where(alive, factor, 0.0).view(shape) for factor in (ratio, lr))
+            if u is None:
+                w.addcmul_(g, -lr * ratio)
+            else:
+                u.mul_(keep).addcmul_(g, ratio)
+                w.addcmul_(u, -lr)
+        return alive
+
+
+def norms(tensor: Tensor) -> Tensor:
+    """(S,...) -> (S,) Euclidean norms."""
+    return torch.linalg.vector_norm(tensor.reshape(len(tensor), -1), dim=1)

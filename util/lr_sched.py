@@ -2,6 +2,8 @@
 
 import math
 
+from util.progress import log
+
 
 def lr_at(epoch: float, lr: float, epochs: int, warmup_epochs: int, min_lr: float = 0.0) -> float:
     """The rate at a fractional epoch: linear warm-up from 0, then half a cosine from lr to min_lr.
@@ -18,3 +20,12 @@ def lr_at(epoch: float, lr: float, epochs: int, warmup_epochs: int, min_lr: floa
 def scaled_lr(blr: float, effective_batch: int) -> float:
     """Linear scaling rule: base rate x effective batch / 256 (Goyal et al., 2017)."""
     return blr * effective_batch / 256
+
+
+def fitting_warmup(warmup_epochs: int, epochs: int) -> int:
+    """The warm-up, shortened to a tenth of the epochs if it is longer than all of them, which the log states."""
+    if warmup_epochs <= epochs:
+        return warmup_epochs
+    shorter = epochs // 10
+    log.info("a warm-up of %d epochs does not fit into %d: shortened to %d", warmup_epochs, epochs, shorter)
+    return shorter

@@ -21,11 +21,21 @@ if TYPE_CHECKING:
 
 WIDTH = 6.9  # inches: both columns of a CVPR page
 STYLE = {
-    "font.size": 7, "axes.titlesize": 7.5, "axes.labelsize": 7, "xtick.labelsize": 6.5, "ytick.labelsize": 6.5,
-    "legend.fontsize": 7, "axes.linewidth": 0.6, "xtick.major.width": 0.6, "ytick.major.width": 0.6,
-    "xtick.major.size": 2.5, "ytick.major.size": 2.5, "axes.formatter.useoffset": False, "svg.hashsalt": "figures",
+    "font.size": 7,
+    "axes.titlesize": 7.5,
+    "axes.labelsize": 7,
+    "xtick.labelsize": 6.5,
+    "ytick.labelsize": 6.5,
+    "legend.fontsize": 7,
+    "axes.linewidth": 0.6,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "xtick.major.size": 2.5,
+    "ytick.major.size": 2.5,
+    "axes.formatter.useoffset": False,
+    "svg.hashsalt": "figures",
     "pdf.fonttype": 42,
-}  # fmt: skip
+}
 METADATA = {".png": {}, ".pdf": {"CreationDate": None}, ".svg": {"Date": None}}  # no dates: equal bytes
 # Okabe and Ito 2008, without their yellow, and a wine red of Tol 2021
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#882255")
@@ -60,11 +70,24 @@ def draw_map(axis: Axes, picture: np.ndarray, weights: np.ndarray, top: float) -
     """Weights (rows,columns) of the patches, from 0 to `top`, over a picture (h,w,3); small weights are transparent."""
     h, w = picture.shape[:2]
     axis.imshow(picture.mean(2), cmap="gray", vmin=-0.2, vmax=1.4)
-    axis.imshow(weights, cmap="inferno", alpha=(weights / top).clip(0, 1) ** 0.5, vmin=0, vmax=top,
-                interpolation="nearest", extent=(-0.5, w - 0.5, h - 0.5, -0.5))  # fmt: skip
+    axis.imshow(
+        weights,
+        cmap="inferno",
+        alpha=(weights / top).clip(0, 1) ** 0.5,
+        vmin=0,
+        vmax=top,
+        interpolation="nearest",
+        extent=(-0.5, w - 0.5, h - 0.5, -0.5),
+    )
 
 
 def add_scale(figure: Figure, top: float, more: bool) -> None:
     """The colours of draw_map; more: there are weights above `top`."""
-    figure.colorbar(ScalarMappable(Normalize(0, top), "inferno"), ax=figure.axes, shrink=0.6, aspect=25,
-                    extend="max" if more else "neither", label="weight / uniform weight 1/M")  # fmt: skip
+    figure.colorbar(
+        ScalarMappable(Normalize(0, top), "inferno"),
+        ax=figure.axes,
+        shrink=0.6,
+        aspect=25,
+        extend="max" if more else "neither",
+        label="weight / uniform weight 1/M",
+    )

@@ -36,15 +36,13 @@ class Tally:
         self.right = torch.zeros(classifiers, classes, device=device, dtype=torch.float64)  # correct at the first guess
         self.images = torch.zeros(classes, device=device, dtype=torch.float64)
 
-    def update(self, logits: list[Tensor], labels: Tensor) -> None:
-        """S of (B,K), and (B,) classes."""
-        ones = torch.ones_like(labels, dtype=torch.float64)
-        self.images.index_add_(0, labels, ones)
-        for i, scores in enumerate(logits):
-            hits = scores.topk(min(5, scores.shape[1])).indices == labels[:, None]
-            self.right[i].index_add_(0, labels, hits[:, 0].double())
-            losses = F.cross_entropy(scores.float(), labels, reduction="none").double()
-            self.counts[i] += torch.stack([hits.sum().double(), losses.sum()])
+    def update(self, logits: Tensor, labels: Tensor) -> None:
+        """Logits (S,B,K) and classes (B,)."""
+        self.images.index_add_(0, labels, torch.ones_like(labels, dtype=torch.float64))
+        hits = logits.topk(min(5, logits.shape[2])).indices == labels[:, None]  # (S,B,5)
+        self.right.index_add_(1, labels, hits[:, :, 0].double())
+        losses = F.cross_entropy(logits.float().transpose(1, 2), labels.expand(len(logits), -1), reduction="none")
+        self.counts += torch.stack([hits.sum((1, 2)).double(), losses.double().sum(1)], dim=1)
 
     def compute(self) -> list[Scores]:
         """Scores of each classifier over the images of all ranks; each rank must call it. ValueError without images."""
@@ -112,8 +110,8 @@ class MultiLabelTally:
         self.logits = [[torch.empty(0, classes)] for _ in range(classifiers)]
         self.labels = [torch.empty(0, classes, dtype=torch.uint8)]
 
-    def update(self, logits: list[Tensor], labels: Tensor) -> None:
-        """S of (B,K), and (B,K) zeros and ones."""
+    def update(self, logits: Tensor, labels: Tensor) -> None:
+        """Logits (S,B,K), and (B,K) zeros and ones."""
         for kept, scores in zip(self.logits, logits, strict=True):
             kept.append(scores.float().cpu())
         self.labels.append(labels.to("cpu", torch.uint8))

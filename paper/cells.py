@@ -1,0 +1,383 @@
+"""Cells of the paper's tables, measured by the results of main_linprobe, main_analyze_attention and _aggregation.
+
+A cell is (dataset, model, arch, quantity, head) in the vocabulary of results/paper_numbers.json. Results that differ in
+their seed alone measure a cell together. A measurement lists the obstacles to a comparison with the paper: other
+images, sizes or training.
+"""
+
+import json
+import math
+import re
+import statistics
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from cli.arguments import RESUMABLE_FLAGS
+from data_sets.table import DATASETS
+from encoders.catalogue import CATALOGUE
+from models_vit import architecture, default_input_size
+from util.progress import log
+
+PAPER_ORACLE = "dino_vit_base_patch16"
+PAPER_STEP = 0.01  # of thresholds: the coarser of the reference's two
+# how the paper trains probes (B.2, and the published code where the text is silent)
+PROTOCOLS = {
+    "P-LP": {"effective_batch": 16_384, "bn_group": 2048, "optimizer": "lars"},
+    "P-SGD": {"effective_batch": 1024, "optimizer": "sgd"},
+}
+COMMON = {"warmup_epochs": 10, "start_epoch": 0, "min_lr": 0.0, "weight_decay": 0.0, "crop": "mae", "no_hflip": False}
+COMMON |= {"final_norm": False, "init": "default", "cache_views": 0}
+BLR = 0.1
+MOMENTUM = {"lars": 0.9, "sgd": 0.0}
+NORMED = ("capi",)  # families whose public models return tokens after the last norm: D12 in REPRODUCTION.md
+SHORTER = ("large", "huge")  # ViTs whose probes have 50 epochs instead of 90
+# arguments that change a published encoder, or what it sees
+ENCODER = {"num_heads": None, "no_cls_token": False, "loader": "pil", "mean": None, "std": None}
+ENCODER |= {"grid": None, "timm_name": None}
+NATS = ("aggregation_entropy", "aggregation_entropy_block_mean")  # quantities in nats; all others are percentages
+ORIGIN = ("commit", "dirty", "versions", "test_images", "n_test")  # of every result
+INDEPENDENT = ["weights", "order", "views"]  # what independent runs of different --seed vary
+
+
+class Cell(NamedTuple):
+    dataset: str
+    model: str
+    arch: str
+    quantity: str
+    head: str
+
+    def __str__(self) -> str:
+        return "/".join(self)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """The values of a cell, one per seed (None: nothing depends on the seed), and what a reader must know of them."""
+
+    cell: Cell
+    values: list[float]
+    seeds: list[int | None]
+    settings: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    obstacles: list[str] = field(default_factory=list)
+    result: dict[str, Any] = field(default_factory=dict)  # the file's content
+    path: Path = Path()
+
+    @property
+    def mean(self) -> float:
+        return statistics.mean(self.values)
+
+    @property
+    def std(self) -> float | None:
+        return statistics.stdev(self.values) if len(self.values) > 1 else None
+
+    @property
+    def training(self) -> dict[str, Any]:
+        """The run that trained the probes; {} where nothing was trained."""
+        return self.result.get("probes") or {} if "rules" in self.result else self.result
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# names
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def cell_of(dataset: str, encoder: dict, quantity: str, head: str, block: int | None = None) -> Cell:
+    """encoder: as load_encoder records it; head: as --cls_features spells it; block: None for the last block."""
+    suffix = "" if block is None else f"-block{block}"
+    return Cell(dataset, model_of(encoder), encoder["model"], quantity, short_head(head) + suffix)
+
+
+def model_of(encoder: dict) -> str:
+    """The family; for published weights other than the paper's of a family, also what tells them apart; for weights of
+    a library, their name."""
+    family, source, arch = encoder["family"], encoder["source"], encoder["model"]
+    if family is None:
+        return "random"
+    if source in CATALOGUE:
+        return source.replace(f"_{arch}", "", 1)
+    if family in ("timm", "hf", "open_clip"):
+        return re.sub(r"\W", "_", source if family != "timm" or source.startswith("timm") else f"timm_{source}")
+    return family.removesuffix("_full")  # a file that holds more than the encoder
+
+
+def short_head(head: str) -> str:
+    """abmilp:depth=2 -> abmilp-d2-relu, abmilp:sa=both -> abmilp-sa, ap12 -> ap12."""
+    name, _, text = head.partition(":")
+    options = dict(option.split("=", 1) for option in text.split(",")) if text else {}
+    parts = [name]
+    if name == "abmilp" and "depth" in options:
+        parts += [f"d{options.pop('depth')}", options.pop("act", "relu")]
+    if name == "abmilp" and options.get("sa") == "both":
+        del options["sa"]
+        parts.append("sa")
+    return "-".join([*parts, *(f"{key}={value}" for key, value in options.items())])
+
+
+def sizes_of(model: str) -> tuple[int | None, int | None]:
+    """Depth and usual input size of an architecture; None for sizes that --model file read from the weights."""
+    try:
+        return architecture(model)["depth"], default_input_size(model)
+    except ValueError:
+        return None, None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# obstacles to a comparison with the paper, and notes
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def obstacles(args: dict, encoder: dict, size: int, n_train: int | None, n_test: int, images: int) -> list[str]:
+    """n_train: None where nothing was trained; images: those of the n_test that were measured."""
+    entry, reasons = DATASETS[args["dataset"]], ["random weights"] if encoder["source"] is None else []
+    for verb, split, count in (("trained", "train", n_train), ("tested", "val", n_test)):
+        if entry.images and count not in (None, entry.images[split]):
+            reasons.append(f"{verb} on {count:,} images, the data set has {entry.images[split]:,}")
+    if images != n_test:
+        reasons.append(f"measured on {images:,} of {n_test:,} images")
+    if entry.protocol:
+        if size != 224:
+            reasons.append(f"images of {size or 'unknown'} pixels, the paper's have 224")
+        for name, value in ENCODER.items():
+            given = args.get(name, value)
+            if given != value and set(given if isinstance(given, list) else [given]) != {None}:  # a list: per encoder
+                reasons.append(f"{name} {given}, the paper's {value}")
+    return reasons
+
+
+def training_obstacles(run: dict, family: str | None, head: str, optimizer: str, blr: float, chosen: bool) -> list[str]:
+    """run: results.json, or what an analysis records of it; chosen: held-out images chose optimizer and rate."""
+    args = run["args"]
+    if not (protocol := DATASETS[args["dataset"]].protocol):
+        return []
+    epochs = 50 if any(f"_{size}_" in args["model"] for size in SHORTER) else 90
+    paper = {**COMMON, **PROTOCOLS[protocol], "epochs": epochs, "final_norm": family in NORMED}
+    if "sa=" in head:
+        paper["optimizer"] = "sgd"  # the paper could not train it with LARS
+    if not chosen:
+        paper["blr"] = BLR
+    if args.get("momentum") is not None:
+        paper["momentum"] = MOMENTUM[optimizer]
+    ours = {**args, **{name: run[name] for name in ("effective_batch", "bn_group")}, "optimizer": optimizer, "blr": blr}
+    return [f"{name} {ours[name]}, the paper's {value}" for name, value in paper.items() if ours[name] != value]
+
+
+def oracle_obstacles(args: dict, head: str, oracle: dict | None) -> list[str]:
+    source = (oracle or {}).get("source")
+    if head.partition(":")[0] != "dino" or source == PAPER_ORACLE or not DATASETS[args["dataset"]].protocol:
+        return []
+    return [f"the oracle is {source}, the paper's is {PAPER_ORACLE}"]
+
+
+def weights_notes(args: dict, encoder: dict) -> list[str]:
+    notes = [f"assumed of the weights: {', '.join(encoder['assumed'])}"] if encoder.get("assumed") else []
+    if DATASETS[args["dataset"]].protocol and encoder["source"] not in (None, *CATALOGUE):
+        notes.append(f"weights from {encoder['source']}; nothing shows that they are those of the paper")
+    return notes
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what each program measures
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def grouped(items: Iterable[tuple[str, int, dict]]) -> dict[tuple[str, int], list[dict]]:
+    groups: dict[tuple[str, int], list[dict]] = {}
+    for head, block, item in items:
+        groups.setdefault((head, block), []).append(item)
+    return groups
+
+
+def comparable(path: Path, head: str, probes: Sequence[dict]) -> bool:
+    """Whether all probes of a head ended. ValueError where only test scores could choose among their rates."""
+    if len(settings := {(probe["optimizer"], probe["blr"], probe.get("lr")) for probe in probes}) > 1:
+        rates = ", ".join(f"{optimizer} {blr:g}" for optimizer, blr, _ in sorted(settings, key=str))
+        raise ValueError(
+            f"{path}: {head} has several settings ({rates}), and choosing one by its test scores flatters it: "
+            "run main_linprobe.py with one of them, or with --val_fraction, which chooses on held-out images"
+        )
+    if diverged := sum(probe["diverged_at"] is not None for probe in probes):
+        log.warning("%s: %s: %d of %d probes diverged: not measured", path, head, diverged, len(probes))
+    return diverged == 0
+
+
+def probe_cells(path: Path, run: dict) -> Iterator[Measurement]:
+    """results.json: the accuracy of each head, over its seeds, at the last epoch."""
+    args, encoder, quantity = run["args"], run["encoder"], run["headline"]
+    depth, size = sizes_of(encoder["model"])
+    size, n_train, n_val = args["input_size"] or size, run["n_train"], run["n_val"]
+    held_out = any("chosen" in probe for probe in run["probes"].values())
+    chosen = [probe for probe in run["probes"].values() if probe.get("chosen", True)]
+    for (head, block), probes in grouped((probe["head"], probe["block"], probe) for probe in chosen).items():
+        if not comparable(path, head, probes):
+            continue
+        first, counted = probes[0], min(probe["last"]["n"] for probe in probes)
+        is_last = args["return_block"] is None if depth is None else block == depth - 1
+        reasons = obstacles(args, encoder, size, n_train + n_val, run["n_test"], counted)
+        reasons += training_obstacles(run, encoder["family"], head, first["optimizer"], first["blr"], held_out)
+        reasons += oracle_obstacles(args, head, run["oracle"])
+        notes = weights_notes(args, encoder)
+        if held_out:
+            total = n_train + n_val
+            notes.append(f"trained on {n_train:,} of {total:,} images, rate {first['blr']:g} chosen on the others")
+        settings = {name: args[name] for name in ("epochs", "amp", *COMMON)}
+        settings |= {name: run[name] for name in ("effective_batch", "bn_group")}
+        settings |= {name: first[name] for name in ("optimizer", "blr")}
+        settings |= {"input_size": size, "chosen": held_out, "seeds_vary": run.get("seeds_vary", ["weights"])}
+        cell = cell_of(args["dataset"], encoder, quantity, head, None if is_last else block)
+        values, seeds = [probe["last"][quantity] for probe in probes], [probe["seed"] for probe in probes]
+        yield Measurement(cell, values, seeds, settings, notes, reasons)
+
+
+def attention_cells(path: Path, result: dict) -> Iterator[Measurement]:
+    """attention.json: the entropy of [cls] over the patches, mean over blocks; uniform weights without [cls]."""
+    args, encoder, metric = result["args"], result["encoder"], "cls_patch_entropy"
+    has_cls = result["tokens"] - result["patches"] - result["registers"] > 0
+    notes, (depth, _) = weights_notes(args, encoder), sizes_of(encoder["model"])
+    if not has_cls:
+        value = math.log(result["patches"])
+        notes.append(f"no [cls] token, hence uniform weights: ln {result['patches']} of its own patches")
+    elif metric not in result["metrics"]:
+        raise ValueError(f"{metric} was not measured: run main_analyze_attention.py with --metrics flow")
+    else:
+        blocks = result["metrics"][metric]["blocks"]
+        if [block["block"] for block in blocks] != list(range(depth or len(blocks))):
+            raise ValueError(f"{metric} of {len(blocks)} blocks, {encoder['model']} has {depth}")
+        value = sum(block["mean"] for block in blocks) / len(blocks)
+    cell = cell_of(args["dataset"], encoder, "aggregation_entropy_block_mean", "cls" if has_cls else "pos")
+    reasons = obstacles(args, encoder, result["input_size"], None, result["n_test"], result["images"])
+    settings = {name: result[name] for name in ("amp", "input_size")}
+    yield Measurement(cell, [value], [None], settings, notes, reasons)
+
+
+def aggregation_cells(path: Path, result: dict) -> Iterator[Measurement]:
+    """aggregation.json: entropies of the rules' vectors, and MaxBoxAccV2; not the accuracies of their probes."""
+    args, encoder, boxes, trained = result["args"], result["encoder"], result.get("localization"), result["probes"]
+    depth, _ = sizes_of(encoder["model"])
+    last_block = max(rule["block"] for rule in result["rules"]) if depth is None else depth - 1
+    for (head, block), rules in grouped((rule["head"], rule["block"], rule) for rule in result["rules"]).items():
+        scores = [score for rule in rules if rule["probe"] is not None for score in rule["scores"].values()]
+        if not comparable(path, head, scores):
+            continue
+        settings = {"amp": args["amp"], "input_size": result["input_size"]}
+        settings["oracle"] = result["oracle"] and result["oracle"]["source"]
+        reasons = oracle_obstacles(args, head, result["oracle"])
+        if scores:
+            official, n_train = (
+                DATASETS[trained["args"]["dataset"]].images,
+                trained["n_train"] + (trained["n_val"] or 0),
+            )
+            if official and n_train != official["train"]:
+                reasons.append(f"probes trained on {n_train:,} images")
+            rate = (scores[0]["optimizer"], scores[0]["blr"], bool(trained["n_val"]))
+            reasons += training_obstacles(trained, encoder["family"], head, *rate)
+            settings["seeds_vary"] = trained.get("seeds_vary") or ["weights"]
+        notes = list(
+            dict.fromkeys([*weights_notes(args, encoder), *(note for rule in rules for note in rule["notes"])])
+        )
+        seeds, at = [rule["seed"] for rule in rules], None if block == last_block else block
+
+        def obstacles_of(images: int, others: Sequence[str]) -> list[str]:
+            return [*obstacles(args, encoder, result["input_size"], None, result["n_test"], images), *others]
+
+        if entropies := [rule["entropy"]["mean"] for rule in rules if "entropy" in rule]:
+            cell, others = cell_of(args["dataset"], encoder, "aggregation_entropy", head, at), reasons
+            yield Measurement(cell, entropies, seeds, settings, notes, obstacles_of(result["images"], others))
+        if boxes:
+            name = "cls" if head == "attn-mn" else head  # the paper calls the mean [cls] attention simply [cls]
+            cell, others = cell_of(args["dataset"], encoder, "maxboxaccv2", name, at), list(reasons)
+            if DATASETS[args["dataset"]].protocol and boxes["transform"] != "resize":
+                others.append("central crops, the paper's reference takes the whole image")
+            if DATASETS[args["dataset"]].protocol and boxes["step"] > PAPER_STEP:
+                others.append(f"thresholds in steps of {boxes['step']}, the paper's reference has {PAPER_STEP}")
+            values = [boxes["maps"][rule["name"]]["maxboxaccv2"] for rule in rules]
+            of_boxes = {**settings, "transform": boxes["transform"], "step": boxes["step"]}
+            yield Measurement(cell, values, seeds, of_boxes, notes, obstacles_of(boxes["images"], others))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# files
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def cells_of(path: Path) -> list[Measurement]:
+    """What the result of a program measures. ValueError names a file that is no such result, or is of unnamed data."""
+    try:
+        result = json.loads(Path(path).read_text())
+        if "last" in result:
+            raise ValueError("it is of the training of an encoder, of which no table has a cell: probe or analyse it")
+        if (dataset := result["args"]["dataset"]) not in DATASETS or dataset == "image_folder":
+            names = ", ".join(name for name in DATASETS if name != "image_folder")
+            raise ValueError(f"--dataset {dataset} can be any images: repeat the run with --dataset and one of {names}")
+        if missing := [name for name in ORIGIN if name not in result]:
+            raise ValueError(f"it lacks {', '.join(missing)}")
+        measure = aggregation_cells if "rules" in result else probe_cells if "probes" in result else attention_cells
+        cells = [replace(cell, result=result, path=Path(path)) for cell in measure(path, result)]
+        for measured in cells:
+            bound = math.inf if measured.cell.quantity in NATS else 100
+            if not all(type(v) in (int, float) and 0 <= v <= bound and v < math.inf for v in measured.values):
+                raise ValueError(f"{measured.cell} has the values {measured.values}")
+        return cells
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError, RecursionError) as error:
+        if isinstance(error, ValueError) and str(path) in str(error):
+            raise
+        reason = str(error) if type(error) is ValueError else repr(error)[:200]
+        raise ValueError(f"{path} is not a result of this version's programs: {reason}") from error
+
+
+def identity(measured: Measurement) -> dict[str, Any]:
+    """All that results of several seeds must share, including the runs that trained an analysis's probes."""
+    result, shared = measured.result, {"notes": measured.notes, "obstacles": measured.obstacles}
+    runs = [("", result)] + [("probes' ", result["probes"])] * ("rules" in result and bool(result["probes"]))
+    for prefix, run in runs:
+        for name, value in run["args"].items():
+            if name not in {*RESUMABLE_FLAGS, "seed", "seeds", "probes"}:
+                shared[prefix + name] = value
+        names = ("commit", "dirty", "versions", "test_images", "train_images", "n_train", "bn_group", "effective_batch")
+        shared |= {prefix + name: run.get(name) for name in names}
+    return shared | {name: result["encoder"][name] for name in ("family", "source", "sha256")}
+
+
+def join(cell: Cell, parts: Sequence[Measurement]) -> Measurement:
+    """One measurement of several results. ValueError where they differ in more than the seed, or repeat a seed.
+
+    Values that depend on no seed count once.
+    """
+    first, *others = parts
+    expected = identity(first)
+    for other in others:
+        if differing := [name for name, value in identity(other).items() if value != expected.get(name)]:
+            raise ValueError(
+                f"{first.path} and {other.path} measured {cell} and differ in more than the seed "
+                f"({', '.join(differing[:3])}): remove one of them"
+            )
+    rows = [row for part in parts for row in zip(part.seeds, part.values, strict=True)]
+    seeds = [seed for seed, _ in rows]
+    if set(seeds) == {None} and len({value for _, value in rows}) == 1:
+        return first
+    if repeated := [seed for seed in seeds if seeds.count(seed) > 1]:
+        raise ValueError(f"{first.path} and others measured {cell} with seed {repeated[0]}: remove one of them")
+    seeds, values = map(list, zip(*sorted(rows), strict=True))
+    settings = first.settings
+    if all(len(part.values) == 1 for part in parts):  # separate runs
+        varied = INDEPENDENT if settings.get("crop") != "center" else INDEPENDENT[:2]
+        settings = {**settings, "seeds_vary": varied}
+    return replace(first, values=values, seeds=seeds, settings=settings)
+
+
+def read_cells(paths: Iterable[Path]) -> dict[Cell, Measurement]:
+    """All cells that the results in these files measure; ValueError names a file that cannot be used."""
+    parts: dict[Cell, list[Measurement]] = {}
+    for path in paths:
+        for measured in cells_of(path):
+            parts.setdefault(measured.cell, []).append(measured)
+    return {cell: join(cell, several) if len(several) > 1 else several[0] for cell, several in parts.items()}
+
+
+def recorded(results: Path, datasets: Iterable[str]) -> dict[Cell, Measurement]:
+    """Cells of the records in results/<dataset>/*.json."""
+    return read_cells(path for name in datasets for path in sorted((Path(results) / name).glob("*.json")))

@@ -1,0 +1,345 @@
+"""Encoders that their own library runs: the library's own tokens, statistics of its own attention, in every program."""
+
+import contextlib
+import copy
+import json
+import shutil
+import sys
+import weakref
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+from PIL import Image
+from torch import nn
+
+import hubconf
+import main_analyze_attention
+import main_linprobe
+from cli.console import parse
+from data_sets.views import eval_transform
+from encoders.libraries import Loaded, Pixels
+from encoders.load import load_encoder, save_encoder
+from encoders.traced import TracedEncoder
+from models_vit import Backbone, VisionTransformer
+
+pytest.importorskip("transformers")
+pytest.importorskip("open_clip")
+import transformers
+
+from scripts import list_traced
+from scripts.list_traced import MODELS, save_model
+
+ROOT = Path(__file__).resolve().parent.parent
+REFUSED = {"Hiera": "blocks.0.attn computes attention in windows", "Swin": "no attention call was seen"}
+TRACED = [name for name in MODELS if name not in REFUSED]
+RUN = ["--amp", "float32", "--device", "cpu", "--num_workers", "0", "--input_size", "32"]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """{name: what --finetune takes}; saved once."""
+    models: dict[str, str] = {}
+
+    def of(name: str) -> str:
+        if name not in models:
+            models[name] = save_model(name, tmp_path_factory.mktemp("model"))
+        return models[name]
+
+    return of
+
+
+def images(count: int = 3, size: int = 32) -> torch.Tensor:
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def explicit_attention(backbone: TracedEncoder, finetune: str, pixels: torch.Tensor) -> list[torch.Tensor]:
+    """(B,H,N,N) of each block, as the library computes it without fused attention."""
+    model, probabilities = backbone.model, []
+    if finetune.startswith("hf:"):
+        config = copy.deepcopy(model.config)
+        model = transformers.AutoModel.from_pretrained(finetune[3:], config=config, attn_implementation="eager")
+        model.config.output_attentions = True
+        return list(backbone.run(model.eval(), pixels).attentions)
+
+    def weights(module: nn.Module, args: tuple, options: dict) -> tuple[tuple, dict]:
+        return args, {**options, "need_weights": True, "average_attn_weights": False}
+
+    blocks = model.transformer.resblocks if finetune.startswith("open_clip:") else model.blocks
+    with contextlib.ExitStack() as hooks:
+        for attention in (block.attn for block in blocks):
+            if isinstance(attention, nn.MultiheadAttention):
+                hooks.callback(attention.register_forward_pre_hook(weights, with_kwargs=True).remove)
+                hooks.callback(
+                    attention.register_forward_hook(lambda m, args, out: probabilities.append(out[1])).remove
+                )
+            else:
+                attention.fused_attn = False
+                hooks.callback(setattr, attention, "fused_attn", True)
+                keep = attention.attn_drop.register_forward_pre_hook(lambda m, args: probabilities.append(args[0]))
+                hooks.callback(keep.remove)
+        model(pixels)
+    return probabilities
+
+
+def flow_of(attention: torch.Tensor, prefix: int, has_cls: bool) -> dict[str, torch.Tensor]:
+    """Some of METRICS, of explicit attention (B,H,N,N): as the paper defines them."""
+    own = attention.diagonal(dim1=-2, dim2=-1)
+    rows = attention[..., prefix:] / attention[..., prefix:].sum(-1, keepdim=True)
+    entropy = torch.special.entr(rows).sum(-1)
+    flow = {"patch_self_attention": own[..., prefix:].mean(-1), "patch_patch_entropy": entropy[..., prefix:].mean(-1)}
+    if has_cls:
+        flow |= {"cls_self_attention": own[..., 0], "cls_patch_entropy": entropy[..., 0]}
+        flow |= {"patch_cls_attention": attention[..., prefix:, 0].mean(-1)}
+        if prefix > 1:
+            flow |= {"cls_register_attention": attention[..., 0, 1:prefix].sum(-1)}
+    return flow
+
+
+@pytest.mark.parametrize("name", TRACED)
+def test_tokens_and_attention_are_those_of_the_library(name, saved):
+    encoder, pixels = hubconf.encoder(saved(name)), images()
+    backbone = encoder.backbone
+    assert isinstance(backbone, Backbone) and backbone.depth == 2 and backbone.num_heads == 2
+    assert list_traced.difference(backbone, pixels) <= (1e-5 if name == "CLIP, open_clip" else 0)
+    metrics, expected = encoder.attention(pixels), explicit_attention(backbone, saved(name), pixels)
+    for block, attention in enumerate(expected):
+        for metric, values in flow_of(attention.double(), backbone.num_prefix_tokens, backbone.has_cls).items():
+            torch.testing.assert_close(metrics[metric][block].double(), values, rtol=1e-5, atol=1e-5, msg=metric)
+    with torch.no_grad():
+        features = backbone(pixels, [0, 1], pooled=bool(backbone.pooled))
+        output = backbone.run(backbone.model, pixels)
+    assert not features[0].pooled
+    own = output if isinstance(output, torch.Tensor) else getattr(output, "pooler_output", None)
+    for kind, width in backbone.pooled.items():
+        assert features[1].pooled[kind].shape == (3, width)
+        torch.testing.assert_close(features[1].pooled[kind], own, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", TRACED)
+def test_programs_take_it(name, saved, image_folder, tmp_path):
+    argv = ["--data_path", str(image_folder), "--finetune", saved(name), *RUN, "--output_dir"]
+    main_analyze_attention.main(parse(main_analyze_attention.get_args_parser(), [*argv, ""]))
+    flags = ["--epochs", "1", "--warmup_epochs", "0", "--batch_size", "12", "--cls_features", "pos", "abmilp"]
+    own = list(load_encoder(saved(name), "file").backbone.pooled)
+    argv += [str(tmp_path), *flags, *own, "--cache_views", "1"]
+    main_linprobe.main(parse(main_linprobe.get_args_parser(), argv))
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert len(results["probes"]) == 2 + len(own) and results["args"]["model"] == "file"
+    assert results["encoder"].keys() >= {"model", "source", "family", "version", "revision", "sha256", "preprocessing"}
+
+
+def test_several_are_analysed_in_one_run(saved, image_folder, pretrained, tmp_path, monkeypatch):
+    monkeypatch.setattr(main_analyze_attention, "draw_figures", lambda *words: None)  # slow, and tested elsewhere
+    weights = [str(pretrained), saved("DINOv2 with registers"), saved("EVA-02"), saved("CLIP, open_clip")]
+    argv = ["--data_path", str(image_folder), "--finetune", *weights, "--label", "A", "B", "C", "D", *RUN]
+    argv += ["--model", "vit_demo_patch8", "--num_images", "4", "--output_dir", str(tmp_path)]
+    main_analyze_attention.main(parse(main_analyze_attention.get_args_parser(), argv))
+    results = [json.loads((tmp_path / label / "attention.json").read_text()) for label in "ABCD"]
+    assert [result["encoder"]["family"] for result in results] == ["mae", "transformers", "timm", "open_clip"]
+    assert results[0]["args"]["model"] == ["vit_demo_patch8", "file", "file", "file"]
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_model_that_cannot_be_traced_is_refused_with_the_reason(name, saved):
+    with pytest.raises(ValueError, match=rf"cannot be traced: {REFUSED[name]}"):
+        load_encoder(saved(name), "file", size=MODELS[name][2]["img_size"])
+
+
+def test_the_table_of_the_page_is_that_of_the_code():
+    list_traced.main(list_traced.Namespace(write=None, check=ROOT / "docs" / "encoders.md"))
+
+
+# ---- the three routes of one MAE
+
+
+def of_hugging_face(state: dict[str, torch.Tensor], depth: int) -> dict[str, torch.Tensor]:
+    """A state dict of models_vit under the names of ViTMAEModel."""
+    names = {"cls_token": "embeddings.cls_token", "pos_embed": "embeddings.position_embeddings"}
+    names |= {f"norm.{part}": f"layernorm.{part}" for part in ("weight", "bias")}
+    names |= {
+        f"patch_embed.proj.{part}": f"embeddings.patch_embeddings.projection.{part}" for part in ("weight", "bias")
+    }
+    result = {new: state[old] for old, new in names.items()}
+    parts = {"norm1": "layernorm_before", "norm2": "layernorm_after", "attn.proj": "attention.o_proj"}
+    parts |= {"mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}
+    for kind in ("weight", "bias"):
+        for block in range(depth):
+            old, new = f"blocks.{block}.", f"layers.{block}."
+            result |= {f"{new}{theirs}.{kind}": state[f"{old}{ours}.{kind}"] for ours, theirs in parts.items()}
+            for letter, value in zip("qkv", state[f"{old}attn.qkv.{kind}"].chunk(3), strict=True):
+                result[f"{new}attention.{letter}_proj.{kind}"] = value
+    return result
+
+
+def test_one_mae_by_three_routes_is_one_encoder(tmp_path):
+    torch.manual_seed(0)
+    options = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    state = list_traced.randomised(VisionTransformer(**options)).state_dict()
+    save_encoder(tmp_path / "mae.safetensors", state, {"family": "mae"})
+    sizes = {**list_traced.HF, "intermediate_size": 128, "layer_norm_eps": 1e-6}
+    theirs = transformers.AutoModel.from_config(transformers.ViTMAEConfig(**sizes))
+    theirs.load_state_dict(of_hugging_face(state, depth=2))
+    theirs.save_pretrained(tmp_path / "hf")
+    timms = timm.create_model("vit_base_patch16_224", num_classes=0, **options)
+    timms.load_state_dict(state)
+    timm.models.save_for_hf(timms, tmp_path / "timm", model_args=options, safe_serialization=True)
+
+    sources = [str(tmp_path / "mae.safetensors"), f"hf:{tmp_path / 'hf'}", f"timm:{tmp_path / 'timm'}"]
+    ours, *others = (hubconf.encoder(source, **{"num_heads": 2} if source == sources[0] else {}) for source in sources)
+    flow, features = ours.attention(images()), ours.features(images(), [0, 1])
+    for other in others:
+        for metric, values in other.attention(images()).items():
+            torch.testing.assert_close(values, flow[metric], rtol=1e-5, atol=1e-5)
+        for block, tokens in other.features(images(), [0, 1]).items():
+            torch.testing.assert_close(tokens.patches, features[block].patches, rtol=1e-5, atol=1e-5)
+
+
+# ---- how a trace behaves
+
+
+@pytest.fixture
+def backbone(saved):
+    return load_encoder(saved("DINOv2"), "file").backbone
+
+
+@torch.no_grad()
+def test_an_abandoned_trace_ends_and_frees_its_tensors(backbone):
+    trace = backbone.trace(images())
+    step = next(trace)
+    kept = weakref.ref(step.q)
+    del step, trace
+    assert kept() is None
+    whole, nested = [], []
+    for step in backbone.trace(images()):  # traces of one model do not disturb each other
+        whole.append(step.out)
+        nested.append(next(backbone.trace(images(1))).out)
+    assert len(whole) == 2 and whole[0][:1].allclose(nested[0], atol=1e-6) and nested[0].equal(nested[1])
+    assert nn.functional.scaled_dot_product_attention is torch._C._nn.scaled_dot_product_attention
+
+
+@torch.no_grad()
+def test_statistics_under_autocast_are_those_of_what_is_multiplied(backbone):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert {step.q.dtype for step in backbone.trace(images())} == {torch.bfloat16}
+
+
+class Attention(nn.Module):
+    def __init__(self, causal: bool = False, windows: bool = False):
+        super().__init__()
+        self.causal, self.windows = causal, windows
+
+    def forward(self, x):
+        q = x.unflatten(-1, (2, -1)).transpose(1, 2)
+        q = q.reshape(2 * len(q), 2, -1, q.shape[-1]) if self.windows else q
+        out = nn.functional.scaled_dot_product_attention(q, q, q, is_causal=self.causal)
+        return out.transpose(1, 2).reshape(x.shape)
+
+
+class Block(nn.Module):
+    def __init__(self, **options):
+        super().__init__()
+        self.attn = Attention(**options)
+
+    def forward(self, x):
+        return x + self.attn(x)
+
+
+class Model(nn.Module):
+    """Patches of 8 pixels through blocks."""
+
+    def __init__(self, *blocks: nn.Module, order: slice | list[int] = slice(None)):
+        super().__init__()
+        self.stem, self.blocks, self.order = nn.Conv2d(3, 16, 8, 8), nn.ModuleList(blocks), order
+
+    def forward(self, pixels):
+        x = self.stem(pixels).flatten(2).transpose(1, 2)[:, self.order]
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (Model(nn.Identity()), "no attention call was seen"),
+        (Model(Block(), nn.Sequential(Block(), Block())), "blocks.1 makes 2 attention calls"),
+        (Model(Block(), Block(), nn.Identity()), "blocks.2 makes 0 attention calls"),
+        (Model(Block(windows=True), Block()), "blocks.0.attn computes attention in windows"),
+        (Model(Block(causal=True), Block()), "blocks.0.attn is not self-attention among all tokens: it is causal"),
+        (Model(Attention(), Attention()), "blocks.0 computes attention in no module of its own"),
+        (Model(Block(), Block(), order=list(range(15, -1, -1))), "its 16 tokens are not one for each patch"),
+        (Model(Block(), Block(), order=list(range(15))), "its 15 tokens are not one for each patch"),
+    ],
+)
+def test_a_model_is_traced_or_refused_with_the_reason(model, reason):
+    def run(model: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
+        return model(pixels)
+
+    assert TracedEncoder(Loaded(Model(Block(), Block()), "", run, 32, Pixels(), None)).num_prefix_tokens == 0
+    with pytest.raises(ValueError, match=reason):
+        TracedEncoder(Loaded(model, "", run, 32, Pixels(), None))
+
+
+# ---- loading
+
+
+def test_preprocessing_is_the_models_own_and_part_of_what_a_run_is(saved, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(saved("DINOv2").partition(":")[2], folder)
+    assert load_encoder(f"hf:{folder}", "file").record["assumed"]
+    processor = {"size": {"shortest_edge": 40}, "crop_size": {"height": 32, "width": 32}, "do_center_crop": True}
+    processor |= {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6], "resample": 2}
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    encoder = load_encoder(f"hf:{folder}", "file")
+    stated = {"size": 32, "mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6), "interpolation": "bilinear", "crop_pct": 0.8}
+    assert encoder.record["preprocessing"] == stated and "assumed" not in encoder.record
+    image = Image.effect_noise((60, 50), 80).convert("RGB")
+    expected = transformers.BitImageProcessorPil.from_pretrained(folder)(image, return_tensors="pt").pixel_values[0]
+    torch.testing.assert_close(eval_transform(32, **encoder.pixels)(image), expected, rtol=0, atol=1e-5)
+    larger = load_encoder(f"hf:{folder}", "file", size=48)
+    assert larger.backbone.grid_of(48, 48) == (6, 6) and larger.facts(48) != encoder.facts(32)
+    (folder / "preprocessor_config.json").write_text(
+        json.dumps({"size": {"height": 32, "width": 32}, "do_center_crop": False})
+    )
+    assert load_encoder(f"hf:{folder}", "file").crop_pct is None
+
+
+@pytest.mark.parametrize(
+    ("finetune", "options", "message"),
+    [
+        ("hf:", {}, "hf: names no model: write hf:ORG/NAME"),
+        ("hf:facebook/dinov2-base", {"offline": True}, "--offline, and facebook/dinov2-base is neither a folder nor"),
+        ("hf:/no/such/folder", {}, "hf:/no/such/folder: this is no folder"),
+        ("timm:vit_base_patch17", {"offline": True}, "has no such model: did you mean"),
+        ("open_clip:ViT-B-32/no_tag", {"offline": True}, "the tags of ViT-B-32 are openai, "),
+        ("hf:facebook/dinov2-base", {"family": "dinov2"}, "--family: transformers configures"),
+        ("facebook/dinov2-base", {}, "a model of the Hugging Face hub is written hf:facebook/dinov2-base"),
+    ],
+)
+def test_mistakes_end_in_one_line(finetune, options, message):
+    with pytest.raises(ValueError, match=message) as error:
+        load_encoder(finetune, "file", **options)
+    assert "\n" not in str(error.value)
+
+
+def test_only_complete_safetensors_of_an_installed_library_are_loaded(saved, tmp_path, monkeypatch):
+    folder = tmp_path / "model"
+    shutil.copytree(saved("DINOv2").partition(":")[2], folder)
+    with pytest.raises(ValueError, match=f"is the folder of a model: write --finetune hf:{folder}"):
+        load_encoder(str(folder), "file")
+    file = folder / "model.safetensors"
+    state = safetensors.torch.load_file(file)
+    kept = {key: value for key, value in state.items() if "layer.1.mlp" not in key}
+    safetensors.torch.save_file(kept, file)
+    with pytest.raises(ValueError, match=r"the file lacks .*encoder.layer.1.mlp.fc1.bias"):
+        load_encoder(f"hf:{folder}", "file")
+    file.rename(folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"there is no \*.safetensors in"):
+        load_encoder(f"hf:{folder}", "file")
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ValueError, match=r"needs transformers, .*: pip install -r requirements-encoders.txt"):
+        load_encoder(saved("DINOv2"), "file")
