@@ -103,7 +103,7 @@ def test_a_signal_while_ranks_join_ends_them(present, ranks, tmp_path):
     time.sleep(2)
     began = time.monotonic()
     os.kill(child, signal.SIGTERM)
-    assert finish(child) == EXIT_STOPPED and time.monotonic() - began < 5
+    assert finish(child) == EXIT_STOPPED and time.monotonic() - began < 7  # 5 on an idle machine
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -114,7 +114,7 @@ def test_a_signal_while_a_rank_waits_for_one_that_hangs_ends_it(number, ranks, t
     time.sleep(0.5)
     began = time.monotonic()
     os.kill(children[0], number)
-    assert finish(children[0]) == EXIT_STOPPED and time.monotonic() - began < 5
+    assert finish(children[0]) == EXIT_STOPPED and time.monotonic() - began < 7  # 5 on an idle machine
     (line,) = errors(tmp_path, 0)
     assert "another rank does not answer" in line
 

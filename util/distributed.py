@@ -74,12 +74,12 @@ class Contact:
 
     def wait(self, work: dist.Work, writing: bool = False) -> None:
         """Wait for an exchange. PeerLost where a rank is gone or does not join it in time; Stopped where this process
-        was asked to stop and the others do not join in about twice the time that this one took since the last.
+        was asked to stop and the others take longer than this one took since the last exchange.
 
         writing: another rank may be writing a file, which may take longer than a training step."""
         self.exchanges += 1
         start, asked = time.monotonic(), None
-        patience = PATIENCE + 2 * (start - self.ended)
+        patience = max(PATIENCE, start - self.ended)
         if start - self.noted > 1:
             self.note()
         while not work.is_completed():
