@@ -11,7 +11,7 @@ from typing import Any
 from cli.analyze_aggregation import check, get_args_parser
 from cli.arguments import check_files, data_options, identity, loading, plain, run_test_images, shared_arguments
 from cli.console import checked, parse, run_main
-from cli.encoder_arguments import ORACLE_ARGUMENTS, build_oracle, frozen_encoder, precision
+from cli.encoder_arguments import ORACLE_ARGUMENTS, build_oracle, choose_precision, frozen_encoder, precision
 from cli.linprobe import get_args_parser as probing_parser
 
 if __name__ == "__main__":  # before the slow imports: --help and mistakes answer at once
@@ -50,6 +50,7 @@ def main(args: argparse.Namespace) -> None:
     check(args)
     check_files(args)
     with process_group(args.device, args.dist_url, shared_arguments(args)) as world:
+        choose_precision(args, world.device)
         # ---- images, frozen encoder, trained probes, rules
         folder = RunFolder(args.output_dir, args.log_dir, args.track)
         if not args.resume:

@@ -5,7 +5,7 @@ import argparse
 from cli.analyze_attention import check, encoder_labels, folder_name, get_args_parser
 from cli.arguments import check_files, data_options, identity, loading, plain, shared_arguments
 from cli.console import checked, parse, run_main
-from cli.encoder_arguments import frozen_encoder, one_encoder_each, precision
+from cli.encoder_arguments import choose_precision, frozen_encoder, one_encoder_each, precision
 
 if __name__ == "__main__":  # before the slow imports: --help and mistakes answer at once
     ARGS = checked(parse(get_args_parser()), check, check_files)
@@ -40,6 +40,7 @@ def main(args: argparse.Namespace) -> None:
     check_files(args)
     names, labels = metric_names(args.metrics), encoder_labels(args)
     with process_group(args.device, args.dist_url, shared_arguments(args)) as world:
+        choose_precision(args, world.device)
         # ---- images and frozen encoders; every mistake in the arguments shows here
         choose_reduction(args.reduction, world.device)
         folder = RunFolder(args.output_dir)

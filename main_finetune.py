@@ -9,7 +9,7 @@ from pathlib import Path
 
 from cli.arguments import check_files, identity, loading, plain, shared_arguments, split_options
 from cli.console import checked, parse, run_main
-from cli.encoder_arguments import build_encoder, precision
+from cli.encoder_arguments import build_encoder, choose_precision, precision
 from cli.finetune import check, get_args_parser, mixes
 
 if __name__ == "__main__":  # before the slow imports: --help and mistakes answer at once
@@ -45,6 +45,7 @@ def main(args: argparse.Namespace) -> None:
     check(args)
     check_files(args)
     with process_group(args.device, args.dist_url, shared_arguments(args)) as world:
+        choose_precision(args, world.device)
         folder = RunFolder(args.output_dir, args.log_dir, args.track)
         if not args.eval:
             folder.refuse_overwriting(args.resume)

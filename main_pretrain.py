@@ -8,7 +8,7 @@ import functools
 
 from cli.arguments import check_files, data_options, identity, loading, plain, shared_arguments
 from cli.console import checked, parse, run_main
-from cli.encoder_arguments import precision
+from cli.encoder_arguments import choose_precision, precision
 from cli.pretrain import check, get_args_parser
 from encoders.architectures import default_input_size
 
@@ -43,6 +43,7 @@ def main(args: argparse.Namespace) -> None:
     check(args)
     check_files(args)
     with process_group(args.device, args.dist_url, shared_arguments(args)) as world:
+        choose_precision(args, world.device)
         folder = RunFolder(args.output_dir, args.log_dir, args.track)
         folder.refuse_overwriting(args.resume)
 
