@@ -12,11 +12,11 @@ import functools
 import hashlib
 import io
 import multiprocessing
-import tempfile
 from pathlib import Path
 
 import numpy as np
 
+from data_sets.demo import new_folder
 from data_sets.images import Images, UnreadableImage, decode, fingerprint
 from data_sets.readers import images_by_class
 from data_sets.shards import Index, Slices
@@ -53,10 +53,7 @@ def write_packed(target: Path, name: str, splits: dict[str, Images], kind: str, 
     """Pack the splits of a data set of a name in DATASETS in a new folder, completely or not at all."""
     if target.exists():
         raise ValueError(f"{target} exists: name a new folder")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as temporary:
-        new = Path(temporary) / target.name
-        new.mkdir()
+    with new_folder(target) as new:
         for split, images in splits.items():
             rows, shard, end, several = [], 0, 0, isinstance(images.targets, np.ndarray)
             pack = functools.partial(_pack, images, kind, side)
@@ -73,8 +70,7 @@ def write_packed(target: Path, name: str, splits: dict[str, Images], kind: str, 
                     end += len(content)
             facts = {"dataset": name, "kind": kind, "side": side, "classes": images.classes}
             facts |= {"multi_label": several, "source": fingerprint(images)}
-            Index.of_rows(rows).save(new / f"{split}.json", facts)
-        new.rename(target)
+            Index.save(rows, new / f"{split}.json", facts)
 
 
 def read_packed(root: Path, name: str, split: str) -> Images:

@@ -47,6 +47,11 @@ def imagenet_piece(root: Path, piece: str) -> Path:
     raise ValueError(f"none of {', '.join(PIECES[piece])} is in it; there is {there or 'no part of ImageNet'}")
 
 
+def stem_of(name: str) -> str:
+    """The file name, without suffix, of a path or of shard:path."""
+    return Path(name.rpartition(":")[2]).stem
+
+
 def imagenet1k(root: Path, split: str) -> Images:
     """Folders of classes; or the official archives, unpacked or not, with the labels of val from Kaggle's list or from
     the devkit."""
@@ -56,13 +61,13 @@ def imagenet1k(root: Path, split: str) -> Images:
         images = read_class_folders(path, may_be_empty=split == "val")
     elif split == "train":
         content = read_tars(tars)
-        images = readers.images_by_class(content, [[name.split("_")[0]] for name in content.stems()])
+        images = readers.images_by_class(content, [[stem_of(name).split("_")[0]] for name in content.names])
     else:
         source = imagenet_piece(root, "labels")
         wnids = kaggle_labels(source) if source.name == SOLUTION else devkit_labels(source)
         content = read_tars(tars) if tars else Files(path / f"{name}.JPEG" for name in sorted(wnids))
         with readers.reading(source):
-            labels = [[wnids[Path(name.rpartition(":")[2]).stem]] for name in content.names]
+            labels = [[wnids[stem_of(name)]] for name in content.names]
             images = readers.images_by_class(content, labels, sorted(set(wnids.values())))
     check_wnid_names(images.classes, path)
     return images
