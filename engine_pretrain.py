@@ -180,7 +180,7 @@ def draw_reconstructions(pictures: np.ndarray, target: Path) -> None:
         axis = figure.add_axes((0, 0, 1, height / (height + head)))
         axis.imshow(image, interpolation="nearest", aspect="auto")
         axis.set_axis_off()
+        above = {"xycoords": "axes fraction", "xytext": (0, 3), "textcoords": "offset points", "ha": "center"}
         for index, name in enumerate(COLUMNS):
-            axis.annotate(name, ((index + 0.5) / len(COLUMNS), 1), xycoords="axes fraction", xytext=(0, 3),
-                          textcoords="offset points", ha="center")  # fmt: skip
+            axis.annotate(name, ((index + 0.5) / len(COLUMNS), 1), **above)
         save_figure(figure, target)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from cli.arguments import check_files, identity, loading, plain, processes, split_options
 from cli.console import checked, parse, run_main
-from cli.encoder_arguments import build_encoder, precision
+from cli.encoder_arguments import build_encoder, choose_precision, precision
 from cli.finetune import check, get_args_parser, mixes
 
 if __name__ == "__main__":  # before the slow imports: --help and mistakes answer at once
@@ -45,6 +45,7 @@ def main(args: argparse.Namespace) -> None:
     check(args)
     check_files(args)
     with process_group(**processes(args)) as world:
+        choose_precision(args, world.device)
         folder = RunFolder(args.output_dir, args.log_dir, args.track)
         if not args.eval:
             folder.refuse_overwriting(args.resume)
@@ -53,17 +54,14 @@ def main(args: argparse.Namespace) -> None:
         published = published_classifier(args.resume) if args.eval else None
         if published is not None:
             args.finetune = args.resume
-        train_images, test_images, num_classes = build_splits(
-            args.dataset, args.data_path, args.nb_classes, **split_options(args)
-        )
+        splits = build_splits(args.dataset, args.data_path, args.nb_classes, **split_options(args))
+        train_images, test_images, num_classes = splits
         batches = GlobalBatches(len(train_images), args.batch_size, args.accum_iter, args.seed)
         with seeded("weights", args.seed):
             encoder, size = build_encoder(args, drop_path=args.drop_path)
-            facts = {
-                **encoder.facts(size), "training images": fingerprint(train_images),
-                "test images": fingerprint(test_images), "class names": digest(train_images.classes),
-                "pixels": [size, list(encoder.mean), list(encoder.std)], "family": encoder.record["family"],
-            }  # fmt: skip
+            facts = encoder.facts(size) | {"class names": digest(train_images.classes)}
+            facts |= {"training images": fingerprint(train_images), "test images": fingerprint(test_images)}
+            facts |= {"pixels": [size, list(encoder.mean), list(encoder.std)], "family": encoder.record["family"]}
             pooled = args.global_pool or (published is not None and "fc_norm.weight" in published)
             if published is None:
                 encoder.backbone.set_input_size(size)
@@ -77,10 +75,15 @@ def main(args: argparse.Namespace) -> None:
         if mixes(args):
             from timm.data import Mixup  # seconds to import
 
-            mixup = Mixup(
-                args.mixup, args.cutmix, args.cutmix_minmax, args.mixup_prob, args.mixup_switch_prob, args.mixup_mode,
-                label_smoothing=args.smoothing, num_classes=num_classes,
-            )  # fmt: skip
+            mixed = (
+                args.mixup,
+                args.cutmix,
+                args.cutmix_minmax,
+                args.mixup_prob,
+                args.mixup_switch_prob,
+                args.mixup_mode,
+            )
+            mixup = Mixup(*mixed, label_smoothing=args.smoothing, num_classes=num_classes)
         train_set = KeyedDataset(train_images, augment, args.seed, on_bad_image=args.on_bad_image, train=True)
         train_loader = build_loader(train_set, batches, **loading(args, world.device))
         whole = {"crop_pct": 1.0} if size > 224 else {}  # as in MAE
@@ -98,9 +101,8 @@ def main(args: argparse.Namespace) -> None:
         amp = precision(args.amp)
         tuning = FineTuning(model, optimizer, world.device, amp, args.smoothing, mixup, args.clip_grad)
         plan = Plan(args.epochs, args.seed, args.save_every_minutes, args.save_every_steps)
-        training = Training(
-            plan, tuning, optimizer, schedule, train_loader, batches, folder, identity(args, facts), args.start_epoch
-        )
+        settings = identity(args, facts), args.start_epoch
+        training = Training(plan, tuning, optimizer, schedule, train_loader, batches, folder, *settings)
         if published is None:
             training.resume(args.resume, args.eval, evaluated=NETWORK)
         else:
@@ -112,12 +114,10 @@ def main(args: argparse.Namespace) -> None:
             return
 
         # ---- epochs
-        run = {
-            "args": plain(args), "encoder": encoder.record, "lr": lr, "effective_batch": batches.effective,
-            "n_train": len(train_images), "n_test": len(test_images), "classes": num_classes,
-            "train_images": facts["training images"], "test_images": facts["test images"],
-            **provenance(world.device),
-        }  # fmt: skip
+        run = {"args": plain(args), "encoder": encoder.record, "lr": lr, "effective_batch": batches.effective}
+        run |= {"n_train": len(train_images), "n_test": len(test_images), "classes": num_classes}
+        run |= {"train_images": facts["training images"], "test_images": facts["test images"]}
+        run |= provenance(world.device)
         training.start(run)
         with training.stoppable():
             for epoch in training.epochs():
@@ -142,16 +142,14 @@ def augmentation(args: argparse.Namespace, size: int, encoder: Encoder) -> Calla
 
     for name in ("Posterize", "PosterizeIncreasing", "PosterizeOriginal"):
         auto_augment.NAME_TO_OP[name] = posterize
+    options = {"interpolation": "bicubic", "mean": encoder.mean, "std": encoder.std, "scale": (args.crop_scale, 1.0)}
+    options |= {"color_jitter": args.color_jitter, "auto_augment": args.aa or None}
+    options |= {"re_prob": args.reprob, "re_mode": args.remode, "re_count": args.recount}
     try:
-        return create_transform(
-            size, is_training=True, scale=(args.crop_scale, 1.0), color_jitter=args.color_jitter,
-            auto_augment=args.aa or None, interpolation="bicubic", re_prob=args.reprob, re_mode=args.remode,
-            re_count=args.recount, mean=encoder.mean, std=encoder.std,
-        )  # fmt: skip
+        return create_transform(size, is_training=True, **options)
     except (AssertionError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"--aa {args.aa}: timm has no such policy ({error}); the recipe's is rand-m9-mstd0.5-inc1"
-        ) from error
+        recipe = "the recipe's is rand-m9-mstd0.5-inc1"
+        raise ValueError(f"--aa {args.aa}: timm has no such policy ({error}); {recipe}") from error
 
 
 def posterize(image: Image.Image, bits: int, **_: object) -> Image.Image:
@@ -163,16 +161,12 @@ def posterize(image: Image.Image, bits: int, **_: object) -> Image.Image:
 
 def published_classifier(path: str) -> dict[str, torch.Tensor] | None:
     """The weights of MAE's published file or of an encoder.safetensors, with its head; None for a run's checkpoint."""
-    if not Path(path).is_file():
-        return None
-    content = load_plain_or_safetensors(Path(path))
+    content = load_plain_or_safetensors(Path(path)) if Path(path).is_file() else {"sha256": None}
     if "sha256" in content:
         return None
     weights = content.get("model", content)
     if not isinstance(weights, dict) or "head.weight" not in weights:
-        raise ValueError(
-            f"--resume {path} holds no classifier (no head.weight): name a checkpoint or a fine-tuned file"
-        )
+        raise ValueError(f"--resume {path} holds no classifier (no head.weight): name a fine-tuned file or checkpoint")
     return weights
 
 
@@ -183,13 +177,11 @@ def check_classes(path: str, classes: Sequence[str]) -> None:
     """
     metadata = safetensors_metadata(Path(path)) if Path(path).suffix == ".safetensors" else {}
     if "classes" in metadata:
-        trained = json.loads(metadata["classes"])
-        if trained != list(classes):
-            pairs = itertools.zip_longest(trained, classes)
-            number, (theirs, ours) = next((n, pair) for n, pair in enumerate(pairs) if pair[0] != pair[1])
-            raise ValueError(
-                f"--resume {path}: output {number} of its classifier is class {theirs}, the data has {ours}"
-            )
+        pairs = itertools.zip_longest(json.loads(metadata["classes"]), classes)
+        for number, (trained, given) in enumerate(pairs):
+            if trained != given:
+                outputs = f"output {number} of its classifier is class {trained}"
+                raise ValueError(f"--resume {path}: {outputs}, the data has {given}")
     elif len(classes) == 1000:
         try:
             check_wnids(classes)

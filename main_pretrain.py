@@ -8,7 +8,7 @@ import functools
 
 from cli.arguments import check_files, data_options, identity, loading, plain, processes
 from cli.console import checked, parse, run_main
-from cli.encoder_arguments import precision
+from cli.encoder_arguments import choose_precision, precision
 from cli.pretrain import check, get_args_parser
 from encoders.architectures import default_input_size
 
@@ -22,7 +22,7 @@ from data_sets.contrastive import Stacked, contrastive_views
 from data_sets.images import fingerprint
 from data_sets.loader import KeyedDataset, build_loader
 from data_sets.order import GlobalBatches
-from data_sets.table import unlabelled_images
+from data_sets.table import build_dataset
 from data_sets.views import train_transform
 from engine_pretrain import ContrastivePretraining, Pretraining, draw_reconstructions, examples, reconstruct, tiled
 from models_mae import DECODERS, MaskedAutoencoder
@@ -43,11 +43,12 @@ def main(args: argparse.Namespace) -> None:
     check(args)
     check_files(args)
     with process_group(**processes(args)) as world:
+        choose_precision(args, world.device)
         folder = RunFolder(args.output_dir, args.log_dir, args.track)
         folder.refuse_overwriting(args.resume)
 
         # ---- networks
-        images = unlabelled_images(args.dataset, args.data_path, "train", **data_options(args))
+        images = build_dataset(args.dataset, args.data_path, "train", **data_options(args), labels=False)
         batches = GlobalBatches(len(images), args.batch_size, args.accum_iter, args.seed)
         size, weight = args.input_size or default_input_size(args.model), args.contrastive_weight
         with seeded("weights", args.seed):
@@ -79,22 +80,21 @@ def main(args: argparse.Namespace) -> None:
         warmup = fitting_warmup(args.warmup_epochs, args.epochs)
         schedule = functools.partial(lr_at, epochs=args.epochs, warmup_epochs=warmup, min_lr=args.min_lr)
         facts = {"training images": fingerprint(images)}
-        pretraining = Pretraining(model, optimizer, args.mask_ratio, world.device, precision(args.amp))
-        if weight > 0:
-            pretraining = ContrastivePretraining(
-                model, optimizer, args.mask_ratio, world.device, precision(args.amp), weight, args.encoder_momentum,
-                batches, args.epochs,
-            )  # fmt: skip
+        amount = args.mask_ratio, world.device, precision(args.amp)
+        if weight == 0:
+            pretraining = Pretraining(model, optimizer, *amount)
+        else:
+            contrast = weight, args.encoder_momentum, batches, args.epochs
+            pretraining = ContrastivePretraining(model, optimizer, *amount, *contrast)
             facts["images compared"] = args.batch_size * world.size
         plan = Plan(args.epochs, args.seed, args.save_every_minutes, args.save_every_steps)
-        training = Training(
-            plan, pretraining, optimizer, schedule, loader, batches, folder, identity(args, facts), args.start_epoch
-        )
+        settings = identity(args, facts), args.start_epoch
+        training = Training(plan, pretraining, optimizer, schedule, loader, batches, folder, *settings)
         training.resume(args.resume)
 
         # ---- epochs
-        run = {"args": plain(args), "lr": lr, "effective_batch": batches.effective, "n_train": len(images),
-               "train_images": facts["training images"], **provenance(world.device)}  # fmt: skip
+        run = {"args": plain(args), "lr": lr, "effective_batch": batches.effective, "n_train": len(images)}
+        run |= {"train_images": facts["training images"], **provenance(world.device)}
         training.start(run)
         parameters = sum(p.numel() for p in model.parameters()) / 1e6
         log.info("%s, %.1f M parameters; %d images", args.model, parameters, len(dataset))

@@ -9,7 +9,7 @@ import csv
 import os
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -32,7 +32,7 @@ MAX_SIDE = 2**31  # in pixels; beyond any image format
 class Annotation(NamedTuple):
     boxes: list[tuple[int, int, int, int]]
     size: Size | None  # of the image in which the boxes were drawn, if the source states it
-    categories: frozenset[str] = frozenset()  # of the boxes, if the source states them
+    categories: Set[str] = frozenset()  # of the boxes, if the source states them
 
 
 class BoxSource(NamedTuple):
@@ -63,35 +63,40 @@ class Row(NamedTuple):
     category: str | None = None
 
 
+def _integers(where: str, texts: Sequence[str | None], meaning: str) -> list[int]:
+    """Whole numbers, which tables of floats write as 10.0; ValueError for all else."""
+    try:
+        numbers = [float(text) for text in texts]
+        if all(number.is_integer() for number in numbers):
+            return [int(number) for number in numbers]
+    except (TypeError, ValueError):
+        pass
+    raise ValueError(f"{where}: {', '.join(text or '' for text in texts)} are not {meaning}")
+
+
 def _annotations(rows: Iterable[Row]) -> dict[str, Annotation]:
     annotations: dict[str, Annotation] = {}
     for where, image, numbers, size, category in rows:
-        try:
-            x0, y0, x1, y1 = map(int, numbers)
-        except ValueError as error:
-            raise ValueError(f"{where}: {', '.join(numbers)} are not four integers x0, y0, x1, y1") from error
+        x0, y0, x1, y1 = box = tuple(_integers(where, numbers, "four integers x0, y0, x1, y1"))
         if not (0 <= x0 <= x1 < MAX_SIDE and 0 <= y0 <= y1 < MAX_SIDE):
             raise ValueError(f"{where}: {x0}, {y0}, {x1}, {y1} is not a box: need 0 <= x0 <= x1 and 0 <= y0 <= y1")
         if size is not None and (x1 > size[0] or y1 > size[1]):  # VOC counts from 1: a box may end at the width
             raise ValueError(f"{where}: {x0}, {y0}, {x1}, {y1} exceeds its image of {size[0]} x {size[1]} pixels")
         if not image:
             raise ValueError(f"{where}: the image has no name")
-        known = annotations.get(image, Annotation([], size))
+        known = annotations.setdefault(image, Annotation([], size, set()))
         if known.size != size:
             raise ValueError(f"{where}: {image} has two sizes, {known.size} and {size} pixels: correct one of them")
-        categories = known.categories | ({category} if category else set())
-        annotations[image] = known._replace(boxes=[*known.boxes, (x0, y0, x1, y1)], categories=categories)
+        known.boxes.append(box)
+        known.categories.update({category} if category else ())
     return annotations
 
 
-def _size(where: str, width: str | None, height: str | None) -> Size:
-    try:
-        size = int(width), int(height)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{where}: {width}, {height} are not a width and height in pixels") from error
-    if min(size) < 1:
+def _size(where: str, *sides: str | None) -> Size:
+    width, height = _integers(where, sides, "a width and height in pixels")
+    if min(width, height) < 1:
         raise ValueError(f"{where}: no image has {width} x {height} pixels")
-    return size
+    return width, height
 
 
 def _xml_files(folder: Path) -> list[Path]:
@@ -312,54 +317,46 @@ def read_boxes(
         raise ValueError(f"{path} has none of the known formats: {known}")
     if not hasattr(images, "samples"):
         raise ValueError(f"{path}: boxes are matched by file name, but the images of this data set are not files")
-    source, path_and_kind = BOX_SOURCES[kind], f"{path} ({kind})"
-    annotations = source.read(path)
+    annotations, path_and_kind = BOX_SOURCES[kind].read(path), f"{path} ({kind})"
     if not annotations:
         raise ValueError(f"{path_and_kind} holds no boxes")
-    folder = path if path.is_dir() else path.parent
-    if source.by_path:
-        keys = _keys_by_path(images, annotations, (folder, Path(root)))
-        absent = list(annotations.keys() - set(keys))
-        if absent:  # images of another split are not absent
-            bases = [base for base in (folder, Path(root)) if os.path.exists(base / absent[0])]
-            paths = [(bases or [folder])[0] / key for key in absent]
-            absent = sorted(absent[index] for index in missing_files(paths))
+    if BOX_SOURCES[kind].by_path:
+        keys, absent = _match_paths(images, annotations, (path if path.is_dir() else path.parent, Path(root)))
     else:
         keys = [Path(file).stem for file, _ in images.samples]
-        if len(set(keys)) < len(keys):
-            twice = next(key for key, count in Counter(keys).items() if count > 1)
-            raise ValueError(f"{path_and_kind} names images without their folder, but two images are called {twice}")
         absent = sorted(annotations.keys() - set(keys))
+        name, count = Counter(keys).most_common(1)[0]
+        if count > 1:
+            raise ValueError(f"{path_and_kind} names images without their folder, but two images are called {name}")
     matched = [annotations.get(key) for key in keys]
     if not any(matched):
-        raise ValueError(
-            f"{path_and_kind} has boxes of other images, such as {next(iter(annotations))}, and none of "
-            f"{images.samples[0][0]}"
-        )
+        other, first = next(iter(annotations)), images.samples[0][0]
+        raise ValueError(f"{path_and_kind} has boxes of other images, such as {other}, and none of {first}")
     if absent:
         message = f"{path}: {len(absent):,} images with boxes do not exist, the first {absent[0]}"
         if not allow_subset:
             raise ValueError(f"{message}; --allow_subset ignores them")
         log.info("%s", message)
-    if without := [index for index in chosen if matched[index] is None]:
-        raise ValueError(
-            f"{path_and_kind}: {len(without):,} of {len(chosen):,} images have no box, "
-            f"the first {images.samples[without[0]][0]}"
-        )
+    if without := [images.samples[index][0] for index in chosen if matched[index] is None]:
+        counts = f"{len(without):,} of {len(chosen):,}"
+        raise ValueError(f"{path_and_kind}: {counts} images have no box, the first {without[0]}")
     _warn_of_categories(path, images, matched, chosen)
     return ImageBoxes(images, matched, path)
 
 
-def _keys_by_path(images: Dataset, annotations: dict[str, Annotation], bases: Sequence[Path]) -> list[str]:
-    """Each image's path as the source writes it: absolute, or relative to the first base that gives any match."""
-    keys = [Path(os.path.abspath(file)).as_posix() for file, _ in images.samples]
-    if any(key in annotations for key in keys):
-        return keys
-    for base in bases:
-        keys = [Path(os.path.relpath(file, base)).as_posix() for file, _ in images.samples]
+def _match_paths(
+    images: Dataset, annotations: dict[str, Annotation], bases: Sequence[Path]
+) -> tuple[list[str], list[str]]:
+    """Each image's path as the source writes it, absolute or relative to the first base that gives any match; and the
+    annotated images that do not exist."""
+    for base in ("/", *bases):
+        prefix = "/" if base == "/" else ""
+        keys = [prefix + Path(os.path.relpath(file, base)).as_posix() for file, _ in images.samples]
         if any(key in annotations for key in keys):
-            return keys
-    return keys
+            break
+    others = list(annotations.keys() - set(keys))  # such as images of another split
+    folder = next((base for base in bases if others and os.path.exists(base / others[0])), bases[0])
+    return keys, sorted(others[index] for index in missing_files(folder / key for key in others))
 
 
 def _warn_of_categories(
@@ -371,8 +368,6 @@ def _warn_of_categories(
         return
     same = [matched[i].categories == {images.classes[label]} for i, label in zip(chosen, labels, strict=True)]
     if any(same) and not all(same):
-        example = images.samples[chosen[same.index(False)]][0]
-        log.warning(
-            "%s: %d of %d images have boxes of other classes than their own, which count too, the first %s",
-            path, same.count(False), len(same), example,
-        )  # fmt: skip
+        first = images.samples[chosen[same.index(False)]][0]
+        counts = f"{same.count(False)} of {len(same)}"
+        log.warning("%s: %s images have boxes of other classes, which count too, the first %s", path, counts, first)

@@ -109,10 +109,8 @@ class VectorStats:
         `images`: over how many a mean is; `infinite`: how many further images have an infinite value.
         """
         shape = (-1, self.rules)
-        columns = {
-            "mean": self.moments.averages(), "std": self.moments.std(),
-            "images": self.moments.count, "infinite": self.moments.infinite,
-        }  # fmt: skip
+        columns = {"mean": self.moments.averages(), "std": self.moments.std()}
+        columns |= {"images": self.moments.count, "infinite": self.moments.infinite}
         columns = {name: values.view(shape).tolist() for name, values in columns.items()}
         entropy = [{key: columns[key][0][rule] for key in ("mean", "std", "images")} for rule in range(self.rules)]
         by_name = {}

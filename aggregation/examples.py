@@ -3,11 +3,9 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -15,19 +13,13 @@ from aggregation.boxes import ImageBoxes
 from aggregation.figures import BOXES, Localized, display_name, draw_boxes, draw_maps
 from aggregation.localization import TOP, boxes_at, intersections, score_map
 from aggregation.rules import Rule, vectors_of
-from data_sets.images import DamagedImage, read_rgb
+from data_sets.examples import Example
+from data_sets.images import read_rgb
 from data_sets.views import View
 from engine_linprobe import FrozenTokens
 from util.plotting import visible
-from util.seeding import stable_seed
 
 LEARNED = ("abmilp", "ap", "ep")  # the first that exists is compared with [cls]
-
-
-class Example(NamedTuple):
-    path: str
-    index: int | None  # in the data set; None for another file
-    image: Image.Image | Tensor
 
 
 def examples_from_files(images: Dataset, files: Sequence[str]) -> list[Example]:
@@ -39,22 +31,6 @@ def examples_from_files(images: Dataset, files: Sequence[str]) -> list[Example]:
             examples.append(Example(path, known.get(os.path.abspath(path)), read_rgb(path)))
         except Exception as error:  # decoders raise anything
             raise ValueError(f"--images {path}: cannot read image: {error}") from error
-    return examples
-
-
-def random_examples(images: Dataset, chosen: Sequence[int], count: int, seed: int) -> list[Example]:
-    """Some of the chosen images, a function of the seed; damaged ones are skipped."""
-    samples = getattr(images, "samples", None)
-    generator = torch.Generator().manual_seed(stable_seed("examples", seed))
-    examples = []
-    for position in torch.randperm(len(chosen), generator=generator).tolist():
-        if len(examples) == count:
-            break
-        index = chosen[position]
-        try:
-            examples.append(Example(samples[index][0] if samples else f"number {index}", index, images[index][0]))
-        except (DamagedImage, OSError, SyntaxError, ValueError):  # the pass over the images reports it
-            continue
     return examples
 
 
@@ -84,32 +60,40 @@ def compared_rules(rules: Sequence[Rule]) -> list[Rule]:
 
 def draw_example_maps(
     rules: Sequence[Rule], tokens: FrozenTokens, examples: Sequence[Example], view: View, target: Path
-) -> None:
+) -> dict[str, Tensor]:
+    """Draw the figure. Returns what it shows: `pictures` (n,h,w,3) uint8, and `weights` (n,R,M) in multiples of uniform
+    weights, in float16."""
     batch = torch.stack([view(example.image) for example in examples])
-    maps = {display_name(name): values for name, values in maps_of(rules, tokens, batch).items()}
-    draw_maps(visible(batch, view), maps, target)
+    maps, pictures = maps_of(rules, tokens, batch), visible(batch, view)
+    draw_maps(pictures, {display_name(name): values for name, values in maps.items()}, target)
+    weights = np.stack(list(maps.values()), axis=1).reshape(len(batch), len(maps), -1)
+    shown = {"pictures": np.rint(pictures * 255).astype(np.uint8), "weights": weights.astype(np.float16)}
+    return {name: torch.from_numpy(array) for name, array in shown.items()}
 
 
 def draw_example_boxes(
-    rules: Sequence[Rule], tokens: FrozenTokens, examples: Sequence[Example], view: View, boxes: ImageBoxes,
-    crop: bool, thresholds: dict[str, float], target: Path,
-) -> None:  # fmt: skip
+    rules: Sequence[Rule],
+    tokens: FrozenTokens,
+    examples: Sequence[Example],
+    view: View,
+    boxes: ImageBoxes,
+    crop: bool,
+    thresholds: dict[str, float],
+    target: Path,
+) -> None:
     """crop: whether the view is the central crop, else the stretched image; thresholds: of each rule."""
     batch = torch.stack([view(example.image) for example in examples])
-    size = tuple(batch.shape[-2:])
-    truths = [true_boxes(boxes, example.index, size[0], crop) for example in examples]
+    size, transformed = tuple(batch.shape[-2:]), boxes.cropped if crop else boxes.resized
+    annotated = [example.index is not None and boxes.annotations[example.index] for example in examples]
+    truths = [
+        transformed(example.index, size[0]) if has_boxes else np.zeros((0, 4), np.int64)
+        for example, has_boxes in zip(examples, annotated, strict=True)
+    ]
     predictions = {
         name: [largest_box(weights, truth, size, thresholds[name]) for weights, truth in zip(maps, truths, strict=True)]
         for name, maps in maps_of(rules, tokens, batch).items()
     }
     draw_boxes(visible(batch, view), truths, predictions, thresholds, target)
-
-
-def true_boxes(boxes: ImageBoxes, index: int | None, size: int, crop: bool) -> np.ndarray:
-    """(m,4); m = 0 for an image outside the data set or without boxes."""
-    if index is None or boxes.annotations[index] is None:
-        return np.zeros((0, 4), np.int64)
-    return boxes.cropped(index, size) if crop else boxes.resized(index, size)
 
 
 def best_threshold(result: dict, rule: str) -> float:

@@ -18,14 +18,22 @@ from aggregation.localization import enlarge
 from util.plotting import COLOURS, GREY, STYLE, WIDTH, add_scale, draw_map, save_figure
 
 SQUARE = "\\1\N{NO-BREAK SPACE}×\N{NO-BREAK SPACE}\\1"
-TITLES = (
-    (r"^attn-mn$", "[cls], mean of heads"), (r"^attn-lcte$", "[cls], lowest-entropy head"),
-    (r"^attn-head", "[cls], head "), (r"^dino$", "oracle's [cls]"), (r"^pos$", "uniform"),
-    (r"^abmilp$", "AbMILP"), (r"^ap1$", "AP, 1 head"), (r"^ap(\d+)$", r"AP, \1 heads"),
-    (r"^ep1$", "EP, 1 query"), (r"^ep(\d+)$", r"EP, \1 queries"),
-    (r"^ca1$", "central patch"), (r"^ca(\d+)$", "central " + SQUARE),
-    (r"^cp1$", "central patch alone"), (r"^cp(\d+)$", "mean of central " + SQUARE),
-)  # fmt: skip
+TITLES = {
+    r"^attn-mn$": "[cls], mean of heads",
+    r"^attn-lcte$": "[cls], lowest-entropy head",
+    r"^attn-head": "[cls], head ",
+    r"^dino$": "oracle's [cls]",
+    r"^pos$": "uniform",
+    r"^abmilp$": "AbMILP",
+    r"^ap1$": "AP, 1 head",
+    r"^ap(\d+)$": r"AP, \1 heads",
+    r"^ep1$": "EP, 1 query",
+    r"^ep(\d+)$": r"EP, \1 queries",
+    r"^ca1$": "central patch",
+    r"^ca(\d+)$": f"central {SQUARE}",
+    r"^cp1$": "central patch alone",
+    r"^cp(\d+)$": f"mean of central {SQUARE}",
+}
 TRUE, BOXES = "#1F77FF", ("#FF3B30", "#2ECC40")  # as in Fig. 8: truth blue, [cls] red, aggregation green
 
 
@@ -33,7 +41,7 @@ def display_name(rule: str) -> str:
     """A rule's name for figures: abmilp:depth=2/seed0 -> AbMILP, depth=2, seed 0."""
     head, *parts = rule.split("/")
     title, _, options = head.partition(":")
-    for pattern, replacement in TITLES:
+    for pattern, replacement in TITLES.items():
         title = re.sub(pattern, replacement, title)
     parts = [re.sub(r"^(seed|block)", "\\1\N{NO-BREAK SPACE}", part) for part in parts]
     return ", ".join(filter(None, [title, *options.split(","), *parts]))
@@ -83,8 +91,8 @@ def draw_entropies(axis: Axes, rules: Sequence[dict], uniform: float) -> None:
     error = {"linewidth": 0.7, "ecolor": "0.25"}
     axis.barh(range(len(rules)), mean, xerr=std, color=COLOURS[0], alpha=0.75, height=0.6, error_kw=error)
     axis.axvline(uniform, color="0.4", linewidth=0.8, linestyle=(0, (5, 3)))
-    axis.annotate(f"ln M = {uniform:.2f}", (uniform, 1), xycoords=("data", "axes fraction"), xytext=(0, 2),
-                  textcoords="offset points", ha="right", **GREY)  # fmt: skip
+    above = {"xycoords": ("data", "axes fraction"), "xytext": (0, 2), "textcoords": "offset points"}
+    axis.annotate(f"ln M = {uniform:.2f}", (uniform, 1), ha="right", **above, **GREY)
     axis.set(yticks=[], xlim=(0, uniform * 1.06), xlabel="entropy, nats")
     axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     axis.spines[["top", "right", "left"]].set_visible(False)
@@ -147,9 +155,12 @@ class Localized(NamedTuple):
 
 @rc_context(STYLE)
 def draw_boxes(
-    pictures: Sequence[np.ndarray], truths: Sequence[np.ndarray], predictions: dict[str, list[Localized]],
-    thresholds: dict[str, float], target: Path,
-) -> None:  # fmt: skip
+    pictures: Sequence[np.ndarray],
+    truths: Sequence[np.ndarray],
+    predictions: dict[str, list[Localized]],
+    thresholds: dict[str, float],
+    target: Path,
+) -> None:
     """One column per image: the picture with all boxes, and below it the map and box of each rule."""
     count, rows = len(pictures), 1 + len(predictions)
     side = min(1.35, (WIDTH - 0.3) / count)

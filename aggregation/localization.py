@@ -138,27 +138,34 @@ def found_boxes(scores: np.ndarray, truth: np.ndarray, levels: np.ndarray) -> np
 class Tally(NamedTuple):
     """Numbers of found images per map, level and IoU: integer sums, equal for any split of the images."""
 
-    images: int
+    images: int  # with a true box
     found: np.ndarray  # (R,T,3) by any contour
     found_v1: np.ndarray  # (R,T,3) by the largest contour
     found_whole: np.ndarray  # (3,) by the whole image as a box, as a baseline
+    without_map: np.ndarray  # (R,) images whose map is not finite; nothing is found there
+    images_left_out: int = 0  # without a true box
+    boxes_left_out: int = 0  # outside of the crop
 
     def __add__(self, other: "Tally") -> "Tally":
         return Tally(*(mine + theirs for mine, theirs in zip(self, other, strict=True)))
 
 
 def no_images(maps: int, levels: int) -> Tally:
-    counts = np.zeros((maps, levels, len(IOUS)), np.int64)
-    return Tally(0, counts, counts.copy(), np.zeros(len(IOUS), np.int64))
+    counts = np.zeros((2, maps, levels, len(IOUS)), np.int64)
+    return Tally(0, *counts, np.zeros(len(IOUS), np.int64), np.zeros(maps, np.int64))
 
 
 def tally(maps: Sequence[np.ndarray], truths: Sequence[np.ndarray], size: tuple[int, int], levels: np.ndarray) -> Tally:
-    """maps: (R,rows,columns) per image; truths: its boxes (m,4) in an image of `size` (h,w), at least one."""
+    """maps: (R,rows,columns) per image; truths: its boxes (m,4) in an image of `size` (h,w)."""
     total = no_images(len(maps[0]) if len(maps) else 0, len(levels))
     whole = np.array([[0, 0, size[1] - 1, size[0] - 1]])
     for of_image, truth in zip(maps, truths, strict=True):
+        if not len(truth):
+            total = total._replace(images_left_out=total.images_left_out + 1)
+            continue
         found = np.stack([found_boxes(score_map(weights, size), truth, levels) for weights in of_image], axis=1)
-        total += Tally(1, *found, intersections(whole, truth)[0].max() >= IOUS)
+        without_map = ~np.isfinite(of_image).all((1, 2))
+        total += Tally(1, *found, intersections(whole, truth)[0].max() >= IOUS, without_map)
     return total
 
 
@@ -175,6 +182,7 @@ def summary(total: Tally, number: int, levels: np.ndarray) -> dict:
         "maxboxacc": float(accuracy_v1[:, half].max()),
         "threshold_v1": float(levels[accuracy_v1[:, half].argmax()] / TOP),
         "found": total.found[number].tolist(),
+        "images_without_map": int(total.without_map[number]),
     }
 
 
@@ -194,11 +202,11 @@ class Localizer:
 
     def __init__(self, maps: int, size: tuple[int, int], levels: np.ndarray, workers: int):
         self.maps, self.size, self.levels, self.workers = maps, size, levels, workers
-        self.total = self.empty()
         self.jobs: deque[Future] = deque()
-        # not forked from this process, which has threads and perhaps a GPU
-        context = get_context("forkserver")
-        self.pool = ProcessPoolExecutor(workers, context, initializer=_start_worker) if workers else None
+        self.total = no_images(maps, len(levels))
+        # not forked from this process, which has threads and perhaps a GPU; there is one worker per core
+        start = get_context("forkserver"), cv2.setNumThreads, (1,)
+        self.pool = ProcessPoolExecutor(workers, *start) if workers else None
 
     def __enter__(self) -> "Localizer":
         return self
@@ -214,28 +222,22 @@ class Localizer:
         """Add a batch: maps (B,R,rows,columns) and each image's true boxes. Blocks while workers are far behind."""
         for start in range(0, len(maps), IMAGES_PER_JOB):
             part = slice(start, start + IMAGES_PER_JOB)
+            job = maps[part], truths[part], self.size, self.levels
             if self.pool is None:
-                self.total += tally(maps[part], truths[part], self.size, self.levels)
+                self.total += tally(*job)
                 continue
             with signals.blocked(), _watched_workers():  # workers that this call starts inherit the blocked signals
-                self.jobs.append(self.pool.submit(tally, maps[part], truths[part], self.size, self.levels))
+                self.jobs.append(self.pool.submit(tally, *job))
             while len(self.jobs) > 8 * self.workers:
                 self._wait()
-
-    def empty(self) -> Tally:
-        return no_images(self.maps, len(self.levels))
 
     def result(self) -> Tally:
         """Tally of all maps added since the last call; waits for the workers."""
         while self.jobs:
             self._wait()
-        total, self.total = self.total, self.empty()
+        total, self.total = self.total, no_images(self.maps, len(self.levels))
         return total
 
     def _wait(self) -> None:
         with _watched_workers():
             self.total += self.jobs.popleft().result()
-
-
-def _start_worker() -> None:
-    cv2.setNumThreads(1)  # there is one worker per core

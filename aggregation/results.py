@@ -3,20 +3,18 @@
 import math
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
 from aggregation.divergence import VectorStats
-from aggregation.localization import IOUS, summary
-from aggregation.rules import Localization, Rule
+from aggregation.localization import IOUS, Tally, summary
+from aggregation.rules import Rule
 from encoders.load import Encoder
 from probing.finished_run import ProbeRun
 
-KEPT_OF_PROBES = (
-    "args", "effective_batch", "bn_group", "n_train", "n_val", "n_test", "train_images", "test_images", "command",
-    "commit", "dirty", "seeds_vary",
-)  # fmt: skip
+SETTINGS = ("args", "effective_batch", "bn_group", "n_train", "n_val", "n_test", "train_images", "test_images")
+KEPT_OF_PROBES = (*SETTINGS, "command", "commit", "dirty", "seeds_vary")
+QUANTITIES = {"aggregation_entropy": "entropy", "top1": "top-1", "maxboxaccv2": "MaxBoxAccV2", "maxboxacc": "V1"}
 
 
 def describe(
@@ -24,55 +22,53 @@ def describe(
 ) -> dict:
     """The rules with their vectors' statistics and their probes' scores, and the matrices of pairs of rules."""
     patches = math.prod(encoder.backbone.grid_of(size, size))
-    scores = run.scores() if run is not None else {}
-    rows = []
-    for rule in rules:
-        row = {"name": rule.name, "head": rule.head, "block": rule.block, "probe": rule.probe, "seed": rule.seed}
-        if rule.probe is not None:
-            probes = [rule.probe]
-        else:
-            probes = [
-                name
-                for name in scores
-                if all(run.results["probes"][name][key] == row[key] for key in ("head", "block"))
-            ]
-        diverged = [at for name in probes if rule.probe is not None and (at := scores[name]["diverged_at"])]
-        notes = [f"diverged in epoch {at['epoch']}, step {at['step']}: its weights are those before" for at in diverged]
-        rows.append({**row, "notes": [*rule.notes, *notes], "scores": {name: scores[name] for name in probes}})
-    result = {
-        "encoder": encoder.record, "random_weights": encoder.record["source"] is None, "input_size": size,
-        "patches": patches, "images": vectors.images if vectors else 0, "uniform_entropy": math.log(patches),
-        "probes": run and {
-            "folder": str(run.folder), "epochs": run.args.epochs,
-            **{name: run.results.get(name) for name in KEPT_OF_PROBES},
-        },
-        "rules": rows,
-    }  # fmt: skip
+    result = {"encoder": encoder.record, "random_weights": encoder.record["source"] is None, "input_size": size}
+    result |= {"patches": patches, "uniform_entropy": math.log(patches), "images": vectors.images if vectors else 0}
+    result |= {"probes": None, "rules": [describe_rule(rule, run) for rule in rules]}
+    if run is not None:
+        kept = {name: run.results.get(name) for name in KEPT_OF_PROBES}
+        result["probes"] = {"folder": str(run.folder), "epochs": run.args.epochs, **kept}
     if vectors and vectors.images:
         entropies, result["matrices"] = vectors.results()
-        for row, entropy in zip(rows, entropies, strict=True):
+        for row, entropy in zip(result["rules"], entropies, strict=True):
             row["entropy"] = entropy
     return result
 
 
+def describe_rule(rule: Rule, run: ProbeRun | None) -> dict:
+    """A rule and the scores of its probe; a rule without parameters has those of all probes of its head and block."""
+    row = {"name": rule.name, "head": rule.head, "block": rule.block, "probe": rule.probe, "seed": rule.seed}
+    scores = run.scores() if run is not None else {}
+    if rule.probe is not None:
+        scores = {rule.probe: scores[rule.probe]}
+    else:
+        probes = run.results["probes"] if run is not None else {}
+        same = ("head", "block")
+        scores = {name: score for name, score in scores.items() if all(probes[name][key] == row[key] for key in same)}
+    notes = list(rule.notes)
+    if rule.probe is not None and (at := scores[rule.probe]["diverged_at"]):
+        notes.append(f"diverged in epoch {at['epoch']}, step {at['step']}: its weights are those before")
+    return {**row, "notes": notes, "scores": scores}
+
+
 def describe_boxes(
-    everything: Sequence[Rule], heads: Sequence[Rule], found: Localization, levels: np.ndarray, source: Path,
-    step: float,
-) -> dict:  # fmt: skip
+    everything: Sequence[Rule], heads: Sequence[Rule], total: Tally, levels: np.ndarray, settings: dict
+) -> dict:
     """MaxBoxAccV2 of every map. ValueError if no image has a box left."""
-    total = found.tally
     if not total.images:
-        raise ValueError(f"{source}: all boxes lie outside the central crops: use --loc_transform resize")
-    maps = {}
-    for number, (rule, without_map) in enumerate(zip(everything, found.without_map.tolist(), strict=True)):
-        maps[rule.name] = summary(total, number, levels) | {"images_without_map": without_map}
+        raise ValueError(f"{settings['boxes']}: all boxes lie outside the central crops: use --loc_transform resize")
+    maps = {rule.name: summary(total, number, levels) for number, rule in enumerate(everything)}
     whole = (100 * total.found_whole / total.images).tolist()
     result = {
-        "images": total.images, "boxes": str(source), "transform": "crop" if found.crop else "resize", "step": step,
-        "levels": levels.tolist(), "ious": list(IOUS), "images_left_out": found.left_out,
-        "boxes_left_out": found.boxes_out,
-        "whole_image": {"maxboxaccv2": sum(whole) / len(whole), "boxaccv2": whole}, "maps": maps,
-    }  # fmt: skip
+        **settings,
+        "images": total.images,
+        "images_left_out": total.images_left_out,
+        "boxes_left_out": total.boxes_left_out,
+        "levels": levels.tolist(),
+        "ious": list(IOUS),
+        "whole_image": {"maxboxaccv2": statistics.mean(whole), "boxaccv2": whole},
+        "maps": maps,
+    }
     if heads:  # chosen on these images
         result["best_head"] = max((rule.name for rule in heads), key=lambda name: maps[name]["maxboxaccv2"])
     return result
@@ -87,41 +83,41 @@ def over_seeds(result: dict) -> dict[str, dict]:
     groups: dict[str, dict[str, list[float]]] = {}
     located = result.get("localization", {}).get("maps", {})
     for rule in result["rules"]:
-        name = rule["name"].removesuffix(f"/seed{rule['seed']}")
-        values = groups.setdefault(name, {"top1": [], "aggregation_entropy": [], "maxboxaccv2": [], "maxboxacc": []})
-        if len({(score["blr"], score["optimizer"]) for score in rule["scores"].values()}) == 1:
-            values["top1"] += [score["top1"] for score in rule["scores"].values() if score.get("top1") is not None]
+        scores, name = rule["scores"].values(), rule["name"].removesuffix(f"/seed{rule['seed']}")
+        values = groups.setdefault(name, {quantity: [] for quantity in QUANTITIES})
+        if len({(score["blr"], score["optimizer"]) for score in scores}) == 1:
+            values["top1"] += [score["top1"] for score in scores if score.get("top1") is not None]
         if "entropy" in rule and math.isfinite(rule["entropy"]["mean"]):
             values["aggregation_entropy"].append(rule["entropy"]["mean"])
-        for quantity in ("maxboxaccv2", "maxboxacc"):
-            values[quantity] += [located[rule["name"]][quantity]] if located else []
+        if located:
+            for quantity in ("maxboxaccv2", "maxboxacc"):
+                values[quantity].append(located[rule["name"]][quantity])
     return {
-        name: {
-            quantity: {"mean": statistics.mean(values), "n": len(values),
-                       "std": statistics.stdev(values) if len(values) > 1 else None}
-            for quantity, values in quantities.items() if values
-        }
+        name: {quantity: mean_and_std(values) for quantity, values in quantities.items() if values}
         for name, quantities in groups.items()
-    }  # fmt: skip
+    }
+
+
+def mean_and_std(values: Sequence[float]) -> dict:
+    std = statistics.stdev(values) if len(values) > 1 else None
+    return {"mean": statistics.mean(values), "n": len(values), "std": std}
 
 
 def table(result: dict) -> str:
     """One line per rule, mean ± std over seeds; then what the numbers leave out."""
-    shown = {"aggregation_entropy": "entropy", "top1": "top-1", "maxboxaccv2": "MaxBoxAccV2", "maxboxacc": "V1"}
     boxes = result.get("localization")
-    lines = [
-        f"{result['images'] or boxes['images']:,} images; uniform weights have {result['uniform_entropy']:.3f} nats",
-        f"  {'':32}" + "".join(f"{title:>16}" for title in shown.values()),
-    ]
+    images, most = result["images"] or boxes["images"], result["uniform_entropy"]
+    lines = [f"{images:,} images; uniform weights have {most:.3f} nats"]
+    lines.append(f"  {'':32}" + "".join(f"{title:>16}" for title in QUANTITIES.values()))
     for name, quantities in result["over_seeds"].items():
         cells = []
-        for quantity in shown:
+        for quantity in QUANTITIES:
             value = quantities.get(quantity)
             spread = f" ± {value['std']:.2f}" if value and value["std"] is not None else ""
             cells.append(f"{value['mean']:.2f}{spread}" if value else "–")
         lines.append(f"  {name:32}" + "".join(f"{cell:>16}" for cell in cells))
     if boxes:
-        lines.append(f"  {'the whole image as the box':32}{'':32}{boxes['whole_image']['maxboxaccv2']:>16.2f}")
+        lines.append(f"  {'the whole image as the box':64}{boxes['whole_image']['maxboxaccv2']:>16.2f}")
         if best := boxes.get("best_head"):
             lines.append(f"  {best + ', the best on these images':64}{boxes['maps'][best]['maxboxaccv2']:>16.2f}")
     return "\n".join([*lines, *(f"  {line}" for line in caveats(result))])
@@ -135,34 +131,24 @@ def caveats(result: dict) -> list[str]:
         if images < result["images"]:
             lines.append(f"{rule['name']}: no finite weights in {result['images'] - images:,} images, left out")
         lines += [f"{rule['name']}: {note}" for note in rule["notes"] if note.startswith("diverged")]
-    if (
-        probes
-        and any(rule["scores"] for rule in result["rules"])
-        and (
-            probes["test_images"] != result["test_images"] or probes["n_test"] != (result["images"] or boxes["images"])
-        )
-    ):
-        lines.append(f"top-1 is of the {probes['n_test']:,} test images of {probes['folder']}, not of these images")
+    if probes and any(rule["scores"] for rule in result["rules"]):
+        tested = probes["test_images"], probes["n_test"]
+        if tested != (result["test_images"], result["images"] or boxes["images"]):
+            lines.append(f"top-1 is of the {tested[1]:,} test images of {probes['folder']}, not of these images")
     if boxes:
         if boxes["images_left_out"]:
             lines.append(f"MaxBoxAcc is over the {boxes['images']:,} images with a box inside the central crop")
-        for name, one in boxes["maps"].items():
-            if one["images_without_map"]:
-                lines.append(f"{name}: no finite map in {one['images_without_map']:,} images, counted as not found")
-    infinite = infinite_pairs(result)
-    if infinite:
+        missing = {name: values["images_without_map"] for name, values in boxes["maps"].items()}
+        lines += [f"{name}: no finite map in {n:,} images, counted as not found" for name, n in missing.items() if n]
+    if infinite := infinite_pairs(result):
         lines.append(f"without a floor, KL is infinite: {'; '.join(infinite[:5])}{' ...' * (len(infinite) > 5)}")
     return lines
 
 
 def infinite_pairs(result: dict) -> list[str]:
-    """The pairs of rules whose divergence is infinite in some images, in words."""
+    """The pairs of rules whose divergence is infinite in some images, for the log."""
     if "matrices" not in result:
         return []
-    exact, names = result["matrices"]["kl_exact"]["infinite"], [rule["name"] for rule in result["rules"]]
-    return [
-        f"{names[row]}, {names[column]} in {count:,} images"
-        for row, line in enumerate(exact)
-        for column, count in enumerate(line)
-        if count
-    ]
+    names = [rule["name"] for rule in result["rules"]]
+    counts = np.array(result["matrices"]["kl_exact"]["infinite"])
+    return [f"{names[row]}, {names[column]} in {counts[row, column]:,} images" for row, column in np.argwhere(counts)]

@@ -21,10 +21,12 @@ from engine_linprobe import FrozenTokens
 from models_vit import Features, VisionTransformer
 from probing.bank import ProbeBank
 from probing.fixed import FixedWeights
-from probing.heads import AGGREGATIONS, blocks_of, build_head, canonical_head, parse_head
+from probing.heads import blocks_of, build_head, canonical_head
 from probing.pooling import Needs, Pooling, Tokens, read_blocks
 from runtime.analysis import Progress
+from util.choices import nearest
 from util.finite import overflow_cause
+from util.progress import log
 
 
 class Rule(NamedTuple):
@@ -59,11 +61,11 @@ class ClsAttentionOfHead(FixedWeights):
 
 
 def fixed_rules(heads: Sequence[str], backbone: VisionTransformer, tokens: Tokens, has_oracle: bool) -> list[Rule]:
-    """Rules of the last block without parameters. ValueError for heads that are learned, weigh no patches or need an
-    oracle that is missing."""
-    rules = []
+    """Rules of the last block without parameters. ValueError for heads that are learned, weigh no patches, or need a
+    [cls] token or an oracle that is missing."""
+    rules, last = [], backbone.depth - 1
     for head in heads:
-        last, name = backbone.depth - 1, canonical_head(head, {}, backbone.depth)
+        name = canonical_head(head, {}, backbone.depth)
         pooling = build_head(name, last, tokens)
         if not pooling.weighs:
             raise ValueError(f"--rules {head} weighs no patches")
@@ -77,14 +79,17 @@ def fixed_rules(heads: Sequence[str], backbone: VisionTransformer, tokens: Token
     return rules
 
 
-def default_rules(backbone: VisionTransformer, has_oracle: bool) -> tuple[list[str], list[str]]:
-    """DEFAULT_RULES split into those that this encoder supports and those that it does not."""
-    usable, missing = [], []
+def default_rules(backbone: VisionTransformer, tokens: Tokens, has_oracle: bool) -> list[Rule]:
+    """Those of DEFAULT_RULES that the encoder supports; the others are logged."""
+    rules, missing = [], []
     for head in DEFAULT_RULES:
-        aggregation, _ = parse_head(head, {})
-        lacking = AGGREGATIONS[aggregation].needs_cls and not backbone.has_cls
-        (missing if lacking or (aggregation == "dino" and not has_oracle) else usable).append(head)
-    return usable, missing
+        try:
+            rules += fixed_rules([head], backbone, tokens, has_oracle)
+        except ValueError:
+            missing.append(head)
+    if missing:
+        log.info("rules left out, for want of a [cls] token or an --oracle: %s", ", ".join(missing))
+    return rules
 
 
 def probe_rules(bank: ProbeBank, last: int, names: Container[str]) -> list[Rule]:
@@ -93,23 +98,50 @@ def probe_rules(bank: ProbeBank, last: int, names: Container[str]) -> list[Rule]
     A rule is named after its probe, without rate and optimizer if all probes share them, and without the block if all
     probes read the last one.
     """
-    weighing = [(spec, probe) for spec, probe in zip(bank.specs, bank.probes, strict=True)
-                if probe.aggregation.weighs and spec.name in names]  # fmt: skip
-    blocks, rates, optimizers = ({getattr(s, field) for s, _ in weighing} for field in ("block", "blr", "optimizer"))
+    pairs = zip(bank.specs, bank.probes, strict=True)
+    weighing = [(spec, probe.aggregation) for spec, probe in pairs if probe.aggregation.weighs and spec.name in names]
+    several = {
+        field: len({getattr(spec, field) for spec, _ in weighing}) > 1 for field in ("block", "optimizer", "blr")
+    }
+    several["block"] |= any(spec.block != last for spec, _ in weighing)
     rules: dict[str, Rule] = {}
-    for spec, probe in weighing:
-        learned = probe.aggregation.learned
-        parts = [f"block{spec.block}"] if blocks != {last} else []
-        if learned:
-            parts += [spec.optimizer] if len(optimizers) > 1 else []
-            parts += [f"blr{spec.blr!r}"] if len(rates) > 1 else []
-            parts.append(f"seed{spec.seed}")
-        name = "/".join([spec.head, *parts])
-        probe_and_seed = (spec.name, spec.seed) if learned else (None, None)
-        read, pooling = (spec.head, spec.block, spec.blocks), probe.aggregation
-        rule = Rule(name, *read, pooling, *probe_and_seed, notes_on(pooling))
-        rules.setdefault(name, rule)
+    for spec, pooling in weighing:
+        settings = {"block": f"block{spec.block}"}
+        if pooling.learned:
+            settings |= {"optimizer": spec.optimizer, "blr": f"blr{spec.blr!r}", "seed": f"seed{spec.seed}"}
+        name = "/".join([spec.head, *(text for field, text in settings.items() if several.get(field, True))])
+        trained = (spec.name, spec.seed, notes_on(pooling)) if pooling.learned else ()
+        rules.setdefault(name, Rule(name, spec.head, spec.block, spec.blocks, pooling, *trained))
     return list(rules.values())
+
+
+def rules_of(
+    heads: Sequence[str] | None,
+    trained: tuple[ProbeBank, Container[str], Sequence[str] | None] | None,
+    backbone: VisionTransformer,
+    tokens: Tokens,
+    has_oracle: bool,
+) -> list[Rule]:
+    """The fixed rules `heads` (None: those of DEFAULT_RULES that the encoder supports), then those of trained probes.
+
+    trained: a bank, the names of the probes to use, and their heads (None: all). ValueError for unknown heads.
+    """
+    if heads is None:
+        rules = default_rules(backbone, tokens, has_oracle)
+    else:
+        rules = fixed_rules(heads, backbone, tokens, has_oracle)
+    if trained is None:
+        return rules
+    bank, names, wanted = trained
+    learned = probe_rules(bank, backbone.depth - 1, names)
+    known = dict.fromkeys(rule.head for rule in learned)
+    if unknown := [head for head in wanted or [] if head not in known]:
+        raise ValueError(f"--probe_heads {unknown[0]}: {nearest(unknown[0], known)}the run has {', '.join(known)}")
+    if unweighted := sorted({spec.head for spec in bank.specs} - known.keys()):
+        log.info("probes left out, which do not weigh patches: %s", ", ".join(unweighted))
+    fixed = {(rule.head, rule.block) for rule in rules}
+    learned = [rule for rule in learned if wanted is None or rule.head in wanted]
+    return [*rules, *(rule for rule in learned if rule.probe is not None or (rule.head, rule.block) not in fixed)]
 
 
 def notes_on(pooling: Pooling) -> tuple[str, ...]:
@@ -147,51 +179,36 @@ def vectors_of(rules: Sequence[Rule], features: dict[int, Features]) -> Tensor:
 
 
 class Localization:
-    """MaxBoxAcc of all rules in one pass.
-
-    left_out: images whose boxes all lie outside the crop; boxes_out: boxes that do; without_map (R,): images for which
-    a rule's vector is not finite, which count as not found.
-    """
+    """MaxBoxAcc of all rules in one pass: the Tally of the images that it was given."""
 
     def __init__(self, localizer: Localizer, boxes: ImageBoxes, crop: bool, grid: tuple[int, int]):
-        self.localizer, self.boxes, self.crop, self.grid = localizer, boxes, crop, grid
-        self.tally = localizer.empty()
-        self.left_out = self.boxes_out = 0
-        self.without_map = torch.zeros(localizer.maps, dtype=torch.int64)
-
-    def truth(self, index: int) -> np.ndarray:
-        size = self.localizer.size[0]
-        return self.boxes.cropped(index, size) if self.crop else self.boxes.resized(index, size)
+        """crop: whether the images are central crops, to which boxes are clipped, else stretched."""
+        self.localizer, self.boxes, self.grid = localizer, boxes, grid
+        self.truth = boxes.cropped if crop else boxes.resized
+        self.tally = localizer.result()
 
     def update(self, vectors: Tensor, indices: list[int]) -> None:
         """Add a batch (B,R,M) on the CPU; indices: of its images in the data set."""
-        truths = [self.truth(index) for index in indices]
-        if self.crop:
-            total = sum(len(self.boxes.annotations[index].boxes) for index in indices)
-            self.boxes_out += total - sum(map(len, truths))
-        kept = [number for number, truth in enumerate(truths) if len(truth)]
-        self.left_out += len(truths) - len(kept)
-        self.without_map += (~vectors[kept].isfinite().all(2)).sum(0)
-        maps = vectors.unflatten(2, self.grid).numpy()
-        self.localizer.add(maps[kept], [truths[number] for number in kept])
+        truths = [self.truth(index, self.localizer.size[0]) for index in indices]
+        annotated = sum(len(self.boxes.annotations[index].boxes) for index in indices)
+        self.tally = self.tally._replace(boxes_left_out=self.tally.boxes_left_out + annotated - sum(map(len, truths)))
+        self.localizer.add(vectors.unflatten(2, self.grid).numpy(), truths)
 
     def state(self) -> dict[str, Any]:
         """Tensors and plain data, for `add_state`; waits for pending evaluations."""
         self.tally += self.localizer.result()
-        counts = {name: torch.from_numpy(part) for name, part in self.tally._asdict().items() if name != "images"}
-        counts |= {"without_map": self.without_map, "left_out": self.left_out, "boxes_out": self.boxes_out}
-        return {"images": self.tally.images, **counts}
+        return {
+            name: torch.from_numpy(part) if isinstance(part, np.ndarray) else part
+            for name, part in self.tally._asdict().items()
+        }
 
     def add_state(self, state: dict[str, Any]) -> None:
         """Add the images of another Localization. ValueError for other numbers of maps or levels."""
-        other = Tally(**{name: state[name] if name == "images" else state[name].numpy() for name in Tally._fields})
+        other = Tally(**{name: part.numpy() if isinstance(part, Tensor) else part for name, part in state.items()})
         for name, mine, theirs in zip(Tally._fields, self.tally, other, strict=True):
             if np.shape(mine) != np.shape(theirs):
                 raise ValueError(f"{name} has the shape {np.shape(theirs)} instead of {np.shape(mine)}")
         self.tally += other
-        self.without_map = self.without_map + state["without_map"]
-        self.left_out += state["left_out"]
-        self.boxes_out += state["boxes_out"]
 
 
 class Findings:
@@ -205,8 +222,7 @@ class Findings:
                 part.add_state(state[name])
 
     def _parts(self) -> dict[str, VectorStats | Localization]:
-        parts = {"vectors": self.vectors, "boxes": self.boxes}
-        return {name: part for name, part in parts.items() if part is not None}
+        return {name: part for name, part in vars(self).items() if part is not None}
 
     def update(self, vectors: Tensor, indices: list[int]) -> None:
         """Add a batch (B,R,M) on the CPU; indices: of its images in the data set."""
@@ -221,9 +237,13 @@ class Findings:
 
 @torch.no_grad()
 def run_pass(
-    rules: Sequence[Rule], tokens: FrozenTokens, loader: Iterable[Sample], progress: Progress[Findings],
-    device: torch.device, description: str,
-) -> None:  # fmt: skip
+    rules: Sequence[Rule],
+    tokens: FrozenTokens,
+    loader: Iterable[Sample],
+    progress: Progress[Findings],
+    device: torch.device,
+    description: str,
+) -> None:
     """Add the remaining images of this process to progress.record. FloatingPointError for overflowing activations."""
     seen, start = 0, time.perf_counter()
     for sample in (watched := Watched(loader, description, agree=True, between=progress.reach)):

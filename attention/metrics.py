@@ -65,6 +65,7 @@ class Reduced(NamedTuple):
     distance: Tensor | None  # (B,H,M) sum_j a'_ij |r_i - r_j|, in pixels
     received: Tensor | None  # (B,H,M) sum_i a'_ij, what patch j gets from all patches
     patch_update: Tensor | None  # (B,M,D) update_i
+    patch_values: Tensor | None  # (B,H,M,d) v_i
 
 
 def reduce_attention(
@@ -111,6 +112,7 @@ def reduce_attention(
         distance=sums.distance * sizes.patch_size if sums.distance is not None else None,
         received=sums.received,
         patch_update=trace.update[:, num_prefix:] if "patch_update" in wanted else None,
+        patch_values=trace.v[:, :, num_prefix:] if "patch_values" in wanted else None,
     )
 
 
@@ -152,6 +154,12 @@ def norm_ratio(vectors: Tensor) -> Tensor:
     """(B,M,D) -> (B,1): the largest 2-norm divided by the median one."""
     norms = torch.linalg.vector_norm(vectors.double(), dim=-1)
     return (norms.amax(1) / norms.quantile(0.5, dim=1))[:, None]
+
+
+def weighted_value_norm(received: Tensor, values: Tensor) -> Tensor:
+    """(B,H,M), (B,H,M,d) -> (B,H): mean norm of values, weighted by the attention they receive, over the plain mean."""
+    norms = torch.linalg.vector_norm(values.double(), dim=-1)
+    return (received * norms).sum(2) / received.sum(2) / norms.mean(2)
 
 
 def farthest(sizes: Sizes) -> float:
@@ -213,8 +221,8 @@ class Metric(NamedTuple):
 
 LEGEND = (
     "i, j, k run over the patches, r over the registers, 0 is [cls]; A_ij is the attention of query i to key j, "
-    "softmax over all N tokens; a'_ij = A_ij / Σ_k A_ik; H(a) = -Σ_j a_j ln a_j; p_i is the position of patch i; "
-    "x_i enters the block, update_i is what attention adds to it (before LayerScale), z_i leaves the block"
+    "softmax over all N tokens; a'_ij = A_ij / Σ_k A_ik; H(a) = -Σ_j a_j ln a_j; p_i is the position of patch i, v_i "
+    "its value; x_i enters the block, update_i is what attention adds to it (before LayerScale), z_i leaves the block"
 )
 SINKS = 4  # patches that count as attention sinks
 LOGGED = "logged by the paper's code"
@@ -297,6 +305,11 @@ METRICS = {
         lambda r: largest_share(r.cls_attention), needs=("cls", "cls_attention"), upper="1", uniform="4/M",
         title="[cls] attention to sinks",
     ),
+    "patch_sink_value_ratio": Metric(
+        "ratio", "Σ_j r_j |v_j| / mean_j |v_j|, r_j = mean_i a'_ij", "Gu et al. 2025 (sinks)",
+        lambda r: weighted_value_norm(r.received, r.patch_values), needs=("received", "patch_values"), uniform="1",
+        title="value norm where attention goes",
+    ),
     "patch_update_rank": Metric(
         "rank", "exp H(s / Σ s), s: singular values of the matrix of update_i", "Roy and Vetterli 2007",
         lambda r: entropy(torch.linalg.svdvals(r.patch_update.double())).exp()[:, None], needs=("patch_update",),
@@ -328,7 +341,9 @@ for _name, _metric in METRICS.items():
 # Figs. 3 to 6 and 10 to 13, in this order
 PAPER_METRICS = ("cls_self_attention", "cls_patch_entropy", "patch_self_attention_relative", "patch_patch_entropy")
 PARK_METRICS = tuple(name for name, metric in METRICS.items() if metric.source == PARK)
-SINK_METRICS = ("patch_norm_ratio", "patch_sink_attention", "cls_sink_attention", "patch_update_rank")
+SINK_METRICS = (
+    *("patch_norm_ratio", "patch_sink_attention", "cls_sink_attention", "patch_sink_value_ratio", "patch_update_rank"),
+)
 GROUPS = {
     "paper": PAPER_METRICS,
     "flow": tuple(name for name in METRICS if name not in (*PARK_METRICS, *SINK_METRICS)),  # nearly free

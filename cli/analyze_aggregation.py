@@ -64,11 +64,9 @@ def check(args: argparse.Namespace) -> None:
     if args.probe_heads is not None and args.probes is None:
         raise ValueError("--probe_heads selects probes of a run: name it with --probes")
     if args.boxes is None:
-        needing = {
-            "--boxes_only": args.boxes_only, "--box_format": args.box_format,
-            "--draw_threshold": args.draw_threshold is not None,
-            "--loc_map_heads best": args.loc_map_heads == "best",
-        }  # fmt: skip
+        needing = {"--boxes_only": args.boxes_only, "--box_format": args.box_format}
+        needing |= {"--draw_threshold": args.draw_threshold is not None}
+        needing |= {"--loc_map_heads best": args.loc_map_heads == "best"}
         if given := [flag for flag, value in needing.items() if value]:
             raise ValueError(f"{given[0]} needs true boxes: name them with --boxes")
     elif not args.boxes.exists():

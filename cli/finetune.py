@@ -18,63 +18,48 @@ examples:
 
 import argparse
 
-from cli.arguments import (
-    add_data_arguments,
-    add_old_arguments,
-    add_run_arguments,
-    add_schedule_arguments,
-    check_training,
-)
-from cli.console import (
-    Parser,
-    non_negative,
-    non_negative_int,
-    positive,
-    positive_int,
-    positive_share,
-    share,
-    share_below_one,
-)
+from cli import arguments, console
 from cli.encoder_arguments import add_encoder_arguments
 from data_sets.table import DATASETS
 from encoders.libraries import library_of
 
 
-def get_args_parser() -> Parser:
-    parser = Parser(__doc__)
+def get_args_parser() -> console.Parser:
+    parser = console.Parser(__doc__)
     add_encoder_arguments(parser)
-    add_data_arguments(parser, loaders=False, splits=True)  # timm augments PIL images
-    head = parser.add_argument_group("classifier")
-    head.add_argument("--global_pool", action="store_true", help="classify the mean patch instead of [cls]")
+    arguments.add_data_arguments(parser, loaders=False, splits=True)  # timm augments PIL images
+    add = parser.add_argument_group("classifier").add_argument
+    add("--global_pool", action="store_true", help="classify the mean patch instead of [cls]")
     optim = parser.add_argument_group("optimisation")
-    add_schedule_arguments(optim, batch_size=64, epochs=100, warmup_epochs=5, blr=5e-4, min_lr=1e-6)
-    optim.add_argument("--layer_decay", default=0.65, type=positive, help="rate of a block relative to the next one")
-    optim.add_argument("--weight_decay", default=0.05, type=non_negative, help="of matrices; not of biases and norms")
-    optim.add_argument("--clip_grad", default=None, type=positive, metavar="NORM", help="largest norm of the gradient")
-    optim.add_argument("--compile", action="store_true", help="compile the encoder's blocks; for long runs on a GPU")
-    reg = parser.add_argument_group("regularisation")
-    reg.add_argument("--drop_path", default=0.1, type=share_below_one, help="stochastic depth of the last block")
-    reg.add_argument("--crop_scale", default=0.08, type=positive_share, help="smallest share of the image in a crop")
-    reg.add_argument("--aa", default="rand-m9-mstd0.5-inc1", help='RandAugment policy of timm; "" for none')
-    reg.add_argument("--color_jitter", default=None, type=non_negative, help="strength; used if --aa is empty")
-    reg.add_argument("--reprob", default=0.25, type=share, help="probability of random erasing")
-    reg.add_argument("--smoothing", default=0.1, type=share_below_one, help="label smoothing")
-    reg.add_argument("--mixup", default=0.8, type=non_negative, help="alpha of mixup; 0: none")
-    reg.add_argument("--cutmix", default=1.0, type=non_negative, help="alpha of cutmix; 0: none")
-    test = parser.add_argument_group("evaluation")
-    test.add_argument("--eval", action="store_true", help="evaluate --resume, a checkpoint or published file, and stop")
-    add_run_arguments(parser)
-    old = add_old_arguments(parser)
-    old.add_argument("--cls_token", action="store_true", help="MAE's; no effect: [cls] is the default here")
-    old.add_argument("--start_epoch", default=0, type=non_negative_int, help="first epoch of a run that is not resumed")
-    old.add_argument("--remode", default="pixel", choices=["pixel", "rand", "const"], help="content of erased parts")
-    old.add_argument("--recount", default=1, type=positive_int, help="largest number of erased parts per image")
-    old.add_argument("--resplit", action="store_true", help="MAE's; no effect, there or here")
-    old.add_argument("--mixup_prob", default=1.0, type=share, help="share of the batches that are mixed")
-    old.add_argument("--mixup_switch_prob", default=0.5, type=share, help="share of cutmix if mixup is on as well")
-    old.add_argument("--mixup_mode", default="batch", choices=["batch", "pair", "elem"], help="what shares a mixture")
-    sides = {"default": None, "nargs": 2, "type": share, "metavar": ("MIN", "MAX")}
-    old.add_argument("--cutmix_minmax", **sides, help="range of the sides of cutmix's part, instead of --cutmix")
+    arguments.add_schedule_arguments(optim, batch_size=64, epochs=100, warmup_epochs=5, blr=5e-4, min_lr=1e-6)
+    add = optim.add_argument
+    add("--layer_decay", default=0.65, type=console.positive, help="rate of a block relative to the next one")
+    add("--weight_decay", default=0.05, type=console.non_negative, help="of matrices; not of biases and norms")
+    add("--clip_grad", default=None, type=console.positive, metavar="NORM", help="largest norm of the gradient")
+    add("--compile", action="store_true", help="compile the encoder's blocks; for long runs on a GPU")
+    add = parser.add_argument_group("regularisation").add_argument
+    add("--drop_path", default=0.1, type=console.share_below_one, help="stochastic depth of the last block")
+    add("--crop_scale", default=0.08, type=console.positive_share, help="smallest share of the image in a crop")
+    add("--aa", default="rand-m9-mstd0.5-inc1", help='RandAugment policy of timm; "" for none')
+    add("--color_jitter", default=None, type=console.non_negative, help="strength; used if --aa is empty")
+    add("--reprob", default=0.25, type=console.share, help="probability of random erasing")
+    add("--smoothing", default=0.1, type=console.share_below_one, help="label smoothing")
+    add("--mixup", default=0.8, type=console.non_negative, help="alpha of mixup; 0: none")
+    add("--cutmix", default=1.0, type=console.non_negative, help="alpha of cutmix; 0: none")
+    add = parser.add_argument_group("evaluation").add_argument
+    add("--eval", action="store_true", help="evaluate --resume, a checkpoint or published file, and stop")
+    arguments.add_run_arguments(parser)
+    add = arguments.add_old_arguments(parser).add_argument
+    add("--cls_token", action="store_true", help="MAE's; no effect: [cls] is the default here")
+    add("--start_epoch", default=0, type=console.non_negative_int, help="first epoch of a run that is not resumed")
+    add("--remode", default="pixel", choices=["pixel", "rand", "const"], help="content of erased parts")
+    add("--recount", default=1, type=console.positive_int, help="largest number of erased parts per image")
+    add("--resplit", action="store_true", help="MAE's; no effect, there or here")
+    add("--mixup_prob", default=1.0, type=console.share, help="share of the batches that are mixed")
+    add("--mixup_switch_prob", default=0.5, type=console.share, help="share of cutmix if mixup is on as well")
+    add("--mixup_mode", default="batch", choices=["batch", "pair", "elem"], help="what shares a mixture")
+    sides = {"default": None, "nargs": 2, "type": console.share, "metavar": ("MIN", "MAX")}
+    add("--cutmix_minmax", **sides, help="range of the sides of cutmix's part, instead of --cutmix")
     return parser
 
 
@@ -85,7 +70,7 @@ def mixes(args: argparse.Namespace) -> bool:
 
 def check(args: argparse.Namespace) -> None:
     """Refuse arguments that contradict each other; ValueError."""
-    check_training(args)
+    arguments.check_training(args)
     if library_of(args.finetune):
         raise ValueError(f"--finetune {args.finetune} is run by its library, frozen: name a file or a catalogue name")
     if args.dataset in DATASETS and DATASETS[args.dataset].multi_label:

@@ -16,7 +16,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from PIL import Image
@@ -119,20 +119,18 @@ def pixels_of(image: Image.Image | Tensor) -> Tensor:
 # ---- data sets
 
 
-class Content:
+class Content(Protocol):
     """Stored images: encoded files, or pixels (h,w,3) uint8. names: for messages, one for each image."""
 
     names: Sequence[str]
 
-    def read(self, index: int) -> bytes | np.ndarray:
-        raise NotImplementedError
+    def read(self, index: int) -> bytes | np.ndarray: ...
 
     def stats(self) -> np.ndarray:
         """(n,2) int64: bytes of each image, and when its file was modified (ns; 0: never)."""
-        raise NotImplementedError
 
 
-class Files(Content):
+class Files:
     """A file for each image."""
 
     def __init__(self, paths: Iterable[str | Path]):
@@ -147,7 +145,7 @@ class Files(Content):
         return np.array([(status.st_size, status.st_mtime_ns) for status in stats], np.int64).reshape(-1, 2)
 
 
-class Pixels(Content):
+class Pixels:
     """An array (n,h,w,3) uint8, perhaps mapped from a file."""
 
     def __init__(self, pixels: np.ndarray):

@@ -120,7 +120,9 @@ def _use_all_cores(worker_id: int) -> None:
 def _collate_windows(samples: Sequence[Sample]) -> Sample:
     """A batch of images of different sizes."""
     batch = default_collate([sample._replace(image=sample.index) for sample in samples])
-    return batch._replace(image=Windows([sample.image for sample in samples]))
+    images = [sample.image for sample in samples]
+    sizes = torch.tensor([image.shape[1:] for image in images])
+    return batch._replace(image=Windows(torch.cat([image.flatten() for image in images]), sizes))
 
 
 class Loader(DataLoader):
@@ -137,7 +139,11 @@ class Loader(DataLoader):
 
     def ready(self, batch: Sample) -> Sample:
         """The batch with its images on the loader's device, normalised."""
-        images = batch.image.to(self.device, non_blocking=True)
+        images = batch.image
+        if isinstance(images, Windows):
+            images = images._replace(pixels=images.pixels.to(self.device, non_blocking=True))
+        else:
+            images = images.to(self.device, non_blocking=True)
         return batch._replace(image=self.dataset.transform.normalise(images) if self.dataset.as_pixels else images)
 
     def __iter__(self) -> Iterator[Sample | None]:
@@ -153,8 +159,9 @@ class Loader(DataLoader):
         damaged: set[int] = set()
         for batch in batches:
             damaged.update(batch.index[~batch.valid].tolist())
-            kept = batch if self.dataset.train else batch.readable()
-            yield self.ready(kept) if len(kept.index) else None
+            batch = self.ready(batch)
+            batch = batch if self.dataset.train else batch.readable()
+            yield batch if len(batch.index) else None
         everywhere = sorted(set().union(*distributed.gather_objects(damaged)))
         if distributed.rank() == 0 and not set(everywhere) <= set(self.damaged):
             outcome = "replaced by the next" if self.dataset.train else "left out"

@@ -20,16 +20,17 @@ torch = lazy("torch")
 class GlobalBatches:
     """The training order: batches of (epoch, index) keys for one rank.
 
-    An epoch is one permutation, a function of (seed, epoch). It is cut into effective batches of
-    batch_size x accum_iter x world images; micro-step a of rank r takes chunk a x world + r. So however an effective
-    batch is split into ranks and micro-steps, the chunks are the same. An incomplete last batch is dropped.
+    An epoch is one permutation of `indices` (default: all), a function of (seed, epoch). It is cut into effective
+    batches of batch_size x accum_iter x world images; micro-step a of rank r takes chunk a x world + r. So however an
+    effective batch is split into ranks and micro-steps, the chunks are the same. An incomplete last batch is dropped.
 
-    indices: the samples to use (default: all). group: number of images that are normalised together, which must be on
-    one rank in consecutive micro-steps. ValueError if an effective batch does not consist of such groups.
-
-    seeds: independent orders, which take turns group by group; keys are then (epoch, index, seed), and `accum_iter` and
-    `joined` count the micro-steps of all seeds.
+    group: number of images that are normalised together, on one rank in consecutive micro-steps. seeds: independent
+    orders, which take turns group by group; keys are then (epoch, index, seed), and `accum_iter` and `joined` count the
+    micro-steps of all seeds. ValueError if an effective batch does not consist of groups, or exceeds the images.
     """
+
+    epoch = 0
+    first_step = 0  # optimizer steps of the epoch that a resumed run has behind it
 
     def __init__(
         self,
@@ -47,8 +48,6 @@ class GlobalBatches:
         self.seeds, self.keyed, self.shuffle = tuple(seeds) or (seed,), bool(seeds), shuffle
         self.rank, self.world = distributed.rank(), distributed.world_size()
         self.effective = batch_size * accum_iter * self.world  # images per optimizer step, of each seed
-        self.epoch = 0
-        self.first_step = 0  # optimizer steps of the epoch that a resumed run has behind it
         self.accum_iter = accum_iter * len(self.seeds)
         self.joined = micro_steps_of_a_group(group or batch_size, batch_size, accum_iter) * len(self.seeds)
         if self.steps == 0:

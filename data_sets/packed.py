@@ -12,13 +12,13 @@ import functools
 import hashlib
 import io
 import multiprocessing
-import tempfile
 from pathlib import Path
 
 import numpy as np
 
+from data_sets.demo import new_folder
 from data_sets.images import Images, UnreadableImage, decode, fingerprint
-from data_sets.readers import targets_of
+from data_sets.readers import images_by_class
 from data_sets.shards import Index, Slices
 from util.progress import progress
 
@@ -53,10 +53,7 @@ def write_packed(target: Path, name: str, splits: dict[str, Images], kind: str, 
     """Pack the splits of a data set of a name in DATASETS in a new folder, completely or not at all."""
     if target.exists():
         raise ValueError(f"{target} exists: name a new folder")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as temporary:
-        new = Path(temporary) / target.name
-        new.mkdir()
+    with new_folder(target) as new:
         for split, images in splits.items():
             rows, shard, end, several = [], 0, 0, isinstance(images.targets, np.ndarray)
             pack = functools.partial(_pack, images, kind, side)
@@ -73,8 +70,7 @@ def write_packed(target: Path, name: str, splits: dict[str, Images], kind: str, 
                     end += len(content)
             facts = {"dataset": name, "kind": kind, "side": side, "classes": images.classes}
             facts |= {"multi_label": several, "source": fingerprint(images)}
-            Index.of_rows(rows).save(new / f"{split}.json", facts)
-        new.rename(target)
+            Index.save(rows, new / f"{split}.json", facts)
 
 
 def read_packed(root: Path, name: str, split: str) -> Images:
@@ -87,8 +83,8 @@ def read_packed(root: Path, name: str, split: str) -> Images:
     for shard, file in enumerate(files):
         if not file.is_file() or file.stat().st_size != ends[shard]:
             raise ValueError(f"{file} is missing or cut off: pack again")
-    targets = targets_of(index.labels, range(len(facts["classes"])), facts["multi_label"])
-    return Images(Slices(files, index), targets, facts["classes"])
+    images = images_by_class(Slices(files, index), index.labels, range(len(facts["classes"])), facts["multi_label"])
+    return Images(images.content, images.targets, facts["classes"])
 
 
 def verify(images: Images) -> None:

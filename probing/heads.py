@@ -59,12 +59,13 @@ class Aggregation(NamedTuple):
     def build(self, tokens: Tokens, **options: Value) -> Pooling:
         """The pooling for tokens of this shape."""
         from abmilp import AbMILP
-        from probing import attentive, fixed
+        from probing import attentive, fixed, unlabelled
         from probing.pooling import PooledTokens
 
         options = {**self.settings, **options}
-        if hasattr(fixed, self.pool):
-            return getattr(fixed, self.pool)(tokens, **options)
+        for module in (fixed, unlabelled):
+            if hasattr(module, self.pool):
+                return getattr(module, self.pool)(tokens, **options)
         pool, content = getattr(attentive, self.pool, AbMILP), options.pop("content", "patch")
         return PooledTokens(pool.of(tokens, content, **options), content)
 

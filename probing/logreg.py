@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from scipy import optimize
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -91,15 +92,20 @@ class Images:
         return torch.cat([pool(chunk) for chunk in chunks])
 
 
+def mean_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy with labels (n,), binary cross-entropy with labels (n,K)."""
+    if labels.ndim > 1:
+        return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
+    return F.cross_entropy(logits, labels)
+
+
 def standardise(vectors: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """Vectors (n,D') of mean 0 and variance 1; their mean and variance (D',) before."""
     variance, mean = torch.var_mean(vectors, dim=0, correction=0)
     return (vectors - mean) / (variance + eps).sqrt(), mean, variance
 
 
-def fit(
-    probe: Probe, vectors: Callable[[], Tensor], labels: Tensor, loss: Callable, strength: float
-) -> dict[str, float]:  # fmt: skip
+def fit(probe: Probe, vectors: Callable[[], Tensor], labels: Tensor, strength: float) -> dict[str, float]:
     """Move a probe in float64 from its weights to a minimum.
 
     Steps end when |gradient|^2 / (2 strength), as a share of the objective, is below TOLERANCE. Without parameters in
@@ -117,7 +123,7 @@ def fit(
         normalised, mean, variance = fixed or standardise(vectors(), probe.norm.eps)
         probe.norm.running_mean.copy_(mean.detach())
         probe.norm.running_var.copy_(variance.detach())
-        value = loss(probe.classifier(normalised), labels)
+        value = mean_loss(probe.classifier(normalised), labels)
         changes = (p - before for p, before in zip(probe.aggregation.parameters(), initial, strict=True))
         squares = sum((change.square().sum() for change in changes), probe.classifier.weight.square().sum())
         objective = value + strength / 2 * squares
@@ -143,8 +149,8 @@ class Fitting(Training):
     """A run of one epoch, each step of which fits a probe: to all training images, then to each draw of few.
 
     With several strengths, held-out images choose: from the strongest on, until two in a row have a higher loss. The
-    probe is then fitted to the training and the held-out images; those of a draw to the draw alone. All processes
-    compute the same fits.
+    probe is then fitted to the training and the held-out images; of a draw, to the draw alone. All processes compute
+    the same fits.
     """
 
     def __init__(self, cache: FeatureCache, strengths: Sequence[float], shots: Shots, headline: str, *training: Any):
@@ -180,48 +186,53 @@ class Fitting(Training):
 
     def _fit(self, index: int, shots: int, episode: int) -> None:
         name, draw = self.bank.specs[index].name, (shots, episode)
-        strength, path = self._choose(index, draw)
-        probe, end = self._probe(index, strength, self.images("train", *draw) if shots else self.images("all"))
-        facts = {"l2": strength, "path": path, "converged": end}
+        strength, path, probe, end = self._choose(index, draw)
         if shots:
             facts = {"l2": strength, "score": self._evaluate(probe, index, self.images("test"))["score"]}
-        state = {key: value.cpu() for key, value in probe.state_dict().items()}
-        state, facts = from_main((state, facts))  # the bits of one process for all
-        if shots:
-            self.facts[name].setdefault("few_shots", {}).setdefault(str(shots), []).append(facts)
+            self.facts[name].setdefault("few_shots", {}).setdefault(str(shots), []).append(from_main(facts))
             return
-        self.facts[name] = facts
-        self.loss_sum[index] = facts["converged"]["loss"]
+        if path:
+            probe, end = self._probe(index, strength, self.images("all"))
+        state = {key: value.cpu() for key, value in probe.state_dict().items()}
+        state, self.facts[name] = from_main((state, {"l2": strength, "path": path, "converged": end}))
+        self.loss_sum[index] = self.facts[name]["converged"]["loss"]
         self.bank.load_probe_states({**self.bank.probe_states(), name: state})
         log.info("%s: strength %g, training loss %.4f, gap %.0e after %d steps", name, strength, *end.values())
 
-    def _choose(self, index: int, draw: tuple[int, int]) -> tuple[float, dict[str, dict[str, float]]]:
-        """The strength with the lowest loss on the held-out images, and {strength: loss and score on them}."""
+    def _choose(self, index: int, draw: tuple[int, int]) -> tuple[float, dict, Probe, dict]:
+        """The strength with the lowest loss on the held-out images, {strength: loss and score on them}, the probe with
+        that strength fitted to the training images or a draw of them, and the record of that fit. A single strength is
+        not evaluated."""
         path: dict[str, dict[str, float]] = {}
-        losses: list[float] = []
-        for strength in self.strengths if len(self.strengths) > 1 else ():
-            probe, _ = self._probe(index, strength, self.images("train", *draw))
-            path[f"{strength:g}"] = self._evaluate(probe, index, self.images("val"))
-            losses.append(path[f"{strength:g}"]["loss"])
-            if len(losses) - 1 - int(np.argmin(losses)) == 2:
+        best, lowest, tried_since = None, np.inf, 0
+        for strength in self.strengths:
+            candidate = strength, *self._probe(index, strength, self.images("train", *draw))
+            if len(self.strengths) == 1:
+                return strength, path, *candidate[1:]
+            path[f"{strength:g}"] = scores = self._evaluate(candidate[1], index, self.images("val"))
+            if best is None or scores["loss"] < lowest:
+                best, lowest, tried_since = candidate, scores["loss"], 0
+            else:
+                tried_since += 1
+            if tried_since == 2:
                 break
-        return self.strengths[int(np.argmin(losses)) if losses else 0], path
+        return best[0], path, *best[1:]
 
     def _probe(self, index: int, strength: float, images: Images) -> tuple[Probe, dict[str, float]]:
         """A copy of a probe of the bank, fitted to images from its initial head and a classifier of zeros."""
         probe = copy.deepcopy(self.initial[index]).double().eval()
         torch.nn.init.zeros_(probe.classifier.weight)
         torch.nn.init.zeros_(probe.classifier.bias)
-        vectors = functools.partial(images.vectors, probe, self.bank.specs[index].blocks, self.bank.row(index))
-        return probe, fit(probe, vectors, images.labels, self.method.loss, strength)
+        vectors = functools.partial(images.vectors, probe, self.bank.specs[index].blocks, self.bank.vector_of[index])
+        return probe, fit(probe, vectors, images.labels, strength)
 
     @torch.no_grad()
     def _evaluate(self, probe: Probe, index: int, images: Images) -> dict[str, float]:
         """Loss and score in percent of a probe."""
-        vectors = images.vectors(probe, self.bank.specs[index].blocks, self.bank.row(index))
+        vectors = images.vectors(probe, self.bank.specs[index].blocks, self.bank.vector_of[index])
         logits, labels = probe.classifier(probe.norm(vectors)), images.labels
         outputs = logits if labels.ndim > 1 else logits.topk(1).indices
-        return {"loss": self.method.loss(logits, labels).item(), "score": score(outputs, labels, self.headline)}
+        return {"loss": mean_loss(logits, labels).item(), "score": score(outputs, labels, self.headline)}
 
     def _write(self, index: int, state: dict[str, Any], step: int | None, keep: int = 2) -> None:
         super()._write(index, {**state, "fits": self.facts}, step, keep)

@@ -25,7 +25,8 @@ def make_trace(q, k, logit_bias=None) -> BlockTrace:
     generator = torch.Generator().manual_seed(1)
     dtype = torch.promote_types(q.dtype, torch.float32)
     x, update = (torch.randn(batch, tokens, heads * width, generator=generator).to(dtype) for _ in range(2))
-    return BlockTrace(0, x, q, k, width**-0.5, logit_bias, update, x)
+    v = torch.randn(q.shape, generator=generator).to(dtype)
+    return BlockTrace(0, x, q, k, width**-0.5, logit_bias, update, x, v)
 
 
 def random_qk(num_prefix: int, std: float = 0.4, seed: int = 0):
@@ -195,6 +196,10 @@ DEFINITIONS = {  # a (B,H,N,N), p prefix tokens, trace -> (B,H)
     "patch_sink_attention": lambda a, p, trace: among_patches(a, p).mean(2).sort(-1).values[..., -4:].sum(-1),
     "cls_sink_attention": lambda a, p, trace: (
         (a[:, :, 0, p:] / a[:, :, 0, p:].sum(-1, keepdim=True)).sort(-1).values[..., -4:].sum(-1)
+    ),
+    "patch_sink_value_ratio": lambda a, p, trace: (
+        (among_patches(a, p).mean(2) * trace.v[:, :, p:].double().norm(dim=-1)).sum(-1)
+        / trace.v[:, :, p:].double().norm(dim=-1).mean(-1)
     ),
     "patch_update_rank": lambda a, p, trace: effective_rank(trace.update[:, p:]),
 }

@@ -184,6 +184,8 @@ def broken(tmp_path: Path, root: Path, name: str, old: str, new: str) -> Path:
         ("csv elsewhere", ",80,40,0,", ",160,80,0,", r"line 4: val/.*2.JPEG has two sizes, \(160, 80\) and \(80, 40\)"),
         ("csv elsewhere", ",80,40,", ",80,80,", r"drawn in an image of 80 x 80 pixels, but the file has 80 x 40"),
         ("wsol", ",10,5,59,30", ",10,5,59", r"localization.txt, line 1: .* columns instead of 5|not four"),
+        ("csv elsewhere", ",80,40,", ",80.5,40,", r"line 2: 80.5, 40 are not a width and height in pixels"),
+        ("csv", ",10,5,", ",inf,5,", r"line 2: inf, 5, 59, 30 are not four integers"),
         ("wsol", ",80,40", ",wide,40", r"image_sizes.txt, line 1: wide, 40 are not a width and height"),
         ("wsol", "val/ILSVRC2012_val_00000001.JPEG,80,40", "val/ILSVRC2012_val_00000002.JPEG,90,40",
          r"image_sizes.txt, line 2: val/ILSVRC2012_val_00000002.JPEG has two sizes, \(90, 40\) and \(80, 40\)"),
@@ -201,6 +203,13 @@ def test_mistakes_name_their_place(root, tmp_path, name, old, new, message):
         read(broken(tmp_path, root, name, old, new), root).original(0)
 
 
+def test_whole_numbers_may_be_written_as_floats(root, tmp_path):
+    path = broken(tmp_path, root, "csv elsewhere", ",80,40,", ",80.0,40.0,")
+    path.write_text(path.read_text().replace(",10,5,59,30", ",10.0,5.0,59.0,30.0"))
+    boxes = read(path, root)
+    assert boxes.original(by_name(boxes)[NAMES[0]])[0].tolist() == [list(BOXES[NAMES[0]][0])]
+
+
 def test_boxes_drawn_in_a_larger_copy_of_the_image_are_scaled(root, tmp_path):
     boxes = read(broken(tmp_path, root, "csv elsewhere", ",80,40,", ",161,80,"), root)
     for image, index in by_name(boxes).items():
@@ -212,7 +221,7 @@ def test_paths_of_one_image_may_be_written_in_several_ways(root, tmp_path, prefi
     """Else its second box would belong to no image, and no error would say so."""
     path, line = write_csv(tmp_path, root), "n00000001/ILSVRC2012_val_00000002.JPEG,3"
     path.write_text(path.read_text().replace(f"val/{line}", prefix + line))
-    assert sorted(len(one.boxes) for one in read(path, root).annotations) == [1, 1, 2]
+    assert sorted(len(annotation.boxes) for annotation in read(path, root).annotations) == [1, 1, 2]
 
 
 def test_hidden_files_of_other_systems_are_skipped_and_counted(root, tmp_path, capsys):
