@@ -3,9 +3,9 @@
 import argparse
 
 from cli.analyze_attention import check, encoder_labels, folder_name, get_args_parser
-from cli.arguments import check_files, data_options, identity, loading, plain, shared_arguments
+from cli.arguments import check_files, data_options, identity, loading, plain, processes
 from cli.console import checked, parse, run_main
-from cli.encoder_arguments import frozen_encoder, one_encoder_each, precision
+from cli.encoder_arguments import choose_precision, frozen_encoder, one_encoder_each, precision
 
 if __name__ == "__main__":  # before the slow imports: --help and mistakes answer at once
     ARGS = checked(parse(get_args_parser()), check, check_files)
@@ -23,7 +23,7 @@ from data_sets.examples import random_examples
 from data_sets.images import fingerprint
 from data_sets.loader import KeyedDataset, build_loader
 from data_sets.order import EvaluationBatches
-from data_sets.table import unlabelled_images
+from data_sets.table import build_dataset
 from data_sets.views import eval_transform
 from encoders.architectures import check_blocks
 from runtime.analysis import Progress, subset
@@ -39,13 +39,14 @@ def main(args: argparse.Namespace) -> None:
     check(args)
     check_files(args)
     names, labels = metric_names(args.metrics), encoder_labels(args)
-    with process_group(args.device, args.dist_url, shared_arguments(args)) as world:
+    with process_group(**processes(args)) as world:
+        choose_precision(args, world.device)
         # ---- images and frozen encoders; every mistake in the arguments shows here
         choose_reduction(args.reduction, world.device)
         folder = RunFolder(args.output_dir)
         if not args.resume:
             folder.refuse_results("*/attention.json")
-        images = unlabelled_images(args.dataset, args.data_path, **data_options(args))
+        images = build_dataset(args.dataset, args.data_path, "val", **data_options(args), labels=False)
         chosen = subset(len(images), args.num_images, args.seed)
         examples = random_examples(images, chosen, args.num_examples, args.seed)
         encoders = [frozen_encoder(encoder_args) for encoder_args in one_encoder_each(args)]

@@ -2,7 +2,17 @@
 
 from cli.arguments import check_files
 from cli.console import checked, parse, run_main
-from cli.linprobe import OPTIMIZERS, check, data_seeds, feature_arguments, get_args_parser, headline, heads, seeds_vary
+from cli.linprobe import (
+    OPTIMIZERS,
+    check,
+    data_seeds,
+    feature_arguments,
+    get_args_parser,
+    head_precision,
+    headline,
+    heads,
+    seeds_vary,
+)
 from cli.presets import FEW_STEPS, small_command
 
 if __name__ == "__main__":  # before the slow imports: --help and mistakes answer at once
@@ -19,8 +29,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from cli.arguments import identity, loading, plain, shared_arguments, split_options
-from cli.encoder_arguments import build_oracle, frozen_encoder, precision
+from cli.arguments import identity, loading, plain, processes, split_options
+from cli.encoder_arguments import build_oracle, choose_precision, frozen_encoder, precision
 from data_sets.images import fingerprint
 from data_sets.loader import KeyedDataset, build_loader
 from data_sets.order import EvaluationBatches, GlobalBatches, hold_out
@@ -55,7 +65,8 @@ def main(args: argparse.Namespace) -> None:
     check(args)
     check_files(args)
     multi_label, metric, seeds = DATASETS[args.dataset].multi_label, headline(args), data_seeds(args)
-    with process_group(args.device, args.dist_url, shared_arguments(args)) as world:
+    with process_group(**processes(args)) as world:
+        choose_precision(args, world.device)
         folder = RunFolder(args.output_dir + args.suffix if args.output_dir else "", args.log_dir, args.track)
         if not args.eval:
             folder.refuse_overwriting(args.resume)
@@ -73,11 +84,13 @@ def main(args: argparse.Namespace) -> None:
         backbone = encoder.backbone.to(world.device)
         if args.final_norm and isinstance(backbone.norm, torch.nn.Identity):
             raise ValueError(f"--final_norm: encoders of family {encoder.record['family']} have no last norm; omit it")
-        specs = probe_specs(args, backbone)
-        bank = ProbeBank(specs, backbone, backbone.grid_of(size, size), num_classes, args.init, bool(seeds)).to(
-            world.device
-        )
-        amp = precision(args.amp)
+        if args.compile:
+            backbone.compile_blocks()
+        specs, amp = probe_specs(args, backbone), precision(args.amp)
+        bank = ProbeBank(
+            specs, backbone, backbone.grid_of(size, size), num_classes, args.init, bool(seeds),
+            head_precision(args, world.device),
+        ).to(world.device)  # fmt: skip
         oracle = build_oracle(args, encoder, size, amp).to(world.device) if bank.needs.oracle else None
         frozen = FrozenTokens(backbone, bank.blocks, amp, args.final_norm, bank.needs, oracle)
         facts = {
@@ -127,7 +140,8 @@ def main(args: argparse.Namespace) -> None:
             "args": plain(args), "encoder": encoder.record, "effective_batch": batches.effective,
             "bn_group": args.bn_group or args.batch_size, "steps_per_epoch": batches.steps,
             "lr": dict(zip(probing.names, lrs, strict=True)), "n_train": len(kept), "n_val": len(held_out),
-            "n_test": len(test_images), "classes": num_classes, "headline": metric,
+            "n_test": len(test_images), "classes": num_classes, "class_names": list(map(str, train_images.classes)),
+            "headline": metric,
             "train_images": facts["training images"], "test_images": facts["test images"],
             "seeds_vary": seeds_vary(args), "oracle": oracle and oracle.record, **provenance(world.device),
         }  # fmt: skip

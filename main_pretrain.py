@@ -6,9 +6,9 @@ cli/pretrain.py has the arguments and examples.
 import argparse
 import functools
 
-from cli.arguments import check_files, data_options, identity, loading, plain, shared_arguments
+from cli.arguments import check_files, data_options, identity, loading, plain, processes
 from cli.console import checked, parse, run_main
-from cli.encoder_arguments import precision
+from cli.encoder_arguments import choose_precision, precision
 from cli.pretrain import check, get_args_parser
 from encoders.architectures import default_input_size
 
@@ -22,7 +22,7 @@ from data_sets.contrastive import Stacked, contrastive_views
 from data_sets.images import fingerprint
 from data_sets.loader import KeyedDataset, build_loader
 from data_sets.order import GlobalBatches
-from data_sets.table import unlabelled_images
+from data_sets.table import build_dataset
 from data_sets.views import train_transform
 from engine_pretrain import Comparison, Pretraining, examples, reconstruct, save_picture, tiled
 from models_mae import DECODERS, MaskedAutoencoder
@@ -42,12 +42,13 @@ from util.seeding import seeded
 def main(args: argparse.Namespace) -> None:
     check(args)
     check_files(args)
-    with process_group(args.device, args.dist_url, shared_arguments(args)) as world:
+    with process_group(**processes(args)) as world:
+        choose_precision(args, world.device)
         folder = RunFolder(args.output_dir, args.log_dir, args.track)
         folder.refuse_overwriting(args.resume)
 
         # ---- networks
-        images = unlabelled_images(args.dataset, args.data_path, "train", **data_options(args))
+        images = build_dataset(args.dataset, args.data_path, "train", **data_options(args), labels=False)
         batches = GlobalBatches(len(images), args.batch_size, args.accum_iter, args.seed)
         size, weight = args.input_size or default_input_size(args.model), args.contrastive_weight
         with seeded("weights", args.seed):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlparse
 
@@ -26,6 +27,7 @@ PRECISIONS = {  # names of --amp -> torch's
     "float32": "float32",
     "none": "float32",  # beyond_cls's other name for float32
 }
+BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # of Intel and AMD, of Arm
 EACH = ("model", "family", "checkpoint_key", "timm_name")  # flags with a value for each of several encoders
 
 
@@ -60,8 +62,12 @@ def add_encoder_arguments(parser: argparse.ArgumentParser, several: bool = False
     group.add_argument("--offline", action="store_true", help="download no weights: use files and the cache only")
     group.add_argument("--no_cls_token", action="store_true", help="the encoder has no [cls] token")
     group.add_argument("--input_size", default=None, type=int, help="pixels (default: the model's, 224)")
-    group.add_argument("--amp", default="bfloat16", choices=list(PRECISIONS),
-                       help="precision of the backbone; heads stay in float32")  # fmt: skip
+    group.add_argument(
+        "--amp",
+        default=None,
+        choices=list(PRECISIONS),
+        help="precision of the backbone (default: bfloat16; float32 on a CPU without instructions for bfloat16)",
+    )
 
 
 def precision(name: str) -> torch.dtype:
@@ -69,6 +75,23 @@ def precision(name: str) -> torch.dtype:
     import torch
 
     return getattr(torch, PRECISIONS[name])
+
+
+def choose_precision(args: argparse.Namespace, device: torch.device) -> None:
+    """Set --amp where it is not given. bfloat16 that a CPU emulates takes several times as long as float32."""
+    from util.progress import log
+
+    if args.amp is None:
+        slow = device.type == "cpu" and not cpu_flags() & BFLOAT16_FLAGS
+        args.amp = "float32" if slow else "bfloat16"
+        if slow:
+            log.info("--amp float32: this CPU has no instructions for bfloat16")
+
+
+def cpu_flags(path: Path = Path("/proc/cpuinfo")) -> set[str]:
+    """Instruction sets that Linux lists for the first CPU; none where there is no such list."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next((set(line.split()) for line in lines if line.startswith(("flags", "Features"))), set())
 
 
 # ---------------------------------------------------------------------------------------------------------------------

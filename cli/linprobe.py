@@ -24,9 +24,11 @@ examples:
     python main_linprobe.py --args_from runs/mae_b/args.json --resume auto
 """
 
+from __future__ import annotations
+
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cli.arguments import (
     RESUMABLE_FLAGS,
@@ -37,12 +39,18 @@ from cli.arguments import (
     check_training,
     plain,
 )
-from cli.console import Parser, any_int, non_negative, non_negative_int, positive, positive_int, share_below_one
-from cli.encoder_arguments import add_encoder_arguments, add_oracle_arguments
+from cli.console import Parser, any_int, non_negative, non_negative_int, parse, positive, positive_int, share_below_one
+from cli.encoder_arguments import add_encoder_arguments, add_oracle_arguments, precision
 from cli.presets import add_preset
 from data_sets.table import DATASETS
 from encoders.architectures import check_blocks, known_depth
 from probing.heads import AGGREGATIONS, canonical_head, check_aggregation, option_flags, parts_of
+
+if TYPE_CHECKING:
+    import torch
+
+if TYPE_CHECKING:
+    from probing.finished_run import ProbeRun
 
 OPTIMIZERS = {  # settings of util.lars.LARS; momentum as in the paper, and as in its code for SGD
     "lars": {"momentum": 0.9},
@@ -58,7 +66,7 @@ NOT_IN_FEATURES = (RESUMABLE_FLAGS - {"on_bad_image"}) | {
     "checkpoint_key", "dataset", "allow_subset", "nb_classes", "seed", "seeds", "seeds_vary", "oracle", "oracle_model",
     "oracle_family", "oracle_checkpoint_key", "init", "batch_size", "bn_group", "epochs", "warmup_epochs", "optimizer",
     "momentum", "weight_decay", "blr", "lr", "min_lr", "cache_views", "val_fraction", "cls_token", "global_pool",
-    "start_epoch", "preset", "l2", "shots", "episodes",
+    "start_epoch", "preset", "l2", "shots", "episodes", "head_amp",
 }  # fmt: skip
 
 
@@ -102,6 +110,10 @@ def get_args_parser() -> Parser:
     add("--episodes", default=20, type=positive_int, help="draws for each of --shots")
     add("--momentum", type=non_negative, help="momentum (default: 0.9 for LARS, 0 for SGD, as in the paper's code)")
     add("--weight_decay", default=0.0, type=non_negative, help="weight decay of matrices; with SGD also of vectors")
+    add("--compile", action="store_true", help="compile the encoder's blocks; for long runs on a GPU")
+    add("--head_amp", action="store_true",
+        help="compute heads that transform every token in the precision of --amp, on a GPU with TF32 products: faster, "
+        "and not comparable with the paper to the last digit")  # fmt: skip
     add("--crop", choices=["mae", "torchvision", "center"], default="mae",
         help="random crop of one draw (mae) or up to ten (torchvision); center: no augmentation")  # fmt: skip
     add("--no_hflip", action="store_true", help="no horizontal flips")
@@ -207,6 +219,20 @@ def heads(args: argparse.Namespace, depth: int | None) -> list[str]:
     return [canonical_head(head, flags, depth) for head in args.cls_features]
 
 
+def head_precision(args: argparse.Namespace, device: torch.device) -> torch.dtype:
+    """The dtype of heads that transform every token. ValueError for a --head_amp without use."""
+    import torch
+
+    if not args.head_amp:
+        return torch.float32
+    if args.amp == "float16":
+        raise ValueError("--head_amp: gradients of heads underflow in float16; use --amp bfloat16")
+    if device.type == "cpu" and precision(args.amp) == torch.float32:
+        raise ValueError(f"--head_amp has no effect with --amp {args.amp} on a CPU: use --amp bfloat16, or omit it")
+    torch.backends.cuda.matmul.allow_tf32 = True
+    return precision(args.amp)
+
+
 def headline(args: argparse.Namespace) -> str:
     """The score that ranks probes."""
     if DATASETS[args.dataset].multi_label:
@@ -229,3 +255,12 @@ def seeds_vary(args: argparse.Namespace) -> list[str]:
 def feature_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """Arguments that cached features depend on: all that are not known to be irrelevant."""
     return {name: value for name, value in plain(args).items() if name not in NOT_IN_FEATURES}
+
+
+def finished_run(folder: Path) -> ProbeRun:
+    """The run of main_linprobe.py in a folder; flags that it did not have yet take their defaults. ValueError."""
+    from probing.finished_run import read_run
+
+    run = read_run(folder)
+    defaults = vars(parse(get_args_parser(), ["--data_path", "."]))
+    return run._replace(args=argparse.Namespace(**{**defaults, **vars(run.args)}))

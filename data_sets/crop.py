@@ -75,18 +75,18 @@ class CentralCrop(Whole):
     def resize(self, img: AnyImage) -> AnyImage:
         _, *sides = F.get_dimensions(img)
         if max(sides) * self.side**2 <= min(sides) * self.PIXELS:
-            return v2.center_crop(
-                v2.resize(img, [self.side], self.interpolation, antialias=True), [self.size, self.size]
-            )
+            img = v2.resize(img, [self.side], self.interpolation, antialias=True)
+            return v2.center_crop(img, [self.size, self.size])
         picture = v2.to_pil_image(img.cpu()) if isinstance(img, Tensor) else img
-        window, box = [], []  # (first, last) of what is read and of what is kept, height before width
-        for side in sides:
-            resized = self.side if side == min(sides) else int(self.side * side / min(sides))
-            first, factor = round((resized - self.size) / 2), side / resized
-            kept, margin = (first * factor, (first + self.size) * factor), math.ceil(4 * max(factor, 1))
-            window.append((max(math.floor(kept[0]) - margin, 0), min(math.ceil(kept[1]) + margin, side)))
-            box.append([edge - window[-1][0] for edge in kept])
-        picture = picture.crop([edges[end] for end in (0, 1) for edges in reversed(window)])
-        box = [edges[end] for end in (0, 1) for edges in reversed(box)]  # left, upper, right, lower
-        picture = picture.resize((self.size, self.size), Image.Resampling[self.interpolation.name], box)
+        x = 1 - sides.index(max(sides))  # the axis of the longer side: 0 is horizontal
+        resized = int(self.side * max(sides) / min(sides))
+        factor = max(sides) / resized
+        kept = round((resized - self.size) / 2) * factor
+        margin = math.ceil(4 * max(factor, 1))  # more than the filter reaches
+        start = max(math.floor(kept) - margin, 0)
+        window, box, target = [0, 0, *picture.size], [0, 0, *picture.size], [self.side, self.side]
+        window[x], window[x + 2] = start, min(math.ceil(kept + self.size * factor) + margin, max(sides))
+        box[x], box[x + 2], target[x] = kept - start, kept - start + self.size * factor, self.size
+        picture = picture.crop(window).resize(target, Image.Resampling[self.interpolation.name], box)
+        picture = v2.center_crop(picture, [self.size, self.size])
         return v2.pil_to_tensor(picture).to(img.device) if isinstance(img, Tensor) else picture

@@ -20,7 +20,6 @@ class Example(NamedTuple):
 
 def random_examples(images: Dataset, chosen: Sequence[int], count: int, seed: int) -> list[Example]:
     """Some of the chosen images, a function of the seed; damaged ones are skipped."""
-    samples = getattr(images, "samples", None)
     generator = torch.Generator().manual_seed(stable_seed("examples", seed))
     examples = []
     for position in torch.randperm(len(chosen), generator=generator).tolist():
@@ -28,7 +27,7 @@ def random_examples(images: Dataset, chosen: Sequence[int], count: int, seed: in
             break
         index = chosen[position]
         try:
-            examples.append(Example(samples[index][0] if samples else f"number {index}", index, images[index][0]))
+            examples.append(Example(images.names[index], index, images[index][0]))
         except (DamagedImage, OSError, SyntaxError, ValueError):  # the pass over the images reports it
             continue
     return examples

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import os
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from pathlib import Path
 
 from PIL import Image
@@ -29,8 +28,7 @@ SYSTEM_NAMES = re.compile(
 
 
 def is_system_file(name: str) -> bool:
-    """Whether a file or folder of this name (without the folders above it) was left by an operating system or a
-    program: hidden, a backup, an unfinished download, or another of SYSTEM_NAMES."""
+    """Whether a file or folder of this name was left by an operating system or a program: see SYSTEM_NAMES."""
     return SYSTEM_NAMES.fullmatch(name) is not None
 
 
@@ -47,97 +45,72 @@ def is_image(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in image_suffixes()
 
 
-def in_class_order(names: Collection[str], source: Path | str = "") -> list[str]:
+def in_class_order(names: Collection[str], source: Path | str = "labels") -> list[str]:
     """Names of classes in the order of their labels: alphabetical, or by value if all are numbers. Logs if the two
     orders differ."""
     alphabetical = sorted(names)
     if not all(re.fullmatch("[0-9]+", name) for name in names):
         return alphabetical
     by_value = sorted(names, key=lambda name: (int(name), name))
-    if differing := [pair for pair in enumerate(by_value) if pair[1] != alphabetical[pair[0]]]:
-        label, name = differing[0]
+    if by_value != alphabetical:
+        label = next(label for label, name in enumerate(by_value) if name != alphabetical[label])
         message = "%s: class names are numbers and sorted by value, not alphabetically: label %d is %s, not %s"
-        log.info(message, source, label, name, alphabetical[label])
+        log.info(message, source, label, by_value[label], alphabetical[label])
     return by_value
 
 
-class Walk:
-    """Lists images in a folder and counts what it skips."""
+def read_class_folders(folder: Path, may_be_empty: bool = False, labels: bool = True) -> Images:
+    """The images of a folder of class folders, with any folders in these, sorted by folder, then by name. Logs what is
+    skipped.
 
-    def __init__(self, folder: Path):
-        self.folder, self.visited = folder, {}
-        self.system: list[str] = []
-        self.other: Counter[str] = Counter()  # files that are no images, by suffix
-        self.read = 0
-        with os.scandir(folder) as entries:
-            is_folder = {entry.name: entry.is_dir() for entry in entries}
-        kept = self._without_system(is_folder)
-        self.folders = [name for name in kept if is_folder[name]]
-        self.beside = [name for name in kept if not is_folder[name] and is_image(name)]
+    may_be_empty: accept and log classes without images. labels: False for programs that use none, which also take a
+    folder of images without class folders. ValueError if there is no class folder, or no image; for a folder that is
+    read twice, through a link; OSError for one that cannot be read.
+    """
+    system: list[str] = []
+    other: Counter[str] = Counter()  # files that are no images, by suffix
+    visited: dict[str, str] = {}
 
-    def _without_system(self, names: Iterable[str]) -> list[str]:
-        """The names in order, except those that systems left."""
-        kept = []
-        for name in sorted(names):
-            (self.system if is_system_file(name) else kept).append(name)
-        return kept
+    def kept(names: Collection[str]) -> list[str]:
+        system.extend(filter(is_system_file, names))
+        return sorted(name for name in names if not is_system_file(name))
 
-    def images(self, name: str = "") -> list[str]:
-        """Paths of the images in a subfolder (default: the folder) and the folders in it, sorted by folder, then by
-        name. ValueError for a folder that is read twice, through a link."""
-
-        def refuse(error: OSError) -> None:  # by default, os.walk skips folders that cannot be read
-            raise error
-
+    def images_below(top: Path) -> list[str]:
         folders = []
-        for path, subfolders, names in os.walk(self.folder / name, followlinks=True, onerror=refuse):
-            first = self.visited.setdefault(os.path.realpath(path), path)
+        for path, subfolders, names in os.walk(top, followlinks=True, onerror=_raise):
+            first = visited.setdefault(os.path.realpath(path), path)
             if first != path:
                 raise ValueError(f"{path} is a link to {first}, whose images would count twice: remove one of them")
-            subfolders[:] = self._without_system(subfolders)
-            names = self._without_system(names)
-            images = [name for name in names if is_image(name)]
-            self.other.update(os.path.splitext(name)[1].lower() or "(no suffix)" for name in set(names) - set(images))
-            self.read += len(images)
-            folders.append((path, images))
+            subfolders[:] = kept(subfolders)
+            names = kept(names)
+            other.update(os.path.splitext(name)[1].lower() or "(no suffix)" for name in names if not is_image(name))
+            folders.append((path, [name for name in names if is_image(name)]))
         return [os.path.join(path, name) for path, names in sorted(folders) for name in names]
 
-    def log(self) -> None:
-        if self.system:
-            names = sorted(set(self.system))
-            examples = ", ".join(map(repr, names[:5])) + ", ..." * (len(names) > 5)
-            log.info("%s: skipped %d entries left by systems or programs: %s", self.folder, len(self.system), examples)
-        if unread := self.other.total():
-            kinds = ", ".join(f"{count:,} {suffix}" for suffix, count in self.other.most_common(10))
-            log.info("%s: %d of %d files are not read as images: %s", self.folder, unread, unread + self.read, kinds)
-
-
-def read_class_folders(folder: Path, may_be_empty: bool = False) -> Images:
-    """The images of a folder of class folders, with any folders in these. Logs what is skipped.
-
-    may_be_empty: accept and log classes without images. ValueError if there is no class folder, or no image.
-    """
-    walk = Walk(folder)
-    classes = in_class_order(walk.folders, folder)
+    _, folders, names = next(os.walk(folder, onerror=_raise))
+    classes = in_class_order(kept(folders), folder)
+    beside = [os.path.join(folder, name) for name in kept(names) if is_image(name)]
+    paths = [images_below(folder / name) for name in classes]
+    if not labels and beside and not any(paths):
+        classes, paths, beside = ["(unlabelled)"], [beside], []
+    targets = [label for label, mine in enumerate(paths) for _ in mine]
+    if system:
+        examples = ", ".join(map(repr, sorted(set(system))[:5])) + ", ..." * (len(set(system)) > 5)
+        log.info("%s: skipped %d entries left by systems or programs: %s", folder, len(system), examples)
+    if unread := other.total():
+        kinds = ", ".join(f"{count:,} {suffix}" for suffix, count in other.most_common(10))
+        log.info("%s: %d of %d files are not read as images: %s", folder, unread, unread + len(targets), kinds)
     if not classes:
         raise ValueError(f"{folder} holds no folder of a class (expected a folder of images per class)")
-    paths = [walk.images(name) for name in classes]
-    walk.log()
-    if walk.beside:
-        log.info("%s: %d images beside the class folders are not read", folder, len(walk.beside))
-    if empty := [name for name, images in zip(classes, paths, strict=True) if not images]:
+    if beside:
+        log.info("%s: %d images beside the class folders are not read", folder, len(beside))
+    if empty := [name for name, mine in zip(classes, paths, strict=True) if not mine]:
         problem = f"{len(empty)} of its class folders hold no image, such as {empty[0]}"
-        if not may_be_empty or len(empty) == len(classes):
+        if not may_be_empty or not targets:
             raise ValueError(f"{folder} is not an image folder: {problem}: remove them, or put their images in")
         log.info("%s: %s", folder, problem)
-    targets = [label for label, images in enumerate(paths) for _ in images]
-    return Images(Files(itertools.chain.from_iterable(paths)), targets, classes)
+    return Images(Files(path for mine in paths for path in mine), targets, classes)
 
 
-def read_unlabelled(folder: Path) -> Images:
-    """The images of a folder for programs that use no labels: of its class folders, or those that lie directly in it,
-    as a single class."""
-    walk = Walk(folder)
-    if not walk.beside or any(walk.images(name) for name in walk.folders):
-        return read_class_folders(folder, may_be_empty=True)
-    return Images(Files(folder / name for name in walk.beside), [0] * len(walk.beside), ["(unlabelled)"])
+def _raise(error: OSError) -> None:  # by default, os.walk skips folders that cannot be read
+    raise error

@@ -8,7 +8,7 @@ from pathlib import Path
 from data_sets.files import read_class_folders
 from data_sets.images import Files, Images
 from data_sets.published import read_coco
-from data_sets.readers import Listing, images_by_class, parse_json, reading
+from data_sets.readers import images_by_class, parse_json, reading
 from data_sets.shards import SPLITS, labels_of, split_files
 
 PATHS = ("path", "image", "file", "filename", "file_name", "filepath")
@@ -21,18 +21,18 @@ def image_folder(root: Path, split: str) -> Images:
     return read_class_folders(root / split, may_be_empty=split == "val")
 
 
-def listed(root: Path, split: str, label_column: str | None = None, multi_label: bool = False) -> Listing:
+def listed(root: Path, split: str, label_column: str | None = None, multi_label: bool = False) -> Images:
     """A list of each split, train.csv and val.csv (or .tsv, .jsonl), with paths relative to its folder. Labels are
     names, several of them separated by a vertical bar. The order of the images is that of the list."""
     source, *others = split_files(root, split, (".csv", ".tsv", ".jsonl"))
-    if others:
-        raise ValueError(f"{source} and {others[0].name} are both lists of the {split} split: remove one of them")
     with reading(source):
-        text = source.read_text(encoding="utf-8-sig")
+        if others:
+            raise ValueError(f"{others[0].name} is a list of the {split} split too: remove one of them")
+        lines = source.read_text(encoding="utf-8-sig").splitlines()
         if source.suffix == ".jsonl":
-            rows = [parse_json(line.encode()) for line in text.splitlines() if line.strip()]
+            rows = [parse_json(line.encode()) for line in lines if line.strip()]
         else:
-            rows = list(csv.DictReader(text.splitlines(), delimiter="\t" if source.suffix == ".tsv" else ","))
+            rows = list(csv.DictReader(lines, delimiter="\t" if source.suffix == ".tsv" else ","))
         columns = [name for name in rows[0] if name] if rows else []
         paths = [name for name in columns if name.lower() in PATHS]
         labels = [name for name in columns if name == label_column or (label_column is None and name.lower() in LABELS)]
@@ -42,18 +42,17 @@ def listed(root: Path, split: str, label_column: str | None = None, multi_label:
         for number, row in enumerate(rows, 1):
             if not isinstance(row.get(paths[0]), str) or row.get(labels[0]) is None or None in row:
                 raise ValueError(f"entry {number} is not a {paths[0]} and a {labels[0]}")
-        files = [source.parent / row[paths[0]].strip().replace("\\", "/") for row in rows]
-        images = images_by_class(Files(files), [labels_of(row[labels[0]]) for row in rows], None, multi_label)
-    return Listing(source, files, images.targets, images.classes)
+        content = Files(source.parent / row[paths[0]].strip().replace("\\", "/") for row in rows)
+        return images_by_class(content, [labels_of(row[labels[0]]) for row in rows], None, multi_label)
 
 
-def own_coco(root: Path, split: str) -> Listing:
+def own_coco(root: Path, split: str) -> Images:
     """annotations/instances_<split>.json and images in <split>/ or images/; or as Roboflow exports, with
     <split>/_annotations.coco.json beside the images."""
-    for name in SPLITS[split]:
-        for pattern in (f"annotations/*{name}*.json", f"{name}/*coco*.json", f"{name}*.json"):
-            for source in sorted(root.glob(pattern)):
-                stem = source.stem.removeprefix("instances_")
-                folders = (stem, name, f"images/{stem}", f"images/{name}", "images", "")
-                return read_coco(source, [*(root / folder for folder in folders), source.parent])
+    patterns = ("annotations/*{}*.json", "{}/*coco*.json", "{}*.json")
+    for name, pattern in ((name, pattern.format(name)) for name in SPLITS[split] for pattern in patterns):
+        for source in sorted(root.glob(pattern)):
+            stem = source.stem.removeprefix("instances_")
+            folders = (stem, name, f"images/{stem}", f"images/{name}", "images", "")
+            return read_coco(source, [*(root / folder for folder in folders), source.parent])
     raise ValueError(f"neither annotations/instances_{split}.json nor {split}/_annotations.coco.json is in it")

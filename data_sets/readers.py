@@ -12,12 +12,12 @@ import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from data_sets.files import in_class_order
-from data_sets.images import Content, Files, Images
+from data_sets.images import Content, Images
 from util import distributed
 from util.progress import log
 
@@ -34,31 +34,9 @@ def reading(path: Path | str) -> Iterator[None]:
         raise ValueError(f"{path} cannot be read: {reason[:300]}") from error
 
 
-class Listing(NamedTuple):
-    """Image files with their labels, as a list of a data set states them."""
-
-    source: Path  # the list
-    paths: list[Path]
-    targets: list[int] | np.ndarray  # classes from 0; or (n,K) zeros and ones
-    classes: list[str]
-
-    def images(self, allow_subset: bool) -> Images:
-        """ValueError if an image is listed twice, or missing; allow_subset leaves missing ones out."""
-        refuse_duplicates(self.paths, "image", self.source)
-        images = Images(Files(self.paths), self.targets, self.classes)
-        missing = missing_files(self.paths)
-        if not missing:
-            return images
-        problem = f"{len(missing):,} of the {len(self.paths):,} images that {self.source} lists are missing"
-        if not allow_subset or len(missing) == len(self.paths):
-            raise ValueError(f"{problem}, the first {self.paths[missing[0]]}")
-        log.info("%s and left out", problem)
-        return images.part(sorted(set(range(len(images))) - set(missing)))
-
-
 def images_by_class(
-    content: Content, labels: Sequence[Sequence[str]], classes: Sequence[str] | None, multi_label: bool
-) -> Images:  # fmt: skip
+    content: Content, labels: Sequence[Sequence], classes: Sequence | None = None, multi_label: bool = False
+) -> Images:
     """Images with labels by name: exactly one each, or with multi_label any number.
 
     classes: in the order of their numbers; None: those that appear, in class order. ValueError for another name.
@@ -68,21 +46,15 @@ def images_by_class(
             raise ValueError(f"{len(mine)} labels of {name}, expected one; data sets multilabel_* take any number")
     known = {name for names in labels for name in names}
     classes = in_class_order(known) if classes is None else list(classes)
-    if unknown := sorted(known - set(classes)):
-        raise ValueError(f"label {unknown[0]!r} is none of the {len(classes):,} classes")
-    if not known:
-        raise ValueError("no image has a label")
-    return Images(content, targets_of(labels, classes, multi_label), classes)
-
-
-def targets_of(labels: Sequence[Sequence[str]], classes: Sequence[str], multi_label: bool) -> list[int] | np.ndarray:
     numbers = {name: number for number, name in enumerate(classes)}
+    if unknown := known - numbers.keys() or not known:
+        raise ValueError(f"label {min(unknown)!r} is none of the classes" if known else "no image has a label")
     if not multi_label:
-        return [numbers[name] for (name,) in labels]
+        return Images(content, [numbers[name] for (name,) in labels], classes)
     targets = np.zeros((len(labels), len(classes)), np.uint8)
     for row, names in enumerate(labels):
         targets[row, [numbers[name] for name in names]] = 1
-    return targets
+    return Images(content, targets, classes)
 
 
 def find_folder(root: Path, name: str, marker: str, archives: Sequence[tuple[str, str]] = (), into: str = "") -> Path:
@@ -109,14 +81,15 @@ def find_folder(root: Path, name: str, marker: str, archives: Sequence[tuple[str
     raise ValueError(f"neither {name}/{marker} nor {marker} is in it" if root.is_dir() else "there is no such folder")
 
 
-def missing_files(paths: Iterable[Path]) -> list[int]:
+def missing_files(paths: Iterable[str | Path]) -> list[int]:
     """Indices of the files that do not exist. Reads each folder once, which is fast on network disks too."""
 
     @functools.cache
-    def names(folder: Path) -> set[str]:
-        return set(os.listdir(folder)) if folder.is_dir() else set()
+    def names(folder: str) -> set[str]:
+        return set(os.listdir(folder)) if os.path.isdir(folder) else set()
 
-    return [index for index, path in enumerate(paths) if path.name not in names(path.parent)]
+    parts = (os.path.split(path) for path in paths)
+    return [index for index, (folder, name) in enumerate(parts) if name not in names(folder)]
 
 
 def read_lines(path: Path) -> list[str]:
@@ -136,14 +109,8 @@ def read_rows(path: Path, *kinds: type) -> list[tuple]:
             with reading(f"{path}, line {number}: {line[:60]!r}"):
                 fields = line.split(maxsplit=len(kinds) - 1)
                 rows.append(tuple(kind(field) for kind, field in zip(kinds, fields, strict=True)))
+    refuse_duplicates([row[0] for row in rows], "entry", path)
     return rows
-
-
-def read_table(path: Path, kind: type) -> dict[int, Any]:
-    """{number: value} of a list of two columns. ValueError for a number that appears twice."""
-    rows = read_rows(path, int, kind)
-    refuse_duplicates([number for number, _ in rows], "number", path)
-    return dict(rows)
 
 
 def parse_json(content: bytes) -> Any:
@@ -165,25 +132,24 @@ def read_records(path: Path, size: int) -> np.ndarray:
         return np.memmap(path, dtype=np.uint8, mode="r").reshape(-1, size)
 
 
-MATRIX, COMPRESSED = 14, 15  # data types of a MATLAB 5 file's elements
+COMPRESSED = 15  # a data type of a MATLAB 5 file's elements
 
 
 def parse_matlab(data: bytes, name: str) -> np.ndarray:
     """A variable of a MATLAB 5 file, as an array of at least one dimension.
 
-    Damaged files, over which scipy's compiled reader may crash, are refused before: elements must fill the file, and
-    the checksums of compressed ones, as all published files have, must hold.
+    Damaged files, over which scipy's compiled reader may crash, are refused before: elements must fill the file, and be
+    compressed, as in all published files, with checksums that hold.
     """
     from scipy.io import loadmat
 
     order, start = "<" if data[126:128] == b"IM" else ">", 128
     while start < len(data):
         kind, size = struct.unpack_from(f"{order}II", data, start)
-        if kind not in (COMPRESSED, MATRIX):
-            raise ValueError("it is not a MATLAB 5 file, or damaged")
+        if kind != COMPRESSED:
+            raise ValueError("it is not a compressed MATLAB 5 file, or damaged")
         start += 8 + size
-        if kind == COMPRESSED:
-            zlib.decompress(data[start - size : start])
+        zlib.decompress(data[start - size : start])
     if start != len(data) or start == 128:
         raise ValueError("it is cut off")
     return np.atleast_1d(loadmat(io.BytesIO(data), squeeze_me=True)[name])

@@ -6,7 +6,7 @@ torch and torchvision are imported at first use: --help and mistakes in the argu
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from PIL import Image
 
@@ -18,25 +18,38 @@ if TYPE_CHECKING:
 
     from data_sets.crop import TorchvisionCrop, Whole
 
-torch, shapes, transforms = map(lazy, ("torch", "data_sets.crop", "torchvision.transforms"))
+torch, transforms = lazy("torch"), lazy("torchvision.transforms")
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-CROP_PCT = 224 / 256  # of the shorter side, the share that the central crop keeps
 LOADERS = {
     "pil": "the pixels of the paper's recipe",
     "tensor": "faster, pixels differ by 1/255 here and there",
     "packed": "as tensor, for a folder of scripts/pack_images.py",
     "gpu": "as tensor, but the device resizes",
 }
+CROP_PCT = 224 / 256  # of the shorter side, the share that the central crop keeps
 Numbers = tuple[float, ...]
+
+
+class Windows(NamedTuple):
+    """Images of different sizes, to be resized on a device: all pixels in one tensor, and (B,2) heights and widths."""
+
+    pixels: Tensor
+    sizes: Tensor
+
+    def images(self) -> list[Tensor]:
+        """B of (3,h,w) uint8."""
+        parts = self.pixels.split((3 * self.sizes.prod(1)).tolist())
+        return [part.view(3, *size) for part, size in zip(parts, self.sizes.tolist(), strict=True)]
 
 
 class View:
     """An image -> pixels (3,h,w) uint8, made by loaders; and these -> normalised float32, on the encoder's device.
 
-    Calling it does both. loader: "pil" resizes as the recipe does; "tensor" and "packed" decode to uint8 tensors, with
-    equal pixels, and resize them with torchvision, which changes some pixels by a level or two of 255; "gpu" leaves
-    resizing to the device: `pixels` is then the window to resize, of any size.
+    Calling it does both. shape: what is cut out of the image and how that is resized; steps: then, functions of PIL
+    images and of uint8 tensors. loader: "pil" resizes as the recipe does; "tensor" and "packed" decode to uint8
+    tensors, with equal pixels, and resize them with torchvision, which changes some pixels by a level or two of 255;
+    "gpu" leaves resizing to the device: `pixels` is then the window to resize, of any size.
     """
 
     def __init__(
@@ -47,7 +60,6 @@ class View:
         std: Numbers = IMAGENET_STD,
         loader: str = "pil",
     ):
-        """shape: what is cut out and how it is resized; steps: then, functions of PIL images and of uint8 tensors."""
         if loader not in LOADERS:
             raise ValueError(f"loader {loader!r}: choose one of {', '.join(LOADERS)}")
         self.shape, self.steps, self.mean, self.std, self.loader = shape, steps, mean, std, loader
@@ -61,9 +73,7 @@ class View:
 
     def pixels(self, image: Image.Image | Tensor) -> Tensor:
         image = self.shape.cut(image if self.loader == "pil" else pixels_of(image))
-        if self.loader != "gpu":
-            image = self.shape.resize(image)
-        for step in self.steps:
+        for step in [*[self.shape.resize] * (self.loader != "gpu"), *self.steps]:
             image = step(image)
         return pixels_of(image).contiguous()
 
@@ -91,32 +101,6 @@ class View:
         return self.normalise(self.shape.resize(pixels) if self.loader == "gpu" else pixels)
 
 
-class Windows:
-    """Images (3,h,w) uint8 of different sizes as one tensor, which travels between processes and devices at once."""
-
-    def __init__(self, images: Sequence[Tensor]):
-        self.sizes = [image.shape for image in images]
-        self.data = torch.cat([image.flatten() for image in images])
-
-    def images(self) -> list[Tensor]:
-        parts = self.data.split([size.numel() for size in self.sizes])
-        return [part.view(size) for part, size in zip(parts, self.sizes, strict=True)]
-
-    def __getitem__(self, keep: Tensor) -> Windows:
-        return Windows([image for image, kept in zip(self.images(), keep.tolist(), strict=True) if kept])
-
-    def _with(self, data: Tensor) -> Windows:
-        windows = Windows.__new__(Windows)
-        windows.sizes, windows.data = self.sizes, data
-        return windows
-
-    def pin_memory(self) -> Windows:
-        return self._with(self.data.pin_memory())
-
-    def to(self, device: torch.device, non_blocking: bool = False) -> Windows:
-        return self._with(self.data.to(device, non_blocking=non_blocking))
-
-
 def train_transform(
     input_size: int,
     mean: Numbers = IMAGENET_MEAN,
@@ -135,7 +119,9 @@ def train_transform(
     """
     if crop == "center":
         return eval_transform(input_size, mean, std, loader, interpolation, crop_pct)
-    cropper = {"mae": shapes.RandomResizedCrop, "torchvision": shapes.TorchvisionCrop}[crop]
+    from data_sets.crop import RandomResizedCrop, TorchvisionCrop
+
+    cropper = {"mae": RandomResizedCrop, "torchvision": TorchvisionCrop}[crop]
     shape = cropper(input_size, scale=scale, interpolation=transforms.InterpolationMode(interpolation))
     return View(shape, [transforms.RandomHorizontalFlip()] * hflip, mean, std, loader)
 
@@ -152,11 +138,15 @@ def eval_transform(
 
     interpolation: a name of torchvision's InterpolationMode. crop_pct: None resizes both sides to input_size.
     """
+    from data_sets.crop import CentralCrop, Whole
+
     if crop_pct is None:
-        return View(shapes.Whole(input_size, interpolation), (), mean, std, loader)
-    return View(shapes.CentralCrop(input_size, int(input_size / crop_pct), interpolation), (), mean, std, loader)
+        return View(Whole(input_size, interpolation), (), mean, std, loader)
+    return View(CentralCrop(input_size, int(input_size / crop_pct), interpolation), (), mean, std, loader)
 
 
 def stretch_transform(size: int, mean: Numbers, std: Numbers, loader: str = "pil") -> View:
     """The whole image, each side resized by its own factor (bilinear), as in wsolevaluation."""
-    return View(shapes.Whole(size), (), mean, std, loader)
+    from data_sets.crop import Whole
+
+    return View(Whole(size), (), mean, std, loader)

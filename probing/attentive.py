@@ -150,7 +150,9 @@ class AttentivePool(TokenPool):
             pooled = pooled * norm.weight + norm.bias  # valid because the weights sum to 1
         z = pooled.unflatten(1, (-1, self.heads))  # (B,Q,H,D)
         if "v" in d.maps:
-            z = torch.einsum("bqhc,hdc->bqhd", z, self.v.weight.unflatten(0, (self.heads, -1)))
+            # weight first: its gradient comes out in its own layout
+            values = self.v.weight.unflatten(0, (self.heads, -1)) @ z.flatten(0, 1).permute(1, 2, 0)  # (H,d,BQ)
+            z = values.permute(2, 0, 1).unflatten(0, z.shape[:2])
             z = z if self.v.bias is None else z + self.v.bias.unflatten(0, (self.heads, -1))
         z = z.flatten(2).mean(1)
         z = self.proj(z) if "o" in d.maps else z

@@ -12,7 +12,8 @@ from torch import Tensor
 from util.distributed import gather_rows, gather_tensors
 
 TEMPERATURE = 0.07  # as in DINO, whose protocol uses 10, 20, 100 and 200 neighbours
-CHUNK = 512  # test images at a time; n x CHUNK similarities are in memory
+CHUNK, BLOCK = 512, 2**16  # test and training images at a time, whose similarities are in memory
+GROUP = 16  # similarities of which only the largest is sorted at first
 
 
 def knn_scores(
@@ -46,11 +47,35 @@ def knn_scores(
 
 def nearest(train: Tensor, train_labels: Tensor, images: Tensor, most: int) -> tuple[Tensor, Tensor]:
     """Similarities (m,k) and labels (m,k) of the `most` nearest training images over all ranks, nearest first."""
-    local = (images @ train.T).topk(min(most, len(train)), dim=1)
-    similarity, labels = local.values, train_labels[local.indices]
-    missing = most - similarity.shape[1]  # every rank contributes equally many
-    similarity = F.pad(similarity, (0, missing), value=-torch.inf)
-    similarity = torch.cat(gather_tensors(similarity), dim=1)
-    labels = torch.cat(gather_tensors(F.pad(labels, (0, missing))), dim=1)
-    best = similarity.topk(most, dim=1)
-    return best.values, labels.gather(1, best.indices)
+    similarity = [images.new_full((len(images), most), -torch.inf)]  # every rank contributes at least `most`
+    labels = [train_labels.new_zeros(len(images), most)]
+    for vectors, classes in zip(train.split(BLOCK), train_labels.split(BLOCK), strict=True):
+        values, indices = largest(images @ vectors.T, most)
+        similarity, labels = merge([*similarity, values], [*labels, classes[indices]], most)
+    similarity, labels = merge(gather_tensors(*similarity), gather_tensors(*labels), most)
+    return similarity[0], labels[0]
+
+
+def largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` largest values of each row and their columns, as topk (all, if there are fewer).
+
+    They lie in the `count` groups with the largest maxima, so most values are compared and never sorted.
+    """
+    groups = values.shape[1] // GROUP
+    if groups <= count:
+        return values.topk(min(count, values.shape[1]), dim=1)
+    rest = values[:, groups * GROUP :]
+    grouped = values[:, : groups * GROUP].unflatten(1, (GROUP, groups))
+    best = grouped.amax(1).topk(count, dim=1).indices  # (m,k)
+    rows = torch.arange(GROUP, device=values.device)[:, None] * groups
+    columns = (rows + best[:, None]).flatten(1)  # (m, GROUP k)
+    last = torch.arange(groups * GROUP, values.shape[1], device=values.device).expand(len(values), -1)
+    columns = torch.cat([columns, last], dim=1)
+    top = torch.cat([grouped.gather(2, best[:, None].expand(-1, GROUP, -1)).flatten(1), rest], dim=1).topk(count, dim=1)
+    return top.values, columns.gather(1, top.indices)
+
+
+def merge(values: list[Tensor], labels: list[Tensor], count: int) -> tuple[list[Tensor], list[Tensor]]:
+    """The `count` largest of several (m,k) with their labels, in descending order."""
+    best = torch.cat(values, dim=1).topk(count, dim=1)
+    return [best.values], [torch.cat(labels, dim=1).gather(1, best.indices)]

@@ -8,14 +8,17 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 
 import main_finetune
 import main_linprobe
 import main_pretrain
 from attention.metrics import METRICS
+from cli import encoder_arguments
 from cli.arguments import check_training, plain
 from cli.console import parse, run_main
 from cli.encoder_arguments import build_encoder
+from cli.linprobe import head_precision
 from data_sets.table import DATASETS
 from encoders.catalogue import CATALOGUE
 from encoders.families import FAMILIES
@@ -207,7 +210,7 @@ def test_other_errors_keep_their_traceback():
     [
         (ValueError("a\nmistake"), 2), (FloatingPointError("it diverged"), 1), (KeyboardInterrupt(), 130),
         (signals.Stopped(signal.SIGTERM), 85), (RuntimeError("DataLoader worker (pid 7) is killed by signal"), 1),
-        (PeerLost("another process is gone"), 1),
+        (PeerLost("rank 1 has ended", answered=True), 1),
     ],
 )  # fmt: skip
 def test_the_exit_code_says_what_happened_in_one_line(error, code, capsys):
@@ -245,3 +248,33 @@ except SystemExit as end:
 """
     done = run_program("-c", code)
     assert done.stdout.splitlines()[-1] == f"exit {0 if flags == ['--help'] else 2} []", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "device", "expected"),
+    [
+        ("flags : avx2 fma", "cpu", "float32"),
+        ("flags : avx2 avx512_bf16", "cpu", "bfloat16"),
+        ("Features : asimd bf16", "cpu", "bfloat16"),
+        ("", "cpu", "float32"),
+        ("flags : avx2 fma", "cuda", "bfloat16"),
+    ],
+)
+def test_bfloat16_is_the_default_where_the_device_computes_it(flags, device, expected, tmp_path, monkeypatch, caplog):
+    (tmp_path / "cpuinfo").write_text(f"processor : 0\n{flags}\n")
+    assert encoder_arguments.cpu_flags(tmp_path / "nothing") == set()
+    listed = encoder_arguments.cpu_flags(tmp_path / "cpuinfo")
+    monkeypatch.setattr(encoder_arguments, "cpu_flags", lambda: listed)
+    given, chosen = argparse.Namespace(amp="float16"), argparse.Namespace(amp=None)
+    with caplog.at_level("INFO", "beyond_cls"):
+        for args in (given, chosen):
+            encoder_arguments.choose_precision(args, torch.device(device))
+    assert (given.amp, chosen.amp) == ("float16", expected)
+    assert ("--amp float32: this CPU" in caplog.text) == (expected == "float32")
+
+
+def test_head_amp_is_refused_where_it_has_no_effect_or_gradients_underflow():
+    for amp, message in (("float32", "no effect"), ("float16", "underflow")):
+        with pytest.raises(ValueError, match=message):
+            head_precision(argparse.Namespace(head_amp=True, amp=amp), torch.device("cpu"))
+    assert head_precision(argparse.Namespace(head_amp=False, amp="float16"), torch.device("cpu")) == torch.float32

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from sklearn.neighbors import KNeighborsClassifier
 
+from probing import knn
 from probing.knn import knn_scores
 from probing.results import log_neighbours
 
@@ -28,6 +29,15 @@ def test_votes_are_sklearns():
         )
         judge.fit(train.numpy(), labels.numpy())
         assert scores["top1"] == pytest.approx(100 * judge.score(test.numpy(), answers.numpy()), abs=1e-9)
+
+
+def test_blocks_of_images_and_groups_of_similarities_change_no_vote(monkeypatch):
+    (train, labels), (test, answers) = blobs(311), blobs(90, seed=1)
+    expected = knn_scores(train, labels, test, answers, [1, 9, 40], 7)
+    for block, group in ((311, 4), (64, 3), (50, 2), (7, 16)):
+        monkeypatch.setattr(knn, "BLOCK", block)
+        monkeypatch.setattr(knn, "GROUP", group)
+        assert knn_scores(train, labels, test, answers, [1, 9, 40], 7) == expected
 
 
 def test_votes_are_those_of_the_protocol_in_a_loop():

@@ -18,7 +18,7 @@ import main_linprobe
 from cli.console import parse, run_main
 from data_sets.table import DATASETS
 from encoders.load import save_encoder
-from models_vit import build_vit
+from models_vit import VisionTransformer, build_vit
 from probing.predictions import FILE, read_predictions
 from util.scores import multilabel_scores
 
@@ -128,6 +128,19 @@ def test_diverged_probe_is_reported_and_its_neighbour_goes_on(command, tmp_path,
     assert "cls/block5/sgd/blr3e+39/seed0 diverged in epoch 0, step 1" in capsys.readouterr().out
     for state in states(tmp_path / "run", epoch=1)["probes"].values():
         assert all(value.isfinite().all() for value in state.values())
+
+
+def test_compiled_blocks_and_heads_in_bfloat16_learn_what_a_plain_run_learns(command, monkeypatch):
+    compiled, compile_blocks = [], VisionTransformer.compile_blocks
+    monkeypatch.setattr(
+        VisionTransformer, "compile_blocks", lambda model: compiled.append(compile_blocks(model, backend="eager"))
+    )
+    words = ["--amp", "bfloat16", "--cls_features", "abmilp:depth=2", "--epochs", "3"]
+    (plain,) = run([*command, *words])["probes"].values()
+    other = [*command[:-1], f"{command[-1]}-fast", *words, "--compile", "--head_amp"]
+    (fast,) = run(other)["probes"].values()
+    assert len(compiled) == 1 and fast["last"]["loss"] == pytest.approx(plain["last"]["loss"], rel=0.1)
+    assert fast["last"]["loss"] != plain["last"]["loss"]
 
 
 def test_a_finished_run_is_not_written_over(command):

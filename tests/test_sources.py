@@ -21,7 +21,7 @@ from data_sets.images import UnreadableImage, fingerprint
 from data_sets.loader import KeyedDataset, build_loader
 from data_sets.order import GlobalBatches
 from data_sets.packed import read_packed, verify, write_packed
-from data_sets.table import DATASETS, build_dataset, build_splits, unlabelled_images
+from data_sets.table import DATASETS, build_dataset, build_splits
 from data_sets.views import eval_transform, train_transform
 
 
@@ -291,8 +291,7 @@ def test_lists_name_their_labels(tmp_path, suffix):
 
 @pytest.mark.parametrize(("lines", "message"), [
     ([], "names no columns; expected one of path"), (["a.jpg,cat"], "names no columns; expected one of path"),
-    (["path,label", "a.jpg"], "entry 1 is not a path and a label"),
-    (["path,label", "b.jpg,cat"], "are missing, the first"),
+    (["path,label", "a.jpg"], "entry 1 is not a path and a label"), (["path,label", "b.jpg,cat"], "missing, the first"),
     (["path,label", "a.jpg,cat", "a.jpg,dog"], r"a\.jpg appears twice"), (["path,label", "a.jpg,"], "0 labels of"),
     (["path,label,class", "a.jpg,cat,cat"], "expected one of path"), (["path,label", "\udcff,cat"], "cannot be read"),
 ])  # fmt: skip
@@ -301,7 +300,7 @@ def test_wrong_lists_are_one_line(tmp_path, lines, message):
     (tmp_path / "train.csv").write_bytes("\n".join(lines).encode(errors="surrogateescape"))
     with pytest.raises(ValueError, match=message) as error:
         build_dataset("list", tmp_path, "train")
-    assert "train.csv" in str(error.value) and "\n" not in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("layout", ["COCO", "Roboflow"])
@@ -323,12 +322,12 @@ def test_own_data_in_cocos_format_count_their_own_classes(tmp_path, layout):
 def test_flat_folders_are_for_programs_that_use_no_labels(image_folder, tmp_path):
     for number, path in enumerate(sorted(image_folder.glob("val/*/*"))):
         shutil.copy(path, tmp_path / f"{number}.png")
-    images = unlabelled_images("image_folder", tmp_path)
+    images = build_dataset("image_folder", tmp_path, "val", labels=False)
     assert len(images) == 7 and set(images.targets) == {0} and images[0][0].size == (36, 40)
     with pytest.raises(ValueError, match=r"no 'val' folder in it"):
         build_dataset("image_folder", tmp_path, "val")
     for folder, count in ((image_folder, 7), (image_folder / "train", 24)):
-        assert len(unlabelled_images("image_folder", folder)) == count
+        assert len(build_dataset("image_folder", folder, "val", labels=False)) == count
 
 
 def test_names_that_are_no_utf8_are_read_and_recorded(image_folder, tmp_path, probe_command):

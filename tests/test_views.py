@@ -9,7 +9,7 @@ from PIL import Image
 from torchvision import datasets as torchvision_datasets
 from torchvision import transforms
 
-from data_sets.crop import RandomResizedCrop
+from data_sets.crop import CentralCrop, RandomResizedCrop
 from data_sets.images import decode_tensor, pixels_of, read_rgb
 from data_sets.loader import KeyedDataset, build_loader
 from data_sets.order import EvaluationBatches
@@ -140,7 +140,7 @@ def test_loaders_carry_bytes_and_give_what_the_transform_gives(tmp_path, monkeyp
     carried, normalise = [], View.normalise
 
     def watched(view, pixels):
-        carried.append(getattr(pixels, "data", pixels).dtype)
+        carried.append(getattr(pixels, "pixels", pixels).dtype)
         return normalise(view, pixels)
 
     monkeypatch.setattr(View, "normalise", watched)
@@ -158,3 +158,18 @@ def test_loaders_carry_bytes_and_give_what_the_transform_gives(tmp_path, monkeyp
 def test_an_unknown_loader_is_refused():
     with pytest.raises(ValueError, match="'dali': choose one of pil, tensor, packed, gpu"):
         eval_transform(32, loader="dali")
+
+
+@pytest.mark.parametrize("size", [(1, 20_000), (20_000, 3)])
+@pytest.mark.parametrize("loader", ["pil", "tensor"])
+def test_only_the_kept_part_of_a_long_image_is_resized(monkeypatch, size, loader):
+    random = np.random.default_rng(0)
+    image = Image.fromarray(random.integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
+    view = eval_transform(28, loader=loader)
+    found = view.pixels(image).int()
+    monkeypatch.setattr(CentralCrop, "PIXELS", 2**40)
+    assert (found - eval_transform(28).pixels(image).int()).abs().max() <= 1
+
+
+def test_image_of_one_pixel_by_many_takes_little_memory():
+    assert eval_transform(224).pixels(Image.new("RGB", (1, 20_000), (9, 8, 7))).unique().tolist() == [7, 8, 9]
