@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 from matplotlib.ticker import MaxNLocator
 
+from report.tables import Mean
+
 
 class Axes(NamedTuple):
     title: str
@@ -21,6 +23,11 @@ class Line(NamedTuple):
     y: Sequence[float]
     spread: Sequence[float] = ()  # half the width of a band around it
     reference: bool = False  # thin and grey
+
+    @classmethod
+    def of_means(cls, name: str, x: Sequence[float], means: Sequence[Mean]) -> "Line":
+        spread = [mean.std or 0.0 for mean in means] if max(mean.n for mean in means) > 1 else []
+        return cls(name, x, [mean.mean for mean in means], spread)
 
     @property
     def points(self) -> list[tuple[float, float, float]]:
