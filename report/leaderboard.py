@@ -49,19 +49,25 @@ class Entry(NamedTuple):
 
 
 def read_entries(results: Path) -> list[Entry]:
-    """Of the rates that were tried, those that held-out images chose; without goldens and diverged probes."""
+    """Of the rates that were tried, those that held-out images chose; without goldens and diverged probes. ValueError
+    names a file that main_linprobe.py did not write."""
     entries = []
     for run in find_runs([str(results)])[0]:
-        record = run.record
-        if run.program != "main_linprobe" or not run.results or run.folder.name == GOLDEN:
-            continue
-        if record["headline"] in BY_IMAGE:
-            probes = {n: p for n, p in record["probes"].items() if p.get("chosen") is not False}
-            for names in group_by(probes, stem):
-                same = [probes[name] for name in names]
-                if all(probe["diverged_at"] is None for probe in same):
-                    values = {probe["seed"]: float(probe["last"][record["headline"]]) for probe in same}
-                    entries.append(Entry(run, stem(names[0]), same[0], values))
+        if run.program == "main_linprobe" and run.results and run.folder.name != GOLDEN:
+            try:
+                entries += entries_of(run)
+            except (KeyError, TypeError, AttributeError, ValueError) as error:
+                raise ValueError(f"{run.folder}/{run.prefix}results.json is not a record: {error!r}") from error
+    return entries
+
+
+def entries_of(run: Run) -> list[Entry]:
+    entries, score = [], run.record["headline"]
+    probes = {n: p for n, p in run.record["probes"].items() if p.get("chosen") is not False and score in BY_IMAGE}
+    for names in group_by(probes, stem):
+        if all(probes[name]["diverged_at"] is None for name in names):
+            values = {probes[name]["seed"]: float(probes[name]["last"][score]) for name in names}
+            entries.append(Entry(run, stem(names[0]), probes[names[0]], values))
     return entries
 
 

@@ -8,7 +8,7 @@ from attention.figures import entries, model_name, title
 from attention.metrics import metric_names
 from probing.results import metric_label as short_label
 from probing.results import seeds_note
-from report.facts import badges, data_key, describe_data, image_count, notes_of, run_cell
+from report.facts import badges, data_key, image_count, notes_of, run_cell
 from report.plots import Axes, Line
 from report.runs import Record, Run
 from report.tables import Cell, Mean, Row, cell_of, fold, group_by, mean_cell, mean_of, real, stem
@@ -36,8 +36,8 @@ POINTS = 100  # drawn of a spectrum
 class Content:
     """Measurements on one set of images; contents of equal `key` share tables and plots."""
 
-    key: str
-    data: str  # the images
+    source: Record  # says which images
+    images: float | None  # how many an analysis used
     rows: list[Row]  # of the main table
     headline: Sequence[str]  # the column that sums up a row, or the next one if that is empty
     curves: Mapping[str, Mapping[Axes, Sequence[Line]]] = field(default_factory=dict)  # by title; "" is not folded
@@ -45,6 +45,10 @@ class Content:
     neighbours: list[Row] = field(default_factory=list)
     remarks: list[tuple[str, str]] = field(default_factory=list)  # about numbers in the main table: (style, text)
     notes: Sequence[str] = ()  # of report.facts.NOTES
+
+    @property
+    def key(self) -> str:
+        return data_key(self.source)
 
     @property
     def result(self) -> list[str]:
@@ -81,7 +85,7 @@ def read_probes(run: Run) -> list[Content]:
     ]
     curves = epoch_curves(run, list(probes), watched, headline) | score_by_size(run, rows, columns[0])
     return [
-        Content(data_key(run.record), describe_data(run.record), rows, columns, {"": curves},
+        Content(run.record, None, rows, columns, {"": curves},
                 neighbours=fold(neighbours), remarks=remarks(run, probes), notes=NOTHING if nothing else ())
     ]  # fmt: skip
 
@@ -211,8 +215,8 @@ def read_encoder(run: Run, result: Record) -> Content:
         "run": run.name,
         "ViT": f"{model_name(result)}, {result['input_size']} px",
     }
-    data, more = describe_data(record, real(result["images"])), {"run": run.name, "means": means, "shown": first}
-    return Content(data_key(record), data, [Row(row | columns)], list(columns), curves, {**result, **more})
+    more = {"run": run.name, "means": means, "shown": first}
+    return Content(record, real(result["images"]), [Row(row | columns)], list(columns), curves, {**result, **more})
 
 
 def block_curves(label: str, metric: Record) -> list[Line]:
@@ -243,8 +247,8 @@ def read_aggregation(run: Run) -> list[Content]:
         if any([len(line) for line in m["mean"]] != [len(rules)] * len(rules) for m in matrices.values()):
             raise ValueError(f"a matrix does not have a row and a column for each of {len(rules)} rules")
         rows = [rule_row(run, name, summaries, result) for name, summaries in result["over_seeds"].items()]
-        data, record = describe_data(run.record, image_count(run)), {**result, "run": run_cell(run)}
-        contents.append(Content(data_key(run.record), data, rows, list(AGGREGATION.values())[1:3], record=record))
+        columns, record = list(AGGREGATION.values())[1:3], {**result, "run": run_cell(run)}
+        contents.append(Content(run.record, image_count(run), rows, columns, record=record))
     return contents
 
 
@@ -300,7 +304,7 @@ def read_training(run: Run) -> list[Content]:
     }
     rows = [Row({**row, "best test top-1 (%)": max(best, default=None)})]
     columns = ["test top-1 (%)", TRAINING["loss"]]
-    return [Content(data_key(run.record), describe_data(run.record), rows, columns, {"": curves})]
+    return [Content(run.record, None, rows, columns, {"": curves})]
 
 
 READERS = {  # by program; they raise a KeyError, TypeError, ... for a damaged record

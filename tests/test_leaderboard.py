@@ -80,6 +80,9 @@ def test_records_of_changed_code_or_impossible_scores_are_problems(tmp_path):
     faults = problems(tmp_path)
     assert len(faults) == 2 and "clean" in faults[0] and "not percentages" in faults[1]
     assert problems(ROOT / "results") == []
+    put(tmp_path / "c" / "results.json", bank() | {"probes": {"cls/seed0": {}}})
+    with pytest.raises(ValueError, match=r"c/results\.json is not a record"):
+        problems(tmp_path)
 
 
 def test_the_page_links_its_records_and_no_text_of_them_is_markup(tmp_path, monkeypatch, capsys):
