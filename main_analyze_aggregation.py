@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cli.analyze_aggregation import check, get_args_parser
-from cli.arguments import check_files, data_options, identity, loading, plain, run_test_images, shared_arguments
+from cli.arguments import check_files, data_options, identity, loading, plain, processes, run_test_images
 from cli.console import checked, parse, run_main
 from cli.encoder_arguments import ORACLE_ARGUMENTS, build_oracle, choose_precision, frozen_encoder, precision
 from cli.linprobe import finished_run
@@ -49,7 +49,7 @@ from util.progress import log
 def main(args: argparse.Namespace) -> None:
     check(args)
     check_files(args)
-    with process_group(args.device, args.dist_url, shared_arguments(args)) as world:
+    with process_group(**processes(args)) as world:
         choose_precision(args, world.device)
         # ---- images, frozen encoder, trained probes, rules
         folder = RunFolder(args.output_dir, args.log_dir, args.track)
