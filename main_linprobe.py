@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from cli.arguments import identity, loading, plain, shared_arguments, split_options
+from cli.arguments import identity, loading, plain, processes, split_options
 from cli.encoder_arguments import build_oracle, choose_precision, frozen_encoder, precision
 from data_sets.images import fingerprint
 from data_sets.loader import KeyedDataset, build_loader
@@ -65,7 +65,7 @@ def main(args: argparse.Namespace) -> None:
     check(args)
     check_files(args)
     multi_label, metric, seeds = DATASETS[args.dataset].multi_label, headline(args), data_seeds(args)
-    with process_group(args.device, args.dist_url, shared_arguments(args)) as world:
+    with process_group(**processes(args)) as world:
         choose_precision(args, world.device)
         folder = RunFolder(args.output_dir + args.suffix if args.output_dir else "", args.log_dir, args.track)
         if not args.eval:
@@ -140,7 +140,8 @@ def main(args: argparse.Namespace) -> None:
             "args": plain(args), "encoder": encoder.record, "effective_batch": batches.effective,
             "bn_group": args.bn_group or args.batch_size, "steps_per_epoch": batches.steps,
             "lr": dict(zip(probing.names, lrs, strict=True)), "n_train": len(kept), "n_val": len(held_out),
-            "n_test": len(test_images), "classes": num_classes, "headline": metric,
+            "n_test": len(test_images), "classes": num_classes, "class_names": list(map(str, train_images.classes)),
+            "headline": metric,
             "train_images": facts["training images"], "test_images": facts["test images"],
             "seeds_vary": seeds_vary(args), "oracle": oracle and oracle.record, **provenance(world.device),
         }  # fmt: skip

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_sets import own, published, shards
+from data_sets import own, published, robustness, shards
 from data_sets.files import read_class_folders
 from data_sets.images import Files, Images
 from data_sets.order import hold_out
@@ -34,7 +34,9 @@ class DatasetEntry(NamedTuple):
     @classmethod
     def of(cls, name: str, facts: dict) -> DatasetEntry:
         reader = facts.get("reader", name)
-        build = next(getattr(module, reader) for module in (own, published, shards) if hasattr(module, reader))
+        build = next(
+            getattr(module, reader) for module in (own, published, shards, robustness) if hasattr(module, reader)
+        )
         counts = {split: facts[split] for split in ("train", "val") if split in facts}
         known = {key: value for key, value in facts.items() if key in cls._fields}
         build = functools.partial(build, **facts.get("options", {}))

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,13 +20,42 @@ NESTING = 4  # levels of dictionaries that are searched for encoders
 
 
 def without_wrappers(content: dict) -> dict:
-    """The content with wrapper names removed from the keys of tensors, AveragedModel's counter left out, and chunked
-    blocks numbered in one sequence."""
-    content = {key: without_wrappers(value) if isinstance(value, dict) else value for key, value in content.items()}
+    """The content of a file with plain names: wrapper names removed from keys, chunked blocks numbered in one sequence,
+    lists as dictionaries, an average's unnamed tensors under the names of the model, and each of several encoders in
+    one dictionary as an entry of its own."""
+    content = {
+        key: without_wrappers(value) if isinstance(value, dict) else listed(value) for key, value in content.items()
+    }
     if any(isinstance(key, str) and key.startswith("module.") for key in content):
         content = {key: value for key, value in content.items() if key != AVERAGED}
-    if not any(isinstance(value, Tensor) for value in content.values()):
-        return content
+    states = [entries for _, entries in dictionaries(content) if is_state(entries)]
+    content = {key: with_names(value, states) for key, value in content.items()}
+    return (
+        separated(plainly_named(content)) if any(isinstance(value, Tensor) for value in content.values()) else content
+    )
+
+
+def listed(value: Any) -> Any:
+    """A list of dictionaries as a dictionary by index; anything else as it is."""
+    if not (isinstance(value, list | tuple) and any(isinstance(item, dict) for item in value)):
+        return value
+    return {str(index): without_wrappers(item) for index, item in enumerate(value) if isinstance(item, dict)}
+
+
+def with_names(value: Any, states: list[State]) -> Any:
+    """A list of tensors, as averages keep them, under the names of a model whose tensors have these shapes."""
+    if isinstance(value, dict):
+        return {key: with_names(item, states) for key, item in value.items()}
+    if isinstance(value, list | tuple) and len(value) > 1 and all(isinstance(item, Tensor) for item in value):
+        shapes = [item.shape for item in value]
+        for state in states:
+            if [item.shape for item in state.values()] == shapes:
+                return dict(zip(state, value, strict=True))
+    return value
+
+
+def plainly_named(content: dict) -> dict:
+    """The dictionary without wrapper names, blocks numbered in one sequence."""
     names = {key: WRAPPER.sub("", key) if isinstance(key, str) else key for key in content}
     chunked = {key: match for key, name in names.items() if isinstance(name, str) and (match := CHUNK.search(name))}
     places = {(names[key][: match.start()], *map(int, match.groups())) for key, match in chunked.items()}
@@ -40,6 +70,18 @@ def without_wrappers(content: dict) -> dict:
     if len(set(names.values())) < len(names):  # two tensors of one name: the loader will name what is left over
         return content
     return {names[key]: value for key, value in content.items()}
+
+
+def separated(content: dict) -> dict:
+    """A flat dictionary of an encoder, and of others behind prefixes, as {"model": the encoder, prefix: another}."""
+    prefixes = {stem[1] for key in content if isinstance(key, str) and (stem := STEM.fullmatch(key))}
+    if "" not in prefixes or len(prefixes) == 1 or "model" in content:
+        return content
+    parts: dict = {"model": {}}
+    for key, value in content.items():
+        prefix = next((p for p in prefixes if p and str(key).startswith(p)), "")
+        parts.setdefault(prefix.removesuffix(".") or "model", {})[key[len(prefix) :]] = value
+    return parts
 
 
 def is_state(value: object) -> bool:
@@ -87,7 +129,8 @@ def encoders_in(content: dict, tensors_only: bool = True) -> list[str]:
     """
     names = []
     for name, entries in dictionaries(content):
-        for stem in filter(None, (STEM.fullmatch(key) for key in entries if isinstance(key, str))):
+        keys = [key for key, value in entries.items() if isinstance(key, str) and not isinstance(value, tuple)]
+        for stem in filter(None, map(STEM.fullmatch, keys)):
             part = ".".join(filter(None, [name, *stem[1].split(".")]))
             wanted = part and part not in names and not (tensors_only and part_of(content, part) is None)
             names += [part] if wanted else []

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from encoders.architectures import FROM_FILE
 from encoders.catalogue import families_called
-from encoders.contents import encoders_in, fits, is_state, obstacles_in, part_of
+from encoders.contents import dictionaries, encoders_in, fits, is_state, obstacles_in, part_of
 from encoders.families import FAMILIES, TABLE, Family, Grid
 from encoders.reading import DEFAULTS, Reading, read_as
 from util.tensor_files import safetensors_metadata
@@ -46,7 +46,7 @@ def detect_family(
     fitting = [name for name, family in FAMILIES.items() if fits(content, family, checkpoint_key, flat)]
     readings = {name: read(name) for name in fitting}
     complete = [name for name in fitting if not readings[name].problems]
-    reasons = {name: FAMILIES[name].evidence(readings[name].weights, content) for name in complete or fitting}
+    reasons = {name: FAMILIES[name].shown_by(readings[name].weights, content) for name in complete or fitting}
     shown = [name for name, reason in reasons.items() if reason not in UNSURE]
     shown = shown or [name for name, reason in reasons.items() if reason]
     if not shown and complete:
@@ -83,8 +83,7 @@ def alike(one: Reading, other: Reading) -> bool:
     """Whether two families make the same encoder of a file, at the size of its table of positions."""
     options = []
     for reading in (one, other):
-        family = FAMILIES[reading.family]
-        options.append({**DEFAULTS, **reading.options, "mean": family.mean, "std": family.std, "pos_resampling": None})
+        options.append({**DEFAULTS, **reading.options, "pos_resampling": None})
         options[-1]["pos_embed"] = options[-1]["pos_embed"] != "none"  # a fixed table is in the file, too
     same = one.state.keys() == other.state.keys() and all(
         value is other.state[key] or value.equal(other.state[key]) for key, value in one.state.items()
@@ -93,6 +92,11 @@ def alike(one: Reading, other: Reading) -> bool:
 
 
 def what_it_holds(content: dict) -> str:
+    if any(str(key).endswith("flat_param") for _, entries in dictionaries(content) for key in entries):
+        return (
+            "FSDP has flattened its tensors: name a file of whole tensors, such as the teacher_checkpoint.pth that "
+            "DINOv2's trainer writes when it evaluates"
+        )
     names = [key for state in (content, *content.values()) if is_state(state) for key in state]
     beginning = f"its tensors are called {', '.join(names[:3])}{', ...' * (len(names) > 3)}; " if names else ""
     return f"{beginning}there are {', '.join(FAMILIES)}"

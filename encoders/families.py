@@ -1,18 +1,18 @@
-"""FAMILIES: the formats of published weight files and the conversion of their tensors to those of models_vit.
+"""FAMILIES: the formats of published weight files, and the conversion of their tensors to those of models_vit.
 
-A converter renames and reshapes; it never guesses. What it cannot convert keeps the file's name, so that the strict
-loader lists it. Importable without torch.
+The table is families.toml. A converter renames and reshapes; it never guesses. What it cannot convert keeps the file's
+name, so that the strict loader lists it. Importable without torch.
 """
 
 from __future__ import annotations
 
 import re
+import tomllib
 from collections.abc import Callable
 from fnmatch import fnmatchcase
 from math import isqrt
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
-
-from data_sets.views import IMAGENET_MEAN, IMAGENET_STD
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 State = dict[str, "Tensor"]
 Grid = tuple[int, int]  # rows and columns of patches
 
+STRUCTURE = "by its structure"
 TABLE = "by its fixed table of positions"  # evidence that leaves the number of heads open
+ENTRIES = ("state_dict", "model")  # where trainers put a model's state dict
 
 
 class Family(NamedTuple):
@@ -31,24 +33,31 @@ class Family(NamedTuple):
     """
 
     description: str
-    key: str | None  # entry of the file that holds the weights; None where the file is flat
-    needs: tuple[str, ...]  # keys that every file of the family has
-    lacks: tuple[str, ...]  # key patterns that none of them has
-    drop: tuple[str, ...]  # patterns of keys that the encoder does not need
     vit: dict  # architecture options that differ from models_vit's defaults
-    convert: Callable[[State], State] = lambda state: state  # published names and shapes -> models_vit's; pure
+    key: str | None = None  # entry of the file that holds the weights; None where the file is flat
     prefix: str = ""  # of all keys that are used
     beside: tuple[str, ...] = ()  # other entries of the file that distinguish it
+    needs: tuple[str, ...] = ()  # keys that every file of the family has
+    lacks: tuple[str, ...] = ()  # key patterns that none of them has
+    drop: tuple[str, ...] = ()  # patterns of keys that the encoder does not need
+    # what shows that a file which fits is not of another family whose tensors have the same names, each sufficient:
+    # an entry of the file, a tensor, a prefix of tensors, the layout of the fixed position table; None: the structure
+    evidence: tuple[dict[str, str], ...] | None = None
+    convert: Callable[[State], State] = lambda state: state  # published names and shapes -> models_vit's; pure
     # (converted weights, --grid) -> options in which files of the family differ
     read: Callable[[State, Grid | None], dict] = lambda state, grid: {}
-    # (weights, file) -> what shows that a file which fits is of this family and not of another one whose tensors have
-    # the same names; "" where nothing does
-    evidence: Callable[[State, dict], str] = lambda weights, content: STRUCTURE
-    mean: tuple[float, ...] = IMAGENET_MEAN
-    std: tuple[float, ...] = IMAGENET_STD
 
-
-STRUCTURE = "by its structure"
+    def shown_by(self, weights: State, content: dict) -> str:
+        """The evidence in a file that fits; "" for none."""
+        kinds = {
+            "entry": lambda name: f"by its {name}" * (name in content),
+            "tensor": lambda name: f"by its {name}" * (name in weights),
+            "prefix": lambda name: f"by its {name.rstrip('_')}" * any(key.startswith(name) for key in weights),
+            "table": lambda first: TABLE * fixed_table(weights, columns_first=first == "columns"),
+        }
+        rules = [rule for rules in self.evidence or () for rule in rules.items()]
+        shown = (kinds[kind](value) for kind, value in rules)
+        return STRUCTURE if self.evidence is None else next(filter(None, shown), "")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -188,149 +197,20 @@ def fixed_table(weights: State, columns_first: bool) -> bool:
     return torch.allclose(table.float(), expected, atol=1e-2)  # bfloat16, too
 
 
-def mae_evidence(weights: State, content: dict) -> str:
-    if any(key.startswith("decoder_") for key in weights):
-        return "by its decoder"
-    return TABLE if fixed_table(weights, columns_first=True) else ""
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # the table
 # ---------------------------------------------------------------------------------------------------------------------
 
-ENTRIES = ("state_dict", "model")  # where trainers put a model's state dict
-LEARNED = {"pos_embed": "learned"}
-HEADS = ("head.*", "fc_norm.*", "lm_head.*", "cls_pt_layers.*", "rel_pos_bias.*")
-BEIT = {"pos_embed": "none", "rel_pos_bias": True, "init_values": 0.1}
-SHARED, OWN = "rel_pos_bias.relative_position_bias_table", "blocks.0.attn.relative_position_bias_table"
-INDEX = "*relative_position_index"  # made anew from the grid
 
-FAMILIES = {
-    "mae": Family(
-        "MAE: encoder files, files with decoder, and the checkpoints of main_pretrain.py",
-        key="model", needs=("cls_token", "pos_embed", "norm.weight"),
-        drop=("decoder_*", "mask_token", "projector.*", "predictor.*", "momentum_*", "epoch_sums"),
-        lacks=("*.gamma", "reg*_token*", "norm_pre.*", *HEADS), vit={"pos_resampling": "plain"}, evidence=mae_evidence,
-    ),
-    "mae_ft": Family(
-        "MAE fine-tuned on [cls]: the checkpoints of main_finetune.py",
-        key="model", needs=("pos_embed", "norm.weight", "head.weight"), lacks=("decoder_*", "fc_norm.*"),
-        drop=("head.*",), vit={"pos_resampling": "plain"},
-        evidence=lambda weights, content: "by its history" * ("history" in content),
-    ),
-    "mae_ft_mean": Family(
-        "MAE fine-tuned on the mean patch: its authors' fine-tuned files",
-        key="model", needs=("pos_embed", "fc_norm.weight", "head.weight"), lacks=("norm.*",),
-        drop=("fc_norm.*", "head.*"), vit={"final_norm": "none", "pos_resampling": "plain"},
-        evidence=lambda weights, content: "by its history" * ("history" in content),
-    ),
-    "simmim": Family(
-        "SimMIM pretraining files",
-        key="model", prefix="encoder.", needs=("encoder.mask_token", f"encoder.{SHARED}"), lacks=(),
-        drop=("decoder.*", "encoder.mask_token", INDEX), vit=BEIT, convert=convert_beit,
-    ),
-    "simmim_ft": Family(
-        "SimMIM fine-tuned files: a position table per block, mean pooling",
-        key="model", needs=(OWN, "fc_norm.weight"), lacks=("norm.*",), drop=("fc_norm.*", "head.*", INDEX),
-        vit={**BEIT, "final_norm": "none"}, convert=convert_beit,
-        evidence=lambda weights, content: STRUCTURE * ("max_accuracy" in content),  # BEiT's fine-tuned files are alike
-    ),
-    "beitv2": Family(
-        "BEiT-v2 pretraining files",
-        key="model", needs=(SHARED, "cls_pt_layers.0.norm1.weight", "lm_head.weight"), lacks=("encoder.*",),
-        drop=("lm_head.*", "mask_token", "cls_pt_layers.*", INDEX), vit=BEIT, convert=convert_beit,
-    ),
-    "data2vec": Family(
-        "data2vec 1 for images, pretraining files; --checkpoint_key model_ema for the teacher",
-        key="model", beside=("model_ema",), needs=(SHARED, "lm_head.weight"), lacks=("cls_pt_layers.*",),
-        drop=("lm_head.*", "mask_token", INDEX), vit=BEIT, convert=convert_beit,
-    ),
-    "maskfeat": Family(
-        "MaskFeat's image models, PySlowFast pretraining files",
-        key="model_state", needs=("pos_embed", "mask_token", "pred_head.projections.0.weight"),
-        lacks=("norm.*",), drop=("mask_token", "pred_head.*", "hogs.*"), vit={**LEARNED, "final_norm": "none"},
-    ),
-    "ijepa": Family(
-        "I-JEPA; --checkpoint_key encoder for the context encoder",
-        key="target_encoder", needs=("pos_embed", "norm.weight"), lacks=("cls_token", "fc.*"), drop=(),
-        vit={"class_token": False, "pos_resampling": "plain"},
-        evidence=lambda weights, content: STRUCTURE * ("target_encoder" in content),
-    ),
-    "capi": Family(
-        "CAPI: the backbone without its predictor",
-        key=None, prefix="backbone.", needs=("backbone.registers", "backbone.encoder.blocks.0.residual1.norm.weight"),
-        lacks=(), drop=("backbone.decoder.*", "backbone.mask_token", "head.*"), convert=convert_capi,
-        vit={"class_token": False, "reg_tokens": 16, "pos_embed": "none", "rope": True, "norm_layer": "rmsnorm",
-             "qkv_bias": False, "proj_bias": False, "final_norm": "plain"},
-    ),
-    "dino": Family(
-        "DINO backbone files",
-        key=None, needs=("cls_token", "pos_embed", "norm.weight"), drop=(), vit={**LEARNED, "pos_resampling": "offset"},
-        lacks=("*.gamma", "mask_token", "reg*_token*", "backbone.*", *HEADS), evidence=lambda weights, content: "",
-    ),
-    "dino_full": Family(
-        "DINO with student, teacher and heads; --checkpoint_key student for the student",
-        key="teacher", beside=("dino_loss",), prefix="backbone.", needs=("backbone.cls_token",), lacks=(),
-        drop=("head.*",), vit={**LEARNED, "pos_resampling": "offset"},
-    ),
-    "ibot": Family(
-        "iBOT backbone files (checkpoint_teacher.pth, checkpoint_student.pth)",
-        key="state_dict", needs=("cls_token", "pos_embed", "norm.weight"), lacks=("head.*", "fc.*", "*.gamma"),
-        drop=("masked_embed",), vit={**LEARNED, "pos_resampling": "offset"},
-        evidence=lambda weights, content: "by its masked_embed" * ("masked_embed" in weights),
-    ),
-    "ibot_full": Family(
-        "iBOT with student, teacher and heads; --checkpoint_key student for the student",
-        key="teacher", beside=("ibot_loss",), prefix="backbone.", needs=("backbone.cls_token",), lacks=(),
-        drop=("head.*", "backbone.masked_embed"), vit={**LEARNED, "pos_resampling": "offset"},
-    ),
-    "mocov3": Family(
-        "MoCo-v3; --checkpoint_key momentum_encoder for the other encoder",
-        key="state_dict", prefix="base_encoder.", needs=("base_encoder.cls_token", "momentum_encoder.cls_token"),
-        lacks=(), drop=("base_encoder.head.*", "momentum_encoder.*", "predictor.*"),
-        vit={}, read=read_mocov3,
-    ),
-    "mocov3_deit": Family(
-        "MoCo-v3 in DeiT's layout, as its authors' converter writes it",
-        key="model", needs=("cls_token", "pos_embed", "norm.weight"), lacks=("*.gamma", "mask_token", *HEADS), drop=(),
-        vit={}, read=read_mocov3, evidence=lambda weights, content: TABLE * fixed_table(weights, columns_first=False),
-    ),
-    "msn": Family(
-        "MSN; --checkpoint_key encoder for the anchor encoder",
-        key="target_encoder", beside=("prototypes",), needs=("cls_token", "fc.fc1.weight"), lacks=(),
-        drop=("fc.*", "pred.*"), vit={**LEARNED, "pos_resampling": "plain"},
-    ),
-    "mim_refiner": Family(
-        "MIM-Refiner of MAE, dBOT and CrossMAE",
-        key="state_dict", needs=("cls_tokens.tokens", "norm.weight"), lacks=("embed_norm.*",), drop=(),
-        vit={"no_embed_class": True, "pos_resampling": "plain"}, convert=convert_mim_refiner,
-    ),
-    "mim_refiner_d2v2": Family(
-        "MIM-Refiner of data2vec 2: blocks that normalise after each sum",
-        key="state_dict", needs=("cls_tokens.tokens", "embed_norm.weight"), lacks=("norm.*",), drop=(),
-        vit={"no_embed_class": True, "pos_resampling": "plain", "pre_norm": True, "norm_order": "post",
-             "final_norm": "none"},
-        convert=convert_mim_refiner,
-    ),
-    "dinov2": Family(
-        "DINOv2 without registers",
-        key=None, needs=("mask_token", "blocks.0.ls1.gamma"), lacks=("register_tokens", "cls_pt_layers.*"),
-        drop=("mask_token",), convert=convert_dinov2,
-        vit={**LEARNED, "no_embed_class": True, "init_values": 1.0, "pos_resampling": "offset"},
-    ),
-    "dinov2_reg": Family(
-        "DINOv2 with four registers",
-        key=None, needs=("mask_token", "blocks.0.ls1.gamma", "register_tokens"), lacks=(), drop=("mask_token",),
-        vit={**LEARNED, "no_embed_class": True, "init_values": 1.0, "reg_tokens": 4}, convert=convert_dinov2,
-    ),
-    "timm": Family(
-        "state dicts of timm's plain ViTs",
-        key=None, needs=("blocks.0.norm1.weight", "patch_embed.proj.weight"),
-        lacks=("decoder_*", "*.gamma_1", "*.relative_position_bias_table", "register_tokens"),
-        drop=("head.*", "fc_norm.*", "attn_pool.*", "mask_token"), vit={}, convert=convert_timm, read=read_timm,
-        evidence=lambda weights, content: "",
-    ),
-}  # fmt: skip
+def read_families() -> dict[str, Family]:
+    table = tomllib.loads((Path(__file__).parent / "families.toml").read_text())
+    for entry in table.values():
+        entry |= {field: globals()[entry[field]] for field in ("convert", "read") if field in entry}
+        entry |= {field: tuple(value) for field, value in entry.items() if isinstance(value, list)}
+    return {name: Family(**{"vit": {}, **entry}) for name, entry in table.items()}
+
+
+FAMILIES = read_families()
 
 
 def drop_rule(family: Family, key: str) -> str | None:

@@ -6,16 +6,16 @@ Face's cache, in a folder named after the commit. Importable without torch.
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import inspect
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from math import isqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from data_sets.views import IMAGENET_MEAN, IMAGENET_STD
+from data_sets.views import CROP_PCT, IMAGENET_MEAN, IMAGENET_STD
+from util.choices import nearest
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -27,7 +27,7 @@ class Pixels(NamedTuple):
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
     interpolation: str = "bicubic"
-    crop_pct: float | None = 0.875
+    crop_pct: float | None = CROP_PCT
 
 
 class Loaded(NamedTuple):
@@ -72,8 +72,7 @@ def load_from_library(finetune: str, size: int | None = None, offline: bool = Fa
             "pip install -r requirements-encoders.txt"
         ) from error
     try:
-        with quiet(library.package):
-            return library.load(name, size, offline)
+        return library.load(name, size, offline)
     except Exception as error:  # libraries raise errors of all kinds
         raise ValueError(f"{finetune}: {one_line(error)}") from error
 
@@ -82,29 +81,11 @@ def one_line(error: Exception) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-@contextlib.contextmanager
-def quiet(package: str) -> Iterator[None]:
-    """Without the progress bars and advice of transformers."""
-    if package != "transformers":
-        yield
-        return
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
-
-
-def fetched(repository: str, offline: bool, weights: str = "*.safetensors") -> tuple[Path, str | None]:
+def fetched(repository: str, offline: bool, weights: str = "model*.safetensors") -> tuple[Path, str | None]:
     """The folder with a model's configuration and weights, and the commit that a downloaded one is of.
 
-    repository: ORG/NAME, ORG/NAME@REVISION, or a folder. ValueError where it holds no safetensors.
+    repository: ORG/NAME, ORG/NAME@REVISION, or a folder. weights: a pattern of the files to download. ValueError where
+    there are no safetensors.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
@@ -123,8 +104,8 @@ def fetched(repository: str, offline: bool, weights: str = "*.safetensors") -> t
                 f"{reason}, and {repository} is neither a folder nor in the cache: get it with: hf download {name}"
             ) from error
         commit = folder.name
-    if not any(folder.glob(weights)):
-        raise ValueError(f"there is no {weights} in {repository}; pickled weights are not loaded")
+    if not any(folder.glob("*.safetensors")):
+        raise ValueError(f"there are no *.safetensors in {repository}; pickled weights are not loaded")
     return folder, commit
 
 
@@ -137,85 +118,75 @@ def load_hf(name: str, size: int | None, offline: bool) -> Loaded:
     """A model of transformers; of models of images and text, the part for images."""
     import torch
     from transformers import AutoConfig, AutoModel
+    from transformers.utils import logging
 
+    logging.set_verbosity_error()  # no advice
+    logging.disable_progress_bar()
     folder, commit = fetched(name, offline)
     safe = {"trust_remote_code": False, "local_files_only": True}
     config = AutoConfig.from_pretrained(folder, **safe)
-    vision = getattr(config, "vision_config", config)
-    size, pixels, assumed = hf_pixels(folder, vision, size)
+    size, pixels, assumed = hf_pixels(folder, getattr(config, "vision_config", config), size)
     for option, value in {"mask_ratio": 0.0, "crop_size": size}.items():  # ViTMAE shows all patches; V-JEPA 2's grid
         if hasattr(config, option):
             setattr(config, option, value)
-    model, report = AutoModel.from_pretrained(
-        folder, config=config, dtype=torch.float32, attn_implementation="sdpa", use_safetensors=True,
-        output_loading_info=True, **safe,
-    )  # fmt: skip
+    safe |= {"use_safetensors": True, "dtype": torch.float32, "attn_implementation": "sdpa"}
+    model, report = AutoModel.from_pretrained(folder, config=config, output_loading_info=True, **safe)
     missing = sorted(report["missing_keys"])
-    for key in missing:  # not random: a fingerprint of the weights covers them
-        torch.nn.init.zeros_(model.get_parameter(key))
+    for key in missing:  # not random: the digest of the weights covers them
+        model.state_dict()[key].zero_()
     missing = tuple(key.removeprefix("vision_model.") for key in missing)
     projection, model = getattr(model, "visual_projection", None), getattr(model, "vision_model", model)
-    run = HF_INPUTS.get(vision.model_type.removesuffix("_vision_model"), run_hf)
 
     def outputs(output: Any) -> dict[str, Tensor]:
         heads = {"map": hasattr(model, "head") and (lambda pooled: pooled), "projected": projection}
         return {name: head(output.pooler_output) for name, head in heads.items() if head and not missing}
 
     configuration = config.to_json_string(use_diff=False)
-    return Loaded(model, configuration, run, size, pixels, commit, outputs, assumed, missing)
+    return Loaded(model, configuration, run_hf, size, pixels, commit, outputs, assumed, missing)
 
 
 def run_hf(model: nn.Module, images: Tensor) -> Any:
-    """Positions are resampled by the model's own rule, where it has one."""
+    return model(**hf_inputs(model, images))
+
+
+def hf_inputs(model: nn.Module, images: Tensor) -> dict[str, Any]:
+    """The arguments with which a model of transformers sees images (B,3,size,size)."""
+    import torch
+
+    config, count = model.config, len(images)
+    kind = config.model_type.removesuffix("_vision_model")
+    if kind == "vjepa2":  # a film of the one image, as long as one token lasts
+        film = images[:, None].expand(-1, config.tubelet_size, -1, -1, -1)
+        return {"pixel_values_videos": film, "skip_predictor": True}
+    if kind == "siglip2":
+        from models_mae import patchify
+
+        side = images.shape[-1] // config.patch_size
+        shapes = torch.tensor([[side, side]], device=images.device).expand(count, -1)
+        valid = torch.ones(count, side**2, dtype=torch.long, device=images.device)
+        patches = patchify(images, config.patch_size)
+        return {"pixel_values": patches, "pixel_attention_mask": valid, "spatial_shapes": shapes}
+    inputs: dict[str, Any] = {"pixel_values": images}
     accepted = inspect.signature(model.forward).parameters
-    return model(images, **{"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in accepted else {})
-
-
-def run_vit_mae(model: nn.Module, images: Tensor) -> Any:
-    import torch
-
-    count = (images.shape[-1] // model.config.patch_size) ** 2
-    order = torch.arange(count, device=images.device).float().expand(len(images), -1)  # no patch changes its place
-    return model(images, noise=order, interpolate_pos_encoding=True)
-
-
-def run_vjepa2(model: nn.Module, images: Tensor) -> Any:
-    """A film of the one image, as long as one token lasts."""
-    film = images[:, None].expand(-1, model.config.tubelet_size, -1, -1, -1)
-    return model(film, skip_predictor=True)
-
-
-def run_siglip2(model: nn.Module, images: Tensor) -> Any:
-    import torch
-
-    from models_mae import patchify
-
-    side = images.shape[-1] // model.config.patch_size
-    shapes = torch.tensor([[side, side]], device=images.device).expand(len(images), -1)
-    valid = torch.ones(len(images), side**2, dtype=torch.long, device=images.device)
-    return model(patchify(images, model.config.patch_size), pixel_attention_mask=valid, spatial_shapes=shapes)
-
-
-# models of transformers that take other inputs than images
-HF_INPUTS = {"vit_mae": run_vit_mae, "vjepa2": run_vjepa2, "siglip2": run_siglip2}
+    if "interpolate_pos_encoding" in accepted:  # by the model's own rule
+        inputs["interpolate_pos_encoding"] = True
+    if kind == "vit_mae":  # noise in order: no patch changes its place
+        patches = (images.shape[-1] // config.patch_size) ** 2
+        inputs["noise"] = torch.arange(patches, device=images.device).float().expand(count, -1)
+    return inputs
 
 
 def hf_pixels(folder: Path, config: Any, size: int | None) -> tuple[int, Pixels, tuple[str, ...]]:
     """Input size, preprocessing, and what of it nothing states: from the processor's file, or the class's defaults."""
-    from transformers.models.auto.image_processing_auto import (
-        IMAGE_PROCESSOR_MAPPING_NAMES,
-        get_image_processor_class_from_name,
-    )
+    from transformers.models.auto import image_processing_auto as auto
 
-    files = [
-        folder / f"{name}.json" for name in ("preprocessor_config", "video_preprocessor_config", "processor_config")
-    ]
+    files = [folder / f"{kind}_config.json" for kind in ("preprocessor", "video_preprocessor", "processor")]
     stated: dict = next((json.loads(path.read_text()) for path in files if path.is_file()), {})
     stated = stated.get("image_processor", stated.get("video_processor", stated))
-    kind = config.model_type.removesuffix("_vision_model")
-    known = IMAGE_PROCESSOR_MAPPING_NAMES.get(config.model_type, IMAGE_PROCESSOR_MAPPING_NAMES.get(kind, {}))
+    kinds = [config.model_type, config.model_type.removesuffix("_vision_model")]
+    known = next((k for kind in kinds if (k := auto.IMAGE_PROCESSOR_MAPPING_NAMES.get(kind))), {})
     name = stated.get("image_processor_type", known.get("torchvision"))
-    processor = get_image_processor_class_from_name(name) if name else None
+    processor = auto.get_image_processor_class_from_name(name) if name else None
 
     def value(option: str) -> Any:
         return stated.get(option, getattr(processor, option, None))
@@ -227,11 +198,14 @@ def hf_pixels(folder: Path, config: Any, size: int | None) -> tuple[int, Pixels,
     if not stated or not resized:  # the class's default size is not the model's
         resized, crop = {"shortest_edge": native or 224}, None
     side, target = edge(crop or resized), edge(resized)
-    squash = not crop and "shortest_edge" not in resized
-    normalise = value("do_normalize") is not False
+    squash = not crop and not (isinstance(resized, dict) and "shortest_edge" in resized)
+    white = 255 * (value("rescale_factor") or 1 / 255)  # the largest value of a pixel
+    mean, std = value("image_mean") or IMAGENET_MEAN, value("image_std") or IMAGENET_STD
+    if value("do_normalize") is False:
+        mean, std = (0.0,) * 3, (1.0,) * 3
     pixels = Pixels(
-        tuple(value("image_mean") or IMAGENET_MEAN) if normalise else (0.0, 0.0, 0.0),
-        tuple(value("image_std") or IMAGENET_STD) if normalise else (1.0, 1.0, 1.0),
+        tuple(round(number / white, 6) for number in mean),
+        tuple(round(number / white, 6) for number in std),
         RESAMPLING.get(value("resample"), "bicubic"),
         None if squash else side / target,
     )
@@ -239,10 +213,10 @@ def hf_pixels(folder: Path, config: Any, size: int | None) -> tuple[int, Pixels,
 
 
 def edge(size: Any) -> int:
-    """The side in pixels that a processor's size states."""
-    if isinstance(size, int):
-        return size
-    return size.get("shortest_edge") or size["height"]
+    """The side in pixels that a processor's size states: a number, the shorter edge, or height and width."""
+    if isinstance(size, dict) and len({*size.values()} - {None}) != 1:
+        raise ValueError(f"its images are resized to {size}; a square, or one shorter edge, is possible here")
+    return size if isinstance(size, int) else next(side for side in size.values() if side)
 
 
 RESAMPLING = dict(enumerate(("nearest", "lanczos", "bilinear", "bicubic")))  # codes of Pillow
@@ -261,53 +235,42 @@ def load_timm(name: str, size: int | None, offline: bool) -> Loaded:
     """A model of timm: NAME, hf-hub:ORG/NAME, or a folder that timm saved."""
     import timm
 
-    overlay, commit = {}, None
-    hub = name.removeprefix("hf-hub:").removeprefix("local-dir:")
-    if hub != name or Path(hub).is_dir():
-        folder, commit = fetched(hub, offline)
-        source = f"local-dir:{folder}"
+    overlay = {}
+    if (repository := hub_name(name)) is not None:
+        folder, commit = fetched(repository, offline)
+        name = f"local-dir:{folder}"
     else:
         if not timm.is_model(name.split(".")[0]):
-            from util.choices import nearest
-
             near = nearest(name.split(".")[0], timm.list_models())
             raise ValueError(f"timm {timm.__version__} has no such model: {near}timm.list_models() lists them")
-        source, published = name, timm.get_pretrained_cfg(name)
+        published = timm.get_pretrained_cfg(name)
         if not (published and published.hf_hub_id):
             raise ValueError("timm has no weights of it on the hub: name a tag of timm.list_pretrained()")
-        repository = published.hf_hub_id
+        repository, file = published.hf_hub_id, published.hf_hub_filename or "model.safetensors"
         if repository == "timm/":
             repository += name if "." in name else f"{name}.{published.tag}"
-        file = published.hf_hub_filename or "model.safetensors"
-        folder, commit = fetched(repository, offline, file if file.endswith(".safetensors") else "*.safetensors")
-        weights = next(iter(sorted(folder.glob(file))), next(folder.glob("*.safetensors")))
-        overlay = {"pretrained_cfg_overlay": {"file": str(weights), "source": "file", "custom_load": False}}
-    model = timm.create_model(source, pretrained=True, num_classes=0, img_size=size, **overlay)
+        weights = f"{Path(file).stem}.safetensors"
+        folder, commit = fetched(repository, offline, weights)
+        overlay = {"pretrained_cfg_overlay": {"file": str(folder / weights), "source": "file", "custom_load": False}}
+    model = timm.create_model(name, pretrained=True, num_classes=0, img_size=size, **overlay).eval()
     stated = timm.data.resolve_model_data_config(model)
     native = getattr(getattr(model, "patch_embed", None), "img_size", None) or stated["input_size"][1:]
     pixels = pixels_of(stated, stated["crop_mode"], stated["crop_pct"])
-    pools = getattr(model, "attn_pool", None) is not None
     configuration = f"{model.pretrained_cfg['architecture']} {model._model_args}"
-    outputs = (lambda output: {"map": output}) if pools else (lambda output: {})
-    return Loaded(model, configuration, run_model, size or native[0], pixels, commit, outputs)
-
-
-def pixels_of(stated: dict, mode: str, share: float) -> Pixels:
-    """The preprocessing that timm or open_clip states. share: of the shorter side that a central crop keeps."""
-    modes = {"center": share, "shortest": share, "squash": None}
-    if mode not in modes:
-        raise ValueError(f"images are to be cropped by rule {mode}; this project has {', '.join(modes)}")
-    return Pixels(tuple(stated["mean"]), tuple(stated["std"]), stated["interpolation"], modes[mode])
+    pools = getattr(model, "attn_pool", None) is not None
+    return Loaded(
+        model, configuration, run_model, size or native[0], pixels, commit,
+        lambda output: {"map": output} if pools else {},
+    )  # fmt: skip
 
 
 def load_open_clip(name: str, size: int | None, offline: bool) -> Loaded:
     """The image tower of a model of open_clip: MODEL/TAG, MODEL/FILE.safetensors, hf-hub:ORG/NAME or a folder."""
     import open_clip
 
-    commit, options = None, {"force_image_size": size}
-    hub = name.removeprefix("hf-hub:").removeprefix("local-dir:")
-    if hub != name or Path(hub).is_dir():
-        folder, commit = fetched(hub, offline)
+    configuration, commit, options = name, None, {"force_image_size": size}
+    if (repository := hub_name(name)) is not None:
+        folder, commit = fetched(repository, offline, "open_clip*.safetensors")
         configuration = (folder / "open_clip_config.json").read_text()
         model = open_clip.create_model(f"local-dir:{folder}", **options)
     else:
@@ -317,19 +280,33 @@ def load_open_clip(name: str, size: int | None, offline: bool) -> Loaded:
             if not published.get("hf_hub"):
                 tags = ", ".join(open_clip.list_pretrained_tags_by_model(architecture)) or "none"
                 raise ValueError(f"write MODEL/TAG or MODEL/FILE; the tags of {architecture} are {tags}")
-            folder, commit = fetched(published["hf_hub"].strip("/"), offline)
-            file = next(iter(folder.glob("open_clip*.safetensors")), next(folder.glob("*.safetensors")))
+            folder, commit = fetched(str(Path(published["hf_hub"] + "_").parent), offline, "open_clip*.safetensors")
+            file = next(folder.glob("open_clip*.safetensors"))
         if file.suffix != ".safetensors":
             raise ValueError(f"{file} is no safetensors file, and nothing else is loaded")
-        options |= {"force_quick_gelu": published.get("quick_gelu", False)}
+        options["force_quick_gelu"] = published.get("quick_gelu", False)
         chosen = {key: published[key] for key in ("mean", "std", "interpolation", "resize_mode") if key in published}
-        configuration = f"{architecture} {options}"
         model = open_clip.create_model(architecture, str(file), force_preprocess_cfg=chosen, **options)
     stated = open_clip.get_model_preprocess_cfg(model)
-    side = stated["size"] if isinstance(stated["size"], int) else stated["size"][0]
+    native = stated["size"] if isinstance(stated["size"], int) else stated["size"][0]
     pixels = pixels_of(stated, stated["resize_mode"], 1.0)
-    side, outputs = size or side, lambda output: {"projected": output}
-    return Loaded(model.visual, configuration, run_model, side, pixels, commit, outputs)
+    return Loaded(
+        model.visual, configuration, run_model, size or native, pixels, commit, lambda output: {"projected": output}
+    )
+
+
+def hub_name(name: str) -> str | None:
+    """The repository or folder that a name of timm or open_clip states; None for a name of the library's own list."""
+    hub = name.removeprefix("hf-hub:").removeprefix("local-dir:")
+    return hub if hub != name or Path(hub).is_dir() else None
+
+
+def pixels_of(stated: dict, mode: str, share: float) -> Pixels:
+    """The preprocessing that timm or open_clip states. share: of the shorter side that a central crop keeps."""
+    modes = {"center": share, "shortest": share, "squash": None}
+    if mode not in modes:
+        raise ValueError(f"images are to be cropped by rule {mode}; this project has {', '.join(modes)}")
+    return Pixels(tuple(stated["mean"]), tuple(stated["std"]), stated["interpolation"], modes[mode])
 
 
 LIBRARIES = {

@@ -95,7 +95,7 @@ def load_encoder(
         raise ValueError(f"--timm_name {timm_name} states what {other} states: write one of the two")
     with main_process_first():  # the other processes find its download
         path = fetch_weights(finetune, offline)
-        timm_model = timm_models.create(finetune, pretrained=True, offline=offline) if path is None else None
+        timm_model = load_from_library(f"timm:{finetune}", offline=offline).model if path is None else None
     if timm_model is not None:
         content, timm_name = timm_model.state_dict(), finetune
     else:
@@ -122,16 +122,16 @@ def load_encoder(
     backbone = VisionTransformer(**{**reading.options, **resampling})
     backbone.load_state_dict(reading.state, strict=True)
     backbone.eval().requires_grad_(False)
-    pixels = FAMILIES[detected.family]
+    pixels = [IMAGENET_MEAN, IMAGENET_STD]
     if timm_model is not None:
         timm_models.check_tokens(timm_model, backbone, timm_name)
-        pixels = pixels._replace(**{name: tuple(timm_model.pretrained_cfg[name]) for name in ("mean", "std")})
+        pixels = [timm_model.pretrained_cfg[name] for name in ("mean", "std")]
 
     record = {
         "model": reading.model, "source": Path(finetune).name, "family": detected.family,
         "sha256": sha256(path) if path is not None else None,
     }  # fmt: skip
-    pixels = tuple(mean or pixels.mean), tuple(std or pixels.std)
+    pixels = [tuple(stated or own) for stated, own in zip((mean, std), pixels, strict=True)]
     encoder = Encoder(backbone, *pixels, record, {**reading.options, **resampling})
     arch = content["arch"] if isinstance(content.get("arch"), str) else None
     log_encoder(finetune, encoder, reading, detected, {*stated, *options}, arch)
@@ -176,7 +176,7 @@ def traced_encoder(finetune: str, size: int | None, offline: bool, stated: dict)
     if assumed := [f"{name} (--{name})" for name in loaded.assumed if not stated.get(name)]:
         record["assumed"] = assumed
         log.warning("%s does not state its preprocessing, so these are assumed: %s", finetune, ", ".join(assumed))
-    options = {"version": record["version"], "configuration": loaded.configuration}
+    options = {"version": record["version"], "configuration": digest(loaded.configuration)}
     return Encoder(backbone, pixels.mean, pixels.std, record, options, pixels.interpolation, pixels.crop_pct)
 
 

@@ -12,6 +12,7 @@ from encoders.contents import weights_of
 from encoders.families import FAMILIES, Family, Grid, State, drop_rule
 from models_vit import VisionTransformer
 
+DEEPSPEED = "convert its folder with: python FOLDER/zero_to_fp32.py FOLDER OUT"
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 RELATIVE = "blocks.0.attn.rel_pos_bias.relative_position_bias_table"
 HEAD_WIDTH = 64  # of nearly all published ViTs
@@ -100,6 +101,8 @@ def sizes_of(state: State) -> dict:
     stem = state.get("patch_embed.proj.weight")
     if stem is None:
         raise ValueError("it has no patch_embed.proj.weight, as every encoder has")
+    if not stem.numel():
+        raise ValueError(f"its tensors are empty, as in a shard of DeepSpeed's ZeRO-3: {DEEPSPEED}")
     if stem.ndim != 4 or stem.shape[1] != 3 or stem.shape[2] != stem.shape[3]:
         raise ValueError(
             f"patch_embed.proj.weight is {tuple(stem.shape)}: models_vit embeds square patches of RGB images by a "

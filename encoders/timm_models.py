@@ -1,10 +1,10 @@
-"""Encoders of timm: pretrained ones by name, and timm's configuration for a weight file (--timm_name)."""
+"""timm's configuration of plain ViTs, for weights that models_vit computes: what a file's tensors do not show."""
 
 import torch
 from torch import nn
 
-from encoders.catalogue import hugging_face_offline
 from encoders.contents import State
+from encoders.libraries import one_line
 from models_vit import VisionTransformer
 from util.choices import nearest
 
@@ -12,19 +12,17 @@ HEADS = ("head.", "fc_norm.", "attn_pool.")  # what follows the blocks
 EPS = {1e-6: "layernorm", 1e-5: "layernorm_eps1e-5"}  # names of models_vit.NORMS
 
 
-def create(name: str, pretrained: bool = False, offline: bool = False, **options) -> nn.Module:
-    """timm's model, without classifier. ValueError where timm does not know it or cannot provide its weights."""
+def create(name: str, **options) -> nn.Module:
+    """timm's model with random weights, without classifier. ValueError where timm does not know it."""
     import timm  # takes a second
 
     if not timm.is_model(name.split(".")[0]):
         near = nearest(name.split(".")[0], timm.list_models())
         raise ValueError(f"timm {timm.__version__} has no model {name!r}: {near}timm.list_models() lists them")
     try:
-        with hugging_face_offline(offline):
-            return timm.create_model(name, pretrained=pretrained, num_classes=0, **options).eval()
-    except (RuntimeError, OSError, TypeError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ValueError(f"{'--offline: ' * offline}timm cannot provide {name!r}: {reason}") from error
+        return timm.create_model(name, num_classes=0, **options).eval()
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"timm cannot make {name!r}: {one_line(error)}") from error
 
 
 def obstacles(model: nn.Module) -> list[str]:
@@ -65,7 +63,7 @@ def options_of(model: nn.Module, name: str) -> dict:
     import timm
 
     if problems := obstacles(model):
-        raise ValueError(f"timm's {name} is no plain ViT: {'; '.join(problems)}")
+        raise ValueError(f"timm's {name} is no plain ViT: {'; '.join(problems)}; timm runs it: --finetune timm:...")
     block = model.blocks[0]
     residual = type(block) is timm.models.vision_transformer.ResPostBlock
     return {
@@ -77,47 +75,29 @@ def options_of(model: nn.Module, name: str) -> dict:
     }
 
 
-def preprocessing(model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and std of timm's configuration."""
-    return tuple(model.pretrained_cfg["mean"]), tuple(model.pretrained_cfg["std"])
-
-
 def fill(model: nn.Module, ours: State, name: str) -> None:
-    """Give a timm model the weights of a file. ValueError where some are missing or of no use."""
-    wanted = {key: value for key, value in model.state_dict().items() if not key.startswith(HEADS)}
-    shapes = [
-        f"{key} is {tuple(ours[key].shape)}, not {tuple(wanted[key].shape)}"
-        for key in sorted(ours.keys() & wanted.keys())
-        if ours[key].shape != wanted[key].shape
-    ]
-    differences = [
-        f"{label} {', '.join(sorted(keys)[:4])}{', ...' * (len(keys) > 4)}"
-        for label, keys in (("missing", wanted.keys() - ours.keys()), ("not used", ours.keys() - wanted.keys()))
-        if keys
-    ]
-    if differences or shapes:
-        raise ValueError(f"the file is not timm's {name}: {'; '.join([*differences, *shapes[:3]])}")
-    model.load_state_dict(ours, strict=False)
+    """Give a timm model the weights of a file. ValueError where some are missing, left over or misshapen."""
+    try:
+        missing, unused = model.load_state_dict(ours, strict=False)
+    except RuntimeError as error:  # its second line has the first shape that differs
+        raise ValueError(f"the file is not timm's {name}: {str(error).splitlines()[1].strip()}") from error
+    kinds = {"missing": [key for key in missing if not key.startswith(HEADS)], "not used": unused}
+    if differences := [f"{kind} {', '.join(sorted(keys)[:4])}" for kind, keys in kinds.items() if keys]:
+        raise ValueError(f"the file is not timm's {name}: {'; '.join(differences)}")
 
 
 @torch.no_grad()
 def check_tokens(model: nn.Module, backbone: VisionTransformer, name: str, tolerance: float = 1e-4) -> None:
-    """ValueError where a block's tokens differ from timm's by more than `tolerance` of its largest token.
+    """ValueError where a block's patch tokens differ from timm's by more than `tolerance` of the largest.
 
     Both have the same weights and see the same small drawn input, at the size of the file's own grid.
     """
-    rows, columns = backbone.grid_size
-    images = torch.randn(2, 3, rows * backbone.patch_size, columns * backbone.patch_size,
-                         generator=torch.Generator().manual_seed(0))  # fmt: skip
-    tokens: list[torch.Tensor] = []
-    handles = [block.register_forward_hook(lambda module, args, out: tokens.append(out)) for block in model.blocks]
-    try:
-        model.forward_features(images)
-    finally:
-        for handle in handles:
-            handle.remove()
-    for step, expected in zip(backbone.trace(images), tokens, strict=True):
-        difference = ((step.out - expected).abs().max() / expected.abs().max()).item()
+    height, width = (side * backbone.patch_size for side in backbone.grid_size)
+    images = torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(0))
+    expected = model.forward_intermediates(images, output_fmt="NLC", intermediates_only=True)
+    for step, tokens in zip(backbone.trace(images), expected, strict=True):
+        patches = step.out[:, backbone.num_prefix_tokens :]
+        difference = ((patches - tokens).abs().max() / tokens.abs().max()).item()
         if not difference < tolerance:
             raise ValueError(
                 f"models_vit cannot compute timm's {name}: the tokens of block {step.index} differ by {difference:.1e} "

@@ -98,8 +98,8 @@ def model_of(encoder: dict) -> str:
         return "random"
     if source in CATALOGUE:
         return source.replace(f"_{arch}", "", 1)
-    if family in ("timm", "hf", "open_clip"):
-        return re.sub(r"\W", "_", source if family != "timm" or source.startswith("timm") else f"timm_{source}")
+    if family == "timm" or re.match(r"(hf|timm|open_clip):", source):
+        return re.sub(r"\W", "_", source if ":" in source else f"timm_{source}")
     return family.removesuffix("_full")  # a file that holds more than the encoder
 
 

@@ -48,8 +48,13 @@ def make_report(
 
 
 def render(
-    title: str, reads: Sequence[Read], figures: Mapping[str, Any] | None = None, left_out: Sequence[str] = ()
+    title: str,
+    reads: Sequence[Read] = (),
+    figures: Mapping[str, Any] | None = None,
+    left_out: Sequence[str] = (),
+    boards: Sequence[Mapping[str, Any]] = (),
 ) -> bytes:
+    """boards: of report.leaderboard."""
     sections = {}
     for program in READERS:
         of_program = [(run, contents) for run, contents in reads if run.program == program]
@@ -62,7 +67,7 @@ def render(
     }
     warnings = [note for name, note in facts.NOTES.items() if name in notes]
     page = TEMPLATES.get_template("page.html").render(
-        **{"title": title, "reads": reads, "sections": sections, "figures": figures or {}},
+        **{"title": title, "reads": reads, "sections": sections, "figures": figures or {}, "boards": boards},
         warnings=[*warnings, *(("loud", f"Left out: {line}") for line in left_out)],
         **{"facts": facts, "kinds": KINDS, "own_pictures": own_pictures, "real": real, "table": table},
         **{"Cell": Cell, "Row": Row},

@@ -80,7 +80,7 @@ def read_probes(run: Run) -> list[Content]:
             data=describe_data(run.record),
             rows=rows,
             result=result,
-            curves={"": epoch_curves(run, probes, watched, headline)},
+            curves={"": epoch_curves(run, probes, watched, headline) | score_by_size(run, rows, labels, headline)},
             neighbours=fold(neighbours),
             remarks=lines,
             notes=notes,
@@ -187,6 +187,17 @@ def epoch_curves(run: Run, probes: Iterable[str], watched: str, headline: str) -
             line = Line(f"{run.name}: {labels[names[0]]}", list(by_epoch), [mean.mean for mean in means], spread)
             curves.setdefault(Axes(name, "epoch (from 1)", name), []).append(line)
     return curves
+
+
+def score_by_size(run: Run, rows: Sequence[Row], labels: Mapping[str, str], headline: str) -> dict[Axes, list[Line]]:
+    """A point for each setting: parameters of the head (log10) and the mean score with its deviation over seeds."""
+    label, names = f"test {metric_label(headline)}", dict.fromkeys(labels.values())
+    points = [
+        Line(f"{run.name}: {name}", [math.log10(row.cells["parameters"])], [score.mean], [score.std or 0.0])
+        for row, name in zip(rows, names, strict=False)
+        if isinstance(score := row.cells.get(label), Mean) and row.cells.get("parameters")
+    ]
+    return {Axes(f"{label} against parameters", "parameters of the head, log10", label): points} if points else {}
 
 
 def remarks(run: Run, probes: Mapping[str, Record]) -> list[tuple[str, str]]:
@@ -323,7 +334,9 @@ def read_training(run: Run) -> list[Content]:
     """log.txt; without it, the last epoch of results.json."""
     values: dict[str, dict[int, float]] = {}  # {quantity: {epoch from 1: value}}
     for record in run.epochs or [result["last"] for result in run.results]:
-        scores = {f"test {metric_label(name)}": v for name, v in record.get("test", {}).items() if name != "n"}
+        scores = {
+            f"test {metric_label(name)}": v for name, v in record.get("test", {}).items() if name not in ("n", "epoch")
+        }
         named = {TRAINING.get(name, name): v for name, v in record.items() if name not in ("epoch", "test")}
         for name, value in {**named, **scores}.items():
             values.setdefault(name, {})[record["epoch"] + 1] = real(value)

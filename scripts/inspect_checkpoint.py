@@ -21,7 +21,8 @@ from encoders.catalogue import CATALOGUE, fetch_weights, known_family, named_fam
 from encoders.contents import is_state, without_wrappers
 from encoders.detect import UNSURE, Detected, detect_family, other_encoders
 from encoders.families import FAMILIES, drop_rule
-from encoders.load import resampling, undecided_family
+from encoders.libraries import library_of, load_from_library
+from encoders.load import load_encoder, resampling, undecided_family
 from encoders.reading import Reading, problems_of, read_as
 from util.files import sha256
 from util.tensor_files import load_plain_or_safetensors
@@ -62,14 +63,29 @@ def kind(value: Any) -> str:
     return repr(value) if isinstance(value, int | float | str | None) else getattr(value, "name", type(value).__name__)
 
 
+def describe_traced(file: str, offline: bool) -> None:
+    """What is traced of a model that its own library runs. ValueError, with the reason, if it cannot be."""
+    encoder = load_encoder(file, FROM_FILE, offline=offline)
+    backbone = encoder.backbone
+    print(f"run by        {encoder.record['family']} {encoder.record['version']}, {encoder.record['model']}")
+    for name in ("revision", "sha256", "traced", "tokens", "preprocessing", "assumed"):
+        print(f"{name:13} {encoder.record.get(name)}")
+    print(f"{'sizes':13} {backbone.depth} blocks, {backbone.num_heads} heads, width {backbone.embed_dim}")
+    print(f"{'own outputs':13} {', '.join(backbone.pooled) or None}")
+    print(f"use it with\n  python main_linprobe.py --finetune {file} --data_path $IMAGENET")
+
+
 def main(args: Namespace) -> None:
+    if library_of(args.file):
+        describe_traced(args.file, args.offline)
+        return
     if args.model not in (None, FROM_FILE):
         architecture(args.model)
     family = named_family(args.family)  # mistakes are reported before anything is read
     path = fetch_weights(args.file, args.offline)
     timm_model = None
     if path is None:
-        timm_model = timm_models.create(args.file, pretrained=True, offline=args.offline)
+        timm_model = load_from_library(f"timm:{args.file}", offline=args.offline).model
         content, family = timm_model.state_dict(), "timm"
     else:
         content = without_wrappers(load_plain_or_safetensors(path))
@@ -134,7 +150,7 @@ def print_facts(reading: Reading, detected: Detected, pixels: dict) -> None:
 
 if __name__ == "__main__":
     parser = Parser(__doc__)
-    parser.add_argument("file", metavar="FILE", help="a file, a catalogue name, a URL or a timm model's name")
+    parser.add_argument("file", metavar="FILE", help="what --finetune takes")
     parser.add_argument("--family", help=f"format of the file: {', '.join(FAMILIES)}, or auto (the default): detected")
     parser.add_argument("--model", help="architecture (default: by the sizes of the tensors)")
     parser.add_argument("--checkpoint_key", help="entry of the file that holds the weights")

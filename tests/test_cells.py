@@ -81,6 +81,7 @@ def test_other_options_keep_cells_apart():
         ("mae_vit_base_patch16", "mae", "mae"), ("encoder.safetensors", "mae_ft", "mae_ft"), (None, None, "random"),
         ("beitv2_vit_base_patch16_300e", "beitv2", "beitv2_300e"), ("full.pth", "dino_full", "dino"),
         ("vit_base_patch16_224.mae", "timm", "timm_vit_base_patch16_224_mae"),
+        ("hf:facebook/dinov2-base", "transformers", "hf_facebook_dinov2_base"),
     ],
 )  # fmt: skip
 def test_encoders_that_differ_have_cells_that_differ(source, family, model):

@@ -13,6 +13,7 @@ from torch import nn
 
 import models_vit
 from data_sets.views import IMAGENET_MEAN
+from encoders import libraries
 from encoders import load as checkpoints
 from encoders.families import FAMILIES
 from encoders.load import load_encoder, save_encoder
@@ -84,13 +85,17 @@ def test_positions_of_another_input_size_keep_their_grid(tiny, tmp_path):
         assert loaded.backbone(images)[2].patches.equal(wide(images)[2].patches)
 
 
-def test_a_timm_name_gives_timms_model_and_its_preprocessing(tiny, images, monkeypatch):
+def test_a_timm_name_gives_timms_model_and_its_preprocessing(tiny, images, monkeypatch, tmp_path):
     theirs = TimmViT(**TINY, num_classes=0, norm_layer=functools.partial(nn.LayerNorm, eps=1e-6)).eval()
     theirs.pretrained_cfg = {"mean": (0.5, 0.5, 0.5), "std": (0.4, 0.4, 0.4)}
-    asked = []
-    monkeypatch.setattr(timm, "create_model", lambda name, **options: asked.append((name, options)) or theirs)
+    theirs.pretrained_cfg |= {"architecture": "tiny", "input_size": (3, 32, 32), "interpolation": "bicubic"}
+    theirs._model_args, asked = {}, []
+    (tmp_path / "model.safetensors").touch()
+    monkeypatch.setattr(libraries, "fetched", lambda *words: asked.append(words) or (tmp_path, "commit"))
+    monkeypatch.setattr(timm, "create_model", lambda name, **options: asked.append(options) or theirs)
     loaded = load_encoder("vit_base_patch16_224.augreg_in1k", tiny)
-    assert asked == [("vit_base_patch16_224.augreg_in1k", {"pretrained": True, "num_classes": 0})]
+    assert asked[0] == ("timm/vit_base_patch16_224.augreg_in1k", False, "model.safetensors")
+    assert asked[1]["pretrained_cfg_overlay"]["file"] == str(tmp_path / "model.safetensors")
     assert (loaded.mean, loaded.std) == ((0.5, 0.5, 0.5), (0.4, 0.4, 0.4))
     mine = loaded.backbone.norm(loaded.backbone(images)[2].cls)
     torch.testing.assert_close(mine, theirs.forward_features(images)[:, 0], atol=1e-5, rtol=0)

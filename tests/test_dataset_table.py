@@ -517,7 +517,10 @@ def test_official_counts_are_the_papers():
 
 def readme_row(name):
     entry = DATASETS[name]
-    images = "any" if entry.images is None else f"{entry.images['train']:,} / {entry.images['val']:,}"
+    counts = entry.images and [
+        f"{entry.images[split]:,}" if split in entry.images else "–" for split in ("train", "val")
+    ]
+    images = "any" if counts is None else " / ".join(counts)
     return f"| `{name}` | {entry.description} | {entry.classes or 'any'} | {images} | {entry.protocol or '–'} |"
 
 

@@ -3,11 +3,13 @@
 import contextlib
 import copy
 import json
+import os
 import shutil
 import sys
 import weakref
 from pathlib import Path
 
+import huggingface_hub.constants
 import pytest
 import safetensors.torch
 import timm
@@ -15,7 +17,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-import hubconf
+import api
 import main_analyze_attention
 import main_linprobe
 from cli.console import parse
@@ -24,15 +26,14 @@ from encoders.libraries import Loaded, Pixels
 from encoders.load import load_encoder, save_encoder
 from encoders.traced import TracedEncoder
 from models_vit import Backbone, VisionTransformer
-
-pytest.importorskip("transformers")
-pytest.importorskip("open_clip")
-import transformers
-
-from scripts import list_traced
+from scripts import inspect_checkpoint, list_traced
 from scripts.list_traced import MODELS, save_model
 
+transformers, open_clip = pytest.importorskip("transformers"), pytest.importorskip("open_clip")
+
 ROOT = Path(__file__).resolve().parent.parent
+SHARED = Path(os.environ.get("BEYOND_CLS_SHARED", Path(__file__).resolve().parents[2] / "shared"))
+REAL = SHARED / "data/real_encoders/dinov2_vits14_fp16.safetensors"
 REFUSED = {"Hiera": "blocks.0.attn computes attention in windows", "Swin": "no attention call was seen"}
 TRACED = [name for name in MODELS if name not in REFUSED]
 RUN = ["--amp", "float32", "--device", "cpu", "--num_workers", "0", "--input_size", "32"]
@@ -101,7 +102,7 @@ def flow_of(attention: torch.Tensor, prefix: int, has_cls: bool) -> dict[str, to
 
 @pytest.mark.parametrize("name", TRACED)
 def test_tokens_and_attention_are_those_of_the_library(name, saved):
-    encoder, pixels = hubconf.encoder(saved(name)), images()
+    encoder, pixels = api.encoder(saved(name)), images()
     backbone = encoder.backbone
     assert isinstance(backbone, Backbone) and backbone.depth == 2 and backbone.num_heads == 2
     assert list_traced.difference(backbone, pixels) <= (1e-5 if name == "CLIP, open_clip" else 0)
@@ -156,23 +157,52 @@ def test_the_table_of_the_page_is_that_of_the_code():
 # ---- the three routes of one MAE
 
 
-def of_hugging_face(state: dict[str, torch.Tensor], depth: int) -> dict[str, torch.Tensor]:
-    """A state dict of models_vit under the names of ViTMAEModel."""
-    names = {"cls_token": "embeddings.cls_token", "pos_embed": "embeddings.position_embeddings"}
-    names |= {f"norm.{part}": f"layernorm.{part}" for part in ("weight", "bias")}
-    names |= {
-        f"patch_embed.proj.{part}": f"embeddings.patch_embeddings.projection.{part}" for part in ("weight", "bias")
-    }
-    result = {new: state[old] for old, new in names.items()}
-    parts = {"norm1": "layernorm_before", "norm2": "layernorm_after", "attn.proj": "attention.o_proj"}
-    parts |= {"mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}
-    for kind in ("weight", "bias"):
-        for block in range(depth):
-            old, new = f"blocks.{block}.", f"layers.{block}."
-            result |= {f"{new}{theirs}.{kind}": state[f"{old}{ours}.{kind}"] for ours, theirs in parts.items()}
-            for letter, value in zip("qkv", state[f"{old}attn.qkv.{kind}"].chunk(3), strict=True):
-                result[f"{new}attention.{letter}_proj.{kind}"] = value
+HF_NAMES = {
+    "layers": {"norm1": "layernorm_before", "norm2": "layernorm_after"},
+    "encoder.layer": {"norm1": "norm1", "norm2": "norm2", "ls1": "layer_scale1", "ls2": "layer_scale2"},
+}
+
+
+def of_hugging_face(state: dict[str, torch.Tensor], blocks: str) -> dict[str, torch.Tensor]:
+    """A state dict under timm's names -> the names of transformers' ViTMAEModel or Dinov2Model."""
+    names = {"patch_embed.proj": "embeddings.patch_embeddings.projection", "norm": "layernorm"}
+    whole = {"cls_token": "cls_token", "mask_token": "mask_token", "pos_embed": "position_embeddings"}
+    parts = {"attn.proj": "attention.o_proj", "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"} | HF_NAMES[blocks]
+    result = {}
+    for key, value in state.items():
+        stem, _, kind = key.rpartition(".")
+        if key in whole:
+            result[f"embeddings.{whole[key]}"] = value
+        elif stem in names:
+            result[f"{names[stem]}.{kind}"] = value
+        else:
+            block, part = stem.removeprefix("blocks.").split(".", 1)
+            if part == "attn.qkv":
+                for letter, third in zip("qkv", value.chunk(3), strict=True):
+                    result[f"{blocks}.{block}.attention.{letter}_proj.{kind}"] = third
+            else:
+                result[f"{blocks}.{block}.{parts[part]}.{kind.replace('gamma', 'lambda1')}"] = value
     return result
+
+
+def three_routes(ours, state: dict, config, name: str, options: dict, folder: Path) -> list[api.FrozenEncoder]:
+    """An encoder of this project, and the same weights through transformers and timm."""
+    theirs = transformers.AutoModel.from_config(config)
+    theirs.load_state_dict(of_hugging_face(state, "encoder.layer" if "dinov2" in name else "layers"))
+    theirs.save_pretrained(folder / "hf")
+    timms = timm.create_model(name, num_classes=0, **options)
+    timms.load_state_dict({key: value for key, value in state.items() if key != "mask_token"})
+    timm.models.save_for_hf(timms, folder / "timm", model_args=options, safe_serialization=True)
+    return [ours, *(api.encoder(f"{prefix}:{folder / prefix}") for prefix in ("hf", "timm"))]
+
+
+@torch.no_grad()
+def assert_same_traces(encoders: list[api.FrozenEncoder], pixels: torch.Tensor) -> None:
+    for ours, *others in zip(*(encoder.backbone.trace(pixels) for encoder in encoders), strict=True):
+        for other in others:
+            assert other.index == ours.index and other.scale == ours.scale
+            for part in ("x", "q", "k", "v", "update", "out"):
+                torch.testing.assert_close(getattr(other, part), getattr(ours, part), rtol=1e-5, atol=1e-5)
 
 
 def test_one_mae_by_three_routes_is_one_encoder(tmp_path):
@@ -180,22 +210,28 @@ def test_one_mae_by_three_routes_is_one_encoder(tmp_path):
     options = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
     state = list_traced.randomised(VisionTransformer(**options)).state_dict()
     save_encoder(tmp_path / "mae.safetensors", state, {"family": "mae"})
-    sizes = {**list_traced.HF, "intermediate_size": 128, "layer_norm_eps": 1e-6}
-    theirs = transformers.AutoModel.from_config(transformers.ViTMAEConfig(**sizes))
-    theirs.load_state_dict(of_hugging_face(state, depth=2))
-    theirs.save_pretrained(tmp_path / "hf")
-    timms = timm.create_model("vit_base_patch16_224", num_classes=0, **options)
-    timms.load_state_dict(state)
-    timm.models.save_for_hf(timms, tmp_path / "timm", model_args=options, safe_serialization=True)
-
-    sources = [str(tmp_path / "mae.safetensors"), f"hf:{tmp_path / 'hf'}", f"timm:{tmp_path / 'timm'}"]
-    ours, *others = (hubconf.encoder(source, **{"num_heads": 2} if source == sources[0] else {}) for source in sources)
-    flow, features = ours.attention(images()), ours.features(images(), [0, 1])
+    config = transformers.ViTMAEConfig(**list_traced.HF | {"intermediate_size": 128, "layer_norm_eps": 1e-6})
+    ours = api.encoder(str(tmp_path / "mae.safetensors"), num_heads=2)
+    ours, *others = encoders = three_routes(ours, state, config, "vit_base_patch16_224", options, tmp_path)
+    assert_same_traces(encoders, images())
     for other in others:
         for metric, values in other.attention(images()).items():
-            torch.testing.assert_close(values, flow[metric], rtol=1e-5, atol=1e-5)
-        for block, tokens in other.features(images(), [0, 1]).items():
-            torch.testing.assert_close(tokens.patches, features[block].patches, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(values, ours.attention(images())[metric], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(not REAL.exists(), reason=f"no trained encoder at {REAL}")
+def test_a_trained_dinov2_by_three_routes_is_one_encoder(tmp_path):
+    """With the positions of 16 x 16 patches: to resample them, each library has its own rule."""
+    state = {key: value.float() for key, value in safetensors.torch.load_file(REAL).items()}
+    prefix, grid = state["pos_embed"].split([1, 37 * 37], dim=1)
+    part = grid.unflatten(1, (37, 37))[:, 10:26, 10:26].flatten(1, 2)
+    state["pos_embed"] = torch.cat([prefix, part], dim=1)
+    save_encoder(tmp_path / "dinov2.safetensors", state, {"family": "dinov2"})
+    config = transformers.Dinov2Config(hidden_size=384, num_attention_heads=6, image_size=224, patch_size=14)
+    ours = api.encoder(str(tmp_path / "dinov2.safetensors"), "vit_small_patch14")
+    assert_same_traces(
+        three_routes(ours, state, config, "vit_small_patch14_dinov2", {"img_size": 224}, tmp_path), images(1, 224)
+    )
 
 
 # ---- how a trace behaves
@@ -287,6 +323,14 @@ def test_a_model_is_traced_or_refused_with_the_reason(model, reason):
 # ---- loading
 
 
+def test_inspection_describes_it(saved, capsys):
+    argv = {"file": saved("SigLIP"), "offline": True}
+    inspect_checkpoint.main(inspect_checkpoint.Namespace(**argv))
+    printed = capsys.readouterr().out
+    for fact in ("run by        transformers", "SiglipVisionModel", "encoder.layers.0.self_attn", "2 heads", "map\n"):
+        assert fact in printed
+
+
 def test_preprocessing_is_the_models_own_and_part_of_what_a_run_is(saved, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(saved("DINOv2").partition(":")[2], folder)
@@ -326,6 +370,32 @@ def test_mistakes_end_in_one_line(finetune, options, message):
     assert "\n" not in str(error.value)
 
 
+def test_offline_models_come_from_the_cache_and_record_their_commit(saved, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    commit, folder = "0123456789abcdef0123456789abcdef01234567", tmp_path / "models--org--name"
+    shutil.copytree(saved("EVA-02").partition(":")[2], folder / "snapshots" / commit)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text(commit)
+    for name in ("timm:hf-hub:org/name", f"timm:hf-hub:org/name@{commit}"):
+        record = load_encoder(name, "file", offline=True, size=32).record
+        assert (record["revision"], record["source"], record["family"]) == (commit, name, "timm")
+    with pytest.raises(ValueError, match=r"--offline, and org/name@main2 is neither .*: hf download org/name$"):
+        load_encoder("hf:org/name@main2", "file", offline=True)
+
+
+def test_open_clip_takes_a_file_of_one_of_its_models(saved, tmp_path, monkeypatch):
+    (tmp_path / "tiny.json").write_text(json.dumps(list_traced.OPEN_CLIP))
+    monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIGS", {})
+    open_clip.add_model_config(tmp_path)
+    folder = saved("CLIP, open_clip").partition(":")[2]
+    ours = load_encoder(f"open_clip:{folder}", "file").backbone
+    file = load_encoder(f"open_clip:tiny/{folder}/open_clip_model.safetensors", "file").backbone
+    assert all(value.equal(file.state_dict()[key]) for key, value in ours.state_dict().items())
+    (tmp_path / "weights.pt").touch()
+    with pytest.raises(ValueError, match="is no safetensors file"):
+        load_encoder(f"open_clip:tiny/{tmp_path}/weights.pt", "file")
+
+
 def test_only_complete_safetensors_of_an_installed_library_are_loaded(saved, tmp_path, monkeypatch):
     folder = tmp_path / "model"
     shutil.copytree(saved("DINOv2").partition(":")[2], folder)
@@ -338,7 +408,7 @@ def test_only_complete_safetensors_of_an_installed_library_are_loaded(saved, tmp
     with pytest.raises(ValueError, match=r"the file lacks .*encoder.layer.1.mlp.fc1.bias"):
         load_encoder(f"hf:{folder}", "file")
     file.rename(folder / "pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"there is no \*.safetensors in"):
+    with pytest.raises(ValueError, match=r"there are no \*.safetensors in"):
         load_encoder(f"hf:{folder}", "file")
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ValueError, match=r"needs transformers, .*: pip install -r requirements-encoders.txt"):

@@ -38,6 +38,9 @@ def load_plain(path: Path) -> Any:
     if sharded is not None:
         command = f"python -m torch.distributed.checkpoint.format_utils dcp_to_torch {sharded} weights.pth"
         raise ValueError(f"{path} is a distributed checkpoint: convert it with: {command}")
+    if (path / "zero_to_fp32.py").is_file():
+        command = f"python {path}/zero_to_fp32.py {path} OUT"
+        raise ValueError(f"{path} is a checkpoint of DeepSpeed: convert it with: {command} (and name the file in OUT)")
     if not path.is_file():
         raise ValueError(f"{path} is a folder: name a file in it" if path.is_dir() else f"there is no file {path}")
     try:

@@ -1,0 +1,148 @@
+"""Test the trained probes of a run on other images of its classes: python scripts/evaluate_probe.py RUN --dataset NAME
+
+RUN is the --output_dir of main_linprobe.py. Any data set whose classes are among those of the run will do; imagenet_v2,
+imagenet_a, imagenet_r, imagenet_sketch, imagenet_c and objectnet are ImageNet's. Nothing is trained.
+
+top-1 and calibration are among the classes of the data set, all others masked: ECE is the expected calibration error
+over 15 bins of equal width, NLL the mean negative log-likelihood in nats. For imagenet_c, --data_path holds the 15
+corruptions; errors are averaged over severities, and mCE is their mean relative to AlexNet's.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cli.arguments import add_data_arguments, data_options, loading
+from cli.console import Parser, positive_int, run_main
+from cli.encoder_arguments import build_oracle, frozen_encoder, precision
+from cli.linprobe import finished_run
+from data_sets.images import Images
+from data_sets.loader import KeyedDataset, Watched, build_loader
+from data_sets.order import EvaluationBatches
+from data_sets.robustness import ALEXNET_ERRORS, corruptions
+from data_sets.table import build_dataset
+from data_sets.views import eval_transform
+from encoders.load import save_encoder
+from probing.frozen import FiniteCheck, FrozenTokens
+from util.files import write_json
+from util.progress import log, setup_logging
+
+BINS = 15  # Guo et al., "On calibration of modern neural networks", 2017
+
+
+def known_classes(run_classes: list[str], images: Images, name: str) -> dict[int, Tensor]:
+    """{label of the data set: positions of its classes in the run}, of classes that the run knows.
+
+    ValueError if there is none.
+    """
+    position = {wnid: index for index, wnid in enumerate(run_classes)}
+    members = [[position[wnid] for wnid in names.split("+") if wnid in position] for names in images.classes]
+    known = {label: torch.tensor(positions) for label, positions in enumerate(members) if positions}
+    if not known:
+        raise ValueError(f"--dataset {name}: none of its classes, such as {images.classes[0]}, is a class of the run")
+    if unknown := len(members) - len(known):
+        log.info("%d of %d classes are not the run's: their images are left out", unknown, len(members))
+    return known
+
+
+def scores_of(logits: Tensor, labels: Tensor, groups: list[Tensor]) -> dict[str, float]:
+    """Logits (n,K) of the run's classes, labels (n,) that number groups of them -> scores among the groups.
+
+    The probability of a group is the sum of its classes'; the answer is the group of the highest logit.
+    """
+    answers = torch.stack([logits[:, group].amax(1) for group in groups], dim=1).argmax(1)
+    log_shares = torch.stack([logits[:, group].logsumexp(1) for group in groups], dim=1).log_softmax(1)
+    confidence, guesses = log_shares.exp().max(1)
+    bins = (confidence * BINS).ceil().long().clamp(1, BINS) - 1  # (0, 1/15], (1/15, 2/15], ...
+    gaps = torch.zeros(BINS, dtype=torch.float64).index_add_(0, bins, (guesses == labels).double() - confidence)
+    return {
+        "top-1": 100 * (answers == labels).double().mean().item(),
+        "NLL": F.nll_loss(log_shares, labels).item(),
+        "ECE": 100 * gaps.abs().sum().item() / len(labels),
+    }
+
+
+def table(results: dict[str, dict[str, float]]) -> str:
+    """Markdown: a row for each probe, a column for each score."""
+    columns = list(next(iter(results.values())))
+    lines = [f"| probe | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for name, scores in results.items():
+        lines.append(f"| {name} | {' | '.join(f'{scores[column]:.2f}' for column in columns)} |")
+    return "\n".join(lines)
+
+
+def get_args_parser() -> Parser:
+    parser = Parser(__doc__)
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a finished main_linprobe.py")
+    add_data_arguments(parser, labels=False)
+    parser.add_argument("--batch_size", default=64, type=positive_int, help="images per forward pass")
+    parser.add_argument("--output", type=Path, metavar="FILE.json",
+                        help="write the scores there, and the logits to FILE.safetensors")  # fmt: skip
+    return parser
+
+
+@torch.no_grad()
+def main(args: argparse.Namespace) -> None:
+    setup_logging()
+    run = finished_run(args.run)
+    if "class_names" not in run.results:
+        raise ValueError(f"{args.run}: its results.json has no class_names, which runs have had since: train it again")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    encoder, size = frozen_encoder(run.args)
+    backbone = encoder.backbone.to(device)
+    bank = run.bank(encoder, backbone.grid_of(size, size)).to(device)
+    amp = precision(run.args.amp)
+    oracle = build_oracle(run.args, encoder, size, amp).to(device) if bank.needs.oracle else None
+    tokens = FrozenTokens(backbone, bank.blocks, amp, run.args.final_norm, bank.needs, oracle)
+    view, finite = eval_transform(size, **encoder.pixels, loader=args.loader), FiniteCheck(tokens, device)
+    saved: dict[str, Tensor] = {}
+
+    def scores(folder: Path, name: str = "") -> dict[str, dict[str, float]]:
+        """{probe: scores} on the images of a folder. name: of the part of the data set, for the saved logits."""
+        images = build_dataset(args.dataset, folder, "val", **data_options(args))
+        if np.ndim(images.targets) > 1 or run.results["headline"] not in ("top1", "per_class"):
+            raise ValueError("calibration and masked classes need one label per image")
+        known = known_classes(run.results["class_names"], images, args.dataset)
+        indices = [index for index, label in enumerate(images.targets) if label in known]
+        batches = EvaluationBatches(len(images), args.batch_size, indices)
+        keyed = KeyedDataset(images, view, 0, on_bad_image=args.on_bad_image)
+        logits, labels, numbers = [], [], {label: number for number, label in enumerate(known)}
+        for sample in Watched(build_loader(keyed, batches, **loading(args, device)), name or args.dataset):
+            logits.append(bank(finite.see(tokens(sample.image.to(device)))).cpu())
+            labels += [numbers[label] for label in sample.label.tolist()]
+        finite.check()
+        joined, answers = torch.cat(logits, dim=1).double(), torch.tensor(labels)
+        saved.update({f"labels{name}": answers, f"logits{name}": joined.float()})
+        groups = list(known.values())
+        return {spec.name: scores_of(each, answers, groups) for spec, each in zip(bank.specs, joined, strict=True)}
+
+    if args.dataset == "imagenet_c":
+        parts = {
+            name: [scores(folder, f"/{name}/{folder.name}") for folder in folders]
+            for name, folders in corruptions(args.data_path).items()
+        }
+        results = {}
+        for spec in bank.specs:
+            errors = {name: 100 - np.mean([part[spec.name]["top-1"] for part in each]) for name, each in parts.items()}
+            mce = np.mean([error / ALEXNET_ERRORS[name] for name, error in errors.items()])
+            results[spec.name] = {"mCE": float(mce), **{name: float(error) for name, error in errors.items()}}
+    else:
+        results = scores(args.data_path)
+    print(table(results))
+    for name, probe in run.results["probes"].items():
+        if probe.get("learned_nothing"):
+            log.warning("no conclusion about %s: %s", name, probe["learned_nothing"])
+    if args.output is not None:
+        save_encoder(args.output.with_suffix(".safetensors"), saved, {"kind": "logits", "probes": ", ".join(results)})
+        write_json(args.output, {"run": str(args.run), "dataset": args.dataset, "probes": results})
+
+
+if __name__ == "__main__":
+    run_main(main, get_args_parser().parse_args())
