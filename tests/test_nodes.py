@@ -162,7 +162,7 @@ def agent(node, nodes, argv):
     """torchrun on a node."""
     command = [
         "ip", "netns", "exec", nodes[node], sys.executable, "-m", "torch.distributed.run", "--nnodes", 2,
-        "--nproc_per_node", 1, "--max-restarts", 3, "--rdzv-id", "run", "--rdzv-backend", "c10d",
+        "--nproc_per_node", 1, "--max-restarts", 0, "--rdzv-id", "run", "--rdzv-backend", "c10d",
         "--rdzv-endpoint", f"{ADDRESSES[0]}:29400", "--rdzv-conf", f"is_host={int(node == 0)},join_timeout=120",
         "--local-addr", ADDRESSES[node], ROOT / "main_pretrain.py", *argv,
     ]  # fmt: skip
@@ -172,7 +172,9 @@ def agent(node, nodes, argv):
     )  # fmt: skip
 
 
-def test_an_agent_that_is_killed_with_its_node_comes_back(nodes, start, command, tmp_path):
+def test_a_node_that_is_killed_with_its_torchrun_ends_the_other_and_the_same_commands_continue(
+    nodes, start, command, tmp_path
+):
     argv = [*command["main_pretrain"], "--epochs", "30", "--save_every_steps", "1", *LOST, "--resume", "auto"]
     whole = start("main_pretrain", [*argv, "--output_dir", tmp_path / "whole"])
     assert [finish(child) for child in whole] == [0, 0]
@@ -181,11 +183,11 @@ def test_an_agent_that_is_killed_with_its_node_comes_back(nodes, start, command,
     try:
         wait_until(lambda: any((tmp_path / "run").glob("checkpoint-*.pth")), agents[0])
         os.killpg(agents[1].pid, signal.SIGKILL)
-        time.sleep(1)
-        agents[1] = agent(1, nodes, argv)
-        output = agents[0].communicate(timeout=150)[0]
-        assert agents[0].returncode == 0, output
-        assert agents[1].wait(timeout=60) == 0
+        output = agents[0].communicate(timeout=60)[0]
+        assert agents[0].returncode == 1 and "rank 1" in output, output
+        agents = [agent(node, nodes, argv) for node in range(2)]
+        output = agents[0].communicate(timeout=120)[0]
+        assert [agents[0].returncode, agents[1].wait(timeout=60)] == [0, 0], output
     finally:
         for process in agents:
             with contextlib.suppress(ProcessLookupError):
