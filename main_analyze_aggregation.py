@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from cli.analyze_aggregation import check, get_args_parser
-from cli.arguments import check_files, data_options, identity, loading, plain, run_test_images, shared_arguments
+from cli.arguments import check_files, data_options, identity, loading, plain, processes, run_test_images
 from cli.console import checked, parse, run_main
 from cli.encoder_arguments import ORACLE_ARGUMENTS, build_oracle, choose_precision, frozen_encoder, precision
-from cli.linprobe import get_args_parser as probing_parser
+from cli.linprobe import finished_run
 
 if __name__ == "__main__":  # before the slow imports: --help and mistakes answer at once
     ARGS = checked(parse(get_args_parser()), check, check_files)
@@ -35,7 +35,7 @@ from data_sets.views import View, eval_transform, stretch_transform
 from encoders.load import Encoder
 from encoders.oracle import Oracle
 from engine_linprobe import FrozenTokens
-from probing.finished_run import ProbeRun, read_run
+from probing.finished_run import ProbeRun
 from probing.pooling import Tokens
 from runtime.analysis import Progress, subset
 from runtime.folder import RunFolder
@@ -49,13 +49,13 @@ from util.progress import log
 def main(args: argparse.Namespace) -> None:
     check(args)
     check_files(args)
-    with process_group(args.device, args.dist_url, shared_arguments(args)) as world:
+    with process_group(**processes(args)) as world:
         choose_precision(args, world.device)
         # ---- images, frozen encoder, trained probes, rules
         folder = RunFolder(args.output_dir, args.log_dir, args.track)
         if not args.resume:
             folder.refuse_results("aggregation.json")
-        run = finished_run(args.probes)
+        run = None if args.probes is None else finished_run(args.probes)
         if run is not None and run.args.val_split and run.args.data_path == args.data_path:
             images = run_test_images(run.args)
         else:
@@ -190,15 +190,6 @@ def draw(
         thresholds = {name: shown.best_threshold(result, name) if given is None else given for name in names}
         size, target = (pixels[view], boxes, view == "crop"), folder.path / "boxes.png"
         shown.draw_example_boxes(compared, tokens, examples, *size, thresholds, target)
-
-
-def finished_run(folder: Path | None) -> ProbeRun | None:
-    """The run of main_linprobe.py in a folder; flags that it did not have yet take their defaults."""
-    if folder is None:
-        return None
-    run = read_run(folder)
-    defaults = vars(parse(probing_parser(), ["--data_path", "."]))
-    return run._replace(args=argparse.Namespace(**{**defaults, **vars(run.args)}))
 
 
 def check_same(facts: dict[str, Any], run: ProbeRun, remedy: str) -> None:

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from cli.arguments import identity, loading, plain, shared_arguments, split_options
+from cli.arguments import identity, loading, plain, processes, split_options
 from cli.encoder_arguments import build_oracle, choose_precision, frozen_encoder, precision
 from data_sets.images import fingerprint
 from data_sets.loader import KeyedDataset, build_loader
@@ -65,7 +65,7 @@ def main(args: argparse.Namespace) -> None:
     check(args)
     check_files(args)
     multi_label, metric, seeds = DATASETS[args.dataset].multi_label, headline(args), data_seeds(args)
-    with process_group(args.device, args.dist_url, shared_arguments(args)) as world:
+    with process_group(**processes(args)) as world:
         choose_precision(args, world.device)
         folder = RunFolder(args.output_dir + args.suffix if args.output_dir else "", args.log_dir, args.track)
         if not args.eval:

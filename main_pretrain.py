@@ -6,7 +6,7 @@ cli/pretrain.py has the arguments and examples.
 import argparse
 import functools
 
-from cli.arguments import check_files, data_options, identity, loading, plain, shared_arguments
+from cli.arguments import check_files, data_options, identity, loading, plain, processes
 from cli.console import checked, parse, run_main
 from cli.encoder_arguments import choose_precision, precision
 from cli.pretrain import check, get_args_parser
@@ -42,7 +42,7 @@ from util.seeding import seeded
 def main(args: argparse.Namespace) -> None:
     check(args)
     check_files(args)
-    with process_group(args.device, args.dist_url, shared_arguments(args)) as world:
+    with process_group(**processes(args)) as world:
         choose_precision(args, world.device)
         folder = RunFolder(args.output_dir, args.log_dir, args.track)
         folder.refuse_overwriting(args.resume)

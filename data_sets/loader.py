@@ -20,6 +20,7 @@ from data_sets.views import View, Windows
 from util import distributed, signals
 from util.progress import log, progress
 from util.seeding import seeded
+from util.workers import WAIT, check_workers, worker_failure
 
 
 class Sample(NamedTuple):
@@ -183,6 +184,8 @@ def build_loader(
     device: where images are normalised (None: CPU). If their transform is a View, they travel there as bytes, a quarter
     of float32.
     """
+    if num_workers:
+        check_workers(num_workers)
     if isinstance(dataset.transform, View):
         dataset = copy.copy(dataset)
         dataset.as_pixels = True
@@ -194,6 +197,7 @@ def build_loader(
         num_workers=num_workers,
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0,
+        timeout=WAIT if num_workers else 0,
         worker_init_fn=_use_all_cores if affinity_hack else None,
     )
     loader.device = device or loader.device
@@ -205,7 +209,7 @@ class Watched:
 
     A single process stops even while it waits for data. Several agree before every batch of an evaluation
     (agree = True); otherwise the caller makes them agree. `waited` counts the seconds spent waiting for data.
-    signals.DeadWorker if a worker of the loader was killed.
+    DeadWorker if a worker of the loader was killed, or delivers nothing.
 
     between: called with the number of batches done, those without a readable image included, before every batch and at
     the end; with agree, by all processes at the same point.
@@ -226,18 +230,15 @@ class Watched:
         for done in self.bar:
             self.between(done)
             start = time.perf_counter()
-            if self.agree and (number := distributed.agree(signals.requested())[0]):
+            if self.agree and (
+                number := distributed.agree(signals.requested(), where=f"{self.description}, batch {done}")[0]
+            ):
                 raise signals.Stopped(number)
             try:
                 with signals.deferred(not alone):
                     sample = next(iterator, None)
             except (RuntimeError, OSError) as error:
-                reason = " ".join(str(error).split())
-                if "DataLoader worker" not in reason:
-                    raise
-                if any(sign in reason for sign in ("No space left", "Bus error", "shared memory")):
-                    reason = "/dev/shm is full: fewer --num_workers, smaller --batch_size, or docker --shm-size"
-                raise signals.DeadWorker(reason) from error
+                raise worker_failure(error) or error from error
             self.waited += time.perf_counter() - start
             if sample is not None:
                 yield sample

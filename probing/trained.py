@@ -8,11 +8,10 @@ from torch import Tensor
 
 from encoders.load import load_plain_or_safetensors, save_encoder
 from probing.bank import ProbeSpec
-from probing.finished_run import ENCODER_ARGUMENTS, ProbeRun, read_run
+from probing.finished_run import ENCODER_ARGUMENTS, SPEC, ProbeRun, read_run
 from util.files import write_json
 
 FACTS, WEIGHTS = "probe.json", "probe.safetensors"  # files of an exported probe
-SPEC = ("head", "block", "blr", "seed", "optimizer", "lr")
 
 
 class Trained(NamedTuple):

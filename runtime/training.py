@@ -20,7 +20,7 @@ from data_sets.order import GlobalBatches
 from runtime.folder import RunFolder
 from runtime.resumable import Resumable, check_identity
 from util import signals
-from util.distributed import GradientMean, agree, rank, world_size
+from util.distributed import GradientMean, agree, rank, training_limit, world_size
 from util.progress import log, peak_memory, throughput
 
 
@@ -184,6 +184,7 @@ class Training(Resumable):
         while self.epoch < self.plan.epochs:
             yield self.epoch
 
+    @training_limit()
     def train_one_epoch(self) -> EpochStats:
         """Train on what is left of the epoch. FloatingPointError, on all processes, when nothing is left to train."""
         accum_iter, steps = self.batches.accum_iter, self.batches.steps
@@ -269,7 +270,8 @@ class Training(Resumable):
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
     def _save_or_stop(self) -> None:
-        number, overdue = agree(signals.requested(), self.overdue)
+        where = f"epoch {self.epoch}, step {self.done}"
+        number, overdue = agree(signals.requested(), self.overdue, where=where)
         if number:
             raise signals.Stopped(number)
         steps = self.plan.save_every_steps

@@ -106,6 +106,7 @@ def launch(program: str, argv: list[str], output: Path, environment: dict[str, s
         handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(handle, 1)
         os.dup2(handle, 2)
+        sys.stdout = sys.stderr = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115  (pytest has others)
         module = importlib.import_module(program)
         run_main(module.main, parse(module.get_args_parser(), argv))
         code = 0

@@ -288,7 +288,7 @@ def test_overflow_stops_the_analysis(data, tmp_path):
         (["--rules", "dino"], "--rules dino needs the attention of another encoder: name it with --oracle"),
         (["--rules", "pos", "pos"], "--rules pos pos names a rule twice"),
         (["--rules", "mean"], "unknown head 'mean'"),
-        (["--probes", "/nowhere"], "--probes /nowhere holds no results.json"),
+        (["--probes", "/nowhere"], "/nowhere holds no results.json"),
         (["--kl_eps", "-1"], "--kl_eps: must be in [0, 1), got '-1'"),
         (["--loc_step", "2"], "--loc_step: must be in (0, 1), got '2'"),
         (["--batch_size", "0"], "--batch_size: must be an integer >= 1, got '0'"),
@@ -308,7 +308,7 @@ def test_mistakes_end_in_one_line_before_any_work(data, tmp_path, capsys, flags,
 def test_probes_of_another_encoder_are_refused(data, probes, tmp_path):
     save_encoder(tmp_path / "other.safetensors", build_vit("vit_demo_patch8").state_dict(), {"family": "mae"})
     flags = ["--model", "vit_demo_patch8", "--finetune", tmp_path / "other.safetensors"]
-    with pytest.raises(ValueError, match="was trained on another encoder, random weights"):
+    with pytest.raises(ValueError, match="were trained on another encoder, random weights"):
         analyse(tmp_path / "out", *inputs(data, probes), *flags)
 
 
