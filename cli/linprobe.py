@@ -12,13 +12,9 @@ examples:
     python main_linprobe.py --finetune mae_vit_base_patch16 --dataset imagenette --data_path data --epochs 20 \\
         --blr 0.1 1 10 --seeds 0 1 2 --val_fraction 0.1 --save_predictions --output_dir runs/imagenette
 
-    # several blocks of a small encoder, from features that are computed once
-    python main_linprobe.py --model vit_small_patch16 --finetune dino_vit_small_patch16 --dataset cifar10 \\
-        --data_path data --cls_features cls abmilp:depth=2,act=tanh --return_block 2 5 8 11 --cache_views 1
-
     # a few hundred photos: logistic regression, and AbMILP, on features that are computed once
     python main_linprobe.py --preset small --finetune dino_vit_base_patch16 --data_path photos \\
-        --cls_features cls pos abmilp --output_dir runs/photos
+        --cls_features cls abmilp:depth=2,act=tanh --return_block 5 11 --output_dir runs/photos
 
     # continue a stopped run
     python main_linprobe.py --args_from runs/mae_b/args.json --resume auto

@@ -51,10 +51,9 @@ class GlobalBatches:
         self.accum_iter = accum_iter * len(self.seeds)
         self.joined = micro_steps_of_a_group(group or batch_size, batch_size, accum_iter) * len(self.seeds)
         if self.steps == 0:
-            raise ValueError(
-                f"an effective batch of {self.effective} (batch_size {batch_size} x accum_iter {accum_iter} x "
-                f"{self.world} processes) is larger than the {self.length} training images: lower --batch_size"
-            )
+            sizes = f"batch_size {batch_size} x accum_iter {accum_iter} x {self.world} processes"
+            problem = f"an effective batch of {self.effective} ({sizes})"
+            raise ValueError(f"{problem} is larger than the {self.length} training images: lower --batch_size")
 
     @property
     def steps(self) -> int:
@@ -90,10 +89,8 @@ def micro_steps_of_a_group(group: int, batch_size: int, accum_iter: int) -> int:
         raise ValueError(f"--bn_group {group} and --batch_size {batch_size}: one must be a multiple of the other")
     joined = max(1, group // batch_size)
     if accum_iter % joined:
-        raise ValueError(
-            f"--bn_group {group} takes {joined} micro-steps of --batch_size {batch_size}: --accum_iter {accum_iter} "
-            f"must be a multiple of {joined}"
-        )
+        needed = f"--bn_group {group} takes {joined} micro-steps of --batch_size {batch_size}"
+        raise ValueError(f"{needed}: --accum_iter {accum_iter} must be a multiple of {joined}")
     return joined
 
 
@@ -134,5 +131,5 @@ def hold_out(targets: Sequence[int] | np.ndarray, fraction: float, seed: int) ->
         count = max(round(fraction * len(group)), min(1, len(group) - 1))
         held[group[:count]] = True
     if held.all() or not held.any():
-        raise ValueError(f"--val_fraction {fraction} of {len(targets)} training images leaves a part without images")
+        raise ValueError(f"a share of {fraction:g} of {len(targets)} images leaves a part without images")
     return np.flatnonzero(~held).tolist(), np.flatnonzero(held).tolist()

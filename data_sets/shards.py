@@ -263,8 +263,9 @@ def _columns(features: dict[str, Any], label_column: str | None) -> tuple[str, s
         while isinstance(feature, list) or "feature" in feature:
             feature = feature[0] if isinstance(feature, list) else feature["feature"]
         inner[name] = feature
-    kinds = {name: "Image" if "bytes" in feature or feature.get("dtype") in ("binary", "large_binary")
-             else feature.get("_type") for name, feature in inner.items()}  # fmt: skip
+    kinds = {name: feature.get("_type") for name, feature in inner.items()}
+    binary = {"binary", "large_binary"}
+    kinds |= {name: "Image" for name, feature in inner.items() if "bytes" in feature or feature.get("dtype") in binary}
     images, numbered = ([name for name in kinds if kinds[name] == kind] for kind in ("Image", "ClassLabel"))
     labels = [label_column] if label_column else [name for name in ("label", "labels") if name in inner][:1] or numbered
     if len(images) != 1 or len(labels) != 1 or labels[0] not in inner:

@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from urllib.parse import quote
 
 import torch
@@ -14,12 +14,11 @@ from scipy import stats
 
 from models_vit import ARCHITECTURES, build_vit
 from paper.shown import GOLDEN
-from report.facts import badges, data_key, describe_data, format_argument, notes_of
+from report.facts import badges, data_key, notes_of
 from report.runs import Record, Run, find_runs
 from report.tables import Cell, group_by, mean_of, stem
 
 BY_IMAGE = {"top1": "top-1 (%)", "any_match": "any match (%)"}  # scores that are a mean over images
-PROTOCOL = ("epochs", "effective_batch", "crop", "input_size", "amp", "n_train", "n_val", "seeds_vary")
 NORMAL = 1.96  # 95 %
 
 
@@ -36,6 +35,10 @@ class Entry(NamedTuple):
         return self.run.folder / f"{self.run.prefix}results.json"
 
     @property
+    def encoder(self) -> str:
+        return Path(str(self.run.record["encoder"]["source"] or "random weights")).stem
+
+    @property
     def mean(self) -> float:
         return mean_of(list(self.values.values())).mean
 
@@ -46,19 +49,25 @@ class Entry(NamedTuple):
 
 
 def read_entries(results: Path) -> list[Entry]:
-    """Of the rates that were tried, those that held-out images chose; without goldens and diverged probes."""
+    """Of the rates that were tried, those that held-out images chose; without goldens and diverged probes. ValueError
+    names a file that main_linprobe.py did not write."""
     entries = []
     for run in find_runs([str(results)])[0]:
-        record = run.record
-        if run.program != "main_linprobe" or not run.results or run.folder.name == GOLDEN:
-            continue
-        if record["headline"] in BY_IMAGE:
-            probes = {n: p for n, p in record["probes"].items() if p.get("chosen") is not False}
-            for names in group_by(probes, stem):
-                same = [probes[name] for name in names]
-                if all(probe["diverged_at"] is None for probe in same):
-                    values = {probe["seed"]: float(probe["last"][record["headline"]]) for probe in same}
-                    entries.append(Entry(run, stem(names[0]), same[0], values))
+        if run.program == "main_linprobe" and run.results and run.folder.name != GOLDEN:
+            try:
+                entries += entries_of(run)
+            except (KeyError, TypeError, AttributeError, ValueError) as error:
+                raise ValueError(f"{run.folder}/{run.prefix}results.json is not a record: {error!r}") from error
+    return entries
+
+
+def entries_of(run: Run) -> list[Entry]:
+    entries, score = [], run.record["headline"]
+    probes = {n: p for n, p in run.record["probes"].items() if p.get("chosen") is not False and score in BY_IMAGE}
+    for names in group_by(probes, stem):
+        if all(probes[name]["diverged_at"] is None for name in names):
+            values = {probes[name]["seed"]: float(probes[name]["last"][score]) for name in names}
+            entries.append(Entry(run, stem(names[0]), probes[names[0]], values))
     return entries
 
 
@@ -73,48 +82,32 @@ def problems(results: Path) -> list[str]:
     return list(dict.fromkeys(faults))
 
 
-def boards(results: Path, page: Path) -> list[dict[str, Any]]:
-    """For each set of images, rows in the order of their scores. page: the file that links to the records."""
-    return [
-        board(sorted(same, key=lambda entry: -entry.mean), page.parent)
-        for same in group_by(read_entries(results), lambda entry: data_key(entry.run.record))
-    ]
+def boards(results: Path) -> list[list[Entry]]:
+    """For each set of images, the entries in the order of their scores."""
+    groups = group_by(read_entries(results), lambda entry: data_key(entry.run.record))
+    return [sorted(same, key=lambda entry: -entry.mean) for same in groups]
 
 
-def board(entries: Sequence[Entry], folder: Path) -> dict[str, Any]:
-    rows, protocols = [], {}
-    for entry in entries:
-        record, encoder = entry.run.record, entry.run.record["encoder"]
-        same = [e for e in entries if e.run is entry.run and e.probe["head"] == "cls"]
-        cls = next((e for e in same if e.probe["block"] == entry.probe["block"]), None)
-        source = Path(str(encoder["source"] or "random weights")).stem
-        rows.append(
-            {
-                "encoder": Cell(source, badges=badges(notes_of(entry.run))),
-                "ViT": encoder["model"],
-                "head": entry.probe["head"],
-                "block": entry.probe["block"],
-                BY_IMAGE[record["headline"]]: mean_of(list(entry.values.values())),
-                "95 %, images": interval(entry.mean, NORMAL * entry.error),
-                "95 %, seeds": interval(entry.mean, student(list(entry.values.values()))),
-                "seeds": len(entry.values),
-                "against [cls]": difference(entry, cls),
-                "against the best": difference(entry, entries[0]),
-                "parameters of head": entry.probe["parameters"],
-                "of encoder": encoder_parameters(encoder["model"]),
-                "run (s)": round(record["seconds"]),
-                "record": Cell("record", link=quote(os.path.relpath(entry.path, folder))),
-            }
-        )
-        settings = {**entry.run.args, **record}
-        protocols[entry.run.anchor] = {
-            "encoder": f"{source}: {format_argument(encoder)}",
-            "protocol": ", ".join(f"{name} {format_argument(settings.get(name))}" for name in PROTOCOL),
-            "command": record["command"],
-            "commit": record["commit"] + " with UNCOMMITTED CHANGES" * bool(record["dirty"]),
-            "device": record["device"],
-        }
-    return {"title": describe_data(entries[0].run.record), "rows": rows, "protocols": list(protocols.values())}
+def row_of(entry: Entry, board: Sequence[Entry], page: Path) -> dict[str, object]:
+    """page: the file that links to the record."""
+    record, probe, scores = entry.run.record, entry.probe, list(entry.values.values())
+    same = [e for e in board if e.run is entry.run and (e.probe["head"], e.probe["block"]) == ("cls", probe["block"])]
+    return {
+        "encoder": Cell(entry.encoder, badges=badges(notes_of(entry.run))),
+        "ViT": record["encoder"]["model"],
+        "head": probe["head"],
+        "block": probe["block"],
+        BY_IMAGE[record["headline"]]: mean_of(scores),
+        "95 %, images": interval(entry.mean, NORMAL * entry.error),
+        "95 %, seeds": interval(entry.mean, student(scores)),
+        "seeds": len(scores),
+        "against [cls]": difference(entry, same[0]) if same else None,
+        "against the best": difference(entry, board[0]),
+        "parameters of head": probe["parameters"],
+        "of encoder": encoder_parameters(record["encoder"]["model"]),
+        "run (s)": round(record["seconds"]),
+        "record": Cell("record", link=quote(os.path.relpath(entry.path, page.parent))),
+    }
 
 
 @functools.cache
@@ -137,10 +130,10 @@ def interval(mean: float, half: float) -> str | None:
     return None if math.isnan(half) else f"{mean - half:.1f} to {mean + half:.1f}"
 
 
-def difference(entry: Entry, base: Entry | None) -> Cell | None:
+def difference(entry: Entry, base: Entry) -> Cell | None:
     """The difference of two rows and whether it is real: its 95 % interval over images excludes 0, and so does the one
     over the seeds that both have, where they are three or more."""
-    if base is None or base is entry:
+    if base is entry:
         return None
     value, half = entry.mean - base.mean, NORMAL * math.hypot(entry.error, base.error)
     low, high = paired_by_image(entry, base) or (value - half, value + half)

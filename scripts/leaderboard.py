@@ -12,7 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cli.console import Parser, run_main
-from report.leaderboard import boards
+from report.leaderboard import boards, row_of
 from report.page import render
 from util.files import write_atomically
 
@@ -20,15 +20,16 @@ from util.files import write_atomically
 def main(args: argparse.Namespace) -> None:
     if not args.results.is_dir():
         raise ValueError(f"{args.results}: no such folder; give the folder of the records, such as results")
-    found = boards(args.results, args.output.resolve())
+    found = boards(args.results)
     if not found:
         raise ValueError(f"{args.results} has no record of a probe: bash scripts/evaluate.sh WEIGHTS makes one")
-    page = render(args.title, boards=found)
+    rows = [[row_of(entry, board, args.output.resolve()) for entry in board] for board in found]
+    page = render(args.title, boards=list(zip(found, rows, strict=True)))
     try:
         write_atomically(args.output, page)
     except OSError as error:
         raise ValueError(f"--output {args.output} cannot be written: {error.strerror}") from error
-    print(f"{args.output}: {sum(len(board['rows']) for board in found)} rows on {len(found)} sets of images")
+    print(f"{args.output}: {sum(map(len, found))} rows on {len(found)} sets of images")
 
 
 def get_args_parser() -> argparse.ArgumentParser:

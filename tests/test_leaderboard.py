@@ -10,7 +10,7 @@ import pytest
 from scipy import stats
 from test_report import EVIL, Page, bank, put
 
-from report.leaderboard import boards, problems
+from report.leaderboard import boards, problems, row_of
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -27,8 +27,8 @@ def results(cls, abmilp, **others):
 
 
 def rows_of(folder):
-    (board,) = boards(folder, folder / "page.html")
-    return {row["head"]: row for row in board["rows"]}
+    (board,) = boards(folder)
+    return {entry.probe["head"]: row_of(entry, board, folder / "page.html") for entry in board}
 
 
 def test_scores_have_intervals_over_images_and_seeds(tmp_path):
@@ -70,7 +70,7 @@ def test_chosen_rates_alone_are_rows_and_other_images_another_board(tmp_path):
     put(tmp_path / "a" / "results.json", record)
     assert list(rows_of(tmp_path)) == ["abmilp"]
     put(tmp_path / "b" / "results.json", results([40.0], [50.0], test_images="e" * 64))
-    assert len(boards(tmp_path, tmp_path / "page.html")) == 2
+    assert len(boards(tmp_path)) == 2
 
 
 def test_records_of_changed_code_or_impossible_scores_are_problems(tmp_path):
@@ -80,6 +80,9 @@ def test_records_of_changed_code_or_impossible_scores_are_problems(tmp_path):
     faults = problems(tmp_path)
     assert len(faults) == 2 and "clean" in faults[0] and "not percentages" in faults[1]
     assert problems(ROOT / "results") == []
+    put(tmp_path / "c" / "results.json", bank() | {"probes": {"cls/seed0": {}}})
+    with pytest.raises(ValueError, match=r"c/results\.json is not a record"):
+        problems(tmp_path)
 
 
 def test_the_page_links_its_records_and_no_text_of_them_is_markup(tmp_path, monkeypatch, capsys):
