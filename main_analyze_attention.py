@@ -3,7 +3,7 @@
 import argparse
 
 from cli.analyze_attention import check, encoder_labels, folder_name, get_args_parser
-from cli.arguments import check_files, data_options, identity, loading, plain, shared_arguments
+from cli.arguments import check_files, data_options, identity, loading, plain, processes
 from cli.console import checked, parse, run_main
 from cli.encoder_arguments import choose_precision, frozen_encoder, one_encoder_each, precision
 
@@ -39,7 +39,7 @@ def main(args: argparse.Namespace) -> None:
     check(args)
     check_files(args)
     names, labels = metric_names(args.metrics), encoder_labels(args)
-    with process_group(args.device, args.dist_url, shared_arguments(args)) as world:
+    with process_group(**processes(args)) as world:
         choose_precision(args, world.device)
         # ---- images and frozen encoders; every mistake in the arguments shows here
         choose_reduction(args.reduction, world.device)

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from cli.arguments import check_files, identity, loading, plain, shared_arguments, split_options
+from cli.arguments import check_files, identity, loading, plain, processes, split_options
 from cli.console import checked, parse, run_main
 from cli.encoder_arguments import build_encoder, choose_precision, precision
 from cli.finetune import check, get_args_parser, mixes
@@ -44,7 +44,7 @@ NETWORK = ("model", "num_heads", "no_cls_token", "global_pool", "class names", "
 def main(args: argparse.Namespace) -> None:
     check(args)
     check_files(args)
-    with process_group(args.device, args.dist_url, shared_arguments(args)) as world:
+    with process_group(**processes(args)) as world:
         choose_precision(args, world.device)
         folder = RunFolder(args.output_dir, args.log_dir, args.track)
         if not args.eval:

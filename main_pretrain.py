@@ -6,7 +6,7 @@ cli/pretrain.py has the arguments and examples.
 import argparse
 import functools
 
-from cli.arguments import check_files, data_options, identity, loading, plain, shared_arguments
+from cli.arguments import check_files, data_options, identity, loading, plain, processes
 from cli.console import checked, parse, run_main
 from cli.encoder_arguments import choose_precision, precision
 from cli.pretrain import check, get_args_parser
@@ -24,7 +24,7 @@ from data_sets.loader import KeyedDataset, build_loader
 from data_sets.order import GlobalBatches
 from data_sets.table import build_dataset
 from data_sets.views import train_transform
-from engine_pretrain import ContrastivePretraining, Pretraining, draw_reconstructions, examples, reconstruct, tiled
+from engine_pretrain import Comparison, Pretraining, examples, reconstruct, save_picture, tiled
 from models_mae import DECODERS, MaskedAutoencoder
 from models_moco import MomentumContrast, SharedEncoder
 from models_vit import build_vit
@@ -42,7 +42,7 @@ from util.seeding import seeded
 def main(args: argparse.Namespace) -> None:
     check(args)
     check_files(args)
-    with process_group(args.device, args.dist_url, shared_arguments(args)) as world:
+    with process_group(**processes(args)) as world:
         choose_precision(args, world.device)
         folder = RunFolder(args.output_dir, args.log_dir, args.track)
         folder.refuse_overwriting(args.resume)
@@ -80,13 +80,11 @@ def main(args: argparse.Namespace) -> None:
         warmup = fitting_warmup(args.warmup_epochs, args.epochs)
         schedule = functools.partial(lr_at, epochs=args.epochs, warmup_epochs=warmup, min_lr=args.min_lr)
         facts = {"training images": fingerprint(images)}
-        amount = args.mask_ratio, world.device, precision(args.amp)
-        if weight == 0:
-            pretraining = Pretraining(model, optimizer, *amount)
-        else:
-            contrast = weight, args.encoder_momentum, batches, args.epochs
-            pretraining = ContrastivePretraining(model, optimizer, *amount, *contrast)
+        comparison = Comparison(weight, args.encoder_momentum, batches, args.epochs) if weight > 0 else None
+        if comparison:
             facts["images compared"] = args.batch_size * world.size
+        amp = precision(args.amp)
+        pretraining = Pretraining(model, optimizer, args.mask_ratio, world.device, amp, comparison)
         plan = Plan(args.epochs, args.seed, args.save_every_minutes, args.save_every_steps)
         settings = identity(args, facts), args.start_epoch
         training = Training(plan, pretraining, optimizer, schedule, loader, batches, folder, *settings)
@@ -130,8 +128,9 @@ def record_reconstructions(folder: RunFolder, pretraining: Pretraining, images: 
     sample = examples(images, rows * encoder.patch_size, seed, rows * columns)
     pixels, noise = (part.to(pretraining.device) for part in (sample.image, sample.noise))
     pictures = reconstruct(pretraining.autoencoder, pixels, noise, pretraining.mask_ratio, pretraining.amp)
-    folder.image("reconstruction", tiled(pictures), step)
-    draw_reconstructions(pictures, folder.path / "reconstruction.png")
+    picture = tiled(pictures)
+    folder.image("reconstruction", picture, step)
+    save_picture(picture, folder.path / "reconstruction.png")
 
 
 if __name__ == "__main__":

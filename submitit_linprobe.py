@@ -150,7 +150,7 @@ def wait(jobs: list[submitit.Job]) -> bool:
             time.sleep(pause)
         except signals.Stopped as stop:
             if isinstance(jobs[0], submitit.SlurmJob):
-                stop.told = "the jobs go on"
+                stop.outcome = "the jobs go on"
             raise
         pause = min(1.2 * pause, 30 if isinstance(jobs[0], submitit.SlurmJob) else 1)
 

@@ -23,6 +23,7 @@ import cv2
 import numpy as np
 
 from util import signals
+from util.workers import DeadWorker
 
 IOUS = (0.3, 0.5, 0.7)
 TOP = 255  # largest value of an 8-bit map
@@ -190,13 +191,13 @@ def _watched_workers() -> Iterator[None]:
     try:
         yield
     except BrokenProcessPool as error:
-        raise signals.DeadWorker("a process that evaluates boxes was killed, perhaps for lack of memory") from error
+        raise DeadWorker("a process that evaluates boxes was killed, perhaps for lack of memory") from error
 
 
 class Localizer:
     """Evaluates maps in worker processes while the next ones are computed; workers = 0: in this process.
 
-    A context manager; leaving it by an error kills the workers. signals.DeadWorker if a worker was killed.
+    A context manager; leaving it by an error kills the workers. DeadWorker if a worker was killed.
     """
 
     def __init__(self, maps: int, size: tuple[int, int], levels: np.ndarray, workers: int):

@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cli.console import Parser, any_int, named_path, non_negative, non_negative_int, positive_int, share_below_one
+from cli.console import (
+    Parser,
+    any_int,
+    named_path,
+    non_negative,
+    non_negative_int,
+    positive,
+    positive_int,
+    share_below_one,
+)
 from cli.encoder_arguments import check_input_size, check_weights, settle_model
 from data_sets.images import ON_BAD_IMAGE, Images
 from data_sets.order import micro_steps_of_a_group
@@ -16,6 +26,8 @@ from data_sets.packed import is_packed
 from data_sets.table import DATASETS, build_dataset, build_splits, check_dataset
 from data_sets.views import LOADERS
 from runtime.trackers import TRACKERS
+from util.distributed import Timeouts
+from util.files import to_json
 
 if TYPE_CHECKING:
     import torch
@@ -127,11 +139,26 @@ def add_run_arguments(parser: Parser, trains: bool = True) -> None:
         )
     group.add_argument("--dist_url", default="env://", help="rendezvous of the processes; torchrun sets it up")
     group.add_argument(
+        "--dist_timeout",
+        nargs="+",
+        type=positive,
+        default=[300.0, 120.0, 1800.0],
+        metavar="SECONDS",
+        help="to wait for other processes: to join, in a training step, in evaluation and other work; or one for all",
+    )
+    group.add_argument(
         "--args_from", default=None, type=Path, metavar="FILE", help="take defaults from a run's args.json"
     )
     # torchrun describes the processes in the environment; commands written for MAE may still name them
     for flag in ("--world_size", "--local_rank", "--local-rank"):
         group.add_argument(flag, type=int, default=None, help=argparse.SUPPRESS)
+
+
+def timeouts(args: argparse.Namespace) -> Timeouts:
+    """The values of --dist_timeout; ValueError for another number of them."""
+    if len(args.dist_timeout) not in (1, 3):
+        raise ValueError(f"--dist_timeout takes 1 or 3 values (join, train, evaluate), got {len(args.dist_timeout)}")
+    return Timeouts(*(args.dist_timeout * 3)[:3])
 
 
 def add_old_arguments(parser: Parser):
@@ -166,8 +193,9 @@ def add_schedule_arguments(
 
 
 def plain(args: argparse.Namespace) -> dict:
-    """The arguments as values of JSON."""
-    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    """The arguments as values of JSON, without the credentials of URLs."""
+    values = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    return json.loads(to_json(values))
 
 
 def check_training(args: argparse.Namespace) -> None:
@@ -182,6 +210,7 @@ def check_training(args: argparse.Namespace) -> None:
 
 def check_files(args: argparse.Namespace, remote: bool = False) -> None:
     """Check that data, architectures, weights and a checkpoint exist; ValueError. remote: without looking at files."""
+    timeouts(args)
     for name in args.track:
         if name != "tensorboard" and not remote and importlib.util.find_spec(name) is None:
             raise ValueError(f"--track {name}: not installed: pip install -r requirements-track.txt")
@@ -196,25 +225,29 @@ def check_files(args: argparse.Namespace, remote: bool = False) -> None:
 
 # flags that may change when a run is resumed: where it runs and what it reports, not what it computes (the weights of
 # --finetune are compared by their digest, so the file may move)
-RESUMABLE_FLAGS = {
-    "output_dir", "log_dir", "resume", "device", "num_workers", "pin_mem", "dataloader_affinity_hack", "dist_url",
-    "world_size", "local_rank", "args_from", "data_path", "accum_iter", "eval", "eval_every", "report", "dist_eval",
-    "suffix", "save_predictions", "knn", "per_class", "cache_dir", "offline", "on_bad_image", "multilabel_metric",
-    "finetune", "save_every_minutes", "save_every_steps", "figure_every", "loc_workers", "images", "num_examples",
-    "draw_threshold", "track", "preset",
-}  # fmt: skip
+RESUMABLE_FLAGS = set(
+    """
+    output_dir log_dir resume device num_workers pin_mem dataloader_affinity_hack dist_url dist_timeout world_size
+    local_rank args_from data_path accum_iter eval eval_every report dist_eval suffix save_predictions knn per_class
+    cache_dir offline on_bad_image multilabel_metric finetune save_every_minutes save_every_steps figure_every
+    loc_workers images num_examples draw_threshold track preset
+    """.split()  # noqa: SIM905
+)
 
 
 # arguments that processes of one run may have different values of: paths (their content is compared) and resources
-NODE_FLAGS = {
-    "data_path", "finetune", "args_from", "cache_dir", "local_rank", "device", "num_workers", "loc_workers", "pin_mem",
-    "dataloader_affinity_hack",
-}  # fmt: skip
+NODE_FLAGS = set(
+    """
+    data_path finetune args_from cache_dir local_rank device num_workers loc_workers pin_mem
+    dataloader_affinity_hack
+    """.split()  # noqa: SIM905
+)
 
 
-def shared_arguments(args: argparse.Namespace) -> dict[str, Any]:
-    """{flag: value} of the arguments that must be equal in all processes of a run."""
-    return {f"--{name}": value for name, value in plain(args).items() if name not in NODE_FLAGS}
+def processes(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of runtime.processes.process_group that the arguments set."""
+    shared = {f"--{name}": value for name, value in plain(args).items() if name not in NODE_FLAGS}
+    return {"device": args.device, "dist_url": args.dist_url, "timeouts": timeouts(args), "arguments": shared}
 
 
 def identity(args: argparse.Namespace, facts: dict[str, Any] | None = None) -> dict[str, Any]:

@@ -1,18 +1,25 @@
 """The parser, one-line errors and exit codes of every program. No torch: --help and mistakes answer at once."""
 
 import argparse
+import atexit
+import contextlib
 import itertools
 import json
 import math
+import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from util import signals
 from util.choices import instead_of, nearest
-from util.distributed import PeerLost, said_first
+from util.distributed import PeerLost, joined
+from util.files import without_credentials
+from util.rendezvous import NotJoined
+from util.workers import DeadWorker, worker_failure
 
 # ---------------------------------------------------------------------------------------------------------------------
 # types of arguments: text -> value, or ArgumentTypeError with what is allowed and what was given
@@ -70,6 +77,21 @@ def named_path(text: str) -> Path:
 # parser
 # ---------------------------------------------------------------------------------------------------------------------
 
+
+class Help(argparse.RawDescriptionHelpFormatter):
+    """Help with defaults, and with short placeholders for values."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text, default = action.help or "", action.default
+        if "default" in text or default in (None, "", [], False, argparse.SUPPRESS):
+            return f"{text} (required)" if action.required and action.option_strings else text
+        shown = " ".join(map(str, default)) if isinstance(default, list | tuple) else default
+        return f"{text} (default: {str(shown).replace('%', '%%')})"
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        return METAVARS.get(action.type) or getattr(action.type, "metavar", None) or action.dest.upper()
+
+
 METAVARS = {int: "N", float: "X", Path: "PATH", named_path: "PATH"}
 
 
@@ -81,55 +103,25 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, description: str | None, **options):
         description, heading, examples = (description or "").partition("examples:\n")
-        self.actions: dict[str, argparse.Action] = {}  # by flag, or name of a positional argument
         self.other_flags: list[str] = []  # of another program that reads the same command line
         self.presets: dict[str, str] = {}  # flags that --preset NAME stands for
-        super().__init__(
-            description=description,
-            epilog=heading + examples,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,  # an abbreviation would change its meaning when a flag is added
-            usage="%(prog)s [options]",
-            **options,
-        )
+        options = {"epilog": heading + examples, "formatter_class": Help, "usage": "%(prog)s [options]", **options}
+        # without abbreviations, whose meaning changes when a flag is added
+        super().__init__(description=description, allow_abbrev=False, **options)
 
     def add_argument(self, *names, **options) -> argparse.Action:
-        return self._documented(super().add_argument, names, options)
-
-    def add_argument_group(self, *words, **options):
-        return self._documenting(super().add_argument_group(*words, **options))
-
-    def add_mutually_exclusive_group(self, **options):
-        return self._documenting(super().add_mutually_exclusive_group(**options))
-
-    def _documenting(self, group):
-        add = group.add_argument
-        group.add_argument = lambda *names, **options: self._documented(add, names, options)
-        return group
-
-    def _documented(self, add: Callable, names: Sequence[str], options: dict) -> argparse.Action:
-        """Add an argument with its default in the help, a short metavar, and a check of its choices that suggests."""
-        text, default = options.get("help"), options.get("default")
-        if "action" not in options:
-            if choices := options.pop("choices", None):
-                options["type"] = one_of(choices)
-            kind = options.get("type")
-            metavar = METAVARS.get(kind) or getattr(kind, "metavar", None)
-            if metavar and options.get("metavar") is None and names[0].startswith("-"):
-                options["metavar"] = metavar
-        own_default = text in (None, argparse.SUPPRESS) or "default" in text or default is argparse.SUPPRESS
-        if not own_default and options.get("action") is not argparse.BooleanOptionalAction:  # which adds it
-            if default not in (None, "", []) and default is not False:
-                shown = " ".join(map(str, default)) if isinstance(default, list | tuple) else default
-                options["help"] = f"{text} (default: {str(shown).replace('%', '%%')})"
-            elif options.get("required"):
-                options["help"] = f"{text} (required)"
-        action = add(*names, **options)
-        for name in names:
-            self.actions[name] = action
-        if not names[0].startswith("-"):
-            self.usage += f" {names[0]}" + (" ..." if options.get("nargs") in ("+", "*") else "")
+        action = super().add_argument(*names, **options)
+        if not action.option_strings:
+            self.usage += f" {action.dest}" + (" ..." if action.nargs in ("+", "*") else "")
         return action
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            raise argparse.ArgumentError(action, f"unknown {value!r}: {instead_of(str(value), action.choices)}")
+
+    @property
+    def flags(self) -> list[str]:
+        return list(self._option_string_actions)
 
     def error(self, message: str) -> NoReturn:
         message = message.removeprefix("argument ")
@@ -141,10 +133,25 @@ class Parser(argparse.ArgumentParser):
         args = sys.argv[1:] if args is None else args
         for argument in itertools.takewhile(lambda argument: argument != "--", args):
             flag = argument.partition("=")[0]
-            if flag.startswith("--") and flag not in self.actions and " " not in flag:
-                near = nearest(flag, [*self.actions, *self.other_flags])
+            if flag.startswith("--") and flag not in self.flags and " " not in flag:
+                near = nearest(flag, [*self.flags, *self.other_flags])
                 self.error(f"{flag}: unknown; {near}--help lists the arguments")
         return super().parse_args(args, namespace)
+
+    def take_defaults(self, saved: dict[str, Any]) -> None:
+        """Replace defaults by values of JSON; ValueError where an argument does not take its value."""
+        known = {action.dest: action for action in self._actions}
+        for name, value in saved.items():
+            if name not in known:
+                raise ValueError(f"this program has no argument {name!r}")
+            action, values = known[name], value if isinstance(value, list) else [value]
+            try:
+                for text in [str(item) for item in values if item is not None and not isinstance(item, bool)]:
+                    self._check_value(action, self._get_value(action, text))
+            except argparse.ArgumentError as error:
+                raise ValueError(f"--{name}: {error.message}") from error
+            action.required = False
+        self.set_defaults(**saved)
 
 
 def parse(parser: Parser, argv: list[str] | None = None) -> argparse.Namespace:
@@ -157,21 +164,17 @@ def parse(parser: Parser, argv: list[str] | None = None) -> argparse.Namespace:
     path = given.args_from
     if path is not None:
         try:
-            saved = dict(json.loads(path.read_text())["args"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            parser.error(f"--args_from {path}: not the args.json of a run ({error})")
-        known = {action.dest: action for action in parser.actions.values()}
-        for name in saved:
-            if name not in known:
-                parser.error(f"--args_from {path}: this program has no argument {name!r}")
-            known[name].required = False
-        parser.set_defaults(**saved)
+            parser.take_defaults(dict(json.loads(path.read_text(encoding="utf-8"))["args"]))
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            parser.error(f"--args_from {path}: not the args.json of a run of this program ({error})")
     return parser.parse_args(argv)
 
 
 def checked(args: argparse.Namespace, *checks: Callable[[argparse.Namespace], Any]) -> argparse.Namespace:
     """The arguments, after the checks; the ValueError of a check is one line and exit code 2. For the top of a main,
     before the slow imports."""
+    signals.exit_on_request()
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings of lost connections are pages of addresses
     try:
         for check in checks:
             check(args)
@@ -189,32 +192,42 @@ def run_main(main: Callable[[argparse.Namespace], None], args: argparse.Namespac
     """Run a program. Errors that its user can mend are one line on standard error; the exit code is
 
     2 for a mistake in the arguments, the files or the disk (ValueError); 1 for a run that diverged or lost a loader
-    worker or another process; signals.EXIT_STOPPED after a request to stop; 130 for Ctrl-C that nothing handled.
+    worker or another process; signals.EXIT_STOPPED after a request to stop, and where other ranks do not answer: the
+    same command continues the run; 130 for Ctrl-C that nothing handled.
     """
+    with contextlib.suppress(AttributeError):  # not a file, in tests
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
     threading.excepthook = _ignore_disk_errors
     try:
         with signals.listening():
             main(args)
     except ValueError as error:
         fail(error, 2)
-    except (FloatingPointError, signals.DeadWorker, PeerLost) as error:
+    except PeerLost as error:
+        fail(error, 1 if error.answered else signals.EXIT_STOPPED)
+    except (NotJoined, signals.Stopped) as error:
+        fail(error, signals.EXIT_STOPPED)
+    except FloatingPointError as error:
         fail(error, 1)
-    except signals.Stopped as stop:
-        fail(stop, signals.EXIT_STOPPED)
+    except RuntimeError as error:  # PyTorch reports a killed worker wherever the program is at that moment
+        if not (failure := error if isinstance(error, DeadWorker) else worker_failure(error)):
+            raise
+        fail(failure, 1)
     except KeyboardInterrupt:
         fail(KeyboardInterrupt("interrupted"), signals.EXIT_INTERRUPTED)
-    except RuntimeError as error:  # PyTorch reports a killed worker wherever the program is at that moment
-        if "DataLoader worker" not in str(error):
-            raise
-        fail(error, 1)
 
 
 def fail(error: BaseException, code: int) -> NoReturn:
-    """Print the error as one line, on the first process that has it, and exit."""
+    """Print the error as one line and exit."""
     signals.kill_children()
-    line = f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}"
-    if said_first(line):
-        print(line, file=sys.stderr, flush=True)
+    if getattr(error, "reported_here", True):
+        # torchrun ends all processes when one fails: only an error that the first one does not have is still reported
+        time.sleep(min(int(os.environ.get("LOCAL_RANK", 0)), 1))
+        line = f"{Path(sys.argv[0]).name}: {' '.join(without_credentials(str(error)).split())}"
+        print(os.fsencode(line).decode("utf-8", "backslashreplace"), file=sys.stderr, flush=True)
+    if joined():  # threads of the process group may wait for ranks that are gone
+        sys.stdout.flush()
+        atexit.register(os._exit, code)
     raise SystemExit(code) from error
 
 

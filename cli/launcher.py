@@ -147,7 +147,7 @@ def program_arguments(args: argparse.Namespace, argv: list[str], folder: Path) -
 
     program = parser_module(args.main)
     parser = program.get_args_parser()
-    parser.other_flags = list(get_args_parser().actions)
+    parser.other_flags = list(get_args_parser().flags)
     device = ["--device", "cpu"] if gpus_per_node(args) == 0 else []
     argv = ["--output_dir", str(folder), "--resume", "auto", *device, *argv]
     job = parse(parser, argv)

@@ -12,13 +12,9 @@ examples:
     python main_linprobe.py --finetune mae_vit_base_patch16 --dataset imagenette --data_path data --epochs 20 \\
         --blr 0.1 1 10 --seeds 0 1 2 --val_fraction 0.1 --save_predictions --output_dir runs/imagenette
 
-    # several blocks of a small encoder, from features that are computed once
-    python main_linprobe.py --model vit_small_patch16 --finetune dino_vit_small_patch16 --dataset cifar10 \\
-        --data_path data --cls_features cls abmilp:depth=2,act=tanh --return_block 2 5 8 11 --cache_views 1
-
     # a few hundred photos: logistic regression, and AbMILP, on features that are computed once
     python main_linprobe.py --preset small --finetune dino_vit_base_patch16 --data_path photos \\
-        --cls_features cls pos abmilp --output_dir runs/photos
+        --cls_features cls abmilp:depth=2,act=tanh --return_block 5 11 --output_dir runs/photos
 
     # continue a stopped run
     python main_linprobe.py --args_from runs/mae_b/args.json --resume auto
@@ -39,7 +35,7 @@ from cli.arguments import (
     check_training,
     plain,
 )
-from cli.console import Parser, any_int, non_negative, non_negative_int, positive, positive_int, share_below_one
+from cli.console import Parser, any_int, non_negative, non_negative_int, parse, positive, positive_int, share_below_one
 from cli.encoder_arguments import add_encoder_arguments, add_oracle_arguments, precision
 from cli.presets import add_preset
 from data_sets.table import DATASETS
@@ -48,6 +44,9 @@ from probing.heads import AGGREGATIONS, canonical_head, check_aggregation, optio
 
 if TYPE_CHECKING:
     import torch
+
+if TYPE_CHECKING:
+    from probing.finished_run import ProbeRun
 
 OPTIMIZERS = {  # settings of util.lars.LARS; momentum as in the paper, and as in its code for SGD
     "lars": {"momentum": 0.9},
@@ -252,3 +251,12 @@ def seeds_vary(args: argparse.Namespace) -> list[str]:
 def feature_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """Arguments that cached features depend on: all that are not known to be irrelevant."""
     return {name: value for name, value in plain(args).items() if name not in NOT_IN_FEATURES}
+
+
+def finished_run(folder: Path) -> ProbeRun:
+    """The run of main_linprobe.py in a folder; flags that it did not have yet take their defaults. ValueError."""
+    from probing.finished_run import read_run
+
+    run = read_run(folder)
+    defaults = vars(parse(get_args_parser(), ["--data_path", "."]))
+    return run._replace(args=argparse.Namespace(**{**defaults, **vars(run.args)}))

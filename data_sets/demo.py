@@ -1,21 +1,18 @@
 """The demo: a procedural data set in which the texture of one object is the class.
 
-Each image shows smooth colour clutter, several flat distractor shapes and one textured object of the same kinds of
-shape, which covers about a tenth of the image. Position, shape, size, colours, period and phase are random; the texture
-is the class. Textures keep their identity under the recipe's crops (any magnification) and horizontal flips. So a
-representation that averages the whole image sees mostly background, and one that selects the object's patches sees the
-class.
+Each image shows smooth colour clutter, flat distractor shapes and one textured object of the same kinds of shape, which
+covers about a tenth of the image. All but the texture is random. Textures keep their identity under the recipe's crops
+and flips. So the mean of an image is mostly background, and only the object's patches show the class.
 
-Every image is a function of (seed, split, index). The images are PNG files in class folders. `boxes.csv` beside the
-splits holds each object's box: `path,x0,y0,x1,y1`, in pixels, inclusive.
+Every image is a function of (seed, split, index): a PNG file in its class folder. `boxes.csv` beside the splits holds
+each object's box: `path,x0,y0,x1,y1`, in pixels, inclusive.
 """
 
-import csv
-import io
+import contextlib
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing import Pool
 from pathlib import Path
 from typing import NamedTuple
@@ -111,9 +108,8 @@ def _write(job: tuple[Path, int, str, int]) -> tuple[str, int, int, int, int]:
     folder, seed, split, index = job
     image = render(seed, split, index)
     path = Path(split) / CLASSES[image.label] / f"{index:06d}.png"
-    buffer = io.BytesIO()
-    Image.fromarray(image.pixels).save(buffer, "PNG", compress_level=1)
-    (folder / path).write_bytes(buffer.getvalue())
+    (folder / path).parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(image.pixels).save(folder / path, compress_level=1)
     return (path.as_posix(), *image.box)
 
 
@@ -126,28 +122,27 @@ def generate(folder: Path, train: int, val: int, seed: int = 0, workers: int | N
     if min(train, val) < len(CLASSES):
         raise ValueError(f"{train} training and {val} validation images: each of the {len(CLASSES)} classes needs one")
     description = {"seed": seed, "train": train, "val": val, "size": SIZE, "classes": list(CLASSES), "version": 1}
-    record = folder / "demo.json"
-    if record.exists():
+    if (record := folder / "demo.json").exists():
         if json.loads(record.read_text()) == description:
             return
         raise ValueError(f"{folder} holds a demo data set made with other settings: remove it or name another folder")
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise ValueError(f"{folder} holds files that are not a demo data set: name another folder")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    # written to a temporary folder and renamed: an interrupted run leaves no partial data set
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
-        new = Path(temporary) / folder.name
-        for split in ("train", "val"):
-            for name in CLASSES:
-                (new / split / name).mkdir(parents=True)
+    with new_folder(folder) as new, Pool(workers or os.cpu_count()) as pool:
         counts = {"train": train, "val": val}
         jobs = [(new, seed, split, index) for split, count in counts.items() for index in range(count)]
-        with Pool(workers or os.cpu_count()) as pool:
-            rows = pool.map(_write, jobs, chunksize=64)
-        table = io.StringIO()
-        writer = csv.writer(table, lineterminator="\n")
-        writer.writerow(["path", "x0", "y0", "x1", "y1"])
-        writer.writerows(rows)
-        (new / "boxes.csv").write_text(table.getvalue())
+        rows = pool.map(_write, jobs, chunksize=64)
+        lines = [",".join(map(str, row)) for row in [("path", "x0", "y0", "x1", "y1"), *rows]]
+        (new / "boxes.csv").write_text("\n".join(lines) + "\n")
         (new / "demo.json").write_text(json.dumps(description, indent=1))
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder, renamed to `folder` when the block ends well, removed when it does not."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
+        new = Path(temporary) / folder.name
+        new.mkdir()
+        yield new
         new.rename(folder)

@@ -5,18 +5,17 @@ EXIF orientation is ignored, as torchvision's data sets ignore it: published acc
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
 import functools
 import hashlib
 import io
-import itertools
 import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from PIL import Image
@@ -33,8 +32,7 @@ Label = int | np.ndarray  # a class; or (K,) zeros and ones in uint8
 
 
 class UnreadableImage(ValueError):
-    """An image that cannot be read. A loader's worker passes its exceptions on with the traceback in their text; this
-    one keeps its own text only."""
+    """An image that cannot be read. Keeps its own text of the traceback that a loader's worker passes on."""
 
     def __init__(self, text: str):
         super().__init__(text[max(text.rfind("cannot read image"), 0) :].strip())
@@ -48,12 +46,11 @@ class DamagedImage(UnreadableImage):
 
 
 def decode(content: bytes | np.ndarray, name: str) -> Image.Image:
-    """The image of an encoded file or of pixels (h,w,3) uint8 in RGB; of an animation, the first frame.
+    """The image of an encoded file or of pixels (h,w,3) uint8 in RGB, as Pillow converts it; of an animation, the first
+    frame.
 
-    As Pillow's convert("RGB"): CMYK and palettes become colours, grey is repeated, transparency is dropped.
     UnreadableImage for more than 8 bits a channel: which of their values are black and white is not in the file, and
-    Pillow would clip grey and cut colours, so that 12 bits in a 16-bit file become nearly black. Whatever Pillow
-    raises if the image cannot be decoded.
+    Pillow would make 12 bits in a 16-bit file nearly black. Whatever Pillow raises if the image cannot be decoded.
     """
     if isinstance(content, np.ndarray):
         return Image.fromarray(np.ascontiguousarray(content))
@@ -90,11 +87,8 @@ BITS_PER_SAMPLE = 258  # TIFF tag
 
 
 def decode_tensor(content: bytes | np.ndarray, name: str) -> Tensor:
-    """(3,h,w) uint8: the pixels of `decode`, to the bit, but of JPEG files faster; pixels are not copied.
-
-    torchvision uses the same JPEG library as Pillow. What it refuses is left to Pillow: damaged files, and colours
-    other than RGB and grey.
-    """
+    """(3,h,w) uint8: the pixels of `decode`, to the bit, but of JPEG files faster. torchvision uses the same JPEG
+    library; what it refuses is left to Pillow: damaged files, and colours other than RGB and grey."""
     if isinstance(content, np.ndarray):
         return torch.from_numpy(content).permute(2, 0, 1)
     if content[:2] == b"\xff\xd8":
@@ -119,20 +113,18 @@ def pixels_of(image: Image.Image | Tensor) -> Tensor:
 # ---- data sets
 
 
-class Content:
+class Content(Protocol):
     """Stored images: encoded files, or pixels (h,w,3) uint8. names: for messages, one for each image."""
 
     names: Sequence[str]
 
-    def read(self, index: int) -> bytes | np.ndarray:
-        raise NotImplementedError
+    def read(self, index: int) -> bytes | np.ndarray: ...
 
     def stats(self) -> np.ndarray:
         """(n,2) int64: bytes of each image, and when its file was modified (ns; 0: never)."""
-        raise NotImplementedError
 
 
-class Files(Content):
+class Files:
     """A file for each image."""
 
     def __init__(self, paths: Iterable[str | Path]):
@@ -147,7 +139,7 @@ class Files(Content):
         return np.array([(status.st_size, status.st_mtime_ns) for status in stats], np.int64).reshape(-1, 2)
 
 
-class Pixels(Content):
+class Pixels:
     """An array (n,h,w,3) uint8, perhaps mapped from a file."""
 
     def __init__(self, pixels: np.ndarray):
@@ -216,13 +208,11 @@ class Images:
 
 
 def fingerprint(images: Images, local: bool = False) -> str:
-    """sha256 that identifies a data set by its images, on any machine and in any folder or container.
+    """sha256 of classes and, in order, each image's label and content: equal on any machine and in any container.
 
-    It covers the classes and, in their order, each image's label and content. Of more than WHOLE bytes of images, it
-    covers all sizes, but the content of SAMPLE images only, evenly spread: the first WHOLE / SAMPLE bytes of each. An
-    image that is replaced by another of equal size may then go unnoticed, except with local = True, which adds the
-    modification times of such data sets: for what stays on one machine, as caches do. Copies of a data set may differ
-    in them. UnreadableImage for a file that is missing or cannot be read.
+    Of more than WHOLE bytes of images, it covers all sizes, but the content of SAMPLE images only, evenly spread: the
+    first WHOLE / SAMPLE bytes of each. local: add the modification times of such data sets, for what stays on one
+    machine, as caches do. UnreadableImage for a file that is missing or cannot be read.
     """
     total = hashlib.sha256(json.dumps(list(map(str, images.classes))).encode())
     total.update(np.asarray(images.targets, dtype=np.int64).tobytes())
@@ -239,14 +229,11 @@ def fingerprint(images: Images, local: bool = False) -> str:
 def _in_threads(function: Callable[[int], Any], indices: Sequence[int], names: Sequence[str]) -> Iterator:
     """function(index) in the order of the indices; threads hide the latency of network disks."""
 
-    def apply(start: int) -> list:
-        results = []
-        for index in indices[start : start + 512]:
-            try:
-                results.append(function(index))
-            except OSError as error:
-                raise UnreadableImage(f"cannot read image {names[index]}: {error.strerror or error}") from error
-        return results
+    def checked(index: int) -> Any:
+        try:
+            return function(index)
+        except OSError as error:
+            raise UnreadableImage(f"cannot read image {names[index]}: {error.strerror or error}") from error
 
-    with concurrent.futures.ThreadPoolExecutor(16) as pool:
-        yield from itertools.chain.from_iterable(pool.map(apply, range(0, len(indices), 512)))
+    with ThreadPool(16) as pool:
+        yield from pool.imap(checked, indices, 512)

@@ -15,11 +15,12 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
-from data_sets.images import ON_BAD_IMAGE, DamagedImage, Images, Label, UnreadableImage
+from data_sets.images import DamagedImage, Images, Label, UnreadableImage
 from data_sets.views import View, Windows
 from util import distributed, signals
 from util.progress import log, progress
 from util.seeding import seeded
+from util.workers import WAIT, check_workers, worker_failure
 
 
 class Sample(NamedTuple):
@@ -40,15 +41,13 @@ MAX_BAD_IN_A_ROW = 1000  # more mean that the disk or the folder is damaged, not
 
 
 class KeyedDataset:
-    """A data set whose item (epoch, index) is augmented with randomness from (seed, epoch, index) and nothing else.
+    """A data set whose item (epoch, index) is augmented with randomness from (seed, epoch, index) and nothing else,
+    whichever worker or rank makes it. An item (epoch, index, seed) has a seed of its own.
 
-    So a sample is the same whichever worker or rank makes it. An item (epoch, index, seed) has a seed of its own.
-    noise: how many uniform numbers to draw with each image.
-
-    on_bad_image: what to do with an image that cannot be decoded. "error": raise DamagedImage. "skip": its sample has
-    valid = False and keeps its index; with train = True, image and label are those of the next index of `indices`
-    (default: all) that can be read, else the image is zeros and the label its own. Either way every batch has its full
-    size, so that ranks stay in step. Missing and inaccessible files are always errors.
+    noise: how many uniform numbers to draw with each image. on_bad_image: for an image that cannot be decoded, "error"
+    raises DamagedImage; with "skip", its sample has valid = False and keeps its index, so that every batch has its full
+    size: with train = True, image and label are those of the next index of `indices` (default: all) that can be read,
+    else the image is zeros. Missing and inaccessible files are always errors.
     """
 
     as_pixels = False  # items are uint8: the loader normalises them
@@ -63,11 +62,9 @@ class KeyedDataset:
         train: bool = False,
         indices: Sequence[int] | None = None,
     ):
-        if on_bad_image not in ON_BAD_IMAGE:
-            raise ValueError(f"on_bad_image {on_bad_image!r}: choose from {', '.join(ON_BAD_IMAGE)}")
         self.dataset, self.transform, self.seed, self.noise = dataset, transform, seed, noise
         self.on_bad_image, self.train = on_bad_image, train
-        self.indices = None if indices is None else np.sort(np.asarray(indices))
+        self.indices = np.arange(len(dataset)) if indices is None else np.sort(np.asarray(indices))
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -103,11 +100,10 @@ class KeyedDataset:
 
     def replacement(self, index: int) -> tuple[Image.Image | Tensor, Label]:
         """The next image after `index` that can be read; after the last one follows the first."""
-        candidates = range(len(self)) if self.indices is None else self.indices
-        start = int(np.searchsorted(candidates, index)) if self.indices is not None else index
-        for step in range(1, min(len(candidates), MAX_BAD_IN_A_ROW + 1)):
+        start = int(np.searchsorted(self.indices, index))
+        for step in range(1, min(len(self.indices), MAX_BAD_IN_A_ROW + 1)):
             with contextlib.suppress(DamagedImage):
-                return self.read(int(candidates[(start + step) % len(candidates)]))
+                return self.read(int(self.indices[(start + step) % len(self.indices)]))
         raise UnreadableImage(f"cannot read image {self.dataset.names[index]}, nor any that could replace it")
 
 
@@ -183,6 +179,8 @@ def build_loader(
     device: where images are normalised (None: CPU). If their transform is a View, they travel there as bytes, a quarter
     of float32.
     """
+    if num_workers:
+        check_workers(num_workers)
     if isinstance(dataset.transform, View):
         dataset = copy.copy(dataset)
         dataset.as_pixels = True
@@ -194,6 +192,7 @@ def build_loader(
         num_workers=num_workers,
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0,
+        timeout=WAIT if num_workers else 0,
         worker_init_fn=_use_all_cores if affinity_hack else None,
     )
     loader.device = device or loader.device
@@ -205,7 +204,7 @@ class Watched:
 
     A single process stops even while it waits for data. Several agree before every batch of an evaluation
     (agree = True); otherwise the caller makes them agree. `waited` counts the seconds spent waiting for data.
-    signals.DeadWorker if a worker of the loader was killed.
+    DeadWorker if a worker of the loader was killed, or delivers nothing.
 
     between: called with the number of batches done, those without a readable image included, before every batch and at
     the end; with agree, by all processes at the same point.
@@ -226,18 +225,15 @@ class Watched:
         for done in self.bar:
             self.between(done)
             start = time.perf_counter()
-            if self.agree and (number := distributed.agree(signals.requested())[0]):
+            if self.agree and (
+                number := distributed.agree(signals.requested(), where=f"{self.description}, batch {done}")[0]
+            ):
                 raise signals.Stopped(number)
             try:
                 with signals.deferred(not alone):
                     sample = next(iterator, None)
             except (RuntimeError, OSError) as error:
-                reason = " ".join(str(error).split())
-                if "DataLoader worker" not in reason:
-                    raise
-                if any(sign in reason for sign in ("No space left", "Bus error", "shared memory")):
-                    reason = "/dev/shm is full: fewer --num_workers, smaller --batch_size, or docker --shm-size"
-                raise signals.DeadWorker(reason) from error
+                raise worker_failure(error) or error from error
             self.waited += time.perf_counter() - start
             if sample is not None:
                 yield sample

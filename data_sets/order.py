@@ -20,16 +20,17 @@ torch = lazy("torch")
 class GlobalBatches:
     """The training order: batches of (epoch, index) keys for one rank.
 
-    An epoch is one permutation, a function of (seed, epoch). It is cut into effective batches of
-    batch_size x accum_iter x world images; micro-step a of rank r takes chunk a x world + r. So however an effective
-    batch is split into ranks and micro-steps, the chunks are the same. An incomplete last batch is dropped.
+    An epoch is one permutation of `indices` (default: all), a function of (seed, epoch). It is cut into effective
+    batches of batch_size x accum_iter x world images; micro-step a of rank r takes chunk a x world + r. So however an
+    effective batch is split into ranks and micro-steps, the chunks are the same. An incomplete last batch is dropped.
 
-    indices: the samples to use (default: all). group: number of images that are normalised together, which must be on
-    one rank in consecutive micro-steps. ValueError if an effective batch does not consist of such groups.
-
-    seeds: independent orders, which take turns group by group; keys are then (epoch, index, seed), and `accum_iter` and
-    `joined` count the micro-steps of all seeds.
+    group: number of images that are normalised together, on one rank in consecutive micro-steps. seeds: independent
+    orders, which take turns group by group; keys are then (epoch, index, seed), and `accum_iter` and `joined` count the
+    micro-steps of all seeds. ValueError if an effective batch does not consist of groups, or exceeds the images.
     """
+
+    epoch = 0
+    first_step = 0  # optimizer steps of the epoch that a resumed run has behind it
 
     def __init__(
         self,
@@ -47,15 +48,12 @@ class GlobalBatches:
         self.seeds, self.keyed, self.shuffle = tuple(seeds) or (seed,), bool(seeds), shuffle
         self.rank, self.world = distributed.rank(), distributed.world_size()
         self.effective = batch_size * accum_iter * self.world  # images per optimizer step, of each seed
-        self.epoch = 0
-        self.first_step = 0  # optimizer steps of the epoch that a resumed run has behind it
         self.accum_iter = accum_iter * len(self.seeds)
         self.joined = micro_steps_of_a_group(group or batch_size, batch_size, accum_iter) * len(self.seeds)
         if self.steps == 0:
-            raise ValueError(
-                f"an effective batch of {self.effective} (batch_size {batch_size} x accum_iter {accum_iter} x "
-                f"{self.world} processes) is larger than the {self.length} training images: lower --batch_size"
-            )
+            sizes = f"batch_size {batch_size} x accum_iter {accum_iter} x {self.world} processes"
+            problem = f"an effective batch of {self.effective} ({sizes})"
+            raise ValueError(f"{problem} is larger than the {self.length} training images: lower --batch_size")
 
     @property
     def steps(self) -> int:
@@ -91,10 +89,8 @@ def micro_steps_of_a_group(group: int, batch_size: int, accum_iter: int) -> int:
         raise ValueError(f"--bn_group {group} and --batch_size {batch_size}: one must be a multiple of the other")
     joined = max(1, group // batch_size)
     if accum_iter % joined:
-        raise ValueError(
-            f"--bn_group {group} takes {joined} micro-steps of --batch_size {batch_size}: --accum_iter {accum_iter} "
-            f"must be a multiple of {joined}"
-        )
+        needed = f"--bn_group {group} takes {joined} micro-steps of --batch_size {batch_size}"
+        raise ValueError(f"{needed}: --accum_iter {accum_iter} must be a multiple of {joined}")
     return joined
 
 
@@ -135,5 +131,5 @@ def hold_out(targets: Sequence[int] | np.ndarray, fraction: float, seed: int) ->
         count = max(round(fraction * len(group)), min(1, len(group) - 1))
         held[group[:count]] = True
     if held.all() or not held.any():
-        raise ValueError(f"--val_fraction {fraction} of {len(targets)} training images leaves a part without images")
+        raise ValueError(f"a share of {fraction:g} of {len(targets)} images leaves a part without images")
     return np.flatnonzero(~held).tolist(), np.flatnonzero(held).tolist()

@@ -8,15 +8,14 @@ antialiasing), so that the shorter side is at most `side`; a smaller image keeps
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import io
 import multiprocessing
-import tempfile
 from pathlib import Path
 
 import numpy as np
 
+from data_sets.demo import new_folder
 from data_sets.images import Images, UnreadableImage, decode, fingerprint
 from data_sets.readers import images_by_class
 from data_sets.shards import Index, Slices
@@ -30,10 +29,11 @@ def is_packed(root: Path) -> bool:
     return any((Path(root) / f"{split}-00000.bin").is_file() for split in ("train", "val"))
 
 
-def _pack(images: Images, kind: str, side: int, index: int) -> tuple[bytes, tuple[int, int] | None]:
-    """The packed content of an image; height and width of pixels."""
+def _pack(index: int) -> tuple[bytes, tuple[int, int] | None]:
+    """The packed content of an image of _pack.job, images, kind and side; height and width of pixels."""
     from torchvision.transforms.v2.functional import InterpolationMode, resize
 
+    images, kind, side = _pack.job
     content = images.content.read(index)
     if isinstance(content, bytes) and kind == "original":
         return content, None
@@ -53,15 +53,11 @@ def write_packed(target: Path, name: str, splits: dict[str, Images], kind: str, 
     """Pack the splits of a data set of a name in DATASETS in a new folder, completely or not at all."""
     if target.exists():
         raise ValueError(f"{target} exists: name a new folder")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as temporary:
-        new = Path(temporary) / target.name
-        new.mkdir()
+    with new_folder(target) as new:
         for split, images in splits.items():
             rows, shard, end, several = [], 0, 0, isinstance(images.targets, np.ndarray)
-            pack = functools.partial(_pack, images, kind, side)
-            with multiprocessing.Pool(workers) as pool:
-                contents = progress(pool.imap(pack, range(len(images)), 16), split, len(images), "image")
+            with multiprocessing.Pool(workers, setattr, (_pack, "job", (images, kind, side))) as pool:
+                contents = progress(pool.imap(_pack, range(len(images)), 16), split, len(images), "image")
                 for number, (content, shape) in enumerate(contents):
                     if end and end + len(content) > SHARD:
                         shard, end = shard + 1, 0
@@ -73,8 +69,7 @@ def write_packed(target: Path, name: str, splits: dict[str, Images], kind: str, 
                     end += len(content)
             facts = {"dataset": name, "kind": kind, "side": side, "classes": images.classes}
             facts |= {"multi_label": several, "source": fingerprint(images)}
-            Index.of_rows(rows).save(new / f"{split}.json", facts)
-        new.rename(target)
+            Index.save(rows, new / f"{split}.json", facts)
 
 
 def read_packed(root: Path, name: str, split: str) -> Images:

@@ -47,6 +47,11 @@ def imagenet_piece(root: Path, piece: str) -> Path:
     raise ValueError(f"none of {', '.join(PIECES[piece])} is in it; there is {there or 'no part of ImageNet'}")
 
 
+def stem_of(name: str) -> str:
+    """The file name, without suffix, of a path or of shard:path."""
+    return Path(name.rpartition(":")[2]).stem
+
+
 def imagenet1k(root: Path, split: str) -> Images:
     """Folders of classes; or the official archives, unpacked or not, with the labels of val from Kaggle's list or from
     the devkit."""
@@ -56,13 +61,13 @@ def imagenet1k(root: Path, split: str) -> Images:
         images = read_class_folders(path, may_be_empty=split == "val")
     elif split == "train":
         content = read_tars(tars)
-        images = readers.images_by_class(content, [[name.split("_")[0]] for name in content.stems()])
+        images = readers.images_by_class(content, [[stem_of(name).split("_")[0]] for name in content.names])
     else:
         source = imagenet_piece(root, "labels")
         wnids = kaggle_labels(source) if source.name == SOLUTION else devkit_labels(source)
         content = read_tars(tars) if tars else Files(path / f"{name}.JPEG" for name in sorted(wnids))
         with readers.reading(source):
-            labels = [[wnids[Path(name.rpartition(":")[2]).stem]] for name in content.names]
+            labels = [[wnids[stem_of(name)]] for name in content.names]
             images = readers.images_by_class(content, labels, sorted(set(wnids.values())))
     check_wnid_names(images.classes, path)
     return images
@@ -85,9 +90,8 @@ def check_wnids(classes: Sequence[str]) -> None:
     official = ImageNetInfo("imagenet1k").label_names()
     if len(classes) != len(official):
         raise ValueError(f"the data set has {len(classes):,} classes, ImageNet-1k has {len(official):,}")
-    for name, wnid in zip(classes, official, strict=True):
-        if name != wnid:
-            raise ValueError(f"class {name!r} is not the WordNet id {wnid}: name the class folders by ImageNet's ids")
+    if odd := [pair for pair in zip(classes, official, strict=True) if pair[0] != pair[1]]:
+        raise ValueError(f"class {odd[0][0]!r} is not the WordNet id {odd[0][1]}: name the class folders by these ids")
 
 
 def kaggle_labels(path: Path) -> dict[str, str]:
@@ -128,8 +132,8 @@ def imagenet1pct(root: Path, split: str) -> Images:
     check_wnid_names(classes, train)
     with readers.reading(source):
         wnids = [name.split("_")[0] for name in names]
-        return readers.images_by_class(Files(train / wnid / name for wnid, name in zip(wnids, names, strict=True)),
-                               [[wnid] for wnid in wnids], classes)  # fmt: skip
+        content = Files(train / wnid / name for wnid, name in zip(wnids, names, strict=True))
+        return readers.images_by_class(content, [[wnid] for wnid in wnids], classes)
 
 
 IMAGENETTE = FACTS["imagenette"]["names"]  # {WordNet id: name}
@@ -206,8 +210,8 @@ def food101(root: Path, split: str) -> Images:
     source = folder / "meta" / ("train.json" if split == "train" else "test.json")
     with readers.reading(source):
         names = [name for names in readers.parse_json(source.read_bytes()).values() for name in names]
-        return readers.images_by_class(Files(folder / "images" / f"{name}.jpg" for name in names),
-                               [[name.split("/")[0]] for name in names])  # fmt: skip
+        content = Files(folder / "images" / f"{name}.jpg" for name in names)
+        return readers.images_by_class(content, [[name.split("/")[0]] for name in names])
 
 
 # ---- several labels an image

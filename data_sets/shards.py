@@ -14,7 +14,7 @@ import os
 import re
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -43,22 +43,20 @@ class Index(NamedTuple):
     """Encoded images in slices of larger files, in columns."""
 
     names: list[str]
-    labels: list[list[str]]
+    labels: list[list]
     shard: list[int]  # numbers of the files
     start: list[int]  # first byte
     size: list[int]  # bytes
     shape: list[list[int] | None] | None = None  # height and width of images that are stored as pixels
     sha256: list[str] | None = None
 
-    @classmethod
-    def of_rows(cls, rows: Sequence[tuple]) -> Index:
-        return cls(*map(list, zip(*rows, strict=True)))
-
     def in_order(self, order: Sequence[int]) -> Index:
         return Index(*(column and [column[index] for index in order] for column in self))
 
-    def save(self, path: Path, facts: dict) -> None:
-        text = json.dumps({"facts": facts, "index": self._asdict()})
+    @classmethod
+    def save(cls, rows: Sequence[tuple], path: Path, facts: dict) -> None:
+        """Write the index of rows, whole or not at all, with other plain data."""
+        text = json.dumps({"facts": facts, "index": list(zip(*rows, strict=True))})
         write_atomically(path, f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}".encode())
 
     @classmethod
@@ -68,11 +66,10 @@ class Index(NamedTuple):
             digest, text = path.read_text().split("\n", 1)
             if digest != hashlib.sha256(text.encode()).hexdigest():
                 raise ValueError("its content has changed")
-            content = json.loads(text)
-            return content["facts"], cls(**content["index"])
+            return json.loads(text)["facts"], cls(*json.loads(text)["index"])
 
 
-class Slices(Content):
+class Slices:
     """The images of an index. Pixels are mapped from the file, so that only what a crop needs is read."""
 
     def __init__(self, files: Sequence[Path], index: Index):
@@ -97,10 +94,6 @@ class Slices(Content):
             [(size, modified[shard]) for size, shard in zip(self.index.size, self.index.shard, strict=True)]
         )
 
-    def stems(self) -> list[str]:
-        """File names without suffix."""
-        return [PurePosixPath(name).stem for name in self.index.names]
-
 
 @functools.cache
 def _mapped(path: Path) -> np.ndarray:
@@ -109,15 +102,14 @@ def _mapped(path: Path) -> np.ndarray:
 
 def images_of_index(
     index: Index, content: Callable[[Index], Content], classes: list[str] | None, multi_label: bool
-) -> Images:  # fmt: skip
+) -> Images:
     """Sorted by class and name. classes: names that numbered labels stand for; None: labels are names."""
     if classes is not None and all(name.isdigit() for names in index.labels for name in names):
         with reading("a label"):
             index = index._replace(labels=[[classes[int(name)] for name in names] for names in index.labels])
     targets = images_by_class(content(index), index.labels, classes, multi_label).targets
     paths = [os.path.split(name) for name in index.names]
-    order = sorted(range(len(paths)), key=lambda row: (0 if multi_label else targets[row], *paths[row]))
-    index = index.in_order(order)
+    index = index.in_order(sorted(range(len(paths)), key=lambda row: (0 if multi_label else targets[row], *paths[row])))
     return images_by_class(content(index), index.labels, classes, multi_label)
 
 
@@ -143,37 +135,34 @@ def tar_members(path: Path, start: int = 0) -> Iterator[tuple[str, int, int]]:
 def read_tars(shards: Sequence[Path], kinds: Sequence[str] = ()) -> Slices:
     """The images of tar files, sorted by name. kinds: suffixes of members to take besides, with their content as label.
 
-    Rank 0 keeps the index in a file, whole or not at all, while the others wait; where it cannot be written, each
-    process scans the shards.
+    Rank 0 keeps the index in a file while the others wait; where it cannot be written, each process scans the shards.
     """
-    stamp = [[path.name, os.stat(path).st_size, os.stat(path).st_mtime_ns] for path in shards]
+    facts = {"shards": [[path.name, os.stat(path).st_size, os.stat(path).st_mtime_ns] for path in shards]}
     key = hashlib.sha256(json.dumps([shards[0].name, *kinds]).encode()).hexdigest()
     path = shards[0].parent / f".index-{key[:8]}.json"
     with distributed.main_process_first():
         try:
-            facts, index = Index.load(path)
+            known, index = Index.load(path)
         except ValueError:
-            facts = {}
-        if facts != {"shards": stamp}:
-            index = Index.of_rows([row for number, shard in enumerate(shards) for row in _scan(shard, number, kinds)])
+            known = None
+        if known != facts:
+            rows = [row for number, shard in enumerate(shards) for row in _scan(shard, number, kinds)]
+            index = Index(*map(list, zip(*rows, strict=True))) if rows else Index([], [], [], [], [])
             try:
-                index.save(path, {"shards": stamp})
+                Index.save(rows, path, facts)
             except OSError as error:
                 log.info("%s: the index cannot be kept (%s) and will be made again", path.parent, error.strerror)
     return Slices(shards, index.in_order(sorted(range(len(index.names)), key=index.names.__getitem__)))
 
 
-def _scan(shard: Path, number: int, kinds: Sequence[str]) -> list[tuple]:
-    rows = []
+def _scan(shard: Path, number: int, kinds: Sequence[str]) -> Iterator[tuple]:
     with open(shard, "rb") as file:
         for name, start, size in tar_members(shard):
-            content = []
-            if PurePosixPath(name).suffix in kinds:
+            if os.path.splitext(name)[1] in kinds:
                 file.seek(start)
-                content = [file.read(size).decode("utf-8", "backslashreplace")]
-            if content or is_image(name):
-                rows.append((name, content, number, start, size))
-    return rows
+                yield name, [file.read(size).decode("utf-8", "backslashreplace")], number, start, size
+            elif is_image(name):
+                yield name, [], number, start, size
 
 
 def labels_of(value: Any, column: str | None = None) -> list[str]:
@@ -181,8 +170,7 @@ def labels_of(value: Any, column: str | None = None) -> list[str]:
     if isinstance(value, dict):
         names = [column] if column else ["label", "labels", "cls", "class", "class_name"]
         value = next((value[name] for name in names if name in value), None)
-    if isinstance(value, str):
-        value = value.split("|")
+    value = value.split("|") if isinstance(value, str) else value
     values = value if isinstance(value, list | tuple) else [] if value is None else [value]
     return list(dict.fromkeys(name for item in values if (name := str(item).strip())))
 
@@ -210,11 +198,9 @@ def webdataset(root: Path, split: str, label_column: str | None = None, multi_la
                     label = parse_json(members.labels[parts["json"]][0].encode())
             rows.append(parts["image"])
             labels.append(labels_of(label, label_column))
+    classes = [read_lines(root / name) for name in ("classes.txt", "classnames.txt") if (root / name).exists()]
     index = members.in_order(rows)._replace(labels=labels)
-    lists = [path for name in ("classes.txt", "classnames.txt") if (path := root / name).exists()]
-    return images_of_index(
-        index, functools.partial(Slices, shards), read_lines(lists[0]) if lists else None, multi_label
-    )
+    return images_of_index(index, functools.partial(Slices, shards), classes[0] if classes else None, multi_label)
 
 
 # ---- Hugging Face
@@ -227,7 +213,7 @@ def library(name: str) -> Any:
         raise ValueError(f"Hugging Face data sets need {name}: pip install -r requirements-data.txt") from error
 
 
-class TableRows(Content):
+class TableRows:
     """Encoded images in a column that is mapped from a file; `start` of the index is the row. A cell is empty where the
     image has a file of its own, at its path."""
 
@@ -277,9 +263,10 @@ def _columns(features: dict[str, Any], label_column: str | None) -> tuple[str, s
         while isinstance(feature, list) or "feature" in feature:
             feature = feature[0] if isinstance(feature, list) else feature["feature"]
         inner[name] = feature
-    images = [name for name, feature in inner.items() if feature.get("_type") == "Image" or "bytes" in feature
-              or feature.get("dtype") in ("binary", "large_binary")]  # fmt: skip
-    numbered = [name for name, feature in inner.items() if feature.get("_type") == "ClassLabel"]
+    kinds = {name: feature.get("_type") for name, feature in inner.items()}
+    binary = {"binary", "large_binary"}
+    kinds |= {name: "Image" for name, feature in inner.items() if "bytes" in feature or feature.get("dtype") in binary}
+    images, numbered = ([name for name in kinds if kinds[name] == kind] for kind in ("Image", "ClassLabel"))
     labels = [label_column] if label_column else [name for name in ("label", "labels") if name in inner][:1] or numbered
     if len(images) != 1 or len(labels) != 1 or labels[0] not in inner:
         raise ValueError(f"expected one column of images and one of labels (--label_column), got {', '.join(features)}")

@@ -27,7 +27,7 @@ from data_sets.order import EvaluationBatches, GlobalBatches
 from encoders.load import load_plain_or_safetensors, safetensors_metadata, save_encoder
 from probing.bank import ProbeBank
 from probing.frozen import FiniteCheck, FrozenTokens, Read
-from util.distributed import agree, barrier, from_main, processes_here, rank, sum_on_cpu, world_size
+from util.distributed import agree, barrier, from_main, processes_here, rank, sum_over_ranks, world_size
 from util.files import digest, sha256
 from util.progress import log
 
@@ -180,7 +180,7 @@ class FeatureCache:
         if world_size() > 1:
             valid = self.valid.to(torch.uint8)
             for tensor in (valid, self.labels, *([] if in_file else [self.rows])):
-                sum_on_cpu(tensor)
+                sum_over_ranks(tensor)
             self.valid = valid.bool()
         if in_file:
             self._finish_file()

@@ -1,7 +1,9 @@
 """Read a finished run of main_linprobe.py: its arguments, scores and trained probes."""
 
 import argparse
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,13 +16,12 @@ ENCODER_ARGUMENTS = (
     *("model", "finetune", "family", "checkpoint_key", "num_heads", "no_cls_token", "input_size", "seed"),
     *("timm_name", "mean", "std", "grid"),
 )
-# raised by JSON files and checkpoints of another program
-WRONG_CONTENT = (KeyError, TypeError, AttributeError, IndexError)
+SPEC = ("head", "block", "blr", "seed", "optimizer", "lr")  # of a ProbeSpec, in results.json
 
 
 class ProbeRun(NamedTuple):
     folder: Path
-    args: argparse.Namespace  # saved arguments of main_linprobe.py
+    args: argparse.Namespace  # saved arguments of main_linprobe.py; cli.linprobe.finished_run adds newer ones
     results: dict  # results.json
     state: dict  # the newest checkpoint
 
@@ -33,21 +34,14 @@ class ProbeRun(NamedTuple):
         """The trained probes, in evaluation mode. ValueError if they were trained on other weights or sizes."""
         if self.state["identity"].get("weights") != digest(encoder.backbone.state_dict()):
             raise ValueError(
-                f"--probes {self.folder} was trained on another encoder, {self.args.finetune or 'random weights'}: "
+                f"{self.folder}: its probes were trained on another encoder, {self.args.finetune or 'random weights'}: "
                 "name that one with --finetune, or leave --finetune out"
             )
-        try:
+        with _reading(self.folder, "does not hold the same probes in its checkpoint and in results.json"):
+            specs = [ProbeSpec(**{key: probe[key] for key in SPEC}) for probe in self.results["probes"].values()]
             classes = {len(probe["classifier.bias"]) for probe in self.state["probes"].values()}
-            specs = []
-            for probe in self.results["probes"].values():
-                settings = {key: probe[key] for key in ("head", "block", "blr", "seed", "optimizer", "lr")}
-                specs.append(ProbeSpec(**settings))
             bank = ProbeBank(specs, encoder.backbone, grid, *classes)
             bank.load_probe_states(self.state["probes"])
-        except WRONG_CONTENT as error:
-            raise ValueError(f"--probes {self.folder}: its checkpoint holds no probes: {error!r}") from error
-        except ValueError as error:
-            raise ValueError(f"--probes {self.folder}: {error}") from error
         return bank.eval().requires_grad_(False)
 
     def scores(self) -> dict[str, dict]:
@@ -63,31 +57,35 @@ class ProbeRun(NamedTuple):
         }
 
 
+@contextlib.contextmanager
+def _reading(path: Path, problem: str) -> Iterator[None]:
+    """ValueError with the path for what unexpected content raises."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        reason = error if isinstance(error, ValueError) else repr(error)
+        raise ValueError(f"{path} {problem}: {reason}") from error
+
+
 def read_run(folder: Path) -> ProbeRun:
     """ValueError for a folder without a finished run, or with a damaged one."""
-    folder, saved = Path(folder), {}
+    folder = Path(folder)
     for name in ("results.json", "args.json"):
         if not (folder / name).is_file():
-            raise ValueError(
-                f"--probes {folder} holds no {name}: it must be the --output_dir of a finished main_linprobe.py"
-            )
-        try:
-            saved[name] = json.loads((folder / name).read_text())
-        except (OSError, ValueError) as error:
-            raise ValueError(f"--probes {folder}: {name} is damaged: {error}") from error
-    try:
-        results = saved["results.json"]
-        epochs = {name: probe["last"]["epoch"] for name, probe in results["probes"].items()}
-        args = argparse.Namespace(**saved["args.json"]["args"])
-    except WRONG_CONTENT as error:
-        raise ValueError(f"--probes {folder}: results.json or args.json is not of main_linprobe.py") from error
+            raise ValueError(f"{folder} holds no {name}: it must be the --output_dir of a finished main_linprobe.py")
+        with _reading(folder / name, "is damaged, or not of main_linprobe.py"):
+            content = json.loads((folder / name).read_text())
+            if name == "args.json":
+                args = argparse.Namespace(**content["args"])
+            else:
+                results = content
+                epochs = {name: probe["last"]["epoch"] for name, probe in results["probes"].items()}
     state = RunFolder(folder).find_checkpoint("auto", evaluate_only=True)
     if state is None:
-        raise ValueError(f"--probes {folder} holds no checkpoint of its probes")
+        raise ValueError(f"{folder} holds no checkpoint of its probes")
     if {"probes", "identity"} - state.keys() or state["probes"].keys() != epochs.keys():
-        raise ValueError(f"--probes {folder}: its checkpoint and its results.json are of different probes")
+        raise ValueError(f"{folder}: its checkpoint and its results.json are of different probes")
     if set(epochs.values()) != {state["epoch"]}:
-        raise ValueError(
-            f"--probes {folder}: its checkpoint is of epoch {state['epoch']}, its results of {max(epochs.values())}"
-        )
+        last = max(epochs.values())
+        raise ValueError(f"{folder}: its checkpoint is of epoch {state['epoch']}, its results of {last}")
     return ProbeRun(folder, args, results, state)

@@ -32,7 +32,7 @@ from runtime.training import EpochStats, Training
 from util import signals
 from util.distributed import from_main, world_size
 from util.intervals import student
-from util.progress import log, peak_memory
+from util.progress import log, peak_memory, progress
 from util.seeding import seeded
 
 # bound on the excess over the optimum as a share of the objective, by whether the head has parameters; see `fit`
@@ -165,7 +165,7 @@ class Fitting(Training):
     def train_one_epoch(self) -> EpochStats:
         """Do the fits that are left."""
         start, earlier = time.perf_counter(), self.seconds
-        for task in self.tasks[self.done :]:
+        for task in progress(self.tasks[self.done :], "fits", unit="fit"):
             self._fit(*task)
             self.done += 1
             self.seconds = earlier + time.perf_counter() - start

@@ -8,11 +8,10 @@ from torch import Tensor
 
 from encoders.load import load_plain_or_safetensors, save_encoder
 from probing.bank import ProbeSpec
-from probing.finished_run import ENCODER_ARGUMENTS, ProbeRun, read_run
+from probing.finished_run import ENCODER_ARGUMENTS, SPEC, ProbeRun, read_run
 from util.files import write_json
 
 FACTS, WEIGHTS = "probe.json", "probe.safetensors"  # files of an exported probe
-SPEC = ("head", "block", "blr", "seed", "optimizer", "lr")
 
 
 class Trained(NamedTuple):
@@ -69,7 +68,7 @@ def of_run(run: ProbeRun, name: str) -> Trained:
         "encoder_weights": run.state["identity"]["weights"],
         "final_norm": args["final_norm"],
         "scores": {**probe["last"], "headline": results["headline"], "diverged_at": probe["diverged_at"]},
-        "training": {"dataset": args["dataset"], **{key: results[key] for key in training}},
+        "training": {"dataset": args["dataset"], **{key: results.get(key) for key in training}},
     }
     return Trained(facts, run.state["probes"][name])
 

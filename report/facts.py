@@ -9,7 +9,6 @@ from pathlib import Path
 from cli.arguments import plain
 from report.runs import Record, Run, args_of
 from report.tables import DASH, Cell, real
-from util.files import sha256
 
 NOTES = {  # about a run: how they stand out, and what the top of the page says
     "random weights": ("loud", "Some encoders have RANDOM WEIGHTS: their numbers say nothing about a method."),
@@ -54,21 +53,6 @@ def weights_file(run: Run) -> Path | None:
     """The encoder that a training run wrote."""
     paths = (run.folder / f"{run.prefix}{name}" for name in ("encoder.safetensors", "safetensors"))
     return next((path for path in paths if path.is_file()), None)
-
-
-def describe_file(path: Path | None) -> str | None:
-    return path and f"{path.name}, sha256 {sha256(path)}"
-
-
-def describe_data(record: Record, images: float | None = None) -> str:
-    """Data set, numbers of images and classes; images: of an analysis."""
-    args, splits = args_of(record), {"n_train": "training", "n_val": "held-out", "n_test": "test"}
-    known = {name: record[name] for name in (*splits, "classes") if isinstance(record.get(name), int) and record[name]}
-    counts = [f"{known[name]:,} {split}" for name, split in splits.items() if name in known]
-    counts = counts if images is None else [f"{images:,.0f}"]
-    description = f"{args.get('dataset')} in {args['data_path']}" if args.get("data_path") else "data set not recorded"
-    description += f": {', '.join(counts)} images" if counts else ": number of images not recorded"
-    return description + (f", {known['classes']} classes" if "classes" in known else "")
 
 
 def data_key(record: Record) -> str:
@@ -138,20 +122,7 @@ def format_time(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M UTC")
 
 
-def changed_arguments(run: Run) -> dict[str, str]:
-    """Arguments that differ from the program's defaults."""
-    parser = importlib.import_module(f"cli.{run.program.removeprefix('main_')}").get_args_parser()
-    defaults = plain(argparse.Namespace(**{action.dest: action.default for action in parser._actions}))
-    changed = {}
-    for name, value in run.args.items():
-        if name not in defaults or defaults[name] != value:
-            default = format_argument(defaults[name]) if name in defaults else "unknown today"
-            changed[name] = format_argument(value) + ("" if default == DASH else f" (default: {default})")
-    return changed
-
-
-def differences(runs: Sequence[Run]) -> list[dict[str, object]]:
-    """The arguments in which runs of one table differ: a row for each."""
-    names = dict.fromkeys(name for run in runs for name in run.args if name not in ("output_dir", "log_dir"))
-    rows = [{"argument": name} | {run.name: format_argument(run.args.get(name)) for run in runs} for name in names]
-    return [row for row in rows if len({row[run.name] for run in runs}) > 1]
+def default_arguments(program: str) -> Record:
+    """The defaults of a program's arguments as a record holds them."""
+    parser = importlib.import_module(f"cli.{program.removeprefix('main_')}").get_args_parser()
+    return plain(argparse.Namespace(**{action.dest: action.default for action in parser._actions}))

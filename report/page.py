@@ -15,6 +15,7 @@ from report.plots import Axes, Line, plot
 from report.programs import READERS, Content
 from report.runs import KINDS, Run
 from report.tables import Cell, Row, group_by, real, table
+from util.files import sha256
 
 DAMAGED = (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, IndexError, RecursionError, TemplateError)
 PICTURES = 24  # shown per folder
@@ -48,8 +49,13 @@ def make_report(
 
 
 def render(
-    title: str, reads: Sequence[Read], figures: Mapping[str, Any] | None = None, left_out: Sequence[str] = ()
+    title: str,
+    reads: Sequence[Read] = (),
+    figures: Mapping[str, Any] | None = None,
+    left_out: Sequence[str] = (),
+    boards: Sequence[Mapping[str, Any]] = (),
 ) -> bytes:
+    """boards: of report.leaderboard."""
     sections = {}
     for program in READERS:
         of_program = [(run, contents) for run, contents in reads if run.program == program]
@@ -62,9 +68,16 @@ def render(
     }
     warnings = [note for name, note in facts.NOTES.items() if name in notes]
     page = TEMPLATES.get_template("page.html").render(
-        **{"title": title, "reads": reads, "sections": sections, "figures": figures or {}},
+        **{"title": title, "reads": reads, "sections": sections, "figures": figures or {}, "boards": boards},
         warnings=[*warnings, *(("loud", f"Left out: {line}") for line in left_out)],
-        **{"facts": facts, "kinds": KINDS, "own_pictures": own_pictures, "real": real, "table": table},
+        **{
+            "facts": facts,
+            "kinds": KINDS,
+            "own_pictures": own_pictures,
+            "real": real,
+            "sha256": sha256,
+            "table": table,
+        },
         **{"Cell": Cell, "Row": Row},
     )
     return UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", page.lstrip()).encode()
@@ -85,7 +98,7 @@ def compare(same: Sequence[tuple[Run, Content]]) -> dict[str, Any]:
     return {
         "contents": contents,
         "table": table([row for content in contents for row in content.rows]),
-        "differences": facts.differences(list({run.anchor: run for run, _ in same}.values())),
+        "runs": list({run.anchor: run for run, _ in same}.values()),
         "plots": {title: [plot(*item) for item in plots.items()] for title, plots in merged.items()},
     }
 

@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 from matplotlib.ticker import MaxNLocator
 
+from report.tables import Mean
+
 
 class Axes(NamedTuple):
     title: str
@@ -14,7 +16,7 @@ class Axes(NamedTuple):
 
 
 class Line(NamedTuple):
-    """A curve. A value that is not finite leaves a gap."""
+    """A curve, without the values that are not finite."""
 
     name: str
     x: Sequence[float]
@@ -22,23 +24,16 @@ class Line(NamedTuple):
     spread: Sequence[float] = ()  # half the width of a band around it
     reference: bool = False  # thin and grey
 
+    @classmethod
+    def of_means(cls, name: str, x: Sequence[float], means: Sequence[Mean]) -> "Line":
+        spread = [mean.std or 0.0 for mean in means] if max(mean.n for mean in means) > 1 else []
+        return cls(name, x, [mean.mean for mean in means], spread)
+
     @property
     def points(self) -> list[tuple[float, float, float]]:
         """(x, y, spread) of the finite values."""
         spread = self.spread or [0.0] * len(self.y)
         return [(x, y, s) for x, y, s in zip(self.x, self.y, spread, strict=True) if math.isfinite(y + s)]
-
-    @property
-    def path(self) -> str:
-        """In the language of SVG, with y upwards as negative numbers."""
-        pens = ["M", *("L" if math.isfinite(y) else "M" for y in self.y)]
-        steps = zip(pens, self.x, self.y, strict=False)
-        return "".join(f"{pen}{x:g} {-y:g}" for pen, x, y in steps if math.isfinite(y))
-
-    @property
-    def band(self) -> str:
-        edge = [(x, y + s) for x, y, s in self.points] + [(x, y - s) for x, y, s in reversed(self.points)]
-        return f"M{'L'.join(f'{x:g} {-y:g}' for x, y in edge)}Z" if self.spread else ""
 
 
 class Plot(NamedTuple):
@@ -47,12 +42,6 @@ class Plot(NamedTuple):
     x: tuple[float, float]  # least value, and width of the range
     y: tuple[float, float]
     ticks: tuple[list[float], list[float]]
-
-    @property
-    def data(self) -> dict[str, object]:
-        """For page.js."""
-        lines = [{"name": line.name, "points": line.points} for line in self.lines]
-        return {"title": self.axes.title, "x": self.axes.x, "lines": lines}
 
 
 def plot(axes: Axes, lines: Sequence[Line]) -> Plot | None:

@@ -80,37 +80,34 @@ def find_runs(arguments: Iterable[str]) -> tuple[list[Run], dict[str, list[Path]
     figures: dict[str, list[Path]] = {}
     trouble: list[str] = []
     for argument in arguments:
-        label, path = ("", argument) if Path(argument).exists() else argument.rpartition("=")[::2]
-        if not path or not Path(path).exists():
+        label, _, name = ("", "", argument) if Path(argument).exists() else argument.rpartition("=")
+        path = Path(name)
+        if not name or not path.exists():
             raise ValueError(f"{argument}: no such file or folder; give the --output_dir of runs, or LABEL=FOLDER")
-        path = Path(path)
-        files, problems = list_records(path) if path.is_dir() else ([path], [])
-        here, unreadable = read_runs(files)
+        here, problems = read_runs(list_records(path, trouble))
         own = {picture for run in here for picture in run.files("*.png")}
         if pictures := [picture for picture in sorted(path.glob("*.png")) if picture not in own]:
             figures[label or str(path)] = pictures
-        elif not (here or problems or unreadable):
+        elif not here and not problems:
             problems = [f"{path}: no run and no figure; a run has one of {', '.join(RECORDS)}"]
-        trouble += [*problems, *unreadable]
+        trouble += problems
         for run in here:
             below = [*run.folder.relative_to(path if path.is_dir() else path.parent).parts, run.prefix.rstrip(".")]
             name = "/".join(filter(None, [label, *below])) or path.resolve().name
             runs.setdefault((run.folder.resolve(), run.prefix, run.program), replace(run, name=name))
     names = [(run.name, run.program) for run in runs.values()]
-    named = [
-        replace(
-            run,
-            name=run.name if names.count((run.name, run.program)) == 1 else str(run.folder / run.prefix.rstrip(".")),
-            anchor=f"run-{i}",
-        )
-        for i, run in enumerate(runs.values(), 1)
-    ]
+    named = []
+    for i, run in enumerate(runs.values(), 1):
+        unique = names.count((run.name, run.program)) == 1
+        name = run.name if unique else str(run.folder / run.prefix.rstrip("."))
+        named.append(replace(run, name=name, anchor=f"run-{i}"))
     return named, figures, list(dict.fromkeys(trouble))
 
 
-def list_records(top: Path) -> tuple[list[Path], list[str]]:
-    """Records in a folder and its subfolders, and a line for each folder that cannot be read; hidden folders and code
-    snapshots of SLURM jobs are skipped."""
+def list_records(top: Path, trouble: list[str]) -> list[Path]:
+    """Records in a folder and its subfolders; hidden folders and code snapshots of SLURM jobs are skipped."""
+    if top.is_file():
+        return [top]
     files, errors = [], []
     for folder, subfolders, names in os.walk(top, onerror=errors.append, followlinks=True):
         if SNAPSHOT_RECORD in names or len(Path(folder).relative_to(top).parts) > DEPTH:
@@ -118,41 +115,41 @@ def list_records(top: Path) -> tuple[list[Path], list[str]]:
             continue
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         files += [Path(folder, name) for name in sorted(names) if name.endswith(tuple(RECORDS))]
-    return files, [f"{error.filename} cannot be read: {error.strerror}" for error in errors]
+    trouble += [f"{error.filename} cannot be read: {error.strerror}" for error in errors]
+    return files
 
 
 def read_runs(files: Sequence[Path]) -> tuple[list[Run], list[str]]:
     """The runs whose records these are, and a line for each record that belongs to none."""
-    # demo/mae.args.json is a record of the run mae
-    names = re.compile(rf"(|.+\.)({'|'.join(map(re.escape, RECORDS))})")
-    records: dict[tuple[Path, str, str], dict[Path, Record]] = {}  # by folder, prefix and program
+    pattern = re.compile(rf"(|.+\.)({'|'.join(map(re.escape, RECORDS))})")  # demo/mae.args.json is of the run mae
+    records: dict[tuple[Path, str, str], dict[str, Record]] = {}  # {(folder, prefix, program): {path: content}}
     logs: dict[tuple[Path, str], Path] = {}
     trouble: dict[tuple[Path, str], list[str]] = {}
     for path in files:
-        if not (match := names.fullmatch(path.name)):
+        match = pattern.fullmatch(path.name)
+        if not match:
             return [], [f"{path} is not a record of a run: give its folder, or {', '.join(RECORDS)}"]
-        several = [kind.result for kind in KINDS.values() if kind.several]
-        owned = (
-            match[2] in several and path.with_name("args.json").exists() < path.parent.with_name("args.json").exists()
-        )
-        key = path.parent.parent if owned else path.parent, match[1]
+        above = [kind.several for kind in KINDS.values() if kind.result == match[2]] == [True]
+        above = above and path.with_name("args.json").exists() < path.parent.with_name("args.json").exists()
+        key = path.parent.parent if above else path.parent, match[1]
         if match[2] == "log.txt":
             logs[key] = path
             continue
         try:
             content = read_json(path)
-            records.setdefault((*key, program_of(path, match[2], content)), {})[path] = content
+            records.setdefault((*key, program_of(path, match[2], content)), {})[str(path)] = content
         except ValueError as error:
             trouble.setdefault(key, []).append(str(error))
     runs = []
     for (folder, prefix, program), contents in records.items():
-        started = folder / f"{prefix}args.json"
+        started = contents.pop(str(folder / f"{prefix}args.json"), None)
         log = logs.pop((folder, prefix), None) if KINDS[program].trains else None
         epochs, problems = read_log(log) if log else ([], [])
-        results = [content for path, content in contents.items() if path != started]
-        written = max(path.stat().st_mtime for path in filter(None, [*contents, log]))
+        paths = [folder / f"{prefix}args.json"] * (started is not None) + [Path(path) for path in contents]
+        written = max(path.stat().st_mtime for path in [*paths, *([log] if log else [])])
         problems += trouble.pop((folder, prefix), [])
-        runs.append(Run("", folder, prefix, program, contents.get(started, {}), results, epochs, written, problems))
+        results = list(contents.values())
+        runs.append(Run("", folder, prefix, program, started or {}, results, epochs, written, problems))
     for key, log in logs.items():
         trouble.setdefault(key, [f"{log}: no args.json or results.json beside it says which program wrote it"])
     return runs, [line for lines in trouble.values() for line in lines]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 DASH = "–"
-Cells = Mapping[str, object]  # {column: text, number, Mean, Cell or None}
+Cells = Mapping[str, object]  # {column: text, number, Mean, Cell or None}; a column with _ is not shown
 
 
 class Mean(NamedTuple):
@@ -72,25 +72,22 @@ def stem(name: str) -> str:
 
 
 def fold(rows: Sequence[Cells]) -> list[Row]:
-    """Rows of single seeds under a row for all; "name" tells them apart, and names a seed's row in the column "run".
+    """Rows of single seeds under a row for all; "_name" tells them apart, and names a seed's row in the column "run".
 
     Decimal numbers are averaged, unless a row has diverged or lacks the number; other cells are shown where all agree.
     """
     folded = []
-    for same in group_by(rows, lambda row: (stem(row["name"]), row.get("neighbours"))):
+    for same in group_by(rows, lambda row: (stem(row["_name"]), row.get("neighbours"))):
         mean: dict[str, object] = {}
-        for column in dict.fromkeys(column for row in same for column in row if column != "name"):
+        for column in dict.fromkeys(column for row in same for column in row):
             values = [row.get(column) for row in same]
-            if column == "seeds" and len(same) > 1:
-                mean[column] = len(same)
-            elif any(isinstance(value, float) for value in values):
+            if any(isinstance(value, float) for value in values):
                 mean[column] = mean_cell(values, sum("diverged" in row for row in same))
             elif all(value == values[0] for value in values):
                 mean[column] = values[0]
         shared = [column for column, value in mean.items() if value == same[0].get(column)]
-        children = [
-            {c: v for c, v in row.items() if c not in shared and c != "name"} | {"run": row["name"]} for row in same
-        ]
+        children = [{c: v for c, v in row.items() if c not in shared} | {"run": row["_name"]} for row in same]
+        mean |= {"_name": stem(same[0]["_name"]), "seeds": len(same)}
         folded.append(Row(mean, children if len(same) > 1 else ()))
     return folded
 
@@ -117,6 +114,7 @@ def table(rows: Iterable[Row | Cells], caption: str = "", shade: bool = False) -
     columns = {
         name: [cell_of(name, cells.get(name)) for _, cells in entries]
         for name in dict.fromkeys(name for _, cells in entries for name in cells)
+        if not name.startswith("_")
     }
     columns = {name: cells for name, cells in columns.items() if any(c.text != DASH or c.badges for c in cells)}
     finite = [cell.data for cells in columns.values() for cell in cells if cell.data != ""] if shade else []

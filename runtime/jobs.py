@@ -42,7 +42,7 @@ class Task:
 
     def __call__(self) -> None:
         from cli.console import parse, run_main
-        from util.distributed import rendezvous_port
+        from util.rendezvous import rendezvous_port
 
         job = submitit.JobEnvironment()
         job.paths.result_pickle.unlink(missing_ok=True)  # of an earlier start

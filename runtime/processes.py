@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from runtime.provenance import code_digest, hardware
-from util.distributed import World, distributed, gather_objects, require_equal
+from util.distributed import Timeouts, World, distributed, gather_objects, require_equal
 from util.progress import log, setup_logging
 
 
@@ -30,13 +30,13 @@ def keep_freed_memory() -> None:
 
 
 @contextlib.contextmanager
-def process_group(device: str, dist_url: str, arguments: dict[str, Any]) -> Iterator[World]:
+def process_group(device: str, dist_url: str, timeouts: Timeouts, arguments: dict[str, Any]) -> Iterator[World]:
     """Join the processes of the run, see util.distributed.distributed, set up the log and the allocator.
 
     ValueError on all of them where `arguments`, the code or the versions of libraries are not the same everywhere.
     """
     keep_freed_memory()
-    with distributed(device, dist_url) as world:
+    with distributed(device, dist_url, timeouts) as world:
         setup_logging()
         if world.size > 1:
             require_equal(

@@ -9,7 +9,7 @@ from typing import Any
 from runtime.folder import LOAD_ERRORS, AnotherRun, RunFolder
 from runtime.processes import require_same_run
 from util import signals
-from util.distributed import barrier, leave
+from util.distributed import barrier, leave, rank
 
 
 class Resumable(abc.ABC):
@@ -47,6 +47,7 @@ class Resumable(abc.ABC):
 
     def _write(self, index: int, state: dict[str, Any], step: int | None, keep: int = 2) -> None:
         self.folder.save_checkpoint(index, {**state, "identity": self.identity}, keep, step)
+        barrier(writing=True)
         self.saved_position, self.saved_at = self.position, time.monotonic()
 
     def stoppable(self) -> contextlib.AbstractContextManager[None]:
@@ -54,7 +55,7 @@ class Resumable(abc.ABC):
 
         An evaluation that is abandoned is repeated when the run is resumed.
         """
-        return signals.saving(self._save_for_later)
+        return signals.saving(self._save_for_later, rank() == 0)
 
     def _save_for_later(self) -> str:
         if self.folder.read_path is None:
@@ -63,7 +64,7 @@ class Resumable(abc.ABC):
             return "at the very start, with nothing to save"
         if self.saved_position != self.position:
             self.save()
-        barrier()  # the first process to end takes the others along
+        barrier(writing=True)  # the first process to end takes the others along
         leave()
         where = self.folder.read_path
         return f"saved after {self.done_so_far()} in {where}; continue with the same command and --resume auto"

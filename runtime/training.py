@@ -20,7 +20,7 @@ from data_sets.order import GlobalBatches
 from runtime.folder import RunFolder
 from runtime.resumable import Resumable, check_identity
 from util import signals
-from util.distributed import GradientMean, agree, rank, world_size
+from util.distributed import GradientMean, agree, rank, training_limit, world_size
 from util.progress import log, peak_memory, throughput
 
 
@@ -99,12 +99,12 @@ class EpochStats(NamedTuple):
         """In words, for the log."""
         return throughput(self.images_per_second, self.data_wait, self.memory_gib)
 
+    def costs(self) -> dict[str, float]:
+        return {name: getattr(self, name) for name in ("images_per_second", "data_wait", "memory_gib")}
+
     def record(self, epoch: int) -> dict[str, float]:
         """The line of log.txt of a run with one loss."""
-        return {
-            "epoch": epoch, "loss": self.losses[0], "lr": self.lr, "images_per_second": self.images_per_second,
-            "data_wait": self.data_wait, "memory_gib": self.memory_gib,
-        }  # fmt: skip
+        return {"epoch": epoch, "loss": self.losses[0], "lr": self.lr, **self.costs()}
 
 
 @dataclass(frozen=True)
@@ -184,6 +184,7 @@ class Training(Resumable):
         while self.epoch < self.plan.epochs:
             yield self.epoch
 
+    @training_limit()
     def train_one_epoch(self) -> EpochStats:
         """Train on what is left of the epoch. FloatingPointError, on all processes, when nothing is left to train."""
         accum_iter, steps = self.batches.accum_iter, self.batches.steps
@@ -269,7 +270,8 @@ class Training(Resumable):
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
     def _save_or_stop(self) -> None:
-        number, overdue = agree(signals.requested(), self.overdue)
+        where = f"epoch {self.epoch}, step {self.done}"
+        number, overdue = agree(signals.requested(), self.overdue, where=where)
         if number:
             raise signals.Stopped(number)
         steps = self.plan.save_every_steps

@@ -1,9 +1,21 @@
-"""Time what the programs do, as ratios within one run on one machine: python scripts/benchmark.py analysis
+"""Time what the programs do, beside what it is compared with: python scripts/benchmark.py step heads --output CSV
 
-Each repeat runs all contestants once, in turn, so that a machine whose speed drifts treats them alike. Times are
-medians over the repeats, ratios the medians of each repeat's own ratio. Rows are appended to --output, with hardware,
-versions and command. `plot` draws the newest run of each benchmark in --output as bars into --figure.
---peak_memory: also each contestant's memory; on a CPU it is run once more, in a process of its own.
+groups:
+  step      the training step of main_linprobe with banks of probes, beside the encoder's forward pass
+  heads     the same without the encoder: a run with cached features
+  paper     all heads of Tables 1, 5, 6 and 7 in one pass, and each of them in a pass of its own
+  evaluate  the evaluation of banks, and k-nearest neighbours among 50,000 images
+  analysis  attention metrics, beside timm's forward pass
+  pretrain  the training step of main_pretrain, beside Hugging Face's ViTMAE with both of its attentions
+  loader    batches that one core loads from --data_path, a data set or a folder of scripts/pack_images.py
+  start     programs from their start to their help
+  values    no times: fast code against its definitions, on this device
+  plot      a chart of --output, at --figure
+  table     the table of costs from --output, written into the page --write
+
+Each round runs all contestants of a group in turn, so that a machine whose speed drifts treats them alike. Times are
+medians over the rounds; ratios are medians of the rounds' own ratios to the first contestant, with their range. Rows
+are appended to --output, and only from a commit without changes.
 """
 
 import argparse
@@ -17,475 +29,450 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import matplotlib
 import torch
-import torch.nn.functional as F
-from matplotlib.figure import Figure
-from torch import Tensor
-from torch.utils.data import DataLoader
-from torchvision import transforms
-from torchvision.datasets import ImageFolder
-from torchvision.io import ImageReadMode, decode_image
-from torchvision.transforms import v2
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from attention.measure import Recorder, applicable, observe
-from attention.metrics import PAPER_METRICS, Sizes
-from cli.console import Parser, run_main
-from cli.encoder_arguments import PRECISIONS, precision
-from data_sets.crop import RandomResizedCrop
-from data_sets.loader import KeyedDataset, Loader, Sample, build_loader
-from data_sets.order import EvaluationBatches, GlobalBatches
+from attention.measure import applicable, measure
+from attention.metrics import GROUPS, METRICS, Sizes, reduce_attention
+from cli.console import Parser, positive_int, run_main
+from cli.encoder_arguments import add_encoder_arguments, build_encoder, choose_precision, precision
+from data_sets.loader import KeyedDataset, Sample, build_loader
+from data_sets.order import GlobalBatches
 from data_sets.packed import is_packed
 from data_sets.table import build_dataset
-from data_sets.views import IMAGENET_MEAN, IMAGENET_STD, View, eval_transform, train_transform
-from engine_linprobe import FrozenTokens
+from data_sets.views import train_transform
+from engine_linprobe import FrozenTokens, Probing, evaluate
 from engine_pretrain import Pretraining
+from main_linprobe import build_optimizer
 from models_mae import DECODERS, MaskedAutoencoder
-from models_vit import VisionTransformer, build_vit
+from models_vit import build_vit
 from probing.bank import ProbeBank, ProbeSpec
 from probing.heads import canonical_head
+from probing.knn import knn_scores
+from runtime.folder import RunFolder
+from runtime.processes import keep_freed_memory
 from runtime.provenance import provenance
-from util.choices import instead_of
-from util.distributed import GradientMean
-from util.lars import LARS
+from runtime.training import Method, Plan, Training
+from util.files import keep_table
 from util.optim import weight_decay_groups
-from util.plotting import COLOURS, STYLE, WIDTH, save_figure
-from util.progress import log, progress, setup_logging
-from util.seeding import seeded
+from util.progress import log, peak_memory, progress, setup_logging
+from util.scores import Tally
 
-CLASSES = 1000  # ImageNet's
-MASK_RATIO = 0.75
-Contestants = dict[str, Callable[[], object]]
-
-
-class Timing(NamedTuple):
-    """Seconds of a contestant, one per repeat."""
-
-    seconds: list[float]
-    peak_mib: float = math.nan  # of the device's memory, or of the whole process on a CPU
-
-    @property
-    def median(self) -> float:
-        return statistics.median(self.seconds)
-
-    def speed_of(self, other: "Timing") -> float:
-        """How many times as fast as the other: the median over the repeats."""
-        return statistics.median(theirs / mine for mine, theirs in zip(self.seconds, other.seconds, strict=True))
-
-
-def race(contestants: Contestants, device: torch.device, repeats: int, peak_memory: bool) -> dict[str, Timing]:
-    """Time each contestant, in turn, after one run of each that does not count."""
-    seconds, peaks = {name: [] for name in contestants}, dict.fromkeys(contestants, math.nan)
-    on_gpu = device.type == "cuda"
-    for repeat in progress(range(repeats + 1), "repeats", repeats + 1, unit="repeat"):
-        for name, contestant in contestants.items():
-            if on_gpu:
-                torch.cuda.synchronize(device)
-                torch.cuda.reset_peak_memory_stats(device)
-            start = time.perf_counter()
-            contestant()
-            if on_gpu:
-                torch.cuda.synchronize(device)
-                peaks[name] = torch.cuda.max_memory_allocated(device) / 2**20
-            if repeat > 0:
-                seconds[name].append(time.perf_counter() - start)
-    if peak_memory and not on_gpu:
-        peaks = {name: peak_of(name) for name in contestants}
-    return {name: Timing(times, peaks[name]) for name, times in seconds.items()}
+Contestant = Callable[[], object]
+Contestants = dict[str, Contestant]
+DEEP = [f"abmilp:depth={depth},act={act}" for depth in (2, 3, 4) for act in ("relu", "gelu", "tanh")]
+PAPER = [
+    "cls",
+    "pos",
+    "abmilp",
+    "ap1",
+    "ap12",
+    *DEEP,
+    "abmilp:sa=both",
+    "attn-mn",
+    "attn-lcte",
+    "ca1",
+    "ca2",
+    "cp1",
+    "cp2",
+]
+MIXED = ["cls", "pos", "abmilp", "ap1", "ap12"]  # with rates and seeds, a bank of any number
+PROGRAMS = ("main_linprobe.py", "main_analyze_attention.py", "main_pretrain.py", "submitit_linprobe.py")
 
 
-def peak_of(name: str) -> float:
-    """MiB that a process of its own needs to run one contestant."""
-    command = [sys.executable, __file__, *sys.argv[1:], "--only", name, "--repeats", "1"]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.rsplit("peak MiB ", 1)[1])
+class Operations(TorchDispatchMode):
+    """Counts the operations that are launched in its block."""
+
+    launched = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        self.launched += 1
+        return func(*args, **(kwargs or {}))
 
 
-def autocast(device: torch.device, amp: torch.dtype) -> torch.autocast:
-    return torch.autocast(device.type, dtype=amp, enabled=amp != torch.float32)
+class Setting:
+    """A random or trained encoder, a batch of images, and what contestants are built from."""
+
+    def __init__(self, args: argparse.Namespace, device: torch.device):
+        self.args, self.device, self.amp = args, device, precision(args.amp)
+        encoder, self.size = build_encoder(args)
+        self.backbone = encoder.backbone.to(device).eval().requires_grad_(False)
+        if args.compile:
+            self.backbone.compile_blocks()
+        torch.manual_seed(0)
+        indices = torch.arange(args.batch_size)
+        noise = torch.rand(args.batch_size, math.prod(self.backbone.grid_of(self.size, self.size)))
+        images = torch.randn(args.batch_size, 3, self.size, self.size)
+        labels = torch.randint(args.classes, (args.batch_size,))
+        self.sample = Sample(images.to(device), labels.to(device), indices, noise.to(device))
+
+    def forward(self) -> Any:
+        return FrozenTokens(self.backbone, (self.backbone.depth - 1,), self.amp)(self.sample.image)
+
+    def bank(self, specs: Sequence[tuple[str, float, int]]) -> tuple[ProbeBank, FrozenTokens]:
+        """A bank of (head, base rate, seed) on the last block, and what it reads."""
+        last = self.backbone.depth - 1
+        probes = [ProbeSpec(canonical_head(head, {}, last + 1), last, rate, seed) for head, rate, seed in specs]
+        grid, amp = self.backbone.grid_of(self.size, self.size), self.amp if self.args.head_amp else torch.float32
+        bank = ProbeBank(probes, self.backbone, grid, self.args.classes, amp=amp).to(self.device)
+        return bank, FrozenTokens(self.backbone, bank.blocks, self.amp, needs=bank.needs)
+
+    def step(self, specs: Sequence[tuple[str, float, int]], cached: bool = False, accum: int = 1) -> Contestant:
+        """An optimizer step of main_linprobe; cached: its tokens were computed before."""
+        bank, tokens = self.bank(specs)
+        rates = [64 * spec.blr for spec in bank.specs]  # of the effective batch of 16,384
+        options = argparse.Namespace(momentum=None, weight_decay=0.0)
+        optimizer = build_optimizer(options, list(bank.specs), bank.parameter_groups(rates))
+        if cached:
+            tokens = functools.partial(lambda read, images: read, tokens(self.sample.image))
+            tokens.backbone = self.backbone
+        return self.training(Probing(bank, tokens, optimizer, self.device), optimizer, accum)
+
+    def training(self, method: Method, optimizer: torch.optim.Optimizer, accum: int = 1) -> Contestant:
+        """A step as runtime.training takes it."""
+        order = SimpleNamespace(accum_iter=accum, joined=1, steps=10**6, effective=accum * self.args.batch_size)
+        run = Training(
+            Plan(1, 0), method, optimizer, lambda epoch, rate: rate, [self.sample] * accum, order, RunFolder("")
+        )
+        return run.train_one_epoch
 
 
-def encoder_and_images(args: argparse.Namespace, device: torch.device) -> tuple[VisionTransformer, Tensor, Tensor]:
-    size = args.input_size
-    with seeded("benchmark", 0):
-        backbone = build_vit(args.model, img_size=size).to(device).eval().requires_grad_(False)
-        images = torch.randn(args.batch_size, 3, size, size).to(device)
-        labels = torch.randint(CLASSES, (args.batch_size,)).to(device)
-    if args.compile:
-        backbone.compile_blocks()
-    return backbone, images, labels
+def mixed(probes: int) -> list[tuple[str, float, int]]:
+    """Heads of Table 1 and 7 by rates and seeds."""
+    return [(MIXED[i % 5], 0.05 * 2 ** (i // 5 % 4), i // 20) for i in range(probes)]
 
 
-def plain_forward(backbone: VisionTransformer, images: Tensor, amp: torch.dtype) -> Callable[[], Tensor]:
+def step(setting: Setting) -> Contestants:
+    return {
+        "one [cls] probe": setting.step(mixed(1)),
+        "plain forward": setting.forward,
+        **{f"{n} probes": setting.step(mixed(n)) for n in setting.args.probes},
+        **{f"{n} probes, accumulation 2": setting.step(mixed(n), accum=2) for n in setting.args.probes[:1]},
+    }
+
+
+def heads(setting: Setting) -> Contestants:
+    sizes = {"1 probe": 1, **{f"{n} probes": n for n in setting.args.probes}}
+    return {name: setting.step(mixed(n), cached=True) for name, n in sizes.items()}
+
+
+def paper(setting: Setting) -> Contestants:
+    """The sum of the runs' ratios is the factor by which one pass is faster than a run for each head."""
+    chosen = PAPER if not setting.args.tiny else PAPER[:6]
+    singles = {f"run of {head}": setting.step([(head, 0.1, 0)]) for head in chosen}
+    return {"all heads in one pass": setting.step([(head, 0.1, 0) for head in chosen]), **singles}
+
+
+def evaluation(setting: Setting) -> Contestants:
+    def evaluated(probes: int) -> Contestant:
+        bank, tokens = setting.bank(mixed(probes))
+        tally = functools.partial(Tally, probes, setting.args.classes, setting.device)
+        return lambda: evaluate(bank, tokens, [setting.sample], setting.device, tally())
+
+    count = 50_000 if not setting.args.tiny else 300
+    train, test = (torch.randn(n, 768, device=setting.device) for n in (count, 512))
+    labels, answers = (torch.randint(1000, (n,), device=setting.device) for n in (count, 512))
+    return {
+        "plain forward": setting.forward,
+        **{f"{n} probes": evaluated(n) for n in setting.args.probes},
+        f"512 queries among {count}": lambda: knn_scores(train, labels, test, answers, [10, 20, 100, 200], 1000),
+    }
+
+
+def analysis(setting: Setting) -> Contestants:
+    import timm
+
+    from encoders.libraries import Loaded, Pixels, run_model
+    from encoders.traced import TracedEncoder
+
+    amp, device = setting.amp, setting.device
+
+    def analysed(backbone: Any, group: str) -> Contestant:
+        metrics, sizes = applicable(list(GROUPS[group]), backbone), Sizes.of(backbone, setting.size)
+        return lambda: measure(backbone, [setting.sample], metrics, sizes, amp, "auto", device)
+
     @torch.no_grad()
-    def forward() -> Tensor:
-        with autocast(images.device, amp):
-            return backbone(images)[backbone.depth - 1].patches
+    def timms_forward() -> Tensor:
+        with torch.autocast(device.type, dtype=amp, enabled=amp != torch.float32):
+            return twin.forward_features(setting.sample.image)
 
-    return forward
-
-
-def published_statistics(attention: Tensor, update: Tensor, tokens: Tensor) -> list[Tensor]:
-    """What the paper's released code takes from a block's whole attention (B,H,N,N); for encoders with [cls]."""
-    to_patches = attention[..., 1:]
-    total = to_patches.sum(-1, keepdim=True) + 1e-6
-    renormalised = to_patches / total
-    entropy = -(renormalised * (renormalised + 1e-6).log()).sum(-1)
-    own, own_relative = (matrix.diagonal(dim1=-2, dim2=-1) for matrix in (attention, attention / total))
-    per_token = torch.stack([own, own_relative, attention[:, :, 0], attention[..., 0], entropy])
-    return [per_token[..., 0].mean(), per_token[..., 1:].mean(), update.norm(dim=-1), tokens.norm(dim=-1)]
+    name = "vit_base_patch16_224" if not setting.args.tiny else "test_vit"
+    twin = timm.create_model(name, num_classes=0, img_size=setting.size).to(device).eval()
+    traced = TracedEncoder(Loaded(twin, "", run_model, setting.size, Pixels(), None))
+    return {
+        "timm's forward": timms_forward,
+        "plain forward": setting.forward,
+        **{f"metrics {group}": analysed(setting.backbone, group) for group in ("paper", "flow", "all")},
+        "metrics paper, traced timm model": analysed(traced, "paper"),
+    }
 
 
-def published_forward(backbone: VisionTransformer, images: Tensor) -> list[list[Tensor]]:
-    """A forward pass that builds each block's attention, for its own use and for the statistics."""
-    tokens, results = torch.cat(backbone.embed(images), dim=1), []
-    for block in backbone.blocks:
-        attn = block.attn
-        q, k, v = attn.qkv(block.norm1(tokens)).unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        attention = (q @ k.transpose(-2, -1) * attn.scale).softmax(-1, dtype=torch.float32)  # as autocast on CUDA does
-        update = attn.proj((attention.to(v.dtype) @ v).transpose(1, 2).flatten(2))
-        results.append(published_statistics(attention, update, tokens))
-        tokens = tokens + block.ls1(update)
-        tokens = tokens + block.ls2(block.mlp(block.norm2(tokens)))
-    return results
-
-
-def analysis(args: argparse.Namespace, device: torch.device) -> Contestants:
-    """The paper's four metrics beside the encoder's plain forward and the published statistics."""
-    backbone, images, _ = encoder_and_images(args, device)
-    amp, sizes = precision(args.amp), Sizes.of(backbone, args.input_size)
-
-    def analysed() -> Recorder:
-        metrics, recorder, observed = applicable(PAPER_METRICS, backbone), Recorder(), {}
-        with autocast(device, amp):
-            for step in backbone.trace(images):
-                observed |= observe(step, metrics, 1, True, sizes, "auto")
-        recorder.add(observed)
-        return recorder
-
-    def published() -> list[list[Tensor]]:
-        with autocast(device, amp):
-            return published_forward(backbone, images)
-
-    contestants = {"plain forward": plain_forward(backbone, images, amp)}
-    contestants |= {"analysis": analysed, "published forward and statistics": published}
-    return {name: torch.no_grad()(contestant) for name, contestant in contestants.items()}
-
-
-# heads that fold into columns, and those that transform every token
-HEADS = (
-    *("pos", "abmilp", "ap1", "ap12", "ep32", "abmilp:depth=2", "abmilp:depth=3", "abmilp:depth=4"),
-    *("abmilp:depth=2,act=gated", "abmilp:sa=map", "abmilp:sa=both", "abmilp:sa=residual,depth=2,act=tanh"),
-)
-Bank = list[tuple[str, float, int]]  # (head, base rate, seed) of each probe
-
-
-def training_step(
-    backbone: VisionTransformer, probes: Bank, size: int, amp: torch.dtype, feed: Callable[[], tuple[Tensor, Tensor]]
-) -> Callable[[], Tensor]:
-    """The step of a bank on the last block: frozen forward, probes, their gradients, LARS. feed: images, labels."""
-    specs = [
-        ProbeSpec(canonical_head(head, {}, backbone.depth), backbone.depth - 1, blr, seed) for head, blr, seed in probes
-    ]
-    bank = ProbeBank(specs, backbone, backbone.grid_of(size, size), CLASSES).to(backbone.norm.weight.device).train()
-    tokens = FrozenTokens(backbone, bank.blocks, amp, needs=bank.needs)
-    optimizer = LARS(bank.parameter_groups([64 * spec.blr for spec in specs]))  # the rates of a batch of 16,384
-
-    def step() -> Tensor:
-        images, labels = feed()
-        logits = bank.logits(tokens(images))
-        losses = torch.cat(
-            [F.cross_entropy(each, labels.expand(len(each), -1), reduction="none").mean(1) for each in logits]
-        )
-        losses.sum().backward()
-        bank.commit_statistics(
-            optimizer.guarded_step([torch.ones_like(stack.index, dtype=torch.bool) for stack in bank.stacks])
-        )
-        optimizer.zero_grad()
-        return losses.detach()
-
-    return step
-
-
-def probing(args: argparse.Namespace, device: torch.device, banks: dict[str, Bank]) -> Contestants:
-    """The frozen forward, and the training steps of one [cls] probe and of each bank."""
-    backbone, images, labels = encoder_and_images(args, device)
-    amp, size = precision(args.amp), args.input_size
-    contestants = {"plain forward": plain_forward(backbone, images, amp)}
-    for name, probes in {"[cls] probe": [("cls", 0.1, 0)], **banks}.items():
-        if args.only in (None, name):  # the memory of one is measured without the others
-            contestants[name] = training_step(backbone, probes, size, amp, lambda: (images, labels))
-    if args.data_path is not None:
-        batch = endless(views(args, args.num_workers, train_transform(size)))
-
-        def loaded() -> tuple[Tensor, Tensor]:
-            sample = batch()
-            return sample.image.to(device, non_blocking=True), sample.label.to(device, non_blocking=True)
-
-        name = f"[cls] probe, with a loader of {args.num_workers} workers"
-        contestants[name] = training_step(backbone, [("cls", 0.1, 0)], size, amp, loaded)
-    return contestants
-
-
-def probe(args: argparse.Namespace, device: torch.device) -> Contestants:
-    return probing(args, device, {f"{head} probe": [(head, 0.1, 0)] for head in HEADS})
-
-
-def bank(args: argparse.Namespace, device: torch.device) -> Contestants:
-    """4, 16 and 64 single-query probes, over rates and seeds."""
-    heads, rates = ("cls", "pos", "abmilp", "ap1", "ap12"), (0.05, 0.1, 0.2, 0.4)
-    probes = [(heads[i % 5], rates[i // 5 % 4], i // 20) for i in range(64)]
-    return probing(args, device, {f"bank of {size} probes": probes[:size] for size in (4, 16, 64)})
-
-
-def hugging_face_twin(model: MaskedAutoencoder, attention: str) -> torch.nn.Module:
-    """Hugging Face's ViTMAE of the same sizes, with new weights; attention: its attn_implementation."""
+def pretrain(setting: Setting) -> Contestants:
     from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
-    encoder, width = model.encoder, model.decoder_embed.out_features
-    sizes = {
-        **{"hidden_size": encoder.embed_dim, "num_hidden_layers": encoder.depth},
-        **{"num_attention_heads": encoder.num_heads, "intermediate_size": 4 * encoder.embed_dim},
-        **{"image_size": encoder.grid_size[0] * encoder.patch_size, "patch_size": encoder.patch_size},
-        **{"decoder_hidden_size": width, "decoder_num_hidden_layers": len(model.decoder_blocks)},
-        **{"decoder_num_attention_heads": model.decoder_blocks[0].attn.num_heads},
-        **{"decoder_intermediate_size": 4 * width},
-    }
-    options = {"layer_norm_eps": 1e-6, "mask_ratio": MASK_RATIO, "norm_pix_loss": True}
-    return ViTMAEForPreTraining(ViTMAEConfig(**sizes, **options, attn_implementation=attention))
+    def adamw(model: nn.Module) -> torch.optim.AdamW:
+        groups = [{**group, "peak_lr": 1e-4} for group in weight_decay_groups(model, 0.05)]
+        return torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95), fused=True)
 
+    encoder = build_vit(setting.args.model, img_size=setting.size)
+    model = MaskedAutoencoder(encoder, **DECODERS[setting.args.model]).to(setting.device)
+    optimizer = adamw(model)
+    ours = setting.training(Pretraining(model, optimizer, 0.75, setting.device, setting.amp), optimizer)
 
-def adamw(model: torch.nn.Module) -> torch.optim.AdamW:
-    """The recipe's optimizer, fused, for every contestant, at any rate."""
-    return torch.optim.AdamW(weight_decay_groups(model, 0.05), lr=1e-4, betas=(0.9, 0.95), fused=True)
+    def theirs(attention: str) -> Contestant:
+        twin = ViTMAEForPreTraining(
+            ViTMAEConfig(
+                **hugging_face_sizes(model), mask_ratio=0.75, norm_pix_loss=True, attn_implementation=attention
+            )
+        ).to(setting.device)
+        optimizer = adamw(twin.train())
 
-
-def pretrain(args: argparse.Namespace, device: torch.device) -> Contestants:
-    """Forward, loss, backward and optimizer step on the same images: ours, and Hugging Face's with either attention."""
-    size, amp = args.input_size, precision(args.amp)
-    with seeded("benchmark", 0):
-        encoder = build_vit(args.model, img_size=size)
-        model = MaskedAutoencoder(encoder, **DECODERS[args.model])
-        images = torch.randn(args.batch_size, 3, size, size)
-        noise = torch.rand(args.batch_size, encoder.grid_size[0] * encoder.grid_size[1])
-    indices = torch.arange(args.batch_size)
-    sample = Sample(images.to(device), indices, indices, noise.to(device))
-
-    def ours() -> Callable[[], Tensor]:
-        model.to(device)
-        if args.compile:
-            model.compile_blocks()
-        method = Pretraining(model, adamw(model), MASK_RATIO, device, amp)
-
-        def step() -> Tensor:  # as runtime.training takes it
-            mean = GradientMean(method.parameters, 1)
-            losses = method.losses(sample, ())
-            losses.sum().backward()
-            mean.add(losses)
-            losses = mean.take()
-            method.step(losses.isfinite())
-            method.optimizer.zero_grad()
-            return losses
-
-        return step
-
-    def theirs(attention: str) -> Callable[[], Tensor]:
-        twin = hugging_face_twin(model, attention).to(device).train()
-        if args.compile:
-            twin.compile()
-        optimizer = adamw(twin)
-
-        def step() -> Tensor:
-            with autocast(device, amp):
-                loss = twin(sample.image, noise=sample.noise).loss
+        def run() -> None:
+            with torch.autocast(setting.device.type, dtype=setting.amp, enabled=setting.amp != torch.float32):
+                loss = twin(setting.sample.image, noise=setting.sample.noise).loss
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-            return loss.detach()
 
-        return step
+        return run
 
-    makers = {"pretraining step": ours}
-    makers |= {f"Hugging Face, {kind}": functools.partial(theirs, kind) for kind in ("sdpa", "eager")}
-    return {name: make() for name, make in makers.items() if args.only in (None, name)}
+    return {"pretraining step": ours, **{f"Hugging Face, {kind}": theirs(kind) for kind in ("sdpa", "eager")}}
 
 
-def loader(args: argparse.Namespace, device: torch.device) -> Contestants:
-    """Batches that one core decodes, crops, flips and normalises: as usually written with torchvision, by its v2 on
-    tensors, and by each --loader; and each --loader's test views."""
-    if args.data_path is None:
-        raise ValueError("loader: name a data set with --data_path, of --dataset's kind")
+def hugging_face_sizes(model: MaskedAutoencoder) -> dict[str, Any]:
+    parts = {"": (model.encoder.blocks, model.encoder.embed_dim)}
+    parts["decoder_"] = model.decoder_blocks, model.decoder_embed.out_features
+    sizes = {"image_size": model.encoder.grid_size[0] * model.encoder.patch_size, "layer_norm_eps": 1e-6}
+    for prefix, (blocks, width) in parts.items():
+        values = width, len(blocks), blocks[0].attn.num_heads, 4 * width
+        names = "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"
+        sizes |= {f"{prefix}{name}": value for name, value in zip(names, values, strict=True)}
+    return {**sizes, "patch_size": model.encoder.patch_size}
+
+
+def loader(setting: Setting) -> Contestants:
+    args, packed = setting.args, is_packed(setting.args.data_path)
     torch.set_num_threads(1)  # as in a loader's worker
-    size, folder, bicubic = args.input_size, args.data_path / split_of(args), transforms.InterpolationMode.BICUBIC
-    crop, flip = RandomResizedCrop(size, interpolation=bicubic), transforms.RandomHorizontalFlip()
-    normalise = transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)
-    usual = transforms.Compose([crop, flip, transforms.ToTensor(), normalise])
-    crop, flip = v2.RandomResizedCrop(size, interpolation=bicubic, antialias=True), v2.RandomHorizontalFlip()
-    to_float, normalise = v2.ToDtype(torch.float32, scale=True), v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)
-    on_tensors = v2.Compose([crop, flip, to_float, normalise])
+    images = build_dataset(args.dataset, args.data_path, "train", allow_subset=True)
 
-    def decode(path: str) -> Tensor:
-        return decode_image(path, ImageReadMode.RGB)
-
-    contestants = {}
-    if args.dataset == "image_folder" and not is_packed(args.data_path):
-        batches = functools.partial(DataLoader, batch_size=args.batch_size, shuffle=True, drop_last=True)
-        contestants["torchvision, PIL images"] = endless(batches(ImageFolder(folder, usual)))
-        contestants["torchvision, v2 on tensors"] = endless(batches(ImageFolder(folder, on_tensors, loader=decode)))
-    names = ["pil", "tensor", *["packed"] * is_packed(args.data_path), *["gpu"] * (device.type == "cuda")]
-    for name in names:
-        contestants[f"--loader {name}"] = endless(views(args, 0, train_transform(size, loader=name)))
-    for name in names:
-        contestants[f"--loader {name}, test"] = endless(views(args, 0, eval_transform(size, loader=name), test=True))
-    return contestants
-
-
-def split_of(args: argparse.Namespace) -> str:
-    return "train" if args.dataset != "image_folder" or (args.data_path / "train").is_dir() else "val"
-
-
-def views(args: argparse.Namespace, workers: int, view: View, test: bool = False) -> Loader:
-    """Batches of views of images as the programs load them. test: in the order of an evaluation."""
-    images = build_dataset(args.dataset, args.data_path, split_of(args), allow_subset=True)
-    batches = GlobalBatches(len(images), args.batch_size, 1, seed=0)
-    if test:
-        batches = EvaluationBatches(len(images), args.batch_size, range(batches.steps * args.batch_size))
-    return build_loader(KeyedDataset(images, view, 0, noise=196), batches, num_workers=workers)
-
-
-def endless(loader: DataLoader) -> Callable[[], Any]:
-    """Batch after batch, epoch after epoch."""
-
-    def batches() -> Iterator[object]:
+    def batches(name: str) -> Iterator[object]:
+        order = GlobalBatches(len(images), args.batch_size, 1, seed=0)
+        dataset = KeyedDataset(images, train_transform(setting.size, loader=name), 0)
+        batches = build_loader(dataset, order, 0, device=setting.device)
         for epoch in itertools.count():
-            if isinstance(loader, Loader):
-                loader.batch_sampler.epoch = epoch
-            yield from loader
+            order.epoch = epoch
+            yield from batches
 
-    return functools.partial(next, batches())
-
-
-def report(timings: dict[str, Timing], args: argparse.Namespace, device: torch.device) -> None:
-    """A line per contestant: seconds, images/s, and its speed as a ratio of each other's; rows of --output."""
-    run, images, rows = provenance(device), args.batch_size, []
-    first = next(iter(timings.values()))
-    for name, timing in timings.items():
-        ratios = (f"{timing.speed_of(timings[other]):.3f} x {other}" for other in list(timings)[:5] if other != name)
-        low, high, speed = min(timing.seconds), max(timing.seconds), images / timing.median
-        text = f"{1e3 * timing.median:8.1f} ms ({1e3 * low:.1f} to {1e3 * high:.1f}) {speed:8.1f} images/s"
-        log.info("%-34s %s; speed %s; peak %.0f MiB", name, text, ", ".join(ratios), timing.peak_mib)
-        row = {"benchmark": args.benchmark, "contestant": name, "median_s": f"{timing.median:.6f}"}
-        row |= {"min_s": f"{low:.6f}", "max_s": f"{high:.6f}", "repeats": args.repeats}
-        row |= {"images_per_second": f"{speed:.2f}", "speed_of_first": f"{timing.speed_of(first):.4f}"}
-        row |= {"peak_mib": f"{timing.peak_mib:.0f}"}
-        row |= {key: getattr(args, key) for key in ("model", "input_size", "batch_size", "amp")}
-        row |= {"device": run["device"], "threads": run["threads"], "torch": run["versions"]["torch"]}
-        rows.append(row | {key: run[key] for key in ("commit", "dirty", "command")})
-    if args.output is not None:
-        exists = args.output.exists()
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        with open(args.output, "a", newline="") as file:
-            writer = csv.DictWriter(file, rows[0].keys())
-            if not exists:
-                writer.writeheader()
-            writer.writerows(rows)
+    names = ["packed"] if packed else ["pil", "tensor", *["gpu"] * (setting.device.type == "cuda")]
+    return {f"--loader {name}": functools.partial(next, batches(name)) for name in names}
 
 
-SETTINGS = ("benchmark", "model", "input_size", "batch_size", "amp", "device", "threads")
-Runs = dict[tuple[str, ...], list[dict[str, str]]]  # {settings: a row per contestant}
+def start(setting: Setting) -> Contestants:
+    def helped(program: str) -> Contestant:
+        command = [sys.executable, Path(__file__).parent.parent / program, "--help"]
+        return lambda: subprocess.run(command, check=True, capture_output=True)
+
+    return {program: helped(program) for program in PROGRAMS}
 
 
-def newest(rows: Sequence[dict[str, str]]) -> Runs:
-    """The last run at each setting; rows of a run follow each other and have one command."""
-    runs: Runs = {}
-    for before, row in itertools.pairwise([None, *rows]):
-        key = tuple(row[name] for name in SETTINGS)
-        same_run = before is not None and (row["command"], row["commit"]) == (before["command"], before["commit"])
-        if key not in runs or not same_run or row["contestant"] in [other["contestant"] for other in runs[key]]:
-            runs[key] = []
-        runs[key].append(row)
-    return runs
+def values(setting: Setting) -> Contestants:
+    """ValueError where fast code does not compute what its definition does, within what its precision allows."""
+    wide = setting.backbone.double()
+    images = setting.sample.image[:2].double()
+    with torch.no_grad():
+        traces = list(wide.trace(images))
+        fast = ["triton"] if setting.device.type == "cuda" else ["fused"]
+        for trace in traces:
+            exact = reduce_attention(trace, 1, True, "explicit")
+            single = trace._replace(**{name: getattr(trace, name).float() for name in ("q", "k")})
+            ours = reduce_attention(single, 1, True, fast[0])
+            for name in GROUPS["paper"]:
+                pair = [METRICS[name].compute(reduced).double() for reduced in (ours, exact)]
+                compare(f"{name} of block {trace.index}", *pair, 1e-4)
+        exact = traces[-1].out
+        narrow = setting.backbone.float()
+        with torch.autocast(setting.device.type, dtype=torch.bfloat16):
+            compare("tokens in bfloat16", list(narrow.trace(images.float()))[-1].out.double(), exact, 0.05)
+        narrow.compile_blocks("inductor" if setting.device.type == "cuda" else "eager")
+        compare("tokens of compiled blocks", list(narrow.trace(images.float()))[-1].out.double(), exact, 1e-3)
+    return {}
 
 
-def read_runs(path: Path) -> Runs:
+def compare(what: str, ours: Tensor, exact: Tensor, tolerance: float) -> None:
+    error = ((ours - exact).abs().max() / exact.abs().max()).item()
+    log.info("%-44s relative error %.1e", what, error)
+    if not error <= tolerance:
+        raise ValueError(f"{what}: relative error {error:.1e}, allowed {tolerance:.0e}")
+
+
+BENCHMARKS = {
+    "step": step, "heads": heads, "paper": paper, "evaluate": evaluation, "analysis": analysis, "pretrain": pretrain,
+    "loader": loader, "start": start, "values": values,
+}  # fmt: skip
+
+
+def race(contestants: Contestants, device: torch.device, rounds: int) -> Iterator[dict[str, Any]]:
+    """Facts of each contestant, in columns of the table. One run of each does not count: its operations are counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    facts: dict[str, dict[str, Any]] = {name: {} for name in contestants}
+    for number in progress(range(rounds + 1), "rounds", rounds + 1, unit="round"):
+        for name, contestant in contestants.items():
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+                torch.cuda.reset_peak_memory_stats(device)
+            begin = time.perf_counter()
+            if number == 0:
+                with Operations() as operations:
+                    contestant()
+                facts[name]["operations"] = operations.launched
+            else:
+                contestant()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            seconds[name].append(time.perf_counter() - begin)
+            facts[name]["peak_gib"] = f"{peak_memory(device):.3f}"  # on a CPU: of the process so far
+    first = next(iter(seconds.values()), [])[1:]
+    for name, times in seconds.items():
+        ratios = [mine / theirs for mine, theirs in zip(times[1:], first, strict=True)]
+        for column, numbers in (("seconds", times[1:]), ("ratio", ratios)):
+            spread = {"": statistics.median(numbers), "_min": min(numbers), "_max": max(numbers)}
+            facts[name] |= {f"{column}{suffix}": f"{number:.6f}" for suffix, number in spread.items()}
+        yield {"contestant": name, **facts[name]}
+
+
+def text_of(row: dict[str, Any]) -> str:
+    """A ratio, unless it is within the noise: the range of the rounds includes 1."""
+    low, ratio, high = (float(row[f"ratio{suffix}"]) for suffix in ("_min", "", "_max"))
+    return "no difference" if low <= 1 <= high else f"{ratio:.2f} ({low:.2f} to {high:.2f})"
+
+
+def run(args: argparse.Namespace, device: torch.device) -> None:
+    origin, setting = provenance(device), Setting(args, device)
+    if args.output is not None and origin["dirty"]:
+        raise ValueError(f"--output {args.output} is for commits without changes: commit them, or omit --output")
+    shared = {key: getattr(args, key) for key in ("model", "finetune", "batch_size", "classes", "amp", "rounds")}
+    shared |= {"input_size": setting.size, "torch": origin["versions"]["torch"]}
+    shared |= {key: origin[key] for key in ("device", "threads", "commit", "command")}
+    for name in args.groups:
+        rows = []
+        for row in race(BENCHMARKS[name](setting), device, args.rounds):
+            speed = f"{args.batch_size / float(row['seconds']):.2f}"
+            rows.append({"group": name, **row, "images_per_second": speed, **shared})
+            text = f"{1e3 * float(row['seconds']):.1f} ms, {speed} images/s, {row['operations']} operations"
+            log.info("%-9s %-36s %s; times the first: %s", name, row["contestant"], text, text_of(row))
+        if name == "paper":
+            factor = sum(float(row["ratio"]) for row in rows[1:])
+            log.info("paper: one pass is %.1f times as fast as a run for each of %d heads", factor, len(rows) - 1)
+        if args.output is not None and rows:
+            exists = args.output.exists()
+            args.output.parent.mkdir(parents=True, exist_ok=True)
+            with open(args.output, "a", newline="") as file:
+                writer = csv.DictWriter(file, rows[0].keys())
+                writer.writerows([*([] if exists else [dict(zip(rows[0], rows[0], strict=True))]), *rows])
+
+
+def newest(path: Path) -> list[dict[str, str]]:
+    """The newest row of each contestant in each setting. ValueError for another file."""
     try:
         with open(path, newline="") as file:
-            return newest(list(csv.DictReader(file)))
+            keys = ("group", "contestant", "model", "input_size", "batch_size", "classes", "amp", "device", "threads")
+            return list({tuple(row[key] for key in keys): row for row in csv.DictReader(file)}.values())
     except (OSError, KeyError) as error:
         raise ValueError(f"--output {path} is not a file that scripts/benchmark.py wrote: {error}") from error
 
 
-def plot(runs: Runs) -> Figure:
-    """A panel per run: times relative to the first contestant's, and images per second."""
-    runs = dict(sorted(runs.items(), key=lambda item: (item[0][0], item[0][4], int(item[0][3]))))
+def table(rows: Sequence[dict[str, str]]) -> str:
+    lines = ["| | images | time of the first of its group | images/s |", "|---|---|---|---|"]
+    for row in rows:
+        name = f"{row['group']}: {row['contestant']}"
+        lines.append(f"| {name} | {row['batch_size']} | {text_of(row)} | {float(row['images_per_second']):,.1f} |")
+    machines = dict.fromkeys(
+        f"{row['model']} at {row['input_size']} pixels in {row['amp']} on {row['device']}, {row['threads']} threads, "
+        f"torch {row['torch']}, commit {row['commit'][:7]}"
+        for row in rows
+    )
+    return "\n".join(lines) + f"\n\nMedians and ranges of interleaved rounds: {'; '.join(machines)}.\n"
+
+
+def plot(rows: Sequence[dict[str, str]], path: Path) -> None:
+    """Bars of the ratios, a panel for each group and number of images."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    from util.plotting import COLOURS, STYLE, WIDTH, save_figure
+
+    panels = {key: list(part) for key, part in itertools.groupby(rows, lambda row: (row["group"], row["batch_size"]))}
     with matplotlib.rc_context(STYLE):
-        heights = [len(rows) for rows in runs.values()]
-        figure = Figure(figsize=(WIDTH, 0.17 * sum(heights) + 0.42 * len(heights)), layout="constrained")
-        axes = figure.subplots(len(runs), 1, squeeze=False, height_ratios=[height + 1 for height in heights])[:, 0]
-        for axis, (key, rows) in zip(axes, runs.items(), strict=True):
-            benchmark, model, size, batch, amp, device, threads = key
-            times = [1 / float(row["speed_of_first"]) for row in rows]
-            axis.barh([row["contestant"] for row in rows], times, color=[COLOURS[0]] + [COLOURS[1]] * (len(rows) - 1))
-            box = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
-            for y, (relative, row) in enumerate(zip(times, rows, strict=True)):
-                text = f"{relative:.2f}   {float(row['images_per_second']):,.1f} images/s"
-                at = {"xytext": (3, 0), "textcoords": "offset points", "va": "center", "fontsize": 6, "bbox": box}
-                axis.annotate(text, (relative, y), **at)
-            axis.set_xlim(0, 1.3 * max(times))
+        figure = Figure(figsize=(WIDTH, 0.17 * len(rows) + 0.5 * len(panels)), layout="constrained")
+        heights = [len(part) + 1 for part in panels.values()]
+        axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
+        for axis, ((group, images), part) in zip(axes, panels.items(), strict=True):
+            ratios = [[float(row[f"ratio{suffix}"]) for row in part] for suffix in ("", "_min", "_max")]
+            ranges = [[abs(a - b) for a, b in zip(ratios[0], end, strict=True)] for end in ratios[1:]]
+            axis.barh([row["contestant"] for row in part], ratios[0], xerr=ranges, color=COLOURS[1])
             axis.invert_yaxis()
-            axis.axvline(1, color="black", linewidth=0.5)
-            encoder, cores = ("", "1 thread") if benchmark == "loader" else (f"{model}, {amp}, ", f"{threads} threads")
-            title = f"{benchmark}: {encoder}{size} pixels, {batch} images a step; {device}, {cores}"
-            axis.set_title(title, fontsize=7, loc="left")
-        axes[-1].set_xlabel("time relative to the first")
-        return figure
+            axis.set_title(f"{group}, {images} images, {part[0]['device']}: time of the first", loc="left")
+        save_figure(figure, path)
 
 
-BENCHMARKS = {"analysis": analysis, "probe": probe, "bank": bank, "pretrain": pretrain, "loader": loader}
-
-
-def get_args_parser() -> argparse.ArgumentParser:
+def get_args_parser() -> Parser:
     parser = Parser(__doc__)
-    parser.add_argument("benchmark", choices=[*BENCHMARKS, "plot"])
-    parser.add_argument("--model", default="vit_base_patch16", metavar="MODEL", help="architecture, by name")
-    parser.add_argument("--input_size", default=224, type=int, help="pixels")
-    parser.add_argument("--batch_size", default=16, type=int, help="images")
-    parser.add_argument("--repeats", default=10, type=int, help="of each contestant")
-    parser.add_argument("--amp", default="bfloat16", choices=list(PRECISIONS), help="precision of the encoder")
-    parser.add_argument("--only", default=None, metavar="CONTESTANT", help="run one contestant alone")
-    parser.add_argument("--peak_memory", action="store_true", help="measure memory on a CPU too")
+    parser.add_argument("groups", nargs="+", choices=[*BENCHMARKS, "plot", "table"])
+    add_encoder_arguments(parser)
+    parser.add_argument("--batch_size", default=16, type=positive_int, help="images")
+    parser.add_argument("--rounds", default=7, type=positive_int, help="of each contestant")
+    parser.add_argument("--probes", default=[16, 64, 256, 512], type=positive_int, nargs="+", help="sizes of banks")
+    parser.add_argument("--classes", default=1000, type=positive_int, help="of probes; ImageNet-21k has 21841")
     parser.add_argument("--compile", action="store_true", help="compile the encoder's blocks")
+    parser.add_argument("--head_amp", action="store_true", help="heads that transform every token in --amp")
     parser.add_argument("--device", default="auto", help="cuda, cpu, or auto: CUDA where available")
-    parser.add_argument("--data_path", default=None, type=Path, help="images of loader; also loaded by probe, bank")
+    parser.add_argument("--data_path", default=None, type=Path, help="images of loader")
     parser.add_argument("--dataset", default="image_folder", help="kind of --data_path")
-    parser.add_argument("--num_workers", default=1, type=int, help="of the probe's loader")
-    parser.add_argument("--output", default=None, type=Path, metavar="CSV", help="append the figures to this file")
+    parser.add_argument("--tiny", action="store_true", help="only test that everything runs: two images of 32 pixels")
+    parser.add_argument("--output", default=None, type=Path, metavar="CSV", help="append the rows to this file")
     parser.add_argument("--figure", default=None, type=Path, metavar="FILE", help="of plot: png, pdf or svg")
+    parser.add_argument("--write", default=None, type=Path, metavar="PAGE", help="of table: a Markdown page")
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
-    if args.benchmark == "plot":
-        if args.output is None or args.figure is None:
-            raise ValueError("plot: name the figures with --output CSV and the chart with --figure FILE")
-        save_figure(plot(read_runs(args.output)), args.figure)
-        return
     setup_logging()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
-    device = torch.device(device)
-    contestants = BENCHMARKS[args.benchmark](args, device)
-    if args.only is not None:
-        if args.only not in contestants:
-            raise ValueError(f"--only {args.only}: {instead_of(args.only, contestants)}")
-        contestants = {args.only: contestants[args.only]}
-    report(race(contestants, device, args.repeats, args.peak_memory and args.only is None), args, device)
-    if args.only is not None:
-        # not getrusage: it counts what the process that started this one held
-        status = Path("/proc/self/status").read_text()
-        print("peak MiB", int(status.split("VmHWM:")[1].split()[0]) / 2**10)
+    keep_freed_memory()
+    if args.tiny:
+        small = {
+            "model": "vit_demo_patch8",
+            "input_size": 32,
+            "batch_size": 2,
+            "rounds": 1,
+            "probes": [5],
+            "classes": 7,
+        }
+        vars(args).update(small)
+    if "loader" in args.groups and args.data_path is None:
+        raise ValueError("loader: name a data set with --data_path, of --dataset's kind")
+    if {"plot", "table"} & set(args.groups):
+        rows = newest(args.output)
+        if "plot" in args.groups:
+            plot(rows, args.figure)
+        if args.write is not None:
+            keep_table(
+                args.write,
+                "costs",
+                f"python scripts/benchmark.py table --output {args.output} --write",
+                table(rows),
+                True,
+            )
+        return
+    automatic = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(automatic if args.device == "auto" else args.device)
+    choose_precision(args, device)
+    run(args, device)
 
 
 if __name__ == "__main__":

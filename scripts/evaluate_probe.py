@@ -22,6 +22,7 @@ from torch import Tensor
 from cli.arguments import add_data_arguments, data_options, loading
 from cli.console import Parser, positive_int, run_main
 from cli.encoder_arguments import build_oracle, frozen_encoder, precision
+from cli.linprobe import finished_run
 from data_sets.images import Images
 from data_sets.loader import KeyedDataset, Watched, build_loader
 from data_sets.order import EvaluationBatches
@@ -29,7 +30,6 @@ from data_sets.robustness import ALEXNET_ERRORS, corruptions
 from data_sets.table import build_dataset
 from data_sets.views import eval_transform
 from encoders.load import save_encoder
-from probing.finished_run import read_run
 from probing.frozen import FiniteCheck, FrozenTokens
 from util.files import write_json
 from util.progress import log, setup_logging
@@ -91,7 +91,7 @@ def get_args_parser() -> Parser:
 @torch.no_grad()
 def main(args: argparse.Namespace) -> None:
     setup_logging()
-    run = read_run(args.run)
+    run = finished_run(args.run)
     if "class_names" not in run.results:
         raise ValueError(f"{args.run}: its results.json has no class_names, which runs have had since: train it again")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -25,6 +25,7 @@ from paper.cells import recorded
 from paper.runs import rules_table, runs_table
 from paper.shown import golden_problems, history_gap, origin_problems, shown_records
 from paper.tables import PAPER_DATASET, TABLES, Row, datasets_of, rows_of, table_of
+from report import leaderboard
 from util.files import keep_table, write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -146,6 +147,7 @@ def check(results: Path, pages: Sequence[Path], computed: Path | None = None) ->
         problems += origin_problems(path, record, known_history=not gap)
     if gap:
         print(f"the commits of the records were not checked: {gap}")
+    problems += leaderboard.problems(results)
     if computed is not None:
         problems += golden_problems(results, computed)
     if problems:

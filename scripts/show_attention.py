@@ -30,6 +30,7 @@ from cli.analyze_attention import add_label_argument, encoder_labels
 from cli.console import Parser, run_main
 from cli.encoder_arguments import add_encoder_arguments, choose_precision, frozen_encoder, one_encoder_each, precision
 from data_sets.images import UnreadableImage, read_rgb
+from data_sets.table import build_dataset
 from data_sets.views import eval_transform
 from models_vit import VisionTransformer, attention_row
 from util.plotting import STYLE, WIDTH, add_scale, draw_map, save_figure, visible
@@ -135,7 +136,11 @@ def mark_query(axis: Axes, query: Sequence[int], side: float) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    images = {path: read_image(path) for path in args.images}  # before any encoder is loaded
+    folders = {
+        path: build_dataset("image_folder", path, "val", labels=False).names for path in args.images if path.is_dir()
+    }
+    paths = [Path(name) for path in args.images for name in folders.get(path, [path])]
+    images = {path: read_image(path) for path in paths}  # before any encoder is loaded
     names = [path.stem for path in images]
     if twice := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"several images are called {twice[0]}: show them in different --output_dir")
@@ -166,7 +171,7 @@ def main(args: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     parser = Parser(__doc__)
-    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="files")
+    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="files, or folders of images")
     add_encoder_arguments(parser, several=True)
     add_label_argument(parser)
     parser.add_argument("--block", type=int, default=-1, help="counted from 0; negative: from the end")

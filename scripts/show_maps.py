@@ -21,12 +21,13 @@ from aggregation.rules import fixed_rules, needs_of, probe_rules
 from cli.arguments import run_test_images
 from cli.console import Parser, positive_int, run_main
 from cli.encoder_arguments import frozen_encoder
+from cli.linprobe import finished_run
 from data_sets.images import fingerprint
 from data_sets.loader import KeyedDataset
 from data_sets.views import eval_transform
 from encoders.load import Encoder
 from engine_linprobe import FrozenTokens
-from probing.finished_run import ProbeRun, read_run
+from probing.finished_run import ProbeRun
 from probing.pooling import Tokens
 from util.plotting import visible
 from util.seeding import stable_seed
@@ -58,7 +59,7 @@ def main(args: argparse.Namespace) -> None:
     columns, pictures, common = {}, None, None
     for argument in args.runs:
         label, _, folder = argument.rpartition("=")
-        run = read_run(Path(folder))
+        run = finished_run(Path(folder))
         encoder, size = frozen_encoder(run.args)
         images = run_test_images(run.args)
         if common not in (None, shown := fingerprint(images)):

@@ -193,7 +193,7 @@ def test_a_scaled_vector_gives_the_batch_norm_of_the_epsilon_of_cae():
     head, f = build("ap4:eps=1e-5"), features(B=16)
     scale, vector = head.pool.scale, 1e-3 * head(f).vector  # small vectors, for which it matters
     norms = [nn.BatchNorm1d(D, eps, affine=False).double() for eps in (1e-5, 1e-6)]
-    torch.testing.assert_close(ProbeNorm(D)(vector), norms[0](vector / scale))
+    torch.testing.assert_close(ProbeNorm(D).double()(vector), norms[0](vector / scale))
     assert (norms[0](vector / scale) - norms[1](vector / scale)).abs().max() > 0.1
 
 
@@ -204,12 +204,12 @@ def test_batch_norm_of_tokens_has_the_statistics_of_each_group_in_training_and_r
     bank, x = ProbeBank([ProbeSpec("aim4", 0, 0.1, 0)], encoder, GRID, 3), features(B=8)
     single = copy.deepcopy(bank)
     x = x._replace(**{name: getattr(x, name).float() for name in ("cls", "registers", "patches")})
-    logits = bank({0: x}, groups=2)[0]
+    logits = bank.logits({0: x}, groups=2)[0][0].T
     for half in (slice(4), slice(4, 8)):
         part = Features(x.cls[half], x.registers[half], x.patches[half], None)
-        torch.testing.assert_close(logits[half], single({0: part})[0])
-    bank.commit_statistics()
-    single.commit_statistics()
+        torch.testing.assert_close(logits[half], single.logits({0: part})[0][0].T)
+    for each in (bank, single):
+        each.commit_statistics([torch.ones(1, dtype=torch.bool)])
     torch.testing.assert_close(bank.state_dict(), single.state_dict())
     norm = nn.BatchNorm1d(D, 1e-6, affine=False)
     for half in (slice(4), slice(4, 8)):
@@ -369,15 +369,15 @@ def test_flags_speak_for_heads_that_do_not_say_otherwise(word, flags, name):
         ("abmilp:depth=2,depth=3", "depth is set twice"),
         ("ap12:heads=4", "heads is set twice"),
         ("abmilp:act=tanh", "act has no effect with depth=1"),
-        ("ap17", "needs 1 to 16 heads, got 17"),
-        ("aim3", "width 16 needs a number of heads that divides it, got 3"),
+        ("ap17", "17 heads or queries; needs 1 to 16"),
+        ("aim3", "3 heads or queries; needs a divisor of 16"),
         ("capi", "heads of width 64 do not divide tokens of width 16"),
         ("cls@3", "block 3 does not exist: this encoder has blocks 0 to 2"),
         ("cls@last4", "@last4: this encoder has 3 blocks"),
         ("pos@2-1", "@2-1 ends before it begins"),
         ("pos@first", "@first names no blocks; write @11, @8-11, @last4 or @all"),
         ("cls+abmilp:depth=0", "depth=0: must be a whole number >= 1"),
-        ("ep3", "splits a vector of width 16 / 1 into 3 equal parts"),
+        ("ep3", "3 heads or queries; needs a divisor of 16"),
     ],
 )
 def test_a_head_that_cannot_be_is_refused_in_one_line(word, message):

@@ -210,7 +210,7 @@ def test_other_errors_keep_their_traceback():
     [
         (ValueError("a\nmistake"), 2), (FloatingPointError("it diverged"), 1), (KeyboardInterrupt(), 130),
         (signals.Stopped(signal.SIGTERM), 85), (RuntimeError("DataLoader worker (pid 7) is killed by signal"), 1),
-        (PeerLost("another process is gone"), 1),
+        (PeerLost("rank 1 has ended", answered=True), 1),
     ],
 )  # fmt: skip
 def test_the_exit_code_says_what_happened_in_one_line(error, code, capsys):

@@ -19,9 +19,9 @@ from util.files import to_json
 LABELS = torch.arange(60) % 4
 
 
-def write(folder, said, labels=LABELS, headline="top1", chosen=None, **facts):
-    """A run's predictions; said: {(head, seed): tensor}; chosen: the head that is marked so."""
-    marks = {head: {} if chosen is None else {"chosen": head == chosen} for head, _ in said}
+def write(folder, said, labels=LABELS, headline="top1", chosen=None, marks=None, **facts):
+    """A run's predictions; said: {(head, seed): tensor}; chosen: the head that is marked so; marks: of other kinds."""
+    marks = {head: {} if chosen is None else {"chosen": head == chosen} for head, _ in said} | (marks or {})
     probes = {f"{head}/block1/blr0.1/seed{seed}": {"seed": seed, **marks[head]} for head, seed in said}
     tensors = {"index": torch.arange(len(labels)), "labels": labels}
     for name, one in zip(probes, said.values(), strict=True):
@@ -119,6 +119,20 @@ def test_the_chosen_probes_alone_are_shown_unless_all_are_asked_for(tmp_path, ca
     assert "chosen: best optimizer and rate for its head and block on held-out images" in text
 
 
+def test_no_conclusion_is_drawn_from_probes_that_learned_nothing(tmp_path, capsys):
+    said = {("cls", 0): guesses(0.25, 1), ("pos", 0): guesses(0.7, 2), ("ap1", 0): guesses(0.9, 3)}
+    run = write(tmp_path / "run", said)
+    text = compared([run], capsys)  # the baseline's score is that of guessing
+    rows = [line.split(" | ") for line in text.splitlines() if "/block1" in line and line.startswith("|")]
+    assert rows[0][0] == "| cls/block1/blr0.1 (learned nothing)" and all(row[6] == row[7] == "–" for row in rows)
+    assert "no conclusion about cls/block1/blr0.1: test top-1" in text
+    text = compared([run], capsys, "--baseline", "pos/block1/blr0.1")
+    differences = [line.split(" | ")[6] for line in text.splitlines() if line.startswith("| ")][1:]
+    assert differences[:2] == ["–", "–"] and float(differences[2]) > 5
+    marked = write(tmp_path / "marked", said, marks={"pos": {"learned_nothing": "training loss 1.09"}})
+    assert "no conclusion about pos/block1/blr0.1: training loss 1.09" in compared([marked], capsys)
+
+
 @pytest.mark.parametrize(("seeds", "note"), [(1, "a single seed has no"), (2, "two seeds say little"), (3, None)])
 def test_few_seeds_are_said_to_be_few(seeds, note, tmp_path, capsys):
     text = compared([write(tmp_path / "run", {("cls", seed): guesses(0.5, seed) for seed in range(seeds)})], capsys)
@@ -134,7 +148,6 @@ def test_what_cannot_be_compared_is_refused(tmp_path, capsys):
         compared([run, other], capsys)
     with pytest.raises(ValueError, match="is named twice"):
         compared([run, run], capsys)
-    assert "differences to cls/block1/blr0.1" in compared([run], capsys, "--baseline", "cls/block1/blr1e-1")
     with pytest.raises(ValueError, match=r"--baseline pos: choose one of cls/block1/blr0\.1"):
         compared([run], capsys, "--baseline", "pos")
     with pytest.raises(ValueError, match=r"no such file; main_linprobe\.py --save_predictions writes it"):

@@ -18,7 +18,7 @@ from aggregation.localization import (
     summary,
     tally,
 )
-from util.signals import DeadWorker
+from util.workers import DeadWorker
 
 SIZE = (224, 224)
 LEVELS = levels_of(0.001)

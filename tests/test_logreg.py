@@ -1,11 +1,14 @@
 """--optimizer logreg: scikit-learn's optimum, a stated tolerance for learned heads, draws of few images, resumption."""
 
+import itertools
 import json
+import shlex
 
 import numpy as np
 import pytest
 import torch
 from miniatures import make_coco
+from PIL import Image
 from scipy import stats
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
@@ -15,6 +18,7 @@ from cli.console import parse
 from data_sets.table import DATASETS
 from probing import logreg
 from probing.predictions import read_predictions
+from probing.untrained import guessing, prior_loss
 from util import signals
 
 FIXED = ["cls", "pos", "both", "attn-mn", "attn-lcte", "ca2", "cp1"]
@@ -155,3 +159,51 @@ def test_contradictions_are_one_line(command, flags, message, tmp_path, capsys):
     with pytest.raises((ValueError, SystemExit)) as error:
         run(command, tmp_path / "run", *flags)
     assert message in str(error.value) + capsys.readouterr().err
+
+
+# ---- results on little data
+
+
+def test_probes_that_learned_nothing_are_flagged_in_log_results_and_predictions(probe_command, tmp_path, capsys):
+    random = np.random.default_rng(0)
+    for split, label, number in itertools.product(("train", "val"), "abc", range(12)):
+        (tmp_path / "noise" / split / label).mkdir(parents=True, exist_ok=True)
+        pixels = random.integers(0, 256, (32, 32, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "noise" / split / label / f"{number}.png")
+    flags = ["--data_path", tmp_path / "noise", "--batch_size", 12, "--epochs", 1, "--blr", 0.1, "--save_predictions"]
+    (probe,) = run(probe_command, tmp_path / "run", *flags)["probes"].values()
+    reason = probe["learned_nothing"]
+    assert "is not 5 % below 1.099, that of the class frequencies" in reason
+    assert f"cls/block2/blr0.1/seed0 learned nothing: {reason}" in capsys.readouterr().out
+    (facts,) = read_predictions(tmp_path / "run").facts["probes"].values()
+    assert facts["learned_nothing"] == reason
+
+
+def test_prior_loss_and_guessing_by_their_definitions():
+    labels = np.repeat([0, 1, 2], [50, 30, 20])
+    shares = np.array([0.5, 0.3, 0.2])
+    assert prior_loss(np.arange(50) % 5) == pytest.approx(np.log(5))
+    assert prior_loss(labels) == pytest.approx(-(shares * np.log(shares)).sum())
+    several = np.array([[1, 0], [0, 0], [1, 0], [1, 0]], np.uint8)
+    assert prior_loss(several) == pytest.approx(stats.entropy([0.75, 0.25]) / 2)
+    high = 100 * stats.binomtest(50, 100).proportion_ci(method="exact").high  # of the most frequent class
+    assert guessing(50.0, labels, "top1") and guessing(10.0, labels, "top1") and guessing(high - 1, labels, "top1")
+    assert guessing(high + 1, labels, "top1") is None and guessing(1.0, several, "map") is None
+    assert guessing(40.0, labels, "per_class") and guessing(46.0, labels, "per_class") is None
+
+
+def test_a_run_of_few_steps_proposes_a_command_that_runs(probe_command, tmp_path, capsys):
+    run([*probe_command, "--return_block", "1"], tmp_path / "run", "--batch_size", 8, "--epochs", 1)
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "only 3 optimizer steps" in line)
+    words = shlex.split(line[line.index("python main_linprobe.py") :])
+    main_linprobe.main(parse(main_linprobe.get_args_parser(), words[2:]))
+    results = json.loads((tmp_path / "run_small" / "results.json").read_text())
+    assert list(results["probes"]) == ["cls/block1/logreg/seed0"] and results["n_val"] == 6
+    assert "optimizer steps" not in capsys.readouterr().out
+
+
+def test_neighbours_on_cached_features_are_those_of_another_pass(probe_command, tmp_path, monkeypatch):
+    flags = ["--batch_size", 8, "--epochs", 1, "--cls_features", "cls", "abmilp", "--crop", "center"]
+    expected = run(probe_command, tmp_path / "plain", *flags, "--knn", 1, 5, 20)["knn"]
+    assert run(probe_command, tmp_path / "cached", *flags, "--cache_views", 1)["knn"] == expected
+    assert "knn" not in run(probe_command, tmp_path / "without", *flags)

@@ -1,15 +1,10 @@
 """Streaming moments against numpy over the whole set, and the record of an analysis over two processes."""
 
-from datetime import timedelta
-
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from attention.measure import Recorder
-from util.distributed import gather_objects
 from util.moments import Covariance, Moments
 
 
@@ -73,22 +68,22 @@ def test_a_record_holds_mean_and_deviation_of_the_summary_and_of_each_number():
     assert_record(recorded(numbers(3)), numbers(3))  # fewer images than numbers: their covariance has rank 2
 
 
-def _rank(rank: int, folder: str):
-    where = {"init_method": f"file://{folder}/store", "timeout": timedelta(minutes=1)}
-    dist.init_process_group("gloo", **where, rank=rank, world_size=2)
-    merged = Recorder.of(gather_objects(recorded(numbers(101)[rank::2]).state()))
+PROGRAM = """
+import sys
+from tests.test_moments import *
+from util.distributed import distributed, gather_objects
+with distributed("cpu") as world:
+    merged = Recorder.of(gather_objects(recorded(numbers(101)[world.rank::2]).state()))
     assert_record(merged, numbers(101))
-    unseen = Recorder.of(gather_objects(recorded(numbers(5) if rank == 1 else numbers(0)).state()))
+    unseen = Recorder.of(gather_objects(recorded(numbers(5) if world.rank == 1 else numbers(0)).state()))
     assert_record(unseen, numbers(5))
-    torch.save([merged.moments.mean, merged.moments.squares], f"{folder}/rank{rank}.pth")
-    dist.destroy_process_group()
+    torch.save([merged.moments.mean, merged.moments.squares], f"{sys.argv[1]}/rank{world.rank}.pth")
+"""
 
 
-def test_two_processes_agree_on_the_record_of_all_images(tmp_path):
-    other = mp.get_context("spawn").Process(target=_rank, args=(1, str(tmp_path)))
-    other.start()
-    _rank(0, str(tmp_path))
-    other.join()
-    assert other.exitcode == 0
+def test_two_processes_agree_on_the_record_of_all_images(run_program, tmp_path):
+    (tmp_path / "program.py").write_text(PROGRAM)
+    done = run_program(tmp_path / "program.py", tmp_path, processes=2)
+    assert done.returncode == 0, done.stderr
     first, second = (torch.load(tmp_path / f"rank{rank}.pth", weights_only=True) for rank in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

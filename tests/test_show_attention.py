@@ -87,9 +87,12 @@ def show(monkeypatch, capsys, *words):
 
 def test_one_picture_per_image_and_the_same_each_time(tiny, image_folder, tmp_path, monkeypatch, capsys):
     images = sorted(image_folder.glob("val/red/*.png"))[:2]
-    for folder in ("a", "b"):
+    (tmp_path / "flat").mkdir()
+    for path in images:
+        (tmp_path / "flat" / path.name).write_bytes(path.read_bytes())
+    for folder, shown in (("a", images), ("b", [tmp_path / "flat"])):
         flags = ["--model", tiny, "--finetune", "", "", "--label", "one", "two", "--query", 1, 2]
-        assert show(monkeypatch, capsys, *images, *flags, "--input_size", 32, "--output_dir", tmp_path / folder)[0] == 0
+        assert show(monkeypatch, capsys, *shown, *flags, "--input_size", 32, "--output_dir", tmp_path / folder)[0] == 0
     for image in images:
         assert (tmp_path / "a" / image.name).read_bytes() == (tmp_path / "b" / image.name).read_bytes()
     assert len(list((tmp_path / "a").iterdir())) == 2

@@ -15,7 +15,7 @@ from runtime import jobs, snapshot
 from runtime.folder import RunFolder
 from runtime.provenance import ROOT, code_version
 from util import signals
-from util.distributed import rendezvous_port, slurm_rendezvous
+from util.rendezvous import rendezvous_port, slurm_environment
 from util.signals import EXIT_STOPPED
 
 
@@ -158,13 +158,13 @@ STEP = {
 
 
 def test_processes_of_srun_find_each_other():
-    assert slurm_rendezvous(STEP) == {
+    assert slurm_environment(STEP) == {
         "MASTER_ADDR": "gpu03-a", "MASTER_PORT": str(rendezvous_port(12, 1)), "RANK": "5", "WORLD_SIZE": "8",
         "LOCAL_RANK": "1",
     }  # fmt: skip
     for nodes, first in (("n1", "n1"), ("a-[1,3]", "a-1"), ("r[1-2]n[07-09],x", "r1n07"), ("x,y[1-2]", "x")):
-        assert slurm_rendezvous({**STEP, "SLURM_STEP_NODELIST": nodes})["MASTER_ADDR"] == first
-    assert slurm_rendezvous({**STEP, "SLURM_STEP_NUM_NODES": "1"})["MASTER_ADDR"] == "127.0.0.1"
+        assert slurm_environment({**STEP, "SLURM_STEP_NODELIST": nodes})["MASTER_ADDR"] == first
+    assert slurm_environment({**STEP, "SLURM_STEP_NUM_NODES": "1"})["MASTER_ADDR"] == "127.0.0.1"
     assert len({rendezvous_port(job, step) for job in range(1000, 1010) for step in range(3)}) == 30
 
 
@@ -179,7 +179,7 @@ def test_processes_of_srun_find_each_other():
     ],
 )
 def test_one_process_in_an_allocation_waits_for_no_others(environment):
-    assert slurm_rendezvous(environment) == {}
+    assert slurm_environment(environment) == {}
 
 
 def test_the_task_is_read_before_signals_are_taken_so_it_imports_little():

@@ -1,24 +1,32 @@
-"""One process or many: set-up from torchrun's or SLURM's environment, and the few collectives that are needed."""
+"""One process or many: the process group, the few collectives that are needed, and what happens when a rank is lost.
+
+A wait for other ranks is bounded and open to signals. Each rank leaves a note in the store that all share whenever it
+waits, and every second otherwise: how many exchanges it has joined, and at which point of the program.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import importlib
 import os
+import pickle
 import platform
-import re
-import sys
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterator
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from util import signals
 from util.lazy import lazy
+from util.rendezvous import GRACE, NotJoined, address, interruptible, meet, slurm_environment
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 torch, dist = lazy("torch"), lazy("torch.distributed")
-_control: dist.ProcessGroup | None = None  # of the CPUs, where the default group is of GPUs
+LOOK = 0.2  # seconds between two looks at what else there is to do while waiting
+LAST_WORDS = 3  # seconds that ranks have to report that they still run
+PATIENCE = 3  # seconds that other ranks have to join an exchange after this one was asked to stop
 
 
 class World(NamedTuple):
@@ -31,39 +39,110 @@ class World(NamedTuple):
         return self.rank == 0
 
 
-def slurm_rendezvous(environment: Mapping[str, str]) -> dict[str, str]:
-    """What torchrun would have set for a process that srun has started with others; {} for any other process.
+class Timeouts(NamedTuple):
+    """Seconds to wait for other ranks."""
 
-    SLURM_PROCID and SLURM_NTASKS are there in a batch script and in the shell of salloc, too, where one process runs;
-    only a step has a number of tasks. A terminal (srun --pty) belongs to a user, who starts programs one by one.
-    """
-    size = int(environment.get("SLURM_STEP_NUM_TASKS", 1))
-    if size == 1 or "SLURM_PTY_PORT" in environment:
-        return {}
-    # the first of "gpu[03-05,7]-a,login1" is gpu03-a; on a single node, its name need not be known to any resolver
-    first = re.sub(r"\[([^],-]+)[^]]*]", r"\1", environment["SLURM_STEP_NODELIST"]).split(",")[0]
-    job, step = int(environment["SLURM_JOB_ID"]), int(environment.get("SLURM_STEP_ID", 0))
-    return {
-        "MASTER_ADDR": "127.0.0.1" if environment.get("SLURM_STEP_NUM_NODES") == "1" else first,
-        "MASTER_PORT": str(rendezvous_port(job, step)),
-        "RANK": environment["SLURM_PROCID"],
-        "WORLD_SIZE": str(size),
-        "LOCAL_RANK": environment["SLURM_LOCALID"],
-    }
+    join: float = 300
+    training: float = 120  # between two optimizer steps
+    other: float = 1800  # while one of them reads data, evaluates or writes
 
 
-def rendezvous_port(job: int, step: int = 0) -> int:
-    """A port that all processes of a job know, and jobs that share a node do not share: below those that the system
-    gives away (32768 on Linux)."""
-    return 10000 + (job + 997 * step) % 20000
+class PeerLost(RuntimeError):
+    """Another rank has ended, or does not answer."""
+
+    def __init__(self, message: str, answered: bool, reported_here: bool = True):
+        """answered: whether it was there until now, and so may have an error of its own. reported_here: False where a
+        lower rank reports the same."""
+        super().__init__(message)
+        self.answered, self.reported_here = answered, reported_here
+
+
+class Contact:
+    """What this process knows of the others."""
+
+    def __init__(self, store: dist.Store, control: dist.ProcessGroup | None, timeouts: Timeouts):
+        self.store, self.control, self.timeouts = store, control, timeouts
+        self.limit = timeouts.other
+        self.exchanges = 0
+        self.where = "the start"
+        self.noted = self.ended = time.monotonic()  # the last note, the end of the last exchange
+
+    def note(self) -> None:
+        self.noted = time.monotonic()
+        with contextlib.suppress(RuntimeError, TimeoutError):
+            interruptible(1, self.store.set, f"note {rank()}", f"{self.exchanges} {self.where}")
+
+    def wait(self, work: dist.Work, writing: bool = False) -> None:
+        """Wait for an exchange. PeerLost where a rank is gone or does not join it in time; Stopped where this process
+        was asked to stop and the others take longer than this one took since the last exchange.
+
+        writing: another rank may be writing a file, which may take longer than a training step."""
+        self.exchanges += 1
+        start, asked = time.monotonic(), None
+        patience = max(PATIENCE, start - self.ended)
+        if start - self.noted > 1:
+            self.note()
+        while not work.is_completed():
+            with contextlib.suppress(RuntimeError):  # it is not completed, or has failed: see below
+                work.wait(timedelta(seconds=LOOK))
+            now = time.monotonic()
+            if self.noted < start:
+                self.note()
+            asked = asked or (now if signals.requested() else None)
+            if asked and now - asked > patience and not signals.saving_now():
+                raise signals.Stopped(signals.requested(), "another rank does not answer; --resume auto continues")
+            if now - start > (self.timeouts.other if writing else self.limit):
+                raise self.lost(False)
+        try:
+            work.wait()
+        except RuntimeError as error:
+            raise self.lost(True) from error
+        self.ended = time.monotonic()
+
+    def lost(self, answered: bool) -> PeerLost | signals.Stopped:
+        """The error that names the ranks which have not joined the last exchange, and where they were last heard."""
+        if signals.requested():
+            return signals.Stopped(signals.requested(), "another rank has ended; --resume auto continues")
+        try:
+            notes = interruptible(2 * LAST_WORDS, self._notes)
+        except (RuntimeError, TimeoutError):
+            return PeerLost(f"rank 0, or the torchrun that serves its port, is gone or hangs{self._from()}", answered)
+        behind = self._behind(notes)
+        heard = ", ".join(f"rank {other} (last heard at {notes[other].partition(' ')[2]})" for other in behind)
+        what = "has ended" if answered else f"has not answered for {self.limit:g} s (--dist_timeout)"
+        first = min(notes.keys() - set(behind))
+        return PeerLost(f"{heard or 'another rank'} {what}{self._from()}", answered, rank() == first)
+
+    def _notes(self) -> dict[int, str]:
+        """The notes of all ranks, once those that still run had the time to write theirs."""
+        self.store.set(f"note {rank()}", f"{self.exchanges} {self.where}")
+        end = time.monotonic() + LAST_WORDS
+        while True:
+            notes = {}
+            for other in range(world_size()):
+                known = self.store.check([f"note {other}"])
+                notes[other] = self.store.get(f"note {other}").decode() if known else "0 the start"
+            if not self._behind(notes) or time.monotonic() > end:
+                return notes
+            time.sleep(0.05)
+
+    def _behind(self, notes: dict[int, str]) -> list[int]:
+        return [other for other, note in notes.items() if int(note.split()[0]) < self.exchanges]
+
+    def _from(self) -> str:
+        return f", while rank {rank()} waits at {self.where}; continue with the same command and --resume auto"
+
+
+_contact: Contact | None = None
 
 
 @contextlib.contextmanager
-def distributed(device: str, dist_url: str = "env://") -> Iterator[World]:
+def distributed(device: str, dist_url: str = "env://", timeouts: Timeouts = Timeouts()) -> Iterator[World]:  # noqa: B008
     """Join the process group that torchrun or SLURM describes (NCCL on GPUs, gloo on CPUs); leave it at the end.
 
     device: "cuda", "cpu", or "auto" for CUDA where there is one. Where neither has started several, one process.
-    Raises ValueError for another device, and where CUDA is asked for and there is none.
+    Raises ValueError for another device, where CUDA is asked for and there is none, and for an incomplete environment;
+    NotJoined where other processes do not come in time, PeerLost where they are lost later.
     """
     if device.partition(":")[0] not in ("auto", "cuda", "cpu"):
         raise ValueError(f"--device {device}: write cuda, cpu or auto")
@@ -71,32 +150,31 @@ def distributed(device: str, dist_url: str = "env://") -> Iterator[World]:
     if use_cuda and not torch.cuda.is_available():
         raise ValueError(f"--device {device}: this machine shows no CUDA device to PyTorch; use --device cpu")
     if "RANK" not in os.environ:
-        os.environ.update(slurm_rendezvous(os.environ))
+        os.environ.update(slurm_environment(os.environ))
     if "RANK" not in os.environ:
         yield World(0, 1, torch.device((device if ":" in device else "cuda") if use_cuda else "cpu"))
         return
+    here = address(dist_url, os.environ)
     # imported before there is a group: its functions keep the group of that moment as their default, and with it
     # threads that may abort the process when Python ends; torch.compile and torchvision import it at any time
     importlib.import_module("torch.distributed.nn")
-    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     target = torch.device("cpu")
     if use_cuda:
         target = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
         torch.cuda.set_device(target)
-    global _control
+    global _contact
     try:
-        store, rank, size = next(dist.rendezvous(dist_url, rank, size, timeout=timedelta(minutes=30)))
-        # torchrun may keep its store when it restarts a run, with the addresses of processes that are gone
-        store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        backend, timeout = "nccl" if use_cuda else "gloo", timedelta(minutes=30)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
-        # words between the processes go from CPU to CPU: reading them from a GPU would stop it
-        _control = dist.new_group(backend="gloo") if use_cuda else None
-        yield World(rank, size, target)
-    except RuntimeError as error:
-        if not _peer_is_gone(error):
-            raise
-        raise PeerLost(f"rank {rank} stops because another process is gone: see the first error") from error
+        store = interruptible(timeouts.join + 2 * GRACE, meet, here, timeouts.join)
+        # the bound of an exchange on the CPU is Contact's; NCCL's own ends the process, so it comes later
+        limit = timedelta(seconds=60 + max(timeouts))
+        group = {"store": store, "rank": here.rank, "world_size": here.size, "timeout": limit}
+        interruptible(timeouts.join, dist.init_process_group, "nccl" if use_cuda else "gloo", **group)
+        # messages between the processes go from CPU to CPU: reading them from a GPU would make it wait
+        control = interruptible(timeouts.join, dist.new_group, backend="gloo", timeout=limit) if use_cuda else None
+    except (dist.DistNetworkError, dist.DistStoreError, TimeoutError) as error:
+        raise NotJoined(f"rank {here.rank} has lost contact at the start: {error}") from error
+    _contact = Contact(store, control, timeouts)
+    yield World(here.rank, here.size, target)
     leave()  # not after an error: the others may be gone, and it would wait for them
 
 
@@ -105,45 +183,33 @@ def leave() -> None:
 
     Threads of a group that is there when Python ends may abort the process (PyTorch's issue 190489).
     """
-    if _joined():
+    global _contact
+    if joined():
         dist.destroy_process_group()
+    _contact = None
 
 
-class PeerLost(RuntimeError):
-    """Another process of the run has ended; its own error tells why."""
+def joined() -> bool:
+    return _contact is not None
 
 
-def _peer_is_gone(error: RuntimeError) -> bool:
-    words = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused")
-    return isinstance(error, dist.DistNetworkError) or any(word in str(error) for word in words)
-
-
-def said_first(line: str) -> bool:
-    """Whether no other process of this run has said the same before: all of them see a user's mistake.
-
-    Asks torchrun's store, which is there before the process group and after it; without one, everybody may speak: in
-    jobs, to a log of its own.
-    """
-    if "TORCHELASTIC_RESTART_COUNT" not in os.environ or int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return True
-    try:
-        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=5))
-        return store.add(f"said {os.environ.get('TORCHELASTIC_RESTART_COUNT')} {line}", 1) == 1
-    except (KeyError, ValueError, RuntimeError):
-        return True
-
-
-def _joined() -> bool:
-    return "torch.distributed" in sys.modules and dist.is_initialized()
+@contextlib.contextmanager
+def training_limit() -> Iterator[None]:
+    """In this block, other ranks have the time of a training step to join an exchange."""
+    if not joined():
+        yield
+        return
+    _contact.limit = _contact.timeouts.training
+    yield
+    _contact.limit = _contact.timeouts.other
 
 
 def rank() -> int:
-    return dist.get_rank() if _joined() else 0
+    return dist.get_rank() if joined() else 0
 
 
 def world_size() -> int:
-    return dist.get_world_size() if _joined() else 1
+    return dist.get_world_size() if joined() else 1
 
 
 def processes_here() -> int:
@@ -151,21 +217,27 @@ def processes_here() -> int:
     return gather_objects(platform.node()).count(platform.node())
 
 
-def sum_on_cpu(value: Tensor) -> None:
-    """Replace a tensor on the CPU, of any size, by its sum over ranks."""
-    if world_size() > 1:
-        for part in value.view(-1).split(2**26):
-            dist.all_reduce(part, group=_control)
+def sum_over_ranks(value: Tensor) -> None:
+    """Replace a tensor, of any size, by its sum over ranks."""
+    if world_size() == 1:
+        return
+    if value.is_cuda:
+        barrier()  # NCCL waits without end for a rank that is gone
+        dist.all_reduce(value)
+        return
+    for part in value.view(-1).split(2**26):
+        _contact.wait(dist.all_reduce(part, group=_contact.control, async_op=True))
 
 
-def barrier() -> None:
-    if _joined():
-        dist.barrier(group=_control)
+def barrier(writing: bool = False) -> None:
+    """writing: another rank may be writing a file, which may take longer than a training step."""
+    if joined():
+        _contact.wait(dist.barrier(group=_contact.control, async_op=True), writing)
 
 
 @contextlib.contextmanager
 def main_process_first() -> Iterator[None]:
-    """Rank 0 runs the block before the others do: what it downloads, they find."""
+    """Rank 0 runs the block before the others do, which then find what it has downloaded."""
     if rank() != 0:
         barrier()
     yield
@@ -173,22 +245,22 @@ def main_process_first() -> Iterator[None]:
         barrier()
 
 
-def agree(*values: int) -> list[int]:
-    """The greatest of every rank's values, on every rank. One exchange between CPUs: no GPU waits for it."""
+def agree(*values: int, where: str = "") -> list[int]:
+    """The greatest of every rank's values, on every rank. One exchange between CPUs: no GPU waits for it.
+
+    where: the point of the program, for the message that other ranks print if this one is lost.
+    """
     if world_size() == 1:
         return list(values)
+    _contact.where = where or _contact.where
     shared = torch.tensor(values)
-    dist.all_reduce(shared, op=dist.ReduceOp.MAX, group=_control)
+    _contact.wait(dist.all_reduce(shared, op=dist.ReduceOp.MAX, group=_contact.control, async_op=True))
     return shared.tolist()
 
 
 def from_main(value: Any) -> Any:
     """Rank 0's `value`, of plain data, on every rank."""
-    if world_size() == 1:
-        return value
-    parts = [value]
-    dist.broadcast_object_list(parts, src=0, group=_control)
-    return parts[0]
+    return gather_objects(value if rank() == 0 else None)[0]
 
 
 def require_equal(values: dict[str, Any], remedy: str) -> None:
@@ -203,13 +275,20 @@ def require_equal(values: dict[str, Any], remedy: str) -> None:
         for number, of_rank in enumerate(everywhere):
             ranks.setdefault(str(of_rank.get(name)), []).append(number)
         if len(ranks) > 1:
-            differences.append(
-                f"{name} ({', '.join(f'{_short(value)} on {_listed(r)}' for value, r in ranks.items())})"
-            )
+            shown = [f"{_short(value)} on {_listed(numbers)}" for value, numbers in ranks.items()]
+            differences.append(f"{name} ({', '.join(shown)})")
     if differences:
+        error = everywhere_raised(f"the processes of this run differ in {', '.join(differences)}: {remedy}")
         barrier()
         leave()
-        raise ValueError(f"the processes of this run differ in {', '.join(differences)}: {remedy}")
+        raise error
+
+
+def everywhere_raised(message: str) -> ValueError:
+    """An error that all ranks raise and rank 0 reports."""
+    error = ValueError(message)
+    error.reported_here = rank() == 0
+    return error
 
 
 def _short(value: str) -> str:
@@ -227,27 +306,32 @@ def gather_tensors(value: Tensor) -> list[Tensor]:
     if world_size() == 1:
         return [value]
     parts = [torch.empty_like(value) for _ in range(world_size())]
-    dist.all_gather(parts, value.contiguous())
+    if value.is_cuda:
+        barrier()
+        dist.all_gather(parts, value.contiguous())
+    else:
+        _contact.wait(dist.all_gather(parts, value.contiguous(), group=_contact.control, async_op=True))
     return parts
 
 
 def gather_rows(value: Tensor) -> Tensor:
     """Concatenate over ranks, in rank order, tensors whose first dimension may differ by rank."""
-    if world_size() == 1:
-        return value
-    lengths = [int(n) for n in gather_tensors(torch.tensor([len(value)], device=value.device))]
+    return torch.cat(_gather_parts(value)) if world_size() > 1 else value
+
+
+def _gather_parts(value: Tensor) -> list[Tensor]:
+    lengths = [int(length) for length in gather_tensors(torch.tensor([len(value)]))]
     padded = value.new_zeros(max(lengths), *value.shape[1:])
     padded[: len(value)] = value
-    return torch.cat([part[:n] for part, n in zip(gather_tensors(padded), lengths, strict=True)])
+    return [part[:length] for part, length in zip(gather_tensors(padded), lengths, strict=True)]
 
 
 def gather_objects(value: object) -> list:
     """The value of every rank, in rank order, on every rank: plain data and tensors on the CPU, of any size."""
     if world_size() == 1:
         return [value]
-    parts = [None] * world_size()
-    dist.all_gather_object(parts, value)
-    return parts
+    content = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+    return [pickle.loads(part.numpy().tobytes()) for part in _gather_parts(content)]
 
 
 class GradientMean:
@@ -286,8 +370,7 @@ class GradientMean:
     def take(self) -> Tensor:
         """Give the parameters their mean gradients. Returns the mean losses (S,) in double, alike on all ranks."""
         if self.averages:
-            if world_size() > 1:
-                dist.all_reduce(self.total)
+            sum_over_ranks(self.total)
             self.total /= self.micro_steps * world_size()
         self.is_empty = True
         losses, *gradients = self.parts

@@ -70,17 +70,24 @@ def write_atomically(target: Path, data: bytes) -> None:
         temporary.write_bytes(data)
 
 
-def to_json(value: object, indent: int | None = None) -> str:
-    """JSON in which NaN and infinities, which other readers of JSON do not accept, are null."""
+def without_credentials(text: str) -> str:
+    """The text with http(s) URLs cut to host and path: users, passwords and query strings may be secret."""
+    return re.sub(r"(https?://)(?:[^/\s@?#'\"]*@)?([^\s?#'\"]*)(?:[?#][^\s'\"]*)?", r"\1\2", text)
 
-    def finite(item: object) -> object:
+
+def to_json(value: object, indent: int | None = None) -> str:
+    """JSON in which NaN and infinities, which other readers of JSON do not accept, are null, without credentials."""
+
+    def plain(item: object) -> object:
         if isinstance(item, dict):
-            return {key: finite(inner) for key, inner in item.items()}
+            return {key: plain(inner) for key, inner in item.items()}
         if isinstance(item, list | tuple):
-            return [finite(inner) for inner in item]
+            return [plain(inner) for inner in item]
+        if isinstance(item, str):
+            return without_credentials(item)
         return None if isinstance(item, float) and not math.isfinite(item) else item
 
-    return json.dumps(finite(value), indent=indent, allow_nan=False)
+    return json.dumps(plain(value), indent=indent, allow_nan=False)
 
 
 def write_json(target: Path, value: object) -> None:
@@ -109,6 +116,8 @@ def digest(value: object) -> str:
             for inner in item:
                 feed(inner)
         elif item is None or type(item) in (bool, int, float, str):
+            # names of files may be no text, and are the same bytes in any locale
+            item = os.fsencode(item).decode(errors="surrogateescape") if type(item) is str else item
             total.update(f"{type(item).__name__} {item!r};".encode())
         else:
             raise TypeError(f"no digest of a {type(item).__name__}")

@@ -6,11 +6,10 @@ Letters: B images of a batch, n images in total, K classes, S classifiers.
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from util.distributed import gather_rows, world_size
+from util.distributed import gather_rows, sum_over_ranks
 
 # ---------------------------------------------------------------------------------------------------------------------
 # one label per image: per-sample numbers, summed in double precision, divided once
@@ -48,9 +47,8 @@ class Tally:
     def compute(self) -> list[Scores]:
         """Scores of each classifier over the images of all ranks; each rank must call it. ValueError without images."""
         parts = [self.counts, self.right, self.images]
-        if world_size() > 1:
-            for part in parts:
-                dist.all_reduce(part)
+        for part in parts:
+            sum_over_ranks(part)
         counts, right, images = (part.cpu() for part in parts)
         n = int(images.sum())
         if not n:

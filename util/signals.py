@@ -9,43 +9,47 @@ import multiprocessing
 import multiprocessing.util
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-EXIT_STOPPED = 85  # stopped as requested, to be continued with --resume auto
+EXIT_STOPPED = 85  # not finished, to be continued with --resume auto
 EXIT_INTERRUPTED = 130  # a second Ctrl-C: what shells report of a program that Ctrl-C ended
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 SAME_PRESS = 0.1  # seconds; launchers pass on a Ctrl-C that the terminal has sent already
 
 
 class Stopped(BaseException):
-    """A request to stop, honoured. Not an Exception: nothing that mends errors may swallow it.
+    """A request to stop, honoured. Not an Exception, so that no error handling swallows it.
 
-    told: what was saved and how to go on, where there is something to say.
+    outcome: what was saved and how to continue, once that is known.
     """
 
-    def __init__(self, number: int, told: str = "nothing to save"):
-        super().__init__(number, told)
-        self.number, self.told = number, told
+    def __init__(self, number: int, outcome: str = ""):
+        super().__init__(number, outcome)
+        self.number, self.outcome = number, outcome
+        self.reported_here = True  # False where another process reports the same
 
     def __str__(self) -> str:
-        return f"stopped by {signal.Signals(self.number).name}: {self.told}"
-
-
-class DeadWorker(RuntimeError):
-    """A worker process, of a loader or of an evaluation, has ended without being asked to."""
+        return f"stopped by {signal.Signals(self.number).name}: {self.outcome or 'nothing to save'}"
 
 
 _requested = 0  # number of the first signal
 _last_interrupt = float("-inf")
 _deferred = False
-_thrown = False  # Stopped was raised where a signal found the program, and has not been seen since
-_listener: int | None = None  # process that listens; its children have other business
+_saving = False  # the work, after a request to stop
+_thrown = False  # Stopped was raised where a signal arrived, and has not been caught since
+_listener: int | None = None  # the process that listens; its children treat signals as any program does
 
 
 def requested() -> int:
     """Number of the signal that asked the program to stop; 0 where none did."""
     return _requested
+
+
+def saving_now() -> bool:
+    """Whether a request to stop is being honoured, by saving."""
+    return _saving
 
 
 def check() -> None:
@@ -54,14 +58,26 @@ def check() -> None:
         raise Stopped(_requested)
 
 
+def exit_on_request() -> None:
+    """Until `listening`, while modules are imported, a request to stop ends the process with EXIT_STOPPED."""
+    for number in SIGNALS:
+        signal.signal(number, lambda number, frame: _exit_early(number))
+
+
+def _exit_early(number: int) -> None:
+    os.write(2, f"{os.path.basename(sys.argv[0])}: {Stopped(number)}\n".encode())
+    os._exit(EXIT_STOPPED)
+
+
 @contextlib.contextmanager
 def listening() -> Iterator[None]:
     """Take the signals for requests to stop, until the block ends."""
-    global _requested, _deferred, _thrown, _listener, _last_interrupt
-    _requested, _deferred, _thrown, _listener, _last_interrupt = 0, False, False, os.getpid(), float("-inf")
+    global _requested, _deferred, _saving, _thrown, _listener, _last_interrupt
+    _requested, _deferred, _saving, _thrown = 0, False, False, False
+    _listener, _last_interrupt = os.getpid(), float("-inf")
     before = {number: signal.signal(number, _receive) for number in SIGNALS}
     try:
-        with _found_again():
+        with _restored():
             yield
     finally:
         for number, handler in before.items():
@@ -71,7 +87,7 @@ def listening() -> Iterator[None]:
 
 def _receive(number: int, frame: object) -> None:
     global _requested, _thrown, _last_interrupt
-    if os.getpid() != _listener:  # a child: to it, the signal is what it is to any program; Pool.terminate relies on it
+    if os.getpid() != _listener:  # in a child: the default action; Pool.terminate relies on it
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
         return
@@ -87,19 +103,16 @@ def _receive(number: int, frame: object) -> None:
 
 
 @contextlib.contextmanager
-def _found_again() -> Iterator[None]:
-    """Compiled code that a signal interrupts may take Stopped for an error of its own, and raise that instead."""
+def _restored() -> Iterator[None]:
+    """Compiled code that a signal interrupts may turn Stopped into an error of its own: raise Stopped again."""
     global _thrown
     try:
         yield
-    except Stopped:
-        _thrown = False
+    except (Stopped, Exception) as error:
+        thrown, _thrown = _thrown, False
+        if thrown and not isinstance(error, Stopped):
+            check()
         raise
-    except Exception:
-        if not _thrown:
-            raise
-        _thrown = False
-        check()
 
 
 @contextlib.contextmanager
@@ -112,27 +125,31 @@ def deferred(defer: bool = True) -> Iterator[None]:
             yield
         else:
             check()
-            with _found_again():
+            with _restored():
                 yield
     finally:
         _deferred = before
 
 
 @contextlib.contextmanager
-def saving(save: Callable[[], str]) -> Iterator[None]:
-    """Requests to stop wait in the block until the program asks; the one that ends it has `save` keep the work first,
-    and say so."""
+def saving(save: Callable[[], str], reported_here: bool = True) -> Iterator[None]:
+    """Requests to stop wait in the block until the program asks; then `save` keeps the work, and says what it kept.
+
+    reported_here: False for processes that stop with another one, which reports it."""
     with deferred():
         try:
             yield
         except Stopped as stop:
-            stop.told = save()
+            if not stop.outcome:
+                global _saving
+                _saving = True
+                stop.outcome, stop.reported_here = save(), reported_here
             raise
 
 
 @contextlib.contextmanager
 def blocked() -> Iterator[None]:
-    """Processes and threads that the block starts never see the signals; this one sees them when the block ends.
+    """Processes and threads that the block starts never see the signals; this process sees them when the block ends.
 
     For the workers of a loader: Ctrl-C and batch systems signal whole groups of processes.
     """
@@ -144,9 +161,9 @@ def blocked() -> Iterator[None]:
 
 
 def kill_at_exit(workers: Sequence[multiprocessing.Process]) -> None:
-    """Have processes that were started `blocked` killed when the program ends, where they still run.
+    """Kill processes that were started `blocked` and still run when the program ends.
 
-    Python would send them SIGTERM, which they do not see, and wait for them for ever.
+    Python would send them SIGTERM, which they do not see, and wait for them without end.
     """
     multiprocessing.util.Finalize(None, _kill, args=(tuple(workers),), exitpriority=100)
 
@@ -157,12 +174,12 @@ def _kill(processes: Sequence[multiprocessing.Process]) -> None:
         process.kill()
 
 
-def kill_children() -> None:
-    """End loader workers that may be busy for long, and do not listen: nothing waits for them any more."""
-    _kill(multiprocessing.active_children())
-
-
 def quit_at_once(code: int) -> None:
-    """Leave without any clearing up; files are whole or absent all the same."""
+    """Leave without any clean-up but for workers; files are whole or absent all the same."""
     kill_children()
     os._exit(code)
+
+
+def kill_children() -> None:
+    """Kill loader workers, which may be busy for long and do not listen: their work is no longer needed."""
+    _kill(multiprocessing.active_children())

@@ -1,0 +1,155 @@
+"""Leaderboard: encoders x heads on each set of test images, from the results.json of main_linprobe.py alone."""
+
+import functools
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import quote
+
+import torch
+from scipy import stats
+
+from models_vit import ARCHITECTURES, build_vit
+from paper.shown import GOLDEN
+from report.facts import badges, data_key, notes_of
+from report.runs import Record, Run, find_runs
+from report.tables import Cell, group_by, mean_of, stem
+
+BY_IMAGE = {"top1": "top-1 (%)", "any_match": "any match (%)"}  # scores that are a mean over images
+NORMAL = 1.96  # 95 %
+
+
+class Entry(NamedTuple):
+    """A head on an encoder, with all its seeds. Scores in percent."""
+
+    run: Run
+    name: str  # of the probe, without its seed
+    probe: Record  # of the first seed
+    values: dict[int | None, float]  # by seed
+
+    @property
+    def path(self) -> Path:
+        return self.run.folder / f"{self.run.prefix}results.json"
+
+    @property
+    def encoder(self) -> str:
+        return Path(str(self.run.record["encoder"]["source"] or "random weights")).stem
+
+    @property
+    def mean(self) -> float:
+        return mean_of(list(self.values.values())).mean
+
+    @property
+    def error(self) -> float:
+        """Standard error over images of the mean over seeds, at most: as if all seeds missed the same images."""
+        return math.sqrt(self.mean * (100 - self.mean) / self.run.record["n_test"])
+
+
+def read_entries(results: Path) -> list[Entry]:
+    """Of the rates that were tried, those that held-out images chose; without goldens and diverged probes. ValueError
+    names a file that main_linprobe.py did not write."""
+    entries = []
+    for run in find_runs([str(results)])[0]:
+        if run.program == "main_linprobe" and run.results and run.folder.name != GOLDEN:
+            try:
+                entries += entries_of(run)
+            except (KeyError, TypeError, AttributeError, ValueError) as error:
+                raise ValueError(f"{run.folder}/{run.prefix}results.json is not a record: {error!r}") from error
+    return entries
+
+
+def entries_of(run: Run) -> list[Entry]:
+    entries, score = [], run.record["headline"]
+    probes = {n: p for n, p in run.record["probes"].items() if p.get("chosen") is not False and score in BY_IMAGE}
+    for names in group_by(probes, stem):
+        if all(probes[name]["diverged_at"] is None for name in names):
+            values = {probes[name]["seed"]: float(probes[name]["last"][score]) for name in names}
+            entries.append(Entry(run, stem(names[0]), probes[names[0]], values))
+    return entries
+
+
+def problems(results: Path) -> list[str]:
+    """Why rows cannot be trusted, for scripts/make_tables.py --check."""
+    faults = []
+    for entry in read_entries(results):
+        if entry.run.record["dirty"] is not False or not entry.run.record["commit"]:
+            faults.append(f"{entry.path} was not made by clean, known code")
+        if not all(0 <= value <= 100 for value in entry.values.values()):
+            faults.append(f"{entry.path}: the scores of {entry.name} are not percentages")
+    return list(dict.fromkeys(faults))
+
+
+def boards(results: Path) -> list[list[Entry]]:
+    """For each set of images, the entries in the order of their scores."""
+    groups = group_by(read_entries(results), lambda entry: data_key(entry.run.record))
+    return [sorted(same, key=lambda entry: -entry.mean) for same in groups]
+
+
+def row_of(entry: Entry, board: Sequence[Entry], page: Path) -> dict[str, object]:
+    """page: the file that links to the record."""
+    record, probe, scores = entry.run.record, entry.probe, list(entry.values.values())
+    same = [e for e in board if e.run is entry.run and (e.probe["head"], e.probe["block"]) == ("cls", probe["block"])]
+    return {
+        "encoder": Cell(entry.encoder, badges=badges(notes_of(entry.run))),
+        "ViT": record["encoder"]["model"],
+        "head": probe["head"],
+        "block": probe["block"],
+        BY_IMAGE[record["headline"]]: mean_of(scores),
+        "95 %, images": interval(entry.mean, NORMAL * entry.error),
+        "95 %, seeds": interval(entry.mean, student(scores)),
+        "seeds": len(scores),
+        "against [cls]": difference(entry, same[0]) if same else None,
+        "against the best": difference(entry, board[0]),
+        "parameters of head": probe["parameters"],
+        "of encoder": encoder_parameters(record["encoder"]["model"]),
+        "run (s)": round(record["seconds"]),
+        "record": Cell("record", link=quote(os.path.relpath(entry.path, page.parent))),
+    }
+
+
+@functools.cache
+def encoder_parameters(model: str) -> int | None:
+    """None for an architecture of another library."""
+    if model not in ARCHITECTURES:
+        return None
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in build_vit(model).parameters())
+
+
+def student(values: Sequence[float]) -> float:
+    """Half the width of the 95 % interval of a mean; NaN for fewer than three values."""
+    if len(values) < 3:
+        return math.nan
+    return float(stats.t.ppf(0.975, len(values) - 1)) * mean_of(values).std / math.sqrt(len(values))
+
+
+def interval(mean: float, half: float) -> str | None:
+    return None if math.isnan(half) else f"{mean - half:.1f} to {mean + half:.1f}"
+
+
+def difference(entry: Entry, base: Entry) -> Cell | None:
+    """The difference of two rows and whether it is real: its 95 % interval over images excludes 0, and so does the one
+    over the seeds that both have, where they are three or more."""
+    if base is entry:
+        return None
+    value, half = entry.mean - base.mean, NORMAL * math.hypot(entry.error, base.error)
+    low, high = paired_by_image(entry, base) or (value - half, value + half)
+    seeds = student([entry.values[seed] - base.values[seed] for seed in entry.values if seed in base.values])
+    shown = not low <= 0 <= high and not abs(value) <= seeds
+    verdict = "not shown" if not shown else "real for these seeds" if math.isnan(seeds) else "real"
+    text = f"{value:+.1f} ({low:+.1f} to {high:+.1f})"
+    return Cell(text, value, badges=[("good" if verdict == "real" else "", verdict)])
+
+
+def paired_by_image(entry: Entry, base: Entry) -> tuple[float, float] | None:
+    """The interval of scripts/compare_probes.py, if X.comparison.json lies beside X.results.json; it is narrower than
+    that of independent errors."""
+    path = entry.path.with_name(entry.path.name.replace("results.json", "comparison.json"))
+    comparison = json.loads(path.read_text(encoding="utf-8")) if path.exists() and entry.run is base.run else {}
+    if comparison.get("baseline") != base.name:
+        return None
+    intervals = {row["name"]: row["difference_over_images"] for row in comparison["probes"]}
+    return tuple(intervals[entry.name]) if entry.name in intervals else None

@@ -1,0 +1,101 @@
+"""The leaderboard: scores, intervals and comparisons of known records, links to them, and records that it refuses."""
+
+import json
+import math
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+from scipy import stats
+from test_report import EVIL, Page, bank, put
+
+from report.leaderboard import boards, problems, row_of
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def results(cls, abmilp, **others):
+    """results.json of two heads with these scores of seeds 0, 1, ..."""
+    probes = {}
+    for head, scores in (("cls", cls), ("abmilp", abmilp)):
+        template = bank(heads=(head,))["probes"][f"{head}/block11/blr0.1/seed0"]
+        for seed, top1 in enumerate(scores):
+            last = {**template["last"], "top1": top1}
+            probes[f"{head}/block11/blr0.1/seed{seed}"] = {**template, "seed": seed, "last": last}
+    return bank(**others) | {"probes": probes}
+
+
+def rows_of(folder):
+    (board,) = boards(folder)
+    return {entry.probe["head"]: row_of(entry, board, folder / "page.html") for entry in board}
+
+
+def test_scores_have_intervals_over_images_and_seeds(tmp_path):
+    put(tmp_path / "a" / "results.json", results([40.0, 41.0, 42.0], [50.0, 52.0, 51.0]))
+    row = rows_of(tmp_path)["abmilp"]
+    half = 1.96 * 100 * math.sqrt(0.51 * 0.49 / 500)
+    low, high = stats.t.interval(0.95, 2, 51.0, 1 / math.sqrt(3))
+    assert row["top-1 (%)"][:2] == (51.0, 1.0)
+    assert row["95 %, images"] == f"{51 - half:.1f} to {51 + half:.1f}"
+    assert row["95 %, seeds"] == f"{low:.1f} to {high:.1f}"
+    assert row["of encoder"] == 85_798_656 and row["parameters of head"] == 769_000
+
+
+@pytest.mark.parametrize(
+    "cls, verdict",
+    [
+        ([40.0, 41.0, 42.0], "real"),
+        ([50.0, 51.0, 49.0], "not shown"),  # within the error over 500 images
+        ([20.0, 50.0, 40.0], "not shown"),  # seeds differ more than heads
+        ([40.0, 41.0], "real for these seeds"),
+    ],
+)
+def test_a_difference_is_real_if_images_and_seeds_show_it(tmp_path, cls, verdict):
+    put(tmp_path / "a" / "results.json", results(cls, [50.0, 52.0, 51.0][: len(cls)]))
+    assert rows_of(tmp_path)["abmilp"]["against [cls]"].badges[0][1] == verdict
+
+
+def test_a_comparison_in_pairs_beside_the_record_is_used(tmp_path):
+    put(tmp_path / "vit.results.json", results([50.0, 51.0, 49.0], [50.5, 51.5, 49.5]))
+    row = {"name": "abmilp/block11/blr0.1", "difference_over_images": [0.2, 0.8]}
+    put(tmp_path / "vit.comparison.json", {"baseline": "cls/block11/blr0.1", "probes": [row]})
+    cell = rows_of(tmp_path)["abmilp"]["against [cls]"]
+    assert cell.text == "+0.5 (+0.2 to +0.8)" and cell.badges == [("good", "real")]
+
+
+def test_chosen_rates_alone_are_rows_and_other_images_another_board(tmp_path):
+    record = results([40.0], [50.0])
+    record["probes"]["cls/block11/blr0.1/seed0"]["chosen"] = False
+    put(tmp_path / "a" / "results.json", record)
+    assert list(rows_of(tmp_path)) == ["abmilp"]
+    put(tmp_path / "b" / "results.json", results([40.0], [50.0], test_images="e" * 64))
+    assert len(boards(tmp_path)) == 2
+
+
+def test_records_of_changed_code_or_impossible_scores_are_problems(tmp_path):
+    put(tmp_path / "a" / "results.json", results([40.0], [50.0]))
+    assert problems(tmp_path) == []
+    put(tmp_path / "b" / "results.json", results([40.0], [150.0], dirty=True))
+    faults = problems(tmp_path)
+    assert len(faults) == 2 and "clean" in faults[0] and "not percentages" in faults[1]
+    assert problems(ROOT / "results") == []
+    put(tmp_path / "c" / "results.json", bank() | {"probes": {"cls/seed0": {}}})
+    with pytest.raises(ValueError, match=r"c/results\.json is not a record"):
+        problems(tmp_path)
+
+
+def test_the_page_links_its_records_and_no_text_of_them_is_markup(tmp_path, monkeypatch, capsys):
+    put(tmp_path / "results" / EVIL.replace("/", "|") / "results.json", results([40.0], [50.0], command=EVIL))
+    words = [str(tmp_path / "results"), "--output", str(tmp_path / "page.html")]
+    monkeypatch.setattr(sys, "argv", ["leaderboard.py", *words])
+    runpy.run_path(str(ROOT / "scripts" / "leaderboard.py"), run_name="__main__")
+    page = Page((tmp_path / "page.html").read_text())
+    links = [attributes["href"] for tag, attributes in page.tags if tag == "a"]
+    assert links[0].startswith("results/%3Cscript%3E") and "2 rows on 1 set" in capsys.readouterr().out
+    assert "<script>alert" not in page.raw and EVIL in page.text and page.row("mae", "vit_base_patch16", "abmilp")
+    monkeypatch.setattr(sys, "argv", ["leaderboard.py", str(tmp_path / "absent")])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(ROOT / "scripts" / "leaderboard.py"), run_name="__main__")
+    assert stopped.value.code == 2 and "no such folder" in capsys.readouterr().err
+    assert json.loads((tmp_path / "results" / EVIL.replace("/", "|") / "results.json").read_text())["command"] == EVIL
