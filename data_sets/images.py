@@ -5,16 +5,15 @@ EXIF orientation is ignored, as torchvision's data sets ignore it: published acc
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
 import functools
 import hashlib
 import io
-import itertools
 import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -230,14 +229,11 @@ def fingerprint(images: Images, local: bool = False) -> str:
 def _in_threads(function: Callable[[int], Any], indices: Sequence[int], names: Sequence[str]) -> Iterator:
     """function(index) in the order of the indices; threads hide the latency of network disks."""
 
-    def apply(start: int) -> list:
-        results = []
-        for index in indices[start : start + 512]:
-            try:
-                results.append(function(index))
-            except OSError as error:
-                raise UnreadableImage(f"cannot read image {names[index]}: {error.strerror or error}") from error
-        return results
+    def checked(index: int) -> Any:
+        try:
+            return function(index)
+        except OSError as error:
+            raise UnreadableImage(f"cannot read image {names[index]}: {error.strerror or error}") from error
 
-    with concurrent.futures.ThreadPoolExecutor(16) as pool:
-        yield from itertools.chain.from_iterable(pool.map(apply, range(0, len(indices), 512)))
+    with ThreadPool(16) as pool:
+        yield from pool.imap(checked, indices, 512)

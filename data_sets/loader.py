@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
-from data_sets.images import ON_BAD_IMAGE, DamagedImage, Images, Label, UnreadableImage
+from data_sets.images import DamagedImage, Images, Label, UnreadableImage
 from data_sets.views import View, Windows
 from util import distributed, signals
 from util.progress import log, progress
@@ -41,15 +41,13 @@ MAX_BAD_IN_A_ROW = 1000  # more mean that the disk or the folder is damaged, not
 
 
 class KeyedDataset:
-    """A data set whose item (epoch, index) is augmented with randomness from (seed, epoch, index) and nothing else.
+    """A data set whose item (epoch, index) is augmented with randomness from (seed, epoch, index) and nothing else,
+    whichever worker or rank makes it. An item (epoch, index, seed) has a seed of its own.
 
-    So a sample is the same whichever worker or rank makes it. An item (epoch, index, seed) has a seed of its own.
-    noise: how many uniform numbers to draw with each image.
-
-    on_bad_image: what to do with an image that cannot be decoded. "error": raise DamagedImage. "skip": its sample has
-    valid = False and keeps its index; with train = True, image and label are those of the next index of `indices`
-    (default: all) that can be read, else the image is zeros and the label its own. Either way every batch has its full
-    size, so that ranks stay in step. Missing and inaccessible files are always errors.
+    noise: how many uniform numbers to draw with each image. on_bad_image: for an image that cannot be decoded, "error"
+    raises DamagedImage; with "skip", its sample has valid = False and keeps its index, so that every batch has its full
+    size: with train = True, image and label are those of the next index of `indices` (default: all) that can be read,
+    else the image is zeros. Missing and inaccessible files are always errors.
     """
 
     as_pixels = False  # items are uint8: the loader normalises them
@@ -64,11 +62,9 @@ class KeyedDataset:
         train: bool = False,
         indices: Sequence[int] | None = None,
     ):
-        if on_bad_image not in ON_BAD_IMAGE:
-            raise ValueError(f"on_bad_image {on_bad_image!r}: choose from {', '.join(ON_BAD_IMAGE)}")
         self.dataset, self.transform, self.seed, self.noise = dataset, transform, seed, noise
         self.on_bad_image, self.train = on_bad_image, train
-        self.indices = None if indices is None else np.sort(np.asarray(indices))
+        self.indices = np.arange(len(dataset)) if indices is None else np.sort(np.asarray(indices))
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -104,11 +100,10 @@ class KeyedDataset:
 
     def replacement(self, index: int) -> tuple[Image.Image | Tensor, Label]:
         """The next image after `index` that can be read; after the last one follows the first."""
-        candidates = range(len(self)) if self.indices is None else self.indices
-        start = int(np.searchsorted(candidates, index)) if self.indices is not None else index
-        for step in range(1, min(len(candidates), MAX_BAD_IN_A_ROW + 1)):
+        start = int(np.searchsorted(self.indices, index))
+        for step in range(1, min(len(self.indices), MAX_BAD_IN_A_ROW + 1)):
             with contextlib.suppress(DamagedImage):
-                return self.read(int(candidates[(start + step) % len(candidates)]))
+                return self.read(int(self.indices[(start + step) % len(self.indices)]))
         raise UnreadableImage(f"cannot read image {self.dataset.names[index]}, nor any that could replace it")
 
 

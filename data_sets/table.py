@@ -70,14 +70,9 @@ def build_dataset(
         whole = root if not any((root / part).is_dir() for part in ("train", "val")) else root / split
         build = functools.partial(read_class_folders, whole, may_be_empty=True, labels=False)
     try:
-        images = build()
-        refuse_duplicates(images.classes, "class", root)
-        if isinstance(images.content, Files):
-            images = _without_missing(images, root, allow_subset)
-        _check_counts(entry, images, split, allow_subset)
+        return _checked(entry, build(), root, split, allow_subset)
     except (ValueError, OSError) as error:  # OSError: a folder without permission to read it
         raise ValueError(_with_source(name, root, error)) from error
-    return images
 
 
 def check_dataset(name: str, root: Path | None) -> str:
@@ -101,20 +96,18 @@ def _with_source(name: str, root: Path, problem: object) -> str:
     return f"{flags}: {problem}{source}"
 
 
-def _without_missing(images: Images, root: Path, allow_subset: bool) -> Images:
-    """ValueError if a listed image is missing; allow_subset leaves it out."""
-    refuse_duplicates(images.names, "image", root)
-    if not (missing := missing_files(images.names)):
-        return images
-    problem = f"{len(missing):,} of the {len(images):,} listed images are missing"
-    if not allow_subset or len(missing) == len(images):
-        raise ValueError(f"{problem}, the first {images.names[missing[0]]}")
-    log.info("%s: %s and left out", root, problem)
-    return images.part(sorted(set(range(len(images))) - set(missing)))
-
-
-def _check_counts(entry: DatasetEntry, images: Images, split: str, allow_subset: bool) -> None:
-    """ValueError if the numbers of classes and images are not the official ones."""
+def _checked(entry: DatasetEntry, images: Images, root: Path, split: str, allow_subset: bool) -> Images:
+    """ValueError for names that appear twice, missing files and unofficial numbers of classes and images;
+    allow_subset leaves missing images out."""
+    refuse_duplicates(images.classes, "class", root)
+    if isinstance(images.content, Files):
+        refuse_duplicates(images.names, "image", root)
+        if missing := missing_files(images.names):
+            problem = f"{len(missing):,} of the {len(images):,} listed images are missing"
+            if not allow_subset or len(missing) == len(images):
+                raise ValueError(f"{problem}, the first {images.names[missing[0]]}")
+            log.info("%s: %s and left out", root, problem)
+            images = images.part(sorted(set(range(len(images))) - set(missing)))
     fewer = allow_subset and split == "val" and len(images.classes) < (entry.classes or 0)
     if entry.classes not in (None, len(images.classes)) and not fewer:
         raise ValueError(f"the {split} split has {len(images.classes):,} classes instead of {entry.classes:,}")
@@ -123,8 +116,9 @@ def _check_counts(entry: DatasetEntry, images: Images, split: str, allow_subset:
         difference = f"{abs(official - len(images)):,} {'are missing' if official > len(images) else 'too many'}"
         problem = f"{len(images):,} {split} images instead of {official:,}: {difference}"
         if not allow_subset:
-            raise ValueError(f"{problem}, perhaps an extraction was interrupted; --allow_subset takes what there is")
+            raise ValueError(f"{problem}; --allow_subset takes what there is")
         log.info("%s", problem)
+    return images
 
 
 def build_splits(

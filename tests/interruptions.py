@@ -66,15 +66,16 @@ def checkpoints(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.glob("*.pth"))
 
 
-def after_calls(monkeypatch: pytest.MonkeyPatch, owner: type, method: str) -> Callable[[int, Callable], None]:
-    """plan(number, action): do something once, after so many calls of a method from now on."""
+def after_calls(monkeypatch: pytest.MonkeyPatch, owner: object, method: str) -> Callable[[int, Callable], None]:
+    """plan(number, action): do something once, after so many calls of a function from now on."""
     call, due, count = getattr(owner, method), {}, []
 
-    def spy(*words: object) -> None:
-        call(*words)
+    def spy(*words: object) -> object:
+        result = call(*words)
         count.append(1)
         if action := due.pop(len(count), None):
             action()
+        return result
 
     def plan(number: int, action: Callable[[], object]) -> None:
         due.clear()

@@ -237,7 +237,7 @@ def test_missing_data_set_is_one_line_with_its_source(tmp_path, monkeypatch, nam
 def test_other_counts_than_the_official_ones_are_refused_unless_a_subset_is_asked_for(miniature, name, monkeypatch):
     root, train, val = miniature(name)
     expect(monkeypatch, name, CLASSES.get(name, 2), 5000, len(val))
-    words = f"{len(train)} train images instead of 5,000: {5000 - len(train):,} are missing, .*--allow_subset"
+    words = f"{len(train)} train images instead of 5,000: {5000 - len(train):,} are missing; --allow_subset"
     with pytest.raises(ValueError, match=words):
         build_dataset(name, root, "train")
     assert len(build_dataset(name, root, "train", allow_subset=True)) == len(train)
@@ -399,21 +399,6 @@ def test_a_coco_file_without_boxes_is_refused(miniature):
         build_dataset("coco", root, "train")
 
 
-def test_the_first_image_of_a_solution_without_header_is_not_lost(miniature):
-    root, *_ = miniature("imagenet1k", flat="kaggle")
-    edit("LOC_val_solution.csv", "ImageId,PredictionString\n", "")(root)
-    with pytest.raises(ValueError, match=r"LOC_val_solution\.csv cannot be read: line 1 must be ImageId,PredictionStr"):
-        build_dataset("imagenet1k", root, "val", allow_subset=True)
-
-
-def test_images_listed_twice_for_the_flat_validation_folder_are_refused(miniature):
-    root, *_ = miniature("imagenet1k", flat="kaggle")
-    line = next(line for line in (root / "LOC_val_solution.csv").read_text().splitlines() if "00000002" in line)
-    repeat("LOC_val_solution.csv", line)(root)
-    with pytest.raises(ValueError, match=r"LOC_val_solution\.csv: image ILSVRC2012_val_00000002 appears twice"):
-        build_dataset("imagenet1k", root, "val")
-
-
 def test_an_image_in_both_lists_is_refused(miniature):
     root, *_ = miniature("food101")
     edit(FOOD.replace("train", "test"), "apple_pie/2", "apple_pie/3")(root)
@@ -454,33 +439,6 @@ def test_damaged_matlab_files_are_refused_before_scipy_reads_them(tmp_path, monk
     monkeypatch.setattr("scipy.io.loadmat", lambda *args, **options: pytest.fail("scipy has read it"))
     with pytest.raises((ValueError, zlib.error)):
         parse_matlab(bytes(damaged), "class_names")
-
-
-def test_empty_class_folder_is_named(miniature):
-    root, *_ = miniature("imagenet1k")
-    (root / "train" / "n00000000").mkdir()
-    with pytest.raises(ValueError, match=r"train is not an image folder: .*n00000000"):
-        build_dataset("imagenet1k", root, "train")
-
-
-def test_flat_validation_without_labels_names_the_missing_files(miniature):
-    root, *_ = miniature("imagenet1k", flat="kaggle")
-    (root / "LOC_val_solution.csv").unlink()
-    with pytest.raises(
-        ValueError, match=r"none of LOC_val_solution\.csv, ILSVRC2012_devkit_t12, .*there is train, val;"
-    ):
-        build_dataset("imagenet1k", root, "val")
-    write(root / "LOC_val_solution.csv", "ImageId,PredictionString", "nonsense")
-    with pytest.raises(ValueError, match=r"LOC_val_solution\.csv cannot be read"):
-        build_dataset("imagenet1k", root, "val")
-
-
-def test_splits_of_other_classes_are_refused(miniature):
-    root, *_ = miniature("food101")
-    change(root / "food-101/meta/test.json", "waffles", "tacos")
-    save(root / "food-101/images/tacos/1.jpg")
-    with pytest.raises(ValueError, match="only in val: tacos"):
-        build_splits("food101", root, None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
