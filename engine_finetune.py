@@ -12,16 +12,19 @@ from torch import Tensor, nn
 from data_sets.loader import Sample, Watched
 from models_vit import NORMS, VisionTransformer
 from runtime.training import OneNetwork
+from util.published import Published
 from util.scores import Scores, Tally
 from util.seeding import seeded, stable_seed
 
 
-class Classifier(nn.Module):
+class Classifier(Published):
     """A linear classifier on the normalised [cls] token (the paper's MAE-FT), or on the normalised mean patch token.
 
     global_pool: the mean patch. The encoder's final norm, which acts on single tokens, is then replaced by a new norm
     of the mean, `fc_norm`, as in MAE's published fine-tuned models. ValueError if there is no [cls] token to classify.
     """
+
+    prefix = r"backbone\."  # files have the keys of the encoder, `fc_norm.*` with global_pool, and `head.*`
 
     def __init__(self, backbone: VisionTransformer, num_classes: int, global_pool: bool = False):
         super().__init__()
@@ -48,15 +51,6 @@ class Classifier(nn.Module):
         if self.fc_norm is None:
             return self.head(self.backbone.norm(features.cls))
         return self.head(self.fc_norm(features.patches.mean(1)))
-
-    def published_state_dict(self) -> dict[str, Tensor]:
-        """Weights in MAE's published layout: encoder keys as in timm, `fc_norm.*` with global_pool, and `head.*`."""
-        return {key.removeprefix("backbone."): value for key, value in self.state_dict().items()}
-
-    def load_published_state_dict(self, state: dict[str, Tensor]) -> None:
-        """The inverse of published_state_dict; strict."""
-        names = {key.removeprefix("backbone."): key for key in self.state_dict()}
-        self.load_state_dict({names.get(key, key): value for key, value in state.items()}, strict=True)
 
 
 class FineTuning(OneNetwork):

@@ -3,10 +3,10 @@
 import argparse
 import json
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from cli.analyze_aggregation import check, get_args_parser
 from cli.arguments import check_files, data_options, identity, loading, plain, processes, run_test_images
@@ -25,7 +25,7 @@ from aggregation.divergence import VectorStats
 from aggregation.figures import draw_divergences
 from aggregation.localization import Localizer, levels_of
 from aggregation.results import describe, describe_boxes, over_seeds, table
-from aggregation.rules import Findings, Localization, Rule, head_rules, needs_of, rules_of, run_pass
+from aggregation.rules import Localization, Rule, head_rules, needs_of, rules_of, run_pass
 from data_sets.examples import Example, random_examples
 from data_sets.images import fingerprint
 from data_sets.loader import KeyedDataset, build_loader
@@ -44,6 +44,21 @@ from runtime.provenance import provenance, utc_now
 from util.distributed import barrier, gather_objects, world_size
 from util.files import digest, to_json
 from util.progress import log
+
+
+class Pass(NamedTuple):
+    """A pass over the images: which rules weigh them, in which view, and what is accumulated."""
+
+    rules: list[Rule]
+    view: View
+    make: Callable[[], VectorStats | Localization]
+
+    def record(self, states: Sequence[dict]) -> VectorStats | Localization:
+        """A new record with the images of others: of earlier starts, or of several processes."""
+        record = self.make()
+        for state in states:
+            record.add_state(state)
+        return record
 
 
 def main(args: argparse.Namespace) -> None:
@@ -89,26 +104,21 @@ def main(args: argparse.Namespace) -> None:
         if examples is None:
             examples = random_examples(images, chosen, args.num_examples, args.seed)
 
-        # ---- what to measure in which view of the images: one pass per view
+        # ---- what to measure in which view of the images
         levels = levels_of(args.loc_step)
         workers = 0 if boxes is None else args.loc_workers
         if workers is None:  # one per core, shared by the processes
             workers = max(1, len(os.sched_getaffinity(0)) // world_size())
         localizer = Localizer(len(everything), (size, size), levels, workers)
 
-        def findings(parts: Collection[str], states: Sequence[dict]) -> Findings:
-            return Findings(
-                VectorStats(len(rules), args.kl_direction, args.kl_eps) if "vectors" in parts else None,
-                Localization(localizer, boxes, args.loc_transform == "crop", grid) if "boxes" in parts else None,
-                states,
-            )
-
         crop = eval_transform(size, **encoder.pixels, loader=args.loader)
         pixels = {"crop": crop, "resize": stretch_transform(size, encoder.mean, encoder.std, args.loader)}
-        parts = {} if args.boxes_only else {"crop": ["vectors"]}
+        passes: dict[str, Pass] = {}
+        if not args.boxes_only:
+            passes["vectors"] = Pass(rules, crop, partial(VectorStats, len(rules), args.kl_direction, args.kl_eps))
         if boxes is not None:
-            parts.setdefault(args.loc_transform, []).append("boxes")
-        passes = {view: partial(findings, wanted) for view, wanted in parts.items()}
+            located = partial(Localization, localizer, boxes, args.loc_transform == "crop", grid)
+            passes["boxes"] = Pass(everything, pixels[args.loc_transform], located)
 
         record = {"args": plain(args), "encoder": encoder.record, "oracle": oracle and oracle.record}
         record |= {"classes": len(images.classes), "n_test": len(images), "test_images": fingerprint(images)}
@@ -125,28 +135,29 @@ def main(args: argparse.Namespace) -> None:
         }
         name, settings = Path(__file__).name, identity(args, facts)
         amount = len(chosen), args.batch_size, args.save_every_minutes
-        progress = Progress(name, folder, "aggregation.json", settings, passes, *amount)
+        makers = {name: part.record for name, part in passes.items()}
+        progress = Progress(name, folder, "aggregation.json", settings, makers, *amount)
         progress.resume(args.resume)
         barrier()  # no rank writes before rank 0 has looked
         folder.start(record)
 
         with localizer, progress.stoppable():
             # ---- passes over the images, each image once over all processes
-            for view in list(passes)[len(progress.results) :]:
-                dataset = KeyedDataset(images, pixels[view], args.seed, on_bad_image=args.on_bad_image)
+            for name, part in list(passes.items())[len(progress.results) :]:
+                dataset = KeyedDataset(images, part.view, args.seed, on_bad_image=args.on_bad_image)
                 batches = EvaluationBatches(len(images), args.batch_size, chosen[progress.seen :])
                 loader = build_loader(dataset, batches, **loading(args, world.device))
-                run_pass(everything, tokens, loader, progress, world.device, f"{view}s")
-                found = passes[view](gather_objects(progress.record.state()))
-                progress.end_pass({"found": found.state(), "seconds": progress.seconds})
+                run_pass(part.rules, tokens, loader, progress, world.device, name)
+                total = part.record(gather_objects(progress.record.state()))
+                progress.end_pass({"found": total.state(), "seconds": progress.seconds})
 
             # ---- results
-            parts = {part: state for kept in progress.results for part, state in kept["found"].items()}
-            total = findings(parts, [parts])
-            result = describe(rules, encoder, size, run, total.vectors)
+            pairs = zip(passes.items(), progress.results, strict=True)
+            totals = {name: part.record([kept["found"]]) for (name, part), kept in pairs}
+            result = describe(rules, encoder, size, run, totals.get("vectors"))
             if boxes is not None:
                 settings = {"boxes": str(args.boxes), "transform": args.loc_transform, "step": args.loc_step}
-                boxed = describe_boxes(everything, heads, total.boxes.tally, levels, settings)
+                boxed = describe_boxes(everything, heads, totals["boxes"].tally, levels, settings)
                 result["localization"] = boxed
             seconds = sum(kept["seconds"] for kept in progress.results)
             result |= {"over_seeds": over_seeds(result), "seconds": seconds, **record, "finished": utc_now()}

@@ -27,7 +27,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
 
 from cli.arguments import identity, loading, plain, processes, split_options
 from cli.encoder_arguments import build_oracle, choose_precision, frozen_encoder, precision
@@ -37,8 +36,6 @@ from data_sets.order import EvaluationBatches, GlobalBatches, hold_out
 from data_sets.table import DATASETS, build_splits
 from data_sets.views import eval_transform, train_transform
 from encoders.architectures import check_blocks
-from encoders.load import Encoder
-from encoders.oracle import Oracle
 from engine_linprobe import FrozenTokens, Probing, evaluate, nearest_neighbours
 from models_vit import VisionTransformer
 from probing.bank import ProbeBank, ProbeSpec
@@ -46,7 +43,16 @@ from probing.feature_cache import CachedTokens, FeatureCache, Part
 from probing.heads import own_block
 from probing.logreg import Fits, Fitting, Shots, describe, tasks
 from probing.predictions import FILE, PredictionKeeper
-from probing.results import best_probe, log_neighbours, log_scores, log_summary, summary, warn_of_choices, warn_of_edges
+from probing.results import (
+    best_probe,
+    log_neighbours,
+    log_scores,
+    log_start,
+    log_summary,
+    summary,
+    warn_of_choices,
+    warn_of_edges,
+)
 from probing.untrained import mark_untrained
 from runtime.folder import RunFolder
 from runtime.processes import process_group, require_same_run
@@ -64,116 +70,59 @@ NEIGHBOURS = (1, 5, 20)  # of k-NN without --knn, if features are cached
 def main(args: argparse.Namespace) -> None:
     check(args)
     check_files(args)
-    multi_label, metric, seeds = DATASETS[args.dataset].multi_label, headline(args), data_seeds(args)
     with process_group(**processes(args)) as world:
         choose_precision(args, world.device)
         folder = RunFolder(args.output_dir + args.suffix if args.output_dir else "", args.log_dir, args.track)
         if not args.eval:
             folder.refuse_overwriting(args.resume)
 
-        # ---- labelled images; with --val_fraction, rates are chosen on held-out training images
-        train_images, test_images, num_classes = build_splits(
-            args.dataset, args.data_path, args.nb_classes, **split_options(args)
-        )
-        kept, held_out = hold_out(train_images.targets, args.val_fraction, args.seed)
-        if max(args.knn, default=0) > len(kept):
-            raise ValueError(f"--knn {max(args.knn)}: must be <= {len(kept)}, the number of training images")
-
-        # ---- a frozen encoder and a bank of probes on its tokens
-        encoder, size = frozen_encoder(args)
-        backbone = encoder.backbone.to(world.device)
-        if args.final_norm and isinstance(backbone.norm, torch.nn.Identity):
-            raise ValueError(f"--final_norm: encoders of family {encoder.record['family']} have no last norm; omit it")
-        if args.compile:
-            backbone.compile_blocks()
-        specs, amp = probe_specs(args, backbone), precision(args.amp)
-        bank = ProbeBank(
-            specs, backbone, backbone.grid_of(size, size), num_classes, args.init, bool(seeds),
-            head_precision(args, world.device),
-        ).to(world.device)  # fmt: skip
-        oracle = build_oracle(args, encoder, size, amp).to(world.device) if bank.needs.oracle else None
-        frozen = FrozenTokens(backbone, bank.blocks, amp, args.final_norm, bank.needs, oracle)
-        facts = {
-            **encoder.facts(size), **(oracle.facts if oracle else {}), "class names": digest(train_images.classes),
-        }  # fmt: skip
-        evaluated = ["final_norm", *facts]  # what must be as in training if a checkpoint is evaluated
-        facts |= {"training images": fingerprint(train_images), "test images": fingerprint(test_images)}
+        # ---- labelled images, a frozen encoder, a bank of probes on its tokens, and what the bank reads
+        setup = Setup(args, world.device)
+        bank, metric, fits = setup.bank, setup.metric, setup.fits
+        evaluated, images = setup.facts()
+        facts = evaluated | images
         require_same_run(facts)
-
-        # ---- data: order and augmentation depend on (seed, epoch, sample) alone
-        fits, shots = "logreg" in args.optimizer, Shots(args.shots, args.episodes, args.seed)
-        batches = Fits(len(kept), len(tasks(specs, shots))) if fits else GlobalBatches(
-            len(train_images), args.batch_size, args.accum_iter, args.seed, indices=kept, group=args.bn_group,
-            seeds=seeds,
-        )  # fmt: skip
-        parts = image_parts(args, encoder, size, train_images, kept, held_out, test_images)
-        orders = {name: EvaluationBatches(len(p.dataset), args.batch_size, p.indices) for name, p in parts.items()}
-        orders["train"] = batches
-        load = functools.partial(build_loader, **loading(args, world.device))
-        tokens, loaders = frozen, {name: load(part.dataset, orders[name]) for name, part in parts.items()}
-        cache = None
-        if args.cache_views and not args.eval:
-            tokens = CachedTokens(frozen, bank, size, world.device)
-            key = cache_key(args, encoder.facts(size), oracle, [train_images, test_images], held_out, world.device)
-            cache = FeatureCache(tokens, parts, args.cache_dir, key)
-            loaders = {name: cache.loader(name, orders[name]) for name in parts}
-        tally = functools.partial(MultiLabelTally if multi_label else Tally, len(specs), num_classes, world.device)
-
-        def score(part: str, keeper: PredictionKeeper | None = None) -> dict[str, dict]:
-            scores = evaluate(bank, tokens, loaders[part], world.device, tally(), keeper, part)
-            return {spec.name: score._asdict() for spec, score in zip(specs, scores, strict=True)}
+        shots = Shots(args.shots, args.episodes, args.seed)
+        batches = setup.batches(shots)
+        setup.open_inputs(batches)
 
         # ---- recipe: LARS, a rate for each probe, warm-up and half-cosine by optimizer step
-        lrs = [args.lr if args.lr is not None else scaled_lr(spec.blr, batches.effective) for spec in specs]
-        optimizer = build_optimizer(args, specs, bank.parameter_groups(lrs))
+        lrs = [args.lr if args.lr is not None else scaled_lr(spec.blr, batches.effective) for spec in bank.specs]
+        optimizer = build_optimizer(args, bank.specs, bank.parameter_groups(lrs))
         warmup = fitting_warmup(args.warmup_epochs, args.epochs)
         schedule = functools.partial(lr_at, epochs=args.epochs, warmup_epochs=warmup, min_lr=args.min_lr)
-        probing = Probing(bank, tokens, optimizer, world.device, multi_label, args.bn_group, seeds)
+        probing = Probing(bank, setup.tokens, optimizer, world.device, setup.multi_label, args.bn_group, setup.seeds)
         plan = Plan(args.epochs, args.seed, args.save_every_minutes, args.save_every_steps)
-        trained = plan, probing, optimizer, schedule, loaders["train"], batches, folder, identity(args, facts)
-        training = Fitting(cache, args.l2, shots, metric, *trained) if fits else Training(*trained, args.start_epoch)
-        training.resume(args.resume, args.eval, evaluated)
-        keeper = None
-        if args.save_predictions:
-            keeper = PredictionKeeper(probing.names, num_classes, multi_label, world.device)
-        run = {
-            "args": plain(args), "encoder": encoder.record, "effective_batch": batches.effective,
-            "bn_group": args.bn_group or args.batch_size, "steps_per_epoch": batches.steps,
-            "lr": dict(zip(probing.names, lrs, strict=True)), "n_train": len(kept), "n_val": len(held_out),
-            "n_test": len(test_images), "classes": num_classes, "class_names": list(map(str, train_images.classes)),
-            "headline": metric,
-            "train_images": facts["training images"], "test_images": facts["test images"],
-            "seeds_vary": seeds_vary(args), "oracle": oracle and oracle.record, **provenance(world.device),
-        }  # fmt: skip
+        recipe = plan, probing, optimizer, schedule, setup.loaders["train"], batches, folder, identity(args, facts)
+        training = (
+            Fitting(setup.cache, args.l2, shots, metric, *recipe) if fits else Training(*recipe, args.start_epoch)
+        )
+        training.resume(args.resume, args.eval, ["final_norm", *evaluated])
+        kept = probing.names, setup.classes, setup.multi_label, world.device
+        keeper = PredictionKeeper(*kept) if args.save_predictions else None
+        run = setup.record(batches, dict(zip(probing.names, lrs, strict=True)), facts)
         if args.eval:
-            log_scores(score("test", keeper))
-            write_predictions(folder, keeper, specs, run, {})
+            log_scores(setup.score("test", keeper))
+            write_predictions(folder, keeper, bank.specs, run, {})
             return
 
         # ---- epochs
         training.start(run)
-        warn_of_choices(specs, bool(held_out))
+        warn_of_choices(bank.specs, bool(setup.held_out))
         if batches.steps * args.epochs < FEW_STEPS and not fits:
             command = small_command(args, get_args_parser(), probing.program)
             log.warning("only %d optimizer steps: for so few images, %s", batches.steps * args.epochs, command)
-        if cache is not None:
-            cache.fill(args.batch_size, **load.keywords)
-        log.info(
-            "%d probes on %s; %d training images and %d held out, %d steps of %d per epoch, normalised in groups of "
-            "%d, lr %s", len(specs), encoder.record["model"], len(kept), len(held_out), batches.steps,
-            batches.effective, run["bn_group"], ", ".join(f"{lr:g}" for lr in sorted(set(lrs))),
-        )  # fmt: skip
-        watched = "val" if held_out and not fits else "test"  # logreg fits the probes to held-out images, too
+        if setup.cache is not None:
+            setup.cache.fill(args.batch_size, **setup.load.keywords)
+        log_start(run, bank)
+        watched = "val" if setup.held_out and not fits else "test"  # held-out images are among those of a fit
         with training.stoppable():
             for epoch in training.epochs():
                 stats = training.train_one_epoch()
                 stats = stats._replace(images_per_second=stats.images_per_second * len(batches.seeds))
-                record = {
-                    "epoch": epoch, "train_loss": stats.losses, "images_per_second": stats.images_per_second,
-                    "data_wait": stats.data_wait, "memory_gib": stats.memory_gib,
-                }  # fmt: skip
+                record = {"epoch": epoch, "train_loss": stats.losses, **stats.costs()}
                 if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
-                    record[watched] = score(watched)
+                    record[watched] = setup.score(watched)
                     losses = dict(zip(probing.names, stats.losses, strict=True))
                     training.history.append({"epoch": epoch, "train_loss": losses, watched: record[watched]})
                 log.info("epoch %d: %s%s", epoch, best_probe(record.get(watched), metric, watched), stats.speed())
@@ -182,31 +131,139 @@ def main(args: argparse.Namespace) -> None:
                 training.end_epoch({f"{watched}_{metric}/{name}": scores[metric] for name, scores in figures})
 
             # ---- results of the last epoch
-            final = score("test", keeper) if held_out or keeper else training.history[-1]["test"]
+            final = setup.score("test", keeper) if setup.held_out or keeper else training.history[-1]["test"]
             results = summary(bank, training.history, training.diverged(), watched, metric, final)
             for name, fit in training.facts.items() if fits else ():
                 results[name] |= describe(fit)
-            labels = (np.asarray(images.targets) for images in (train_images, test_images))
-            mark_untrained(
-                results, training.history[-1].get("train_loss", {}), next(labels)[kept], next(labels), metric
-            )
-            write_predictions(folder, keeper, specs, run, results)
-            is_cached = cache is not None and args.crop == "center"  # without augmentation
-            neighbours = args.knn or [k for k in NEIGHBOURS if is_cached and not multi_label and k <= len(kept)]
-            if neighbours:
-                order = EvaluationBatches(len(train_images), args.batch_size, kept)
-                pixels = parts["test"].dataset.transform
-                plain_train = KeyedDataset(train_images, pixels, args.seed, on_bad_image=args.on_bad_image)
-                train = cache.loader("train", order) if is_cached else load(plain_train, order)
-                test = loaders["test"] if is_cached else load(parts["test"].dataset, orders["test"])
-                reader = tokens if is_cached else frozen
-                run["knn"] = nearest_neighbours(bank, reader, train, test, world.device, neighbours, num_classes)
-                log_neighbours(run["knn"])
+            labels = np.asarray(setup.train.targets)[setup.kept], np.asarray(setup.test.targets)
+            mark_untrained(results, training.history[-1].get("train_loss", {}), *labels, metric)
+            write_predictions(folder, keeper, bank.specs, run, results)
+            if neighbours := setup.neighbours():
+                run["knn"] = neighbours
+                log_neighbours(neighbours)
             run |= {"seconds": training.elapsed, "finished": utc_now()}
             folder.write("results.json", {"probes": results, **run})
         log_summary(results, metric, args.report)
         warn_of_edges(results)
         folder.close()
+
+
+class Setup:
+    """What the arguments name: labelled images, a frozen encoder, probes on its tokens, and what these read."""
+
+    def __init__(self, args: argparse.Namespace, device: torch.device):
+        self.args, self.device, self.metric, self.seeds = args, device, headline(args), data_seeds(args)
+        self.multi_label, self.fits = DATASETS[args.dataset].multi_label, "logreg" in args.optimizer
+        splits = build_splits(args.dataset, args.data_path, args.nb_classes, **split_options(args))
+        self.train, self.test, self.classes = splits
+        # with --val_fraction, rates are chosen on training images that are held out
+        self.kept, self.held_out = hold_out(self.train.targets, args.val_fraction, args.seed)
+        if max(args.knn, default=0) > len(self.kept):
+            raise ValueError(f"--knn {max(args.knn)}: must be <= {len(self.kept)}, the number of training images")
+
+        self.encoder, self.size = frozen_encoder(args)
+        backbone, amp = self.encoder.backbone.to(device), precision(args.amp)
+        if args.final_norm and isinstance(backbone.norm, torch.nn.Identity):
+            family = self.encoder.record["family"]
+            raise ValueError(f"--final_norm: encoders of family {family} have no last norm; omit it")
+        if args.compile:
+            backbone.compile_blocks()
+        grid, options = (
+            backbone.grid_of(self.size, self.size),
+            (args.init, bool(self.seeds), head_precision(args, device)),
+        )
+        bank = self.bank = ProbeBank(probe_specs(args, backbone), backbone, grid, self.classes, *options).to(device)
+        self.oracle = build_oracle(args, self.encoder, self.size, amp).to(device) if bank.needs.oracle else None
+        self.frozen = FrozenTokens(backbone, bank.blocks, amp, args.final_norm, bank.needs, self.oracle)
+
+    def facts(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Digests of what must be equal when a checkpoint is evaluated; and of what, too, when it is resumed."""
+        facts = self.encoder.facts(self.size) | (self.oracle.facts if self.oracle else {})
+        facts["class names"] = digest(self.train.classes)
+        return facts, {"training images": fingerprint(self.train), "test images": fingerprint(self.test)}
+
+    def batches(self, shots: Shots) -> GlobalBatches | Fits:
+        """Order and augmentation depend on (seed, epoch, sample) alone."""
+        if self.fits:
+            return Fits(len(self.kept), len(tasks(self.bank.specs, shots)))
+        args, options = self.args, {"indices": self.kept, "group": self.args.bn_group, "seeds": self.seeds}
+        return GlobalBatches(len(self.train), args.batch_size, args.accum_iter, args.seed, **options)
+
+    def open_inputs(self, batches: GlobalBatches | Fits) -> None:
+        """Prepare loaders of each part of the images; with --cache_views, of features that are computed once."""
+        args, self.parts = self.args, self._parts()
+        orders = {name: EvaluationBatches(len(p.dataset), args.batch_size, p.indices) for name, p in self.parts.items()}
+        orders["train"] = batches
+        self.load = functools.partial(build_loader, **loading(args, self.device))
+        if not args.cache_views or args.eval:
+            self.tokens, self.cache = self.frozen, None
+            self.loaders = {name: self.load(part.dataset, orders[name]) for name, part in self.parts.items()}
+        else:
+            self.tokens = CachedTokens(self.frozen, self.bank, self.size, self.device)
+            self.cache = FeatureCache(self.tokens, self.parts, args.cache_dir, self._cache_key())
+            self.loaders = {name: self.cache.loader(name, order) for name, order in orders.items()}
+
+    def _parts(self) -> dict[str, Part]:
+        """Training images are augmented, test and held-out images are not."""
+        args, pixels = self.args, {**self.encoder.pixels, "loader": self.args.loader}
+        augment = train_transform(self.size, crop=args.crop, hflip=not args.no_hflip, **pixels)
+        plain = eval_transform(self.size, **pixels)
+        keyed = functools.partial(KeyedDataset, seed=args.seed, on_bad_image=args.on_bad_image)
+        seeds = self.seeds if "views" in seeds_vary(args) else ()
+        train = keyed(self.train, augment, train=True, indices=self.kept)
+        parts = {"train": Part(train, self.kept, args.cache_views, seeds)}
+        parts["test"] = Part(keyed(self.test, plain), range(len(self.test)))
+        return parts | ({"val": Part(keyed(self.train, plain), self.held_out)} if self.held_out else {})
+
+    def _cache_key(self) -> dict:
+        """Everything that cached features depend on; nothing for a cache in memory, which needs no name."""
+        if self.args.cache_dir is None:
+            return {}
+        versions = provenance(self.device)["versions"]
+        return {
+            "encoder": self.encoder.facts(self.size),
+            "oracle": self.oracle and self.oracle.facts,
+            "images": [fingerprint(part, local=True) for part in (self.train, self.test)],
+            "held out": self.held_out,
+            "arguments": feature_arguments(self.args),
+            "device": self.device.type,
+            "code": code_digest(),
+            "versions": {name: versions[name] for name in ("torch", "torchvision", "pillow", "numpy")},
+        }
+
+    def record(self, batches: GlobalBatches | Fits, lrs: dict[str, float], facts: dict[str, Any]) -> dict[str, Any]:
+        """What args.json and results.json say about the run."""
+        args = self.args
+        return {
+            "args": plain(args), "encoder": self.encoder.record, "effective_batch": batches.effective,
+            "bn_group": args.bn_group or args.batch_size, "steps_per_epoch": batches.steps, "lr": lrs,
+            "n_train": len(self.kept), "n_val": len(self.held_out), "n_test": len(self.test), "classes": self.classes,
+            "class_names": list(map(str, self.train.classes)), "headline": self.metric,
+            "train_images": facts["training images"], "test_images": facts["test images"],
+            "seeds_vary": seeds_vary(args), "oracle": self.oracle and self.oracle.record, **provenance(self.device),
+        }  # fmt: skip
+
+    def score(self, part: str, keeper: PredictionKeeper | None = None) -> dict[str, dict]:
+        """{probe: its scores} on a part of the images. keeper: collects the predictions."""
+        tally = (MultiLabelTally if self.multi_label else Tally)(len(self.bank.specs), self.classes, self.device)
+        scores = evaluate(self.bank, self.tokens, self.loaders[part], self.device, tally, keeper, part)
+        return {spec.name: score._asdict() for spec, score in zip(self.bank.specs, scores, strict=True)}
+
+    def neighbours(self) -> dict[str, dict]:
+        """k-NN scores on images without augmentation: of --knn; if such features are cached, at least of NEIGHBOURS."""
+        args, is_cached = self.args, self.cache is not None and self.args.crop == "center"
+        ks = args.knn or [k for k in NEIGHBOURS if is_cached and not self.multi_label and k <= len(self.kept)]
+        if not ks:
+            return {}
+        order = EvaluationBatches(len(self.train), args.batch_size, self.kept)
+        if is_cached:
+            tokens, train, test = self.tokens, self.cache.loader("train", order), self.loaders["test"]
+        else:
+            shown = self.parts["test"].dataset
+            train = KeyedDataset(self.train, shown.transform, args.seed, on_bad_image=args.on_bad_image)
+            tokens, train = self.frozen, self.load(train, order)
+            test = self.load(shown, EvaluationBatches(len(shown), args.batch_size))
+        return nearest_neighbours(self.bank, tokens, train, test, self.device, ks, self.classes)
 
 
 def probe_specs(args: argparse.Namespace, backbone: VisionTransformer) -> list[ProbeSpec]:
@@ -222,44 +279,7 @@ def probe_specs(args: argparse.Namespace, backbone: VisionTransformer) -> list[P
     return [ProbeSpec(*place, blr, seed, optimizer, args.lr) for place, optimizer, blr, seed in settings]
 
 
-def image_parts(
-    args: argparse.Namespace, encoder: Encoder, size: int, train_images: Dataset, kept: Sequence[int],
-    held_out: Sequence[int], test_images: Dataset,
-) -> dict[str, Part]:  # fmt: skip
-    """The images of "train" (augmented), of "test", and of "val" if some are held out."""
-    normalise = {**encoder.pixels, "loader": args.loader}
-    augment = train_transform(size, crop=args.crop, hflip=not args.no_hflip, **normalise)
-    pixels = eval_transform(size, **normalise)
-    keyed = functools.partial(KeyedDataset, seed=args.seed, on_bad_image=args.on_bad_image)
-    seeds = data_seeds(args) if "views" in seeds_vary(args) else ()
-    parts = {
-        "train": Part(keyed(train_images, augment, train=True, indices=kept), kept, args.cache_views, seeds),
-        "test": Part(keyed(test_images, pixels), range(len(test_images))),
-    }
-    return parts | ({"val": Part(keyed(train_images, pixels), held_out)} if held_out else {})
-
-
-def cache_key(
-    args: argparse.Namespace, encoder: dict[str, Any], oracle: Oracle | None, images: list[Dataset],
-    held_out: Sequence[int], device: torch.device,
-) -> dict:  # fmt: skip
-    """Everything that cached features depend on; nothing for a cache in memory, which needs no name."""
-    if args.cache_dir is None:
-        return {}
-    versions = provenance(device)["versions"]
-    return {
-        "encoder": encoder,
-        "oracle": oracle and oracle.facts,
-        "images": [fingerprint(part, local=True) for part in images],
-        "held out": held_out,
-        "arguments": feature_arguments(args),
-        "device": device.type,
-        "code": code_digest(),
-        "versions": {name: versions[name] for name in ("torch", "torchvision", "pillow", "numpy")},
-    }
-
-
-def build_optimizer(args: argparse.Namespace, specs: list[ProbeSpec], groups: list[dict]) -> LARS:
+def build_optimizer(args: argparse.Namespace, specs: Sequence[ProbeSpec], groups: list[dict]) -> LARS:
     """One optimizer, with the rule of its probes in each group."""
     for group in groups:
         group |= OPTIMIZERS[specs[group["rows"][0]].optimizer]
@@ -269,7 +289,7 @@ def build_optimizer(args: argparse.Namespace, specs: list[ProbeSpec], groups: li
 
 
 def write_predictions(
-    folder: RunFolder, keeper: PredictionKeeper | None, specs: list[ProbeSpec], run: dict, results: dict[str, dict]
+    folder: RunFolder, keeper: PredictionKeeper | None, specs: Sequence[ProbeSpec], run: dict, results: dict[str, dict]
 ) -> None:  # fmt: skip
     """Write predictions.safetensors if predictions were kept, with the choices in `results`, if any."""
     if keeper is None:

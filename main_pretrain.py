@@ -24,7 +24,7 @@ from data_sets.loader import KeyedDataset, build_loader
 from data_sets.order import GlobalBatches
 from data_sets.table import build_dataset
 from data_sets.views import train_transform
-from engine_pretrain import ContrastivePretraining, Pretraining, draw_reconstructions, examples, reconstruct, tiled
+from engine_pretrain import Comparison, Pretraining, examples, reconstruct, save_picture, tiled
 from models_mae import DECODERS, MaskedAutoencoder
 from models_moco import MomentumContrast, SharedEncoder
 from models_vit import build_vit
@@ -80,13 +80,11 @@ def main(args: argparse.Namespace) -> None:
         warmup = fitting_warmup(args.warmup_epochs, args.epochs)
         schedule = functools.partial(lr_at, epochs=args.epochs, warmup_epochs=warmup, min_lr=args.min_lr)
         facts = {"training images": fingerprint(images)}
-        amount = args.mask_ratio, world.device, precision(args.amp)
-        if weight == 0:
-            pretraining = Pretraining(model, optimizer, *amount)
-        else:
-            contrast = weight, args.encoder_momentum, batches, args.epochs
-            pretraining = ContrastivePretraining(model, optimizer, *amount, *contrast)
+        comparison = Comparison(weight, args.encoder_momentum, batches, args.epochs) if weight > 0 else None
+        if comparison:
             facts["images compared"] = args.batch_size * world.size
+        amp = precision(args.amp)
+        pretraining = Pretraining(model, optimizer, args.mask_ratio, world.device, amp, comparison)
         plan = Plan(args.epochs, args.seed, args.save_every_minutes, args.save_every_steps)
         settings = identity(args, facts), args.start_epoch
         training = Training(plan, pretraining, optimizer, schedule, loader, batches, folder, *settings)
@@ -130,8 +128,9 @@ def record_reconstructions(folder: RunFolder, pretraining: Pretraining, images: 
     sample = examples(images, rows * encoder.patch_size, seed, rows * columns)
     pixels, noise = (part.to(pretraining.device) for part in (sample.image, sample.noise))
     pictures = reconstruct(pretraining.autoencoder, pixels, noise, pretraining.mask_ratio, pretraining.amp)
-    folder.image("reconstruction", tiled(pictures), step)
-    draw_reconstructions(pictures, folder.path / "reconstruction.png")
+    picture = tiled(pictures)
+    folder.image("reconstruction", picture, step)
+    save_picture(picture, folder.path / "reconstruction.png")
 
 
 if __name__ == "__main__":

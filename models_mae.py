@@ -17,6 +17,7 @@ from torch import Tensor
 
 from models_vit import ARCHITECTURES, Block, VisionTransformer, init_weights
 from util.pos_embed import sincos_pos_embed
+from util.published import Published
 
 EPS = 1e-6  # added to the variance of a patch's pixels, as published
 
@@ -67,11 +68,13 @@ def denormalised(values: Tensor, patches: Tensor) -> Tensor:
     return values * (patches.var(-1, keepdim=True) + EPS).sqrt() + patches.mean(-1, keepdim=True)
 
 
-class MaskedAutoencoder(nn.Module):
+class MaskedAutoencoder(Published):
     """Encoder of the visible patches, a light decoder of all patches, loss on the masked ones.
 
     norm_pix_loss: predict pixels standardised per patch, as the published models do.
     """
+
+    prefix = r"encoder\."
 
     def __init__(
         self,
@@ -159,15 +162,6 @@ class MaskedAutoencoder(nn.Module):
         places = torch.cat([kept, masked], dim=1).argsort(dim=1)
         mask = torch.ones_like(noise).scatter(1, kept, 0.0)
         return take(self.predict(tokens[:, self.encoder.num_prefix_tokens :]), places), mask
-
-    def published_state_dict(self) -> dict[str, Tensor]:
-        """Weights in MAE's published layout: encoder keys without prefix, `mask_token`, and `decoder_*`."""
-        return {key.removeprefix("encoder."): value for key, value in self.state_dict().items()}
-
-    def load_published_state_dict(self, state: dict[str, Tensor]) -> None:
-        """The inverse of published_state_dict; strict."""
-        names = {key.removeprefix("encoder."): key for key in self.state_dict()}
-        self.load_state_dict({names.get(key, key): value for key, value in state.items()}, strict=True)
 
 
 # decoder of each encoder: as published for base and larger; width 192 for the paper's ViT-S (B.1) and smaller

@@ -18,6 +18,7 @@ from torch import Tensor
 from models_mae import random_masking, take
 from models_vit import VisionTransformer
 from util.distributed import gather_tensors, rank, world_size
+from util.published import Published
 
 OUTPUT_WIDTH = 256  # C, as published
 
@@ -135,25 +136,11 @@ class MomentumContrast(nn.Module):
         return Contrast(first + second, (nearest_first + nearest_second) / 2, spread)
 
 
-class SharedEncoder(nn.ModuleList):
+class SharedEncoder(Published, nn.ModuleList):
     """Networks around one and the same encoder, saved in its published layout with their own tensors beside it."""
 
-    def _published_names(self) -> dict[str, list[str]]:
-        names: dict[str, list[str]] = {}
-        for key in self.state_dict():
-            names.setdefault(key.partition(".")[2].removeprefix("encoder."), []).append(key)
-        return names
+    prefix = r"\d+\.(encoder\.)?"
 
     def compile_blocks(self, backend: str | Callable = "inductor") -> None:
         for network in self:
             network.compile_blocks(backend)
-
-    def published_state_dict(self) -> dict[str, Tensor]:
-        """Keys of the encoder without prefix, and of each network without the number that the list gives it."""
-        state = self.state_dict()
-        return {name: state[keys[0]] for name, keys in self._published_names().items()}
-
-    def load_published_state_dict(self, state: dict[str, Tensor]) -> None:
-        """The inverse of published_state_dict; strict."""
-        names = self._published_names()
-        self.load_state_dict({key: value for name, value in state.items() for key in names.get(name, [name])})

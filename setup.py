@@ -10,20 +10,11 @@ from pathlib import Path
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
-ROOT = Path(__file__).parent
 ROOMS = ("attention", "cli", "data_sets", "encoders", "probing", "runtime", "util")
-MODULES = ("abmilp", "api", "models_vit")
-KEPT = {"beyond_cls": MODULES, "beyond_cls.cli": ("console", "encoder_arguments")}  # of packages not taken whole
-OURS = re.compile(rf"^(\s*)(from|import) ({'|'.join((*ROOMS, *MODULES))})\b(.*)$", re.MULTILINE)
+# modules of the packages that are not taken whole
+KEPT = {"beyond_cls": ("abmilp", "api", "models_vit"), "beyond_cls.cli": ("console", "encoder_arguments")}
+OURS = re.compile(rf"^(\s*from )((?:{'|'.join(ROOMS + KEPT['beyond_cls'])})\b)", re.MULTILINE)
 INIT = '"""Frozen encoders and trained probes."""\n\nfrom beyond_cls.api import encoder, probe  # noqa: F401\n'
-
-
-def rewritten(line: re.Match) -> str:
-    """`from util.files import x` as `from beyond_cls.util.files import x`; `import models_vit` likewise."""
-    indent, word, module, rest = line.groups()
-    if word == "import":
-        return f"{indent}from beyond_cls import {module}{rest}" if not rest.startswith(".") else line[0]
-    return f"{indent}from beyond_cls.{module}{rest}"
 
 
 class Build(build_py):
@@ -35,7 +26,7 @@ class Build(build_py):
         super().run()
         package = Path(self.build_lib, "beyond_cls")
         for path in package.rglob("*.py"):
-            path.write_text(OURS.sub(rewritten, path.read_text()))
+            path.write_text(OURS.sub(r"\1beyond_cls.\2", path.read_text()))
         (package / "__init__.py").write_text(INIT)
         (package / "py.typed").touch()
 

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from data_sets.files import is_system_file
-from data_sets.readers import missing_files, read_lines
+from data_sets.readers import missing_files
 from data_sets.views import CROP_PCT
 from util.files import digest
 from util.progress import log
@@ -36,7 +36,7 @@ class Annotation(NamedTuple):
 
 
 class BoxSource(NamedTuple):
-    """A file format. `fits(path)` detects it and `read(path)` returns {image: Annotation}.
+    """A file format. `fits(path)` detects it and `rows(path)` yields its boxes.
 
     An image is named by its path, absolute or relative to the file's folder (by_path), else by its file name without
     suffix.
@@ -44,7 +44,7 @@ class BoxSource(NamedTuple):
 
     description: str
     fits: Callable[[Path], bool]
-    read: Callable[[Path], dict[str, Annotation]]
+    rows: Callable[[Path], Iterable[Row]]
     by_path: bool = False
 
 
@@ -58,8 +58,8 @@ class Row(NamedTuple):
 
     where: str  # file and line, for errors
     image: str
-    numbers: Sequence[str]  # x0, y0, x1, y1
-    size: Size | None = None
+    box: Sequence[str | None]  # x0, y0, x1, y1
+    size: Sequence[str | None] = ()  # width, height
     category: str | None = None
 
 
@@ -76,10 +76,13 @@ def _integers(where: str, texts: Sequence[str | None], meaning: str) -> list[int
 
 def _annotations(rows: Iterable[Row]) -> dict[str, Annotation]:
     annotations: dict[str, Annotation] = {}
-    for where, image, numbers, size, category in rows:
-        x0, y0, x1, y1 = box = tuple(_integers(where, numbers, "four integers x0, y0, x1, y1"))
+    for where, image, texts, sides, category in rows:
+        x0, y0, x1, y1 = box = tuple(_integers(where, texts, "four integers x0, y0, x1, y1"))
+        size = tuple(_integers(where, sides, "a width and height in pixels")) if sides else None
         if not (0 <= x0 <= x1 < MAX_SIDE and 0 <= y0 <= y1 < MAX_SIDE):
             raise ValueError(f"{where}: {x0}, {y0}, {x1}, {y1} is not a box: need 0 <= x0 <= x1 and 0 <= y0 <= y1")
+        if size is not None and min(size) < 1:
+            raise ValueError(f"{where}: no image has {size[0]} x {size[1]} pixels")
         if size is not None and (x1 > size[0] or y1 > size[1]):  # VOC counts from 1: a box may end at the width
             raise ValueError(f"{where}: {x0}, {y0}, {x1}, {y1} exceeds its image of {size[0]} x {size[1]} pixels")
         if not image:
@@ -92,125 +95,103 @@ def _annotations(rows: Iterable[Row]) -> dict[str, Annotation]:
     return annotations
 
 
-def _size(where: str, *sides: str | None) -> Size:
-    width, height = _integers(where, sides, "a width and height in pixels")
-    if min(width, height) < 1:
-        raise ValueError(f"{where}: no image has {width} x {height} pixels")
-    return width, height
+def _table(path: Path, columns: Sequence[str] = ()) -> Iterator[tuple[str, dict[str, str]]]:
+    """(file and line, row) of a table with these columns (default: those that its first line names)."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.reader(file)
+            columns = columns or next(reader, [])
+            for fields in filter(None, reader):
+                where = f"{path}, line {reader.line_num}"
+                if len(fields) != len(columns):
+                    raise ValueError(f"{where} has {len(fields)} columns instead of {len(columns)}")
+                yield where, dict(zip(columns, fields, strict=True))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+
+
+def _columns(path: Path) -> list[str]:
+    """Those that the first line of a table names; none if it cannot be read."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            return next(csv.reader(file), [])
+    except (OSError, UnicodeDecodeError, csv.Error):
+        return []
 
 
 def _xml_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("*.xml") if not is_system_file(path.name))
 
 
-def _xml_folder(folder: Path) -> dict[str, Annotation]:
+def _xml_folder(folder: Path) -> Iterator[Row]:
     """One PASCAL VOC file per image: ILSVRC2012_bbox_val_v3.tgz, or Annotations/CLS-LOC/val."""
     files = _xml_files(folder)
     if hidden := len(list(folder.glob("*.xml"))) - len(files):
         log.info("%s: %d .xml files of the operating system ignored", folder, hidden)
-
-    def rows() -> Iterator[Row]:
-        for path in files:
-            try:
-                tree = ElementTree.parse(path)
-            except (ElementTree.ParseError, OSError) as error:
-                raise ValueError(f"{path} is not an annotation in XML: {error}") from error
-            size = _size(str(path), tree.findtext("size/width"), tree.findtext("size/height"))
-            for item in tree.iterfind("object"):
-                if (box := item.find("bndbox")) is not None:
-                    numbers = [box.findtext(side, "") for side in ("xmin", "ymin", "xmax", "ymax")]
-                    yield Row(str(path), path.stem, numbers, size, item.findtext("name"))
-
-    return _annotations(rows())
+    for path in files:
+        try:
+            tree = ElementTree.parse(path)
+        except (ElementTree.ParseError, OSError) as error:
+            raise ValueError(f"{path} is not an annotation in XML: {error}") from error
+        size = [tree.findtext(f"size/{side}") for side in ("width", "height")]
+        for item in tree.iterfind("object[bndbox]"):
+            box = [item.findtext(f"bndbox/{side}") for side in ("xmin", "ymin", "xmax", "ymax")]
+            yield Row(str(path), path.stem, box, size, item.findtext("name"))
 
 
-def _kaggle(path: Path) -> dict[str, Annotation]:
+KAGGLE = ["ImageId", "PredictionString"]
+
+
+def _kaggle(path: Path) -> Iterator[Row]:
     """LOC_val_solution.csv: ILSVRC2012_val_00048981,n03995372 85 1 499 272 n03995372 ..."""
-
-    def rows() -> Iterator[Row]:
-        lines: dict[str, int] = {}
-        for number, line in enumerate(read_lines(path)[1:], 2):
-            image, comma, text = line.partition(",")
-            fields, where = text.split(), f"{path}, line {number}"
-            if not comma or not fields or len(fields) % 5:
-                raise ValueError(f"{where}: {line[:60]!r} is not of the form IMAGE,WNID X0 Y0 X1 Y1 ...")
-            if lines.setdefault(image, number) != number:
-                raise ValueError(f"{where}: {image} is also on line {lines[image]}: remove one of them")
-            for start in range(0, len(fields), 5):
-                yield Row(where, image, fields[start + 1 : start + 5], None, fields[start])
-
-    return _annotations(rows())
+    lines: dict[str, str] = {}
+    for where, row in _table(path):
+        image, text = (row[column] for column in KAGGLE)
+        fields = text.split()
+        if not fields or len(fields) % 5:
+            raise ValueError(f"{where}: {text[:60]!r} is not of the form WNID X0 Y0 X1 Y1 ...")
+        if lines.setdefault(image, where) != where:
+            raise ValueError(f"{where}: {image} is also in {lines[image]}: remove one of them")
+        for start in range(0, len(fields), 5):
+            yield Row(where, image, fields[start + 1 : start + 5], (), fields[start])
 
 
-def _wsol(path: Path) -> dict[str, Annotation]:
+BOX = ("x0", "y0", "x1", "y1")
+SIDES = ("width", "height")
+
+
+def _wsol(path: Path) -> Iterator[Row]:
     """localization.txt with a line `path,x0,y0,x1,y1` per box, beside image_sizes.txt with `path,width,height`."""
     path = path / "localization.txt" if path.is_dir() else path
-    size_file = path.parent / "image_sizes.txt"
-    sizes: dict[str, Size] = {}
-    for where, (image, *sides) in _comma_rows(size_file, 3):
-        size = _size(where, *sides)
-        if sizes.setdefault(image, size) != size:
-            raise ValueError(f"{where}: {image} has two sizes, {sizes[image]} and {size} pixels: correct one of them")
-
-    def rows() -> Iterator[Row]:
-        stems: dict[str, str] = {}
-        for where, (image, *box) in _comma_rows(path, 5):
-            if image not in sizes:
-                raise ValueError(f"{where}: {image} is not in {size_file}")
-            stem = Path(image).stem
-            if stems.setdefault(stem, image) != image:
-                raise ValueError(f"{where}: {image} and {stems[stem]} have the same file name in different folders")
-            yield Row(where, stem, box, sizes[image])
-
-    return _annotations(rows())
+    size_file, sizes, stems = path.parent / "image_sizes.txt", {}, {}
+    for where, row in _table(size_file, ("path", *SIDES)):
+        size = [row[side] for side in SIDES]
+        if sizes.setdefault(row["path"], size) != size:
+            both = f"{', '.join(sizes[row['path']])} and {', '.join(size)}"
+            raise ValueError(f"{where}: {row['path']} has two sizes, {both} pixels: correct one of them")
+    for where, row in _table(path, ("path", *BOX)):
+        image, stem = row["path"], Path(row["path"]).stem
+        if image not in sizes:
+            raise ValueError(f"{where}: {image} is not in {size_file}")
+        if stems.setdefault(stem, image) != image:
+            raise ValueError(f"{where}: {image} and {stems[stem]} have the same file name in different folders")
+        yield Row(where, stem, [row[side] for side in BOX], sizes[image])
 
 
-def _comma_rows(path: Path, columns: int) -> Iterator[tuple[str, list[str]]]:
-    for number, line in enumerate(read_lines(path), 1):
-        fields, where = line.rsplit(",", columns - 1), f"{path}, line {number}"
-        if len(fields) != columns:
-            raise ValueError(f"{where}: {line[:60]!r} has {len(fields)} columns instead of {columns}")
-        yield where, fields
-
-
-CSV_NAMES, CSV_BOX = ("path", "file"), ("x0", "y0", "x1", "y1")
-CSV_SIZES = ("w", "h"), ("width", "height")
-
-
-def _csv_columns(path: Path) -> list[str]:
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            return next(csv.reader(file), [])
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
-
-
-def _csv(path: Path) -> dict[str, Annotation]:
+def _csv(path: Path) -> Iterator[Row]:
     """Columns path (or file), x0, y0, x1, y1 in any order; w and h (or width and height), if present, are the image's
     size."""
     path = path / "boxes.csv" if path.is_dir() else path
-    columns = _csv_columns(path)
-    name = next((name for name in CSV_NAMES if name in columns), CSV_NAMES[0])
-    sides = next((sides for sides in CSV_SIZES if set(sides) & set(columns)), ())
-    for column in (name, *CSV_BOX, *sides):
+    columns = _columns(path)
+    name = "file" if "file" in columns and "path" not in columns else "path"
+    sides = next((sides for sides in (("w", "h"), SIDES) if set(sides) & set(columns)), ())
+    for column in (name, *BOX, *sides):
         if (count := columns.count(column)) != 1:
             raise ValueError(f"{path} has {count} columns called {column} instead of 1: {', '.join(columns)}")
-
-    def rows() -> Iterator[Row]:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            for number, row in enumerate(csv.DictReader(file), 2):
-                where, image = f"{path}, line {number}", (row[name] or "").replace("\\", "/")
-                if None in row:
-                    raise ValueError(
-                        f"{where}: {', '.join(row[None])} are in no column: there are {', '.join(columns)}"
-                    )
-                size = _size(where, *(row[side] for side in sides)) if sides else None
-                yield Row(where, image and os.path.normpath(image), [row[side] or "" for side in CSV_BOX], size)
-
-    try:
-        return _annotations(rows())
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
+    for where, row in _table(path):
+        image = row[name].replace("\\", "/")
+        image = image and os.path.normpath(image)
+        yield Row(where, image, [row[side] for side in BOX], [row[side] for side in sides])
 
 
 BOX_SOURCES = {
@@ -220,9 +201,7 @@ BOX_SOURCES = {
         _xml_folder,
     ),
     "imagenet-csv": BoxSource(
-        "LOC_val_solution.csv of Kaggle",
-        lambda path: path.suffix == ".csv" and _csv_columns(path)[:2] == ["ImageId", "PredictionString"],
-        _kaggle,
+        "LOC_val_solution.csv of Kaggle", lambda path: path.suffix == ".csv" and _columns(path)[:2] == KAGGLE, _kaggle
     ),
     "wsol": BoxSource(
         "localization.txt of wsolevaluation, or its folder, with image_sizes.txt",
@@ -231,9 +210,7 @@ BOX_SOURCES = {
     ),
     "csv": BoxSource(
         "table with the columns path, x0, y0, x1, y1, or a folder with such a boxes.csv",
-        lambda path: (
-            (path.suffix == ".csv" and set(CSV_BOX) <= set(_csv_columns(path))) or (path / "boxes.csv").is_file()
-        ),
+        lambda path: (path.suffix == ".csv" and set(BOX) <= set(_columns(path))) or (path / "boxes.csv").is_file(),
         _csv,
         by_path=True,
     ),
@@ -317,7 +294,7 @@ def read_boxes(
         raise ValueError(f"{path} has none of the known formats: {known}")
     if not hasattr(images, "samples"):
         raise ValueError(f"{path}: boxes are matched by file name, but the images of this data set are not files")
-    annotations, path_and_kind = BOX_SOURCES[kind].read(path), f"{path} ({kind})"
+    annotations, path_and_kind = _annotations(BOX_SOURCES[kind].rows(path)), f"{path} ({kind})"
     if not annotations:
         raise ValueError(f"{path_and_kind} holds no boxes")
     if BOX_SOURCES[kind].by_path:

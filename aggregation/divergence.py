@@ -4,6 +4,7 @@ A rule gives each image a float64 vector of weights over the patches that sums t
 epsilon. NaN marks a missing vector; infinities are real. Letters: B images, R rules, M patches.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -79,8 +80,8 @@ class VectorStats:
         self.images = 0
         self.moments = FiniteMoments()
 
-    def update(self, vectors: Tensor) -> None:
-        """Add a batch (B,R,M) of at least one image."""
+    def update(self, vectors: Tensor, indices: Sequence[int] = ()) -> None:
+        """Add a batch (B,R,M) of at least one image; its indices in the data set do not matter."""
         parts = [entropies(vectors)[:, None]]
         for floor in (self.floor, 0.0):
             divergence = divergences(vectors, floor)

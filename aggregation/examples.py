@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from aggregation.boxes import ImageBoxes
-from aggregation.figures import BOXES, Localized, display_name, draw_boxes, draw_maps
-from aggregation.localization import TOP, boxes_at, intersections, score_map
+from aggregation.figures import BOXES, display_name, draw_boxes, draw_maps
+from aggregation.localization import TOP, boxes_at, score_map
 from aggregation.rules import Rule, vectors_of
 from data_sets.examples import Example
 from data_sets.images import read_rgb
@@ -89,22 +89,17 @@ def draw_example_boxes(
         transformed(example.index, size[0]) if has_boxes else np.zeros((0, 4), np.int64)
         for example, has_boxes in zip(examples, annotated, strict=True)
     ]
-    predictions = {
-        name: [largest_box(weights, truth, size, thresholds[name]) for weights, truth in zip(maps, truths, strict=True)]
-        for name, maps in maps_of(rules, tokens, batch).items()
-    }
-    draw_boxes(visible(batch, view), truths, predictions, thresholds, target)
+    predictions = {}
+    for name, maps in maps_of(rules, tokens, batch).items():
+        # thresholds that equal a level give that level despite rounding
+        levels = [(score_map(weights, size), int(thresholds[name] * TOP + 1e-9)) for weights in maps]
+        boxes_and_largest = [boxes_at(*level) for level in levels]
+        legend = f"{display_name(name)}: threshold {thresholds[name]:.2f}"
+        predictions[legend] = [boxes[largest] for boxes, largest in boxes_and_largest]
+    draw_boxes(visible(batch, view), truths, predictions, target)
 
 
 def best_threshold(result: dict, rule: str) -> float:
     """Decision D25 of the reproduction: the threshold that is best over all images at IoU 0.5."""
     accuracies = result["localization"]["maps"][rule]["boxaccv2"]
     return next(accuracy["threshold"] for accuracy in accuracies if accuracy["iou"] == 0.5)
-
-
-def largest_box(weights: np.ndarray, truth: np.ndarray, size: tuple[int, int], threshold: float) -> Localized:
-    """The box of the largest contour of a map (rows,columns) at a threshold, in an image of `size` (h,w)."""
-    # thresholds that equal a level give that level despite rounding
-    boxes, largest = boxes_at(score_map(weights, size), int(threshold * TOP + 1e-9))
-    overlap = float(intersections(boxes[largest : largest + 1], truth)[0].max()) if len(truth) else None
-    return Localized(weights, boxes[largest], overlap)

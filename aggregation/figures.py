@@ -4,7 +4,6 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 from textwrap import wrap
-from typing import NamedTuple
 
 import numpy as np
 from matplotlib import rc_context
@@ -145,52 +144,25 @@ def smooth(weights: np.ndarray) -> np.ndarray:
     return enlarge(weights, size).clip(weights.min())
 
 
-class Localized(NamedTuple):
-    """A rule's prediction for one image."""
-
-    weights: np.ndarray  # (rows,columns) in multiples of uniform
-    box: np.ndarray  # (4,)
-    overlap: float | None  # with the best true box; None for an image without one
-
-
 @rc_context(STYLE)
 def draw_boxes(
-    pictures: Sequence[np.ndarray],
-    truths: Sequence[np.ndarray],
-    predictions: dict[str, list[Localized]],
-    thresholds: dict[str, float],
-    target: Path,
+    pictures: Sequence[np.ndarray], truths: Sequence[np.ndarray], predictions: dict[str, list[np.ndarray]], target: Path
 ) -> None:
-    """One column per image: the picture with all boxes, and below it the map and box of each rule."""
-    count, rows = len(pictures), 1 + len(predictions)
-    side = min(1.35, (WIDTH - 0.3) / count)
-    figure, axes = picture_grid(rows, count, (side * count + 0.3, (side + 0.1) * rows + 0.35), 0.015)
-    for axis, picture in zip(axes[0], pictures, strict=True):
+    """The pictures (h,w,3) in a row, each with its true boxes and the box that each rule predicts.
+
+    predictions: {legend: a box (4,) per picture}.
+    """
+    side = min(1.35, (WIDTH - 0.3) / len(pictures))
+    figure, axes = picture_grid(1, len(pictures), (side * len(pictures) + 0.3, side + 0.45), 0.015)
+    colours = dict(zip(["true box", *predictions], [TRUE, *BOXES], strict=False))
+    for number, (axis, picture, truth) in enumerate(zip(axes[0], pictures, truths, strict=True)):
         axis.imshow(picture)
-    legend = {"true box": TRUE}
-    for line, (rule, colour) in enumerate(zip(predictions, BOXES, strict=False), 1):
-        name = display_name(rule)
-        axes[line, 0].set_ylabel(name.replace(", ", ",\n"))
-        legend[f"{name}: threshold {thresholds[rule]:.2f}"] = colour
-        for axis, first, picture, one in zip(axes[line], axes[0], pictures, predictions[rule], strict=True):
-            large = np.nan_to_num(smooth(one.weights))
-            draw_map(axis, picture, large, max(float(large.max()), 1e-9))
-            outline(first, one.box, colour)
-            outline(axis, one.box, colour)
-            if one.overlap is not None:
-                axis.set_xlabel(f"IoU {one.overlap:.2f}", fontsize=6, labelpad=1)
-    for column, truth in zip(axes.T, truths, strict=True):
-        for axis in column:
-            for box in truth:
-                outline(axis, box, TRUE)
-    handles = [Line2D([], [], color=colour, linewidth=1.5) for colour in legend.values()]
-    figure.legend(handles, legend, loc="outside upper center", ncols=len(legend), frameon=False)
+        named = [("true box", box) for box in truth] + [(rule, boxes[number]) for rule, boxes in predictions.items()]
+        for name, (x0, y0, x1, y1) in named:
+            for edge, width in (("white", 1.7), (colours[name], 1.0)):  # visible on any ground
+                corner, sides = (x0 - 0.5, y0 - 0.5), (x1 - x0 + 1, y1 - y0 + 1)  # boxes are inclusive
+                outline = Rectangle(corner, *sides, fill=False, edgecolor=edge, linewidth=width)
+                axis.add_patch(outline).set_clip_on(False)
+    handles = [Line2D([], [], color=colour, linewidth=1.5) for colour in colours.values()]
+    figure.legend(handles, colours, loc="outside upper center", ncols=len(colours), frameon=False)
     save_figure(figure, target)
-
-
-def outline(axis: Axes, box: np.ndarray, colour: str) -> None:
-    """Draw an inclusive box around its pixels."""
-    x0, y0, x1, y1 = box
-    for edge, width in (("white", 1.7), (colour, 1.0)):  # visible on any ground
-        patch = Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0 + 1, y1 - y0 + 1, fill=False, edgecolor=edge, linewidth=width)
-        axis.add_patch(patch).set_clip_on(False)

@@ -211,40 +211,16 @@ class Localization:
         self.tally += other
 
 
-class Findings:
-    """What one pass measures: `vectors`, of the first rules, and `boxes`, of all; None for what it does not measure."""
-
-    def __init__(self, vectors: VectorStats | None, boxes: Localization | None, states: Sequence[dict] = ()):
-        """states: of earlier images or other processes, added first."""
-        self.vectors, self.boxes = vectors, boxes
-        for state in states:
-            for name, part in self._parts().items():
-                part.add_state(state[name])
-
-    def _parts(self) -> dict[str, VectorStats | Localization]:
-        return {name: part for name, part in vars(self).items() if part is not None}
-
-    def update(self, vectors: Tensor, indices: list[int]) -> None:
-        """Add a batch (B,R,M) on the CPU; indices: of its images in the data set."""
-        if self.vectors is not None:
-            self.vectors.update(vectors[:, : self.vectors.rules])
-        if self.boxes is not None:
-            self.boxes.update(vectors, indices)
-
-    def state(self) -> dict[str, Any]:
-        return {name: part.state() for name, part in self._parts().items()}
-
-
 @torch.no_grad()
 def run_pass(
     rules: Sequence[Rule],
     tokens: FrozenTokens,
     loader: Iterable[Sample],
-    progress: Progress[Findings],
+    progress: Progress[VectorStats | Localization],
     device: torch.device,
     description: str,
 ) -> None:
-    """Add the remaining images of this process to progress.record. FloatingPointError for overflowing activations."""
+    """Add this process's remaining images to progress.record. FloatingPointError for overflowing activations."""
     seen, start = 0, time.perf_counter()
     for sample in (watched := Watched(loader, description, agree=True, between=progress.reach)):
         features = tokens(sample.image.to(device, non_blocking=True))

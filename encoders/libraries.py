@@ -240,9 +240,7 @@ def load_timm(name: str, size: int | None, offline: bool) -> Loaded:
         folder, commit = fetched(repository, offline)
         name = f"local-dir:{folder}"
     else:
-        if not timm.is_model(name.split(".")[0]):
-            near = nearest(name.split(".")[0], timm.list_models())
-            raise ValueError(f"timm {timm.__version__} has no such model: {near}timm.list_models() lists them")
+        check_timm_name(name)
         published = timm.get_pretrained_cfg(name)
         if not (published and published.hf_hub_id):
             raise ValueError("timm has no weights of it on the hub: name a tag of timm.list_pretrained()")
@@ -252,7 +250,43 @@ def load_timm(name: str, size: int | None, offline: bool) -> Loaded:
         weights = f"{Path(file).stem}.safetensors"
         folder, commit = fetched(repository, offline, weights)
         overlay = {"pretrained_cfg_overlay": {"file": str(folder / weights), "source": "file", "custom_load": False}}
-    model = timm.create_model(name, pretrained=True, num_classes=0, img_size=size, **overlay).eval()
+    model = timm.create_model(name, pretrained=True, img_size=size, **overlay)  # with its classifier: loaded strictly
+    model.reset_classifier(0)
+    return loaded_by_timm(model, size, commit)
+
+
+def timm_of_file(weights: dict[str, Tensor], name: str, size: int | None) -> Loaded:
+    """timm's model of this name with the weights of a file, at the size of its positions, unless one is stated.
+
+    ValueError where timm has no such model, or tensors are missing, left over or misshapen.
+    """
+    import timm
+
+    check_timm_name(name)
+    weights = {key: value for key, value in weights.items() if not key.startswith("head.")}
+    table, kernel = weights.get("pos_embed"), weights.get("patch_embed.proj.weight")
+    if size is None and table is not None and kernel is not None and table.ndim == 3:
+        size = isqrt(table.shape[1]) * kernel.shape[-1]
+    overlay = {"state_dict": weights, "num_classes": 0, "custom_load": False}
+    try:
+        model = timm.create_model(name, pretrained=True, num_classes=0, img_size=size, pretrained_cfg_overlay=overlay)
+    except Exception as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise ValueError(f"the file is not timm's {name}: {' '.join(lines[-2:])[:300]}") from error
+    return loaded_by_timm(model, size, None)
+
+
+def check_timm_name(name: str) -> None:
+    import timm
+
+    if not timm.is_model(name.split(".")[0]):
+        near = nearest(name.split(".")[0], timm.list_models())
+        raise ValueError(f"timm {timm.__version__} has no model {name!r}: {near}timm.list_models() lists them")
+
+
+def loaded_by_timm(model: nn.Module, size: int | None, commit: str | None) -> Loaded:
+    import timm
+
     stated = timm.data.resolve_model_data_config(model)
     native = getattr(getattr(model, "patch_embed", None), "img_size", None) or stated["input_size"][1:]
     pixels = pixels_of(stated, stated["crop_mode"], stated["crop_pct"])

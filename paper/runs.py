@@ -103,6 +103,10 @@ def runs_table(names: Sequence[str], epoch: str = "last") -> str:
         notes.append(f"measured on {fewest} of {runs[0]['n_test']} test images")
     if any(probe["diverged_at"] is not None for probe in probes):
         notes.append("diverged: at least one seed diverged, so there is no mean")
+    if nothing := dict.fromkeys(probe["head"] for probe in probes if probe.get("learned_nothing")):
+        notes.append(
+            f"no better than guessing, so no conclusion (learned_nothing in results.json): {', '.join(nothing)}"
+        )
     shown = ("n_train", "n_val", "epochs", "encoder", "seeds vary", "versions")  # otherwise, or in the rows
     for name in protocol(runs[0]):
         values = {label: protocol(same[0]).get(name) for label, same in labelled.items()}

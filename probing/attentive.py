@@ -1,8 +1,9 @@
-"""Attentive probing: learned queries attend to the tokens. The published heads are rows of DESIGNS; efficient probing.
+"""Attentive probing: learned queries attend to the tokens. The published heads are rows of DESIGNS.
 
 Letters: B images, M tokens to pool, D width, Q queries, H heads, d head width, C = Q H columns, D' width of the vector.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -21,19 +22,23 @@ class Design(NamedTuple):
     biases: str  # maps that have one; keys need none, as it cancels in the softmax
     norm: str  # of the tokens: none, shared (keys and values), each (and the query), batch (over images and tokens)
     query: str  # its initial values: zeros, normal, trunc_normal (std 0.02), xavier; mean: the mean token, not learned
-    init: str  # of the maps: trunc_normal (std 0.02), xavier, or default (PyTorch's)
+    init: str = ""  # of the maps: trunc_normal (std 0.02), xavier, or PyTorch's
     eps: float = 1e-6  # of the norms
     residual: bool = False  # add the query to the output
     mlp: str = ""  # activation of a final x + MLP(LayerNorm(x))
     widen: int = 1  # head width x heads / D
 
 
+INITS = {"trunc_normal": functools.partial(nn.init.trunc_normal_, std=0.02), "xavier": nn.init.xavier_uniform_}
 DESIGNS = {
     # Chen et al., "Context autoencoder for self-supervised representation learning", 2024; github.com/lxtGH/CAE;
     # without the LayerNorm that the code defines but never uses
     "cae": Design("qkvo", "qvo", "each", "zeros", "trunc_normal"),
+    # Psomas et al., "Attention, please! Revisiting attentive probing through the lens of efficiency", 2025: each query
+    # scores the raw tokens and pools its share of the value channels; github.com/billpsomas/efficient-probing
+    "ep": Design("v", "", "none", "normal"),
     # El-Nouby et al., "Scalable pre-training of large autoregressive image models", 2024; github.com/apple/ml-aim
-    "aim": Design("kv", "", "batch", "normal", "default"),
+    "aim": Design("kv", "", "batch", "normal"),
     # Bardes et al., "Revisiting feature prediction for learning visual representations from video", 2024;
     # github.com/facebookresearch/jepa; without the output map that the code defines but never uses
     "vjepa": Design("qkv", "qv", "shared", "trunc_normal", "trunc_normal", eps=1e-5, residual=True, mlp="gelu"),
@@ -42,10 +47,10 @@ DESIGNS = {
     # Darcet et al., "Cluster and predict latent patches", 2025; github.com/facebookresearch/capi
     "capi": Design("kv", "v", "none", "trunc_normal", "trunc_normal"),
     # Psomas et al., "Keep it SimPool", 2023; github.com/billpsomas/simpool, without gamma
-    "simpool": Design("qk", "", "shared", "mean", "default"),
+    "simpool": Design("qk", "", "shared", "mean"),
     # Ciernik et al., "Attentive multi-layer fusion for vision transformers", 2026; without the affine map of its batch
     # norm, which the classifier contains, its dropout and its jitter; github.com/lciernik/attentive-layer-fusion
-    "alf": Design("qkvo", "o", "each", "normal", "default", eps=1e-5, widen=2),
+    "alf": Design("qkvo", "o", "each", "normal", eps=1e-5, widen=2),
 }
 
 
@@ -55,9 +60,11 @@ class AttentivePool(TokenPool):
         q = Wq nq(q0) + bq,  k_i = Wk nk(x_i),  v_i = Wv nv(x_i) + bv
         z = Wo mean_q concat_h( sum_i softmax_i( q_h . k_ih / sqrt(d) ) v_ih ) + bo
 
-    Then z + q0 and z + MLP(LayerNorm(z)), as far as the design has them; maps that it lacks are the identity.
+    Then z + q0 and z + MLP(LayerNorm(z)), as far as the design has them; maps that it lacks are the identity. Without
+    Wk, a query is a head, and d is D.
     heads: where it does not divide D, heads are floor(D / heads) wide and Wo maps back to D. depth: depth - 1 blocks of
-    self-attention precede. eps: of the batch norm that follows; the vector is scaled to have that effect.
+    self-attention precede. shrink: the vector is narrower than the tokens by this factor. eps: of the batch norm that
+    follows; the vector is scaled to have that effect.
     """
 
     def __init__(
@@ -67,17 +74,20 @@ class AttentivePool(TokenPool):
         design: str = "cae",
         queries: int = 1,
         depth: int = 1,
+        shrink: int = 1,
         eps: str | float = BN_EPS,
     ):
         super().__init__()
         self.design = d = DESIGNS[design]
-        if not 1 <= heads <= dim or (dim % heads and "o" not in d.maps):
-            needs = "a number of heads that divides it" if "o" not in d.maps else f"1 to {dim} heads"
-            raise ValueError(f"attentive probing of tokens of width {dim} needs {needs}, got {heads}")
-        self.width, self.heads, self.head_width = dim, heads, dim // heads * d.widen
-        self.scale = (BN_EPS / float(eps)) ** 0.5
+        heads, columns = (heads, queries) if "k" in d.maps else (queries, queries)
+        self.width, self.heads = dim // shrink, heads
+        if dim % shrink or not 1 <= heads <= self.width or (self.width % heads and "o" not in d.maps):
+            allowed = f"1 to {self.width}" if "o" in d.maps else f"a divisor of {dim}" + f" / {shrink}" * (shrink > 1)
+            raise ValueError(f"attentive probing of tokens of width {dim}: {heads} heads or queries; needs {allowed}")
+        self.head_width, self.scale = self.width // heads * d.widen, (BN_EPS / float(eps)) ** 0.5
         inner = heads * self.head_width
-        self.query = None if d.query == "mean" else nn.Parameter(torch.zeros(1, queries, dim))
+        start = torch.randn(1, columns, dim) * 0.02 if d.query == "normal" else torch.zeros(1, columns, dim)
+        self.query = None if d.query == "mean" else nn.Parameter(start)
         for name in {"shared": "k", "each": "qkv"}.get(d.norm, ""):
             setattr(self, f"norm_{name}", nn.LayerNorm(dim, eps=d.eps))
         self.batch_norm = ProbeNorm(dim) if d.norm == "batch" else None
@@ -89,24 +99,18 @@ class AttentivePool(TokenPool):
             self.norm, self.mlp = nn.LayerNorm(dim, eps=d.eps), Mlp(dim, 4 * dim, activation=d.mlp)
         norms = "layernorm" if d.eps == 1e-6 else "layernorm_eps1e-5"
         self.blocks = nn.ModuleList(Block(dim, heads, norm_layer=norms) for _ in range(depth - 1))
-        self._initialise()
-
-    def _initialise(self) -> None:
-        d = self.design
-        if d.query == "normal":
-            nn.init.normal_(self.query, std=0.02)
-        for layer in self.modules():
-            if isinstance(layer, nn.Linear) and d.init != "default":
-                {"trunc_normal": trunc_normal, "xavier": nn.init.xavier_uniform_}[d.init](layer.weight)
+        for layer in self.modules() if d.init else ():
+            if isinstance(layer, nn.Linear):
+                INITS[d.init](layer.weight)
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)
-        if d.query in ("trunc_normal", "xavier"):
-            {"trunc_normal": trunc_normal, "xavier": nn.init.xavier_uniform_}[d.query](self.query.data[0])
+        if d.query in INITS:
+            INITS[d.query](self.query.data[0])
         if d.residual:  # V-JEPA 2 divides the last matrix of a branch by sqrt(2 x number of its block)
-            for number, block in enumerate(self.blocks, 1):
-                block.attn.proj.weight.data /= (2 * number) ** 0.5
-                block.mlp.fc2.weight.data /= (2 * number) ** 0.5
-            self.mlp.fc2.weight.data /= (2 * max(len(self.blocks), 1)) ** 0.5
+            last = [(number, block.attn.proj) for number, block in enumerate(self.blocks, 1)]
+            last += [(number, block.mlp.fc2) for number, block in enumerate(self.blocks, 1)]
+            for number, layer in [*last, (max(len(self.blocks), 1), self.mlp.fc2)]:
+                layer.weight.data /= (2 * number) ** 0.5
 
     @classmethod
     def of(cls, tokens: Tokens, content: str, width: int = 0, **options: int | str) -> "AttentivePool":
@@ -133,6 +137,8 @@ class AttentivePool(TokenPool):
         return super().prepare(tokens)
 
     def columns(self, tokens: Tensor | None = None) -> Columns:
+        if "k" not in self.design.maps:
+            return Columns(self.query[0].T * self.query.shape[2] ** -0.5)
         # q_h . (Wk_h (gamma x^ + beta)) = (gamma * Wk_h^T q_h) . x^ + what is equal for all tokens
         query = tokens.mean(1, keepdim=True) if self.query is None else self.query  # (1,Q,D) or (B,1,D)
         query = self.norm_q(query) if self.design.norm == "each" else query
@@ -159,39 +165,3 @@ class AttentivePool(TokenPool):
         z = z + self.query[:, 0] if d.residual else z
         z = z + self.mlp(self.norm(z)) if d.mlp else z
         return z * self.scale
-
-
-def trunc_normal(weight: Tensor) -> None:
-    nn.init.trunc_normal_(weight, std=0.02)
-
-
-class EfficientPool(TokenPool):
-    """Efficient probing: learned queries attend to the raw tokens, and each pools its share of the value channels.
-
-        z = concat_j( sum_i softmax_i( q_j . x_i / sqrt(D) ) (V x_i)_j ),  with (V x)_j the j-th of H equal parts of V x
-
-    No key projection, no output projection, no norm, no bias; queries start normal with std 0.02, V as nn.Linear does.
-    Parameters: H D + D D / shrink. shrink: V maps to D / shrink channels (the authors' d_out).
-    Source: Psomas et al., "Attention, please! Revisiting attentive probing through the lens of efficiency", 2025; their
-    code github.com/billpsomas/efficient-probing, poolings/ep.py, with its default of one head.
-    """
-
-    folds = True
-
-    def __init__(self, dim: int, queries: int = 32, shrink: int = 1):
-        super().__init__()
-        if dim % shrink or (dim // shrink) % queries:
-            raise ValueError(
-                f"efficient probing splits a vector of width {dim} / {shrink} into {queries} equal parts: choose "
-                f"queries and shrink that divide {dim}"
-            )
-        self.width, self.queries, self.scale = dim // shrink, queries, dim**-0.5
-        self.query = nn.Parameter(torch.randn(1, queries, dim) * 0.02)
-        self.v = nn.Linear(dim, self.width, bias=False)
-
-    def columns(self, tokens: Tensor | None = None) -> Columns:
-        return Columns(self.query[0].T * self.scale)
-
-    def project(self, pooled: Tensor) -> Tensor:
-        parts = pooled.transpose(0, 1) @ self.v.weight.unflatten(0, (self.queries, -1)).transpose(1, 2)  # (H,B,d)
-        return parts.transpose(0, 1).flatten(1)

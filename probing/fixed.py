@@ -3,8 +3,6 @@
 Letters: B images, H attention heads, M patches, D width.
 """
 
-import abc
-
 import torch
 from torch import Tensor
 
@@ -12,16 +10,25 @@ from models_vit import Features
 from probing.pooling import Needs, Pooled, Pooling, Tokens
 
 
-class ClsToken(Pooling):
-    """The [cls] token; no weights."""
+class Vector(Pooling):
+    """What the features hold: [cls], [cls] and mean patch concatenated (both), or an own output of the model; no
+    weights."""
 
     weighs = False
 
-    def __init__(self, tokens: Tokens):
-        super().__init__(tokens.width)
+    def __init__(self, tokens: Tokens, output: str):
+        widths = {"cls": tokens.width, "both": 2 * tokens.width, **tokens.pooled}
+        if output not in widths:
+            own = ", ".join(tokens.pooled) or "no pooling of its own"
+            raise ValueError(f"head {output}: this encoder has {own}; choose another head")
+        super().__init__(widths[output])
+        self.output, self.needs = output, Needs(pooled=output in tokens.pooled)
 
     def forward(self, features: Features) -> Pooled:
-        return Pooled(features.cls, None)
+        if self.needs.pooled:
+            return Pooled(features.pooled[self.output], None)
+        means = [features.patches.mean(1)] * (self.output == "both")
+        return Pooled(torch.cat([features.cls, *means], dim=1), None)
 
 
 class MeanPatch(Pooling):
@@ -35,35 +42,7 @@ class MeanPatch(Pooling):
         return Pooled(features.patches.mean(1), features.patches.new_full((len(features.patches), M), 1 / M))
 
 
-class ClsAndMeanPatch(Pooling):
-    """[cls] and the mean of the patch tokens, concatenated (B,2D); no weights."""
-
-    weighs = False
-
-    def __init__(self, tokens: Tokens):
-        super().__init__(2 * tokens.width)
-
-    def forward(self, features: Features) -> Pooled:
-        return Pooled(torch.cat([features.cls, features.patches.mean(1)], dim=1), None)
-
-
-class OwnPooling(Pooling):
-    """What the model's own pooling makes of its last block (Features.pooled); no weights."""
-
-    weighs, needs = False, Needs(pooled=True)
-
-    def __init__(self, tokens: Tokens, output: str):
-        if output not in tokens.pooled:
-            own = f"it has {', '.join(tokens.pooled)}" if tokens.pooled else "it has no pooling of its own"
-            raise ValueError(f"head {output}: not for this encoder: {own}")
-        super().__init__(tokens.pooled[output])
-        self.output = output
-
-    def forward(self, features: Features) -> Pooled:
-        return Pooled(features.pooled[self.output], None)
-
-
-class FixedWeights(Pooling, abc.ABC):
+class FixedWeights(Pooling):
     """sum_j w_j x_j over the patches; weights (B,M).
 
     w is `raw` divided by its sum (decision D21 of the reproduction). scale "release": the vector is the published
@@ -74,9 +53,9 @@ class FixedWeights(Pooling, abc.ABC):
         super().__init__(tokens.width)
         self.scale = scale
 
-    @abc.abstractmethod
     def raw(self, features: Features) -> Tensor:
         """(B,M) weights of any positive sum."""
+        raise NotImplementedError
 
     def released(self, weights: Tensor, raw: Tensor) -> Tensor:
         """(B,M) factors of the tokens in the published code's sum."""

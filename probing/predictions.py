@@ -92,29 +92,22 @@ def read_predictions(path: Path) -> Predictions:
 # ---- scores in [0, 1], from the `outputs` and labels of Predictions
 
 
-def top1(outputs: Tensor, labels: Tensor) -> Tensor:
-    """(n,) 1 for a hit, else 0."""
-    return (outputs[:, 0] == labels).double()
-
-
-def any_match(outputs: Tensor, labels: Tensor) -> Tensor:
-    return labels.gather(1, outputs.argmax(1, keepdim=True))[:, 0].double()
-
-
-def label_accuracy(outputs: Tensor, labels: Tensor) -> Tensor:
-    return ((outputs > 0) == (labels > 0)).double().mean(1)
+def per_class(outputs: Tensor, labels: Tensor) -> float:
+    """The mean of the classes' top-1, over classes that have an image."""
+    counts = torch.bincount(labels)
+    hits = torch.bincount(labels, weights=BY_IMAGE["top1"](outputs, labels))
+    return (hits / counts)[counts > 0].mean().item()
 
 
 def mean_average_precision(outputs: Tensor, labels: Tensor) -> float:
     return average_precision(outputs, labels)[(labels > 0).any(0)].mean().item()
 
 
-def per_class(outputs: Tensor, labels: Tensor) -> float:
-    hits, counts = (torch.bincount(labels, weights=weights) for weights in (top1(outputs, labels), None))
-    return (hits / counts)[counts > 0].mean().item()
-
-
-BY_IMAGE = {"top1": top1, "any_match": any_match, "label_accuracy": label_accuracy}  # scores that are means over images
+BY_IMAGE = {  # means over images: functions (outputs, labels) -> (n,)
+    "top1": lambda outputs, labels: (outputs[:, 0] == labels).double(),
+    "any_match": lambda outputs, labels: labels.gather(1, outputs.argmax(1, keepdim=True))[:, 0].double(),
+    "label_accuracy": lambda outputs, labels: ((outputs > 0) == (labels > 0)).double().mean(1),
+}
 OF_ALL = {"map": mean_average_precision, "per_class": per_class}
 
 

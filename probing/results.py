@@ -109,6 +109,16 @@ def warn_of_edges(results: dict[str, dict]) -> None:
         log.warning("the chosen --blr is at the edge of those tried; a better one may lie beyond: %s", ", ".join(edges))
 
 
+def log_start(run: dict, bank: ProbeBank) -> None:
+    """Log what a run trains. run: its record."""
+    log.info(
+        "%d probes on %s; %d training images and %d held out, %d steps of %d per epoch, normalised in groups of %d, "
+        "lr %s",
+        len(bank.specs), run["encoder"]["model"], run["n_train"], run["n_val"], run["steps_per_epoch"],
+        run["effective_batch"], run["bn_group"], ", ".join(f"{lr:g}" for lr in sorted(set(run["lr"].values()))),
+    )  # fmt: skip
+
+
 def log_summary(results: dict[str, dict], headline: str, epoch: str) -> None:
     """Log a summary by the scores of the "last" or "best" epoch."""
     label = metric_label(headline)

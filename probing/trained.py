@@ -68,7 +68,7 @@ def of_run(run: ProbeRun, name: str) -> Trained:
         "encoder_weights": run.state["identity"]["weights"],
         "final_norm": args["final_norm"],
         "scores": {**probe["last"], "headline": results["headline"], "diverged_at": probe["diverged_at"]},
-        "training": {"dataset": args["dataset"], **{key: results[key] for key in training}},
+        "training": {"dataset": args["dataset"], **{key: results.get(key) for key in training}},
     }
     return Trained(facts, run.state["probes"][name])
 

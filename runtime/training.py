@@ -99,12 +99,12 @@ class EpochStats(NamedTuple):
         """In words, for the log."""
         return throughput(self.images_per_second, self.data_wait, self.memory_gib)
 
+    def costs(self) -> dict[str, float]:
+        return {name: getattr(self, name) for name in ("images_per_second", "data_wait", "memory_gib")}
+
     def record(self, epoch: int) -> dict[str, float]:
         """The line of log.txt of a run with one loss."""
-        return {
-            "epoch": epoch, "loss": self.losses[0], "lr": self.lr, "images_per_second": self.images_per_second,
-            "data_wait": self.data_wait, "memory_gib": self.memory_gib,
-        }  # fmt: skip
+        return {"epoch": epoch, "loss": self.losses[0], "lr": self.lr, **self.costs()}
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ over images are percentiles of a bootstrap that resamples the images, identicall
 
 import argparse
 import functools
-import re
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -95,18 +94,6 @@ def grouped(runs: list[tuple[str, Predictions]], everything: bool) -> dict[str, 
     return rows
 
 
-def same_rate(name: str, row: str) -> bool:
-    """Whether two names differ only in how their rate is written: blr30 and blr30.0."""
-
-    def plain(name: str) -> str:
-        return re.sub(r"lr([\d.e+-]+)", lambda match: f"lr{float(match[1])!r}", name)
-
-    try:
-        return plain(name) == plain(row)
-    except ValueError:
-        return False
-
-
 def compare(rows: list[Row], base: Row, labels: Tensor, headline: str, confidence: float, resamples: int) -> None:
     """Fill in the scores of the rows and their differences to `base`; see the module's docstring."""
     if headline in BY_IMAGE:
@@ -187,9 +174,9 @@ def get_args_parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> None:
     runs = labelled(args.runs)
     first, rows = runs[0][1], grouped(runs, args.all)
-    baseline = next((row for row in rows if args.baseline in (None, row) or same_rate(args.baseline, row)), None)
-    if baseline is None:
-        raise ValueError(f"--baseline {args.baseline}: {instead_of(args.baseline, rows)}")
+    baseline = args.baseline or next(iter(rows))
+    if baseline not in rows:
+        raise ValueError(f"--baseline {baseline}: {instead_of(baseline, rows)}")
     headline, rows, base = first.facts["headline"], list(rows.values()), rows[baseline]
     compare(rows, base, first.labels, headline, args.confidence, args.resamples)
     seeds = " or ".join(dict.fromkeys(seeds_note(run.facts) for _, run in runs))

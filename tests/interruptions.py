@@ -28,7 +28,7 @@ ENVIRONMENT = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
 # what depends on the clock and on the machine, and nothing else may
 CLOCK = {"images_per_second", "data_wait", "memory_gib", "seconds", "waited", "elapsed", "finished"}
 PROGRAMS = {
-    "main_linprobe": ["--cls_features", "cls", "abmilp", "--blr", "1", "20", "--final_norm"],
+    "main_linprobe": ["--cls_features", "cls", "abmilp@4-5", "aim4", "--blr", "1", "20", "--final_norm"],
     "main_pretrain": ["--lr", "2e-3"],
     "main_finetune": ["--lr", "2e-3", "--clip_grad", "1", "--drop_path", "0.3", "--aa", "rand-m9-mstd0.5-inc1"],
 }  # every one with all the randomness that its recipe has
@@ -66,15 +66,16 @@ def checkpoints(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.glob("*.pth"))
 
 
-def after_calls(monkeypatch: pytest.MonkeyPatch, owner: type, method: str) -> Callable[[int, Callable], None]:
-    """plan(number, action): do something once, after so many calls of a method from now on."""
+def after_calls(monkeypatch: pytest.MonkeyPatch, owner: object, method: str) -> Callable[[int, Callable], None]:
+    """plan(number, action): do something once, after so many calls of a function from now on."""
     call, due, count = getattr(owner, method), {}, []
 
-    def spy(*words: object) -> None:
-        call(*words)
+    def spy(*words: object) -> object:
+        result = call(*words)
         count.append(1)
         if action := due.pop(len(count), None):
             action()
+        return result
 
     def plan(number: int, action: Callable[[], object]) -> None:
         due.clear()
@@ -95,7 +96,10 @@ def start(program: str, *words: object, processes: int = 1, restarts: int = 0) -
     )  # fmt: skip
 
 
-def launch(program: str, argv: list[str], output: Path, environment: dict[str, str] | None = None) -> int:
+def launch(
+    program: str, argv: list[str], output: Path, environment: dict[str, str] | None = None,
+    prepare: Callable[[], object] = lambda: None,
+) -> int:  # fmt: skip
     """Run a program in a fork of this process, which has imported everything already; its process id."""
     child = os.fork()
     if child:
@@ -103,6 +107,7 @@ def launch(program: str, argv: list[str], output: Path, environment: dict[str, s
     code = 70
     try:
         os.environ.update(environment or {})
+        prepare()
         handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(handle, 1)
         os.dup2(handle, 2)

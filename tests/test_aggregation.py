@@ -369,15 +369,15 @@ def test_flags_speak_for_heads_that_do_not_say_otherwise(word, flags, name):
         ("abmilp:depth=2,depth=3", "depth is set twice"),
         ("ap12:heads=4", "heads is set twice"),
         ("abmilp:act=tanh", "act has no effect with depth=1"),
-        ("ap17", "needs 1 to 16 heads, got 17"),
-        ("aim3", "width 16 needs a number of heads that divides it, got 3"),
+        ("ap17", "17 heads or queries; needs 1 to 16"),
+        ("aim3", "3 heads or queries; needs a divisor of 16"),
         ("capi", "heads of width 64 do not divide tokens of width 16"),
         ("cls@3", "block 3 does not exist: this encoder has blocks 0 to 2"),
         ("cls@last4", "@last4: this encoder has 3 blocks"),
         ("pos@2-1", "@2-1 ends before it begins"),
         ("pos@first", "@first names no blocks; write @11, @8-11, @last4 or @all"),
         ("cls+abmilp:depth=0", "depth=0: must be a whole number >= 1"),
-        ("ep3", "splits a vector of width 16 / 1 into 3 equal parts"),
+        ("ep3", "3 heads or queries; needs a divisor of 16"),
     ],
 )
 def test_a_head_that_cannot_be_is_refused_in_one_line(word, message):

@@ -10,7 +10,7 @@ from interruptions import Killed, after_calls, analysed, checkpoints, difference
 from PIL import Image
 
 import main_linprobe
-from aggregation.rules import Findings
+from aggregation import rules
 from cli.console import parse
 from data_sets.demo import generate
 from runtime.folder import load_checkpoint, sealed
@@ -45,14 +45,14 @@ def whole(command, tmp_path_factory):
 @pytest.fixture
 def after_batch(monkeypatch):
     """after_batch(number, action): do something once, after so many batches of this start."""
-    return after_calls(monkeypatch, Findings, "update")
+    return after_calls(monkeypatch, rules, "vectors_of")
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_analysis_stopped_in_both_passes_is_the_uninterrupted_one(
     workers, command, whole, tmp_path, after_batch, capsys
 ):
-    stands = [(1, "crop", 2, "0-2"), (3, "resize", 0, "0"), (2, "resize", 4, "1-4"), (1, "resize", 6, "1-6")]
+    stands = [(1, "vectors", 2, "0-2"), (3, "boxes", 0, "0"), (2, "boxes", 4, "1-4"), (1, "boxes", 6, "1-6")]
     for batches, view, seen, place in stands:
         after_batch(batches, lambda: signal.raise_signal(signal.SIGTERM))
         code = run(PROGRAM, command, tmp_path, "--resume", "auto", "--loc_workers", workers)
@@ -99,9 +99,9 @@ def damaged(path, change):
 @pytest.mark.parametrize(
     ("place", "change", "told"),
     [
-        (3, lambda found: found["vectors"]["moments"].update(mean=torch.zeros(3)), "moments of another shape"),
-        (6, lambda found: found["boxes"].update(found=torch.zeros(1, 2, 3)), "found has the shape (1, 2, 3)"),
-        (6, lambda found: found.pop("boxes"), "does not fit this run"),
+        (3, lambda found: found["moments"].update(mean=torch.zeros(3)), "moments of another shape"),
+        (6, lambda found: found.update(found=torch.zeros(1, 2, 3)), "found has the shape (1, 2, 3)"),
+        (6, lambda found: found.pop("found"), "does not fit this run"),
     ],
 )
 def test_what_does_not_fit_is_named_and_the_checkpoint_before_it_used(

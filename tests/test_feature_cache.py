@@ -41,7 +41,18 @@ def assert_same(found, expected, tolerance=1e-4, scores=slice(None)):
 
 HEADS = {
     "vectors": ["--cls_features", "cls", "both", "attn-lcte", "ca2", "cp1"],
-    "tokens": ["--cls_features", "cls", "abmilp:content=all", "ap2", "attn-mn", "ca1", "--return_block", "0", "2"],
+    "tokens": [
+        "--cls_features",
+        "cls",
+        "abmilp:content=all",
+        "ap2",
+        "attn-mn",
+        "ca1",
+        "alf",
+        "--return_block",
+        "0",
+        "2",
+    ],
 }
 
 

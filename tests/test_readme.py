@@ -85,6 +85,8 @@ def test_help_ends_with_examples_and_says_something_of_every_flag_in_a_titled_gr
 def test_command_is_understood(command, tmp_path, monkeypatch):
     (tmp_path / "args.json").write_text('{"args": {"data_path": "images"}}')
     words = shlex.split(re.sub(r"--args_from \S+", f"--args_from {tmp_path}/args.json", command))
+    if words[0] in ("pip", "jupyter"):
+        return
     program = next(word for word in words if word.endswith((".py", ".sh")))
     assert (ROOT / program).is_file()
     argv = words[words.index(program) + 1 :]

@@ -115,6 +115,11 @@ def test_diverged_probes_have_no_mean(run, scores, settings):
     assert "| a | diverged |" in runs_table([f"a={run('a', scores, settings=settings)}"])
 
 
+def test_a_table_draws_no_conclusion_from_probes_that_learned_nothing(run):
+    text = runs_table([f"a={run('a', {'cls': (10.0,)}, seeds=(0,), settings=[{'learned_nothing': 'its loss'}])}"])
+    assert "no better than guessing, so no conclusion (learned_nothing in results.json): cls" in text
+
+
 def test_images_that_could_not_be_read_are_counted(run):
     text = runs_table([str(run("a", {"cls": (10.0, 12.0)}, n_test=12))])
     assert "measured on 10 of 12 test images" in text
