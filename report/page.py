@@ -53,9 +53,10 @@ def render(
     reads: Sequence[Read] = (),
     figures: Mapping[str, Any] | None = None,
     left_out: Sequence[str] = (),
-    boards: Sequence[Mapping[str, Any]] = (),
+    boards: Sequence[Sequence[Any]] = (),
+    tools: Mapping[str, Any] | None = None,
 ) -> bytes:
-    """boards: of report.leaderboard."""
+    """boards: of report.leaderboard, whose functions are among the tools."""
     sections = {}
     for program in READERS:
         of_program = [(run, contents) for run, contents in reads if run.program == program]
@@ -78,7 +79,7 @@ def render(
             "sha256": sha256,
             "table": table,
         },
-        **{"Cell": Cell, "Row": Row},
+        **{"Cell": Cell, "Row": Row, "lb": tools},
     )
     return UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", page.lstrip()).encode()
 
