@@ -154,6 +154,13 @@ class Parser(argparse.ArgumentParser):
         self.set_defaults(**saved)
 
 
+def add_flags(group: argparse._ArgumentGroup, flags: dict[str, dict]) -> None:
+    """Add the flags of a TOML table: {name: options of add_argument}, whose type is named as in this module."""
+    for name, options in flags.items():
+        kind = {"type": globals()[options["type"]]} if "type" in options else {}
+        group.add_argument(f"--{name}", **{"help": argparse.SUPPRESS, **options, **kind})
+
+
 def parse(parser: Parser, argv: list[str] | None = None) -> argparse.Namespace:
     """Parse; a run's args.json, named by --args_from, replaces the defaults, and other flags replace a preset's."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)

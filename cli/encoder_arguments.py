@@ -51,8 +51,7 @@ def add_encoder_arguments(parser: argparse.ArgumentParser, several: bool = False
     group.add_argument("--checkpoint_key", **default(None), metavar="KEY",
                        help="entry of the file, or prefix of its keys, that holds the encoder")  # fmt: skip
     group.add_argument("--timm_name", **default(None), metavar="NAME",
-                       help="timm model whose configuration the file has: heads, activation, norms, mean and std; the "
-                            "tokens are compared with timm's")  # fmt: skip
+                       help="timm model whose weights the file holds: timm runs it")  # fmt: skip
     group.add_argument("--num_heads", default=None, type=positive_int, help="attention heads (default: the model's)")
     group.add_argument("--mean", default=None, type=float, nargs=3, metavar="X",
                        help="of the pixels, per channel (default: the family's)")  # fmt: skip
