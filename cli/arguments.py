@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cli.console import Parser, add_flags
+from cli.console import FLAGS, Parser, add_flags
 from cli.encoder_arguments import check_input_size, check_weights, settle_model
 from data_sets.images import ON_BAD_IMAGE, Images
 from data_sets.order import micro_steps_of_a_group
@@ -30,7 +30,7 @@ def add_data_arguments(parser: Parser, labels: bool = True, loaders: bool = True
     skip = [] if loaders else ["loader"]
     add_flags(
         parser.add_argument_group("data"),
-        "data",
+        FLAGS["data"],
         skip=skip if splits else [*skip, "val_split"],
         dataset={"fill": {"datasets": ", ".join(DATASETS)}},
         on_bad_image={"choices": ON_BAD_IMAGE},
@@ -68,7 +68,7 @@ def split_options(args: argparse.Namespace) -> dict[str, Any]:
 def add_run_arguments(parser: Parser, trains: bool = True) -> None:
     add_flags(
         parser.add_argument_group("run"),
-        "run",
+        FLAGS["run"],
         skip=[] if trains else ["save_every_steps"],
         track={"choices": TRACKERS},
         save_every_minutes={"fill": {"unit": "an epoch" if trains else "a pass"}},
@@ -99,7 +99,7 @@ def add_schedule_arguments(
     several = {"nargs": "+"} if isinstance(blr, list) else {}
     defaults = {"batch_size": batch_size, "epochs": epochs, "warmup_epochs": warmup_epochs, "min_lr": min_lr}
     options = {name: {"default": value} for name, value in defaults.items()}
-    add_flags(group, "schedule", blr={"default": blr, **several}, **options)
+    add_flags(group, FLAGS["schedule"], blr={"default": blr, **several}, **options)
 
 
 def plain(args: argparse.Namespace) -> dict:

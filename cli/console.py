@@ -158,10 +158,13 @@ class Parser(argparse.ArgumentParser):
 FLAGS = tomllib.loads(Path(__file__).with_name("flags.toml").read_text("utf-8"))
 
 
-def add_flags(group: argparse._ActionsContainer, table: str, skip: Iterable[str] = (), **more: dict[str, Any]) -> None:
-    """Add the flags of a table of flags.toml, but for some. more: {flag: options that replace those of the table}; the
-    entry `fill` of them replaces {braces} in the help."""
-    for name, options in FLAGS[table].items():
+def add_flags(
+    group: argparse._ActionsContainer, flags: dict[str, dict], skip: Iterable[str] = (), **more: dict[str, Any]
+) -> None:
+    """Add the flags of a TOML table, {name: options of add_argument}, whose type is named as in this module, but for
+    those of `skip`. more: {flag: options that replace those of the table}; their `fill` replaces {braces} in the help.
+    """
+    for name, options in flags.items():
         if name in skip:
             continue
         options = {**options, **more.get(name, {})}

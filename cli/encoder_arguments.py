@@ -44,7 +44,7 @@ def add_encoder_arguments(parser: argparse.ArgumentParser, several: bool = False
         more.setdefault(name, {}).update(nargs="+", default=[FLAGS["encoder"][name].get("default")])
     add_flags(
         parser.add_argument_group("encoders" if several else "encoder"),
-        "encoder",
+        FLAGS["encoder"],
         **more,
         amp={"choices": list(PRECISIONS)},
     )
@@ -183,7 +183,7 @@ def frozen_encoder(args: argparse.Namespace) -> tuple[Encoder, int]:
 
 def add_oracle_arguments(group: argparse._ArgumentGroup, default: str | None) -> None:
     """--finetune, --model, --family and --checkpoint_key of another encoder, whose attention heads may use."""
-    add_flags(group, "oracle", oracle={"default": default})
+    add_flags(group, FLAGS["oracle"], oracle={"default": default})
 
 
 def build_oracle(args: argparse.Namespace, probed: Encoder, size: int, amp: torch.dtype) -> Oracle:

@@ -29,7 +29,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
-from cli.console import Parser, add_flags, parse
+from cli.console import FLAGS, Parser, add_flags, parse
 from util.lazy import lazy
 
 torch = lazy("torch")
@@ -40,9 +40,9 @@ WARNING = 120  # seconds between SLURM's signal and the end of a job's time
 
 def get_args_parser() -> Parser:
     parser = Parser(__doc__)
-    add_flags(parser.add_argument_group("what to run"), "launcher", main={"choices": PROGRAMS})
-    add_flags(parser.add_argument_group("job"), "job")
-    add_flags(parser.add_argument_group("accepted for old commands"), "old_launcher")
+    add_flags(parser.add_argument_group("what to run"), FLAGS["launcher"], main={"choices": PROGRAMS})
+    add_flags(parser.add_argument_group("job"), FLAGS["job"])
+    add_flags(parser.add_argument_group("accepted for old commands"), FLAGS["old_launcher"])
     return parser
 
 
