@@ -61,7 +61,7 @@ def detect_family(
         same = [name for name in complete if alike(readings[first], readings[name])]
         return Detected(first, tuple(name for name in same if name != first))
     names = shown or complete
-    advice = "" if names else obstacle(content) or where_encoders_are(content, checkpoint_key)
+    advice = "" if names else obstacle(content) or ("" if checkpoint_key else where_encoders_are(content))
     if not names and not advice:
         readings = {name: reading for name in FAMILIES if not (reading := read(name)).problems}
         names = list(readings)
@@ -108,9 +108,9 @@ def obstacle(content: dict) -> str:
     return f"not all entries are tensors ({', '.join(entries[:4])}): save tensors only" if entries else ""
 
 
-def where_encoders_are(content: dict, checkpoint_key: str | None) -> str:
+def where_encoders_are(content: dict) -> str:
     """The arguments that load an encoder from below the top of a file; each was tried."""
-    names = [] if checkpoint_key else encoders_in(content)
+    names = encoders_in(content)
     arguments = list(filter(None, (arguments_for(content, name) for name in names)))
     if arguments:
         several = "there are encoders" if len(arguments) > 1 else "there is an encoder"

@@ -34,6 +34,8 @@ class Family(NamedTuple):
 
     description: str
     vit: dict  # architecture options that differ from models_vit's defaults
+    fuse: dict[str, list[str]]  # joint tensor of a block -> its parts in the file
+    rename: dict[str, str]  # regular expressions, applied in this order
     key: str | None = None  # entry of the file that holds the weights; None where the file is flat
     prefix: str = ""  # of all keys that are used
     beside: tuple[str, ...] = ()  # other entries of the file that distinguish it
@@ -43,9 +45,18 @@ class Family(NamedTuple):
     # what shows that a file which fits is not of another family whose tensors have the same names, each sufficient:
     # an entry of the file, a tensor, a prefix of tensors, the layout of the fixed position table; None: the structure
     evidence: tuple[dict[str, str], ...] | None = None
-    convert: Callable[[State], State] = lambda state: state  # published names and shapes -> models_vit's; pure
+    finish: Callable[[State], State] = lambda state: state
     # (converted weights, --grid) -> options in which files of the family differ
     read: Callable[[State, Grid | None], dict] = lambda state, grid: {}
+
+    def convert(self, state: State) -> State:
+        """Published names and shapes -> those of models_vit."""
+        for whole, parts in self.fuse.items():
+            state = fused(state, parts, whole)
+        names = {key: key for key in state}
+        for pattern, replacement in self.rename.items():
+            names = {key: re.sub(pattern, replacement, name) for key, name in names.items()}
+        return self.finish({names[key]: value for key, value in state.items()})
 
     def shown_by(self, weights: State, content: dict) -> str:
         """The evidence in a file that fits; "" for none."""
@@ -65,18 +76,7 @@ class Family(NamedTuple):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def renamed(state: State, *rules: tuple[str, str]) -> State:
-    """Every key with the regular expressions of `rules` replaced, in their order."""
-    names = {}
-    for key in state:
-        name = key
-        for pattern, replacement in rules:
-            name = re.sub(pattern, replacement, name)
-        names[key] = name
-    return {names[key]: value for key, value in state.items()}
-
-
-def fused(state: State, parts: tuple[str, str, str], whole: str) -> State:
+def fused(state: State, parts: list[str], whole: str) -> State:
     """Separate queries, keys and values joined into one tensor, for every block that has all of them.
 
     A part named "0" is all zeros: BEiT's attention has no bias on its keys.
@@ -96,56 +96,29 @@ def fused(state: State, parts: tuple[str, str, str], whole: str) -> State:
     return state
 
 
-def convert_beit(state: State) -> State:
-    """BEiT's block: biases on q and v only, gamma_1 and gamma_2, one relative-position table for all blocks or each."""
-    state = fused(state, ("q_bias", "0", "v_bias"), "qkv.bias")
-    state = renamed(
-        state,
-        (r"\.gamma_([12])$", r".ls\1.gamma"),
-        (r"\.attn\.relative_position_bias_table$", ".attn.rel_pos_bias.relative_position_bias_table"),
-    )
-    shared = state.pop("rel_pos_bias.relative_position_bias_table", None)
-    if shared is not None:  # every block gets a copy, as in the authors' own fine-tuning
-        blocks = {key.split(".")[1] for key in state if key.startswith("blocks.")}
-        state |= {f"blocks.{block}.attn.rel_pos_bias.relative_position_bias_table": shared for block in blocks}
-    return state
+def share_table(state: State) -> State:
+    """BEiT: every block gets a copy of a shared table of relative positions, as in the authors' own fine-tuning."""
+    name = "rel_pos_bias.relative_position_bias_table"
+    blocks = {key.split(".")[1] for key in state if key.startswith("blocks.")} if name in state else ()
+    copies = {f"blocks.{block}.attn.{name}": state[name] for block in blocks}
+    return {key: value for key, value in state.items() if key != name} | copies
 
 
-def convert_capi(state: State) -> State:
-    state = fused(state, ("q_proj.weight", "k_proj.weight", "v_proj.weight"), "qkv.weight")
-    return renamed(
-        state,
-        (r"^registers$", "reg_token"),
-        (r"^patch_embed\.", "patch_embed.proj."),
-        (r"^encoder\.blocks\.(\d+)\.residual([12])\.norm\.", r"blocks.\1.norm\2."),
-        (r"^encoder\.blocks\.(\d+)\.residual1\.fn\.", r"blocks.\1.attn."),
-        (r"^encoder\.blocks\.(\d+)\.residual2\.fn\.", r"blocks.\1.mlp."),
-    )
+def flatten_positions(state: State) -> State:
+    """MIM-Refiner: positions (1,rows,columns,D) of the patches alone."""
+    table = state.get("pos_embed")
+    return state if table is None or table.ndim != 4 else {**state, "pos_embed": table.flatten(1, 2)}
 
 
-def convert_mim_refiner(state: State) -> State:
-    """Positions (1,rows,columns,D) of the patches alone; the norm that post-norm models start with."""
-    state = renamed(
-        state,
-        (r"^cls_tokens\.tokens$", "cls_token"),
-        (r"^pos_embed\.embed$", "pos_embed"),
-        (r"^embed_norm", "norm_pre"),
-    )
-    if "pos_embed" in state and state["pos_embed"].ndim == 4:
-        state["pos_embed"] = state["pos_embed"].flatten(1, 2)
-    return state
-
-
-def convert_dinov2(state: State) -> State:
-    """The position of [cls] goes into the token, because the registers that follow it have none."""
-    state = renamed(state, (r"^register_tokens$", "reg_token"))
+def move_cls_position(state: State) -> State:
+    """DINOv2: the position of [cls] goes into the token, because the registers that follow it have none."""
     token, table = state.get("cls_token"), state.get("pos_embed")
-    if token is not None and table is not None and table.ndim == 3 and token.shape == table[:, :1].shape:
-        state |= {"cls_token": token + table[:, :1], "pos_embed": table[:, 1:]}
-    return state
+    if token is None or table is None or table.ndim != 3 or token.shape != table[:, :1].shape:
+        return state
+    return {**state, "cls_token": token + table[:, :1], "pos_embed": table[:, 1:]}
 
 
-def convert_timm(state: State) -> State:
+def add_patch_bias(state: State) -> State:
     """Zero biases for the patch embedding where a norm follows it (timm's CLIP models have none)."""
     kernel = state.get("patch_embed.proj.weight")
     if kernel is None or "norm_pre.weight" not in state or "patch_embed.proj.bias" in state:
@@ -205,9 +178,9 @@ def fixed_table(weights: State, columns_first: bool) -> bool:
 def read_families() -> dict[str, Family]:
     table = tomllib.loads((Path(__file__).parent / "families.toml").read_text())
     for entry in table.values():
-        entry |= {field: globals()[entry[field]] for field in ("convert", "read") if field in entry}
+        entry |= {field: globals()[entry[field]] for field in ("finish", "read") if field in entry}
         entry |= {field: tuple(value) for field, value in entry.items() if isinstance(value, list)}
-    return {name: Family(**{"vit": {}, **entry}) for name, entry in table.items()}
+    return {name: Family(**{"vit": {}, "fuse": {}, "rename": {}, **entry}) for name, entry in table.items()}
 
 
 FAMILIES = read_families()

@@ -155,9 +155,9 @@ def hf_inputs(model: nn.Module, images: Tensor) -> dict[str, Any]:
 
     config, count = model.config, len(images)
     kind = config.model_type.removesuffix("_vision_model")
-    if kind == "vjepa2":  # a film of the one image, as long as one token lasts
-        film = images[:, None].expand(-1, config.tubelet_size, -1, -1, -1)
-        return {"pixel_values_videos": film, "skip_predictor": True}
+    if kind == "vjepa2":  # a clip of the one image, as long as one token lasts
+        clip = images[:, None].expand(-1, config.tubelet_size, -1, -1, -1)
+        return {"pixel_values_videos": clip, "skip_predictor": True}
     if kind == "siglip2":
         from models_mae import patchify
 
@@ -240,9 +240,7 @@ def load_timm(name: str, size: int | None, offline: bool) -> Loaded:
         folder, commit = fetched(repository, offline)
         name = f"local-dir:{folder}"
     else:
-        if not timm.is_model(name.split(".")[0]):
-            near = nearest(name.split(".")[0], timm.list_models())
-            raise ValueError(f"timm {timm.__version__} has no such model: {near}timm.list_models() lists them")
+        check_timm_name(name)
         published = timm.get_pretrained_cfg(name)
         if not (published and published.hf_hub_id):
             raise ValueError("timm has no weights of it on the hub: name a tag of timm.list_pretrained()")
@@ -252,16 +250,50 @@ def load_timm(name: str, size: int | None, offline: bool) -> Loaded:
         weights = f"{Path(file).stem}.safetensors"
         folder, commit = fetched(repository, offline, weights)
         overlay = {"pretrained_cfg_overlay": {"file": str(folder / weights), "source": "file", "custom_load": False}}
-    model = timm.create_model(name, pretrained=True, num_classes=0, img_size=size, **overlay).eval()
+    model = timm.create_model(name, pretrained=True, img_size=size, **overlay)  # with its classifier: loaded strictly
+    model.reset_classifier(0)
+    return loaded_by_timm(model, size, commit)
+
+
+def timm_of_file(weights: dict[str, Tensor], name: str, size: int | None) -> Loaded:
+    """timm's model of this name with the weights of a file, at the size of its positions, unless one is stated.
+
+    ValueError where timm has no such model, or tensors are missing, left over or misshapen.
+    """
+    import timm
+
+    check_timm_name(name)
+    weights = {key: value for key, value in weights.items() if not key.startswith("head.")}
+    table, kernel = weights.get("pos_embed"), weights.get("patch_embed.proj.weight")
+    if size is None and table is not None and kernel is not None and table.ndim == 3:
+        size = isqrt(table.shape[1]) * kernel.shape[-1]
+    overlay = {"state_dict": weights, "num_classes": 0, "custom_load": False}
+    try:
+        model = timm.create_model(name, pretrained=True, num_classes=0, img_size=size, pretrained_cfg_overlay=overlay)
+    except Exception as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise ValueError(f"the file is not timm's {name}: {' '.join(lines[-2:])[:300]}") from error
+    return loaded_by_timm(model, size, None)
+
+
+def check_timm_name(name: str) -> None:
+    import timm
+
+    if not timm.is_model(name.split(".")[0]):
+        near = nearest(name.split(".")[0], timm.list_models())
+        raise ValueError(f"timm {timm.__version__} has no model {name!r}: {near}timm.list_models() lists them")
+
+
+def loaded_by_timm(model: nn.Module, size: int | None, commit: str | None) -> Loaded:
+    import timm
+
     stated = timm.data.resolve_model_data_config(model)
     native = getattr(getattr(model, "patch_embed", None), "img_size", None) or stated["input_size"][1:]
     pixels = pixels_of(stated, stated["crop_mode"], stated["crop_pct"])
     configuration = f"{model.pretrained_cfg['architecture']} {model._model_args}"
-    pools = getattr(model, "attn_pool", None) is not None
-    return Loaded(
-        model, configuration, run_model, size or native[0], pixels, commit,
-        lambda output: {"map": output} if pools else {},
-    )  # fmt: skip
+    pools, size = getattr(model, "attn_pool", None) is not None, size or native[0]
+    outputs = (lambda output: {"map": output}) if pools else (lambda output: {})
+    return Loaded(model, configuration, run_model, size, pixels, commit, outputs)
 
 
 def load_open_clip(name: str, size: int | None, offline: bool) -> Loaded:

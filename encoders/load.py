@@ -2,20 +2,18 @@
 
 import importlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch import nn
-
 from data_sets.views import CROP_PCT, IMAGENET_MEAN, IMAGENET_STD
-from encoders import timm_models
 from encoders.architectures import ARCHITECTURES, FROM_FILE, architecture, default_input_size
 from encoders.catalogue import fetch_weights, known_family, named_family
-from encoders.contents import without_wrappers
+from encoders.contents import weights_of, without_wrappers
 from encoders.detect import UNSURE, Detected, detect_family, obstacle, other_encoders, where_encoders_are
-from encoders.families import FAMILIES, Grid, drop_rule
-from encoders.libraries import LIBRARIES, library_of, load_from_library, one_line
+from encoders.families import FAMILIES, Grid
+from encoders.libraries import LIBRARIES, Loaded, library_of, load_from_library, one_line, timm_of_file
 from encoders.reading import DEFAULTS, RELATIVE, Reading, problems_of, read_as
 from encoders.traced import TracedEncoder
 from models_vit import NORMS, Backbone, VisionTransformer
@@ -54,7 +52,7 @@ class Encoder(NamedTuple):
 
 def load_encoder(
     finetune: str,
-    model: str,
+    model: str = FROM_FILE,
     family: str | None = None,
     checkpoint_key: str | None = None,
     offline: bool = False,
@@ -68,147 +66,145 @@ def load_encoder(
 ) -> Encoder:
     """The encoder `model` with the weights that `finetune` names, or random ones where it is empty.
 
-    finetune: a file (.pth or .safetensors), a name of CATALOGUE, a URL, the name of a timm model, or a model that its
-    own library runs (encoders.libraries), at `size` pixels; it has no options but mean and std.
+    finetune: a file (.pth or .safetensors), a name of CATALOGUE, a URL, or a model that its own library runs at `size`
+    pixels (encoders.libraries; the name of a timm model, too): it needs no other option.
     model: a name of ARCHITECTURES, or "file" to take the sizes from the tensors.
     family: a name of FAMILIES; None or "auto": see detect_family. Where that leaves several, which differ in how they
     resample positions, the backbone takes no images of another size than its table's. checkpoint_key: another encoder
     of the file than the family's default (see Family). offline: download nothing.
-    mean, std, grid (rows and columns of the file's positions), timm_name (the entry of timm's registry that describes
-    the file) and options of models_vit.VisionTransformer, such as num_heads: what tensors do not show. What remains
-    open is logged with the value assumed.
+    mean, std, grid (rows and columns of the file's positions), and options of models_vit.VisionTransformer, such as
+    num_heads: what tensors do not show. What remains open is logged with the value assumed. timm_name: the timm model
+    whose weights the file holds, which timm runs.
     The backbone is in evaluation mode and frozen. Raises ValueError where a tensor is missing, left over, misshapen or
-    not finite, and where the tokens differ from those of the timm model.
+    not finite.
     """
-    checkpoint_key = checkpoint_key or None  # "" leaves one of several encoders without
     if model != FROM_FILE:
         architecture(model)
     stated = {"family": named_family(family), "timm_name": timm_name, "grid": grid, "mean": mean, "std": std}
-    stated = {name: value for name, value in stated.items() if value}
-    if library_of(finetune):
-        return traced_encoder(finetune, size, offline, {**stated, **options, "checkpoint_key": checkpoint_key})
+    stated = {name: value for name, value in stated.items() if value} | options
     if not finetune:
-        return random_encoder(model, stated, options)
-    family = known_family(finetune, model, family)
-    if timm_name and (family not in (None, "timm") or "num_heads" in options):
-        other = "--num_heads" if "num_heads" in options else f"--family {family}"
-        raise ValueError(f"--timm_name {timm_name} states what {other} states: write one of the two")
-    with main_process_first():  # the other processes find its download
-        path = fetch_weights(finetune, offline)
-        timm_model = load_from_library(f"timm:{finetune}", offline=offline).model if path is None else None
-    if timm_model is not None:
-        content, timm_name = timm_model.state_dict(), finetune
-    else:
-        content = without_wrappers(load_plain_or_safetensors(path))
-    if timm_name:
-        detected = Detected("timm", reason="as timm has it")
-        timm_model = timm_model or timm_of_file(content, timm_name, checkpoint_key, grid)
-        options = {**timm_models.options_of(timm_model, timm_name), **options}
-    elif family:
-        detected = Detected(family, reason="" if family == "timm" else "as stated")
-        warn_of_metadata(path, family)
-    else:
-        detected = detect_family(path, content, checkpoint_key, grid, **options)
+        return random_encoder(model, stated)
+    if library_of(finetune) is None:
+        with main_process_first():  # the other processes find its download
+            path = fetch_weights(finetune, offline)
+        if path is not None and not timm_name:
+            pixels = [tuple(own or default) for own, default in ((mean, IMAGENET_MEAN), (std, IMAGENET_STD))]
+            opened = open_weights(finetune, path, model, family, checkpoint_key, grid, **options)
+            return encoder_of_file(finetune, path, opened, pixels, stated)
+        if path is not None:
 
-    reading = read_as(content, detected.family, model, checkpoint_key, grid, **options)
-    if problems := problems_of(reading):
-        if "patch_embed.proj.weight" not in reading.state:
-            problems += filter(None, [obstacle(content) or where_encoders_are(content, checkpoint_key)])
-        raise ValueError(f"{finetune} is not a {model} of family {detected.family}: {'; '.join(problems)}")
-    for name, theirs in reading.published.items() if not timm_name else ():
-        if options.get(name, theirs) != theirs:
-            log.warning("%s: %s = %s, where its authors have %s", finetune, name, options[name], theirs)
-    resampling = {"pos_resampling": "unknown"} if detected.others else {}
-    backbone = VisionTransformer(**{**reading.options, **resampling})
-    backbone.load_state_dict(reading.state, strict=True)
-    backbone.eval().requires_grad_(False)
-    pixels = [IMAGENET_MEAN, IMAGENET_STD]
-    if timm_model is not None:
-        timm_models.check_tokens(timm_model, backbone, timm_name)
-        pixels = [timm_model.pretrained_cfg[name] for name in ("mean", "std")]
+            def load() -> Loaded:
+                content = without_wrappers(load_plain_or_safetensors(path))
+                weights = weights_of(content, FAMILIES["timm"], checkpoint_key or None)
+                return timm_of_file(weights or {}, timm_name, size)
 
-    record = {
-        "model": reading.model, "source": Path(finetune).name, "family": detected.family,
-        "sha256": sha256(path) if path is not None else None,
-    }  # fmt: skip
-    pixels = [tuple(stated or own) for stated, own in zip((mean, std), pixels, strict=True)]
-    encoder = Encoder(backbone, *pixels, record, {**reading.options, **resampling})
-    arch = content["arch"] if isinstance(content.get("arch"), str) else None
-    log_encoder(finetune, encoder, reading, detected, {*stated, *options}, arch)
-    if others := other_encoders(content, reading):
-        level = logging.INFO if family or checkpoint_key else logging.WARNING
-        log.log(level, "%s holds other encoders, too: %s", finetune, ", ".join(others))
-    return encoder
-
-
-def traced_encoder(finetune: str, size: int | None, offline: bool, stated: dict) -> Encoder:
-    """An encoder that its own library loads, configures and runs. ValueError with the reason if it cannot be traced."""
+            del stated["timm_name"]
+            return traced_encoder(finetune, "timm", Path(finetune).name, load, stated)
+        finetune = f"timm:{finetune}"
+    if checkpoint_key:
+        stated["checkpoint_key"] = checkpoint_key
     prefix, name = finetune.split(":", 1)
-    package = LIBRARIES[prefix].package
-    if configured := [f"--{name}" for name, value in stated.items() if value and name not in ("mean", "std")]:
-        raise ValueError(f"{', '.join(configured)}: {package} configures {finetune}; leave it out")
+    source = f"{prefix}:{Path(name).name if Path(name).exists() else name}"
+    load = partial(load_from_library, finetune, size, offline)
+    return traced_encoder(finetune, LIBRARIES[prefix].package, source, load, stated)
+
+
+def random_encoder(model: str, stated: dict) -> Encoder:
+    if needing := [name for name in ("family", "timm_name", "grid") if name in stated]:
+        raise ValueError(f"--{needing[0]} {stated[needing[0]]} needs weights: name them with --finetune")
+    if model == FROM_FILE:
+        raise ValueError(f"--model {FROM_FILE} needs weights: name them with --finetune")
+    pixels = [tuple(stated.pop(name, default)) for name, default in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD))]
+    options = {**architecture(model), **stated}
+    backbone = VisionTransformer(**options).eval().requires_grad_(False)
+    return Encoder(backbone, *pixels, {"model": model, "source": None, "family": None, "sha256": None}, options)
+
+
+def traced_encoder(finetune: str, package: str, source: str, load: Callable[[], Loaded], stated: dict) -> Encoder:
+    """An encoder that its own library runs. ValueError, with the reason, if it cannot be traced."""
+    if other := [name for name in stated if name not in ("mean", "std")]:
+        raise ValueError(f"{finetune}: {package} sets {', '.join(other)} and runs it frozen, as it is")
     with main_process_first():  # the other processes find its download
-        loaded = load_from_library(finetune, size, offline)
+        loaded = load()
     try:
         backbone = TracedEncoder(loaded)
     except Exception as error:  # libraries raise errors of all kinds
         raise ValueError(f"{finetune} cannot be traced: {one_line(error)}") from error
-    pixels = loaded.pixels._replace(**{name: tuple(stated[name]) for name in ("mean", "std") if stated.get(name)})
-    backbone.eval().requires_grad_(False)
+    pixels = loaded.pixels._replace(**{name: tuple(value) for name, value in stated.items()})
+    prefix = {"cls": int(backbone.has_cls), "registers": backbone.num_registers}
     record = {
         "model": type(loaded.model).__name__,
-        "source": f"{prefix}:{Path(name).name if Path(name).exists() else name}",
+        "source": source,
         "family": package,
         "version": importlib.import_module(package).__version__,
         "revision": loaded.revision,
         "sha256": digest(backbone.state_dict()),
         "traced": backbone.traced,
-        "tokens": {
-            "cls": int(backbone.has_cls),
-            "registers": backbone.num_registers,
-            "patches": loaded.size // backbone.patch_size,
-        },
+        "tokens": {**prefix, "patches": loaded.size // backbone.patch_size},
         "preprocessing": {"size": loaded.size, **pixels._asdict()},
     }
-    log.info(
-        "loaded %s: %s", finetune, "; ".join(f"{name} {record[name]}" for name in ("model", "tokens", "preprocessing"))
-    )
-    if assumed := [f"{name} (--{name})" for name in loaded.assumed if not stated.get(name)]:
+    log.info("loaded %s", "; ".join(f"{name} {value}" for name, value in record.items() if name != "sha256"))
+    if assumed := [f"{name} (--{name})" for name in loaded.assumed if name not in stated]:
         record["assumed"] = assumed
         log.warning("%s does not state its preprocessing, so these are assumed: %s", finetune, ", ".join(assumed))
     options = {"version": record["version"], "configuration": digest(loaded.configuration)}
-    return Encoder(backbone, pixels.mean, pixels.std, record, options, pixels.interpolation, pixels.crop_pct)
+    return Encoder(backbone.eval(), pixels.mean, pixels.std, record, options, pixels.interpolation, pixels.crop_pct)
 
 
-def random_encoder(model: str, stated: dict, options: dict) -> Encoder:
-    if needing := [name for name in ("family", "timm_name", "grid") if name in stated]:
-        raise ValueError(f"--{needing[0]} {stated[needing[0]]} needs weights: name them with --finetune")
-    if model == FROM_FILE:
-        raise ValueError(f"--model {FROM_FILE} needs weights: name them with --finetune")
-    options = {**architecture(model), **options}
-    backbone = VisionTransformer(**options).eval().requires_grad_(False)
-    record = {"model": model, "source": None, "family": None, "sha256": None}
-    pixels = tuple(stated.get("mean", IMAGENET_MEAN)), tuple(stated.get("std", IMAGENET_STD))
-    return Encoder(backbone, *pixels, record, options)
+class Opened(NamedTuple):
+    """A weight file, and how it is read."""
+
+    content: dict
+    detected: Detected
+    reading: Reading
+    chosen: bool  # whether the caller says which encoder of the file is meant
 
 
-def timm_of_file(content: dict, name: str, checkpoint_key: str | None, grid: Grid | None) -> nn.Module:
-    """timm's model of this name with the weights of a file, at the size of its positions."""
-    reading = read_as(content, "timm", FROM_FILE, checkpoint_key, grid)
-    if not reading.options:
-        raise ValueError(f"the file is not timm's {name}: {'; '.join(reading.problems)}")
-    size = {"img_size": reading.options["img_size"]} if "pos_embed" in reading.state else {}
-    model = timm_models.create(name, **size)
-    timm_models.options_of(model, name)  # which refuses what models_vit cannot compute
-    kept = {key: value for key, value in reading.weights.items() if drop_rule(FAMILIES["timm"], key) is None}
-    timm_models.fill(model, kept, name)
-    return model
+def open_weights(
+    finetune: str,
+    path: Path,
+    model: str = FROM_FILE,
+    family: str | None = None,
+    checkpoint_key: str | None = None,
+    grid: Grid | None = None,
+    **options,
+) -> Opened:
+    """A file read as its family; whether the reading covers an encoder is not checked. Arguments: see load_encoder."""
+    checkpoint_key = checkpoint_key or None  # "" leaves one of several encoders without
+    family = known_family(finetune, model, family)
+    content = without_wrappers(load_plain_or_safetensors(path))
+    if family is None:
+        detected = detect_family(path, content, checkpoint_key, grid, **options)
+    else:
+        detected = Detected(family, reason="" if family == "timm" else "as stated")
+        written = safetensors_metadata(path).get("family") if path.suffix == ".safetensors" else None
+        if written not in (None, family):
+            log.warning("%s states family %s; it is read as %s because of --family", path, written, family)
+    reading = read_as(content, detected.family, model, checkpoint_key, grid, **options)
+    return Opened(content, detected, reading, bool(family or checkpoint_key))
 
 
-def warn_of_metadata(path: Path, family: str) -> None:
-    written = safetensors_metadata(path).get("family") if path.suffix == ".safetensors" else None
-    if written not in (None, family):
-        log.warning("%s states family %s; it is read as %s because of --family", path, written, family)
+def encoder_of_file(finetune: str, path: Path, opened: Opened, pixels: list[tuple], stated: dict) -> Encoder:
+    """ValueError, with all reasons, where the file does not cover an encoder."""
+    content, detected, reading, chosen = opened
+    if problems := problems_of(reading):
+        if "patch_embed.proj.weight" not in reading.state:
+            problems += filter(None, [obstacle(content) or where_encoders_are(content)])
+        model = reading.model or "model"
+        raise ValueError(f"{finetune} is not a {model} of family {detected.family}: {'; '.join(problems)}")
+    for name, theirs in reading.published.items():
+        if stated.get(name, theirs) != theirs:
+            log.warning("%s: %s = %s, where its authors have %s", finetune, name, stated[name], theirs)
+    options = {**reading.options, **({"pos_resampling": "unknown"} if detected.others else {})}
+    backbone = VisionTransformer(**options)
+    backbone.load_state_dict(reading.state, strict=True)
+    record = {"model": reading.model, "source": Path(finetune).name, "family": detected.family, "sha256": sha256(path)}
+    encoder = Encoder(backbone.eval().requires_grad_(False), *pixels, record, options)
+    log_encoder(finetune, encoder, opened, set(stated))
+    if others := other_encoders(content, reading):
+        level = logging.INFO if chosen else logging.WARNING
+        log.log(level, "%s holds other encoders, too: %s", finetune, ", ".join(others))
+    return encoder
 
 
 def input_size(encoder: Encoder, stated: int | None) -> int:
@@ -231,12 +227,10 @@ def input_size(encoder: Encoder, stated: int | None) -> int:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def log_encoder(finetune: str, encoder: Encoder, reading: Reading, detected: Detected, stated: set[str],
-                arch: str | None) -> None:  # fmt: skip
-    """Log what the tokens depend on and tensors do not show; what nothing states, as a warning and in the record.
-
-    arch: the architecture that the file names.
-    """
+def log_encoder(finetune: str, encoder: Encoder, opened: Opened, stated: set[str]) -> None:
+    """Log what the tokens depend on and tensors do not show; what nothing states, as a warning and in the record."""
+    content, detected, reading, _ = opened
+    arch = content["arch"] if isinstance(content.get("arch"), str) else None  # the file names it
 
     def numbers(values: Sequence[float]) -> str:
         return " ".join(f"{value:.4g}" for value in values)
@@ -252,9 +246,15 @@ def log_encoder(finetune: str, encoder: Encoder, reading: Reading, detected: Det
     if "pos_embed" in reading.state or RELATIVE in reading.state:
         facts["grid"] = f"positions for {backbone.grid_size[0]} x {backbone.grid_size[1]} patches"
     log.info(
-        "loaded %s (%s, family %s %s, %d tensors): %s, resampled by rule %s", finetune, reading.model, detected.family,
-        detected.reason or "by assumption", len(reading.state), "; ".join(facts.values()), backbone.pos_resampling,
-    )  # fmt: skip
+        "loaded %s (%s, family %s %s, %d tensors): %s, resampled by rule %s",
+        finetune,
+        reading.model,
+        detected.family,
+        detected.reason or "by assumption",
+        len(reading.state),
+        "; ".join(facts.values()),
+        backbone.pos_resampling,
+    )
     if detected.reason in UNSURE:
         if RELATIVE in reading.state:
             stated = {*stated, "timm_name"}  # not a plain ViT of timm

@@ -3,13 +3,14 @@
 import contextlib
 import errno
 import fcntl
+import functools
 import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy
 import torch
@@ -34,6 +35,29 @@ FILES = (
 )
 
 
+def writes(flag: str = "--output_dir", attribute: str = "path") -> Callable:
+    """A method that only rank 0 of a run with a folder runs. An unwritable or full disk is a ValueError, one line."""
+
+    def decorate(method: Callable) -> Callable:
+        @functools.wraps(method)
+        def guarded(self: "RunFolder", *arguments: Any, **options: Any) -> None:
+            if self.path is None:
+                return
+            try:
+                method(self, *arguments, **options)
+            except (OSError, RuntimeError, SafetensorError) as error:
+                cause = disk_error(error)
+                if cause is None and not isinstance(error, SafetensorError):
+                    raise
+                kept = f"; {self.kept[-1]} is whole" if self.kept and self.kept[-1].exists() else ""
+                message = f"{flag} {getattr(self, attribute)} cannot be written: {cause or error}{kept}"
+                raise ValueError(message) from error
+
+        return guarded
+
+    return decorate
+
+
 class RunFolder:
     """Records of one run; only rank 0 writes, and makes the folder when it does. An empty `path` keeps nothing."""
 
@@ -46,27 +70,23 @@ class RunFolder:
         self.read_path = Path(path) if path else None
         self.log_dir = Path(log_dir) if log_dir else self.path
         self.kept: list[Path] = []  # checkpoints that this process wrote or read, oldest first
-        self.lock: IO | None = None  # held while this process writes here
+        self.lock: int | None = None  # file descriptor, open while this process writes here
 
+    @writes()
     def claim(self) -> None:
-        """Make the folder this process's own, until that ends or closes it, and clear what killed ones left
+        """Make the folder this process's own, until that ends or closes it, and remove what killed processes left
         half-written. ValueError where another process writes here, or the folder cannot be written.
         """
-        if self.path is None:
-            return
-        with self._writing():
-            self.path.mkdir(parents=True, exist_ok=True)
-            self.lock = open(self.path / LOCK, "w")  # noqa: SIM115
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         try:
             # a record lock: loader workers do not inherit it, so that it ends with this process, however that ends
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                raise ValueError(
-                    f"--output_dir {self.path}: another process writes there: wait for its end, or name another folder"
-                ) from error  # else a file system that has no locks
-        with self._writing():
-            remove_leftovers(self.path, FILES)
+            if error.errno in (errno.EACCES, errno.EAGAIN):  # else a file system that has no locks
+                message = "another process writes there: wait for its end, or name another folder"
+                raise ValueError(f"--output_dir {self.path}: {message}") from error
+        remove_leftovers(self.path, FILES)
 
     def start(self, record: dict[str, Any], name: str = "args.json", purge_step: int | None = None) -> None:
         """Write what was asked, with its provenance, and open the trackers. ValueError where that is not possible.
@@ -75,141 +95,119 @@ class RunFolder:
         """
         self.claim()
         self.write(name, record)
-        if self.path is not None:
-            with self._writing("--log_dir", self.log_dir):
-                boards = [TensorBoard(self.log_dir, purge_step)] if "tensorboard" in self.track else []
-            services = [Service(name, self.path, record) for name in self.track if name != "tensorboard"]
-            self.trackers = [*boards, *services]
+        self._open_trackers(record, purge_step)
 
+    @writes("--log_dir", "log_dir")
+    def _open_trackers(self, record: dict[str, Any], purge_step: int | None) -> None:
+        boards = [TensorBoard(self.log_dir, purge_step)] if "tensorboard" in self.track else []
+        self.trackers = [*boards, *(Service(name, self.path, record) for name in self.track if name != "tensorboard")]
+
+    @writes()
     def write(self, name: str, value: Any) -> None:
-        """Write JSON into the folder, made if need be. ValueError where that is not possible."""
-        if self.path is not None:
-            with self._writing():
-                self.path.mkdir(parents=True, exist_ok=True)
-                write_json(self.path / name, value)
+        """Write JSON into the folder."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_json(self.path / name, value)
 
     def save_encoder(self, state: dict[str, Tensor], metadata: dict[str, str]) -> None:
-        """Write encoder.safetensors, which every program takes as --finetune. ValueError where that is not possible."""
+        """Write encoder.safetensors, which every program takes as --finetune."""
         self.save_tensors("encoder.safetensors", state, metadata)
 
+    @writes()
     def save_tensors(self, name: str, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-        """Write tensors as a safetensors file. ValueError where that is not possible."""
-        if self.path is not None:
-            with self._writing():
-                self.path.mkdir(parents=True, exist_ok=True)
-                save_encoder(self.path / name, tensors, metadata)
+        self.path.mkdir(parents=True, exist_ok=True)
+        save_encoder(self.path / name, tensors, metadata)
 
-    @contextlib.contextmanager
-    def _writing(self, flag: str = "--output_dir", path: Path | None = None) -> Iterator[None]:
-        """A disk that is full or may not be written is the user's to mend: ValueError, one line."""
-        try:
-            yield
-        except (OSError, RuntimeError, SafetensorError) as error:
-            trouble = disk_error(error)
-            if trouble is None and not isinstance(error, SafetensorError):
-                raise
-            kept = f"; {self.kept[-1]} is whole" if self.kept and self.kept[-1].exists() else ""
-            raise ValueError(f"{flag} {path or self.path} cannot be written: {trouble or error}{kept}") from error
-
+    @writes()
     def log_line(self, record: dict[str, Any]) -> None:
         """One line of JSON in log.txt (an epoch's figures, MAE's convention), in place of this epoch's and later ones.
 
         So a resumed run repeats no line, and a line that a kill cut short is gone.
         """
-        if self.path is None:
-            return
-        log_file = self.path / "log.txt"
-        earlier = []
-        with self._writing():
-            for line in log_file.read_text(errors="replace").splitlines() if log_file.exists() else []:
-                with contextlib.suppress(json.JSONDecodeError, KeyError, TypeError):
-                    if json.loads(line)["epoch"] < record["epoch"]:
-                        earlier.append(line)
-            write_atomically(log_file, "".join(f"{line}\n" for line in [*earlier, to_json(record)]).encode())
+        log_file, earlier = self.path / "log.txt", []
+        for line in log_file.read_text("utf-8", "replace").splitlines() if log_file.exists() else []:
+            with contextlib.suppress(json.JSONDecodeError, KeyError, TypeError):
+                if json.loads(line)["epoch"] < record["epoch"]:
+                    earlier.append(line)
+        write_atomically(log_file, "".join(f"{line}\n" for line in [*earlier, to_json(record)]).encode())
 
     def last_line(self) -> dict[str, Any] | None:
         """What log_line has written last, perhaps before this process; None where there is nothing."""
         log_file = self.path and self.path / "log.txt"
-        lines = log_file.read_text().splitlines() if log_file and log_file.exists() else []
+        lines = log_file.read_text("utf-8").splitlines() if log_file and log_file.exists() else []
         return json.loads(lines[-1]) if lines else None
 
+    @writes("--log_dir", "log_dir")
     def scalars(self, values: dict[str, float], step: int) -> None:
         for tracker in self.trackers:
-            with self._writing("--log_dir", self.log_dir):
-                tracker.scalars(values, step)
+            tracker.scalars(values, step)
 
+    @writes("--log_dir", "log_dir")
     def image(self, name: str, pixels: numpy.ndarray, step: int) -> None:
         """pixels: (h,w,3) in [0,1]."""
         for tracker in self.trackers:
-            with self._writing("--log_dir", self.log_dir):
-                tracker.image(name, pixels, step)
+            tracker.image(name, pixels, step)
 
+    @writes("--log_dir", "log_dir")
     def close(self, figures: Iterable[Path] = ()) -> None:
         """figures: those that the trackers get beside the folder's own."""
         for tracker in self.trackers:
-            with self._writing("--log_dir", self.log_dir):
-                tracker.finish(self.path, [*self.path.glob("*.png"), *figures])
+            tracker.finish(self.path, [*self.path.glob("*.png"), *figures])
         if self.lock is not None:
             (self.path / LOCK).unlink(missing_ok=True)
-            self.lock.close()
+            os.close(self.lock)
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
     def checkpoints(self) -> list[Path]:
         """Checkpoints of this folder, newest first."""
-        if self.read_path is None:
-            return []
-        found = [path for path in self.read_path.glob("checkpoint-*.pth") if _position(path) is not None]
-        return sorted(found, key=_position, reverse=True)
+        paths = self.read_path.glob("checkpoint-*.pth") if self.read_path else ()
+        return sorted((path for path in paths if _position(path) and path.is_file()), key=_position, reverse=True)
 
+    @writes()
     def save_checkpoint(self, epoch: int, state: dict[str, Any], keep: int = 2, step: int | None = None) -> None:
         """Write checkpoint-<epoch>.pth, or checkpoint-<epoch>-<step>.pth after `step` optimizer steps of the epoch,
-        whole; then remove all but it and the `keep` - 1 before it. ValueError where that is not possible.
+        whole; then remove all but it and the `keep` - 1 before it.
 
         Later ones are left from before an earlier state was resumed, and "auto" must not take them for this run's;
         unread ones may be damaged, and do not count among those kept.
         """
-        if self.path is None:
-            return
         target = self.path / (f"checkpoint-{epoch}.pth" if step is None else f"checkpoint-{epoch}-{step}.pth")
-        with self._writing():
-            for tracker in self.trackers:
-                tracker.flush()  # what happened before this state is on record, too
-            with atomic_path(target) as temporary, open(temporary, "wb") as file:
-                torch.save(sealed({"epoch": epoch, "step": step, **state}), file)
-            earlier = [path for path in self.kept if path != target and _position(path) < _position(target)]
-            self.kept = [*earlier, target][-keep:]
-            for path in self.checkpoints():
-                if path not in self.kept:
-                    path.unlink(missing_ok=True)
+        for tracker in self.trackers:
+            tracker.flush()  # what happened before this state is on record, too
+        with atomic_path(target) as temporary, open(temporary, "wb") as file:
+            torch.save(sealed({"epoch": epoch, "step": step, **state}), file)
+        earlier = [path for path in self.kept if path != target and _position(path) < _position(target)]
+        self.kept = [*earlier, target][-keep:]
+        for path in self.checkpoints():
+            if path not in self.kept:
+                path.unlink(missing_ok=True)
 
     def find_checkpoint(
         self, resume: str, evaluate_only: bool = False, restore: Callable[[dict[str, Any]], None] = lambda state: None
     ) -> dict[str, Any] | None:
         """The state to resume from: a path, "auto" for the newest good one of this folder, "" for a fresh start.
 
-        restore: takes the state over; its ValueError says that it does not fit, and "auto" then goes on to the one
-        before; AnotherRun is final. None for a fresh start, which "auto" is where there is no checkpoint yet.
-        ValueError where no checkpoint of the run is good, and, unless evaluate_only, for what would write over another
-        run. Rank 0 chooses, the others take the same file.
+        restore: takes the state over; its ValueError says that it does not fit, and "auto" then tries the one before;
+        AnotherRun is final. None for a fresh start, which "auto" is where there is no checkpoint yet. ValueError where
+        no checkpoint of the run is good, and, unless evaluate_only, for what would write over another run. Rank 0
+        chooses, the others take the same file.
         """
         if not evaluate_only:
             self.refuse_overwriting(resume)
-        chosen, error = None, None
+        chosen = state = error = None
         if distributed.rank() == 0:
             try:
-                chosen, state = self._newest_good(restore) if resume == "auto" else _load(resume, restore)
+                chosen, state = self._newest_good(resume, restore)
             except ValueError as problem:
                 error = problem
-        chosen, text = distributed.from_main((chosen, error and str(error)))
-        if text is not None:
-            raise error or ValueError(text)
+        chosen, message = distributed.from_main((chosen, error and str(error)))
+        if message is not None:
+            raise error or distributed.everywhere_raised(message)
         if chosen is None:
             return None
         if distributed.world_size() > 1:  # each node may have a file of that name
             try:
-                if distributed.rank() != 0:
-                    _, state = _load(chosen, restore)
+                state = state or _load(chosen, restore)
                 content = digest(state)
             except ValueError as problem:
                 content = str(problem)
@@ -219,10 +217,12 @@ class RunFolder:
         log.info("%s from %s", "evaluating" if evaluate_only else "resuming", chosen)
         return state
 
-    def _newest_good(self, restore: Callable[[dict[str, Any]], None]) -> tuple[str | None, dict[str, Any] | None]:
+    def _newest_good(self, resume: str, restore: Callable) -> tuple[str | None, dict[str, Any] | None]:
+        if resume != "auto":
+            return (resume, _load(resume, restore)) if resume else (None, None)
         for path in self.checkpoints():
             try:
-                return _load(str(path), restore)
+                return str(path), _load(str(path), restore)
             except AnotherRun:
                 raise
             except ValueError as error:
@@ -236,27 +236,19 @@ class RunFolder:
         if self.path is not None and any(self.path.glob(pattern)):
             raise ValueError(f"--output_dir {self.path} already holds results: name another folder, or remove it")
 
-    def refuse_other_programs(self) -> None:
-        """ValueError where the folder holds a run of another main: its record, args.json, would be lost."""
-        mine, theirs = Path(sys.argv[0]).name, ""
-        if self.read_path is not None:
-            with contextlib.suppress(OSError, *LOAD_ERRORS):
-                theirs = json.loads((self.read_path / "args.json").read_text())["command"].split()[0]
-        if mine != theirs and mine.startswith("main_") and theirs.startswith("main_"):
-            raise ValueError(f"--output_dir {self.read_path} holds a run of {theirs}: name another folder")
-
     def refuse_overwriting(self, resume: str) -> None:
-        """A run may continue in its own folder only; ValueError."""
-        self.refuse_other_programs()
-        own = resume == "auto" or (resume and Path(resume).resolve().parent == Path(self.read_path or "").resolve())
-        if self.read_path is None or own:
+        """A run may continue in its own folder only, and none in another program's; ValueError."""
+        folder, mine, theirs = self.read_path, Path(sys.argv[0]).name, ""
+        if folder is None:
             return
-        for trace in (*self.checkpoints(), self.read_path / "log.txt"):
-            if trace.exists():
-                raise ValueError(
-                    f"--output_dir {self.read_path} already holds a run ({trace.name}): continue it with "
-                    "--resume auto, or name another folder"
-                )
+        with contextlib.suppress(OSError, *LOAD_ERRORS):
+            theirs = json.loads((folder / "args.json").read_text("utf-8"))["command"].split()[0]
+        if mine != theirs and mine.startswith("main_") and theirs.startswith("main_"):
+            raise ValueError(f"--output_dir {folder} holds a run of {theirs}: name another folder")
+        traces = [path for path in (*self.checkpoints(), folder / "log.txt") if path.exists()]
+        if traces and resume != "auto" and not (resume and Path(resume).resolve().parent == folder.resolve()):
+            message = f"already holds a run ({traces[0].name}): continue it with --resume auto, or name another folder"
+            raise ValueError(f"--output_dir {folder} {message}")
 
 
 class AnotherRun(ValueError):
@@ -269,9 +261,7 @@ def _position(path: Path) -> tuple[int, float] | None:
     return match and (int(match[1]), float(match[2] or "inf"))
 
 
-def _load(path: str, restore: Callable[[dict[str, Any]], None]) -> tuple[str | None, dict[str, Any] | None]:
-    if not path:
-        return None, None
+def _load(path: str, restore: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     state = load_checkpoint(Path(path))
     try:
         restore(state)
@@ -279,7 +269,7 @@ def _load(path: str, restore: Callable[[dict[str, Any]], None]) -> tuple[str | N
         raise
     except ValueError as error:
         raise ValueError(f"--resume: {path}: {error}") from error
-    return path, state
+    return state
 
 
 def sealed(state: dict[str, Any]) -> dict[str, Any]:
@@ -291,15 +281,13 @@ def sealed(state: dict[str, Any]) -> dict[str, Any]:
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """The state that RunFolder.save_checkpoint wrote. ValueError for any other file, and for a damaged one."""
     state = load_plain(path)
-    if not (isinstance(state, dict) and isinstance(state.get("epoch"), int)):
-        raise ValueError(f"{path} is not the checkpoint of a run: it names no epoch")
-    seal = state.pop("sha256", None)
-    if seal is None:
-        raise ValueError(f"{path} is not the checkpoint of a run: it has no sha256 of its content")
+    if not (isinstance(state, dict) and isinstance(state.get("epoch"), int) and "sha256" in state):
+        raise ValueError(f"{path} is not the checkpoint of a run: it has no epoch, or no sha256 of its content")
+    seal = state.pop("sha256")
     try:
-        whole = seal == digest(state)
-    except TypeError:
-        whole = False
-    if not whole:
+        intact = seal == digest(state)
+    except (TypeError, RecursionError):
+        intact = False
+    if not intact:
         raise ValueError(f"{path} is damaged: its content is not what was saved")
     return state

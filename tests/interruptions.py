@@ -96,7 +96,10 @@ def start(program: str, *words: object, processes: int = 1, restarts: int = 0) -
     )  # fmt: skip
 
 
-def launch(program: str, argv: list[str], output: Path, environment: dict[str, str] | None = None) -> int:
+def launch(
+    program: str, argv: list[str], output: Path, environment: dict[str, str] | None = None,
+    prepare: Callable[[], object] = lambda: None,
+) -> int:  # fmt: skip
     """Run a program in a fork of this process, which has imported everything already; its process id."""
     child = os.fork()
     if child:
@@ -104,6 +107,7 @@ def launch(program: str, argv: list[str], output: Path, environment: dict[str, s
     code = 70
     try:
         os.environ.update(environment or {})
+        prepare()
         handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(handle, 1)
         os.dup2(handle, 2)

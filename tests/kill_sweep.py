@@ -1,119 +1,195 @@
-"""Kill short runs at random moments and see that each, resumed, ends as the uninterrupted run, to the bit.
+"""Interrupt short runs at random moments and see that each, resumed, ends as the uninterrupted run, to the bit.
 
-    OMP_NUM_THREADS=1 python tests/kill_sweep.py --probing 50 --pretraining 20 --finetuning 20 --analysis 20
+    OMP_NUM_THREADS=1 python tests/kill_sweep.py --kills 64 --record sweep.md
 
-SIGKILL and SIGTERM, with 0, 1 and 3 loader workers. Half of the moments are anywhere in the run, start included, and
-half are in the writing of a checkpoint. A program, not a test: it takes minutes. Exit code 1 where a run differs.
+KINDS says how. Half of the moments are anywhere in the run, start included, and half are in the writing of a
+checkpoint. A program, not a test: it takes hours on two cores. Exit code 1 where a run differs.
 """
 
 import argparse
 import importlib
-import itertools
 import os
 import random
 import signal
+import socket
+import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from interruptions import PROGRAMS, ROOT, analysed, differences, finish, launch, outcome
+from interruptions import ENVIRONMENT, PROGRAMS, ROOT, analysed, differences, finish, launch, outcome
 
 from data_sets.demo import generate
-from util.signals import EXIT_STOPPED
+
+
+def children(pid: int) -> list[int]:
+    try:
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except FileNotFoundError:
+        return []
+
+
+def send(pid: int, *numbers: int) -> None:
+    for number in numbers:
+        try:
+            os.kill(pid, number)
+        except ProcessLookupError:
+            return
+
+
+def kill_worker(pids: list[int], data: Path, draw: random.Random) -> None:
+    workers = children(pids[0])
+    send(draw.choice(workers) if workers else pids[0], signal.SIGKILL)
+
+
+def hide_data(pids: list[int], data: Path, draw: random.Random) -> None:
+    hidden = data.with_name("hidden")
+    data.rename(hidden)
+    end = time.monotonic() + 20
+    while time.monotonic() < end and not ended(pids[0]):
+        time.sleep(0.05)
+    send(pids[0], signal.SIGTERM)  # it has read all images before
+    hidden.rename(data)
+
+
+def storm(pids: list[int], data: Path, draw: random.Random) -> None:
+    for number in draw.choices([signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2], k=20):
+        send(pids[0], number)
+        time.sleep(draw.uniform(0, 0.02))
+
+
+def stop_one(pids: list[int], data: Path, draw: random.Random) -> None:
+    """The other rank ends by itself; then the stopped one is killed."""
+    victim = draw.randrange(2)
+    send(pids[victim], signal.SIGSTOP)
+    end = time.monotonic() + 60
+    while time.monotonic() < end and not ended(pids[1 - victim]):
+        time.sleep(0.05)
+    send(pids[victim], signal.SIGKILL)
+
+
+# name -> (processes, loader workers, what is done to the process ids)
+KINDS: dict[str, tuple[int, int, Callable]] = {
+    "SIGKILL": (1, 0, lambda pids, data, draw: send(pids[0], signal.SIGKILL)),
+    "SIGKILL, 3 workers": (1, 3, lambda pids, data, draw: send(pids[0], signal.SIGKILL)),
+    "SIGTERM, 1 worker": (1, 1, lambda pids, data, draw: send(pids[0], signal.SIGTERM)),
+    "storm of signals": (1, 1, storm),
+    "a worker is killed": (1, 2, kill_worker),
+    "the data vanish and return": (1, 0, hide_data),
+    "one of two ranks is killed": (2, 0, lambda pids, data, draw: send(draw.choice(pids), signal.SIGKILL)),
+    "one of two ranks is stopped": (2, 0, stop_one),
+    "torchrun is killed": (0, 0, lambda pids, data, draw: send(pids[0], signal.SIGKILL)),  # 0: two, under torchrun
+}
 
 
 def ended(child: int) -> bool:
     return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
-def interrupt(child: int, number: int, folder: Path, seconds: float, in_writing: bool, draw: random.Random) -> None:
-    """Send the signal at a random moment of a run that takes so many seconds, or while it writes a checkpoint."""
-    until = time.monotonic() + draw.uniform(0, seconds)
-    while time.monotonic() < until and not ended(child):
-        time.sleep(0.001)
-    while in_writing and not ended(child) and not any(folder.glob(".checkpoint-*.tmp")):
-        pass
-    if in_writing:
-        time.sleep(draw.uniform(0, 0.01))
-    if not ended(child):
-        os.kill(child, number)
-
-
-def sweep(program: str, number: int, kills: int, base: list[str], reference: Path, work: Path, seed: int) -> bool:
-    """One line per number of workers; whether all runs ended as the reference."""
-    left = outcome if program in PROGRAMS else analysed
-    expected, fine = left(reference), True
-    draw = random.Random(f"{program} {number} {seed}")
-    took: dict[int, float] = {}
-    rows: dict[int, dict[str, int]] = {}
-    for index, workers in zip(range(kills), itertools.cycle((0, 1, 3)), strict=False):
-        argv = [*base, "--num_workers", str(workers), "--resume", "auto"]
-        if workers not in took:
-            start = time.monotonic()
-            finish(
-                launch(
-                    program, [*argv, "--output_dir", str(work / f"{program}-{number}-whole-{workers}")], work / "output"
-                )
+def begin(program: str, argv: list[str], processes: int, output: Path) -> list[int]:
+    """Process ids of the ranks, or of torchrun."""
+    if processes == 1:
+        return [launch(program, argv, output)]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    if processes == 0:
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master-port", port]
+        with open(output, "a") as file:
+            started = subprocess.Popen(
+                [*command, str(ROOT / f"{program}.py"), *argv], env=ENVIRONMENT, cwd=ROOT, stdout=file, stderr=file
             )
-            took[workers] = time.monotonic() - start
-        folder = work / f"{program}-{number}-{index}"
-        argv += ["--output_dir", str(folder)]
-        child = launch(program, argv, work / "output")
-        interrupt(child, number, folder, took[workers], index % 2 == 1, draw)
-        code = finish(child)
-        found = {
-            "kills": code != 0,  # by the signal itself where the program did not listen yet
-            "no checkpoint yet": not any(folder.glob("checkpoint-*.pth")),
-            "half-written file": any(folder.glob(".*.tmp")),
-            "within an epoch": len(list(folder.glob("checkpoint-*-*.pth"))) > 0,
-        }
-        again = finish(launch(program, argv, work / "output"))
-        wrong = differences(left(folder), expected)
-        found["identical"] = not wrong and again == 0 and code in (0, -number, EXIT_STOPPED)
-        row = rows.setdefault(workers, dict.fromkeys(("runs", *found), 0))
-        row["runs"] += 1
-        for name, value in found.items():
-            row[name] += value
-        if not found["identical"]:
+        return [started.pid]
+    common = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [launch(program, argv, output, {**common, "RANK": str(rank)}) for rank in range(processes)]
+
+
+def interrupt(pids: list[int], folder: Path, seconds: float, kind: str, draw: random.Random, data: Path) -> list[int]:
+    """Do it at a random moment of a run that takes so many seconds, or while it writes a checkpoint; exit codes."""
+    until = time.monotonic() + draw.uniform(0, seconds)
+    while time.monotonic() < until and not ended(pids[0]):
+        time.sleep(0.005)
+    if draw.random() < 0.5:
+        while not ended(pids[0]) and not any(folder.glob(".checkpoint-*.tmp")):
+            time.sleep(0)
+        time.sleep(draw.uniform(0, 0.01))
+    ranks = [child for pid in pids for child in children(pid)] if kind == "torchrun is killed" else []
+    KINDS[kind][2](pids, data, draw)
+    codes = [finish(pid) for pid in pids]
+    end = time.monotonic() + 60
+    while any(Path(f"/proc/{rank}").exists() for rank in ranks):  # they end by themselves, or finish the run
+        assert time.monotonic() < end, "ranks live on without their torchrun"
+        time.sleep(0.1)
+    return codes
+
+
+def sweep(program: str, base: list[str], kills: int, work: Path, seed: int, report: Callable[[str], None]) -> bool:
+    """One line per kind; whether all runs ended as the reference."""
+    left, fine = (outcome if program in PROGRAMS else analysed), True
+    rows = {kind: Counter() for kind in KINDS}
+    references: dict[int, tuple[dict, float]] = {}
+    draw = random.Random(f"{program} {seed}")
+    for index in range(kills):
+        kind = list(KINDS)[index % len(KINDS)]
+        processes, workers, _ = KINDS[kind]
+        argv = [*base, "--num_workers", str(workers), "--batch_size", "8" if processes == 1 else "4"]
+        size = 1 if processes == 1 else 2
+        if size not in references:
+            folder, start = work / f"{program}-whole-{size}", time.monotonic()
+            codes = [finish(pid) for pid in begin(program, [*argv, "--output_dir", str(folder)], size, work / "output")]
+            assert not any(codes), (work / "output").read_text()
+            references[size] = left(folder), time.monotonic() - start
+        expected, seconds = references[size]
+        folder = work / f"{program}-{index}"
+        argv += ["--output_dir", str(folder), "--resume", "auto", "--dist_timeout", "30", "3", "5"]
+        seconds += 15 * (processes == 0)
+        codes = interrupt(begin(program, argv, processes, work / "output"), folder, seconds, kind, draw, work / "data")
+        resumed = any(folder.glob("checkpoint-*.pth"))
+        again = [finish(pid) for pid in begin(program, argv, size, work / "output")]
+        wrong = differences(left(folder), expected) if not any(again) else [f"exit codes {again}"]
+        rows[kind].update(runs=1, interrupted=any(codes), resumed=resumed, identical=not wrong)
+        if wrong:
             fine = False
-            print(f"{folder}: exit codes {code} and {again}; {wrong[:5]}; see {work / 'output'}")
-    for workers, row in rows.items():
-        name = f"{program.removeprefix('main_')}, {signal.Signals(number).name}, {workers} workers"
-        print("| " + " | ".join([f"{name:34}", *(f"{value:>17}" for value in row.values())]) + " |", flush=True)
+            report(f"{folder}, {kind}: exit codes {codes} and {again}; {wrong[:5]}; see {work / 'output'}")
+    for kind, row in rows.items():
+        report("| " + " | ".join([program.removeprefix("main_"), kind, *(str(row[name]) for name in COLUMNS)]) + " |")
     return fine
+
+
+COLUMNS = ("runs", "interrupted", "resumed", "identical")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--probing", type=int, default=50, help="runs of main_linprobe per signal")
-    parser.add_argument("--pretraining", type=int, default=20, help="runs of main_pretrain per signal")
-    parser.add_argument("--finetuning", type=int, default=20, help="runs of main_finetune per signal")
-    parser.add_argument("--analysis", type=int, default=20, help="runs of each analysis per signal")
-    parser.add_argument("--signals", nargs="+", default=["SIGKILL", "SIGTERM"])
+    parser.add_argument("--kills", type=int, default=64, help="runs of each program that are interrupted")
+    programs = [*PROGRAMS, "main_analyze_attention", "main_analyze_aggregation"]
+    parser.add_argument("--programs", nargs="+", default=programs, choices=programs)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--record", type=Path, default=None, help="file that gets the lines as they come")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    columns = ["", "runs", "kills", "no checkpoint yet", "half-written file", "within an epoch", "identical"]
+
+    def report(line: str) -> None:
+        print(line, flush=True)
+        if args.record:
+            with open(args.record, "a") as file:
+                file.write(f"{line}\n")
+
     fine = True
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         generate(work / "data", 96, 40, workers=1)
-        print("| " + " | ".join([f"{columns[0]:34}", *(f"{column:>17}" for column in columns[1:])]) + " |")
-        print("|" + "---|" * len(columns), flush=True)
-        numbers = {
-            "main_linprobe": args.probing, "main_pretrain": args.pretraining, "main_finetune": args.finetuning,
-            "main_analyze_attention": args.analysis, "main_analyze_aggregation": args.analysis,
-        }  # fmt: skip
-        for program, kills in numbers.items():
-            if not kills:
-                continue
+        report("| program | interruption | " + " | ".join(COLUMNS) + " |\n" + "|---" * (2 + len(COLUMNS)) + "|")
+        for program in args.programs:
             importlib.import_module(program)
             base = ["--model", "vit_demo_patch8", "--data_path", str(work / "data"), "--amp", "float32",
-                    "--device", "cpu", "--batch_size", "8"]  # fmt: skip
+                    "--device", "cpu"]  # fmt: skip
             if program == "main_analyze_attention":
                 base += ["--metrics", "all", "--save_every_minutes", "1e-9"]
             elif program == "main_analyze_aggregation":
@@ -122,13 +198,7 @@ def main() -> None:
                 base += [*PROGRAMS[program], "--epochs", "3", "--warmup_epochs", "1", "--save_every_steps", "3"]
             if program != "main_pretrain":
                 base += ["--finetune", str(ROOT / "demo" / "mae.safetensors")]
-            reference = work / program
-            launched = launch(program, [*base, "--num_workers", "0", "--output_dir", str(reference)], work / "output")
-            if finish(launched) != 0:
-                sys.exit((work / "output").read_text())
-            for number in args.signals:
-                number = signal.Signals[number]
-                fine = sweep(program, number, kills, base, reference, work, args.seed) and fine
+            fine = sweep(program, base, args.kills, work, args.seed, report) and fine
     sys.exit(0 if fine else 1)
 
 

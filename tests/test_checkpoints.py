@@ -1,6 +1,5 @@
 """Weights are taken whole or refused, in one line that lists what is wrong."""
 
-import functools
 import hashlib
 
 import pytest
@@ -8,8 +7,6 @@ import safetensors.torch
 import timm
 import torch
 from conftest import TINY
-from timm.models.vision_transformer import VisionTransformer as TimmViT
-from torch import nn
 
 import models_vit
 from data_sets.views import IMAGENET_MEAN
@@ -85,20 +82,22 @@ def test_positions_of_another_input_size_keep_their_grid(tiny, tmp_path):
         assert loaded.backbone(images)[2].patches.equal(wide(images)[2].patches)
 
 
-def test_a_timm_name_gives_timms_model_and_its_preprocessing(tiny, images, monkeypatch, tmp_path):
-    theirs = TimmViT(**TINY, num_classes=0, norm_layer=functools.partial(nn.LayerNorm, eps=1e-6)).eval()
-    theirs.pretrained_cfg = {"mean": (0.5, 0.5, 0.5), "std": (0.4, 0.4, 0.4)}
-    theirs.pretrained_cfg |= {"architecture": "tiny", "input_size": (3, 32, 32), "interpolation": "bicubic"}
-    theirs._model_args, asked = {}, []
-    (tmp_path / "model.safetensors").touch()
+def test_a_timm_name_gives_timms_model_and_its_preprocessing(images, monkeypatch, tmp_path):
+    create, asked, name = timm.create_model, [], "vit_base_patch16_224.augreg_in1k"
+    small = {**TINY, "num_classes": 3}
+    theirs = create(name, **small).eval()
+    safetensors.torch.save_file(theirs.state_dict(), tmp_path / "model.safetensors")
     monkeypatch.setattr(libraries, "fetched", lambda *words: asked.append(words) or (tmp_path, "commit"))
-    monkeypatch.setattr(timm, "create_model", lambda name, **options: asked.append(options) or theirs)
-    loaded = load_encoder("vit_base_patch16_224.augreg_in1k", tiny)
-    assert asked[0] == ("timm/vit_base_patch16_224.augreg_in1k", False, "model.safetensors")
-    assert asked[1]["pretrained_cfg_overlay"]["file"] == str(tmp_path / "model.safetensors")
-    assert (loaded.mean, loaded.std) == ((0.5, 0.5, 0.5), (0.4, 0.4, 0.4))
-    mine = loaded.backbone.norm(loaded.backbone(images)[2].cls)
-    torch.testing.assert_close(mine, theirs.forward_features(images)[:, 0], atol=1e-5, rtol=0)
+
+    def create_small(name, pretrained_cfg_overlay, **options):
+        return create(name, pretrained_cfg_overlay={**pretrained_cfg_overlay, "num_classes": 3}, **{**options, **small})
+
+    monkeypatch.setattr(timm, "create_model", create_small)
+    loaded = load_encoder(name, size=32)
+    assert asked == [("timm/vit_base_patch16_224.augreg_in1k", False, "model.safetensors")]
+    assert (loaded.mean, loaded.crop_pct, loaded.record["revision"]) == ((0.5, 0.5, 0.5), 0.9, "commit")
+    theirs.reset_classifier(0)
+    assert loaded.backbone.norm(loaded.backbone(images)[2].cls).equal(theirs.forward_features(images)[:, 0])
 
 
 def test_without_weights_the_encoder_is_random_and_its_record_has_no_source(tiny):

@@ -1,5 +1,6 @@
 """Ranks that die, hang or never come, and signals while ranks wait for each other: bounded, named, one line."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -33,11 +34,9 @@ def ranks(image_folder, tmp_path, monkeypatch):
 
     yield start
     for child in children:
-        try:
+        with contextlib.suppress(ProcessLookupError, ChildProcessError):
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
-        except (ProcessLookupError, ChildProcessError):
-            pass
 
 
 def printed(folder, rank):

@@ -203,7 +203,7 @@ def test_an_empty_path_keeps_nothing(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [({"model": {}}, "names no epoch"), (torch.zeros(2), "names no epoch"), (None, "there is no file")],
+    [({"model": {}}, "it has no epoch"), (torch.zeros(2), "it has no epoch"), (None, "there is no file")],
 )
 def test_what_is_no_checkpoint_of_a_run_is_refused(tmp_path, content, message):
     path = tmp_path / "weights.pth"
@@ -245,3 +245,34 @@ def test_provenance_is_known_without_git_too(monkeypatch):
     assert found["versions"]["torch"] == torch.__version__ and found["processes"] == 1
     monkeypatch.setenv("PATH", "")
     assert provenance(torch.device("cpu")) == {**found, "commit": None, "dirty": None}
+
+
+@pytest.mark.parametrize("target", ["precious", "folder"])
+def test_a_lock_that_is_a_link_is_not_followed(target, tmp_path):
+    (tmp_path / "precious").write_text("data")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").symlink_to(tmp_path / target)
+    with pytest.raises(ValueError, match="cannot be written"):
+        RunFolder(tmp_path / "run").claim()
+    assert (tmp_path / "precious").read_text() == "data"
+
+
+def test_files_that_are_links_are_replaced_not_followed(tmp_path):
+    (tmp_path / "precious").write_text("data")
+    (tmp_path / "run").mkdir()
+    for name in ("args.json", "log.txt", "checkpoint-0.pth"):
+        (tmp_path / "run" / name).symlink_to(tmp_path / "precious")
+    folder = RunFolder(tmp_path / "run")
+    folder.write("args.json", {})
+    folder.log_line({"epoch": 0})
+    folder.save_checkpoint(0, {})
+    assert (tmp_path / "precious").read_text() == "data" and folder.find_checkpoint("auto")["epoch"] == 0
+
+
+def test_a_folder_called_as_a_checkpoint_is_none(tmp_path):
+    (tmp_path / "checkpoint-7.pth").mkdir()
+    folder = RunFolder(tmp_path)
+    assert folder.find_checkpoint("auto") is None
+    folder.save_checkpoint(0, {})
+    assert folder.find_checkpoint("auto")["epoch"] == 0
