@@ -116,9 +116,12 @@ def add_run_arguments(parser: Parser, trains: bool = True) -> None:
     group.add_argument("--output_dir", default="./output_dir", help="folder of the results; empty: write nothing")
     group.add_argument("--log_dir", default=None, help="TensorBoard folder (default: --output_dir)")
     group.add_argument(
-        "--track", nargs="*", choices=TRACKERS, default=["tensorboard"],
+        "--track",
+        nargs="*",
+        choices=TRACKERS,
+        default=["tensorboard"],
         help="send metrics, configuration, figures and records to these; wandb, trackio: requirements-track.txt",
-    )  # fmt: skip
+    )
     group.add_argument("--device", default="auto", help="cuda, cpu, or auto: CUDA if there is a GPU")
     group.add_argument("--seed", default=0, type=any_int, help="seed of data order, augmentation and initial weights")
     group.add_argument("--resume", default="", help='checkpoint to continue from; "auto": the newest in --output_dir')
