@@ -23,6 +23,7 @@ examples:
 from __future__ import annotations
 
 import argparse
+import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +36,7 @@ from cli.arguments import (
     check_training,
     plain,
 )
-from cli.console import Parser, any_int, non_negative, non_negative_int, parse, positive, positive_int, share_below_one
+from cli.console import Parser, add_flags, parse
 from cli.encoder_arguments import add_encoder_arguments, add_oracle_arguments, precision
 from cli.presets import add_preset
 from data_sets.table import DATASETS
@@ -45,25 +46,18 @@ from probing.heads import AGGREGATIONS, canonical_head, check_aggregation, optio
 if TYPE_CHECKING:
     import torch
 
-if TYPE_CHECKING:
     from probing.finished_run import ProbeRun
 
+FLAGS = tomllib.loads(Path(__file__).with_suffix(".toml").read_text())
 OPTIMIZERS = {  # settings of util.lars.LARS; momentum as in the paper, and as in its code for SGD
     "lars": {"momentum": 0.9},
     "sgd": {"momentum": 0.0, "trust_coefficient": None},
     "logreg": {},  # probing.logreg, which does not use it
 }
-L2_PATH = [1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0]
-MULTILABEL_METRICS = ("map", "any_match", "label_accuracy")  # of util.scores.MultiLabelScores
 
 # arguments without effect on cached features, or whose effect is compared itself: --finetune by the digest of the
 # weights, --data_path by the fingerprint of the images, --seed and --val_fraction by the images and views they choose
-NOT_IN_FEATURES = (RESUMABLE_FLAGS - {"on_bad_image"}) | {
-    "checkpoint_key", "dataset", "allow_subset", "nb_classes", "seed", "seeds", "seeds_vary", "oracle", "oracle_model",
-    "oracle_family", "oracle_checkpoint_key", "init", "batch_size", "bn_group", "epochs", "warmup_epochs", "optimizer",
-    "momentum", "weight_decay", "blr", "lr", "min_lr", "cache_views", "val_fraction", "cls_token", "global_pool",
-    "start_epoch", "preset", "l2", "shots", "episodes", "head_amp",
-}  # fmt: skip
+NOT_IN_FEATURES = (RESUMABLE_FLAGS - {"on_bad_image"}) | set(FLAGS["not in features"])
 
 
 def get_args_parser() -> Parser:
@@ -72,75 +66,21 @@ def get_args_parser() -> Parser:
     add_encoder_arguments(parser)
     add_data_arguments(parser, splits=True)
 
-    add = parser.add_argument_group("probes").add_argument
-    add("--cls_features", nargs="+", default=None, metavar="HEAD",
-        help=f"heads: {', '.join(AGGREGATIONS)}, with options as in abmilp:depth=2,act=tanh, ap12 or ca2; of several "
-        "blocks (cls@8-11, pos@last4); concatenated (cls@8-11+pos) (default: cls)")  # fmt: skip
-    add("--return_block", nargs="+", type=non_negative_int, metavar="BLOCK",
-        help="blocks to probe, counted from 0 (default: the last)")  # fmt: skip
-    add("--seeds", nargs="+", type=any_int, help="independent runs of every probe (default: --seed)")
-    add("--seeds_vary", choices=["all", "weights"], default="all",
-        help="all: initial weights, data order and augmentation, which takes one pass over the training images per "
-        "seed; weights: initial weights only, in one pass")  # fmt: skip
+    probes = parser.add_argument_group("probes")
+    heads = FLAGS["probes"]["cls_features"]
+    heads = {**heads, "help": f"heads: {', '.join(AGGREGATIONS)}, {heads['help']}"}
+    add_flags(probes, {**FLAGS["probes"], "cls_features": heads})
     for flag, option in option_flags().items():
         kind = {"type": int} if isinstance(option.allowed, int) else {"choices": option.allowed}
-        add(f"--{flag}", default=option.default, **kind, help=f"{option.help}; for heads that do not specify it")
+        text = f"{option.help}; for heads that do not specify it"
+        probes.add_argument(f"--{flag}", default=option.default, **kind, help=text)
     add_oracle_arguments(parser.add_argument_group("oracle of the head dino"), default="dino_vit_base_patch16")
-
-    add = parser.add_argument_group("recipe").add_argument
-    add("--final_norm", action="store_true", help="probe tokens after the encoder's last norm")
-    add("--init", choices=["default", "trunc_normal"], default="default",
-        help="initial classifier weights: PyTorch's, or MAE's (std 0.01)")  # fmt: skip
+    optimizer = {**FLAGS["recipe"]["optimizer"], "choices": list(OPTIMIZERS)}
+    add_flags(parser.add_argument_group("recipe"), {**FLAGS["recipe"], "optimizer": optimizer})
     add_schedule_arguments(parser.add_argument_group("schedule"), 512, 90, 10, [0.1])
-    add("--bn_group", type=positive_int, metavar="N",
-        help="images that are normalised together; a part or a multiple of --batch_size (paper: 2048; default: "
-        "--batch_size)")  # fmt: skip
-    add("--optimizer", nargs="+", choices=list(OPTIMIZERS), default=["lars"],
-        help="update rules; logreg: no epochs, but L-BFGS to convergence on cached features, without augmentation "
-        "unless --cache_views is given")  # fmt: skip
-    add("--l2", nargs="+", type=positive, default=L2_PATH,
-        help="of logreg: strengths of the penalty l2 / 2 x squared weights; of several, held-out images choose (20 %% "
-        "of the training images, unless --val_fraction is given)")  # fmt: skip
-    add("--shots", nargs="+", type=positive_int, default=[], metavar="N",
-        help="of logreg: also fit on draws of N training images per class")  # fmt: skip
-    add("--episodes", default=20, type=positive_int, help="draws for each of --shots")
-    add("--momentum", type=non_negative, help="momentum (default: 0.9 for LARS, 0 for SGD, as in the paper's code)")
-    add("--weight_decay", default=0.0, type=non_negative, help="weight decay of matrices; with SGD also of vectors")
-    add("--compile", action="store_true", help="compile the encoder's blocks; for long runs on a GPU")
-    add("--head_amp", action="store_true",
-        help="compute heads that transform every token in the precision of --amp, on a GPU with TF32 products: faster, "
-        "and not comparable with the paper to the last digit")  # fmt: skip
-    add("--crop", choices=["mae", "torchvision", "center"], default="mae",
-        help="random crop of one draw (mae) or up to ten (torchvision); center: no augmentation")  # fmt: skip
-    add("--no_hflip", action="store_true", help="no horizontal flips")
-    add("--cache_views", default=0, type=non_negative_int, metavar="V",
-        help="compute the features of V augmented views of each training image, and of the test images, once; 0: "
-        "compute features every epoch")  # fmt: skip
-    add("--cache_dir", type=Path, metavar="FOLDER",
-        help="store these features in a file there, which later runs reuse (default: in memory)")  # fmt: skip
-
-    add = parser.add_argument_group("evaluation").add_argument
-    add("--eval", action="store_true", help="only evaluate the probes of --resume")
-    add("--eval_every", default=1, type=positive_int,
-        help="epochs between evaluations; the last epoch is always evaluated")  # fmt: skip
-    add("--val_fraction", default=0.0, type=share_below_one, metavar="SHARE",
-        help="share of the training images to hold out: they choose rates, and the test set is used once")  # fmt: skip
-    add("--save_predictions", action="store_true",
-        help="write the predictions for all test images, for scripts/compare_probes.py")  # fmt: skip
-    add("--knn", nargs="+", type=positive_int, default=[], metavar="K",
-        help="also classify by the K nearest neighbours, as DINO does with 10 20 100 200")  # fmt: skip
-    add("--per_class", action="store_true", help="score: mean of the classes' accuracies")
-    add("--multilabel_metric", choices=MULTILABEL_METRICS, default="map",
-        help="score of data sets with several labels per image")  # fmt: skip
-    add("--report", choices=["last", "best"], default="last", help="epoch of the scores in the final log lines")
-
+    add_flags(parser.add_argument_group("evaluation"), FLAGS["evaluation"])
     add_run_arguments(parser)
-    add = add_old_arguments(parser).add_argument
-    add("--cls_token", action="store_true",
-        help="MAE's linear probe: --cls_features cls --final_norm --init trunc_normal")  # fmt: skip
-    add("--global_pool", action="store_true", help=argparse.SUPPRESS)  # MAE's; refused with the reason
-    add("--start_epoch", default=0, type=non_negative_int, help="first epoch of a run that is not resumed")
-    add("--suffix", default="", help="appended to the name of --output_dir")
+    add_flags(add_old_arguments(parser), FLAGS["old"])
     return parser
 
 
@@ -163,19 +103,19 @@ def check(args: argparse.Namespace) -> None:
         for part in parts_of(head, {}):
             check_aggregation(part.aggregation, not args.no_cls_token)
     check_blocks(args.return_block or [], known_depth(args.model))
+    logreg = "logreg" in args.optimizer
     refused = {
-        f"--lr {args.lr} sets one rate, --blr {args.blr} several: omit one of them": (
-            args.lr is not None and len(args.blr) > 1
-        ),
+        f"--lr {args.lr} sets one rate, --blr {args.blr} several: omit one": args.lr is not None and len(args.blr) > 1,
         "--eval evaluates a checkpoint: name it with --resume": args.eval and not args.resume,
         "batch normalisation needs at least two images: raise --batch_size or --bn_group": (
-            (args.bn_group or args.batch_size) < 2
-        ),
+            args.bn_group or args.batch_size
+        )
+        < 2,
         "--report best is the epoch that is best on the test set, which --val_fraction uses once: omit one of them": (
             args.val_fraction and args.report == "best"
         ),
         f"--cache_views must be <= --epochs {args.epochs}, as an epoch uses one view; got {args.cache_views}": (
-            args.cache_views > args.epochs and "logreg" not in args.optimizer
+            args.cache_views > args.epochs and not logreg
         ),
         f"--cache_views must be 1 without augmentation (--crop center), got {args.cache_views}": (
             args.crop == "center" and args.cache_views > 1
@@ -183,14 +123,11 @@ def check(args: argparse.Namespace) -> None:
         "--cache_dir stores the features of --cache_views: set it to the number of views": (
             args.cache_dir is not None and not args.cache_views
         ),
-        f"--shots {' '.join(map(str, args.shots))} needs --optimizer logreg": (
-            args.shots and "logreg" not in args.optimizer
-        ),
+        f"--shots {' '.join(map(str, args.shots))} needs --optimizer logreg": args.shots and not logreg,
         "--save_predictions needs an --output_dir to write to": args.save_predictions and not args.output_dir,
     }
-    for message, wrong in refused.items():
-        if wrong:
-            raise ValueError(message)
+    if wrong := [message for message, applies in refused.items() if applies]:
+        raise ValueError(wrong[0])
     if args.dataset in DATASETS and DATASETS[args.dataset].multi_label:
         for flag in ("per_class", "knn", "shots"):
             if getattr(args, flag):

@@ -93,7 +93,7 @@ def read_class_folders(folder: Path, may_be_empty: bool = False, labels: bool = 
     paths = [images_below(folder / name) for name in classes]
     if not labels and beside and not any(paths):
         classes, paths, beside = ["(unlabelled)"], [beside], []
-    targets = [label for label, mine in enumerate(paths) for _ in mine]
+    targets = [label for label, images in enumerate(paths) for _ in images]
     if system:
         examples = ", ".join(map(repr, sorted(set(system))[:5])) + ", ..." * (len(set(system)) > 5)
         log.info("%s: skipped %d entries left by systems or programs: %s", folder, len(system), examples)
@@ -104,12 +104,12 @@ def read_class_folders(folder: Path, may_be_empty: bool = False, labels: bool = 
         raise ValueError(f"{folder} holds no folder of a class (expected a folder of images per class)")
     if beside:
         log.info("%s: %d images beside the class folders are not read", folder, len(beside))
-    if empty := [name for name, mine in zip(classes, paths, strict=True) if not mine]:
+    if empty := [name for name, images in zip(classes, paths, strict=True) if not images]:
         problem = f"{len(empty)} of its class folders hold no image, such as {empty[0]}"
         if not may_be_empty or not targets:
             raise ValueError(f"{folder} is not an image folder: {problem}: remove them, or put their images in")
         log.info("%s: %s", folder, problem)
-    return Images(Files(path for mine in paths for path in mine), targets, classes)
+    return Images(Files(path for images in paths for path in images), targets, classes)
 
 
 def _raise(error: OSError) -> None:  # by default, os.walk skips folders that cannot be read

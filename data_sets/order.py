@@ -53,7 +53,8 @@ class GlobalBatches:
         if self.steps == 0:
             sizes = f"batch_size {batch_size} x accum_iter {accum_iter} x {self.world} processes"
             problem = f"an effective batch of {self.effective} ({sizes})"
-            raise ValueError(f"{problem} is larger than the {self.length} training images: lower --batch_size")
+            remedy = "lower --batch_size, or fit probes with --preset small"
+            raise ValueError(f"{problem} is larger than the {self.length} training images: {remedy}")
 
     @property
     def steps(self) -> int:

@@ -41,9 +41,9 @@ def images_by_class(
 
     classes: in the order of their numbers; None: those that appear, in class order. ValueError for another name.
     """
-    for name, mine in zip(content.names, labels, strict=True):
-        if len(mine) != 1 and not multi_label:
-            raise ValueError(f"{len(mine)} labels of {name}, expected one; data sets multilabel_* take any number")
+    for name, given in zip(content.names, labels, strict=True):
+        if len(given) != 1 and not multi_label:
+            raise ValueError(f"{len(given)} labels of {name}, expected one; data sets multilabel_* take any number")
     known = {name for names in labels for name in names}
     classes = in_class_order(known) if classes is None else list(classes)
     numbers = {name: number for number, name in enumerate(classes)}
@@ -102,13 +102,12 @@ def read_lines(path: Path) -> list[str]:
 
 
 def read_rows(path: Path, *kinds: type) -> list[tuple]:
-    """The rows of a list with one column for each of `kinds` (int, str). Lines that begin with # are comments."""
+    """The rows of a list with one column for each of `kinds` (int, str). ValueError for a first column that repeats."""
     rows = []
     for number, line in enumerate(read_lines(path), 1):
-        if not line.startswith("#"):
-            with reading(f"{path}, line {number}: {line[:60]!r}"):
-                fields = line.split(maxsplit=len(kinds) - 1)
-                rows.append(tuple(kind(field) for kind, field in zip(kinds, fields, strict=True)))
+        with reading(f"{path}, line {number}: {line[:60]!r}"):
+            fields = line.split(maxsplit=len(kinds) - 1)
+            rows.append(tuple(kind(field) for kind, field in zip(kinds, fields, strict=True)))
     refuse_duplicates([row[0] for row in rows], "entry", path)
     return rows
 

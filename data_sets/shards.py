@@ -137,7 +137,8 @@ def read_tars(shards: Sequence[Path], kinds: Sequence[str] = ()) -> Slices:
 
     Rank 0 keeps the index in a file while the others wait; where it cannot be written, each process scans the shards.
     """
-    facts = {"shards": [[path.name, os.stat(path).st_size, os.stat(path).st_mtime_ns] for path in shards]}
+    stamps = [[path.name, os.stat(path).st_size, os.stat(path).st_mtime_ns] for path in shards]
+    facts = {"format": 1, "shards": stamps}
     key = hashlib.sha256(json.dumps([shards[0].name, *kinds]).encode()).hexdigest()
     path = shards[0].parent / f".index-{key[:8]}.json"
     with distributed.main_process_first():

@@ -155,9 +155,9 @@ def hf_inputs(model: nn.Module, images: Tensor) -> dict[str, Any]:
 
     config, count = model.config, len(images)
     kind = config.model_type.removesuffix("_vision_model")
-    if kind == "vjepa2":  # a film of the one image, as long as one token lasts
-        film = images[:, None].expand(-1, config.tubelet_size, -1, -1, -1)
-        return {"pixel_values_videos": film, "skip_predictor": True}
+    if kind == "vjepa2":  # a clip of the one image, as long as one token lasts
+        clip = images[:, None].expand(-1, config.tubelet_size, -1, -1, -1)
+        return {"pixel_values_videos": clip, "skip_predictor": True}
     if kind == "siglip2":
         from models_mae import patchify
 
@@ -291,11 +291,9 @@ def loaded_by_timm(model: nn.Module, size: int | None, commit: str | None) -> Lo
     native = getattr(getattr(model, "patch_embed", None), "img_size", None) or stated["input_size"][1:]
     pixels = pixels_of(stated, stated["crop_mode"], stated["crop_pct"])
     configuration = f"{model.pretrained_cfg['architecture']} {model._model_args}"
-    pools = getattr(model, "attn_pool", None) is not None
-    return Loaded(
-        model, configuration, run_model, size or native[0], pixels, commit,
-        lambda output: {"map": output} if pools else {},
-    )  # fmt: skip
+    pools, size = getattr(model, "attn_pool", None) is not None, size or native[0]
+    outputs = (lambda output: {"map": output}) if pools else (lambda output: {})
+    return Loaded(model, configuration, run_model, size, pixels, commit, outputs)
 
 
 def load_open_clip(name: str, size: int | None, offline: bool) -> Loaded:

@@ -200,8 +200,7 @@ def encoder_of_file(finetune: str, path: Path, opened: Opened, pixels: list[tupl
     backbone.load_state_dict(reading.state, strict=True)
     record = {"model": reading.model, "source": Path(finetune).name, "family": detected.family, "sha256": sha256(path)}
     encoder = Encoder(backbone.eval().requires_grad_(False), *pixels, record, options)
-    arch = content["arch"] if isinstance(content.get("arch"), str) else None
-    log_encoder(finetune, encoder, reading, detected, set(stated), arch)
+    log_encoder(finetune, encoder, opened, set(stated))
     if others := other_encoders(content, reading):
         level = logging.INFO if chosen else logging.WARNING
         log.log(level, "%s holds other encoders, too: %s", finetune, ", ".join(others))
@@ -228,12 +227,10 @@ def input_size(encoder: Encoder, stated: int | None) -> int:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def log_encoder(finetune: str, encoder: Encoder, reading: Reading, detected: Detected, stated: set[str],
-                arch: str | None) -> None:  # fmt: skip
-    """Log what the tokens depend on and tensors do not show; what nothing states, as a warning and in the record.
-
-    arch: the architecture that the file names.
-    """
+def log_encoder(finetune: str, encoder: Encoder, opened: Opened, stated: set[str]) -> None:
+    """Log what the tokens depend on and tensors do not show; what nothing states, as a warning and in the record."""
+    content, detected, reading, _ = opened
+    arch = content["arch"] if isinstance(content.get("arch"), str) else None  # the file names it
 
     def numbers(values: Sequence[float]) -> str:
         return " ".join(f"{value:.4g}" for value in values)
@@ -249,9 +246,15 @@ def log_encoder(finetune: str, encoder: Encoder, reading: Reading, detected: Det
     if "pos_embed" in reading.state or RELATIVE in reading.state:
         facts["grid"] = f"positions for {backbone.grid_size[0]} x {backbone.grid_size[1]} patches"
     log.info(
-        "loaded %s (%s, family %s %s, %d tensors): %s, resampled by rule %s", finetune, reading.model, detected.family,
-        detected.reason or "by assumption", len(reading.state), "; ".join(facts.values()), backbone.pos_resampling,
-    )  # fmt: skip
+        "loaded %s (%s, family %s %s, %d tensors): %s, resampled by rule %s",
+        finetune,
+        reading.model,
+        detected.family,
+        detected.reason or "by assumption",
+        len(reading.state),
+        "; ".join(facts.values()),
+        backbone.pos_resampling,
+    )
     if detected.reason in UNSURE:
         if RELATIVE in reading.state:
             stated = {*stated, "timm_name"}  # not a plain ViT of timm

@@ -3,23 +3,20 @@
 import functools
 import json
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
-from urllib.parse import quote
 
 import torch
 from scipy import stats
 
 from models_vit import ARCHITECTURES, build_vit
 from paper.shown import GOLDEN
-from report.facts import badges, data_key, notes_of
+from report.facts import data_key
 from report.runs import Record, Run, find_runs
-from report.tables import Cell, group_by, mean_of, stem
+from report.tables import Cell, Mean, group_by, mean_of, stem
 
 BY_IMAGE = {"top1": "top-1 (%)", "any_match": "any match (%)"}  # scores that are a mean over images
-NORMAL = 1.96  # 95 %
 
 
 class Entry(NamedTuple):
@@ -39,13 +36,17 @@ class Entry(NamedTuple):
         return Path(str(self.run.record["encoder"]["source"] or "random weights")).stem
 
     @property
-    def mean(self) -> float:
-        return mean_of(list(self.values.values())).mean
+    def scores(self) -> Mean:
+        return mean_of(list(self.values.values()))
 
     @property
-    def error(self) -> float:
-        """Standard error over images of the mean over seeds, at most: as if all seeds missed the same images."""
-        return math.sqrt(self.mean * (100 - self.mean) / self.run.record["n_test"])
+    def mean(self) -> float:
+        return self.scores.mean
+
+    @property
+    def over_images(self) -> float:
+        """Half the width of the 95 % interval over images, at most: as if all seeds missed the same images."""
+        return 1.96 * math.sqrt(self.mean * (100 - self.mean) / self.run.record["n_test"])
 
 
 def read_entries(results: Path) -> list[Entry]:
@@ -88,28 +89,6 @@ def boards(results: Path) -> list[list[Entry]]:
     return [sorted(same, key=lambda entry: -entry.mean) for same in groups]
 
 
-def row_of(entry: Entry, board: Sequence[Entry], page: Path) -> dict[str, object]:
-    """page: the file that links to the record."""
-    record, probe, scores = entry.run.record, entry.probe, list(entry.values.values())
-    same = [e for e in board if e.run is entry.run and (e.probe["head"], e.probe["block"]) == ("cls", probe["block"])]
-    return {
-        "encoder": Cell(entry.encoder, badges=badges(notes_of(entry.run))),
-        "ViT": record["encoder"]["model"],
-        "head": probe["head"],
-        "block": probe["block"],
-        BY_IMAGE[record["headline"]]: mean_of(scores),
-        "95 %, images": interval(entry.mean, NORMAL * entry.error),
-        "95 %, seeds": interval(entry.mean, student(scores)),
-        "seeds": len(scores),
-        "against [cls]": difference(entry, same[0]) if same else None,
-        "against the best": difference(entry, board[0]),
-        "parameters of head": probe["parameters"],
-        "of encoder": encoder_parameters(record["encoder"]["model"]),
-        "run (s)": round(record["seconds"]),
-        "record": Cell("record", link=quote(os.path.relpath(entry.path, page.parent))),
-    }
-
-
 @functools.cache
 def encoder_parameters(model: str) -> int | None:
     """None for an architecture of another library."""
@@ -126,16 +105,12 @@ def student(values: Sequence[float]) -> float:
     return float(stats.t.ppf(0.975, len(values) - 1)) * mean_of(values).std / math.sqrt(len(values))
 
 
-def interval(mean: float, half: float) -> str | None:
-    return None if math.isnan(half) else f"{mean - half:.1f} to {mean + half:.1f}"
-
-
-def difference(entry: Entry, base: Entry) -> Cell | None:
+def difference(entry: Entry, base: Entry | None) -> Cell | None:
     """The difference of two rows and whether it is real: its 95 % interval over images excludes 0, and so does the one
     over the seeds that both have, where they are three or more."""
-    if base is entry:
+    if base is None or base is entry:
         return None
-    value, half = entry.mean - base.mean, NORMAL * math.hypot(entry.error, base.error)
+    value, half = entry.mean - base.mean, math.hypot(entry.over_images, base.over_images)
     low, high = paired_by_image(entry, base) or (value - half, value + half)
     seeds = student([entry.values[seed] - base.values[seed] for seed in entry.values if seed in base.values])
     shown = not low <= 0 <= high and not abs(value) <= seeds

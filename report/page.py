@@ -53,22 +53,30 @@ def render(
     reads: Sequence[Read] = (),
     figures: Mapping[str, Any] | None = None,
     left_out: Sequence[str] = (),
-    boards: Sequence[Mapping[str, Any]] = (),
+    boards: Sequence[Sequence[Any]] = (),
+    tools: Mapping[str, Any] | None = None,
 ) -> bytes:
-    """boards: of report.leaderboard."""
+    """boards: of report.leaderboard, whose functions are among the tools."""
     sections = {}
     for program in READERS:
         of_program = [(run, contents) for run, contents in reads if run.program == program]
         same = group_by([(run, c) for run, contents in of_program for c in contents], lambda pair: pair[1].key)
         if of_program:
-            maps = read_maps([path for run, _ in of_program for path in run.files("examples.safetensors")])
-            sections[program] = {"groups": [compare(pairs) for pairs in same], "reads": of_program, "maps": maps}
+            sections[program] = {"groups": [compare(pairs) for pairs in same], "reads": of_program}
     notes = {
         note for run, contents in reads for note in (*facts.notes_of(run), *(n for c in contents for n in c.notes))
     }
+    maps = read_maps([path for run, _ in reads for path in run.files("examples.safetensors")])
     warnings = [note for name, note in facts.NOTES.items() if name in notes]
     page = TEMPLATES.get_template("page.html").render(
-        **{"title": title, "reads": reads, "sections": sections, "figures": figures or {}, "boards": boards},
+        **{
+            "title": title,
+            "reads": reads,
+            "sections": sections,
+            "figures": figures or {},
+            "boards": boards,
+            "maps": maps,
+        },
         warnings=[*warnings, *(("loud", f"Left out: {line}") for line in left_out)],
         **{
             "facts": facts,
@@ -78,7 +86,7 @@ def render(
             "sha256": sha256,
             "table": table,
         },
-        **{"Cell": Cell, "Row": Row},
+        **{"Cell": Cell, "Row": Row, "lb": tools},
     )
     return UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", page.lstrip()).encode()
 
@@ -93,8 +101,11 @@ def compare(same: Sequence[tuple[Run, Content]]) -> dict[str, Any]:
                 known = merged.setdefault(title, {}).setdefault(axes, [])
                 names = [line.name for line in known]
                 known += [line for line in lines if line.name not in names]  # of reference lines one is enough
-                known += [line._replace(name=f"{line.name} ({run.name})") for line in lines
-                          if line.name in names and not line.reference]  # fmt: skip
+                known += [
+                    line._replace(name=f"{line.name} ({run.name})")
+                    for line in lines
+                    if line.name in names and not line.reference
+                ]
     return {
         "contents": contents,
         "table": table([row for content in contents for row in content.rows]),

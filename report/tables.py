@@ -139,4 +139,4 @@ def cell_of(column: str, value: object) -> Cell:
         return Cell("not finite", math.nan)
     units = {"(%)": ",.2f", "(nats)": ".3f", "loss": ",.4f" if mean < 100 else ",.0f"}
     form = ",d" if isinstance(mean, int) else next((f for unit, f in units.items() if unit in column), ".4g")
-    return Cell(f"{mean:{form}}" + (f" ± {std:{form}}" if std is not None else ""), float(mean), std)
+    return Cell(f"{mean:{form}}" + (f" ±\N{NO-BREAK SPACE}{std:{form}}" if std is not None else ""), float(mean), std)

@@ -67,38 +67,33 @@ class Service:
     """A tracking service, each call of which may fail."""
 
     def __init__(self, name: str, folder: Path, record: Mapping[str, Any]):
-        self.name, self.run, self.library = name, None, importlib.import_module(name)
-        self.run = self._try(lambda: SERVICES[name](self.library, folder, record))
+        self.name, self.library, self.works = name, importlib.import_module(name), True
+        self.run = self._try(SERVICES[name], self.library, folder, record)
 
-    def _try(self, call: Callable[[], Any]) -> Any:
+    def _try(self, call: Callable, *values: Any, **options: Any) -> Any:
         try:
-            return call()
+            return call(*values, **options) if self.works else None
         except Exception as error:  # of any library and network
             log.warning("--track %s failed and is left out from here on: %s", self.name, " ".join(str(error).split()))
-            self.run = None
+            self.works = False
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
-        if self.run is not None:
-            self._try(lambda: self.run.log(dict(values), step=step))
+        self._try(lambda: self.run.log(dict(values), step=step))
 
     def image(self, name: str, pixels: np.ndarray, step: int) -> None:
-        if self.run is not None:
-            picture = (255 * pixels).astype("uint8")
-            self._try(lambda: self.run.log({name: self.library.Image(picture)}, step=step))
+        self._try(lambda: self.run.log({name: self.library.Image((255 * pixels).astype("uint8"))}, step=step))
 
     def flush(self) -> None:
         pass  # values are sent as they come
 
     def finish(self, folder: Path, figures: Sequence[Path]) -> None:
         """Send figures as images, and the records of the folder as an artifact."""
-        if self.run is not None:
-            self._try(lambda: self._send(folder, figures))
-        if self.run is not None:
-            self._try(self.run.finish)
+        images = {f"figures/{path.stem}": path for path in sorted(figures)}
+        self._try(lambda: images and self.run.log({name: self.library.Image(str(p)) for name, p in images.items()}))
+        self._try(self._send_records, folder)
+        self._try(lambda: self.run.finish())
 
-    def _send(self, folder: Path, figures: Sequence[Path]) -> None:
-        if images := {f"figures/{path.stem}": self.library.Image(str(path)) for path in sorted(figures)}:
-            self.run.log(images)
+    def _send_records(self, folder: Path) -> None:
         artifact = self.library.Artifact(f"record-{run_id(folder)}", type="record")
         for path in (folder / name for name in RECORDS if (folder / name).exists()):
             artifact.add_file(str(path))

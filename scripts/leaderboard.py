@@ -6,30 +6,37 @@ the best row: "real" where both intervals of the difference exclude 0. scripts/e
 """
 
 import argparse
+import os
 import sys
+from functools import partial
 from pathlib import Path
+from urllib.parse import quote
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cli.console import Parser, run_main
-from report.leaderboard import boards, row_of
+from report import leaderboard
+from report.leaderboard import boards
 from report.page import render
 from util.files import write_atomically
+
+
+def link(folder: Path, record: Path) -> str:
+    return quote(os.path.relpath(record, folder))
 
 
 def main(args: argparse.Namespace) -> None:
     if not args.results.is_dir():
         raise ValueError(f"{args.results}: no such folder; give the folder of the records, such as results")
-    found = boards(args.results)
-    if not found:
+    ranked = boards(args.results)
+    if not ranked:
         raise ValueError(f"{args.results} has no record of a probe: bash scripts/evaluate.sh WEIGHTS makes one")
-    rows = [[row_of(entry, board, args.output.resolve()) for entry in board] for board in found]
-    page = render(args.title, boards=list(zip(found, rows, strict=True)))
+    page = render(args.title, boards=ranked, tools=vars(leaderboard) | {"link": partial(link, args.output.parent)})
     try:
         write_atomically(args.output, page)
     except OSError as error:
         raise ValueError(f"--output {args.output} cannot be written: {error.strerror}") from error
-    print(f"{args.output}: {sum(map(len, found))} rows on {len(found)} sets of images")
+    print(f"{args.output}: {sum(map(len, ranked))} rows on {len(ranked)} sets of images")
 
 
 def get_args_parser() -> argparse.ArgumentParser:

@@ -59,7 +59,7 @@ def report(tmp_path_factory):
     folder = tmp_path_factory.mktemp("browser")
     for i, text in enumerate(HOSTILE):
         name = f"run{i} {text.replace('/', '|')[:60]}"
-        results = bank(heads=("cls", text), command=text, commit=text, versions={text: text})
+        results = bank(heads=("cls", text), held_out=i % 2 == 1, command=text, commit=text, versions={text: text})
         results["args"] |= {"data_path": text, text: text}
         results["knn"] = {f"{text}/seed{seed}": {"20": {"top1": 50.0 + seed, "top5": 90.0}} for seed in (0, 1)}
         put(folder / "probes" / name / "results.json", results)
@@ -155,7 +155,7 @@ def test_tables_filter_sort_and_unfold(page):
     for order in (["41.00 ± 1.41", "51.00 ± 1.41"], ["51.00 ± 1.41", "41.00 ± 1.41"]):
         heading.focus()
         page.keyboard.press("Enter")
-        assert [row.split("\t")[2] for row in rows.all_inner_texts()] == order
+        assert [" ".join(row.split("\t")[2].split()) for row in rows.all_inner_texts()] == order
     overview = table(page, "measured on")
     overview.get_by_role("searchbox").fill("pretraining finished")
     assert overview.locator("tbody tr:visible").count() == 3
@@ -199,7 +199,7 @@ def test_maps_show_heads_blocks_rules_and_similar_patches(page):
     maps.scroll_into_view_if_needed()
     tiles, pick = maps.locator(".tile"), maps.locator("canvas.pick").first
     pick.wait_for()
-    assert tiles.count() == 5  # picture, components, [cls], two rules
+    assert tiles.count() == 10  # of two runs: picture, components, [cls], two rules
     pick.click(position={"x": 3, "y": 3})
     assert "row 0, column 0" in maps.inner_text()
     alike, other = maps.locator("canvas.pick").first.evaluate(PATCHES)

@@ -118,7 +118,7 @@ def test_a_failing_service_is_named_once_and_stops_nothing(tmp_path, monkeypatch
 
 def test_a_service_that_is_not_installed_is_refused_with_the_remedy(monkeypatch):
     monkeypatch.setattr(arguments.importlib.util, "find_spec", lambda name: None)
-    args = argparse.Namespace(track=["tensorboard", "trackio"])
+    args = argparse.Namespace(track=["tensorboard", "trackio"], dist_timeout=[300])
     with pytest.raises(ValueError, match=r"--track trackio.*requirements-track.txt"):
         arguments.check_files(args)
 

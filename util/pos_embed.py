@@ -112,20 +112,10 @@ def relative_spline(old: int, new: int) -> Tensor:
 
 def spline_matrix(knots: list[float], points: list[float]) -> Tensor:
     """Values of the cubic "not-a-knot" spline at `points`, as a matrix on its values at `knots` (at least four)."""
-    x = torch.tensor(knots, dtype=torch.float64)
-    t = torch.tensor(points, dtype=torch.float64).clamp(x[0], x[-1])
-    n, h, eye = len(x), x.diff(), torch.eye(len(x), dtype=torch.float64)
-    left, right = torch.zeros(n, n, dtype=torch.float64), torch.zeros(n, n, dtype=torch.float64)
-    for i in range(1, n - 1):  # continuous first derivative at each inner knot
-        left[i, i - 1 : i + 2] = torch.stack([h[i - 1], 2 * (h[i - 1] + h[i]), h[i]])
-        right[i] = 6 * ((eye[i + 1] - eye[i]) / h[i] - (eye[i] - eye[i - 1]) / h[i - 1])
-    left[0, :3] = torch.stack([h[1], -h[0] - h[1], h[0]])  # continuous third derivative next to the ends
-    left[-1, -3:] = torch.stack([h[-1], -h[-2] - h[-1], h[-2]])
-    curvature = torch.linalg.solve(left, right)
-    i = torch.searchsorted(x, t).clamp(1, n - 1) - 1
-    h = h[i, None]
-    a, b = (x[i + 1] - t)[:, None] / h, (t - x[i])[:, None] / h
-    return a * eye[i] + b * eye[i + 1] + ((a**3 - a) * curvature[i] + (b**3 - b) * curvature[i + 1]) * h**2 / 6
+    from scipy.interpolate import CubicSpline
+
+    spline = CubicSpline(knots, torch.eye(len(knots), dtype=torch.float64).numpy(), bc_type="not-a-knot")
+    return torch.from_numpy(spline([min(max(point, knots[0]), knots[-1]) for point in points]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
