@@ -9,16 +9,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cli.console import (
-    Parser,
-    any_int,
-    named_path,
-    non_negative,
-    non_negative_int,
-    positive,
-    positive_int,
-    share_below_one,
-)
+from cli.console import FLAGS, Parser, add_flags
 from cli.encoder_arguments import check_input_size, check_weights, settle_model
 from data_sets.images import ON_BAD_IMAGE, Images
 from data_sets.order import micro_steps_of_a_group
@@ -36,53 +27,16 @@ if TYPE_CHECKING:
 def add_data_arguments(parser: Parser, labels: bool = True, loaders: bool = True, splits: bool = False) -> None:
     """labels: whether the program uses labels, and so has --nb_classes; loaders: whether it has --loader; splits:
     whether it trains and tests, and so has --val_split."""
-    group = parser.add_argument_group("data")
-    group.add_argument("--data_path", required=True, type=named_path, help="folder of the data set, or hf:ORG/NAME")
-    group.add_argument("--dataset", default="image_folder", help=f"kind of data set: {', '.join(DATASETS)}")
-    group.add_argument("--allow_subset", action="store_true", help="accept fewer images than the official data set has")
-    group.add_argument("--label_column", metavar="NAME", help="column of the labels in a list, in .json or in a table")
-    if splits:
-        group.add_argument(
-            "--val_split",
-            default=0.0,
-            type=share_below_one,
-            metavar="SHARE",
-            help="test on this share of each class of a folder of classes without train/ and val/, drawn by --seed",
-        )
-    group.add_argument(
-        "--on_bad_image",
-        choices=ON_BAD_IMAGE,
-        default="error",
-        help="at a damaged image: stop, or train on the next image and leave it out of the evaluation",
-    )
-    group.add_argument(
-        "--nb_classes",
-        default=None,
-        type=positive_int,
-        help="number of classes to expect (default: those of the data)" if labels else argparse.SUPPRESS,
-    )
-    if loaders:
-        group.add_argument(
-            "--loader",
-            choices=list(LOADERS),
-            default="pil",
-            help="; ".join(f"{name}: {text}" for name, text in LOADERS.items()),
-        )
-    group.add_argument(
-        "--num_workers",
-        default=min(10, len(os.sched_getaffinity(0))),
-        type=non_negative_int,
-        help="processes that load images",
-    )
-    group.add_argument(
-        "--pin_mem",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="load images into pinned memory; no effect without a GPU",
-    )
-    group.add_argument("--no_pin_mem", dest="pin_mem", action="store_false", help=argparse.SUPPRESS)  # MAE's spelling
-    group.add_argument(
-        "--dataloader_affinity_hack", "-dlah", action="store_true", help="let loader workers use all cores"
+    skip = [] if loaders else ["loader"]
+    add_flags(
+        parser.add_argument_group("data"),
+        FLAGS["data"],
+        skip=skip if splits else [*skip, "val_split"],
+        dataset={"fill": {"datasets": ", ".join(DATASETS)}},
+        on_bad_image={"choices": ON_BAD_IMAGE},
+        nb_classes={} if labels else {"help": ""},
+        loader={"choices": list(LOADERS), "fill": {"loaders": "; ".join(map(": ".join, LOADERS.items()))}},
+        num_workers={"default": min(10, len(os.sched_getaffinity(0)))},
     )
 
 
@@ -112,46 +66,13 @@ def split_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def add_run_arguments(parser: Parser, trains: bool = True) -> None:
-    group = parser.add_argument_group("run")
-    group.add_argument("--output_dir", default="./output_dir", help="folder of the results; empty: write nothing")
-    group.add_argument("--log_dir", default=None, help="TensorBoard folder (default: --output_dir)")
-    group.add_argument(
-        "--track", nargs="*", choices=TRACKERS, default=["tensorboard"],
-        help="send metrics, configuration, figures and records to these; wandb, trackio: requirements-track.txt",
-    )  # fmt: skip
-    group.add_argument("--device", default="auto", help="cuda, cpu, or auto: CUDA if there is a GPU")
-    group.add_argument("--seed", default=0, type=any_int, help="seed of data order, augmentation and initial weights")
-    group.add_argument("--resume", default="", help='checkpoint to continue from; "auto": the newest in --output_dir')
-    group.add_argument(
-        "--save_every_minutes",
-        default=30.0,
-        type=non_negative,
-        metavar="MINUTES",
-        help=f"also checkpoint within {'an epoch' if trains else 'a pass'}, this often; 0: never",
+    add_flags(
+        parser.add_argument_group("run"),
+        FLAGS["run"],
+        skip=[] if trains else ["save_every_steps"],
+        track={"choices": TRACKERS},
+        save_every_minutes={"fill": {"unit": "an epoch" if trains else "a pass"}},
     )
-    if trains:
-        group.add_argument(
-            "--save_every_steps",
-            default=0,
-            type=non_negative_int,
-            metavar="STEPS",
-            help="also checkpoint after this many optimizer steps; 0: never",
-        )
-    group.add_argument("--dist_url", default="env://", help="rendezvous of the processes; torchrun sets it up")
-    group.add_argument(
-        "--dist_timeout",
-        nargs="+",
-        type=positive,
-        default=[300.0, 120.0, 1800.0],
-        metavar="SECONDS",
-        help="to wait for other processes: to join, in a training step, in evaluation and other work; or one for all",
-    )
-    group.add_argument(
-        "--args_from", default=None, type=Path, metavar="FILE", help="take defaults from a run's args.json"
-    )
-    # torchrun describes the processes in the environment; commands written for MAE may still name them
-    for flag in ("--world_size", "--local_rank", "--local-rank"):
-        group.add_argument(flag, type=int, default=None, help=argparse.SUPPRESS)
 
 
 def timeouts(args: argparse.Namespace) -> Timeouts:
@@ -176,20 +97,9 @@ def add_schedule_arguments(
 ) -> None:  # fmt: skip
     """Effective batch and learning rate; the defaults are the program's. A list as `blr` allows several rates."""
     several = {"nargs": "+"} if isinstance(blr, list) else {}
-    group.add_argument("--batch_size", default=batch_size, type=positive_int, help="images per process and micro-step")
-    group.add_argument("--accum_iter", default=1, type=positive_int, help="micro-steps per optimizer step")
-    group.add_argument("--epochs", default=epochs, type=positive_int, help="training epochs")
-    group.add_argument(
-        "--warmup_epochs",
-        default=warmup_epochs,
-        type=non_negative_int,
-        help="linear warm-up epochs; if more than --epochs, a tenth of these",
-    )
-    group.add_argument(
-        "--blr", default=blr, type=non_negative, **several, help="base learning rate: lr = blr x effective batch / 256"
-    )
-    group.add_argument("--lr", default=None, type=non_negative, help="learning rate; overrides --blr")
-    group.add_argument("--min_lr", default=min_lr, type=non_negative, help="learning rate at the end of the cosine")
+    defaults = {"batch_size": batch_size, "epochs": epochs, "warmup_epochs": warmup_epochs, "min_lr": min_lr}
+    options = {name: {"default": value} for name, value in defaults.items()}
+    add_flags(group, FLAGS["schedule"], blr={"default": blr, **several}, **options)
 
 
 def plain(args: argparse.Namespace) -> dict:

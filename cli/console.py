@@ -10,6 +10,7 @@ import os
 import sys
 import threading
 import time
+import tomllib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -154,11 +155,28 @@ class Parser(argparse.ArgumentParser):
         self.set_defaults(**saved)
 
 
-def add_flags(group: argparse._ArgumentGroup, flags: dict[str, dict]) -> None:
-    """Add the flags of a TOML table: {name: options of add_argument}, whose type is named as in this module."""
+FLAGS = tomllib.loads(Path(__file__).with_name("flags.toml").read_text("utf-8"))
+
+
+def add_flags(
+    group: argparse._ActionsContainer, flags: dict[str, dict], skip: Iterable[str] = (), **more: dict[str, Any]
+) -> None:
+    """Add the flags of a TOML table, {name: options of add_argument}, whose type is named as in this module, but for
+    those of `skip`. more: {flag: options that replace those of the table}; their `fill` replaces {braces} in the help.
+    """
     for name, options in flags.items():
-        kind = {"type": globals()[options["type"]]} if "type" in options else {}
-        group.add_argument(f"--{name}", **{"help": argparse.SUPPRESS, **options, **kind})
+        if name in skip:
+            continue
+        options = {**options, **more.get(name, {})}
+        fill, alias = options.pop("fill", {}), options.pop("alias", None)
+        options["help"] = options["help"].format_map(fill) if options.get("help") else argparse.SUPPRESS
+        if isinstance(options.get("metavar"), list):
+            options["metavar"] = tuple(options["metavar"])
+        if "type" in options:
+            options["type"] = {"int": int, "float": float, "Path": Path, **globals()}[options["type"]]
+        if options.get("action") == "BooleanOptionalAction":
+            options["action"] = argparse.BooleanOptionalAction
+        group.add_argument(f"--{name}", *([alias] if alias else []), **options)
 
 
 def parse(parser: Parser, argv: list[str] | None = None) -> argparse.Namespace:

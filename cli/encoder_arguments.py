@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlparse
 
-from cli.console import positive_int
+from cli.console import FLAGS, add_flags
 from encoders.architectures import FROM_FILE, architecture, default_input_size
 from encoders.catalogue import CATALOGUE, fetch_weights, known_family
 from encoders.families import FAMILIES
@@ -34,38 +34,19 @@ EACH = ("model", "family", "checkpoint_key", "timm_name")  # flags with a value 
 def add_encoder_arguments(parser: argparse.ArgumentParser, several: bool = False) -> None:
     """several: --finetune names any number of encoders, and the flags of EACH take one value for all or for each."""
 
-    def default(value: str | None) -> dict:
-        return {"default": [value], "nargs": "+"} if several else {"default": value}
-
-    group = parser.add_argument_group("encoders" if several else "encoder")
-    # not argparse choices: the one-line error of architecture() is shorter than argparse's usage
-    group.add_argument("--model", **default("vit_base_patch16"), metavar="MODEL",
-                       help=f"architecture, by name; {FROM_FILE}: the sizes of the weight file")  # fmt: skip
-    group.add_argument(
-        "--finetune", **default(""), metavar="WEIGHTS",
-        help="weights: a file, a catalogue name, a URL or a timm model's name; empty for random weights; or, without "
-             f"--model, a model run by its library: {'; '.join(library.names for library in LIBRARIES.values())}",
-    )  # fmt: skip
-    group.add_argument("--family", **default(None),
-                       help=f"format of the file: {', '.join(FAMILIES)}, or auto (default): detected")  # fmt: skip
-    group.add_argument("--checkpoint_key", **default(None), metavar="KEY",
-                       help="entry of the file, or prefix of its keys, that holds the encoder")  # fmt: skip
-    group.add_argument("--timm_name", **default(None), metavar="NAME",
-                       help="timm model whose weights the file holds: timm runs it")  # fmt: skip
-    group.add_argument("--num_heads", default=None, type=positive_int, help="attention heads (default: the model's)")
-    group.add_argument("--mean", default=None, type=float, nargs=3, metavar="X",
-                       help="of the pixels, per channel (default: the family's)")  # fmt: skip
-    group.add_argument("--std", default=None, type=float, nargs=3, metavar="X", help="likewise")
-    group.add_argument("--grid", default=None, type=positive_int, nargs=2, metavar=("ROWS", "COLUMNS"),
-                       help="patches that the file's positions were made for (default: a square)")  # fmt: skip
-    group.add_argument("--offline", action="store_true", help="download no weights: use files and the cache only")
-    group.add_argument("--no_cls_token", action="store_true", help="the encoder has no [cls] token")
-    group.add_argument("--input_size", default=None, type=int, help="pixels (default: the model's, 224)")
-    group.add_argument(
-        "--amp",
-        default=None,
-        choices=list(PRECISIONS),
-        help="precision of the backbone (default: bfloat16; float32 on a CPU without instructions for bfloat16)",
+    fills = {
+        "model": {"from_file": FROM_FILE},
+        "finetune": {"libraries": "; ".join(library.names for library in LIBRARIES.values())},
+        "family": {"families": ", ".join(FAMILIES)},
+    }
+    more = {name: {"fill": values} for name, values in fills.items()}
+    for name in ("finetune", *EACH) if several else ():
+        more.setdefault(name, {}).update(nargs="+", default=[FLAGS["encoder"][name].get("default")])
+    add_flags(
+        parser.add_argument_group("encoders" if several else "encoder"),
+        FLAGS["encoder"],
+        **more,
+        amp={"choices": list(PRECISIONS)},
     )
 
 
@@ -202,11 +183,7 @@ def frozen_encoder(args: argparse.Namespace) -> tuple[Encoder, int]:
 
 def add_oracle_arguments(group: argparse._ArgumentGroup, default: str | None) -> None:
     """--finetune, --model, --family and --checkpoint_key of another encoder, whose attention heads may use."""
-    group.add_argument("--oracle", default=default, metavar="WEIGHTS",
-                       help="encoder whose [cls] attention the head dino takes; as --finetune")  # fmt: skip
-    group.add_argument("--oracle_model", default="vit_base_patch16", metavar="MODEL", help="its architecture")
-    group.add_argument("--oracle_family", default=None, help="format of its file (default: detected)")
-    group.add_argument("--oracle_checkpoint_key", default=None, help="entry of its file that holds the weights")
+    add_flags(group, FLAGS["oracle"], oracle={"default": default})
 
 
 def build_oracle(args: argparse.Namespace, probed: Encoder, size: int, amp: torch.dtype) -> Oracle:

@@ -29,7 +29,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
-from cli.console import Parser, named_path, non_negative_int, parse, positive, positive_int
+from cli.console import FLAGS, Parser, add_flags, parse
 from util.lazy import lazy
 
 torch = lazy("torch")
@@ -40,49 +40,9 @@ WARNING = 120  # seconds between SLURM's signal and the end of a job's time
 
 def get_args_parser() -> Parser:
     parser = Parser(__doc__)
-    what = parser.add_argument_group("what to run")
-    what.add_argument("--main", choices=PROGRAMS, default="main_linprobe", help="program to run")
-    what.add_argument(
-        "--job_dir", required=True, type=named_path, help="run folder; logs go to its jobs/, the code to its code/"
-    )
-    what.add_argument(
-        "--sweep",
-        nargs="+",
-        action="append",
-        default=[],
-        metavar=("FLAG", "VALUE"),
-        help="one job for each value, each in its own folder: seed 0 1 2; flags that change at the same time: "
-        "model,finetune A,a.pth B,b.pth; several --sweep: one job for each combination",
-    )
-    what.add_argument("--dry_run", action="store_true", help="print the sbatch script and the commands; submit nothing")
-    what.add_argument("--wait", action="store_true", help="wait until the jobs have ended, and print their outcome")
-    what.add_argument("--no_snapshot", action="store_true", help="run the code in place, not a copy of it")
-    what.add_argument("--remote_paths", action="store_true", help="data and weights are not visible from this machine")
-
-    job = parser.add_argument_group("job")
-    job.add_argument("--cluster", choices=["slurm", "local"], default=None, help="default: SLURM if there is sbatch")
-    job.add_argument("--nodes", default=1, type=positive_int, help="machines")
-    job.add_argument(
-        "--ngpus",
-        default=None,
-        type=non_negative_int,
-        help="GPUs per node, one process each (default: 8; with --cluster local: all of this machine); 0: use the CPU",
-    )
-    job.add_argument("--tasks_per_node", default=None, type=positive_int, help="processes per node (default: --ngpus)")
-    job.add_argument("--cpus_per_task", default=10, type=positive_int, help="CPU cores per process")
-    job.add_argument("--mem_gb", default=None, type=positive, help="memory per node (default: the partition's)")
-    job.add_argument("--timeout", default=4320, type=positive_int, help="minutes until the job is requeued")
-    job.add_argument("--partition", default=None, help="SLURM partition")
-    job.add_argument("--account", default=None, help="SLURM account")
-    job.add_argument("--qos", default=None, help="quality of service")
-    job.add_argument("--constraint", default=None, help="feature that the nodes must have")
-    job.add_argument("--comment", default=None, help="comment in SLURM's records")
-    job.add_argument("--parallel", default=256, type=positive_int, help="jobs of a sweep that run at the same time")
-    job.add_argument("--slurm", nargs="+", default=[], metavar="NAME=VALUE", help="any other option of sbatch")
-    old = parser.add_argument_group("accepted for old commands")
-    old.add_argument(
-        "--use_volta32", action="store_const", const="volta32gb", dest="constraint", help="--constraint volta32gb"
-    )
+    add_flags(parser.add_argument_group("what to run"), FLAGS["launcher"], main={"choices": PROGRAMS})
+    add_flags(parser.add_argument_group("job"), FLAGS["job"])
+    add_flags(parser.add_argument_group("accepted for old commands"), FLAGS["old_launcher"])
     return parser
 
 

@@ -28,6 +28,7 @@ from probing.bank import Probe, ProbeSpec
 from probing.feature_cache import FeatureCache
 from probing.pooling import read_blocks
 from probing.predictions import score
+from probing.results import metric_label
 from runtime.training import EpochStats, Training
 from util import signals
 from util.distributed import from_main, world_size
@@ -170,6 +171,10 @@ class Fitting(Training):
             self.done += 1
             self.seconds = earlier + time.perf_counter() - start
             self._save_or_stop()
+        for name, facts in self.facts.items():
+            for shots, few in describe(facts).get("few_shots", {}).items():
+                text = f"{few['mean']:.2f}, 95 % interval {few['interval']} over {len(few['each'])} draws"
+                log.info("%s, %s images per class: %s %s", name, shots, metric_label(self.headline), text)
         speed = self.batches.effective * self.batches.steps / self.seconds
         return EpochStats(self.loss_sum.tolist(), 0.0, speed, 0.0, peak_memory(self.method.device))
 

@@ -62,14 +62,21 @@ def render(
         of_program = [(run, contents) for run, contents in reads if run.program == program]
         same = group_by([(run, c) for run, contents in of_program for c in contents], lambda pair: pair[1].key)
         if of_program:
-            maps = read_maps([path for run, _ in of_program for path in run.files("examples.safetensors")])
-            sections[program] = {"groups": [compare(pairs) for pairs in same], "reads": of_program, "maps": maps}
+            sections[program] = {"groups": [compare(pairs) for pairs in same], "reads": of_program}
     notes = {
         note for run, contents in reads for note in (*facts.notes_of(run), *(n for c in contents for n in c.notes))
     }
+    maps = read_maps([path for run, _ in reads for path in run.files("examples.safetensors")])
     warnings = [note for name, note in facts.NOTES.items() if name in notes]
     page = TEMPLATES.get_template("page.html").render(
-        **{"title": title, "reads": reads, "sections": sections, "figures": figures or {}, "boards": boards},
+        **{
+            "title": title,
+            "reads": reads,
+            "sections": sections,
+            "figures": figures or {},
+            "boards": boards,
+            "maps": maps,
+        },
         warnings=[*warnings, *(("loud", f"Left out: {line}") for line in left_out)],
         **{
             "facts": facts,
@@ -94,8 +101,11 @@ def compare(same: Sequence[tuple[Run, Content]]) -> dict[str, Any]:
                 known = merged.setdefault(title, {}).setdefault(axes, [])
                 names = [line.name for line in known]
                 known += [line for line in lines if line.name not in names]  # of reference lines one is enough
-                known += [line._replace(name=f"{line.name} ({run.name})") for line in lines
-                          if line.name in names and not line.reference]  # fmt: skip
+                known += [
+                    line._replace(name=f"{line.name} ({run.name})")
+                    for line in lines
+                    if line.name in names and not line.reference
+                ]
     return {
         "contents": contents,
         "table": table([row for content in contents for row in content.rows]),

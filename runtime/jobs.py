@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from types import TracebackType
 from typing import NoReturn
 
 import submitit
@@ -21,11 +20,12 @@ from util import signals
 
 GONE = "GONE"  # from the queue
 ATTEMPTS = 5  # to ask SLURM: what ends a job is sent several times within moments, and ends the messenger, too
-REQUEUE_WAIT = 60  # seconds that processes leave their first one to put the job back, which ends them
+REQUEUE_WAIT = 60  # seconds that processes leave the one that puts the job back, which ends them
+MAX_RESTARTS = 20  # of a job whose ranks lose each other
 
 
 class JobFailed(RuntimeError):
-    """The program has ended with an error, which it has told already."""
+    """The program has ended with an error, which it has printed already."""
 
 
 @dataclasses.dataclass
@@ -46,29 +46,24 @@ class Task:
 
         job = submitit.JobEnvironment()
         job.paths.result_pickle.unlink(missing_ok=True)  # of an earlier start
-        if job.name() == "local" and job.num_tasks > 1:  # on SLURM, util.distributed knows
-            os.environ.update({
-                "RANK": str(job.global_rank), "WORLD_SIZE": str(job.num_tasks), "LOCAL_RANK": str(job.local_rank),
-                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(rendezvous_port(int(job.job_id))),
-            })  # fmt: skip
+        if job.name() == "local" and job.num_tasks > 1:  # on SLURM, util.rendezvous knows
+            ranks = {"RANK": job.global_rank, "WORLD_SIZE": job.num_tasks, "LOCAL_RANK": job.local_rank}
+            where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": rendezvous_port(int(job.job_id))}
+            os.environ.update({name: str(value) for name, value in (ranks | where).items()})
         sys.argv = [f"{self.program}.py", *self.argv]  # what records and errors name
-        sys.excepthook = _quiet_about_failures
+        sys.excepthook = lambda kind, *rest: None if kind is JobFailed else sys.__excepthook__(kind, *rest)
         try:
             module = importlib.import_module(self.program)
-            args = parse(module.get_args_parser(), self.argv)
-            run_main(module.main, args)
+            run_main(module.main, parse(module.get_args_parser(), self.argv))
             for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
                 signal.signal(number, signal.SIG_IGN)  # nothing is left to stop, and Python's end would be a failure
         except SystemExit as end:
             if isinstance(end.__cause__, signals.Stopped):
                 come_back(job, end.__cause__)
+            if end.code == signals.EXIT_STOPPED and job.name() == "slurm":
+                replace_lost_ranks(job, end.__cause__)
             if end.code:
                 raise JobFailed(str(end.__cause__ or f"exit code {end.code}")) from None
-
-
-def _quiet_about_failures(kind: type, error: BaseException, trace: TracebackType | None) -> None:
-    if kind is not JobFailed:
-        sys.__excepthook__(kind, error, trace)
 
 
 def come_back(job: submitit.JobEnvironment, stop: signals.Stopped) -> NoReturn:
@@ -87,8 +82,7 @@ def come_back(job: submitit.JobEnvironment, stop: signals.Stopped) -> NoReturn:
         _leave(job, f"{known} already: SLURM goes on with it")
     if job.global_rank != 0:
         if on_slurm:  # where a process that ends takes the others along
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(REQUEUE_WAIT)
+            _wait_for_requeue()
         _leave(job)
     if _a_process_failed(job):  # SLURM ends the others with the signal of a pre-emption
         _leave(job, "ended, because another of its processes has failed")
@@ -97,8 +91,26 @@ def come_back(job: submitit.JobEnvironment, stop: signals.Stopped) -> NoReturn:
         signal.raise_signal(getattr(signal, f"SIG{job.USR_SIG}"))  # submitit's handler: checkpoint, requeue, exit
     except (subprocess.SubprocessError, OSError) as error:
         if state_of(job.job_id) == "RUNNING":  # else it is there, and scontrol was ended together with the job
-            _leave(job, f"cannot go back into the queue ({error}): submit it again to go on")
+            _leave(job, f"cannot go back into the queue ({error}): submit it again to continue")
     _leave(job)
+
+
+def replace_lost_ranks(job: submitit.JobEnvironment, error: BaseException) -> NoReturn:
+    """End a process whose other ranks do not answer: the one that reports it puts the job back, on other nodes if SLURM
+    finds some. Not submitit, which leaves that to rank 0, which may be the lost one."""
+    restarts = int(os.environ.get("SLURM_RESTART_COUNT", 0))
+    if restarts >= MAX_RESTARTS:
+        raise JobFailed(f"{error}, after {restarts} restarts") from None
+    if getattr(error, "reported_here", True):
+        print(f"job {job.job_id} goes back into the queue", file=sys.stderr)
+        subprocess.run(["scontrol", "requeue", job.job_id], timeout=60, check=False)
+    _wait_for_requeue()
+    _leave(job)
+
+
+def _wait_for_requeue() -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(REQUEUE_WAIT)
 
 
 def _leave(job: submitit.JobEnvironment, why: str = "") -> NoReturn:
@@ -113,14 +125,14 @@ def state_of(job_id: str) -> str | None:
     command = ["squeue", "--noheader", "--states=all", "--format=%T", "--jobs", job_id]
     for _ in range(ATTEMPTS):
         try:
-            told = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+            answer = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
         except (OSError, subprocess.TimeoutExpired):
             return None
-        if told.returncode >= 0:
+        if answer.returncode >= 0:
             break
-    if told.stdout.split():
-        return told.stdout.split()[0]
-    return GONE if told.returncode == 0 or "Invalid job id" in told.stderr else None
+    if answer.stdout.split():
+        return answer.stdout.split()[0]
+    return GONE if answer.returncode == 0 or "Invalid job id" in answer.stderr else None
 
 
 def _a_process_failed(job: submitit.JobEnvironment) -> bool:

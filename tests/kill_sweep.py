@@ -141,7 +141,7 @@ def sweep(program: str, base: list[str], kills: int, work: Path, seed: int, repo
         argv = [*base, "--num_workers", str(workers), "--batch_size", "8" if processes == 1 else "4"]
         size = 1 if processes == 1 else 2
         if size not in references:
-            folder, start = work / f"{program}-{size}", time.monotonic()
+            folder, start = work / f"{program}-whole-{size}", time.monotonic()
             codes = [finish(pid) for pid in begin(program, [*argv, "--output_dir", str(folder)], size, work / "output")]
             assert not any(codes), (work / "output").read_text()
             references[size] = left(folder), time.monotonic() - start

@@ -199,7 +199,7 @@ def test_maps_show_heads_blocks_rules_and_similar_patches(page):
     maps.scroll_into_view_if_needed()
     tiles, pick = maps.locator(".tile"), maps.locator("canvas.pick").first
     pick.wait_for()
-    assert tiles.count() == 5  # picture, components, [cls], two rules
+    assert tiles.count() == 10  # of two runs: picture, components, [cls], two rules
     pick.click(position={"x": 3, "y": 3})
     assert "row 0, column 0" in maps.inner_text()
     alike, other = maps.locator("canvas.pick").first.evaluate(PATCHES)

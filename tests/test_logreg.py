@@ -111,7 +111,7 @@ def test_several_labels_are_independent_regressions(tiny, fits, tmp_path, monkey
         run(argv, tmp_path / "shots", "--shots", 1)
 
 
-def test_draws_of_few_images_are_balanced_nested_and_repeatable(command, fits, tmp_path):
+def test_draws_of_few_images_are_balanced_nested_and_repeatable(command, fits, tmp_path, capsys):
     flags = ["--cls_features", "cls", "abmilp", "--l2", 0.1, "--shots", 1, 3, "--episodes", 4]
     results = run(command, tmp_path / "run", *flags)
     assert len(fits) == 2 * (1 + 2 * 4)
@@ -125,6 +125,7 @@ def test_draws_of_few_images_are_balanced_nested_and_repeatable(command, fits, t
             spread = stats.sem(few["each"])
             expected = stats.t.interval(0.95, 3, few["mean"], spread) if spread else [few["mean"]] * 2
             assert few["interval"] == pytest.approx(expected)
+    assert "abmilp/block2/logreg/seed0, 3 images per class: top-1 " in capsys.readouterr().out
     draws = [images for images, *_ in fits[2:10:2]]
     assert run(command, tmp_path / "again", *flags)["probes"] == results["probes"]
     assert all(map(np.array_equal, draws, (images for images, *_ in fits[20:28:2])))

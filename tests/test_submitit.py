@@ -15,6 +15,7 @@ from runtime import jobs, snapshot
 from runtime.folder import RunFolder
 from runtime.provenance import ROOT, code_version
 from util import signals
+from util.distributed import PeerLost
 from util.rendezvous import rendezvous_port, slurm_environment
 from util.signals import EXIT_STOPPED
 
@@ -222,6 +223,23 @@ def test_a_job_goes_back_into_the_queue_where_slurm_only_warned_it(stopped, tmp_
     assert stopped(signal.SIGUSR2, cluster="local") and not stopped(signal.SIGTERM, cluster="local")
     (tmp_path / "12_1_result.pkl").touch()
     assert not stopped(signal.SIGTERM)  # another process failed, and SLURM ends the rest
+
+
+def test_the_rank_that_reports_a_lost_one_puts_the_job_back(monkeypatch):
+    """Rank 0 may be the lost one."""
+    calls, job = [], SimpleNamespace(job_id="12", global_rank=1)
+    monkeypatch.setattr(jobs.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(jobs.subprocess, "run", lambda command, **options: calls.append(command))
+    before = signal.getsignal(signal.SIGTERM)
+    for reported_here in (True, False):
+        with pytest.raises(SystemExit) as end:
+            jobs.replace_lost_ranks(job, PeerLost("rank 0 does not answer", False, reported_here))
+        assert end.value.code == EXIT_STOPPED
+    signal.signal(signal.SIGTERM, before)
+    assert calls == [["scontrol", "requeue", "12"]]
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "20")
+    with pytest.raises(jobs.JobFailed):
+        jobs.replace_lost_ranks(job, PeerLost("rank 0 does not answer", False))
 
 
 def test_a_question_that_the_signal_of_a_cancellation_ends_is_asked_again(tmp_path, monkeypatch):
