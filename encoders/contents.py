@@ -162,7 +162,8 @@ def weights_of(content: dict, family: Family, checkpoint_key: str | None = None,
     if checkpoint_key is None:
         entries = [content, *map(content.get, ENTRIES)]
         if family.key is not None:
-            entries = [content.get(family.key, content if flat else None)]
+            entry = content.get(family.key, content if flat else None)
+            entries = [entry, entry.get("model") if isinstance(entry, dict) else None]  # beside others: see separated
         return next((entry for entry in entries if is_state(entry)), None)
     if checkpoint_key in content:
         return content[checkpoint_key] if is_state(content[checkpoint_key]) else None
