@@ -20,7 +20,7 @@ from util.scores import MultiLabelScores, MultiLabelTally, Scores, Tally
 
 
 class Probing:
-    """A bank of probes and its optimizer (one group per probe), as a runtime.training.Method.
+    """A bank of probes and its optimizer (one group per stack), as a runtime.training.Method.
 
     Losses are summed over probes, so no probe's gradient depends on the others. A probe whose loss, gradient or update
     is not finite keeps, from then on, the weights, statistics and momentum from before that step.
@@ -29,9 +29,15 @@ class Probing:
     program, state_name = "main_linprobe.py", "probes"
 
     def __init__(
-        self, bank: ProbeBank, tokens: FrozenTokens, optimizer: LARS, device: torch.device,
-        multi_label: bool = False, bn_group: int | None = None, seeds: Sequence[int] = (),
-    ):  # fmt: skip
+        self,
+        bank: ProbeBank,
+        tokens: FrozenTokens,
+        optimizer: LARS,
+        device: torch.device,
+        multi_label: bool = False,
+        bn_group: int | None = None,
+        seeds: Sequence[int] = (),
+    ):
         """multi_label: labels are (B,K) zeros and ones; the loss is binary cross-entropy, averaged over B x K.
         bn_group: images normalised together, part of a micro-batch or several (default: one micro-batch).
         seeds: groups of images alternate between these seeds (GlobalBatches' `seeds`), and each trains the probes of
@@ -100,9 +106,14 @@ class Probing:
 
 @torch.no_grad()
 def evaluate(
-    bank: ProbeBank, tokens: FrozenTokens, loader: Iterable, device: torch.device, tally: Tally | MultiLabelTally,
-    keeper: PredictionKeeper | None = None, name: str = "test",
-) -> list[Scores] | list[MultiLabelScores]:  # fmt: skip
+    bank: ProbeBank,
+    tokens: FrozenTokens,
+    loader: Iterable,
+    device: torch.device,
+    tally: Tally | MultiLabelTally,
+    keeper: PredictionKeeper | None = None,
+    name: str = "test",
+) -> list[Scores] | list[MultiLabelScores]:
     """Scores of every probe, in the order of `bank.specs`; each sample of all ranks counts once.
 
     tally: a new one. keeper: collects the predictions. name: label of the progress bar. ValueError if the encoder's
@@ -132,7 +143,7 @@ def pooled(
     bank.eval()
     tokens.backbone.eval()
     finite = FiniteCheck(tokens, device)
-    vectors = [[torch.empty(0, width, device=device)] for width in bank.widths]
+    vectors = [[torch.empty(0, pooling.width, device=device)] for _, pooling in bank.distinct]
     labels = [torch.empty(0, dtype=torch.int64, device=device)]
     for sample in Watched(loader, "features", agree=True):
         read = finite.see(tokens(sample.image.to(device, non_blocking=True)))
@@ -144,13 +155,18 @@ def pooled(
 
 
 def nearest_neighbours(
-    bank: ProbeBank, tokens: FrozenTokens, train: Iterable, test: Iterable, device: torch.device, ks: Sequence[int],
+    bank: ProbeBank,
+    tokens: FrozenTokens,
+    train: Iterable,
+    test: Iterable,
+    device: torch.device,
+    ks: Sequence[int],
     num_classes: int,
-) -> dict[str, dict]:  # fmt: skip
+) -> dict[str, dict]:
     """{vector: {k: scores}} of k-NN classification on the vectors of the bank. train, test: loaders, not augmented."""
     (references, labels), (queries, answers) = (pooled(bank, tokens, loader, device) for loader in (train, test))
     results = {}
-    for spec, learned, ours, theirs in zip(bank.distinct, bank.learned, references, queries, strict=True):
-        name = spec.name if learned else f"{spec.head}/block{spec.block}"
+    for (spec, pooling), ours, theirs in zip(bank.distinct, references, queries, strict=True):
+        name = spec.name if pooling.learned else f"{spec.head}/block{spec.block}"
         results[name] = knn_scores(ours, labels, theirs, answers, ks, num_classes)
     return results

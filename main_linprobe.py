@@ -235,13 +235,24 @@ class Setup:
         """What args.json and results.json say about the run."""
         args = self.args
         return {
-            "args": plain(args), "encoder": self.encoder.record, "effective_batch": batches.effective,
-            "bn_group": args.bn_group or args.batch_size, "steps_per_epoch": batches.steps, "lr": lrs,
-            "n_train": len(self.kept), "n_val": len(self.held_out), "n_test": len(self.test), "classes": self.classes,
-            "class_names": list(map(str, self.train.classes)), "headline": self.metric,
-            "train_images": facts["training images"], "test_images": facts["test images"],
-            "seeds_vary": seeds_vary(args), "oracle": self.oracle and self.oracle.record, **provenance(self.device),
-        }  # fmt: skip
+            "args": plain(args),
+            "encoder": self.encoder.record,
+            "effective_batch": batches.effective,
+            "bn_group": args.bn_group or args.batch_size,
+            "steps_per_epoch": batches.steps,
+            "lr": lrs,
+            "n_train": len(self.kept),
+            "n_val": len(self.held_out),
+            "n_test": len(self.test),
+            "classes": self.classes,
+            "class_names": list(map(str, self.train.classes)),
+            "headline": self.metric,
+            "train_images": facts["training images"],
+            "test_images": facts["test images"],
+            "seeds_vary": seeds_vary(args),
+            "oracle": self.oracle and self.oracle.record,
+            **provenance(self.device),
+        }
 
     def score(self, part: str, keeper: PredictionKeeper | None = None) -> dict[str, dict]:
         """{probe: its scores} on a part of the images. keeper: collects the predictions."""
@@ -290,7 +301,7 @@ def build_optimizer(args: argparse.Namespace, specs: Sequence[ProbeSpec], groups
 
 def write_predictions(
     folder: RunFolder, keeper: PredictionKeeper | None, specs: Sequence[ProbeSpec], run: dict, results: dict[str, dict]
-) -> None:  # fmt: skip
+) -> None:
     """Write predictions.safetensors if predictions were kept, with the choices in `results`, if any."""
     if keeper is None:
         return

@@ -159,9 +159,9 @@ class MaskedAutoencoder(Published):
         """Predictions (B,M,C) of all patches in row-major order, and the mask (B,M), 1 = masked."""
         kept, masked = random_masking(noise, mask_ratio)
         tokens = self.decode(self.encode(self.cut(images), kept), kept, masked)
-        places = torch.cat([kept, masked], dim=1).argsort(dim=1)
+        inverse = torch.cat([kept, masked], dim=1).argsort(dim=1)
         mask = torch.ones_like(noise).scatter(1, kept, 0.0)
-        return take(self.predict(tokens[:, self.encoder.num_prefix_tokens :]), places), mask
+        return take(self.predict(tokens[:, self.encoder.num_prefix_tokens :]), inverse), mask
 
 
 # decoder of each encoder: as published for base and larger; width 192 for the paper's ViT-S (B.1) and smaller

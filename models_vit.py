@@ -393,13 +393,21 @@ class VisionTransformer(Backbone):
         rates = [drop_path * index / max(depth - 1, 1) for index in range(depth)]  # stochastic depth grows linearly
         self.blocks = nn.ModuleList(
             Block(
-                embed_dim, num_heads, mlp_ratio, qkv_bias, proj_bias, init_values, rates[index], norm_layer,
-                norm_order, activation,
+                embed_dim,
+                num_heads,
+                mlp_ratio,
+                qkv_bias,
+                proj_bias,
+                init_values,
+                rates[index],
+                norm_layer,
+                norm_order,
+                activation,
                 rel_pos_bias=RelativePositionBias(self.grid_size, num_heads) if rel_pos_bias else None,
                 rope=RotaryEmbedding(embed_dim // num_heads, reg_tokens) if rope else None,
             )
             for index in range(depth)
-        )  # fmt: skip
+        )
         self.norm = nn.Identity()
         if final_norm != "none":
             self.norm = NORMS[norm_layer](embed_dim, elementwise_affine=final_norm == "affine")

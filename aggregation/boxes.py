@@ -9,7 +9,7 @@ import csv
 import os
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -32,7 +32,6 @@ MAX_SIDE = 2**31  # in pixels; beyond any image format
 class Annotation(NamedTuple):
     boxes: list[tuple[int, int, int, int]]
     size: Size | None  # of the image in which the boxes were drawn, if the source states it
-    categories: Set[str] = frozenset()  # of the boxes, if the source states them
 
 
 class BoxSource(NamedTuple):
@@ -60,7 +59,6 @@ class Row(NamedTuple):
     image: str
     box: Sequence[str | None]  # x0, y0, x1, y1
     size: Sequence[str | None] = ()  # width, height
-    category: str | None = None
 
 
 def _integers(where: str, texts: Sequence[str | None], meaning: str) -> list[int]:
@@ -76,7 +74,7 @@ def _integers(where: str, texts: Sequence[str | None], meaning: str) -> list[int
 
 def _annotations(rows: Iterable[Row]) -> dict[str, Annotation]:
     annotations: dict[str, Annotation] = {}
-    for where, image, texts, sides, category in rows:
+    for where, image, texts, sides in rows:
         x0, y0, x1, y1 = box = tuple(_integers(where, texts, "four integers x0, y0, x1, y1"))
         size = tuple(_integers(where, sides, "a width and height in pixels")) if sides else None
         if not (0 <= x0 <= x1 < MAX_SIDE and 0 <= y0 <= y1 < MAX_SIDE):
@@ -87,11 +85,10 @@ def _annotations(rows: Iterable[Row]) -> dict[str, Annotation]:
             raise ValueError(f"{where}: {x0}, {y0}, {x1}, {y1} exceeds its image of {size[0]} x {size[1]} pixels")
         if not image:
             raise ValueError(f"{where}: the image has no name")
-        known = annotations.setdefault(image, Annotation([], size, set()))
+        known = annotations.setdefault(image, Annotation([], size))
         if known.size != size:
             raise ValueError(f"{where}: {image} has two sizes, {known.size} and {size} pixels: correct one of them")
         known.boxes.append(box)
-        known.categories.update({category} if category else ())
     return annotations
 
 
@@ -136,7 +133,7 @@ def _xml_folder(folder: Path) -> Iterator[Row]:
         size = [tree.findtext(f"size/{side}") for side in ("width", "height")]
         for item in tree.iterfind("object[bndbox]"):
             box = [item.findtext(f"bndbox/{side}") for side in ("xmin", "ymin", "xmax", "ymax")]
-            yield Row(str(path), path.stem, box, size, item.findtext("name"))
+            yield Row(str(path), path.stem, box, size)
 
 
 KAGGLE = ["ImageId", "PredictionString"]
@@ -153,7 +150,7 @@ def _kaggle(path: Path) -> Iterator[Row]:
         if lines.setdefault(image, where) != where:
             raise ValueError(f"{where}: {image} is also in {lines[image]}: remove one of them")
         for start in range(0, len(fields), 5):
-            yield Row(where, image, fields[start + 1 : start + 5], (), fields[start])
+            yield Row(where, image, fields[start + 1 : start + 5])
 
 
 BOX = ("x0", "y0", "x1", "y1")
@@ -317,7 +314,6 @@ def read_boxes(
     if without := [images.samples[index][0] for index in chosen if matched[index] is None]:
         counts = f"{len(without):,} of {len(chosen):,}"
         raise ValueError(f"{path_and_kind}: {counts} images have no box, the first {without[0]}")
-    _warn_of_categories(path, images, matched, chosen)
     return ImageBoxes(images, matched, path)
 
 
@@ -334,17 +330,3 @@ def _match_paths(
     others = list(annotations.keys() - set(keys))  # such as images of another split
     folder = next((base for base in bases if others and os.path.exists(base / others[0])), bases[0])
     return keys, sorted(others[index] for index in missing_files(folder / key for key in others))
-
-
-def _warn_of_categories(
-    path: Path, images: Dataset, matched: Sequence[Annotation | None], chosen: Sequence[int]
-) -> None:
-    """Localisation accepts any box of an image: log boxes of other classes where the source names its classes."""
-    labels = [images.samples[index][1] for index in chosen]
-    if any(np.ndim(label) for label in labels):  # several classes per image
-        return
-    same = [matched[i].categories == {images.classes[label]} for i, label in zip(chosen, labels, strict=True)]
-    if any(same) and not all(same):
-        first = images.samples[chosen[same.index(False)]][0]
-        counts = f"{same.count(False)} of {len(same)}"
-        log.warning("%s: %s images have boxes of other classes, which count too, the first %s", path, counts, first)

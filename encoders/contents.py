@@ -58,11 +58,15 @@ def plainly_named(content: dict) -> dict:
     """The dictionary without wrapper names, blocks numbered in one sequence."""
     names = {key: WRAPPER.sub("", key) if isinstance(key, str) else key for key in content}
     chunked = {key: match for key, name in names.items() if isinstance(name, str) and (match := CHUNK.search(name))}
-    places = {(names[key][: match.start()], *map(int, match.groups())) for key, match in chunked.items()}
-    if len({(stem, index) for stem, _, index in places}) == len(places):  # padded chunks: the index counts all blocks
-        numbers = {place: place[2] for place in places}
+    positions = {(names[key][: match.start()], *map(int, match.groups())) for key, match in chunked.items()}
+    if len({(stem, index) for stem, _, index in positions}) == len(
+        positions
+    ):  # padded chunks: the index counts all blocks
+        numbers = {position: position[2] for position in positions}
     else:
-        numbers = {place: sorted(p for p in places if p[0] == place[0]).index(place) for place in places}
+        numbers = {
+            position: sorted(p for p in positions if p[0] == position[0]).index(position) for position in positions
+        }
     for key, match in chunked.items():
         name = names[key]
         number = numbers[name[: match.start()], *map(int, match.groups())]
@@ -139,14 +143,14 @@ def encoders_in(content: dict, tensors_only: bool = True) -> list[str]:
 
 def obstacles_in(content: dict) -> list[str]:
     """Entries among the tensors of an encoder that are not tensors, by name and type."""
-    found = []
+    obstacles = []
     for name, entries in dictionaries(content):
         if any(isinstance(key, str) and STEM.fullmatch(key) for key in entries):
             odd = [(key, kind) for key, value in entries.items() if (kind := not_a_tensor(value))]
             label = f"{name}: " if name else ""
-            found += [f"{label}{key} is {kind}" for key, kind in odd[:3] if kind != "a dict"]
-            found += [f"{label}{len(odd) - 3} more"] * (len(odd) > 3)
-    return found
+            obstacles += [f"{label}{key} is {kind}" for key, kind in odd[:3] if kind != "a dict"]
+            obstacles += [f"{label}{len(odd) - 3} more"] * (len(odd) > 3)
+    return obstacles
 
 
 def weights_of(content: dict, family: Family, checkpoint_key: str | None = None, flat: bool = True) -> State | None:
@@ -158,7 +162,8 @@ def weights_of(content: dict, family: Family, checkpoint_key: str | None = None,
     if checkpoint_key is None:
         entries = [content, *map(content.get, ENTRIES)]
         if family.key is not None:
-            entries = [content.get(family.key, content if flat else None)]
+            entry = content.get(family.key, content if flat else None)
+            entries = [entry, entry.get("model") if isinstance(entry, dict) else None]  # beside others: see separated
         return next((entry for entry in entries if is_state(entry)), None)
     if checkpoint_key in content:
         return content[checkpoint_key] if is_state(content[checkpoint_key]) else None

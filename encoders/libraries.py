@@ -155,9 +155,9 @@ def hf_inputs(model: nn.Module, images: Tensor) -> dict[str, Any]:
 
     config, count = model.config, len(images)
     kind = config.model_type.removesuffix("_vision_model")
-    if kind == "vjepa2":  # a film of the one image, as long as one token lasts
-        film = images[:, None].expand(-1, config.tubelet_size, -1, -1, -1)
-        return {"pixel_values_videos": film, "skip_predictor": True}
+    if kind == "vjepa2":  # a clip of the one image, as long as one token lasts
+        clip = images[:, None].expand(-1, config.tubelet_size, -1, -1, -1)
+        return {"pixel_values_videos": clip, "skip_predictor": True}
     if kind == "siglip2":
         from models_mae import patchify
 

@@ -246,9 +246,15 @@ def log_encoder(finetune: str, encoder: Encoder, opened: Opened, stated: set[str
     if "pos_embed" in reading.state or RELATIVE in reading.state:
         facts["grid"] = f"positions for {backbone.grid_size[0]} x {backbone.grid_size[1]} patches"
     log.info(
-        "loaded %s (%s, family %s %s, %d tensors): %s, resampled by rule %s", finetune, reading.model, detected.family,
-        detected.reason or "by assumption", len(reading.state), "; ".join(facts.values()), backbone.pos_resampling,
-    )  # fmt: skip
+        "loaded %s (%s, family %s %s, %d tensors): %s, resampled by rule %s",
+        finetune,
+        reading.model,
+        detected.family,
+        detected.reason or "by assumption",
+        len(reading.state),
+        "; ".join(facts.values()),
+        backbone.pos_resampling,
+    )
     if detected.reason in UNSURE:
         if RELATIVE in reading.state:
             stated = {*stated, "timm_name"}  # not a plain ViT of timm

@@ -35,9 +35,13 @@ class Reading:
 
 
 def read_as(
-    content: dict, name: str, model: str = FROM_FILE, checkpoint_key: str | None = None, grid: Grid | None = None,
+    content: dict,
+    name: str,
+    model: str = FROM_FILE,
+    checkpoint_key: str | None = None,
+    grid: Grid | None = None,
     **options,
-) -> Reading:  # fmt: skip
+) -> Reading:
     """A file's content as one of a family, of the architecture `model` or of the sizes that its tensors have.
 
     Values are not looked at: see problems_of.

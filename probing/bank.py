@@ -216,7 +216,6 @@ class ProbeBank(nn.Module):
             numbers.setdefault(i if probe.aggregation.learned else (spec.head, spec.block), len(numbers))
             for i, (spec, probe) in enumerate(zip(self.specs, self.probes, strict=True))
         ]
-        self._distinct = [self.vector_of.index(number) for number in range(len(numbers))]
         order = torch.cat([stack.index for stack in self.stacks])
         self._order = order.argsort()  # of the stacks' probes, one stack after the other: the order of `specs`
 
@@ -236,19 +235,10 @@ class ProbeBank(nn.Module):
         return copy.deepcopy(self.probes[index])
 
     @property
-    def distinct(self) -> tuple[ProbeSpec, ...]:
-        """The first probe of each of the vectors that `pool` returns."""
-        return tuple(self.specs[i] for i in self._distinct)
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """D' of each of the vectors that `pool` returns."""
-        return tuple(self.probes[i].aggregation.width for i in self._distinct)
-
-    @property
-    def learned(self) -> tuple[bool, ...]:
-        """Whether the head of each of the vectors that `pool` returns has parameters."""
-        return tuple(self.probes[i].aggregation.learned for i in self._distinct)
+    def distinct(self) -> list[tuple[ProbeSpec, Pooling]]:
+        """The first probe and the pooling of each of the vectors that `pool` returns."""
+        first = [self.vector_of.index(number) for number in range(max(self.vector_of) + 1)]
+        return [(self.specs[i], self.probes[i].aggregation) for i in first]
 
     @property
     def blocks(self) -> tuple[int, ...]:

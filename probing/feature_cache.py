@@ -55,7 +55,8 @@ class CachedTokens:
 
     def __init__(self, tokens: FrozenTokens, bank: ProbeBank, size: int, device: torch.device):
         self.backbone, self.amp, self.oracle = tokens.backbone, tokens.amp, tokens.oracle
-        self.tokens, self.pool = tokens, None if any(bank.learned) else bank.pool
+        self.tokens = tokens
+        self.pool = None if any(pooling.learned for _, pooling in bank.distinct) else bank.pool
         self.finite = FiniteCheck(tokens, device)
         leaves, self.tree = pytree.tree_flatten(self.read(torch.zeros(1, 3, size, size, device=device)))
         self.shapes = [None if leaf is None else leaf.shape[1:] for leaf in leaves]
@@ -141,16 +142,18 @@ class FeatureCache:
 
     def _check_room(self, folder: Path | None) -> None:
         images = " + ".join(
-            f"{len(part.indices):,} {name} images" + f" x {part.views} views" * (part.views > 1)
+            f"{len(part.indices):,} {name} images"
+            + f" x {part.views} views" * (part.views > 1)
             + f" x {len(part.seeds)} seeds" * (len(part.seeds) > 1)
             for name, part in self.parts.items()
-        )  # fmt: skip
+        )
         copies = processes_here() if folder is None else 1
         need = self.shape[0] * self.shape[1] * VALUE * copies
         arithmetic = (
-            f"({images}) x {self.shape[1]:,} values x {VALUE} bytes" + f" x {copies} processes" * (copies > 1)
+            f"({images}) x {self.shape[1]:,} values x {VALUE} bytes"
+            + f" x {copies} processes" * (copies > 1)
             + f" = {need / 2**30:,.2f} GiB"
-        )  # fmt: skip
+        )
         where = "memory" if folder is None else f"{folder}"
         room = free_memory() if folder is None else None if self.made_before else free_disk(Path(folder))
         if room is not None and need > room:

@@ -44,9 +44,13 @@ def best_probe(scores: dict[str, dict] | None, headline: str, watched: str) -> s
 
 
 def summary(
-    bank: ProbeBank, history: list[dict], diverged: dict[str, dict | None], watched: str, headline: str,
+    bank: ProbeBank,
+    history: list[dict],
+    diverged: dict[str, dict | None],
+    watched: str,
+    headline: str,
     final: dict[str, dict],
-) -> dict[str, dict]:  # fmt: skip
+) -> dict[str, dict]:
     """{probe name: its settings and its test scores at the last epoch (`final`)}.
 
     history: scores of the evaluated epochs on the watched images, "test" or "val" (held out). With "test", the result
@@ -114,9 +118,15 @@ def log_start(run: dict, bank: ProbeBank) -> None:
     log.info(
         "%d probes on %s; %d training images and %d held out, %d steps of %d per epoch, normalised in groups of %d, "
         "lr %s",
-        len(bank.specs), run["encoder"]["model"], run["n_train"], run["n_val"], run["steps_per_epoch"],
-        run["effective_batch"], run["bn_group"], ", ".join(f"{lr:g}" for lr in sorted(set(run["lr"].values()))),
-    )  # fmt: skip
+        len(bank.specs),
+        run["encoder"]["model"],
+        run["n_train"],
+        run["n_val"],
+        run["steps_per_epoch"],
+        run["effective_batch"],
+        run["bn_group"],
+        ", ".join(f"{lr:g}" for lr in sorted(set(run["lr"].values()))),
+    )
 
 
 def log_summary(results: dict[str, dict], headline: str, epoch: str) -> None:

@@ -32,7 +32,7 @@ def read_maps(paths: Sequence[Path]) -> tuple[list[dict[str, Any]], list[str]]:
             ]
             label = str(facts.get("label", path.parent.name))
             sources.append({"label": label, "grid": [rows, columns], "rules": list(map(str, rules)), "images": images})
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError, IndexError) as error:
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             trouble.append(f"{path} cannot be shown: {' '.join(str(error).split())}")
     return sources, trouble
 
@@ -41,19 +41,19 @@ def encode(patches: int, rules: int, tensors: dict[str, np.ndarray]) -> dict[str
     """One image: its picture as JPEG; maps as bytes, the square roots of the weights. ValueError for other shapes."""
     picture = io.BytesIO()
     Image.fromarray(tensors["pictures"]).save(picture, "JPEG", quality=88)
-    shown: dict[str, Any] = {"picture": to_text(picture.getvalue())}
-    for name, shape in (("attention", (-1, tensors.get("attention", np.zeros((0, 0))).shape[1], patches)),
-                        ("weights", (1, rules, patches))):  # fmt: skip
+    shown: dict[str, Any] = {"picture": base64.b64encode(picture.getvalue()).decode()}
+    heads = tensors["attention"].shape[1] if "attention" in tensors else 0
+    for name, shape in {"attention": (-1, heads, patches), "weights": (1, rules, patches)}.items():
         if name in tensors:
             weights = np.nan_to_num(tensors[name].astype(np.float64)).reshape(shape).clip(0)
             top = max(float(weights.max()), 1e-6)
-            shown[name] = {"top": top, "shape": weights.shape, "data": to_text(to_bytes((weights / top) ** 0.5))}
+            shown[name] = {"top": top, "shape": weights.shape, "data": to_text((weights / top) ** 0.5)}
     if "patches" in tensors:
         features = np.nan_to_num(tensors["patches"].astype(np.float64)).reshape(patches, -1)
         unit = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
-        shown["colours"] = to_text(to_bytes(principal_components(features)))
+        shown["colours"] = to_text(principal_components(features))
         if patches <= MOST_PATCHES:
-            shown["similarity"] = to_text(to_bytes((unit @ unit.T + 1) / 2))
+            shown["similarity"] = to_text((unit @ unit.T + 1) / 2)
     return shown
 
 
@@ -66,10 +66,6 @@ def principal_components(features: np.ndarray) -> np.ndarray:
     return 1 / (1 + np.exp(-2 * np.pad(scores, ((0, 0), (0, 3 - scores.shape[1])))))
 
 
-def to_bytes(values: np.ndarray) -> bytes:
-    """Numbers in [0,1] as bytes."""
-    return (255 * values).round().astype(np.uint8).tobytes()
-
-
-def to_text(data: bytes) -> str:
-    return base64.b64encode(data).decode()
+def to_text(values: np.ndarray) -> str:
+    """Numbers in [0,1] as bytes, in base 64."""
+    return base64.b64encode((255 * values).round().astype(np.uint8).tobytes()).decode()

@@ -101,8 +101,11 @@ def compare(same: Sequence[tuple[Run, Content]]) -> dict[str, Any]:
                 known = merged.setdefault(title, {}).setdefault(axes, [])
                 names = [line.name for line in known]
                 known += [line for line in lines if line.name not in names]  # of reference lines one is enough
-                known += [line._replace(name=f"{line.name} ({run.name})") for line in lines
-                          if line.name in names and not line.reference]  # fmt: skip
+                known += [
+                    line._replace(name=f"{line.name} ({run.name})")
+                    for line in lines
+                    if line.name in names and not line.reference
+                ]
     return {
         "contents": contents,
         "table": table([row for content in contents for row in content.rows]),

@@ -85,9 +85,17 @@ def read_probes(run: Run) -> list[Content]:
     ]
     curves = epoch_curves(run, list(probes), watched, headline) | score_by_size(run, rows, columns[0])
     return [
-        Content(run.record, None, rows, columns, {"": curves},
-                neighbours=fold(neighbours), remarks=remarks(run, probes), notes=NOTHING if nothing else ())
-    ]  # fmt: skip
+        Content(
+            run.record,
+            None,
+            rows,
+            columns,
+            {"": curves},
+            neighbours=fold(neighbours),
+            remarks=remarks(run, probes),
+            notes=NOTHING if nothing else (),
+        )
+    ]
 
 
 def score_names(evaluations: Sequence[Record], headline: str) -> list[str]:
@@ -148,8 +156,11 @@ def epoch_curves(run: Run, probes: Sequence[str], watched: str, headline: str) -
     ValueError if log.txt has other probes."""
     label = f"{'held-out' if watched == 'val' else watched} {metric_label(headline)}"
     losses = {r["epoch"] + 1: dict(zip(probes, r["train_loss"], strict=True)) for r in run.epochs if "train_loss" in r}
-    scores = {r["epoch"] + 1: {name: s.get(headline) for name, s in r[watched].items()}
-              for r in run.epochs if isinstance(r.get(watched), dict)}  # fmt: skip
+    scores = {
+        r["epoch"] + 1: {name: s.get(headline) for name, s in r[watched].items()}
+        for r in run.epochs
+        if isinstance(r.get(watched), dict)
+    }
     curves: dict[Axes, list[Line]] = {}
     for name, by_epoch in {"training loss": losses, label: scores}.items():
         if any(values.keys() != set(probes) for values in by_epoch.values()):

@@ -67,22 +67,8 @@ from util.scores import Tally
 Contestant = Callable[[], object]
 Contestants = dict[str, Contestant]
 DEEP = [f"abmilp:depth={depth},act={act}" for depth in (2, 3, 4) for act in ("relu", "gelu", "tanh")]
-PAPER = [
-    "cls",
-    "pos",
-    "abmilp",
-    "ap1",
-    "ap12",
-    *DEEP,
-    "abmilp:sa=both",
-    "attn-mn",
-    "attn-lcte",
-    "ca1",
-    "ca2",
-    "cp1",
-    "cp2",
-]
 MIXED = ["cls", "pos", "abmilp", "ap1", "ap12"]  # with rates and seeds, a bank of any number
+PAPER = [*MIXED, *DEEP, "abmilp:sa=both", *("attn-mn", "attn-lcte", "ca1", "ca2", "cp1", "cp2")]
 PROGRAMS = ("main_linprobe.py", "main_analyze_attention.py", "main_pretrain.py", "submitit_linprobe.py")
 
 
@@ -312,9 +298,16 @@ def compare(what: str, ours: Tensor, exact: Tensor, tolerance: float) -> None:
 
 
 BENCHMARKS = {
-    "step": step, "heads": heads, "paper": paper, "evaluate": evaluation, "analysis": analysis, "pretrain": pretrain,
-    "loader": loader, "start": start, "values": values,
-}  # fmt: skip
+    "step": step,
+    "heads": heads,
+    "paper": paper,
+    "evaluate": evaluation,
+    "analysis": analysis,
+    "pretrain": pretrain,
+    "loader": loader,
+    "start": start,
+    "values": values,
+}
 
 
 def race(contestants: Contestants, device: torch.device, rounds: int) -> Iterator[dict[str, Any]]:

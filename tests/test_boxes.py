@@ -237,16 +237,6 @@ def test_hidden_files_of_other_systems_are_skipped_and_counted(root, tmp_path, c
         read(folder, root)
 
 
-@pytest.mark.parametrize("name", ["imagenet-xml", "imagenet-csv"])
-def test_boxes_of_other_classes_are_logged(root, tmp_path, name, capsys):
-    setup_logging()
-    for old, new, expected in (("n0", "n00000000", "1 of 3"), ("n0", "n00000001", "2 of 3"), ("n0", "dog", "")):
-        path = broken(tmp_path / new, root, name, old, new)
-        read(path, root)
-        logged = capsys.readouterr().out
-        assert f"{expected} images have boxes of other classes" in logged if expected else "classes" not in logged
-
-
 def test_images_without_a_box_are_named(root, tmp_path):
     path = write_csv(tmp_path, root)
     images = by_name(read(path, root))

@@ -75,15 +75,6 @@ def test_an_initial_network_depends_on_the_seed_alone(program, tmp_path):
     assert weights(tmp_path / "a") == weights(tmp_path / "b") != weights(tmp_path / "c")
 
 
-def test_maes_own_command_is_understood(image_folder):
-    words = "--batch_size 64 --model mae_vit_large_patch16_dec512d8b --norm_pix_loss --mask_ratio 0.75 --epochs 800 "
-    words += "--warmup_epochs 40 --blr 1.5e-4 --weight_decay 0.05 --accum_iter 1 --input_size 224 --min_lr 0 --seed 0 "
-    words += "--log_dir logs --device cuda --start_epoch 0 --num_workers 10 --pin_mem --world_size 1 --local_rank -1"
-    args = Program("main_pretrain", words.split()).parse("--data_path", image_folder)
-    main_pretrain.check(args)
-    assert (args.model, args.epochs, args.norm_pix_loss) == ("vit_large_patch16", 800, True)
-
-
 def test_a_run_may_start_at_a_later_epoch(program, tmp_path):
     program.run(tmp_path / "run", "--start_epoch", "1")
     assert [line["epoch"] for line in log_lines(tmp_path / "run")] == [1, 2]

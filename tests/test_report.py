@@ -354,7 +354,10 @@ def test_figures_are_shown_and_damaged_files_named(tmp_path, make):
     put_picture(tmp_path / "figures" / "a.png")
     put_picture(tmp_path / "figures" / "large.png", size=(2000, 300))
     put(tmp_path / "figures" / "damaged.png", "no picture")
+    put_bank(tmp_path / "figures" / "run")
+    put(tmp_path / "figures" / "run" / "examples.safetensors", "no tensors")
     page = make(tmp_path / "figures")
+    assert "examples.safetensors cannot be shown" in page.text
     found = {a["alt"]: a for tag, a in page.tags if tag == "img"}
     assert found.keys() == {"a.png", "large.png"} and found["large.png"]["width"] == "2000"
     assert base64.b64decode(found["a.png"]["src"].partition(",")[2]) == (tmp_path / "figures" / "a.png").read_bytes()

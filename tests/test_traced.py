@@ -130,6 +130,9 @@ def test_programs_take_it(name, saved, image_folder, tmp_path):
     main_linprobe.main(parse(main_linprobe.get_args_parser(), argv))
     results = json.loads((tmp_path / "results.json").read_text())
     assert len(results["probes"]) == 2 + len(own) and results["args"]["model"] == "file"
+    for head in own:
+        probe = api.probe(tmp_path, head=head)
+        assert probe(torch.zeros(1, 3, probe.encoder.size, probe.encoder.size)).logits.shape == (1, 3)
     assert results["encoder"].keys() >= {"model", "source", "family", "version", "revision", "sha256", "preprocessing"}
 
 

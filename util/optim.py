@@ -36,9 +36,13 @@ def layer_decay_groups(model: nn.Module, depth: int, weight_decay: float, layer_
         name = name.removeprefix("backbone.")
         layer = layer_of(name, depth)
         decayed = parameter.ndim > 1 and name not in ("cls_token", "reg_token", "pos_embed")
-        group = groups.setdefault((layer, decayed), {
-            "params": [], "weight_decay": weight_decay if decayed else 0.0,
-            "lr_scale": layer_decay ** (depth + 1 - layer),
-        })  # fmt: skip
+        group = groups.setdefault(
+            (layer, decayed),
+            {
+                "params": [],
+                "weight_decay": weight_decay if decayed else 0.0,
+                "lr_scale": layer_decay ** (depth + 1 - layer),
+            },
+        )
         group["params"].append(parameter)
     return list(groups.values())
