@@ -100,8 +100,8 @@ def digest(value: object) -> str:
     """sha256 of nested dicts, lists, tuples, numbers, strings and tensors: of their content, wherever it lies.
 
     Lists and tuples are alike, and so are the kinds of dict. TypeError for anything else, and for what is larger than
-    the file that it may come from: tensors without storage of their size, containers within themselves, shared endlessly
-    or 100 deep.
+    the file that it may come from: tensors without storage of their size, and containers that are within themselves,
+    shared without end or 100 deep.
     """
     total, visits = hashlib.sha256(), Counter()
 
