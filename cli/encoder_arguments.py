@@ -101,8 +101,8 @@ def check_input_size(size: int | None, model: str) -> None:
     patch_size = architecture(model)["patch_size"]
     if not 1 <= size <= MAX_SIZE or size % patch_size:
         raise ValueError(
-            f"--input_size {size} is not divisible by the patch size {patch_size} of {model}: name a multiple of it, at most "
-            f"{MAX_SIZE}"
+            f"--input_size {size} is not divisible by the patch size {patch_size} of {model}: name a multiple of it, "
+            f"at most {MAX_SIZE}"
         )
 
 
