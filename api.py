@@ -140,8 +140,8 @@ def probe(
 ) -> TrainedProbe:
     """A probe that main_linprobe.py trained (folder: its --output_dir) or scripts/export_probe.py wrote.
 
-    head, block and seed choose among several. weights: of the encoder, if they are no longer where the run had them.
-    ValueError where no or several probes fit, or the encoder is another.
+    head, block and seed choose among several; weights: of the encoder, if the run's are no longer there. ValueError
+    where no or several probes fit, or the encoder is another.
     """
     trained = read_trained(Path(folder), head, block, seed)
     settings = {**trained.facts["encoder"], "offline": False} | ({"finetune": weights} if weights else {})

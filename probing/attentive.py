@@ -107,8 +107,7 @@ class AttentivePool(TokenPool):
         if d.query in INITS:
             INITS[d.query](self.query.data[0])
         if d.residual:  # V-JEPA 2 divides the last matrix of a branch by sqrt(2 x number of its block)
-            last = [(number, block.attn.proj) for number, block in enumerate(self.blocks, 1)]
-            last += [(number, block.mlp.fc2) for number, block in enumerate(self.blocks, 1)]
+            last = [(n, layer) for n, block in enumerate(self.blocks, 1) for layer in (block.attn.proj, block.mlp.fc2)]
             for number, layer in [*last, (max(len(self.blocks), 1), self.mlp.fc2)]:
                 layer.weight.data /= (2 * number) ** 0.5
 

@@ -11,8 +11,7 @@ from probing.pooling import Needs, Pooled, Pooling, Tokens
 
 
 class Vector(Pooling):
-    """What the features hold: [cls], [cls] and mean patch concatenated (both), or an own output of the model; no
-    weights."""
+    """[cls], [cls] and mean patch concatenated (both), or an own output of the model; no weights."""
 
     weighs = False
 
