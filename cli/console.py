@@ -28,14 +28,14 @@ from util.workers import DeadWorker, worker_failure
 
 
 def number(kind: type, requirement: str, allowed: Callable[[float], bool]) -> Callable[[str], Any]:
-    """An argparse type; NaN and infinity are never allowed."""
+    """An argparse type; NaN, infinity and integers beyond 64 bits are never allowed."""
 
     def convert(text: str) -> Any:
         try:
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not (math.isfinite(value) and allowed(value)):
+        if not (abs(value) < 2**63 and allowed(value)):  # NaN is neither
             raise argparse.ArgumentTypeError(f"must be {requirement}, got {text!r}")
         return value
 

@@ -28,6 +28,7 @@ PRECISIONS = {  # names of --amp -> torch's
     "none": "float32",  # beyond_cls's other name for float32
 }
 BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # of Intel and AMD, of Arm
+MAX_SIZE = 10_000  # pixels of an input
 EACH = ("model", "family", "checkpoint_key", "timm_name")  # flags with a value for each of several encoders
 
 
@@ -93,14 +94,15 @@ def settle_model(args: argparse.Namespace) -> None:
 def check_input_size(size: int | None, model: str) -> None:
     """ValueError where an input size, or the model's own, is not a multiple of the model's patch size."""
     if model == FROM_FILE:  # checked when the file is read
-        if size is not None and size < 1:
-            raise ValueError(f"--input_size {size}: it must be at least 1")
+        if size is not None and not 1 <= size <= MAX_SIZE:
+            raise ValueError(f"--input_size {size}: it must be from 1 to {MAX_SIZE}")
         return
     size = default_input_size(model) if size is None else size
     patch_size = architecture(model)["patch_size"]
-    if size < 1 or size % patch_size:
+    if not 1 <= size <= MAX_SIZE or size % patch_size:
         raise ValueError(
-            f"--input_size {size} is not divisible by the patch size {patch_size} of {model}: name a multiple of it"
+            f"--input_size {size} is not divisible by the patch size {patch_size} of {model}: name a multiple of it, "
+            f"at most {MAX_SIZE}"
         )
 
 

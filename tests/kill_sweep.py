@@ -153,7 +153,7 @@ def sweep(program: str, base: list[str], kills: int, work: Path, seed: int, repo
         resumed = any(folder.glob("checkpoint-*.pth"))
         again = [finish(pid) for pid in begin(program, argv, size, work / "output")]
         wrong = differences(left(folder), expected) if not any(again) else [f"exit codes {again}"]
-        rows[kind].update(runs=1, interrupted=any(codes), resumed=resumed, identical=not wrong)
+        rows[kind].update(runs=1, interrupted=int(any(codes)), resumed=int(resumed), identical=int(not wrong))
         if wrong:
             fine = False
             report(f"{folder}, {kind}: exit codes {codes} and {again}; {wrong[:5]}; see {work / 'output'}")

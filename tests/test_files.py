@@ -1,11 +1,17 @@
 """Files are whole or absent."""
 
+import argparse
 import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+from cli.arguments import identity, plain
+from util import files
 from util.files import atomic_path, digest, sha256, write_atomically, write_json
 
 
@@ -60,3 +66,62 @@ def test_a_digest_tells_contents_apart_and_nothing_else():
     assert len({digest(other) for other in [state, *others]}) == 1 + len(others)
     with pytest.raises(TypeError, match="no digest of a set"):
         digest({"a": {1}})
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("https://host/x.pth?token=SECRET", "https://host/x.pth"),
+        ("https://user:SECRET@host:8080/x.pth#SECRET", "https://host:8080/x.pth"),
+        ("x.py --finetune 'https://host/x?token=SECRET&a=b' --seed 0", "x.py --finetune 'https://host/x' --seed 0"),
+        ("runs/a?b#c@d", "runs/a?b#c@d"),
+    ],
+)
+def test_credentials_of_urls_are_never_recorded(text, shown):
+    assert files.without_credentials(text) == shown
+    assert json.loads(files.to_json({"args": {"finetune": [text]}})) == {"args": {"finetune": [shown]}}
+    args = argparse.Namespace(finetune=text, oracle=text, track=[], output_dir=Path("x"))
+    assert "SECRET" not in str(plain(args)) + str(identity(args))
+
+
+def test_names_that_are_no_text_have_the_digest_of_their_bytes():
+    name = b"caf\xc3\xa9"
+    in_ascii, in_utf8 = name.decode("ascii", "surrogateescape"), name.decode()
+    code = f"from util.files import digest; print(digest({in_ascii!a}))"
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == files.digest(in_utf8)
+    assert files.digest(b"\xff".decode("utf-8", "surrogateescape"))
+
+
+def shared_lists():
+    value = [1]
+    for _ in range(60):
+        value = [value, value]
+    return value
+
+
+def deep_list():
+    value = []
+    for _ in range(100_000):
+        value = [value]
+    return value
+
+
+def list_within_itself():
+    value = []
+    value.append(value)
+    return value
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: torch.zeros(1).expand(2**36), lambda: torch.empty(3, device="meta"), lambda: torch.ones(3).to_sparse(),
+        shared_lists, deep_list, list_within_itself,
+    ],
+)  # fmt: skip
+def test_what_is_larger_than_its_file_has_no_digest(make):
+    value = make()
+    with pytest.raises(TypeError, match="no digest of"):
+        digest({"state": value})

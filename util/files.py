@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import itertools
 import json
 import math
 import os
 import re
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -97,24 +99,27 @@ def write_json(target: Path, value: object) -> None:
 def digest(value: object) -> str:
     """sha256 of nested dicts, lists, tuples, numbers, strings and tensors: of their content, wherever it lies.
 
-    Lists and tuples are alike, and so are the kinds of dict. TypeError for anything else.
+    Lists and tuples are alike, and so are the kinds of dict. TypeError for anything else, and for what is larger than
+    the file that it may come from: tensors without storage of their size, and containers that are within themselves,
+    shared without end or 100 deep.
     """
-    total = hashlib.sha256()
+    total, visits = hashlib.sha256(), Counter()
 
-    def feed(item: object) -> None:
+    def feed(item: object, depth: int) -> None:
         if isinstance(item, torch.Tensor):
+            size = item.numel() * item.element_size()
+            if item.layout != torch.strided or item.is_meta or item.untyped_storage().nbytes() < size:
+                raise TypeError("no digest of a tensor without storage of its size")
             data = item.detach().cpu().contiguous().reshape(-1)
             total.update(f"tensor {item.dtype} {tuple(item.shape)};".encode())
             total.update(data.view(torch.uint8).numpy().data)
-        elif isinstance(item, dict):
-            total.update(f"dict {len(item)};".encode())
-            for key, inner in item.items():
-                feed(key)
-                feed(inner)
-        elif isinstance(item, list | tuple):
-            total.update(f"list {len(item)};".encode())
-            for inner in item:
-                feed(inner)
+        elif isinstance(item, dict | list | tuple):
+            visits[id(item)] += bool(item)  # empty tuples are all one object
+            if visits[id(item)] > 100_000 or depth > 100:
+                raise TypeError("no digest of containers that hold or share themselves")
+            total.update(f"{'dict' if isinstance(item, dict) else 'list'} {len(item)};".encode())
+            for inner in itertools.chain.from_iterable(item.items()) if isinstance(item, dict) else item:
+                feed(inner, depth + 1)
         elif item is None or type(item) in (bool, int, float, str):
             # names of files may be no text, and are the same bytes in any locale
             item = os.fsencode(item).decode(errors="surrogateescape") if type(item) is str else item
@@ -122,7 +127,7 @@ def digest(value: object) -> str:
         else:
             raise TypeError(f"no digest of a {type(item).__name__}")
 
-    feed(value)
+    feed(value, 0)
     return total.hexdigest()
 
 
