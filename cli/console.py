@@ -35,7 +35,8 @@ def number(kind: type, requirement: str, allowed: Callable[[float], bool]) -> Ca
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not (abs(value) < 2**63 and allowed(value)):  # NaN is neither
+        bound = 2**63 if kind is int else math.inf
+        if not (abs(value) < bound and allowed(value)):  # NaN is neither
             raise argparse.ArgumentTypeError(f"must be {requirement}, got {text!r}")
         return value
 
