@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from torch import Tensor
 
 from cli.console import Parser, run_main
-from encoders.architectures import ARCHITECTURES, FROM_FILE
+from encoders.architectures import ARCHITECTURES, FROM_FILE, architecture
 from encoders.catalogue import CATALOGUE, fetch_weights, named_family
 from encoders.detect import UNSURE, other_encoders
 from encoders.families import FAMILIES, drop_rule
@@ -53,6 +53,8 @@ def describe_traced(weights: str, offline: bool) -> None:
 
 def main(args: Namespace) -> None:
     family = named_family(args.family)  # mistakes are reported before anything is read
+    if args.model not in (None, FROM_FILE):
+        architecture(args.model)
     path = None if library_of(args.file) else fetch_weights(args.file, args.offline)
     if path is None:
         describe_traced(args.file if library_of(args.file) else f"timm:{args.file}", args.offline)
