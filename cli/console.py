@@ -85,7 +85,7 @@ class Help(argparse.RawDescriptionHelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text, default = action.help or "", action.default
-        if "default" in text or default in (None, "", [], False, argparse.SUPPRESS):
+        if "default" in text or default in (None, "", [], [None], [""], False, argparse.SUPPRESS):
             return f"{text} (required)" if action.required and action.option_strings else text
         shown = " ".join(map(str, default)) if isinstance(default, list | tuple) else default
         return f"{text} (default: {str(shown).replace('%', '%%')})"

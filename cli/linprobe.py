@@ -13,7 +13,7 @@ examples:
         --blr 0.1 1 10 --seeds 0 1 2 --val_fraction 0.1 --save_predictions --output_dir runs/imagenette
 
     # a few hundred photos: logistic regression, and AbMILP, on features that are computed once
-    python main_linprobe.py --preset small --finetune dino_vit_base_patch16 --data_path photos \\
+    python main_linprobe.py --preset small --finetune dino_vit_base_patch16 --data_path photos --val_split 0.2 \\
         --cls_features cls abmilp:depth=2,act=tanh --return_block 5 11 --output_dir runs/photos
 
     # continue a stopped run
