@@ -142,6 +142,8 @@ def _check_logreg(args: argparse.Namespace) -> None:
         args.crop, args.cache_views = "center", 1
     if len(set(args.l2)) > 1:
         args.val_fraction = args.val_fraction or 0.2
+    elif args.preset:  # there is nothing to choose on the images that it holds out
+        args.val_fraction = 0.0
     args.epochs, args.warmup_epochs, args.start_epoch = 1, 0, 0
     args.blr, args.lr, args.seeds_vary = [0.0], None, "weights"
 

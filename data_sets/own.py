@@ -17,7 +17,8 @@ LABELS = ("label", "labels", "class", "classes", "category")
 
 def image_folder(root: Path, split: str) -> Images:
     if not (root / split).is_dir():
-        raise ValueError(f"no {split!r} folder in it (expected train/<class>/ and val/<class>/)")
+        alone = "main_linprobe.py --val_split 0.2 takes a folder of classes alone"
+        raise ValueError(f"no {split!r} folder in it (expected train/<class>/ and val/<class>/; {alone})")
     return read_class_folders(root / split, may_be_empty=split == "val")
 
 
