@@ -53,12 +53,12 @@ def describe_traced(weights: str, offline: bool) -> None:
 
 def main(args: Namespace) -> None:
     family = named_family(args.family)  # mistakes are reported before anything is read
-    if args.model not in (None, FROM_FILE):
-        architecture(args.model)
     path = None if library_of(args.file) else fetch_weights(args.file, args.offline)
     if path is None:
         describe_traced(args.file if library_of(args.file) else f"timm:{args.file}", args.offline)
         return
+    if args.model not in (None, FROM_FILE):
+        architecture(args.model)
     print(f"file          {path}\nsize          {path.stat().st_size:,} bytes\nsha256        {sha256(path)}")
     options = {"num_heads": args.num_heads} if args.num_heads else {}
     opened = open_weights(args.file, path, args.model or FROM_FILE, family, args.checkpoint_key, args.grid, **options)
