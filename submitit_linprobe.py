@@ -109,10 +109,10 @@ def submit(args: argparse.Namespace, planned: list[Planned]) -> list[submitit.Jo
 
 
 def results(job: submitit.Job) -> list[tuple[str, str, Path]]:
-    """("success" or "error", its text, log) of the processes that came to an end; those that tell why come first."""
+    """("success" or "error", its text, log) of the processes that ended; those that lost another one come last."""
     paths = [job.task(rank).paths for rank in range(job.num_tasks)]
     found = [(*pickle_load(path.result_pickle), path.stdout) for path in paths if path.result_pickle.exists()]
-    return sorted(found, key=lambda result: (result[0] != "error", "another process is gone" in str(result[1])))
+    return sorted(found, key=lambda result: (result[0] != "error", "has ended, while rank" in str(result[1])))
 
 
 def state(job: submitit.Job) -> str:

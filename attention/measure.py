@@ -19,6 +19,7 @@ from runtime.analysis import Progress
 from util.distributed import gather_objects
 from util.finite import overflow_cause
 from util.moments import Covariance, Moments
+from util.progress import log
 
 Key = tuple[str, int]  # metric and block; for metrics of tokens, the number of blocks before them
 
@@ -153,6 +154,9 @@ def measure(
         observed, finite = {}, []
         with torch.autocast(device.type, dtype=amp, enabled=amp != torch.float32):
             for step in backbone.trace(images):
+                if step.index == 0 and "cls_update_ratio" in metrics and len(metrics) > 1 and not step.x[:, 0].any():
+                    log.info("%s: cls_update_ratio is left out, as [cls] enters the first block as zeros", description)
+                    metrics = {name: metric for name, metric in metrics.items() if name != "cls_update_ratio"}
                 observed |= observe(step, metrics, backbone.num_prefix_tokens, backbone.has_cls, sizes, reduction)
                 # not the output alone: a key of -inf gets the attention 0, and leaves no trace there
                 finite += [step.q.isfinite().all(), step.k.isfinite().all(), step.out.isfinite().all()]

@@ -35,7 +35,8 @@ def number(kind: type, requirement: str, allowed: Callable[[float], bool]) -> Ca
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not (abs(value) < 2**63 and allowed(value)):  # NaN is neither
+        bound = 2**63 if kind is int else math.inf
+        if not (abs(value) < bound and allowed(value)):  # NaN is neither
             raise argparse.ArgumentTypeError(f"must be {requirement}, got {text!r}")
         return value
 
@@ -84,7 +85,7 @@ class Help(argparse.RawDescriptionHelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text, default = action.help or "", action.default
-        if "default" in text or default in (None, "", [], False, argparse.SUPPRESS):
+        if "default" in text or default in (None, "", [], [None], [""], False, argparse.SUPPRESS):
             return f"{text} (required)" if action.required and action.option_strings else text
         shown = " ".join(map(str, default)) if isinstance(default, list | tuple) else default
         return f"{text} (default: {str(shown).replace('%', '%%')})"

@@ -13,7 +13,7 @@ examples:
         --blr 0.1 1 10 --seeds 0 1 2 --val_fraction 0.1 --save_predictions --output_dir runs/imagenette
 
     # a few hundred photos: logistic regression, and AbMILP, on features that are computed once
-    python main_linprobe.py --preset small --finetune dino_vit_base_patch16 --data_path photos \\
+    python main_linprobe.py --preset small --finetune dino_vit_base_patch16 --data_path photos --val_split 0.2 \\
         --cls_features cls abmilp:depth=2,act=tanh --return_block 5 11 --output_dir runs/photos
 
     # continue a stopped run
@@ -142,6 +142,8 @@ def _check_logreg(args: argparse.Namespace) -> None:
         args.crop, args.cache_views = "center", 1
     if len(set(args.l2)) > 1:
         args.val_fraction = args.val_fraction or 0.2
+    elif args.preset:  # there is nothing to choose on the images that it holds out
+        args.val_fraction = 0.0
     args.epochs, args.warmup_epochs, args.start_epoch = 1, 0, 0
     args.blr, args.lr, args.seeds_vary = [0.0], None, "weights"
 

@@ -17,7 +17,8 @@ LABELS = ("label", "labels", "class", "classes", "category")
 
 def image_folder(root: Path, split: str) -> Images:
     if not (root / split).is_dir():
-        raise ValueError(f"no {split!r} folder in it (expected train/<class>/ and val/<class>/)")
+        alone = "main_linprobe.py --val_split 0.2 takes a folder of classes alone"
+        raise ValueError(f"no {split!r} folder in it (expected train/<class>/ and val/<class>/; {alone})")
     return read_class_folders(root / split, may_be_empty=split == "val")
 
 
@@ -28,12 +29,18 @@ def listed(root: Path, split: str, label_column: str | None = None, multi_label:
     with reading(source):
         if others:
             raise ValueError(f"{others[0].name} is a list of the {split} split too: remove one of them")
-        lines = source.read_text(encoding="utf-8-sig").splitlines()
+        lines = source.read_text(encoding="utf-8-sig").split("\n")  # other ends of lines may be in a name
         if source.suffix == ".jsonl":
-            rows = [parse_json(line.encode()) for line in lines if line.strip()]
+            rows = [_parse_object(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+            columns = list(rows[0]) if rows else []
         else:
-            rows = list(csv.DictReader(lines, delimiter="\t" if source.suffix == ".tsv" else ","))
-        columns = [name for name in rows[0] if name] if rows else []
+            between = "\t" if source.suffix == ".tsv" else ","
+            table = csv.DictReader((line + "\n" for line in lines), delimiter=between, strict=True)
+            try:
+                rows = list(table)
+            except csv.Error as error:
+                raise ValueError(f"{error}: is a quotation mark not closed?") from error
+            columns = [name for name in table.fieldnames if name] if rows else []  # all: a dict keeps one of equals
         paths = [name for name in columns if name.lower() in PATHS]
         labels = [name for name in columns if name == label_column or (label_column is None and name.lower() in LABELS)]
         if len(paths) != 1 or len(labels) != 1:
@@ -44,6 +51,14 @@ def listed(root: Path, split: str, label_column: str | None = None, multi_label:
                 raise ValueError(f"entry {number} is not a {paths[0]} and a {labels[0]}")
         content = Files(source.parent / row[paths[0]].strip().replace("\\", "/") for row in rows)
         return images_by_class(content, [labels_of(row[labels[0]]) for row in rows], None, multi_label)
+
+
+def _parse_object(number: int, line: str) -> dict:
+    with reading(f"line {number}"):
+        row = parse_json(line.encode())
+        if not isinstance(row, dict):
+            raise ValueError("it is no JSON object, which every line is to be")
+        return row
 
 
 def own_coco(root: Path, split: str) -> Images:

@@ -105,8 +105,9 @@ def images_of_index(
 ) -> Images:
     """Sorted by class and name. classes: names that numbered labels stand for; None: labels are names."""
     if classes is not None and all(name.isdigit() for names in index.labels for name in names):
-        with reading("a label"):
-            index = index._replace(labels=[[classes[int(name)] for name in names] for names in index.labels])
+        if (last := max((int(name) for names in index.labels for name in names), default=0)) >= len(classes):
+            raise ValueError(f"a label is {last}, but only {len(classes)} classes are named")
+        index = index._replace(labels=[[classes[int(name)] for name in names] for names in index.labels])
     targets = images_by_class(content(index), index.labels, classes, multi_label).targets
     paths = [os.path.split(name) for name in index.names]
     index = index.in_order(sorted(range(len(paths)), key=lambda row: (0 if multi_label else targets[row], *paths[row])))

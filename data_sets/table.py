@@ -145,6 +145,8 @@ def build_splits(
         log.info("%s: %d images for training and %d for testing", root, len(train), len(val))
     else:
         train, val = (build_dataset(name, root, split, allow_subset, label_column) for split in ("train", "val"))
+    if len(train.classes) < 2 and not isinstance(train.targets, np.ndarray):
+        raise ValueError(f"{root} has one class, {train.classes[0]!r}; two are the fewest that can be told apart")
     if nb_classes not in (None, len(train.classes)):
         problem = f"--nb_classes {nb_classes}, but {root} has {len(train.classes)} classes"
         raise ValueError(f"{problem}: correct it or leave it out")

@@ -130,7 +130,13 @@ def load_hf(name: str, size: int | None, offline: bool) -> Loaded:
         if hasattr(config, option):
             setattr(config, option, value)
     safe |= {"use_safetensors": True, "dtype": torch.float32, "attn_implementation": "sdpa"}
-    model, report = AutoModel.from_pretrained(folder, config=config, output_loading_info=True, **safe)
+    try:
+        model, report = AutoModel.from_pretrained(folder, config=config, output_loading_info=True, **safe)
+    except ValueError as error:
+        if "scaled_dot_product_attention" not in str(error):
+            raise
+        problem = "it does not use torch's scaled_dot_product_attention, where attention is seen"
+        raise ValueError(f"a model of type {config.model_type} cannot be traced: {problem}") from error
     missing = sorted(report["missing_keys"])
     for key in missing:  # not random: the digest of the weights covers them
         model.state_dict()[key].zero_()
@@ -168,6 +174,8 @@ def hf_inputs(model: nn.Module, images: Tensor) -> dict[str, Any]:
         return {"pixel_values": patches, "pixel_attention_mask": valid, "spatial_shapes": shapes}
     inputs: dict[str, Any] = {"pixel_values": images}
     accepted = inspect.signature(model.forward).parameters
+    if "pixel_values" not in accepted:
+        raise ValueError(f"it takes no images: a model of type {kind} takes {next(iter(accepted))}")
     if "interpolate_pos_encoding" in accepted:  # by the model's own rule
         inputs["interpolate_pos_encoding"] = True
     if kind == "vit_mae":  # noise in order: no patch changes its place
@@ -192,6 +200,7 @@ def hf_pixels(folder: Path, config: Any, size: int | None) -> tuple[int, Pixels,
         return stated.get(option, getattr(processor, option, None))
 
     native = getattr(config, "image_size", getattr(config, "crop_size", None))
+    native = native if native is None else edge(native)
     if native is None and hasattr(config, "num_patches"):
         native = isqrt(config.num_patches) * config.patch_size
     resized, crop = value("size"), value("crop_size") if value("do_center_crop") else None
@@ -214,9 +223,10 @@ def hf_pixels(folder: Path, config: Any, size: int | None) -> tuple[int, Pixels,
 
 def edge(size: Any) -> int:
     """The side in pixels that a processor's size states: a number, the shorter edge, or height and width."""
-    if isinstance(size, dict) and len({*size.values()} - {None}) != 1:
+    sides = {size} if isinstance(size, int) else {*(size.values() if isinstance(size, dict) else size)} - {None}
+    if len(sides) != 1:
         raise ValueError(f"its images are resized to {size}; a square, or one shorter edge, is possible here")
-    return size if isinstance(size, int) else next(side for side in size.values() if side)
+    return sides.pop()
 
 
 RESAMPLING = dict(enumerate(("nearest", "lanczos", "bilinear", "bicubic")))  # codes of Pillow
@@ -238,6 +248,8 @@ def load_timm(name: str, size: int | None, offline: bool) -> Loaded:
     overlay = {}
     if (repository := hub_name(name)) is not None:
         folder, commit = fetched(repository, offline)
+        if "architecture" not in json.loads((folder / "config.json").read_text()):
+            raise ValueError("its config.json names no architecture of timm: is it a model of transformers (hf:)?")
         name = f"local-dir:{folder}"
     else:
         check_timm_name(name)

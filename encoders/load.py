@@ -85,6 +85,7 @@ def load_encoder(
     if not finetune:
         return random_encoder(model, stated)
     if library_of(finetune) is None:
+        known_family(finetune, model, family)  # before a download that could not be used
         with main_process_first():  # the other processes find its download
             path = fetch_weights(finetune, offline)
         if path is not None and not timm_name:

@@ -78,6 +78,8 @@ def file_digest(tensors: dict[str, Tensor], facts: str) -> str:
 
 def read_predictions(path: Path) -> Predictions:
     """Read a run's folder, or the file in it. ValueError if there is no such file, or a damaged or different one."""
+    if not Path(path).exists():
+        raise ValueError(f"{path}: no such file or folder; give the --output_dir of a finished run")
     path = Path(path) / FILE if Path(path).is_dir() else Path(path)
     if not path.exists():
         raise ValueError(f"{path}: no such file; main_linprobe.py --save_predictions writes it")

@@ -115,6 +115,10 @@ def warn_of_edges(results: dict[str, dict]) -> None:
 
 def log_start(run: dict, bank: ProbeBank) -> None:
     """Log what a run trains. run: its record."""
+    if all(spec.optimizer == "logreg" for spec in bank.specs):
+        counts = len(bank.specs), run["encoder"]["model"], run["n_train"], run["n_val"]
+        log.info("%d probes on %s, fitted to convergence; %d training images and %d held out", *counts)
+        return
     log.info(
         "%d probes on %s; %d training images and %d held out, %d steps of %d per epoch, normalised in groups of %d, "
         "lr %s",
@@ -134,7 +138,9 @@ def log_summary(results: dict[str, dict], headline: str, epoch: str) -> None:
     label = metric_label(headline)
     for name, result in results.items():
         last = result["last"][headline]
-        if "best" in result:
+        if "converged" in result:
+            log.info("%s: %s %.2f", name, label, last)
+        elif "best" in result:
             best = result["best"]
             detail = f"{epoch} epoch; last {last:.2f}, best {best[headline]:.2f} at epoch {best['epoch']}"
             log.info("%s: %s %.2f (%s)", name, label, result[epoch][headline], detail)

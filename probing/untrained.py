@@ -25,9 +25,8 @@ def guessing(score: float, labels: np.ndarray, headline: str) -> str | None:
     chance, high = best_guess(labels, headline == "per_class")
     if score > high:
         return None
-    return (
-        f"test {metric_label(headline)} {score:.2f} is within the 95 % interval of guessing, {chance:.2f} to {high:.2f}"
-    )
+    interval = f"the 95 % interval of guessing, {chance:.2f} to {high:.2f}"
+    return f"test {metric_label(headline)} {score:.2f} is not above {interval}"
 
 
 def mark_untrained(

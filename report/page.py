@@ -44,7 +44,10 @@ def make_report(
             shown.append(read)
         except DAMAGED as error:
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            left_out.append(f"{run.folder}/{run.prefix}: not a record as {run.program}.py writes it ({reason})")
+            if type(error) is KeyError:
+                reason = f"it has no {error}"
+            record = run.folder / run.prefix.rstrip(".")
+            left_out.append(f"{record}: not a complete record of {run.program}.py ({reason})")
     return render(title, shown, {name: pictures(paths) for name, paths in figures.items()}, left_out), left_out
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from paper.shown import GOLDEN
 from runtime.provenance import SNAPSHOT_RECORD
 
 DEPTH = 3  # levels of subfolders that are searched, as in quickstart/attention/MAE
@@ -105,7 +106,7 @@ def find_runs(arguments: Iterable[str]) -> tuple[list[Run], dict[str, list[Path]
 
 
 def list_records(top: Path, trouble: list[str]) -> list[Path]:
-    """Records in a folder and its subfolders; hidden folders and code snapshots of SLURM jobs are skipped."""
+    """Records in a folder and its subfolders; hidden folders, goldens and code snapshots of SLURM jobs are skipped."""
     if top.is_file():
         return [top]
     files, errors = [], []
@@ -113,7 +114,8 @@ def list_records(top: Path, trouble: list[str]) -> list[Path]:
         if SNAPSHOT_RECORD in names or len(Path(folder).relative_to(top).parts) > DEPTH:
             subfolders.clear()
             continue
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        goldens = {GOLDEN} if any(Path(folder, GOLDEN, name).exists() for name in names) else set()
+        subfolders[:] = sorted(name for name in set(subfolders) - goldens if not name.startswith("."))
         files += [Path(folder, name) for name in sorted(names) if name.endswith(tuple(RECORDS))]
     trouble += [f"{error.filename} cannot be read: {error.strerror}" for error in errors]
     return files

@@ -10,7 +10,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy
 import torch
@@ -70,7 +70,7 @@ class RunFolder:
         self.read_path = Path(path) if path else None
         self.log_dir = Path(log_dir) if log_dir else self.path
         self.kept: list[Path] = []  # checkpoints that this process wrote or read, oldest first
-        self.lock: int | None = None  # file descriptor, open while this process writes here
+        self.lock: IO | None = None  # open while this process writes here
 
     @writes()
     def claim(self) -> None:
@@ -78,7 +78,8 @@ class RunFolder:
         half-written. ValueError where another process writes here, or the folder cannot be written.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        self.lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        descriptor = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        self.lock = os.fdopen(descriptor, "r+")  # closed with this object, at the latest
         try:
             # a record lock: loader workers do not inherit it, so that it ends with this process, however that ends
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -154,7 +155,7 @@ class RunFolder:
             tracker.finish(self.path, [*self.path.glob("*.png"), *figures])
         if self.lock is not None:
             (self.path / LOCK).unlink(missing_ok=True)
-            os.close(self.lock)
+            self.lock.close()
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 

@@ -36,8 +36,8 @@ class Method(Protocol):
     def train(self) -> None:
         """Before an epoch: modes of the modules."""
 
-    def losses(self, sample: Sample, words: tuple) -> Tensor | None:
-        """Losses (S,) of a micro-batch, to be differentiated. What it draws, it draws from util.seeding's `words`.
+    def losses(self, sample: Sample, key: tuple) -> Tensor | None:
+        """Losses (S,) of a micro-batch, to be differentiated. It draws with util.seeding and `key`.
 
         None where it waits for the micro-batches that follow: the last of GlobalBatches' `joined` ones has the losses.
         """
@@ -255,17 +255,19 @@ class Training(Resumable):
     def _look_for_divergence(self) -> None:
         """Report losses that diverged since the last look; reading them waits for a GPU."""
         self.method.check()
-        found = self.diverged_at.tolist()
-        places = [f"epoch {step // self.batches.steps}, step {step % self.batches.steps}" for step in found]
-        if min(found) >= 0:
-            what = "training" if len(found) == 1 else "every one of the probes"
-            raise FloatingPointError(
-                f"{what} diverged: the loss or its gradient is not finite in {places[found.index(max(found))]}; "
-                "lower the learning rate"
+        steps = self.diverged_at.tolist()
+        where = [f"epoch {step // self.batches.steps}, step {step % self.batches.steps}" for step in steps]
+        if min(steps) >= 0:
+            what = "training" if len(steps) == 1 else "every one of the probes"
+            place = where[steps.index(max(steps))]
+            error = FloatingPointError(
+                f"{what} diverged: the loss or its gradient is not finite in {place}; lower the learning rate"
             )
-        for index in (i for i, step in enumerate(found) if step >= 0 and i not in self.reported):
+            error.reported_here = rank() == 0
+            raise error
+        for index in (i for i, step in enumerate(steps) if step >= 0 and i not in self.reported):
             self.reported.add(index)
-            log.warning("%s diverged in %s: it stays as it was", self.method.names[index], places[index])
+            log.warning("%s diverged in %s: it stays as it was", self.method.names[index], where[index])
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 

@@ -42,6 +42,7 @@ from attention.measure import applicable, measure
 from attention.metrics import GROUPS, METRICS, Sizes, reduce_attention
 from cli.console import Parser, positive_int, run_main
 from cli.encoder_arguments import add_encoder_arguments, build_encoder, choose_precision, precision
+from cli.linprobe import OPTIMIZERS
 from data_sets.loader import KeyedDataset, Sample, build_loader
 from data_sets.order import GlobalBatches
 from data_sets.packed import is_packed
@@ -49,7 +50,6 @@ from data_sets.table import build_dataset
 from data_sets.views import train_transform
 from engine_linprobe import FrozenTokens, Probing, evaluate
 from engine_pretrain import Pretraining
-from main_linprobe import build_optimizer
 from models_mae import DECODERS, MaskedAutoencoder
 from models_vit import build_vit
 from probing.bank import ProbeBank, ProbeSpec
@@ -60,6 +60,7 @@ from runtime.processes import keep_freed_memory
 from runtime.provenance import provenance
 from runtime.training import Method, Plan, Training
 from util.files import keep_table
+from util.lars import LARS
 from util.optim import weight_decay_groups
 from util.progress import log, peak_memory, progress, setup_logging
 from util.scores import Tally
@@ -113,8 +114,7 @@ class Setting:
         """An optimizer step of main_linprobe; cached: its tokens were computed before."""
         bank, tokens = self.bank(specs)
         rates = [64 * spec.blr for spec in bank.specs]  # of the effective batch of 16,384
-        options = argparse.Namespace(momentum=None, weight_decay=0.0)
-        optimizer = build_optimizer(options, list(bank.specs), bank.parameter_groups(rates))
+        optimizer = LARS([group | OPTIMIZERS["lars"] for group in bank.parameter_groups(rates)], weight_decay=0.0)
         if cached:
             tokens = functools.partial(lambda read, images: read, tokens(self.sample.image))
             tokens.backbone = self.backbone

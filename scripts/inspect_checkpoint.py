@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from torch import Tensor
 
 from cli.console import Parser, run_main
-from encoders.architectures import ARCHITECTURES, FROM_FILE
+from encoders.architectures import ARCHITECTURES, FROM_FILE, architecture
 from encoders.catalogue import CATALOGUE, fetch_weights, named_family
 from encoders.detect import UNSURE, other_encoders
 from encoders.families import FAMILIES, drop_rule
@@ -57,6 +57,8 @@ def main(args: Namespace) -> None:
     if path is None:
         describe_traced(args.file if library_of(args.file) else f"timm:{args.file}", args.offline)
         return
+    if args.model not in (None, FROM_FILE):
+        architecture(args.model)
     print(f"file          {path}\nsize          {path.stat().st_size:,} bytes\nsha256        {sha256(path)}")
     options = {"num_heads": args.num_heads} if args.num_heads else {}
     opened = open_weights(args.file, path, args.model or FROM_FILE, family, args.checkpoint_key, args.grid, **options)

@@ -38,15 +38,25 @@ rm -rf "$out/attention"
 python main_analyze_attention.py $data --num_workers "$workers" --batch_size 50 --metrics all --output_dir "$out/attention" \
     --finetune "${weights[@]}" --label "${labels[@]}"
 
-runs=()
-for i in 0 1; do
-    echo "--- probes on ${labels[i]}: [cls], average patch, AbMILP, three seeds of each, one pass"
-    run="$out/probes/${labels[i]}"
-    rm -rf "$run"
-    python main_linprobe.py $data $recipe --num_workers "$workers" --finetune "${weights[i]}" \
-        --cls_features cls pos abmilp --seeds 0 1 2 --seeds_vary weights --output_dir "$run"
-    runs+=("${labels[i]}=$run")
-done
+# probe NAME WEIGHTS
+probe() {
+    echo "--- probes on $1: [cls], average patch, AbMILP, three seeds of each, one pass"
+    rm -rf "$out/probes/$1"
+    python main_linprobe.py $data $recipe --num_workers "$workers" --finetune "$2" \
+        --cls_features cls pos abmilp --seeds 0 1 2 --seeds_vary weights --output_dir "$out/probes/$1"
+}
+runs=("${labels[0]}=$out/probes/${labels[0]}" "${labels[1]}=$out/probes/${labels[1]}")
+if [ "$mode" = --real ]; then
+    for i in 0 1; do probe "${labels[i]}" "${weights[i]}"; done
+else  # the demo's networks are too small for several threads: one run on each half of the cores
+    export OMP_NUM_THREADS=$((($(nproc) + 1) / 2))
+    probe "${labels[0]}" "${weights[0]}" &
+    other=$!
+    trap 'kill "$other" 2> /dev/null || true' EXIT
+    probe "${labels[1]}" "${weights[1]}"
+    wait "$other"
+    unset OMP_NUM_THREADS
+fi
 
 echo "--- results"
 python scripts/show_maps.py "${runs[@]}" --output "$out/maps.png"

@@ -147,7 +147,7 @@ def sweep(program: str, base: list[str], kills: int, work: Path, seed: int, repo
             references[size] = left(folder), time.monotonic() - start
         expected, seconds = references[size]
         folder = work / f"{program}-{index}"
-        argv += ["--output_dir", str(folder), "--resume", "auto", "--dist_timeout", "30", "3", "5"]
+        argv += ["--output_dir", str(folder), "--resume", "auto", "--dist_timeout", "30", "3", "60"]
         seconds += 15 * (processes == 0)
         codes = interrupt(begin(program, argv, processes, work / "output"), folder, seconds, kind, draw, work / "data")
         resumed = any(folder.glob("checkpoint-*.pth"))

@@ -13,6 +13,8 @@ import pytest
 from safetensors.numpy import save_file
 from test_report import EVIL, aggregation, attention, bank, build, log_of, put, put_picture, put_training
 
+from scripts import leaderboard
+
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium to open the report with")
@@ -234,3 +236,21 @@ def test_without_its_script_the_page_shows_tables_plots_and_pictures(browser, re
     assert opened.locator("tr.child:visible").count() >= 24
     assert opened.locator(".plot:visible path.curve").count() > 10 and opened.locator("img:visible").count() > 2
     context.close()
+
+
+def test_the_leaderboard_fits_every_width_and_filters(browser, tmp_path):
+    records, target = Path(__file__).parent.parent / "results", tmp_path / "leaderboard.html"
+    leaderboard.main(leaderboard.get_args_parser().parse_args([str(records), "--output", str(target)]))
+    page, requests = browser.new_page(), []
+    page.on("request", lambda r: requests.append(r.url) if not re.match("file:|data:|blob:", r.url) else None)
+    page.goto(target.as_uri())
+    for width in WIDTHS:
+        page.set_viewport_size({"width": width, "height": 900})
+        for scheme in SCHEMES:
+            page.emulate_media(color_scheme=scheme)
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
+    rows = page.locator("tbody tr:visible")
+    count = rows.count()
+    page.get_by_role("searchbox").first.fill("abmilp")
+    assert 0 < rows.count() < count and requests == []
+    page.close()

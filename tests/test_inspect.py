@@ -139,7 +139,8 @@ def test_the_keys_of_encoders_in_a_file_are_named(state, tmp_path, capsys):
 
 
 def test_what_a_checkpoint_key_leaves_is_counted(state, tmp_path, capsys):
-    torch.save({f"{name}.{key}": value for name in "qk" for key, value in state.items()}, tmp_path / "w.pth")
+    both = {f"{name}.{key}": value.clone() for name in "qk" for key, value in state.items()}
+    torch.save(both, tmp_path / "w.pth")
     code, text = inspect(tmp_path / "w.pth", capsys, checkpoint_key="q")
     assert code == 0 and "also holds    an encoder: --checkpoint_key k" in text
     assert "--checkpoint_key q --family mae" in text

@@ -283,6 +283,13 @@ def test_numbers_that_are_not_finite_stop_the_analysis(monkeypatch, change, mess
         assert measure_once(model, "patch_patch_entropy")
 
 
+def test_the_update_of_a_zero_token_is_left_out():
+    model = build_vit("vit_demo_patch8", depth=2).eval()
+    model.cls_token.data.zero_()
+    model.pos_embed.data[:, 0] = 0.0
+    assert {name for name, _ in measure_once(model, "cls_update_ratio", "cls_patch_entropy")} == {"cls_patch_entropy"}
+
+
 def test_weights_that_are_not_finite_are_named():
     model = build_vit("vit_demo_patch8", depth=2).eval()
     model.blocks[0].mlp.fc2.bias.data[0] = math.inf

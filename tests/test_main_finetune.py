@@ -65,7 +65,7 @@ def test_every_layer_moves_at_its_own_rate_positions_included(program, pretraine
 
 def test_every_regulariser_has_its_effect(program, tmp_path):
     choices = [
-        [], ["--mixup", "0.8"], ["--cutmix", "1"], ["--drop_path", "0.5"], ["--smoothing", "0.1"], ["--reprob", "1"],
+        [], ["--mixup", "0.8"], ["--cutmix", "1"], ["--drop_path", "0.5"], ["--smoothing", "0.2"], ["--reprob", "1"],
         ["--aa", "rand-m9-mstd0.5-inc1"], ["--color_jitter", "0.4"], ["--crop_scale", "0.9"],
     ]  # fmt: skip
     losses = []

@@ -2,7 +2,7 @@
 
     python -m pytest -m nodes tests/test_nodes.py
 
-Needs root and `ip`; skipped elsewhere. A node is a namespace with one process, forked from this one or under torchrun.
+Needs root and `ip`; skipped elsewhere. A node is a namespace with one process, forked from this one.
 """
 
 import contextlib
@@ -10,11 +10,10 @@ import ctypes
 import os
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
-from interruptions import ENVIRONMENT, PROGRAMS, ROOT, analysed, differences, finish, flags, launch, outcome, wait_until
+from interruptions import PROGRAMS, analysed, differences, finish, flags, launch, outcome
 
 from util import distributed
 from util.signals import EXIT_STOPPED
@@ -156,40 +155,3 @@ def test_a_node_that_joins_late_is_waited_for(start, command, tmp_path):
     time.sleep(4)
     second = start("main_pretrain", argv, ranks=[1], port=29700)
     assert [finish(child) for child in first + second] == [0, 0], printed(tmp_path, 0)
-
-
-def agent(node, nodes, argv):
-    """torchrun on a node."""
-    command = [
-        "ip", "netns", "exec", nodes[node], sys.executable, "-m", "torch.distributed.run", "--nnodes", 2,
-        "--nproc_per_node", 1, "--max-restarts", 0, "--rdzv-id", "run", "--rdzv-backend", "c10d",
-        "--rdzv-endpoint", f"{ADDRESSES[0]}:29400", "--rdzv-conf", f"is_host={int(node == 0)},join_timeout=120",
-        "--local-addr", ADDRESSES[node], ROOT / "main_pretrain.py", *argv,
-    ]  # fmt: skip
-    return subprocess.Popen(
-        list(map(str, command)), cwd=ROOT, env={**ENVIRONMENT, "GLOO_SOCKET_IFNAME": CABLE}, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-    )  # fmt: skip
-
-
-def test_a_node_that_is_killed_with_its_torchrun_ends_the_other_and_the_same_commands_continue(
-    nodes, start, command, tmp_path
-):
-    argv = [*command["main_pretrain"], "--epochs", "30", "--save_every_steps", "1", *LOST, "--resume", "auto"]
-    whole = start("main_pretrain", [*argv, "--output_dir", tmp_path / "whole"])
-    assert [finish(child) for child in whole] == [0, 0]
-    argv += ["--output_dir", tmp_path / "run"]
-    agents = [agent(node, nodes, argv) for node in range(2)]
-    try:
-        wait_until(lambda: any((tmp_path / "run").glob("checkpoint-*.pth")), agents[0])
-        os.killpg(agents[1].pid, signal.SIGKILL)
-        output = agents[0].communicate(timeout=60)[0]
-        assert agents[0].returncode == 1 and "rank 1" in output, output
-        agents = [agent(node, nodes, argv) for node in range(2)]
-        output = agents[0].communicate(timeout=120)[0]
-        assert [agents[0].returncode, agents[1].wait(timeout=60)] == [0, 0], output
-    finally:
-        for process in agents:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-    assert differences(outcome(tmp_path / "run"), outcome(tmp_path / "whole")) == []

@@ -55,5 +55,7 @@ def test_three_commands_lead_from_photos_to_numbers_and_a_page(photos, tiny, tmp
     assert "| pos/block2/logreg | 1 | 100.00 |" in Path("runs/photos/comparison.md").read_text()
     assert Path("runs/photos/report.html").stat().st_size > 10_000
     follow(shots.replace("1 2 5 10 --episodes 20", "1 2 --episodes 3 --l2 0.1"), tiny)
-    few = json.loads(Path("runs/few/results.json").read_text())["probes"]
+    results = json.loads(Path("runs/few/results.json").read_text())
+    assert (results["n_train"], results.get("n_val", 0)) == (24, 0)  # a fixed strength holds out nothing
+    few = results["probes"]
     assert all(len(probe["few_shots"][number]["each"]) == 3 for probe in few.values() for number in "12")

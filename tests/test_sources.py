@@ -312,7 +312,9 @@ def test_lists_name_their_labels(tmp_path, suffix):
     ([], "names no columns; expected one of path"), (["a.jpg,cat"], "names no columns; expected one of path"),
     (["path,label", "a.jpg"], "entry 1 is not a path and a label"), (["path,label", "b.jpg,cat"], "missing, the first"),
     (["path,label", "a.jpg,cat", "a.jpg,dog"], r"a\.jpg appears twice"), (["path,label", "a.jpg,"], "0 labels of"),
-    (["path,label,class", "a.jpg,cat,cat"], "expected one of path"), (["path,label", "\udcff,cat"], "cannot be read"),
+    (["path,label,class", "a.jpg,cat,cat"], "expected one of path"), (['path,label', 'a.jpg,"cat'], "mark not closed"),
+    (["path,label,label", "a.jpg,cat,dog"], "names path, label, label; expected one"),
+    (["path,label", "\udcff,cat"], "cannot be read"),
 ])  # fmt: skip
 def test_wrong_lists_are_one_line(tmp_path, lines, message):
     save(tmp_path / "a.jpg")
@@ -320,6 +322,16 @@ def test_wrong_lists_are_one_line(tmp_path, lines, message):
     with pytest.raises(ValueError, match=message) as error:
         build_dataset("list", tmp_path, "train")
     assert "\n" not in str(error.value)
+
+
+def test_names_of_a_list_may_hold_ends_of_lines_and_its_faulty_lines_are_numbered(tmp_path):
+    save(tmp_path / "a.jpg")
+    write(tmp_path / "train.jsonl", "", json.dumps({"path": "a.jpg", "label": "a\u2028b"}, ensure_ascii=False))
+    write(tmp_path / "val.csv", "path,label", 'a.jpg,"a\nb"')
+    assert [build_dataset("list", tmp_path, split).classes for split in ("train", "val")] == [["a\u2028b"], ["a\nb"]]
+    write(tmp_path / "train.jsonl", "", "[]")
+    with pytest.raises(ValueError, match="line 2 cannot be read: it is no JSON object"):
+        build_dataset("list", tmp_path, "train")
 
 
 @pytest.mark.parametrize("layout", ["COCO", "Roboflow"])

@@ -262,7 +262,9 @@ def test_what_goes_back_into_the_queue_is_the_same_again():
 
 def test_the_report_of_a_failure_is_the_program_s_line(tmp_path):
     job = submitit.SlurmJob(tmp_path, "12", tasks=[0, 1])
-    for rank, (outcome, line) in enumerate([("error", "another process is gone"), ("error", "cannot read image")]):
+    for rank, (outcome, line) in enumerate(
+        [("error", "rank 1 has ended, while rank 0 waits"), ("error", "cannot read image")]
+    ):
         paths = job.task(rank).paths
         submitit.core.utils.cloudpickle_dump((outcome, line), paths.result_pickle)
         paths.stdout.write_text(

@@ -373,6 +373,22 @@ def test_mistakes_end_in_one_line(finetune, options, message):
     assert "\n" not in str(error.value)
 
 
+def test_models_of_other_inputs_and_kinds_are_refused_with_the_reason(saved, tmp_path):
+    small = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    vit = transformers.ViTConfig(**small, image_size=(32, 48))
+    models = {
+        "it takes no images: a model of type bert takes input_ids": transformers.BertConfig(**small, vocab_size=9),
+        r"its images are resized to \[32, 48\]; a square": vit,
+        "does not use torch's scaled_dot_product_attention": transformers.ResNetConfig(hidden_sizes=[8], depths=[1]),
+    }
+    for number, (message, config) in enumerate(models.items()):
+        transformers.AutoModel.from_config(config).save_pretrained(tmp_path / str(number))
+        with pytest.raises(ValueError, match=message):
+            load_encoder(f"hf:{tmp_path / str(number)}", "file")
+    with pytest.raises(ValueError, match=r"names no architecture of timm: is it a model of transformers \(hf:\)"):
+        load_encoder(f"timm:{tmp_path}/0", "file")
+
+
 def test_offline_models_come_from_the_cache_and_record_their_commit(saved, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     commit, folder = "0123456789abcdef0123456789abcdef01234567", tmp_path / "models--org--name"
