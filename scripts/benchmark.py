@@ -382,6 +382,7 @@ def newest(path: Path) -> list[dict[str, str]]:
 
 def table(rows: Sequence[dict[str, str]]) -> str:
     lines = ["| | images | time of the first of its group | images/s |", "|---|---|---|---|"]
+    rows = [row for row in rows if row["group"] != "loader"]  # one row per source of images: docs/datasets.md
     for row in rows:
         name = f"{row['group']}: {row['contestant']}"
         lines.append(f"| {name} | {row['batch_size']} | {text_of(row)} | {float(row['images_per_second']):,.1f} |")
