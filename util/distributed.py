@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import io
 import os
-import pickle
 import platform
 import time
 from collections.abc import Iterator
@@ -330,8 +330,9 @@ def gather_objects(value: object) -> list:
     """The value of every rank, in rank order, on every rank: plain data and tensors on the CPU, of any size."""
     if world_size() == 1:
         return [value]
-    content = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
-    return [pickle.loads(part.numpy().tobytes()) for part in _gather_parts(content)]
+    torch.save(value, content := io.BytesIO())
+    parts = _gather_parts(torch.frombuffer(bytearray(content.getvalue()), dtype=torch.uint8))
+    return [torch.load(io.BytesIO(part.numpy().tobytes()), weights_only=True) for part in parts]
 
 
 class GradientMean:
