@@ -39,15 +39,18 @@ def inline(text: str) -> list[str]:
 
 
 def shell_script(name: str, *words: str, **settings: str) -> list[str]:
-    """The commands that a script would run."""
+    """The commands that a script would run, sorted: some run beside each other and report in any order."""
+    # One write a line: two commands at once would mix their words.
     stubs = """
-        python() { if [ "$1" = -c ]; then echo 1; else printf '%q ' python "$@"; echo; fi; }
+        python() { if [ "$1" = -c ]; then echo 1; else local line; line=$(printf '%q ' python "$@"); echo "$line"; fi; }
         rm() { :; }; mkdir() { :; }; cp() { :; }; mv() { :; }
         export -f python rm mkdir cp mv
         bash "$@" """
     done = subprocess.run(["bash", "-c", stubs, "bash", f"scripts/{name}.sh", *words], cwd=ROOT, capture_output=True,
                           text=True, check=True, env=os.environ | settings)  # fmt: skip
-    return [line for line in done.stdout.splitlines() if line.startswith("python ")]
+    lines = done.stdout.splitlines()
+    assert all(line.count("python ") <= 1 for line in lines), lines
+    return sorted(line for line in lines if line.startswith("python "))
 
 
 def command_lines(text: str) -> list[str]:
