@@ -25,7 +25,7 @@ from data_sets.published import check_wnids
 from data_sets.table import build_splits
 from data_sets.views import eval_transform
 from encoders.load import Encoder, load_plain_or_safetensors, safetensors_metadata
-from engine_finetune import Classifier, FineTuning, evaluate
+from engine_finetune import Classifier, FineTuning, evaluate, layer_decay_groups
 from runtime.folder import RunFolder
 from runtime.processes import process_group
 from runtime.provenance import provenance, utc_now
@@ -33,7 +33,6 @@ from runtime.training import Plan, Training
 from util.distributed import barrier
 from util.files import digest
 from util.lr_sched import fitting_warmup, lr_at, scaled_lr
-from util.optim import layer_decay_groups
 from util.progress import log
 from util.seeding import seeded
 
@@ -94,7 +93,7 @@ def main(args: argparse.Namespace) -> None:
 
         # ---- optimiser: AdamW (0.9, 0.999), rates decaying from the head down
         lr = args.lr if args.lr is not None else scaled_lr(args.blr, batches.effective)
-        groups = layer_decay_groups(model, encoder.backbone.depth, args.weight_decay, args.layer_decay)
+        groups = layer_decay_groups(model, args.weight_decay, args.layer_decay)
         optimizer = torch.optim.AdamW([{**group, "peak_lr": lr} for group in groups], lr=lr, fused=True)
         warmup = fitting_warmup(args.warmup_epochs, args.epochs)
         schedule = functools.partial(lr_at, epochs=args.epochs, warmup_epochs=warmup, min_lr=args.min_lr)

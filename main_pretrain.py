@@ -16,6 +16,7 @@ if __name__ == "__main__":  # before the slow imports: --help and mistakes answe
     ARGS = checked(parse(get_args_parser()), check, check_files)
 
 import torch
+from timm.optim import param_groups_weight_decay
 from torch.utils.data import Dataset
 
 from data_sets.contrastive import Stacked, contrastive_views
@@ -34,7 +35,6 @@ from runtime.provenance import provenance, utc_now
 from runtime.training import Plan, Training
 from util.distributed import barrier
 from util.lr_sched import fitting_warmup, lr_at, scaled_lr
-from util.optim import weight_decay_groups
 from util.progress import log
 from util.seeding import seeded
 
@@ -75,7 +75,7 @@ def main(args: argparse.Namespace) -> None:
 
         # ---- optimiser: AdamW (0.9, 0.95), weight decay on matrices only, warm-up and half-cosine per step
         lr = args.lr if args.lr is not None else scaled_lr(args.blr, batches.effective)
-        groups = [{**group, "peak_lr": lr} for group in weight_decay_groups(model, args.weight_decay)]
+        groups = [{**group, "peak_lr": lr} for group in param_groups_weight_decay(model, args.weight_decay)]
         optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
         warmup = fitting_warmup(args.warmup_epochs, args.epochs)
         schedule = functools.partial(lr_at, epochs=args.epochs, warmup_epochs=warmup, min_lr=args.min_lr)

@@ -17,7 +17,7 @@ from encoders.load import Encoder
 from models_vit import BlockTrace, VisionTransformer
 from runtime.analysis import Progress
 from util.distributed import gather_objects
-from util.finite import overflow_cause
+from util.finite import all_finite, overflow_cause
 from util.moments import Covariance, Moments
 from util.progress import log
 
@@ -159,7 +159,7 @@ def measure(
                     metrics = {name: metric for name, metric in metrics.items() if name != "cls_update_ratio"}
                 observed |= observe(step, metrics, backbone.num_prefix_tokens, backbone.has_cls, sizes, reduction)
                 # not the output alone: a key of -inf gets the attention 0, and leaves no trace there
-                finite += [step.q.isfinite().all(), step.k.isfinite().all(), step.out.isfinite().all()]
+                finite.append(all_finite([step.q, step.k, step.out]))
         if not torch.stack(finite).all():
             cause = overflow_cause({"the encoder's": backbone}, amp)
             raise FloatingPointError(f"{description}: activations are not finite: {cause}")

@@ -70,14 +70,9 @@ class Aggregation(NamedTuple):
         return PooledTokens(pool.of(tokens, content, **options), content)
 
 
-def entry_of(name: str, settings: dict[str, Any], options: dict[str, Any], **facts: Any) -> Aggregation:
-    return Aggregation(
-        settings=settings,
-        options={
-            key: Option(**{"flag": f"{name}_{key}", "unused_if": {}, **option}) for key, option in options.items()
-        },
-        **facts,
-    )
+def entry_of(name: str, options: dict[str, Any], **facts: Any) -> Aggregation:
+    options = {key: Option(**{"flag": f"{name}_{key}", "unused_if": {}, **option}) for key, option in options.items()}
+    return Aggregation(options=options, **facts)
 
 
 AGGREGATIONS = {
@@ -145,15 +140,6 @@ def parse_head(head: str, flags: dict[str, Value]) -> tuple[str, Options]:
     )
 
 
-def head_name(aggregation: str, options: Options, blocks: str = "") -> str:
-    """The name that parse_head reads: abmilp, abmilp:depth=2,act=tanh, ap12; with blocks: abmilp@8-11:depth=2."""
-    entry = AGGREGATIONS.get(aggregation)
-    number = entry.number if entry is not None else ""
-    suffix = "".join(str(value) for key, value in options if key == number)
-    rest = ",".join(f"{key}={value}" for key, value in options if key != number)
-    return aggregation + suffix + "@" * bool(blocks) + blocks + ":" * bool(rest) + rest
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # heads of several poolings and blocks
 # ---------------------------------------------------------------------------------------------------------------------
@@ -204,7 +190,10 @@ def canonical_head(head: str, flags: dict[str, Value], depth: int | None) -> str
             if int(last or first) < int(first):
                 raise ValueError(f"head {head}: @{blocks} ends before it begins")
             blocks = first if first == last else blocks
-        names.append(head_name(part.aggregation, part.options, blocks))
+        number = AGGREGATIONS[part.aggregation].number
+        suffix = "".join(str(value) for key, value in part.options if key == number)
+        rest = ",".join(f"{key}={value}" for key, value in part.options if key != number)
+        names.append(part.aggregation + suffix + "@" * bool(blocks) + blocks + ":" * bool(rest) + rest)
     return "+".join(names)
 
 
