@@ -45,9 +45,7 @@ def observe(
         reduced = reduce_attention(step, num_prefix, has_cls, reduction, wanted, sizes)
         for name, metric in of_attention.items():
             yield (name, step.index), metric.record(reduced)
-    for depth, tokens in ((0, step.x), (step.index + 1, step.out)):
-        if depth == 0 and step.index > 0:
-            continue
+    for depth, tokens in [*[(0, step.x)] * (step.index == 0), (step.index + 1, step.out)]:
         patches = tokens[:, num_prefix:].unflatten(1, sizes.grid)
         for name, metric in metrics.items():
             if metric.of_tokens:
@@ -106,26 +104,18 @@ class Recorder:
 
     def results(self) -> dict[Key, dict]:
         """count, mean and std over the images of the summary, and of each number per axis, as JSON has them."""
-        results = {}
-        if self.widths:
-            widths = list(self.widths.values())
-            parts = (self.moments.mean.split(widths), self.moments.std().split(widths))
-            for key, mean, std in zip(self.widths, *parts, strict=True):
-                axis = METRICS[key[0]].axis
-                entry = {"count": self.moments.count, "mean": float(mean[0]), "std": float(std[0])}
-                if axis is not None:
-                    entry |= {f"mean_per_{axis}": mean[1:].tolist(), f"std_per_{axis}": std[1:].tolist()}
-                results[key] = entry
+        results, widths = {}, list(self.widths.values())
+        parts = (self.moments.mean.split(widths), self.moments.std().split(widths)) if widths else ([], [])
+        for key, mean, std in zip(self.widths, *parts, strict=True):
+            axis = METRICS[key[0]].axis
+            results[key] = {"count": self.moments.count, "mean": float(mean[0]), "std": float(std[0])}
+            if axis is not None:
+                results[key] |= {f"mean_per_{axis}": mean[1:].tolist(), f"std_per_{axis}": std[1:].tolist()}
         for key, covariance in self.covariances.items():
             rank = min(covariance.count - 1, len(covariance.mean))  # more cannot differ from zero
             spectrum = log_spectrum(covariance.matrix(), rank)
-            mean = float(spectrum.mean()) if rank else None
-            results[key] = {
-                "count": covariance.count,
-                "mean": mean,
-                "std": None,
-                f"mean_per_{METRICS[key[0]].axis}": spectrum.tolist(),
-            }
+            mean, axis = float(spectrum.mean()) if rank else None, METRICS[key[0]].axis
+            results[key] = {"count": covariance.count, "mean": mean, "std": None, f"mean_per_{axis}": spectrum.tolist()}
         return results
 
 
@@ -176,17 +166,14 @@ def summary(label: str, encoder: Encoder, input_size: int, numbers: dict[Key, di
 
     numbers: of `measure`. Blocks are counted from 0; metrics of tokens also have an entry `embedding`.
     """
-    backbone = encoder.backbone
+    backbone, measured = encoder.backbone, {}
     sizes = Sizes.of(backbone, input_size)
-
-    def reference(name: str | None) -> dict | None:
-        return None if name is None else {"name": name, "value": REFERENCES[name](sizes)}
-
-    measured = {}
     for name in dict.fromkeys(name for name, _ in numbers):
         metric = METRICS[name]
         entry = {key: getattr(metric, key) for key in ("unit", "definition", "source", "axis")}
-        entry |= {bound: reference(getattr(metric, bound)) for bound in ("lower", "upper", "uniform")}
+        for bound in ("lower", "upper", "uniform"):
+            reference = getattr(metric, bound)
+            entry[bound] = reference and {"name": reference, "value": REFERENCES[reference](sizes)}
         if metric.of_tokens:
             entry["embedding"] = numbers[name, 0]
         entry["blocks"] = [{"block": b, **numbers[name, b + metric.of_tokens]} for b in range(backbone.depth)]
