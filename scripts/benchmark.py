@@ -360,8 +360,8 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
             text = f"{1e3 * float(row['seconds']):.1f} ms, {speed} images/s, {row['operations']} operations"
             log.info("%-9s %-36s %s; times the first: %s", name, row["contestant"], text, text_of(row))
         if name == "paper":
-            factor = sum(float(row["ratio"]) for row in rows[1:])
-            log.info("paper: one pass is %.1f times as fast as a run for each of %d heads", factor, len(rows) - 1)
+            _, runs = summed(rows)
+            log.info("paper: one pass is %.1f times as fast as %s", runs["ratio"], runs["contestant"])
         if args.output is not None and rows:
             exists = args.output.exists()
             args.output.parent.mkdir(parents=True, exist_ok=True)
@@ -380,10 +380,21 @@ def newest(path: Path) -> list[dict[str, str]]:
         raise ValueError(f"--output {path} is not a file that scripts/benchmark.py wrote: {error}") from error
 
 
+def summed(rows: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The rows, those of `paper`'s runs as one."""
+    for (group, _), part in itertools.groupby(rows, lambda row: (row["group"], row["batch_size"])):
+        first, *others = part
+        if group == "paper":
+            columns = ("seconds", "ratio", "ratio_min", "ratio_max", "operations")
+            sums = {column: sum(float(row[column]) for row in others) for column in columns}
+            others = [{**first, "contestant": f"a run for each of the {len(others)} heads", **sums}]
+        yield from (first, *others)
+
+
 def table(rows: Sequence[dict[str, str]]) -> str:
     lines = ["| | images | ms | times the first of its group | operations |", "|---|---|---|---|---|"]
     rows = [row for row in rows if row["group"] != "loader"]  # one row per source of images: docs/datasets.md
-    for row in rows:
+    for row in summed(rows):
         cells = f"{row['group']}: {row['contestant']}", row["batch_size"], f"{1e3 * float(row['seconds']):,.0f}"
         lines.append(f"| {' | '.join(cells)} | {text_of(row)} | {int(row['operations']):,} |")
     machines = dict.fromkeys(
