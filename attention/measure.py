@@ -45,7 +45,8 @@ def observe(
         reduced = reduce_attention(step, num_prefix, has_cls, reduction, wanted, sizes)
         for name, metric in of_attention.items():
             yield (name, step.index), metric.record(reduced)
-    for depth, tokens in [*[(0, step.x)] * (step.index == 0), (step.index + 1, step.out)]:
+    states = {step.index + 1: step.out} if step.index else {0: step.x, 1: step.out}
+    for depth, tokens in states.items():
         patches = tokens[:, num_prefix:].unflatten(1, sizes.grid)
         for name, metric in metrics.items():
             if metric.of_tokens:
