@@ -19,7 +19,7 @@ def by_block(features: Features | JoinedBlocks) -> list[Features]:
 class EarlierWeights(Pooling):
     """The patches of the last block, weighted as another head weighs those of the first."""
 
-    def __init__(self, tokens: Tokens, by: str):
+    def __init__(self, tokens: Tokens, by: str = "abmilp"):
         """by: the head, of those that weigh patches."""
         single = tokens._replace(width=tokens.width // tokens.blocks, blocks=1)
         super().__init__(single.width)
