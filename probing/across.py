@@ -21,7 +21,7 @@ class EarlierWeights(Pooling):
 
     def __init__(self, tokens: Tokens, by: str = "abmilp"):
         """by: the head, of those that weigh patches."""
-        single = tokens._replace(width=tokens.width // tokens.blocks, blocks=1)
+        single = tokens._replace(width=tokens.block_width, blocks=1, widths=())
         super().__init__(single.width)
         self.scorer = check_aggregation(by, tokens.has_cls).build(single)
         self.needs = self.scorer.needs
@@ -41,7 +41,7 @@ class FusedBlocks(Pooling):
     """
 
     def __init__(self, tokens: Tokens):
-        super().__init__(tokens.width // tokens.blocks)
+        super().__init__(tokens.block_width)
         self.score = nn.Linear(self.width, tokens.blocks, bias=False)
         self.fusion = nn.Linear(self.width, 1, bias=False)
 

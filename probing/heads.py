@@ -228,5 +228,5 @@ def build_head(head: str, block: int, tokens: Tokens) -> Pooling:
     for part in parts_of(head, {}):
         entry = check_aggregation(part.aggregation, tokens.has_cls)
         blocks.append(part.indices(block))
-        poolings.append(entry.build(tokens.joined(len(blocks[-1])), **dict(part.options)))
+        poolings.append(entry.build(tokens.joined(blocks[-1]), **dict(part.options)))
     return poolings[0] if len(poolings) == 1 else Parts(poolings, blocks)
