@@ -11,6 +11,7 @@ Naseer et al., "Intriguing Properties of Vision Transformers", NeurIPS 2021 (shu
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
@@ -51,7 +52,7 @@ def high_pass(pixels: Tensor, radius: float) -> Tensor:
     return keep(pixels, (distances > radius + ROUNDING) | (distances == 0))
 
 
-def add_noise(pixels: Tensor, radius: float, std: float) -> Tensor:
+def add_noise(pixels: Tensor, radius: float, std: float = 0.1) -> Tensor:
     """Add Gaussian noise of the frequencies within BAND / 2 of a radius, scaled to a root mean square of std."""
     ring = (radii(*pixels.shape[1:]) - radius).abs() <= BAND / 2 + ROUNDING
     if not ring.any():
@@ -65,49 +66,30 @@ def add_noise(pixels: Tensor, radius: float, std: float) -> Tensor:
 
 def shuffle(pixels: Tensor, cells: float) -> Tensor:
     """Cut the image into cells x cells parts and permute them at random."""
-    cells, (_, height, width) = int(cells), pixels.shape
-    if height % cells or width % cells:
-        raise ValueError(f"shuffle:{cells}: images of {height} x {width} pixels cannot be cut into {cells} x {cells}")
-    parts = pixels.unflatten(2, (cells, -1)).unflatten(1, (cells, -1)).transpose(2, 3).flatten(3)  # (3,cells,cells,a)
-    parts = parts.flatten(1, 2)[:, torch.randperm(cells * cells)].unflatten(1, (cells, cells))
-    return parts.unflatten(3, (height // cells, -1)).transpose(2, 3).flatten(3).flatten(1, 2)
-
-
-class Number(NamedTuple):
-    """A number of a perturbation and its range."""
-
-    name: str
-    least: float
-    most: float
-    default: float | None = None
-    whole: bool = False
-
-    def read(self, text: str | None) -> float:
-        """ValueError for what is no number, or out of range."""
-        try:
-            value = self.default if text is None else float(text)
-        except ValueError:
-            value = None
-        if value is None or not self.least <= value <= self.most or (self.whole and value % 1):
-            kind = "a whole number" if self.whole else "a number"
-            raise ValueError(f"{self.name} must be {kind} from {self.least:g} to {self.most:g}, got {text!r}")
-        return value
+    n, (_, height, width) = int(cells), pixels.shape
+    if height % n or width % n:
+        raise ValueError(f"shuffle:{n}: images of {height} x {width} pixels cannot be cut into {n} x {n} cells")
+    parts = pixels.unflatten(2, (n, -1)).unflatten(1, (n, -1)).transpose(2, 3).flatten(1, 2)  # (3,n n,h/n,w/n)
+    parts = parts[:, torch.randperm(n * n)].unflatten(1, (n, n))
+    return parts.transpose(2, 3).flatten(3).flatten(1, 2)
 
 
 class Kind(NamedTuple):
-    """function: of pixels (3,h,w) in float64 from 0 to 1, and of the numbers."""
+    """function: of pixels (3,h,w) in float64 from 0 to 1, and of numbers within the limits."""
 
     function: Callable[..., Tensor]
-    numbers: tuple[Number, ...]
+    usage: str
+    limits: tuple[tuple[float, float], ...]
     axis: str  # the first number, for figures
 
 
-RADIUS = Number("radius", 0, 1.5)
 PERTURBATIONS = {
-    "lowpass": Kind(low_pass, (RADIUS,), "frequencies kept: up to this radius"),
-    "highpass": Kind(high_pass, (RADIUS,), "frequencies kept: above this radius"),
-    "noise": Kind(add_noise, (RADIUS, Number("std", 0, 1, 0.1)), "radius of the noise's frequencies"),
-    "shuffle": Kind(shuffle, (Number("cells", 1, 1024, whole=True),), "shuffled cells per side"),
+    "lowpass": Kind(low_pass, "lowpass:R, R from 0 to 1.5", ((0, 1.5),), "frequencies kept: up to this radius"),
+    "highpass": Kind(high_pass, "highpass:R, R from 0 to 1.5", ((0, 1.5),), "frequencies kept: above this radius"),
+    "noise": Kind(
+        add_noise, "noise:R or noise:R,STD, R from 0 to 1.5, STD to 1", ((0, 1.5), (0, 1)), "radius of noise"
+    ),
+    "shuffle": Kind(shuffle, "shuffle:N, N a whole number >= 1", ((1, 1024),), "shuffled cells per side"),
 }
 
 
@@ -118,9 +100,7 @@ class Perturbation(NamedTuple):
     numbers: tuple[float, ...]
 
     def __str__(self) -> str:
-        """The text that `read_perturbation` reads, without defaults."""
-        pairs = list(zip(self.numbers, PERTURBATIONS[self.kind].numbers, strict=True))
-        return f"{self.kind}:" + ",".join(f"{value:.10g}" for value, number in pairs if value != number.default)
+        return f"{self.kind}:" + ",".join(f"{number:.10g}" for number in self.numbers)
 
     def __call__(self, image: Image.Image | Tensor) -> Tensor:
         pixels = PERTURBATIONS[self.kind].function(pixels_of(image).double() / 255, *self.numbers)
@@ -128,15 +108,14 @@ class Perturbation(NamedTuple):
 
 
 def read_perturbation(text: str) -> Perturbation:
-    """name:number or name:number,number. ValueError for an unknown name or a number out of range."""
+    """The perturbation of a text such as lowpass:0.25. ValueError says what is allowed."""
     name, _, rest = text.partition(":")
     if name not in PERTURBATIONS:
         raise ValueError(f"perturbation {text!r}: {instead_of(name, PERTURBATIONS)}, as in lowpass:0.25")
-    numbers, given = PERTURBATIONS[name].numbers, rest.split(",") if rest else []
-    if len(given) > len(numbers):
-        raise ValueError(f"perturbation {text!r}: {name} takes {', '.join(number.name for number in numbers)} only")
-    given += [None] * (len(numbers) - len(given))
-    try:
-        return Perturbation(name, tuple(number.read(value) for number, value in zip(numbers, given, strict=True)))
-    except ValueError as error:
-        raise ValueError(f"perturbation {text!r}: {error}") from None
+    kind = PERTURBATIONS[name]
+    with contextlib.suppress(ValueError):
+        numbers = tuple(map(float, rest.split(",")))
+        within = [least <= number <= most for number, (least, most) in zip(numbers, kind.limits, strict=False)]
+        if len(numbers) <= len(kind.limits) and all(within) and (name != "shuffle" or numbers[0].is_integer()):
+            return Perturbation(name, numbers)
+    raise ValueError(f"perturbation {text!r}: write {kind.usage}")

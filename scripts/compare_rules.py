@@ -1,4 +1,4 @@
-"""Judge rules that weigh patches: python scripts/compare_rules.py [LABEL=]AGGREGATION ... [--output FILE]
+"""Judge rules that weigh patches: python scripts/compare_rules.py [LABEL=]AGGREGATION ... [--output FILE.json]
 
 AGGREGATION is the aggregation.json (or its folder) of main_analyze_aggregation.py --probes RUN --boxes FILE, where RUN
 has probes of pos, of abmilp and of the rules. The table has, for each rule, the accuracy of its probes, the share that
@@ -18,17 +18,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 
 from cli.console import Parser, run_main
-from util.files import write_atomically, write_json
-from util.intervals import Interval, student
+from util.files import write_json
+from util.intervals import student
 
-ROUND = 1e-9  # accuracies that are equal
+ENDS = ("pos", "abmilp")  # heads that close nothing and all of the gap
 
 
-def judged(path: Path, low: str, high: str) -> dict[str, dict]:
-    """{rule without its seed: top1, closed and maxboxaccv2, each with an interval} of an analysis.
-
-    low, high: the heads that a rule is measured against.
-    """
+def judged(path: Path) -> dict[str, dict]:
+    """{rule without its seed: top1, closed and maxboxaccv2, each with an interval} of an analysis."""
     path = path / "aggregation.json" if path.is_dir() else path
     try:
         result = json.loads(path.read_text())
@@ -42,11 +39,11 @@ def judged(path: Path, low: str, high: str) -> dict[str, dict]:
         heads = {rule["head"]: rule["name"].removesuffix(f"/seed{rule['seed']}") for rule in result["rules"]}
     except (OSError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not an aggregation.json of main_analyze_aggregation.py: {error!r}") from error
-    if missing := [head for head in (low, high) if not scores.get(heads.get(head))]:
+    if missing := [head for head in ENDS if not scores.get(heads.get(head))]:
         raise ValueError(f"{path} has no probes of {missing[0]}: probe it, too, with the rules and on the same block")
     if several := [name for name, seeds in scores.items() if max(map(len, seeds.values())) > 1]:
         raise ValueError(f"{path}: {several[0]} has several rates per seed: choose one with --val_fraction")
-    below, above = scores[heads[low]], scores[heads[high]]
+    below, above = (scores[heads[head]] for head in ENDS)
     rows = {}
     for name in scores.keys() | boxes.keys():
         own = scores.get(name, {})
@@ -54,7 +51,7 @@ def judged(path: Path, low: str, high: str) -> dict[str, dict]:
         start, end, top1 = (np.array([each[seed][0] for seed in seeds]) for each in (below, above, own))
         row = rows[name] = {"top1": measured([each[0] for each in own.values()]), "seeds": len(own)}
         gap = student(end - start)
-        if seeds and not (gap.low <= ROUND and gap.high >= -ROUND):  # of one seed, the interval is not known
+        if seeds and not gap.low <= 0 <= gap.high:  # of one seed, the interval is not known
             row["closed"] = measured(100 * (top1 - start) / (end - start))
         row["maxboxaccv2"] = measured(boxes.get(name, []))
     return dict(sorted(rows.items(), key=lambda pair: -(pair[1]["top1"] or {"mean": -1})["mean"]))
@@ -71,12 +68,8 @@ def table(judgements: dict[str, dict[str, dict]]) -> str:
     lines = ["| encoder | rule | seeds | " + " | ".join(columns.values()) + " |", "|---" * 6 + "|"]
     for label, rows in judgements.items():
         for name, row in rows.items():
-            cells = []
-            for column in columns:
-                value = row.get(column)
-                known = value and not np.isnan(value["interval"][0])
-                text = f"{value['mean']:.1f}" if value else "–"
-                cells.append(text + (f" ({Interval(*value['interval'])})" if known else ""))
+            values = [row.get(column) for column in columns]
+            cells = [f"{value['mean']:.1f} ({value['interval']})" if value else "–" for value in values]
             lines.append(f"| {label} | {name} | {row['seeds']} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -85,20 +78,16 @@ def main(args: argparse.Namespace) -> None:
     judgements = {}
     for argument in args.analyses:
         label, _, path = argument.rpartition("=")
-        judgements[label or Path(path).name] = judged(Path(path), args.low, args.high)
-    print(text := table(judgements), end="")
-    if args.output is not None and args.output.suffix == ".json":
+        judgements[label or Path(path).name] = judged(Path(path))
+    print(table(judgements), end="")
+    if args.output is not None:
         write_json(args.output, judgements)
-    elif args.output is not None:
-        write_atomically(args.output, text.encode())
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = Parser(__doc__)
     parser.add_argument("analyses", nargs="+", metavar="[LABEL=]AGGREGATION", help="analyses, one of each encoder")
-    parser.add_argument("--low", default="pos", metavar="HEAD", help="head at which a rule closes nothing")
-    parser.add_argument("--high", default="abmilp", metavar="HEAD", help="head at which it closes the whole gap")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="also write the table there (.json: as JSON)")
+    parser.add_argument("--output", type=Path, metavar="FILE.json", help="also write the numbers there")
     return parser
 
 

@@ -13,7 +13,6 @@ that name the texture's class, and "shape bias" the share of the shape's among b
 """
 
 import argparse
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -59,14 +58,12 @@ def known_classes(run_classes: list[str], images: Images, name: str) -> dict[int
     return known
 
 
-def textures_of(images: Images, indices: list[int], numbers: dict[int, int]) -> Tensor | None:
-    """(n,) numbers of the classes that end the images' names, -1 for others; None unless all end in another class."""
+def textures_of(images: Images, indices: list[int]) -> list[int] | None:
+    """Labels of the classes that end the images' names; None unless all end in a class that is not their label."""
     labels = {name: label for label, name in enumerate(images.classes)}
-    ends = [re.search(r"-([^-/]+)\.\w+$", str(images.names[index])) for index in indices]
-    textures = [labels.get(end and end[1]) for end in ends]
-    if any(texture in (None, images.targets[index]) for texture, index in zip(textures, indices, strict=True)):
-        return None
-    return torch.tensor([numbers.get(texture, -1) for texture in textures])
+    textures = [labels.get(Path(images.names[index]).stem.rpartition("-")[2]) for index in indices]
+    other = all(texture not in (None, images.targets[index]) for texture, index in zip(textures, indices, strict=True))
+    return textures if other else None
 
 
 def scores_of(logits: Tensor, labels: Tensor, groups: list[Tensor], textures: Tensor | None = None) -> dict[str, float]:
@@ -151,8 +148,10 @@ def main(args: argparse.Namespace) -> None:
         finite.check()
         joined, answers = torch.cat(logits, dim=1).double(), torch.tensor([numbers[images.targets[i]] for i in seen])
         saved.update({f"labels{name}": answers, f"logits{name}": joined.float()})
-        cues = list(known.values()), textures_of(images, seen, numbers)
-        return {spec.name: scores_of(each, answers, *cues) for spec, each in zip(bank.specs, joined, strict=True)}
+        textures = textures_of(images, seen)
+        textures = textures and torch.tensor([numbers.get(label, -1) for label in textures])
+        parts = zip(bank.specs, joined, strict=True)
+        return {spec.name: scores_of(each, answers, list(known.values()), textures) for spec, each in parts}
 
     if args.dataset == "imagenet_c":
         parts = {

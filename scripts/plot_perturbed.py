@@ -1,7 +1,7 @@
 """Accuracy on perturbed images by radius: python scripts/plot_perturbed.py [LABEL=]SCORES.json ... [--output FILE]
 
 SCORES.json is the --output of evaluate_probe.py --perturb. One panel per kind of perturbation, one line per encoder and
-head: the mean over seeds, with a band of +-1 standard deviation. Dashed: images without perturbation.
+head: mean and standard deviation over seeds; files with the same label pool theirs. Dashed: images as they are.
 """
 
 import argparse
@@ -19,57 +19,45 @@ from cli.console import Parser, run_main
 from data_sets.perturb import PERTURBATIONS, read_perturbation
 from util.plotting import COLOURS, MARKERS, STYLE, WIDTH, save_figure
 
-Curves = dict[str, tuple[np.ndarray, dict[str, np.ndarray]]]  # line: top-1 (seeds,) unperturbed, and by perturbation
+Curves = dict[str, dict[str, list[float]]]  # {encoder and head: {perturbation, "" for none: top-1 of each seed}}
 
 
 def curves_of(arguments: list[str]) -> Curves:
-    """ValueError for a file without perturbed images, and where two files have the same line."""
+    """ValueError for a file without perturbed images."""
     curves: Curves = {}
     for argument in arguments:
         label, _, path = argument.rpartition("=")
         try:
             scores = json.loads(Path(path).read_text())
-            parts = {"": scores["probes"], **scores["perturbed"]}
-            lines: dict[str, list[str]] = {}
-            for probe in scores["probes"]:
-                lines.setdefault(f"{label}: " * bool(label) + probe.rpartition("/seed")[0], []).append(probe)
-            if twice := lines.keys() & curves.keys():
-                raise ValueError(f"{min(twice)} is in two files: give them labels, as in LABEL={path}")
-            for line, probes in lines.items():
-                accuracies = {
-                    name: np.array([part[probe]["top-1"] for probe in probes]) for name, part in parts.items()
-                }
-                curves[line] = accuracies.pop(""), accuracies
-        except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+            for name, part in {"": scores["probes"], **scores["perturbed"]}.items():
+                for probe, values in part.items():
+                    line = f"{label}: " * bool(label) + probe.rpartition("/seed")[0]
+                    curves.setdefault(line, {}).setdefault(name, []).append(values["top-1"])
+        except (OSError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
             raise ValueError(f"{path} is not of evaluate_probe.py --perturb: {error!r}") from error
     return curves
 
 
 @rc_context(STYLE)
 def draw(curves: Curves, target: Path) -> None:
-    names = dict.fromkeys(name for _, accuracies in curves.values() for name in accuracies)
-    panels: dict[tuple, dict[float, str]] = {}
-    for step, name in sorted((read_perturbation(name), name) for name in names):
-        panels.setdefault((step.kind, *step.numbers[1:]), {})[step.numbers[0]] = name
+    steps = sorted({read_perturbation(name) for accuracies in curves.values() for name in accuracies if name})
+    panels = list(dict.fromkeys((step.kind, *step.numbers[1:]) for step in steps))
     figure = Figure(figsize=(max(WIDTH * len(panels) / 4, WIDTH / 2), 2.2), layout="constrained")
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    for axis, ((kind, *rest), points) in zip(axes, panels.items(), strict=True):
-        for number, (line, (plain, accuracies)) in enumerate(curves.items()):
-            shown = {x: accuracies[name] for x, name in points.items() if name in accuracies}
-            if not shown:
-                continue
-            x, mean = list(shown), np.array([seeds.mean() for seeds in shown.values()])
-            std = np.array([seeds.std(ddof=len(seeds) > 1) for seeds in shown.values()])
-            style = {"color": COLOURS[number % len(COLOURS)], "linewidth": 1.1}
-            axis.plot(x, mean, marker=MARKERS[number % len(MARKERS)], markersize=3, label=line, **style)
-            axis.fill_between(x, mean - std, mean + std, color=style["color"], alpha=0.15, linewidth=0)
-            axis.axhline(plain.mean(), linestyle="--", **style | {"linewidth": 0.7})
-        axis.set_title(", ".join([kind, *(f"{value:g}" for value in rest)]))
-        axis.set_xlabel(PERTURBATIONS[kind].axis)
+    for axis, (kind, *rest) in zip(axes, panels, strict=True):
+        own = [step for step in steps if (step.kind, *step.numbers[1:]) == (kind, *rest)]
+        for number, (line, accuracies) in enumerate(curves.items()):
+            shown = {step.numbers[0]: np.array(accuracies[str(step)]) for step in own if str(step) in accuracies}
+            mean = [seeds.mean() for seeds in shown.values()]
+            std = [seeds.std(ddof=len(seeds) > 1) for seeds in shown.values()]
+            style = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)], "markersize": 3}
+            axis.errorbar(list(shown), mean, std, linewidth=1.1, capsize=2, label=line, **style)
+            axis.axhline(np.mean(accuracies[""]), linestyle="--", linewidth=0.7, color=style["color"])
+        axis.set(title=", ".join([kind, *(f"{value:g}" for value in rest)]), xlabel=PERTURBATIONS[kind].axis)
         axis.grid(axis="y", linewidth=0.3, alpha=0.6)
     axes[0].set_ylabel("top-1 (%)")
-    handles = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles, loc="outside upper center", ncols=4, frameon=False)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False)
     save_figure(figure, target)
 
 

@@ -38,7 +38,7 @@ def write_again(folder, change):
 
 
 def test_shares_of_the_gap_are_paired_by_seed(analysis, capsys):
-    rows = compare_rules.judged(analysis, "pos", "abmilp")
+    rows = compare_rules.judged(analysis)
     assert list(rows) == ["abmilp", "far", "pos", "attn-mn"]
     pos, best, far = map(np.array, (POS, BEST, FAR))
     shares = 100 * (far - pos) / (best - pos)
@@ -61,18 +61,19 @@ def test_no_share_of_a_gap_that_may_be_none(analysis):
             next(iter(rule["scores"].values()))["top1"] = value
 
     write_again(analysis, close)
-    assert all("closed" not in row for row in compare_rules.judged(analysis, "pos", "abmilp").values())
+    assert all("closed" not in row for row in compare_rules.judged(analysis).values())
 
 
 def test_mistakes_are_one_line(analysis, tmp_path):
-    with pytest.raises(ValueError, match="has no probes of cls"):
-        compare_rules.judged(analysis, "cls", "abmilp")
     write_again(analysis, lambda r: r["rules"][1]["scores"].update([("far/block5/blr2.0/seed0", {"top1": 1.0})]))
     with pytest.raises(ValueError, match="far has several rates per seed"):
-        compare_rules.judged(analysis, "pos", "abmilp")
+        compare_rules.judged(analysis)
+    write_again(analysis, lambda result: result["rules"].pop(0))
+    with pytest.raises(ValueError, match="has no probes of pos"):
+        compare_rules.judged(analysis)
     (tmp_path / "other.json").write_text("[]")
     with pytest.raises(ValueError, match=r"is not an aggregation\.json"):
-        compare_rules.judged(tmp_path / "other.json", "pos", "abmilp")
+        compare_rules.judged(tmp_path / "other.json")
 
 
 def test_lines_join_heads_that_differ_in_width_or_depth_alone(tmp_path, capsys):
