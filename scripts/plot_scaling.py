@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 from cli.console import Parser, run_main
 from paper.runs import read_runs
-from probing.heads import AGGREGATIONS, parts_of
+from probing.heads import AGGREGATIONS, head_name, parts_of
 from util.plotting import COLOURS, MARKERS, STYLE, WIDTH, save_figure
 
 WIDER, DEEPER = ("branches", "queries", "heads"), ("depth",)
@@ -58,7 +58,9 @@ def lines_of(points: list[Point]) -> dict[str, list[Point]]:
         values = {key: option.default for key, option in options.items()} | dict(parts[0].options)
         for key in [key for key in values if key in (*WIDER, *DEEPER) and len(parts) == 1]:
             rest = [f"{k} {v}" for k, v in values.items() if k != key and v != options[k].default]
-            shared = ", ".join([parts[0].aggregation, *rest, *[f"block {point.block}"] * several])
+            shared = ", ".join(
+                [head_name(parts[0].aggregation, (), parts[0].blocks), *rest, *[f"block {point.block}"] * several]
+            )
             lines.setdefault(f"{shared}: {key}", {})[values[key]] = point
     return {name: [line[value] for value in sorted(line)] for name, line in lines.items() if len(line) > 1}
 
@@ -67,26 +69,18 @@ def lines_of(points: list[Point]) -> dict[str, list[Point]]:
 def draw(panels: dict[str, list[Point]], target: Path) -> None:
     names = list(dict.fromkeys(name for points in panels.values() for name in lines_of(points)))
     figure = Figure(figsize=(max(WIDTH * len(panels) / 3, WIDTH / 2), 2.8), layout="constrained")
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    handles = {}
     for axis, (label, points) in zip(axes, panels.items(), strict=True):
-        lines = lines_of(points)
-        for name, line in lines.items():
-            number = names.index(name)
-            dash = "--" if name.rpartition(" ")[2] in DEEPER else "-"
+        for name, line in lines_of(points).items():
+            number, dash = names.index(name), "--" if name.endswith(DEEPER) else "-"
             style = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)], "markersize": 3}
             x, mean, std = zip(*(point[2:] for point in line), strict=True)
-            axis.errorbar(x, mean, std, linestyle=dash, linewidth=1.1, capsize=2, label=name, **style)
-        for point in points:
-            if not any(point in line for line in lines.values()):
-                axis.errorbar(*point[2:], fmt=".", color="0.4", capsize=2)
-                axis.annotate(
-                    point.head, (point.parameters, point.mean), (3, 3), textcoords="offset points", fontsize=6
-                )
+            handles[name] = axis.errorbar(x, mean, std, linestyle=dash, linewidth=1.1, capsize=2, **style)
         axis.set(xscale="log", title=label, xlabel="trainable parameters")
         axis.grid(linewidth=0.3, alpha=0.6)
     axes[0].set_ylabel("accuracy (%)")
-    entries = {name: handle for axis in axes for handle, name in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(entries.values(), entries, loc="outside lower center", ncols=3, frameon=False)
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=3, frameon=False)
     save_figure(figure, target)
 
 
@@ -94,9 +88,8 @@ def main(args: argparse.Namespace) -> None:
     panels = {label: points_of(runs) for label, runs in read_runs(args.runs).items()}
     print("| encoder | head | block | parameters | accuracy |\n|---|---|---|---|---|")
     for label, points in panels.items():
-        for point in sorted(points, key=lambda point: point.parameters):
-            score = f"{point.mean:.2f} ± {point.std:.2f}"
-            print(f"| {label} | {point.head} | {point.block} | {point.parameters:,} | {score} |")
+        for head, block, parameters, mean, std in sorted(points, key=lambda point: point.parameters):
+            print(f"| {label} | {head} | {block} | {parameters:,} | {mean:.2f} ± {std:.2f} |")
     draw(panels, args.output)
 
 
