@@ -84,12 +84,12 @@ class Kind(NamedTuple):
 
 
 PERTURBATIONS = {
-    "lowpass": Kind(low_pass, "lowpass:R, R from 0 to 1.5", ((0, 1.5),), "frequencies kept: up to this radius"),
-    "highpass": Kind(high_pass, "highpass:R, R from 0 to 1.5", ((0, 1.5),), "frequencies kept: above this radius"),
+    "lowpass": Kind(low_pass, "lowpass:R, R from 0 to 1.5", ((0, 1.5),), "kept up to radius"),
+    "highpass": Kind(high_pass, "highpass:R, R from 0 to 1.5", ((0, 1.5),), "kept above radius"),
     "noise": Kind(
-        add_noise, "noise:R or noise:R,STD, R from 0 to 1.5, STD to 1", ((0, 1.5), (0, 1)), "radius of noise"
+        add_noise, "noise:R or noise:R,STD, R from 0 to 1.5, STD to 1", ((0, 1.5), (0, 1)), "radius of the noise"
     ),
-    "shuffle": Kind(shuffle, "shuffle:N, N a whole number >= 1", ((1, 1024),), "shuffled cells per side"),
+    "shuffle": Kind(shuffle, "shuffle:N, N a whole number >= 1", ((1, 1024),), "cells per side"),
 }
 
 

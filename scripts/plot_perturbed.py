@@ -53,7 +53,7 @@ def draw(curves: Curves, target: Path) -> None:
             style = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)], "markersize": 3}
             axis.errorbar(list(shown), mean, std, linewidth=1.1, capsize=2, label=line, **style)
             axis.axhline(np.mean(accuracies[""]), linestyle="--", linewidth=0.7, color=style["color"])
-        axis.set(title=", ".join([kind, *(f"{value:g}" for value in rest)]), xlabel=PERTURBATIONS[kind].axis)
+        axis.set(title=", ".join([kind, *(f"std {value:g}" for value in rest)]), xlabel=PERTURBATIONS[kind].axis)
         axis.grid(axis="y", linewidth=0.3, alpha=0.6)
     axes[0].set_ylabel("top-1 (%)")
     handles, labels = axes[0].get_legend_handles_labels()
