@@ -3,6 +3,7 @@
 from cli.arguments import check_files
 from cli.console import checked, parse, run_main
 from cli.linprobe import (
+    FEW_STEPS,
     OPTIMIZERS,
     check,
     data_seeds,
@@ -12,8 +13,8 @@ from cli.linprobe import (
     headline,
     heads,
     seeds_vary,
+    small_command,
 )
-from cli.presets import FEW_STEPS, small_command
 
 if __name__ == "__main__":  # before the slow imports: --help and mistakes answer at once
     ARGS = checked(parse(get_args_parser()), check, check_files)
@@ -110,8 +111,9 @@ def main(args: argparse.Namespace) -> None:
         training.start(run)
         warn_of_choices(bank.specs, bool(setup.held_out))
         if batches.steps * args.epochs < FEW_STEPS and not fits:
-            command = small_command(args, get_args_parser(), probing.program)
-            log.warning("only %d optimizer steps: for so few images, %s", batches.steps * args.epochs, command)
+            log.warning(
+                "only %d optimizer steps: for so few images, %s", batches.steps * args.epochs, small_command(args)
+            )
         if setup.cache is not None:
             setup.cache.fill(args.batch_size, **setup.load.keywords)
         log_start(run, bank)

@@ -6,11 +6,12 @@ import argparse
 import importlib.util
 import json
 import os
+import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cli.console import FLAGS, Parser, add_flags
-from cli.encoder_arguments import check_input_size, check_weights, settle_model
+from cli.console import Parser
+from cli.encoder_arguments import check_input_size, check_weights, encoder_tables, settle_model
 from data_sets.images import ON_BAD_IMAGE, Images
 from data_sets.order import micro_steps_of_a_group
 from data_sets.packed import is_packed
@@ -24,20 +25,26 @@ if TYPE_CHECKING:
     import torch
 
 
-def add_data_arguments(parser: Parser, labels: bool = True, loaders: bool = True, splits: bool = False) -> None:
-    """labels: whether the program uses labels, and so has --nb_classes; loaders: whether it has --loader; splits:
-    whether it trains and tests, and so has --val_split."""
-    skip = [] if loaders else ["loader"]
-    add_flags(
-        parser.add_argument_group("data"),
-        FLAGS["data"],
-        skip=skip if splits else [*skip, "val_split"],
-        dataset={"fill": {"datasets": ", ".join(DATASETS)}},
-        on_bad_image={"choices": ON_BAD_IMAGE},
-        nb_classes={} if labels else {"help": ""},
-        loader={"choices": list(LOADERS), "fill": {"loaders": "; ".join(map(": ".join, LOADERS.items()))}},
-        num_workers={"default": min(10, len(os.sched_getaffinity(0)))},
-    )
+def program_flags(program: str) -> dict[str, Any]:
+    """The content of a program's TOML file: its `help`, its groups of flags, and lists of its own."""
+    return tomllib.loads(Path(__file__).with_name(f"{program}.toml").read_text("utf-8"))
+
+
+def program_parser(program: str, **tables: Any) -> Parser:
+    """The parser of a program's TOML file. tables: see Parser.add_groups, beside those of the shared groups."""
+    flags = program_flags(program)
+    parser = Parser(flags["help"].lstrip())
+    add_groups(parser, {title: group for title, group in flags.items() if isinstance(group, dict)}, **tables)
+    return parser
+
+
+def add_groups(parser: Parser, groups: dict[str, Any], **tables: Any) -> None:
+    """Parser.add_groups with the tables that shared groups of flags.toml name."""
+    shared = {"datasets": DATASETS, "on_bad_image": ON_BAD_IMAGE, "trackers": TRACKERS, "loaders": LOADERS}
+    descriptions = "; ".join(map(": ".join, LOADERS.items()))
+    parser.add_groups(groups, **shared, loader_help=descriptions, **encoder_tables(), **tables)
+    if "--num_workers" in parser.flags:
+        parser.set_defaults(num_workers=min(10, len(os.sched_getaffinity(0))))
 
 
 def loading(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
@@ -65,41 +72,11 @@ def split_options(args: argparse.Namespace) -> dict[str, Any]:
     return {**data_options(args), "val_split": args.val_split, "seed": args.seed}
 
 
-def add_run_arguments(parser: Parser, trains: bool = True) -> None:
-    add_flags(
-        parser.add_argument_group("run"),
-        FLAGS["run"],
-        skip=[] if trains else ["save_every_steps"],
-        track={"choices": TRACKERS},
-        save_every_minutes={"fill": {"unit": "an epoch" if trains else "a pass"}},
-    )
-
-
 def timeouts(args: argparse.Namespace) -> Timeouts:
     """The values of --dist_timeout; ValueError for another number of them."""
     if len(args.dist_timeout) not in (1, 3):
         raise ValueError(f"--dist_timeout takes 1 or 3 values (join, train, evaluate), got {len(args.dist_timeout)}")
     return Timeouts(*(args.dist_timeout * 3)[:3])
-
-
-def add_old_arguments(parser: Parser):
-    """The last group, for more flags of commands published with MAE and beyond_cls."""
-    group = parser.add_argument_group("accepted for old commands")
-    group.add_argument(
-        "--dist_eval", action="store_true", help="MAE's; no effect: evaluation always uses all processes"
-    )
-    return group
-
-
-def add_schedule_arguments(
-    group: argparse._ArgumentGroup, batch_size: int, epochs: int, warmup_epochs: int, blr: float | list[float],
-    min_lr: float = 0.0,
-) -> None:  # fmt: skip
-    """Effective batch and learning rate; the defaults are the program's. A list as `blr` allows several rates."""
-    several = {"nargs": "+"} if isinstance(blr, list) else {}
-    defaults = {"batch_size": batch_size, "epochs": epochs, "warmup_epochs": warmup_epochs, "min_lr": min_lr}
-    options = {name: {"default": value} for name, value in defaults.items()}
-    add_flags(group, FLAGS["schedule"], blr={"default": blr, **several}, **options)
 
 
 def plain(args: argparse.Namespace) -> dict:

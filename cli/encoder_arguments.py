@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlparse
 
-from cli.console import FLAGS, add_flags
+from cli.console import FLAGS, Parser
 from encoders.architectures import FROM_FILE, architecture, default_input_size
 from encoders.catalogue import CATALOGUE, fetch_weights, known_family
 from encoders.families import FAMILIES
@@ -29,26 +29,18 @@ PRECISIONS = {  # names of --amp -> torch's
 }
 BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # of Intel and AMD, of Arm
 MAX_SIZE = 10_000  # pixels of an input
-EACH = ("model", "family", "checkpoint_key", "timm_name")  # flags with a value for each of several encoders
+EACH = [name for name, options in FLAGS["encoder"].items() if options.get("each") and name != "finetune"]
 
 
-def add_encoder_arguments(parser: argparse.ArgumentParser, several: bool = False) -> None:
-    """several: --finetune names any number of encoders, and the flags of EACH take one value for all or for each."""
+def encoder_tables() -> dict[str, Any]:
+    """What the shared groups `encoder` and `oracle` of flags.toml name, see console.Parser.add_groups."""
+    libraries = "; ".join(library.names for library in LIBRARIES.values())
+    return {"from_file": FROM_FILE, "libraries": libraries, "families": FAMILIES, "precisions": PRECISIONS}
 
-    fills = {
-        "model": {"from_file": FROM_FILE},
-        "finetune": {"libraries": "; ".join(library.names for library in LIBRARIES.values())},
-        "family": {"families": ", ".join(FAMILIES)},
-    }
-    more = {name: {"fill": values} for name, values in fills.items()}
-    for name in ("finetune", *EACH) if several else ():
-        more.setdefault(name, {}).update(nargs="+", default=[FLAGS["encoder"][name].get("default")])
-    add_flags(
-        parser.add_argument_group("encoders" if several else "encoder"),
-        FLAGS["encoder"],
-        **more,
-        amp={"choices": list(PRECISIONS)},
-    )
+
+def add_encoder_arguments(parser: Parser, several: bool = False) -> None:
+    """For scripts. several: --finetune names any number of encoders; flags of EACH take one value for all or each."""
+    parser.add_groups({"encoder": {"include": "encoder", "several": several}}, **encoder_tables())
 
 
 def precision(name: str) -> torch.dtype:
@@ -181,11 +173,6 @@ def frozen_encoder(args: argparse.Namespace) -> tuple[Encoder, int]:
 
     with seeded("weights", args.seed):
         return build_encoder(args)
-
-
-def add_oracle_arguments(group: argparse._ArgumentGroup, default: str | None) -> None:
-    """--finetune, --model, --family and --checkpoint_key of another encoder, whose attention heads may use."""
-    add_flags(group, FLAGS["oracle"], oracle={"default": default})
 
 
 def build_oracle(args: argparse.Namespace, probed: Encoder, size: int, amp: torch.dtype) -> Oracle:

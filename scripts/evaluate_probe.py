@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cli.arguments import add_data_arguments, data_options, loading
+from cli.arguments import add_groups, data_options, loading
 from cli.console import Parser, positive_int, run_main
 from cli.encoder_arguments import build_oracle, frozen_encoder, precision
 from cli.linprobe import finished_run
@@ -81,7 +81,7 @@ def table(results: dict[str, dict[str, float]]) -> str:
 def get_args_parser() -> Parser:
     parser = Parser(__doc__)
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a finished main_linprobe.py")
-    add_data_arguments(parser, labels=False)
+    add_groups(parser, {"data": {"include": "data", "omit": ["val_split"], "nb_classes": {"help": ""}}})
     parser.add_argument("--batch_size", default=64, type=positive_int, help="images per forward pass")
     parser.add_argument("--output", type=Path, metavar="FILE.json",
                         help="write the scores there, and the logits to FILE.safetensors")  # fmt: skip

@@ -26,7 +26,7 @@ from PIL import Image
 from torch import Tensor
 
 from attention.metrics import entropy
-from cli.analyze_attention import add_label_argument, encoder_labels
+from cli.analyze_attention import encoder_labels
 from cli.console import Parser, run_main
 from cli.encoder_arguments import add_encoder_arguments, choose_precision, frozen_encoder, one_encoder_each, precision
 from data_sets.images import UnreadableImage, read_rgb
@@ -173,7 +173,7 @@ if __name__ == "__main__":
     parser = Parser(__doc__)
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="files, or folders of images")
     add_encoder_arguments(parser, several=True)
-    add_label_argument(parser)
+    parser.add_argument("--label", nargs="+", help="names of the encoders (default: the names of their files)")
     parser.add_argument("--block", type=int, default=-1, help="counted from 0; negative: from the end")
     parser.add_argument(
         "--query",
