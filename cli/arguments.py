@@ -7,10 +7,11 @@ import importlib.util
 import json
 import os
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cli.console import Parser
+from cli.console import Parser, checked, parse
 from cli.encoder_arguments import check_input_size, check_weights, encoder_tables, settle_model
 from data_sets.images import ON_BAD_IMAGE, Images
 from data_sets.order import micro_steps_of_a_group
@@ -38,6 +39,11 @@ def program_parser(program: str, **tables: Any) -> Parser:
     return parser
 
 
+def command_line(parser: Parser, check: Callable[[argparse.Namespace], None]) -> argparse.Namespace:
+    """The arguments of a main, checked before its slow imports: a mistake is one line and exit code 2."""
+    return checked(parse(parser), check, check_files)
+
+
 def add_groups(parser: Parser, groups: dict[str, Any], **tables: Any) -> None:
     """Parser.add_groups with the tables that shared groups of flags.toml name."""
     shared = {"datasets": DATASETS, "on_bad_image": ON_BAD_IMAGE, "trackers": TRACKERS, "loaders": LOADERS}
@@ -60,16 +66,22 @@ def data_options(args: argparse.Namespace) -> dict[str, Any]:
     return {"allow_subset": args.allow_subset, "label_column": args.label_column}
 
 
+def build_images(args: argparse.Namespace, split: str, labels: bool = True) -> Images:
+    """A split of the images, see data_sets.table.build_dataset."""
+    return build_dataset(args.dataset, args.data_path, split, **data_options(args), labels=labels)
+
+
+def build_split_images(args: argparse.Namespace) -> tuple[Images, Images, int]:
+    """Training and test images, and the number of classes, see data_sets.table.build_splits."""
+    settings = args.dataset, args.data_path, args.nb_classes
+    return build_splits(*settings, **data_options(args), val_split=args.val_split, seed=args.seed)
+
+
 def run_test_images(args: argparse.Namespace) -> Images:
     """The test images of a finished run with these arguments."""
     if args.val_split:
-        return build_splits(args.dataset, args.data_path, None, **split_options(args))[1]
-    return build_dataset(args.dataset, args.data_path, "val", **data_options(args))
-
-
-def split_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The options of data_sets.table.build_splits that the arguments set."""
-    return {**data_options(args), "val_split": args.val_split, "seed": args.seed}
+        return build_split_images(argparse.Namespace(**{**vars(args), "nb_classes": None}))[1]
+    return build_images(args, "val")
 
 
 def timeouts(args: argparse.Namespace) -> Timeouts:
@@ -129,12 +141,6 @@ NODE_FLAGS = set(
     dataloader_affinity_hack
     """.split()  # noqa: SIM905
 )
-
-
-def processes(args: argparse.Namespace) -> dict[str, Any]:
-    """The options of runtime.processes.process_group that the arguments set."""
-    shared = {f"--{name}": value for name, value in plain(args).items() if name not in NODE_FLAGS}
-    return {"device": args.device, "dist_url": args.dist_url, "timeouts": timeouts(args), "arguments": shared}
 
 
 def identity(args: argparse.Namespace, facts: dict[str, Any] | None = None) -> dict[str, Any]:
