@@ -22,10 +22,6 @@ from util.files import without_credentials
 from util.rendezvous import NotJoined
 from util.workers import DeadWorker, worker_failure
 
-# ---------------------------------------------------------------------------------------------------------------------
-# types of arguments: text -> value, or ArgumentTypeError with what is allowed and what was given
-# ---------------------------------------------------------------------------------------------------------------------
-
 
 def number(kind: type, requirement: str, allowed: Callable[[float], bool]) -> Callable[[str], Any]:
     """An argparse type; NaN, infinity and integers beyond 64 bits are never allowed."""
@@ -55,6 +51,12 @@ positive_share = number(float, "in (0, 1]", lambda value: 0 < value <= 1)
 inner_share = number(float, "in (0, 1)", lambda value: 0 < value < 1)
 
 
+def refuse(applies: object, message: str) -> None:
+    """ValueError where a mistake applies."""
+    if applies:
+        raise ValueError(message)
+
+
 def named_path(text: str) -> Path:
     """An argparse type: a path. An empty text, of an unset shell variable, would be the current folder."""
     if not text.strip():
@@ -62,9 +64,7 @@ def named_path(text: str) -> Path:
     return Path(text)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# parser
-# ---------------------------------------------------------------------------------------------------------------------
+METAVARS = {int: "N", float: "X", Path: "PATH", named_path: "PATH"}
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
@@ -79,9 +79,6 @@ class Help(argparse.RawDescriptionHelpFormatter):
 
     def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
         return METAVARS.get(action.type) or getattr(action.type, "metavar", None) or action.dest.upper()
-
-
-METAVARS = {int: "N", float: "X", Path: "PATH", named_path: "PATH"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -103,11 +100,7 @@ class Parser(argparse.ArgumentParser):
         """Add the groups of flags of a TOML file, see flags.toml.
 
         tables: the names that `choices` and braces in the help stand for, or one text for the help; types of flags."""
-        texts = {
-            name: table if isinstance(table, str) else ", ".join(table)
-            for name, table in tables.items()
-            if not callable(table)
-        }
+        texts = {k: v if isinstance(v, str) else ", ".join(v) for k, v in tables.items() if not callable(v)}
         for title, group in groups.items():
             shared, own = FLAGS.get(group.get("include"), {}), {k: v for k, v in group.items() if isinstance(v, dict)}
             self.groups[title] = self.add_argument_group(title)
@@ -207,11 +200,6 @@ def checked(args: argparse.Namespace, *checks: Callable[[argparse.Namespace], An
     except ValueError as error:
         fail(error, 2)
     return args
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# running a program
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def run_main(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:

@@ -3,7 +3,7 @@
 import argparse
 
 from cli.arguments import check_training, program_parser
-from cli.console import Parser
+from cli.console import Parser, refuse
 from data_sets.table import DATASETS
 from encoders.libraries import library_of
 
@@ -20,17 +20,16 @@ def mixes(args: argparse.Namespace) -> bool:
 def check(args: argparse.Namespace) -> None:
     """Refuse arguments that contradict each other; ValueError."""
     check_training(args)
-    if library_of(args.finetune):
-        raise ValueError(f"--finetune {args.finetune} is run by its library, frozen: name a file or a catalogue name")
-    if args.dataset in DATASETS and DATASETS[args.dataset].multi_label:
-        raise ValueError(f"--dataset {args.dataset} has several labels per image: probe it with main_linprobe.py")
-    if args.eval and not args.resume:
-        raise ValueError("--eval needs a classifier: name its file with --resume")
-    if args.amp == "float16" and not args.eval:
-        raise ValueError("--amp float16 would need a loss scaler to train; use bfloat16")
-    if args.global_pool and args.cls_token:
-        raise ValueError("--global_pool classifies the mean patch and --cls_token [cls]: drop one of them")
-    if args.cutmix_minmax is not None and args.cutmix_minmax[0] >= args.cutmix_minmax[1]:
-        raise ValueError("--cutmix_minmax {} {}: MIN must be smaller than MAX".format(*args.cutmix_minmax))
-    if mixes(args) and args.batch_size % 2 and not args.eval:
-        raise ValueError(f"--batch_size {args.batch_size} must be even: mixup and cutmix pair images")
+    weights, dataset, sides = args.finetune, args.dataset, args.cutmix_minmax
+    refuse(library_of(weights), f"--finetune {weights} is run by its library, frozen: name a file or a catalogue name")
+    multi_label = dataset in DATASETS and DATASETS[dataset].multi_label
+    refuse(multi_label, f"--dataset {dataset} has several labels per image: probe it with main_linprobe.py")
+    refuse(args.eval and not args.resume, "--eval needs a classifier: name its file with --resume")
+    scaled = args.amp == "float16" and not args.eval
+    refuse(scaled, "--amp float16 would need a loss scaler to train; use bfloat16")
+    both = args.global_pool and args.cls_token
+    refuse(both, "--global_pool classifies the mean patch and --cls_token [cls]: drop one of them")
+    empty = sides is not None and sides[0] >= sides[1]
+    refuse(empty, f"--cutmix_minmax {' '.join(map(str, sides or ()))}: MIN must be smaller than MAX")
+    odd = mixes(args) and args.batch_size % 2 and not args.eval
+    refuse(odd, f"--batch_size {args.batch_size} must be even: mixup and cutmix pair images")

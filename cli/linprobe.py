@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cli.arguments import RESUMABLE_FLAGS, check_training, plain, program_flags, program_parser
-from cli.console import Parser, parse
+from cli.console import Parser, parse, refuse
 from cli.encoder_arguments import precision
 from data_sets.table import DATASETS
 from encoders.architectures import check_blocks, known_depth
@@ -59,58 +59,52 @@ def small_command(args: argparse.Namespace) -> str:
 
 def check(args: argparse.Namespace) -> None:
     """Resolve arguments that depend on each other; ValueError for contradictions."""
-    if "logreg" in args.optimizer:
-        _check_logreg(args)
+    logreg = "logreg" in args.optimizer
+    if logreg:
+        _settle_logreg(args)
     check_training(args)
-    if args.global_pool:
-        raise ValueError(
-            "--global_pool is MAE's probe of the mean patch through a new, untrained fc_norm, which is not offered: "
-            "use --cls_features pos (tokens before the last norm) or --cls_features pos --final_norm"
-        )
+    refuse(
+        args.global_pool,
+        "--global_pool is MAE's probe of the mean patch through a new, untrained fc_norm, which is not offered: "
+        "use --cls_features pos (tokens before the last norm) or --cls_features pos --final_norm",
+    )
     if args.cls_token:
-        if args.cls_features not in (None, ["cls"]):
-            raise ValueError("--cls_token is MAE's probe of [cls]: omit --cls_features or --cls_token")
+        other = args.cls_features not in (None, ["cls"])
+        refuse(other, "--cls_token is MAE's probe of [cls]: omit --cls_features or --cls_token")
         args.final_norm, args.init = True, "trunc_normal"
     args.cls_features = args.cls_features or ["cls"]
     for head in heads(args, known_depth(args.model)):
         for part in parts_of(head, {}):
             check_aggregation(part.aggregation, not args.no_cls_token)
     check_blocks(args.return_block or [], known_depth(args.model))
-    logreg = "logreg" in args.optimizer
-    refused = {
-        f"--lr {args.lr} sets one rate, --blr {args.blr} several: omit one": args.lr is not None and len(args.blr) > 1,
-        "--eval evaluates a checkpoint: name it with --resume": args.eval and not args.resume,
-        "batch normalisation needs at least two images: raise --batch_size or --bn_group": (
-            args.bn_group or args.batch_size
-        )
-        < 2,
-        "--report best is the epoch that is best on the test set, which --val_fraction uses once: omit one of them": (
-            args.val_fraction and args.report == "best"
-        ),
-        f"--cache_views must be <= --epochs {args.epochs}, as an epoch uses one view; got {args.cache_views}": (
-            args.cache_views > args.epochs and not logreg
-        ),
-        f"--cache_views must be 1 without augmentation (--crop center), got {args.cache_views}": (
-            args.crop == "center" and args.cache_views > 1
-        ),
-        "--cache_dir stores the features of --cache_views: set it to the number of views": (
-            args.cache_dir is not None and not args.cache_views
-        ),
-        f"--shots {' '.join(map(str, args.shots))} needs --optimizer logreg": args.shots and not logreg,
-        "--save_predictions needs an --output_dir to write to": args.save_predictions and not args.output_dir,
-    }
-    if wrong := [message for message, applies in refused.items() if applies]:
-        raise ValueError(wrong[0])
+    several = args.lr is not None and len(args.blr) > 1
+    refuse(several, f"--lr {args.lr} sets one rate, --blr {args.blr} several: omit one")
+    refuse(args.eval and not args.resume, "--eval evaluates a checkpoint: name it with --resume")
+    single = (args.bn_group or args.batch_size) < 2
+    refuse(single, "batch normalisation needs at least two images: raise --batch_size or --bn_group")
+    refuse(
+        args.val_fraction and args.report == "best",
+        "--report best is the epoch that is best on the test set, which --val_fraction uses once: omit one of them",
+    )
+    if not logreg:
+        rule = f"--cache_views must be <= --epochs {args.epochs}, as an epoch uses one view"
+        refuse(args.cache_views > args.epochs, f"{rule}; got {args.cache_views}")
+        refuse(args.shots, f"--shots {' '.join(map(str, args.shots))} needs --optimizer logreg")
+    same = args.crop == "center" and args.cache_views > 1
+    refuse(same, f"--cache_views must be 1 without augmentation (--crop center), got {args.cache_views}")
+    unused = args.cache_dir is not None and not args.cache_views
+    refuse(unused, "--cache_dir stores the features of --cache_views: set it to the number of views")
+    refuse(args.save_predictions and not args.output_dir, "--save_predictions needs an --output_dir to write to")
     if args.dataset in DATASETS and DATASETS[args.dataset].multi_label:
         for flag in ("per_class", "knn", "shots"):
-            if getattr(args, flag):
-                raise ValueError(f"--{flag} needs one label per image; --dataset {args.dataset} has several: omit it")
+            problem = f"--{flag} needs one label per image; --dataset {args.dataset} has several: omit it"
+            refuse(getattr(args, flag), problem)
 
 
-def _check_logreg(args: argparse.Namespace) -> None:
+def _settle_logreg(args: argparse.Namespace) -> None:
     """Replace what logreg has no use for: epochs, rates, and, without --cache_views, augmentation."""
-    if len(set(args.optimizer)) > 1:
-        raise ValueError(f"--optimizer {' '.join(args.optimizer)}: logreg has no epochs; give it a run of its own")
+    several = len(set(args.optimizer)) > 1
+    refuse(several, f"--optimizer {' '.join(args.optimizer)}: logreg has no epochs; give it a run of its own")
     if not args.cache_views:
         args.crop, args.cache_views = "center", 1
     if len(set(args.l2)) > 1:

@@ -81,17 +81,13 @@ class Progress(Resumable, Generic[AnyRecord]):
     def position(self) -> tuple[int, int]:
         return len(self.results), self.seen
 
-    @property
-    def at_start(self) -> bool:
-        return self.position == (0, 0)
-
     def done_so_far(self) -> str:
         return f"{self.seen} of {self.images} images ({self.names[len(self.results)]})"
 
     def reach(self, batches: int) -> None:
         """Every process has done this many batches since this start; a checkpoint if one is due."""
         self.seen = min(self.first + batches * self.batch_size * world_size(), self.images)
-        new = not self.at_start and self.saved_position != self.position
+        new = self.position not in (self.first_position, self.saved_position)
         if agree(self.overdue)[0] and new:
             self.save()
 

@@ -15,10 +15,18 @@ from util.distributed import barrier, leave, rank
 class Resumable(abc.ABC):
     """A run with a `position` (what it counts, smaller units within larger ones) that checkpoints bring back."""
 
-    def __init__(self, program: str, folder: RunFolder, identity: dict[str, Any], save_every_minutes: float):
-        """identity: plain data that must be equal when the run is resumed, and on all its processes."""
+    def __init__(
+        self,
+        program: str,
+        folder: RunFolder,
+        identity: dict[str, Any],
+        save_every_minutes: float,
+        first_position: tuple[int, int] = (0, 0),
+    ):
+        """identity: plain data that must be equal when the run is resumed, and on all its processes. first_position:
+        where nothing has been computed that a checkpoint would keep."""
         self.program, self.folder, self.identity = program, folder, identity
-        self.save_every_minutes = save_every_minutes
+        self.save_every_minutes, self.first_position = save_every_minutes, first_position
         self.saved_position: tuple[int, int] | None = None  # of the newest checkpoint in the folder
         self.saved_at = time.monotonic()
 
@@ -26,11 +34,6 @@ class Resumable(abc.ABC):
     @abc.abstractmethod
     def position(self) -> tuple[int, int]:
         """Epoch and optimizer steps, or pass and images, that are completed."""
-
-    @property
-    @abc.abstractmethod
-    def at_start(self) -> bool:
-        """Whether nothing has been computed that a checkpoint would keep."""
 
     @abc.abstractmethod
     def done_so_far(self) -> str:
@@ -60,7 +63,7 @@ class Resumable(abc.ABC):
     def _save_for_later(self) -> str:
         if self.folder.read_path is None:
             return "nothing saved, because --output_dir is empty"
-        if self.saved_position is None and self.at_start:
+        if self.saved_position is None and self.position == self.first_position:
             return "at the very start, with nothing to save"
         if self.saved_position != self.position:
             self.save()

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from data_sets.loader import Loader, Sample, Watched
 from data_sets.order import GlobalBatches
@@ -21,7 +21,9 @@ from runtime.folder import RunFolder
 from runtime.resumable import Resumable, check_identity
 from util import signals
 from util.distributed import GradientMean, agree, rank, training_limit, world_size
-from util.progress import log, peak_memory, throughput
+from util.progress import log, peak_memory
+
+LOADER_BOUND = 0.3  # share of the time that an epoch waits for data
 
 
 class Method(Protocol):
@@ -58,13 +60,11 @@ class Method(Protocol):
 
 
 class OneNetwork:
-    """What the Methods have in common that train one network, of weights in a published layout, with one loss."""
+    """A Method that trains one network, of weights in a published layout, with one loss; its engine adds `losses`."""
 
     state_name, names = "model", ("",)
 
-    def __init__(
-        self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, device: torch.device, amp: torch.dtype
-    ):  # fmt: skip
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device, amp: torch.dtype):
         self.model, self.optimizer, self.device, self.amp = model, optimizer, device, amp
         self.parameters = [p for p in model.parameters() if p.requires_grad]
 
@@ -97,7 +97,9 @@ class EpochStats(NamedTuple):
 
     def speed(self) -> str:
         """In words, for the log."""
-        return throughput(self.images_per_second, self.data_wait, self.memory_gib)
+        bound = " (loader-bound)" if self.data_wait > LOADER_BOUND else ""
+        wait = f"{100 * self.data_wait:.0f} % of the time waiting for data{bound}"
+        return f"{self.images_per_second:.0f} images/s, {wait}, {self.memory_gib:.1f} GiB at most"
 
     def costs(self) -> dict[str, float]:
         return {name: getattr(self, name) for name in ("images_per_second", "data_wait", "memory_gib")}
@@ -140,9 +142,8 @@ class Training(Resumable):
         self.plan, self.method, self.optimizer, self.schedule = plan, method, optimizer, schedule
         self.loader, self.batches = loader, batches
         identity = {"effective batch": batches.effective, **(identity or {})}
-        super().__init__(method.program, folder, identity, plan.save_every_minutes)
-        self.epoch = self.first_epoch = first_epoch
-        self.done = 0
+        super().__init__(method.program, folder, identity, plan.save_every_minutes, (first_epoch, 0))
+        self.epoch, self.done = first_epoch, 0
         self.history: list[dict] = []  # what the program keeps of earlier epochs
         self.diverged_at = torch.full((len(method.names),), -1, device=method.device)  # step of the run; -1: it did not
         self.reported: set[int] = set()  # losses whose divergence was reported
@@ -158,10 +159,6 @@ class Training(Resumable):
     @property
     def position(self) -> tuple[int, int]:
         return self.epoch, self.done
-
-    @property
-    def at_start(self) -> bool:
-        return self.position == (self.first_epoch, 0)
 
     def done_so_far(self) -> str:
         return f"{self.done} of {self.batches.steps} steps of epoch {self.epoch}"

@@ -25,7 +25,7 @@ CASES = {
     "another rate": (["main_linprobe"], "", "--lr 2", "", ["--lr (None on rank 0, 2.0 on rank 1)"]),
     "another seed": (["main_analyze_attention"], "", "--seed 3", "", ["--seed (0 on rank 0, 3 on rank 1)"]),
     "other code": (["main_linprobe"], "", "", PATCH + "p.code_digest = lambda: '0'", ["code ("]),
-    "another PyTorch": (["main_linprobe"], "", "", PATCH + "p.installed_versions = lambda: {'torch': '1.0'}",
+    "another PyTorch": (["main_linprobe"], "", "", PATCH + "p.versions = lambda: {'torch': '1.0'}",
                         ["torch (", "1.0 on rank 1"]),
     "another checkpoint": (["main_pretrain"], "--output_dir run --resume auto", "", "os.chdir('node1')",
                            ["checkpoint run/checkpoint-0.pth ("]),
