@@ -37,7 +37,7 @@ class Resumable(abc.ABC):
 
     @abc.abstractmethod
     def done_so_far(self) -> str:
-        """The position in words, for the line about the saved run."""
+        """The position, for the line about the saved run."""
 
     @abc.abstractmethod
     def save(self) -> None:
@@ -45,8 +45,7 @@ class Resumable(abc.ABC):
 
     @property
     def overdue(self) -> bool:
-        minutes = self.save_every_minutes
-        return bool(minutes) and time.monotonic() - self.saved_at >= 60 * minutes
+        return 0 < self.save_every_minutes <= (time.monotonic() - self.saved_at) / 60
 
     def _write(self, index: int, state: dict[str, Any], step: int | None, keep: int = 2) -> None:
         self.folder.save_checkpoint(index, {**state, "identity": self.identity}, keep, step)
@@ -94,8 +93,7 @@ def check_identity(now: dict[str, Any], before: dict[str, Any], advice: str = "n
 
     A name that only one of the two has is not compared: flags come and go between versions.
     """
-    changed = [
-        f"{name} was {before[name]}, is {now[name]}" for name in now if name in before and before[name] != now[name]
-    ]
-    if changed:
-        raise AnotherRun(f"--resume: this is another run ({'; '.join(changed)}): {advice}")
+    differing = [name for name in now if name in before and before[name] != now[name]]
+    if differing:
+        changed = "; ".join(f"{name} was {before[name]}, is {now[name]}" for name in differing)
+        raise AnotherRun(f"--resume: this is another run ({changed}): {advice}")

@@ -192,7 +192,9 @@ class Training(Resumable):
         start, earlier, waited = time.perf_counter(), self.seconds, self.waited
         for micro_step, sample in enumerate(watched, start=self.done * accum_iter):
             if micro_step % accum_iter == 0:
-                self._set_rates(self.epoch + self.done / steps)
+                for group in self.optimizer.param_groups:
+                    rate = self.schedule(self.epoch + self.done / steps, group["peak_lr"])
+                    group["lr"] = rate * group.get("lr_scale", 1.0)
             chunk = micro_step * world_size() + rank()  # counted as by GlobalBatches: alike for any split
             losses = self.method.losses(sample, (self.plan.seed, self.epoch, chunk))
             if losses is not None:
@@ -219,10 +221,6 @@ class Training(Resumable):
         self._clear()
         self.save()
 
-    def _set_rates(self, epoch: float) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.schedule(epoch, group["peak_lr"]) * group.get("lr_scale", 1.0)
-
     def _update(self, losses: Tensor) -> None:
         """One optimizer step with losses (S,); nothing here waits for a GPU, but for reports."""
         before = self.diverged_at < 0
@@ -232,13 +230,10 @@ class Training(Resumable):
         self.loss_sum += torch.where(alive, losses, torch.nan)
         if self.done % max(1, self.batches.steps // 20) == 0:
             self._look_for_divergence()
-            values = {f"train_loss{self._suffix(i)}": loss for i, loss in enumerate(losses.tolist())}
-            values = {name: loss for i, (name, loss) in enumerate(values.items()) if i not in self.reported}
+            tags = [f"train_loss/{name}".removesuffix("/") for name in self.method.names]
+            values = {tags[i]: loss for i, loss in enumerate(losses.tolist()) if i not in self.reported}
             self.folder.scalars({**values, "lr": first_of(self.optimizer.param_groups[0]["lr"])}, self.steps_done)
         self.done += 1
-
-    def _suffix(self, index: int) -> str:
-        return f"/{self.method.names[index]}" if self.method.names[index] else ""
 
     # -- divergence ---------------------------------------------------------------------------------------------------
 
@@ -256,15 +251,14 @@ class Training(Resumable):
         where = [f"epoch {step // self.batches.steps}, step {step % self.batches.steps}" for step in steps]
         if min(steps) >= 0:
             what = "training" if len(steps) == 1 else "every one of the probes"
-            place = where[steps.index(max(steps))]
-            error = FloatingPointError(
-                f"{what} diverged: the loss or its gradient is not finite in {place}; lower the learning rate"
-            )
+            cause = f"the loss or its gradient is not finite in {where[steps.index(max(steps))]}"
+            error = FloatingPointError(f"{what} diverged: {cause}; lower the learning rate")
             error.reported_here = rank() == 0
             raise error
-        for index in (i for i, step in enumerate(steps) if step >= 0 and i not in self.reported):
-            self.reported.add(index)
-            log.warning("%s diverged in %s: it stays as it was", self.method.names[index], where[index])
+        for index, step in enumerate(steps):
+            if step >= 0 and index not in self.reported:
+                self.reported.add(index)
+                log.warning("%s diverged in %s: it stays as it was", self.method.names[index], where[index])
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
@@ -281,12 +275,9 @@ class Training(Resumable):
         """Write a checkpoint. FloatingPointError instead where nothing is left to train."""
         self._look_for_divergence()
         ended = self.done == 0
-        state = {
-            "loss_sum": self.loss_sum, "seconds": self.seconds, "waited": self.waited, "history": self.history,
-            "scalars": self.last_scalars if ended else {}, "diverged_at": self.diverged_at.tolist(),
-            self.method.state_name: self.method.state(), "optimizer": self.optimizer.state_dict(),
-            "elapsed": self.elapsed,
-        }  # fmt: skip
+        state = {name: getattr(self, name) for name in ("loss_sum", "seconds", "waited", "elapsed", "history")}
+        state |= {"scalars": self.last_scalars if ended else {}, "diverged_at": self.diverged_at.tolist()}
+        state |= {self.method.state_name: self.method.state(), "optimizer": self.optimizer.state_dict()}
         self._write(self.epoch - ended, state, None if ended else self.done)
 
     def resume(self, resume: str, evaluate_only: bool = False, evaluated: Sequence[str] = ()) -> None:
@@ -296,16 +287,12 @@ class Training(Resumable):
         self.evaluated = evaluated
         state = self._find(resume, lambda state: self._restore(state, evaluate_only), evaluate_only)
         if state is not None and not evaluate_only:
-            self.epoch, self.done = state["epoch"], state["step"]
-            if self.done is None:
-                self.epoch, self.done = self.epoch + 1, 0
             self.saved_position = self.position if self.folder.kept else None  # None: it is in another folder
             if self.epoch >= self.plan.epochs:
                 log.info("all %d epochs are done: only the results are written again", self.plan.epochs)
 
     def _restore(self, state: dict, evaluate_only: bool) -> None:
-        """Take over all of a checkpoint but its position. ValueError where it does not fit, AnotherRun where that is
-        because of the arguments."""
+        """Take over a checkpoint. ValueError where it does not fit, AnotherRun where the arguments differ."""
         name = self.method.state_name
         with self._checking(state, {name, "optimizer", "history", "loss_sum", "diverged_at", "scalars"}):
             if evaluate_only:
@@ -338,6 +325,7 @@ class Training(Resumable):
             raise ValueError(f"its history is of the epochs {evaluated}")
         self.history = list(history)
         self.last_scalars = {name: float(value) for name, value in state["scalars"].items()}
+        self.epoch, self.done = (epoch + 1, 0) if step is None else (epoch, step)
 
     def start(self, record: dict[str, Any]) -> None:
         """Open the records of the run: what was asked, and TensorBoard from where the run stands."""
