@@ -55,10 +55,9 @@ def add_groups(parser: Parser, groups: dict[str, Any], **tables: Any) -> None:
 
 def loading(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """The options of data_sets.loader.build_loader that the arguments set. device: of the encoder."""
-    return {
-        "num_workers": args.num_workers, "pin_memory": args.pin_mem and device.type == "cuda",
-        "affinity_hack": args.dataloader_affinity_hack, "device": device,
-    }  # fmt: skip
+    pin = args.pin_mem and device.type == "cuda"
+    workers = {"num_workers": args.num_workers, "affinity_hack": args.dataloader_affinity_hack}
+    return {**workers, "pin_memory": pin, "device": device}
 
 
 def data_options(args: argparse.Namespace) -> dict[str, Any]:

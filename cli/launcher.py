@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import NamedTuple
 
 from cli.arguments import check_files, identity, program_parser
-from cli.console import Parser, parse
+from cli.console import Parser, parse, refuse
 from util.lazy import lazy
 
 torch = lazy("torch")
@@ -34,16 +34,15 @@ def check(args: argparse.Namespace) -> None:
     """Choose the cluster, and refuse what no job can be; ValueError."""
     if args.cluster is None:
         args.cluster = "slurm" if args.dry_run or shutil.which("sbatch") else "local"
-    if args.cluster == "slurm" and not (args.dry_run or shutil.which("sbatch")):
-        raise ValueError("--cluster slurm: sbatch is not installed here; --cluster local runs the job on this machine")
-    if args.cluster == "local" and args.nodes > 1:
-        raise ValueError(f"--nodes {args.nodes}: --cluster local is this one machine")
-    if "%" in str(args.job_dir):
-        raise ValueError(f"--job_dir {args.job_dir}: SLURM replaces % and the letter after it; name a folder without %")
-    if args.timeout * 60 <= WARNING:
-        raise ValueError(f"--timeout {args.timeout}: must exceed {WARNING} seconds, the notice before a job is stopped")
-    if bad := [pair for pair in args.slurm if "=" not in pair]:
-        raise ValueError(f"--slurm {bad[0]}: write NAME=VALUE, as in --slurm exclude=node3")
+    absent = args.cluster == "slurm" and not (args.dry_run or shutil.which("sbatch"))
+    refuse(absent, "--cluster slurm: sbatch is not installed here; --cluster local runs the job on this machine")
+    refuse(args.cluster == "local" and args.nodes > 1, f"--nodes {args.nodes}: --cluster local is this one machine")
+    folder = f"--job_dir {args.job_dir}"
+    refuse("%" in folder, f"{folder}: SLURM replaces % and the letter after it; name a folder without %")
+    notice = f"must exceed {WARNING} seconds, the notice before a job is stopped"
+    refuse(args.timeout * 60 <= WARNING, f"--timeout {args.timeout}: {notice}")
+    for pair in args.slurm:
+        refuse("=" not in pair, f"--slurm {pair}: write NAME=VALUE, as in --slurm exclude=node3")
 
 
 class Planned(NamedTuple):
@@ -55,17 +54,16 @@ class Planned(NamedTuple):
 
 def plan(args: argparse.Namespace, argv: list[str]) -> list[Planned]:
     """The jobs to submit, each with its run folder and its program's arguments; ValueError where these are invalid."""
-    if not all(values for _, *values in args.sweep):
-        flag = next(flag for flag, *values in args.sweep if not values)
-        raise ValueError(f"--sweep {flag}: write the values after the flag")
-    jobs = []
+    jobs: list[Planned] = []
+    for flag, *values in args.sweep:
+        refuse(not values, f"--sweep {flag}: write the values after the flag")
     for combination in itertools.product(*([(flag, value) for value in values] for flag, *values in args.sweep)):
         extra = [text for flags, values in combination for text in sweep_arguments(flags, values)]
         name = "_".join(f"{flags}={values}" for flags, values in combination)
         folder = args.job_dir.resolve() / re.sub(r"[^\w.,=+-]+", "_", name)
         jobs.append(Planned(folder, program_arguments(args, [*argv, *extra], folder)))
-    if len({job.folder for job in jobs}) < len(jobs):
-        raise ValueError("--sweep: two jobs would share a folder; write every value once")
+    shared = len({job.folder for job in jobs}) < len(jobs)
+    refuse(shared, "--sweep: two jobs would share a folder; write every value once")
     return jobs
 
 

@@ -84,7 +84,9 @@ def come_back(job: submitit.JobEnvironment, stop: signals.Stopped) -> NoReturn:
         if on_slurm:  # where a process that ends takes the others along
             _wait_for_requeue()
         _leave(job)
-    if _a_process_failed(job):  # SLURM ends the others with the signal of a pre-emption
+    # each process removes what an earlier start has left, so that an error is of this start
+    paths = [JobPaths(os.environ["SUBMITIT_FOLDER"], job.job_id, rank) for rank in range(job.num_tasks)]
+    if any(path.result_pickle.exists() for path in paths):  # SLURM ends the others with the signal of a pre-emption
         _leave(job, "ended, because another of its processes has failed")
     print(f"job {job.job_id} goes back into the queue", file=sys.stderr)
     try:
@@ -133,10 +135,3 @@ def state_of(job_id: str) -> str | None:
     if answer.stdout.split():
         return answer.stdout.split()[0]
     return GONE if answer.returncode == 0 or "Invalid job id" in answer.stderr else None
-
-
-def _a_process_failed(job: submitit.JobEnvironment) -> bool:
-    """Whether a process of this start has left an error; every one removes what an earlier start has left."""
-    folder = os.environ["SUBMITIT_FOLDER"]
-    ranks = range(job.num_tasks)
-    return any(JobPaths(folder, job_id=job.job_id, task_id=rank).result_pickle.exists() for rank in ranks)

@@ -499,7 +499,7 @@ def test_both_programs_take_a_stated_encoder_of_any_size(write, state, image_fol
     [
         (["--model", "file"], "--model file needs weights"),
         (["--grid", "4", "4"], r"--grid .* needs weights"),
-        (["--std", "0.5", "0", "0.5"], "--std 0.5 0.0 0.5: values must be positive"),
+        (["--std", "0.5", "0", "0.5"], "--std 0.5 0.0 0.5: must be above 0"),
         (["--mean", "123", "116", "103"], "--mean 123.0 116.0 103.0: .* from 0 to 1"),
         (["--mean", "nan", "0", "0"], "--mean nan"),
         (["--timm_name", "vit_base_patch16_224"], "--timm_name vit_base_patch16_224 needs weights"),
