@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cli.console import Parser, checked, parse
+from cli.console import FLAGS, Parser, checked, parse
 from cli.encoder_arguments import check_input_size, check_weights, encoder_tables, settle_model
 from data_sets.images import ON_BAD_IMAGE, Images
 from data_sets.order import micro_steps_of_a_group
@@ -24,6 +24,9 @@ from util.files import to_json
 
 if TYPE_CHECKING:
     import torch
+
+
+RESUMABLE_FLAGS, NODE_FLAGS = set(FLAGS["may change when resumed"]), set(FLAGS["may differ between processes"])
 
 
 def program_flags(program: str) -> dict[str, Any]:
@@ -119,27 +122,6 @@ def check_files(args: argparse.Namespace, remote: bool = False) -> None:
     resume = getattr(args, "resume", "")
     if not (remote or resume in ("", "auto") or Path(resume).is_file()):
         raise ValueError(f"--resume {resume}: no such file")
-
-
-# flags that may change when a run is resumed: where it runs and what it reports, not what it computes (the weights of
-# --finetune are compared by their digest, so the file may move)
-RESUMABLE_FLAGS = set(
-    """
-    output_dir log_dir resume device num_workers pin_mem dataloader_affinity_hack dist_url dist_timeout world_size
-    local_rank args_from data_path accum_iter eval eval_every report dist_eval suffix save_predictions knn per_class
-    cache_dir offline on_bad_image multilabel_metric finetune save_every_minutes save_every_steps figure_every
-    loc_workers images num_examples draw_threshold track preset
-    """.split()  # noqa: SIM905
-)
-
-
-# arguments that processes of one run may have different values of: paths (their content is compared) and resources
-NODE_FLAGS = set(
-    """
-    data_path finetune args_from cache_dir local_rank device num_workers loc_workers pin_mem
-    dataloader_affinity_hack
-    """.split()  # noqa: SIM905
-)
 
 
 def identity(args: argparse.Namespace, facts: dict[str, Any] | None = None) -> dict[str, Any]:
