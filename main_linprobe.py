@@ -190,40 +190,23 @@ class Setup:
         """Everything that cached features depend on; nothing for a cache in memory, which needs no name."""
         if self.args.cache_dir is None:
             return {}
-        versions = provenance(self.device)["versions"]
-        return {
-            "encoder": self.encoder.facts(self.size),
-            "oracle": self.oracle and self.oracle.facts,
-            "images": [fingerprint(part, local=True) for part in (self.train, self.test)],
-            "held out": self.held_out,
-            "arguments": flags.feature_arguments(self.args),
-            "device": self.device.type,
-            "code": code_digest(),
-            "versions": {name: versions[name] for name in ("torch", "torchvision", "pillow", "numpy")},
-        }
+        versions, libraries = provenance(self.device)["versions"], ("torch", "torchvision", "pillow", "numpy")
+        networks = {"encoder": self.encoder.facts(self.size), "oracle": self.oracle and self.oracle.facts}
+        images = [fingerprint(part, local=True) for part in (self.train, self.test)]
+        inputs = {"images": images, "held out": self.held_out, "arguments": flags.feature_arguments(self.args)}
+        code = {"code": code_digest(), "versions": {name: versions[name] for name in libraries}}
+        return {**networks, **inputs, "device": self.device.type, **code}
 
-    def record(self, batches: GlobalBatches | Fits, lrs: dict[str, float], facts: dict[str, Any]) -> dict[str, Any]:
-        """What args.json and results.json say about the run."""
-        args = self.args
-        return {
-            "args": plain(args),
-            "encoder": self.encoder.record,
-            "effective_batch": batches.effective,
-            "bn_group": args.bn_group or args.batch_size,
-            "steps_per_epoch": batches.steps,
-            "lr": lrs,
-            "n_train": len(self.kept),
-            "n_val": len(self.held_out),
-            "n_test": len(self.test),
-            "classes": self.classes,
-            "class_names": list(map(str, self.train.classes)),
-            "headline": self.metric,
-            "train_images": facts["training images"],
-            "test_images": facts["test images"],
-            "seeds_vary": flags.seeds_vary(args),
-            "oracle": self.oracle and self.oracle.record,
-            **provenance(self.device),
-        }
+    def record(self, batches: GlobalBatches | Fits, lrs: dict[str, float], images: dict[str, str]) -> dict[str, Any]:
+        """What args.json and results.json say about the run. images: their fingerprints."""
+        args, names = self.args, list(map(str, self.train.classes))
+        record = {"args": plain(args), "encoder": self.encoder.record, "effective_batch": batches.effective}
+        record |= {"bn_group": args.bn_group or args.batch_size, "steps_per_epoch": batches.steps, "lr": lrs}
+        record |= {"n_train": len(self.kept), "n_val": len(self.held_out), "n_test": len(self.test)}
+        record |= {"classes": self.classes, "class_names": names, "headline": self.metric}
+        record |= {"train_images": images["training images"], "test_images": images["test images"]}
+        record |= {"seeds_vary": flags.seeds_vary(args), "oracle": self.oracle and self.oracle.record}
+        return record | provenance(self.device)
 
     def score(self, part: str, keeper: PredictionKeeper | None = None) -> dict[str, dict]:
         """{probe: its scores} on a part of the images. keeper: collects the predictions."""
