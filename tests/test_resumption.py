@@ -154,7 +154,7 @@ def raising(call, number=signal.SIGTERM, nth=1):
 @pytest.mark.parametrize(
     ("place", "name", "nth", "saved"),
     [
-        ("main_linprobe", "build_splits", 1, "nothing to save"),
+        ("main_linprobe", "build_split_images", 1, "nothing to save"),
         ("main_linprobe", "frozen_encoder", 1, "nothing to save"),
         ("data_sets.loader.KeyedDataset", "__getitem__", 1, "with nothing to save"),
         ("data_sets.loader.KeyedDataset", "__getitem__", 14, "saved after 1 of 3 steps of epoch 0"),
