@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any
 
 import torch
 
@@ -23,17 +23,7 @@ def subset(length: int, num_images: int | None, seed: int) -> list[int]:
     return torch.randperm(length, generator=generator)[:num_images].sort().values.tolist()
 
 
-class Record(Protocol):
-    """What a pass accumulates over the images of one process."""
-
-    def state(self) -> dict[str, Any]:
-        """Tensors and plain data from which another record continues."""
-
-
-AnyRecord = TypeVar("AnyRecord", bound=Record)
-
-
-class Progress(Resumable, Generic[AnyRecord]):
+class Progress(Resumable):
     """Passes of an analysis over its images, with checkpoints: checkpoint-<pass>-<images>.pth within a pass, counted
     from 0, and checkpoint-<pass>.pth after it.
 
@@ -47,18 +37,17 @@ class Progress(Resumable, Generic[AnyRecord]):
         folder: RunFolder,
         results: str,
         identity: dict[str, Any],
-        passes: Mapping[str, Callable[[Sequence[dict]], AnyRecord]],
+        passes: Mapping[str, Callable[[Sequence[dict]], Any]],
         images: int,
         batch_size: int,
         save_every_minutes: float = 0,
     ):
         """results: pattern of the names of the result files; identity: plain data that must be equal when the analysis
-        is resumed; passes: {name: makes a pass's record from the states of several processes}; images: of every pass;
-        batch_size: images per process; save_every_minutes: 0 for no checkpoints within a pass."""
+        is resumed; passes: {name: makes a pass's record from the `state()`, tensors and plain data, of those of several
+        processes}; images: of every pass; batch_size: per process; save_every_minutes: 0: not within a pass."""
         super().__init__(program, folder, identity, save_every_minutes)
-        self.pattern = results
-        self.names, self.makers, self.images = list(passes), list(passes.values()), images
-        self.batch_size = batch_size
+        self.pattern, self.images, self.batch_size = results, images, batch_size
+        self.names, self.makers = list(passes), list(passes.values())
         self.results: list[dict] = []  # of the passes behind it
         self._begin([])
 
@@ -127,11 +116,10 @@ class Progress(Resumable, Generic[AnyRecord]):
                 raise ValueError(f"its results are of other passes than {', '.join(self.names)}")
             if seen and not states:
                 raise ValueError("it has the state of no process")
-            if not seen:
-                states = []
-            elif len(states) == world_size():
+            if len(states) == world_size():
                 states = [states[rank()]]
             elif rank() != 0:
                 states = []  # the first process takes over the states of all
+            states = states if seen else []
             self.results = [result for _, result in results]
             self._begin(states, seen, float(state["seconds"]))
