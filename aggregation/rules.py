@@ -216,7 +216,7 @@ def run_pass(
     rules: Sequence[Rule],
     tokens: FrozenTokens,
     loader: Iterable[Sample],
-    progress: Progress[VectorStats | Localization],
+    progress: Progress,
     device: torch.device,
     description: str,
 ) -> None:
