@@ -322,9 +322,7 @@ def test_folder_without_splits_is_analysed_whole(images, tmp_path, result):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--data_path", "/nowhere"], "there is no such folder"),
         (["--model", "vit_giant"], "unknown model 'vit_giant'"),
-        (["--finetune", "missing.pth"], "no such file"),
         (["--num_images", "38"], "choose from 1 to 37"),
         (["--num_images", "0"], "an integer >= 1, got '0'"),
         (["--label", "one", "two"], "2 names for 1 encoders"),
