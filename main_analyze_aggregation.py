@@ -222,7 +222,7 @@ def check_same(facts: dict[str, Any], run: ProbeRun, remedy: str) -> None:
 def find_oracle(
     args: argparse.Namespace, run: ProbeRun | None, needed: bool, encoder: Encoder, size: int, amp: torch.dtype
 ) -> Oracle | None:
-    """The encoder of --oracle, or that of the run's probes. ValueError if a probe was trained with another one."""
+    """The encoder of --oracle, or that of the run's probes. ValueError if a probe was trained with another."""
     if args.oracle is None and not needed:
         return None
     if args.oracle is None:

@@ -235,13 +235,12 @@ def probe_specs(args: argparse.Namespace, backbone: VisionTransformer) -> list[P
     """The probes that the arguments name. ValueError for what does not exist or does not fit the encoder."""
     blocks = args.return_block if args.return_block is not None else [backbone.depth - 1]
     check_blocks(blocks, backbone.depth)
-    placed = [
-        (head, block)
-        for head in flags.heads(args, backbone.depth)
-        for block in dict.fromkeys(own_block(head) if own_block(head) is not None else block for block in blocks)
-    ]
-    settings = itertools.product(placed, args.optimizer, args.blr, args.seeds or [args.seed])
-    return [ProbeSpec(*place, blr, seed, optimizer, args.lr) for place, optimizer, blr, seed in settings]
+    pairs = []
+    for head in flags.heads(args, backbone.depth):
+        own = own_block(head)
+        pairs += [(head, block) for block in (dict.fromkeys(blocks) if own is None else [own])]
+    settings = itertools.product(pairs, args.optimizer, args.blr, args.seeds or [args.seed])
+    return [ProbeSpec(*pair, blr, seed, optimizer, args.lr) for pair, optimizer, blr, seed in settings]
 
 
 def build_optimizer(args: argparse.Namespace, specs: Sequence[ProbeSpec], groups: list[dict]) -> LARS:

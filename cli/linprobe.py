@@ -1,4 +1,4 @@
-"""What main_linprobe.py takes: flags and help in linprobe.toml; how they fit together, and what they mean, here."""
+"""What main_linprobe.py takes: flags and help in linprobe.toml; how they fit together, and their meaning, here."""
 
 from __future__ import annotations
 

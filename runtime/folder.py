@@ -159,8 +159,6 @@ class RunFolder:
             (self.path / LOCK).unlink(missing_ok=True)
             self.lock.close()
 
-    # -- checkpoints --------------------------------------------------------------------------------------------------
-
     def checkpoints(self) -> list[Path]:
         """Checkpoints of this folder, newest first."""
         paths = self.read_path.glob("checkpoint-*.pth") if self.read_path else ()

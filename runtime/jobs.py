@@ -98,8 +98,8 @@ def come_back(job: submitit.JobEnvironment, stop: signals.Stopped) -> NoReturn:
 
 
 def replace_lost_ranks(job: submitit.JobEnvironment, error: BaseException) -> NoReturn:
-    """End a process whose other ranks do not answer: the one that reports it puts the job back, on other nodes if SLURM
-    finds some. Not submitit, which leaves that to rank 0, which may be the lost one."""
+    """End a process whose other ranks do not answer; the one that reports it requeues the job, perhaps on other nodes.
+    submitit would leave that to rank 0, which may be the lost rank."""
     restarts = int(os.environ.get("SLURM_RESTART_COUNT", 0))
     if restarts >= MAX_RESTARTS:
         raise JobFailed(f"{error}, after {restarts} restarts") from None

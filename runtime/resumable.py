@@ -1,4 +1,4 @@
-"""What training and analyses share: checkpoints on time and on request, and going on from one."""
+"""What training and analyses share: checkpoints on time and on request, and resumption."""
 
 import abc
 import contextlib
@@ -41,7 +41,7 @@ class Resumable(abc.ABC):
 
     @abc.abstractmethod
     def save(self) -> None:
-        """Write a checkpoint of the position: all processes together."""
+        """Write a checkpoint of the position; every process must call it."""
 
     @property
     def overdue(self) -> bool:

@@ -96,7 +96,7 @@ class EpochStats(NamedTuple):
     memory_gib: float  # taken by this process so far, at most
 
     def speed(self) -> str:
-        """In words, for the log."""
+        """For the log."""
         bound = " (loader-bound)" if self.data_wait > LOADER_BOUND else ""
         wait = f"{100 * self.data_wait:.0f} % of the time waiting for data{bound}"
         return f"{self.images_per_second:.0f} images/s, {wait}, {self.memory_gib:.1f} GiB at most"
@@ -173,8 +173,6 @@ class Training(Resumable):
         """Seconds since the first epoch began, evaluations too, in all starts of the run."""
         return self.earlier + time.monotonic() - self.began
 
-    # -- the loop -----------------------------------------------------------------------------------------------------
-
     def epochs(self) -> Iterator[int]:
         """The epochs that are left, each to be ended by `end_epoch`."""
         self.began = time.monotonic()
@@ -235,8 +233,6 @@ class Training(Resumable):
             self.folder.scalars({**values, "lr": first_of(self.optimizer.param_groups[0]["lr"])}, self.steps_done)
         self.done += 1
 
-    # -- divergence ---------------------------------------------------------------------------------------------------
-
     def diverged(self) -> dict[str, dict[str, int] | None]:
         """{name of a loss: epoch and step, both from 0, whose loss or gradient was not finite, or None}."""
         return {
@@ -259,8 +255,6 @@ class Training(Resumable):
             if step >= 0 and index not in self.reported:
                 self.reported.add(index)
                 log.warning("%s diverged in %s: it stays as it was", self.method.names[index], where[index])
-
-    # -- checkpoints --------------------------------------------------------------------------------------------------
 
     def _save_or_stop(self) -> None:
         where = f"epoch {self.epoch}, step {self.done}"
