@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cli.console import FLAGS, Parser, checked, parse
-from cli.encoder_arguments import check_input_size, check_weights, encoder_tables, settle_model
+from cli.encoder_arguments import PRECISIONS, check_input_size, check_weights, settle_model
 from data_sets.images import ON_BAD_IMAGE, Images
 from data_sets.order import micro_steps_of_a_group
 from data_sets.packed import is_packed
 from data_sets.table import DATASETS, build_dataset, build_splits, check_dataset
 from data_sets.views import LOADERS
+from encoders.architectures import FROM_FILE
+from encoders.families import FAMILIES
+from encoders.libraries import LIBRARIES
 from runtime.trackers import TRACKERS
 from util.distributed import Timeouts
 from util.files import to_json
@@ -50,8 +53,10 @@ def command_line(parser: Parser, check: Callable[[argparse.Namespace], None]) ->
 def add_groups(parser: Parser, groups: dict[str, Any], **tables: Any) -> None:
     """Parser.add_groups with the tables that shared groups of flags.toml name."""
     shared = {"datasets": DATASETS, "on_bad_image": ON_BAD_IMAGE, "trackers": TRACKERS, "loaders": LOADERS}
-    descriptions = "; ".join(map(": ".join, LOADERS.items()))
-    parser.add_groups(groups, **shared, loader_help=descriptions, **encoder_tables(), **tables)
+    shared |= {"from_file": FROM_FILE, "families": FAMILIES, "precisions": PRECISIONS}
+    shared |= {"libraries": "; ".join(library.names for library in LIBRARIES.values())}
+    shared |= {"loader_help": "; ".join(map(": ".join, LOADERS.items()))}
+    parser.add_groups(groups, **shared, **tables)
     if "--num_workers" in parser.flags:
         parser.set_defaults(num_workers=min(10, len(os.sched_getaffinity(0))))
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import argparse
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from urllib.parse import urlparse
 
-from cli.console import FLAGS, Parser
+from cli.console import FLAGS
 from encoders.architectures import FROM_FILE, architecture, default_input_size
 from encoders.catalogue import CATALOGUE, fetch_weights, known_family
-from encoders.families import FAMILIES
-from encoders.libraries import LIBRARIES, library_of
+from encoders.libraries import library_of
 
 if TYPE_CHECKING:
     import torch
@@ -25,17 +24,6 @@ PRECISIONS = ("bfloat16", "float16", "float32", "none")  # of --amp; none: beyon
 BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # of Intel and AMD, of Arm
 MAX_SIZE = 10_000  # pixels of an input
 EACH = [name for name, options in FLAGS["encoder"].items() if options.get("each") and name != "finetune"]
-
-
-def encoder_tables() -> dict[str, Any]:
-    """What the shared groups `encoder` and `oracle` of flags.toml name, see console.Parser.add_groups."""
-    libraries = "; ".join(library.names for library in LIBRARIES.values())
-    return {"from_file": FROM_FILE, "libraries": libraries, "families": FAMILIES, "precisions": PRECISIONS}
-
-
-def add_encoder_arguments(parser: Parser, several: bool = False) -> None:
-    """For scripts. several: --finetune names any number of encoders; flags of EACH take one value for all or each."""
-    parser.add_groups({"encoder": {"include": "encoder", "several": several}}, **encoder_tables())
 
 
 def precision(name: str) -> torch.dtype:

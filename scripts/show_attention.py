@@ -27,8 +27,9 @@ from torch import Tensor
 
 from attention.metrics import entropy
 from cli.analyze_attention import encoder_labels
+from cli.arguments import add_groups
 from cli.console import Parser, run_main
-from cli.encoder_arguments import add_encoder_arguments, choose_precision, frozen_encoder, one_encoder_each, precision
+from cli.encoder_arguments import choose_precision, frozen_encoder, one_encoder_each, precision
 from data_sets.images import UnreadableImage, read_rgb
 from data_sets.table import build_dataset
 from data_sets.views import eval_transform
@@ -172,7 +173,7 @@ def main(args: argparse.Namespace) -> None:
 if __name__ == "__main__":
     parser = Parser(__doc__)
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="files, or folders of images")
-    add_encoder_arguments(parser, several=True)
+    add_groups(parser, {"encoders": {"include": "encoder", "several": True}})
     parser.add_argument("--label", nargs="+", help="names of the encoders (default: the names of their files)")
     parser.add_argument("--block", type=int, default=-1, help="counted from 0; negative: from the end")
     parser.add_argument(
