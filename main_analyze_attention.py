@@ -82,7 +82,7 @@ def main(args: argparse.Namespace) -> None:
                 result |= {"test_images": facts["images"], "finished": utc_now(), **provenance(world.device)}
                 speed = result["images"] / result["seconds"]
                 log.info("%s: %d images, %.1f images/s", label, result["images"], speed)
-                if args.tsne_blocks and world.is_main:
+                if args.tsne_blocks and world.rank == 0:
                     # one process can stop at once: its pass is complete, and saved
                     with signals.deferred(world.size > 1):
                         result["tsne"] = token_map(backbone, dataset, args.tsne_blocks, args.seed, world.device)

@@ -34,7 +34,7 @@ def process_group(device: str, dist_url: str, timeouts: Timeouts, arguments: dic
             remedy = "start every process with the same command and the same installation"
             require_equal({"code": code_digest(), **versions(), **arguments}, remedy)
             machines = {str(machine) for machine in gather_objects(hardware(world.device))}
-            if len(machines) > 1 and world.is_main:
+            if len(machines) > 1 and world.rank == 0:
                 log.warning("results may differ in the last digits, because the processes run on %s", machines)
         yield world
 

@@ -34,10 +34,6 @@ class World(NamedTuple):
     size: int
     device: torch.device
 
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
-
 
 class Timeouts(NamedTuple):
     """Seconds to wait for other ranks."""
