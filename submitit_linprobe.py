@@ -38,7 +38,7 @@ class SlurmExecutor(submitit.SlurmExecutor):
         return 2
 
     def script(self, jobs: int) -> str:
-        """What would go to sbatch."""
+        """The script for sbatch."""
         self.parameters["map_count"] = jobs if jobs > 1 else None
         return self._make_submission_file_text(self._submitit_command_str, "")
 
@@ -75,7 +75,7 @@ def build_executor(args: argparse.Namespace, code: Path) -> SlurmExecutor | subm
 
 
 def submit(args: argparse.Namespace, planned: list[Planned]) -> list[submitit.Job]:
-    """Hand the jobs over: an array where they are several. ValueError with SLURM's own words where it refuses."""
+    """Submit the jobs, several as an array. ValueError with SLURM's message where it refuses them."""
     code = ROOT
     if not args.no_snapshot:
         code = take_snapshot(args.job_dir.resolve() / "code")
@@ -106,7 +106,7 @@ def results(job: submitit.Job) -> list[tuple[str, str, Path]]:
 
 
 def state(job: submitit.Job) -> str:
-    """In SLURM's words, on one machine too; STOPPED: as requested, and not put back."""
+    """SLURM's name of the state, also for local jobs; STOPPED: ended on request, and not requeued."""
     local = isinstance(job, submitit.LocalJob)
     known = (GONE if job.done() else "RUNNING") if local else state_of(job.job_id)
     if known == GONE and not local:  # the accounts may know, where they are kept

@@ -1,4 +1,4 @@
-"""The folder of a run: what was asked (args.json), what happened (log.txt, trackers), and its checkpoints."""
+"""The folder of a run: its arguments (args.json), its course (log.txt, trackers) and its checkpoints."""
 
 import contextlib
 import fcntl
@@ -91,7 +91,7 @@ class RunFolder:
         remove_leftovers(self.path, FILES)
 
     def start(self, record: dict[str, Any], name: str = "args.json", purge_step: int | None = None) -> None:
-        """Write what was asked, with its provenance, and open the trackers. ValueError where that is not possible.
+        """Write the arguments with their provenance, and open the trackers. ValueError where that is not possible.
 
         purge_step: the first step that is measured now: TensorBoard forgets older values from there on.
         """

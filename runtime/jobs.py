@@ -1,6 +1,6 @@
 """A job: what each of its processes runs, and how it comes back after a stop.
 
-Little is imported here: submitit takes no signals before it has read the Task, and they would end the job.
+It imports little: until submitit has read the Task, a signal would end the job.
 """
 
 import dataclasses
@@ -67,7 +67,7 @@ class Task:
 
 
 def come_back(job: submitit.JobEnvironment, stop: signals.Stopped) -> NoReturn:
-    """End a process that was asked to stop, with its job put back into the queue where that is what the signal meant.
+    """End a process that was asked to stop, and requeue its job where the signal meant that.
 
     Pre-emption and the user's scancel both come as SIGTERM. But SLURM calls a job that it cancels, or puts back by
     itself, COMPLETING by then, and one that it only warns RUNNING; and to requeue a job that its user cancels

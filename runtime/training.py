@@ -322,7 +322,7 @@ class Training(Resumable):
         self.epoch, self.done = (epoch + 1, 0) if step is None else (epoch, step)
 
     def start(self, record: dict[str, Any]) -> None:
-        """Open the records of the run: what was asked, and TensorBoard from where the run stands."""
+        """Open the records of the run: its arguments, and TensorBoard from the present step on."""
         self.folder.start(record, purge_step=self.steps_done)  # from 0, too: a run killed before its first checkpoint
         if self.done == 0:
             self.folder.scalars(self.last_scalars, self.steps_done)  # they share their step with what is purged

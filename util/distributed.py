@@ -1,7 +1,7 @@
 """One process or many: the process group, the few collectives that are needed, and what happens when a rank is lost.
 
-A wait for other ranks is bounded and open to signals. Each rank leaves a note in the store that all share whenever it
-waits, and every second otherwise: how many exchanges it has joined, and at which point of the program.
+A wait for other ranks is bounded and can be interrupted by signals. About once a second, each rank notes in the shared
+store how many exchanges it has joined and where in the program it is.
 """
 
 from __future__ import annotations

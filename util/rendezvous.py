@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 from util.lazy import lazy
 
 dist = lazy("torch.distributed")
-GRACE = 10  # seconds that the others leave rank 0 to report who is missing
+GRACE = 10  # seconds that the other ranks wait longer than rank 0, which reports who is missing
 
 
 class NotJoined(RuntimeError):
