@@ -22,18 +22,10 @@ from util import distributed, signals
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("weights") / "encoder.safetensors"
-    save_encoder(path, build_vit("vit_demo_patch8", img_size=32).state_dict(), {"family": "mae"})
-    return path
-
-
-@pytest.fixture(scope="module")
-def commands(image_folder, weights):
+def commands(image_folder, pretrained):
     """{program: flags of 3 epochs of 3 steps of 2 micro-steps}."""
     return {
-        program: [*flags(program, image_folder, weights), "--batch_size", "4", "--accum_iter", "2"]
+        program: [*flags(program, image_folder, pretrained), "--batch_size", "4", "--accum_iter", "2"]
         for program in PROGRAMS
     }
 
@@ -411,7 +403,7 @@ def test_a_slow_loader_is_seen_in_the_log(commands, tmp_path, monkeypatch, capsy
 # ---- the weights behind a run
 
 
-def test_weights_may_move_and_may_not_change(commands, weights, whole, tmp_path, after_step, capsys):
+def test_weights_may_move_and_may_not_change(commands, pretrained, whole, tmp_path, after_step, capsys):
     for program in ("main_linprobe", "main_finetune"):
         folder, moved = tmp_path / program, tmp_path / f"{program}.safetensors"
         after_step(4, lambda: signal.raise_signal(signal.SIGTERM))
@@ -420,26 +412,26 @@ def test_weights_may_move_and_may_not_change(commands, weights, whole, tmp_path,
         save_encoder(moved, build_vit("vit_demo_patch8", img_size=32).state_dict(), {"family": "mae"})
         assert run(program, commands[program], folder, "--resume", "auto", "--finetune", moved) == 2
         assert "this is another run (weights was" in capsys.readouterr().err
-        moved.write_bytes(weights.read_bytes())
+        moved.write_bytes(pretrained.read_bytes())
         assert run(program, commands[program], folder, "--resume", "auto", "--finetune", moved) == 0
         assert differences(outcome(folder), whole(program)) == []
 
 
 @pytest.mark.parametrize("program", ["main_linprobe", "main_finetune"])
-def test_equal_tensors_of_another_family_are_another_encoder(program, commands, weights, tmp_path, capsys):
+def test_equal_tensors_of_another_family_are_another_encoder(program, commands, pretrained, tmp_path, capsys):
     """Families resample positions differently, so that tokens differ at other sizes than the file's."""
     command = [*commands[program], "--epochs", "1"]
     folder, other = tmp_path / "run", tmp_path / "other.safetensors"
     assert run(program, command, folder) == 0
-    save_encoder(other, load_file(weights), {"family": "dino"})
+    save_encoder(other, load_file(pretrained), {"family": "dino"})
     assert run(program, command, folder, "--resume", "auto", "--finetune", other) == 2
     error = capsys.readouterr().err
     assert "this is another run (" in error and "encoder: pos_resampling was plain, is offset" in error
 
 
-def test_the_weights_of_an_oracle_may_not_change(commands, weights, tmp_path, capsys):
+def test_the_weights_of_an_oracle_may_not_change(commands, pretrained, tmp_path, capsys):
     folder, oracle = tmp_path / "run", tmp_path / "oracle.safetensors"
-    oracle.write_bytes(weights.read_bytes())
+    oracle.write_bytes(pretrained.read_bytes())
     command = [*commands["main_linprobe"], "--epochs", "1", "--cls_features", "dino", "--oracle", str(oracle),
                "--oracle_model", "vit_demo_patch8"]  # fmt: skip
     assert run("main_linprobe", command, folder) == 0
