@@ -77,7 +77,10 @@ def main(args: argparse.Namespace) -> None:
         if published is None:
             training.resume(args.resume, args.eval, evaluated=NETWORK)
         else:
-            take_over(model, published, args.resume)
+            try:
+                model.load_published_state_dict(published)
+            except (RuntimeError, TypeError, AttributeError) as error:
+                raise ValueError(f"--resume {args.resume} does not fit --model and --data_path: {error}") from error
             check_classes(args.resume, test_images.classes)
         if args.eval:
             scores = evaluate(model, test_loader, world.device, amp)
@@ -166,14 +169,6 @@ def check_classes(path: str, classes: Sequence[str]) -> None:
             raise ValueError(f"--resume {path} is taken for a classifier of ImageNet-1k: {error}") from error
     else:
         log.warning("%s does not name its classes: the scores assume the order %s, ...", path, ", ".join(classes[:3]))
-
-
-def take_over(model: Classifier, weights: dict[str, torch.Tensor], path: str) -> None:
-    """Load the weights strictly; ValueError."""
-    try:
-        model.load_published_state_dict(weights)
-    except (RuntimeError, TypeError, AttributeError) as error:
-        raise ValueError(f"--resume {path} does not fit --model and --data_path: {error}") from error
 
 
 if __name__ == "__main__":

@@ -122,7 +122,9 @@ class Setup:
 
     def __init__(self, args: argparse.Namespace, device: torch.device):
         self.args, self.device = args, device
-        self.metric, self.seeds = flags.headline(args), flags.data_seeds(args)
+        self.metric = flags.headline(args)
+        # of data order and augmentation; none if all probes use those of --seed
+        self.seeds = () if args.seeds_vary == "weights" else tuple(args.seeds or [args.seed])
         self.multi_label, self.fits = DATASETS[args.dataset].multi_label, "logreg" in args.optimizer
         self.train, self.test, self.classes = build_split_images(args)
         # with --val_fraction, rates are chosen on training images that are held out
@@ -193,7 +195,8 @@ class Setup:
         versions, libraries = provenance(self.device)["versions"], ("torch", "torchvision", "pillow", "numpy")
         networks = {"encoder": self.encoder.facts(self.size), "oracle": self.oracle and self.oracle.facts}
         images = [fingerprint(part, local=True) for part in (self.train, self.test)]
-        inputs = {"images": images, "held out": self.held_out, "arguments": flags.feature_arguments(self.args)}
+        relevant = {name: value for name, value in plain(self.args).items() if name not in flags.NOT_IN_FEATURES}
+        inputs = {"images": images, "held out": self.held_out, "arguments": relevant}
         code = {"code": code_digest(), "versions": {name: versions[name] for name in libraries}}
         return {**networks, **inputs, "device": self.device.type, **code}
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from cli.arguments import RESUMABLE_FLAGS, check_training, plain, program_flags, program_parser
+from cli.arguments import RESUMABLE_FLAGS, check_training, program_flags, program_parser
 from cli.console import Parser, parse, refuse
 from cli.encoder_arguments import precision
 from data_sets.table import DATASETS
@@ -142,21 +142,11 @@ def headline(args: argparse.Namespace) -> str:
     return "per_class" if args.per_class else "top1"
 
 
-def data_seeds(args: argparse.Namespace) -> tuple[int, ...]:
-    """Seeds of data order and augmentation; none if all probes use those of --seed."""
-    return () if args.seeds_vary == "weights" else tuple(args.seeds or [args.seed])
-
-
 def seeds_vary(args: argparse.Namespace) -> list[str]:
     """What differs between probes of different seeds."""
     if args.seeds_vary == "weights":
         return ["weights"]
     return ["weights", "order"] if args.crop == "center" else ["weights", "order", "views"]
-
-
-def feature_arguments(args: argparse.Namespace) -> dict[str, Any]:
-    """Arguments that cached features depend on: all that are not known to be irrelevant."""
-    return {name: value for name, value in plain(args).items() if name not in NOT_IN_FEATURES}
 
 
 def finished_run(folder: Path) -> ProbeRun:

@@ -20,7 +20,7 @@ from encoders.load import save_encoder
 from runtime.processes import require_same_run
 from runtime.trackers import Service, TensorBoard
 from util import distributed
-from util.files import atomic_path, digest, disk_error, remove_leftovers, to_json, write_atomically, write_json
+from util.files import atomic_path, digest, disk_error, to_json, write_atomically, write_json
 from util.progress import log
 from util.safe_load import load_plain
 
@@ -88,7 +88,9 @@ class RunFolder:
             raise ValueError(f"--output_dir {self.path}: {message}") from error
         except OSError:  # a file system that has no locks
             pass
-        remove_leftovers(self.path, FILES)
+        for path in self.path.glob(".*.tmp"):
+            if re.fullmatch(rf"\.({FILES})\.\w{{8}}\.tmp", path.name):  # as util.files.atomic_path names them
+                path.unlink(missing_ok=True)
 
     def start(self, record: dict[str, Any], name: str = "args.json", purge_step: int | None = None) -> None:
         """Write the arguments with their provenance, and open the trackers. ValueError where that is not possible.

@@ -3,11 +3,10 @@
 import abc
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Iterator, Set
 from typing import Any
 
 from runtime.folder import LOAD_ERRORS, AnotherRun, RunFolder
-from runtime.processes import require_same_run
 from util import signals
 from util.distributed import barrier, leave, rank
 
@@ -70,10 +69,6 @@ class Resumable(abc.ABC):
         leave()
         where = self.folder.read_path
         return f"saved after {self.done_so_far()} in {where}; continue with the same command and --resume auto"
-
-    def _find(self, resume: str, restore: Callable[[dict], None], evaluate_only: bool = False) -> dict[str, Any] | None:
-        require_same_run(self.identity)
-        return self.folder.find_checkpoint(resume, evaluate_only, restore)
 
     @contextlib.contextmanager
     def _checking(self, state: dict[str, Any], expected: Set[str]) -> Iterator[None]:

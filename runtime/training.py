@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from data_sets.loader import Loader, Sample, Watched
 from data_sets.order import GlobalBatches
 from runtime.folder import RunFolder
+from runtime.processes import require_same_run
 from runtime.resumable import Resumable, check_identity
 from util import signals
 from util.distributed import GradientMean, agree, rank, training_limit, world_size
@@ -279,7 +280,8 @@ class Training(Resumable):
 
         evaluated: names of `identity` that must be equal if the checkpoint is only evaluated."""
         self.evaluated = evaluated
-        state = self._find(resume, lambda state: self._restore(state, evaluate_only), evaluate_only)
+        require_same_run(self.identity)
+        state = self.folder.find_checkpoint(resume, evaluate_only, lambda state: self._restore(state, evaluate_only))
         if state is not None and not evaluate_only:
             self.saved_position = self.position if self.folder.kept else None  # None: it is in another folder
             if self.epoch >= self.plan.epochs:

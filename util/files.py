@@ -47,13 +47,6 @@ def atomic_path(target: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def remove_leftovers(folder: Path, names: str) -> None:
-    """Remove what killed processes left of files of `folder` whose names fit the regular expression `names`."""
-    for path in folder.glob(".*.tmp"):
-        if re.fullmatch(rf"\.({names})\.\w{{8}}\.tmp", path.name):  # as atomic_path names them
-            path.unlink(missing_ok=True)
-
-
 def disk_error(error: BaseException) -> OSError | None:
     """The trouble with a file behind an error: torch's writer reports a full disk as a position that it expected."""
     seen: BaseException | None = error
