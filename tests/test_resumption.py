@@ -10,13 +10,13 @@ import time
 
 import pytest
 import torch
-from interruptions import PROGRAMS, Killed, differences, flags, kill, outcome, run, scalars
+from interruptions import PROGRAMS, Killed, changed, differences, flags, kill, outcome, run, scalars
 from safetensors.torch import load_file
 
 from data_sets.loader import KeyedDataset
 from encoders.load import save_encoder
 from models_vit import build_vit
-from runtime.folder import load_checkpoint, sealed
+from runtime.folder import load_checkpoint
 from runtime.training import Training
 from util import distributed, signals
 
@@ -221,15 +221,6 @@ def flipped(path):
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
     torch.load(path, weights_only=True)
-
-
-def changed(change):
-    def damage(path):
-        state = load_checkpoint(path)
-        change(state)
-        torch.save(sealed(state), path)
-
-    return damage
 
 
 def unsealed(path):
