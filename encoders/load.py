@@ -240,7 +240,7 @@ def log_encoder(finetune: str, encoder: Encoder, opened: Opened, stated: set[str
     eps = NORMS[options["norm_layer"]].keywords["eps"]
     facts = {
         "num_heads": f"{backbone.num_heads} heads",
-        "timm_name": f"{options['norm_order']}-norm blocks, {options['activation']}, eps {eps:g}",
+        "timm_name": f"{options['norm_order']}-norm blocks, gelu, eps {eps:g}",
         "mean": f"mean {numbers(encoder.mean)}",
         "std": f"std {numbers(encoder.std)}",
     }
