@@ -119,7 +119,7 @@ def fetch_weights(finetune: str, offline: bool = False) -> Path | None:
         )
     raise ValueError(
         f"--finetune {finetune}: no such file, and neither a timm model, a URL nor a name of the catalogue: "
-        f"{nearest(finetune, CATALOGUE)}scripts/list_encoders.py prints it"
+        f"{nearest(finetune, CATALOGUE)}scripts/list.py encoders prints it"
     )
 
 

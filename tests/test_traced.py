@@ -26,8 +26,10 @@ from encoders.libraries import Loaded, Pixels
 from encoders.load import load_encoder, save_encoder
 from encoders.traced import TracedEncoder
 from models_vit import Backbone, VisionTransformer
-from scripts import inspect_checkpoint, list_traced
-from scripts.list_traced import MODELS, save_model
+from scripts import inspect_checkpoint
+from scripts import list as tables
+from scripts.list import MODELS, save_model
+from scripts.list import TRACED as OPTIONS
 
 transformers, open_clip = pytest.importorskip("transformers"), pytest.importorskip("open_clip")
 
@@ -105,7 +107,7 @@ def test_tokens_and_attention_are_those_of_the_library(name, saved):
     encoder, pixels = api.encoder(saved(name)), images()
     backbone = encoder.backbone
     assert isinstance(backbone, Backbone) and backbone.depth == 2 and backbone.num_heads == 2
-    assert list_traced.difference(backbone, pixels) <= (1e-5 if name == "CLIP, open_clip" else 0)
+    assert tables.difference(backbone, pixels) <= (1e-5 if name == "CLIP, open_clip" else 0)
     metrics, expected = encoder.attention(pixels), explicit_attention(backbone, saved(name), pixels)
     for block, attention in enumerate(expected):
         for metric, values in flow_of(attention.double(), backbone.num_prefix_tokens, backbone.has_cls).items():
@@ -150,11 +152,11 @@ def test_several_are_analysed_in_one_run(saved, image_folder, pretrained, tmp_pa
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_model_that_cannot_be_traced_is_refused_with_the_reason(name, saved):
     with pytest.raises(ValueError, match=rf"cannot be traced: {REFUSED[name]}"):
-        load_encoder(saved(name), "file", size=list_traced.options_of(name)["img_size"])
+        load_encoder(saved(name), "file", size=tables.options_of(name)["img_size"])
 
 
 def test_the_table_of_the_page_is_that_of_the_code():
-    list_traced.main(list_traced.Namespace(write=None, check=ROOT / "docs" / "encoders.md"))
+    tables.main(tables.Namespace(table="traced", words=[], write=None, check=ROOT / "docs" / "encoders.md"))
 
 
 # ---- the three routes of one MAE
@@ -211,9 +213,9 @@ def assert_same_traces(encoders: list[api.FrozenEncoder], pixels: torch.Tensor) 
 def test_one_mae_by_three_routes_is_one_encoder(tmp_path):
     torch.manual_seed(0)
     options = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
-    state = list_traced.randomised(VisionTransformer(**options)).state_dict()
+    state = tables.randomised(VisionTransformer(**options)).state_dict()
     save_encoder(tmp_path / "mae.safetensors", state, {"family": "mae"})
-    config = transformers.ViTMAEConfig(**list_traced.TABLE["hf"] | {"intermediate_size": 128, "layer_norm_eps": 1e-6})
+    config = transformers.ViTMAEConfig(**OPTIONS["hf"] | {"intermediate_size": 128, "layer_norm_eps": 1e-6})
     ours = api.encoder(str(tmp_path / "mae.safetensors"), num_heads=2)
     ours, *others = encoders = three_routes(ours, state, config, "vit_base_patch16_224", options, tmp_path)
     assert_same_traces(encoders, images())
@@ -403,7 +405,7 @@ def test_offline_models_come_from_the_cache_and_record_their_commit(saved, tmp_p
 
 
 def test_open_clip_takes_a_file_of_one_of_its_models(saved, tmp_path, monkeypatch):
-    (tmp_path / "tiny.json").write_text(json.dumps(list_traced.TABLE["open_clip"]))
+    (tmp_path / "tiny.json").write_text(json.dumps(OPTIONS["open_clip"]))
     monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIGS", {})
     open_clip.add_model_config(tmp_path)
     folder = saved("CLIP, open_clip").partition(":")[2]
