@@ -28,12 +28,10 @@ from attention.measure import applicable, measure
 from attention.metrics import METRICS, Sizes
 from cli.console import parse
 from encoders.catalogue import CATALOGUE, cache_path, families_called
-from encoders.contents import without_wrappers
-from encoders.detect import detect_family
-from encoders.families import FAMILIES, drop_rule
+from encoders.contents import flattened
+from encoders.families import FAMILIES
 from encoders.load import load_encoder
-from encoders.reading import another_architecture, architectures_of, converted
-from encoders.reading import sizes_of as sizes_in
+from encoders.reading import converted, detect_family, read_as
 from models_vit import VisionTransformer, build_vit
 from probing.bank import ProbeBank, ProbeSpec
 from util.pos_embed import resample_pos_embed, resample_relative_table, rotary_coordinates, sincos_pos_embed
@@ -532,7 +530,7 @@ def test_an_entry_alone_is_no_evidence_for_ibot(beside, file):
 
 
 def family_in(content, name="file.pth", key=None):
-    detected = detect_family(Path(name), content, key)
+    detected = detect_family(Path(name), flattened(content), key)
     return detected.family, detected.others
 
 
@@ -563,11 +561,10 @@ def test_published_urls_and_file_names_show_their_family():
 def test_published_size_fits_the_encoder_of_its_name(name):
     size, patch, grid, model = FULL[name]
     with torch.device("meta"):
-        content = without_wrappers(published(name, Size(*size, patch, grid)).content)
+        content = flattened(published(name, Size(*size, patch, grid)).content)
         family = FAMILIES[name]
-        state, problems = converted(content, family, None)
+        state = converted(content, family, None)
         backbone = build_vit(model, **{**family.vit, **family.read(state, None), "img_size": patch * grid})
-    assert not problems
     wanted = {key: value.shape for key, value in backbone.state_dict().items()}
     assert {key: value.shape for key, value in state.items()} == wanted
 
@@ -579,7 +576,7 @@ def weights_in(content: dict, name: str) -> dict:
 def used_key(content: dict, name: str) -> str:
     """A weight matrix of the encoder, as the file calls it."""
     wanted = (key for key in weights_in(content, name) if key.endswith("fc1.weight") and "blocks.0" in key)
-    return next(key for key in wanted if drop_rule(FAMILIES[name], key.removeprefix("module.")) is None)
+    return next(key for key in wanted if FAMILIES[name].drop_rule(key.removeprefix("module.")) is None)
 
 
 def forget(weights: dict, key: str) -> None:
@@ -619,12 +616,11 @@ def test_one_changed_tensor_is_refused(name, change, message, file):
 def test_the_file_of_another_architecture_is_answered_with_its_name(name, file):
     size, patch, grid, model = FULL[name]
     with torch.device("meta"):
-        content = without_wrappers(published(name, Size(*size, patch, grid)).content)
-        state, _ = converted(content, FAMILIES[name], None)
-    sizes = sizes_in(state)
+        content = flattened(published(name, Size(*size, patch, grid)).content)
     for other in {"vit_demo_patch8", "vit_base_patch4", "tiny"}:
-        assert another_architecture(sizes, architectures_of(sizes), other).endswith(f"write --model {model}")
-    assert not another_architecture(sizes, architectures_of(sizes), model)
+        (problem,) = read_as(content, name, other).problems
+        assert problem.endswith(f"write --model {model}")
+    assert all("without values (device meta)" in problem for problem in read_as(content, name, model).problems)
     with pytest.raises(ValueError, match=r"has width 48, 2 blocks .* write --model tiny$"):
         load_encoder(file(published(name).content), "vit_base_patch16", family=name)
 
