@@ -155,7 +155,7 @@ def encoder_of_file(finetune: str, path: Path, reading: Reading, stated: dict) -
     for name, theirs in reading.published.items():
         if stated.get(name, theirs) != theirs:
             log.warning("%s: %s = %s, where its authors have %s", finetune, name, stated[name], theirs)
-    options = {**reading.options, **({"pos_resampling": "unknown"} if reading.detected.others else {})}
+    options = {**reading.options, **({"pos_resampling": "unknown"} if reading.others else {})}
     backbone = VisionTransformer(**options)
     backbone.load_state_dict(reading.state, strict=True)
     record = {"model": reading.model, "source": Path(finetune).name, "family": reading.family, "sha256": sha256(path)}
@@ -186,7 +186,6 @@ def input_size(encoder: Encoder, stated: int | None) -> int:
 
 def log_encoder(finetune: str, encoder: Encoder, reading: Reading, stated: set[str]) -> None:
     """Log the facts that tensors do not show; those that nothing states, as a warning and in the record."""
-    detected = reading.detected
     options, backbone = {**DEFAULTS, **reading.options}, encoder.backbone
     eps = NORMS[options["norm_layer"]].keywords["eps"]
     facts = {"num_heads": f"{backbone.num_heads} heads"}
@@ -195,15 +194,15 @@ def log_encoder(finetune: str, encoder: Encoder, reading: Reading, stated: set[s
         facts[name] = f"{name} {' '.join(f'{value:.4g}' for value in getattr(encoder, name))}"
     if "pos_embed" in reading.state or RELATIVE in reading.state:
         facts["grid"] = f"positions for {backbone.grid_size[0]} x {backbone.grid_size[1]} patches"
-    described = f"{reading.model}, family {detected.family} {detected.reason or 'by assumption'}"
+    described = f"{reading.model}, family {reading.family} {reading.reason or 'by assumption'}"
     described += f", {len(reading.state)} tensors): {'; '.join(facts.values())}"
     log.info("loaded %s (%s, resampled by rule %s", finetune, described, backbone.pos_resampling)
-    if detected.reason in UNSURE:
+    if reading.reason in UNSURE:
         if RELATIVE in reading.state:
             stated = {*stated, "timm_name"}  # not a plain ViT of timm
         assumed = [f"{fact} (--{name})" for name, fact in facts.items() if name not in stated]
         encoder.record["assumed"] = assumed
-        hints = [undecided(detected)] * bool(detected.others)
+        hints = [undecided(reading)] * bool(reading.others)
         if isinstance(arch := reading.content.leaves.get("arch"), str):
             hints.append(f"the file names the architecture {arch}, which --timm_name may know")
         log.warning("%s does not state, so these are assumed: %s", finetune, "; ".join(assumed + hints))

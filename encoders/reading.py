@@ -2,10 +2,10 @@
 
 import inspect
 import re
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from math import isqrt
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
@@ -26,18 +26,6 @@ FILE_NAME = "by its file name"
 UNSURE = ("", TABLE, FILE_NAME)  # reasons that leave heads, activation and preprocessing open
 
 
-class Detected(NamedTuple):
-    """The family that a file is read as.
-
-    others: families that give the same encoder at the size of the file's positions, but resample these by other rules.
-    reason: what shows the family; "" if nothing does.
-    """
-
-    family: str
-    others: tuple[str, ...] = ()
-    reason: str = ""
-
-
 @dataclass
 class Reading:
     """A file read as one of a family."""
@@ -52,7 +40,8 @@ class Reading:
     shapes: State = field(default_factory=dict)  # of the model
     problems: list[str] = field(default_factory=list)  # why the state does not cover the model
     heads_open: bool = False  # neither the file nor its sizes show the number of heads
-    detected: Detected | None = None
+    reason: str = ""  # what shows the family; "" if nothing does
+    others: tuple[str, ...] = ()  # families that give the same encoder, but resample its positions by other rules
 
 
 def open_weights(
@@ -64,14 +53,13 @@ def open_weights(
     content = flattened(load_plain_or_safetensors(path))
     if family is None:
         detected = detect_family(path, content, checkpoint_key, **stated)
+        family, reason, others = detected.family, detected.reason, detected.others
     else:
-        detected = Detected(family, reason="" if family == "timm" else "as stated")
+        reason, others = "" if family == "timm" else "as stated", ()
         written = safetensors_metadata(path).get("family") if path.suffix == ".safetensors" else None
         if written not in (None, family):
             log.warning("%s states family %s; it is read as %s because of --family", path, written, family)
-    reading = read_as(content, detected.family, model, checkpoint_key, **stated)
-    reading.detected = detected
-    return reading
+    return replace(read_as(content, family, model, checkpoint_key, **stated), reason=reason, others=others)
 
 
 def read_as(
@@ -83,7 +71,7 @@ def read_as(
     """
     reading = Reading(content, name, weights_of(content, FAMILIES[name], checkpoint_key) or {})
     try:
-        complete(reading, model, checkpoint_key, **stated)
+        fill(reading, model, checkpoint_key, **stated)
     except ValueError as error:  # such as heads of this family that do not divide the width
         reading.problems = [str(error)]
         return reading
@@ -95,15 +83,17 @@ def read_as(
     return reading
 
 
-def complete(reading: Reading, model: str, checkpoint_key: str | None, grid: Grid | None = None, **options) -> None:
+def fill(reading: Reading, model: str, checkpoint_key: str | None, grid: Grid | None = None, **options) -> None:
     """Fill a reading's other fields. ValueError if there is no encoder in the file, or another one than `model`."""
     family = FAMILIES[reading.family]
     state = reading.state = converted(reading.content, family, checkpoint_key)
     sizes = sizes_of(state)
-    names = architectures_of(sizes)
+    names = [name for name, arch in ARCHITECTURES.items() if sizes.items() <= arch.items()]
     if model == FROM_FILE:
         reading.model = names[0] if names else "vit_width{embed_dim}_depth{depth}_patch{patch_size}".format(**sizes)
-        arch = architecture(names[0]) if names else {**sizes, **mlp_ratio_of(state, sizes["embed_dim"])}
+        arch, hidden = architecture(names[0]) if names else dict(sizes), state.get("blocks.0.mlp.fc1.weight")
+        if not names and hidden is not None and hidden.ndim == 2:
+            arch["mlp_ratio"] = (len(hidden) + 0.5) / sizes["embed_dim"]  # the model rounds down
     else:
         reading.model, arch = model, architecture(model)
         if model not in names and (names or any(arch[size] != sizes[size] for size in ("embed_dim", "patch_size"))):
@@ -152,17 +142,6 @@ def sizes_of(state: State) -> dict:
     # a missing block in between does not make another architecture
     depth = 1 + max((int(block[1]) for key in state if (block := re.match(r"blocks\.(\d+)\.", key))), default=-1)
     return {"embed_dim": stem.shape[0], "depth": depth, "patch_size": stem.shape[-1]}
-
-
-def architectures_of(sizes: dict) -> list[str]:
-    return [name for name, arch in ARCHITECTURES.items() if sizes.items() <= arch.items()]
-
-
-def mlp_ratio_of(state: State, width: int) -> dict:
-    hidden = state.get("blocks.0.mlp.fc1.weight")
-    if hidden is None or hidden.ndim != 2:
-        return {}
-    return {"mlp_ratio": (len(hidden) + 0.5) / width}  # the model rounds down
 
 
 def heads_of(state: State, width: int) -> int | None:
@@ -249,41 +228,39 @@ def by_block(names: list[str], among: dict) -> list[str]:
 # ---- the family of a file
 
 
-def detect_family(path: Path, content: Content, checkpoint_key: str | None = None, **stated) -> Detected:
-    """The family of a file: as its safetensors metadata states, or by its structure.
+def detect_family(path: Path, content: Content, checkpoint_key: str | None = None, **stated) -> Reading:
+    """A file read as its family: as its safetensors metadata states, or by its structure.
 
     The tensors of plain ViTs have the same names in many methods. Such a file is of a method if it contains evidence
     (Family.evidence), or if it contains only weights and has the file name that the authors use. Otherwise it is read
     as "timm", and the other possible families are returned, too. ValueError if several families remain, or none.
     """
+
+    def read(name: str, reason: str = "", others: Sequence[str] = ()) -> Reading:
+        reading = read_as(content, name, FROM_FILE, checkpoint_key, **stated)
+        return replace(reading, reason=reason, others=tuple(others))
+
     flat = path.suffix == ".safetensors"  # such files have no entries
     if flat and (written := safetensors_metadata(path).get("family")) in FAMILIES:
-        return Detected(written, reason="by its metadata")
-
-    def read(name: str) -> Reading:
-        return read_as(content, name, FROM_FILE, checkpoint_key, **stated)
-
+        return read(written, "by its metadata")
     readings = {name: read(name) for name, family in FAMILIES.items() if fits(content, family, checkpoint_key, flat)}
     complete = [name for name, reading in readings.items() if not reading.problems]
     entries = [*content.entries, *content.leaves]
     reasons = {name: FAMILIES[name].shown_by(readings[name].weights, entries) for name in complete or readings}
     shown = [name for name, reason in reasons.items() if reason not in UNSURE] or [*filter(reasons.get, reasons)]
     if not shown and complete:
+        named = [name for name in complete if name in families_called(path)]
         flat = bool(content.entry(""))
-        only = [
-            name for name in complete if flat or all(k.startswith(f"{FAMILIES[name].key}.") for k in content.leaves)
-        ]
-        shown = [name for name in only if name in families_called(path)]  # files of nothing but weights
-        reasons |= dict.fromkeys(shown, FILE_NAME)
+        shown = [name for name in named if flat or all(k.startswith(f"{FAMILIES[name].key}.") for k in content.leaves)]
+        reasons |= dict.fromkeys(shown, FILE_NAME)  # of nothing but weights
     if len(shown) == 1:
-        return Detected(shown[0], reason=reasons[shown[0]])
+        return read(shown[0], reasons[shown[0]])
     if readings and not complete:
-        return Detected("timm" if "timm" in readings else next(iter(readings)))  # the loader lists its problems
+        return readings.get("timm") or next(iter(readings.values()))  # the loader lists its problems
     if not shown and complete and (len(complete) == 1 or "timm" in complete):
-        first = "timm" if "timm" in complete else complete[0]
-        return Detected(
-            first, tuple(name for name in complete if name != first and alike(readings[first], readings[name]))
-        )
+        first = readings["timm" if "timm" in complete else complete[0]]
+        alikes = [name for name in complete if name != first.family and alike(first, readings[name])]
+        return read(first.family, others=alikes)
     names, advice = shown or complete, ""
     if not names:
         advice = obstacle(content) or ("" if checkpoint_key else where_encoders_are(content))
@@ -378,8 +355,8 @@ def arguments_for(content: Content, name: str) -> str:
     return f"--checkpoint_key {name}"
 
 
-def undecided(detected: Detected) -> str:
-    names = [detected.family, *detected.others]
+def undecided(reading: Reading) -> str:
+    names = [reading.family, *reading.others]
     rules = ", ".join(f"{name}: {resampling(name)}" for name in names)
     return (
         f"can be of the families {', '.join(names)}, the same encoder at the size of its positions: other input sizes "

@@ -47,8 +47,8 @@ def traced_facts(weights: str, offline: bool) -> dict[str, object]:
 
 
 def file_facts(reading: Reading) -> dict[str, object]:
-    detected, options = reading.detected, reading.options
-    reason = detected.reason or "by assumption: the file does not show its family"
+    options = reading.options
+    reason = reading.reason or "by assumption: the file does not show its family"
     numbers = sum(value.numel() for value in reading.weights.values())
     facts = {
         "family": f"{reading.family}, {reason}: {FAMILIES[reading.family].description}",
@@ -60,10 +60,10 @@ def file_facts(reading: Reading) -> dict[str, object]:
         count = sum(value.numel() for value in reading.shapes.values())
         facts["parameters"] = f"{count:,} of the encoder, {options['num_heads']} heads"
         facts["input"] = f"{height} x {width} pixels ({height // patch} x {width // patch} patches)"
-        if detected.reason in UNSURE:
+        if reading.reason in UNSURE:
             facts["assumed"] = "heads (--num_heads), activation and norms (--timm_name), --mean, --std, --grid"
-        if detected.others:
-            facts["undecided"] = undecided(detected)
+        if reading.others:
+            facts["undecided"] = undecided(reading)
     content, used = reading.content, set(map(id, reading.weights.values()))
     names = [name for name, value in content.leaves.items() if not_a_tensor(value)] + content.entries[1:]
     unused = [name for name in names if "." not in name and not used & set(map(id, content.below(name).values()))]
@@ -99,7 +99,7 @@ def main(args: Namespace) -> None:
     flags = f"--model {reading.model if reading.model in ARCHITECTURES else FROM_FILE} --finetune {args.file}"
     flags += "".join(f" --{name} {vars(args)[name]}" for name in ("checkpoint_key", "num_heads") if vars(args)[name])
     flags += f" --grid {args.grid[0]} {args.grid[1]}" if args.grid else ""
-    families = [""] if args.file in CATALOGUE else [reading.family, *reading.detected.others]
+    families = [""] if args.file in CATALOGUE else [reading.family, *reading.others]
     print("use it with" if len(families) == 1 else "use it with the family that it is of")
     for name in families:
         rule = f"  # {FAMILIES[name].description}; positions: {resampling(name)}" if len(families) > 1 else ""
