@@ -13,7 +13,6 @@ from attention.metrics import METRICS, Sizes, metric_names
 from cli.encoder_arguments import frozen_encoder
 from data_sets.views import View, eval_transform
 from encoders.architectures import FROM_FILE
-from encoders.catalogue import CATALOGUE
 from encoders.load import Encoder, input_size, load_encoder
 from models_vit import Features
 from probing.bank import Probe
@@ -21,7 +20,6 @@ from probing.frozen import FrozenTokens
 from probing.pooling import Tokens, read_blocks
 from probing.trained import Trained, read_trained
 from util.files import digest
-from util.tensor_files import safetensors_metadata
 
 
 class FrozenEncoder(nn.Module):
@@ -121,18 +119,11 @@ class TrainedProbe(nn.Module):
         return Prediction(logits, weights / weights.sum(1, keepdim=True))
 
 
-def encoder(weights: str, model: str | None = None, family: str | None = None, **options) -> FrozenEncoder:
+def encoder(weights: str, model: str = FROM_FILE, family: str | None = None, **options) -> FrozenEncoder:
     """The encoder that `weights` names, as for --finetune; "" for random weights. ValueError if a file does not fit.
 
-    model: a name of ARCHITECTURES (default: as the catalogue, the file's metadata or the sizes of its tensors state).
-    family, options: of encoders.load.load_encoder.
+    model: a name of ARCHITECTURES (default: by the sizes of the tensors). family, options: of load_encoder.
     """
-    if model is None:
-        model = FROM_FILE
-        if weights in CATALOGUE:
-            model = CATALOGUE[weights].model
-        elif Path(weights).suffix == ".safetensors" and Path(weights).is_file():
-            model = safetensors_metadata(Path(weights)).get("model", FROM_FILE)
     loaded = load_encoder(weights, model, family, **options)
     return FrozenEncoder(loaded, input_size(loaded, None)).eval()
 
