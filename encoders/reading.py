@@ -294,7 +294,7 @@ def what_it_holds(content: Content) -> str:
             "FSDP has flattened its tensors: name a file of whole tensors, such as the teacher_checkpoint.pth that "
             "DINOv2's trainer writes when it evaluates"
         )
-    names = [key for key, value in content.leaves.items() if not not_a_tensor(value)]
+    names = [key for entry in content.entries for key in content.entry(entry) or ()]
     beginning = f"its tensors are called {', '.join(names[:3])}{', ...' * (len(names) > 3)}; " if names else ""
     return f"{beginning}there are {', '.join(FAMILIES)}"
 
