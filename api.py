@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attention.measure import applicable, observe
@@ -59,7 +60,8 @@ class FrozenEncoder(nn.Module):
     def attention(
         self, images: Tensor, metrics: Sequence[str] = ("flow",), reduction: str = "fused"
     ) -> dict[str, Tensor]:
-        """{metric: (L,B,K)}: K values for each block and image, one per head or a single one.
+        """{metric: (L,B,K)}: K values for each block and image, one per head or a single one; NaN pads blocks that have
+        fewer heads than others.
 
         metrics: names or groups of METRICS; those of tokens that the encoder lacks are skipped. ValueError for unknown
         names and for metrics that are not of attention (patch_log_amplitude, ...).
@@ -77,7 +79,11 @@ class FrozenEncoder(nn.Module):
         for step in backbone.trace(images):
             for (name, _), values in observe(step, chosen, prefix, backbone.has_cls, sizes, reduction):
                 blocks[name].append(values[:, 1:])  # the first is their summary over heads
-        return {name: torch.stack(values) for name, values in blocks.items()}
+        heads = {name: max(value.shape[1] for value in values) for name, values in blocks.items()}
+        return {
+            name: torch.stack([F.pad(v, (0, heads[name] - v.shape[1]), value=torch.nan) for v in values])
+            for name, values in blocks.items()
+        }
 
 
 class Prediction(NamedTuple):

@@ -244,11 +244,16 @@ class Backbone(nn.Module, abc.ABC):
     num_prefix_tokens: int
     has_cls: bool
     norm: nn.Module  # after the last block, not applied by `forward`; nn.Identity if there is none
+    widths: tuple[int, ...] = ()  # of the blocks' tokens, if not all are embed_dim
     pooled: Mapping[str, int] = MappingProxyType({})  # widths of the model's own outputs (Features.pooled)
 
     @abc.abstractmethod
     def trace(self, images: Tensor) -> Iterator[BlockTrace]:
         """Images (B,3,h,w) -> one BlockTrace per block, in order; stop iterating to skip the remaining blocks."""
+
+    def norm_after(self, block: int) -> nn.Module:
+        """The norm behind the last block, for tokens of this block."""
+        return self.norm
 
     def own_outputs(self, steps: Iterator[BlockTrace]) -> dict[str, Tensor]:
         """The outputs named in `pooled`, from a trace that has reached the last block."""
