@@ -85,7 +85,8 @@ def main(args: argparse.Namespace) -> None:
                     record_reconstructions(folder, pretraining, images, args.seed, training.steps_done - 1)
                 training.end_epoch(values if weight > 0 else None)
             metadata = {"family": "mae", "model": args.model, "input_size": str(size), "epochs": str(args.epochs)}
-            folder.save_tensors("encoder.safetensors", encoder.state_dict(), metadata)
+            kept = pretraining.autoencoder.published_state_dict() if args.keep_decoder else encoder.state_dict()
+            folder.save_tensors("encoder.safetensors", kept, metadata)
             write_results(folder, training, {"last": folder.last_line()}, run)
     log.info("pretraining took %.0f s", training.elapsed)
 

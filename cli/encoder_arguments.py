@@ -125,7 +125,7 @@ def build_encoder(args: argparse.Namespace, **options) -> tuple[Encoder, int]:
         options["class_token"] = False
     if args.num_heads:
         options["num_heads"] = args.num_heads
-    options |= {name: getattr(args, name) for name in ("mean", "std", "grid", "timm_name")}
+    options |= {name: getattr(args, name) for name in ("mean", "std", "grid", "timm_name", "decoder")}
     check_encoder(args)
     file = args.finetune, args.model, args.family, args.checkpoint_key, args.offline
     encoder = load_encoder(*file, size=args.input_size, **options)
@@ -147,6 +147,7 @@ def build_oracle(args: argparse.Namespace, probed: Encoder, size: int, amp: torc
     from encoders.oracle import Oracle
 
     stated = {"num_heads": None, "no_cls_token": False, "mean": None, "std": None, "grid": None, "timm_name": None}
+    stated["decoder"] = False
     names = {"finetune": "oracle", **{name: f"oracle_{name}" for name in ("model", "family", "checkpoint_key")}}
     values = {name: getattr(args, flag) for name, flag in names.items()}
     try:

@@ -22,6 +22,7 @@ def check(args: argparse.Namespace) -> None:
     check_training(args)
     weights, dataset, sides = args.finetune, args.dataset, args.cutmix_minmax
     refuse(library_of(weights), f"--finetune {weights} is run by its library, frozen: name a file or a catalogue name")
+    refuse(args.decoder, "--decoder: fine-tuning trains the encoder alone: drop it")
     multi_label = dataset in DATASETS and DATASETS[dataset].multi_label
     refuse(multi_label, f"--dataset {dataset} has several labels per image: probe it with main_linprobe.py")
     refuse(args.eval and not args.resume, "--eval needs a classifier: name its file with --resume")

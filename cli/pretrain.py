@@ -7,7 +7,7 @@ from cli.console import Parser
 from encoders.architectures import architecture, default_input_size
 
 # flags of one part of the loss
-RECONSTRUCTION = ("mask_ratio", "norm_pix_loss", "crop_scale", "figure_every")
+RECONSTRUCTION = ("mask_ratio", "norm_pix_loss", "crop_scale", "figure_every", "keep_decoder")
 VIEWS = ("view_scale", "view_grey", "view_drop")
 CONTRAST = ("temperature", "encoder_momentum", "projector_width", "stop_grad_conv1", *VIEWS)
 
