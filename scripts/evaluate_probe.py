@@ -11,6 +11,7 @@ corruptions; errors are averaged over severities, and mCE is their mean relative
 import argparse
 import sys
 from pathlib import Path
+from statistics import mean
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -30,6 +31,7 @@ from data_sets.robustness import ALEXNET_ERRORS, corruptions
 from data_sets.table import build_dataset
 from data_sets.views import eval_transform
 from encoders.load import save_encoder
+from paper.runs import markdown
 from probing.frozen import FiniteCheck, FrozenTokens
 from util.files import write_json
 from util.progress import log, setup_logging
@@ -69,22 +71,13 @@ def scores_of(logits: Tensor, labels: Tensor, groups: list[Tensor]) -> dict[str,
     }
 
 
-def table(results: dict[str, dict[str, float]]) -> str:
-    """Markdown: a row for each probe, a column for each score."""
-    columns = list(next(iter(results.values())))
-    lines = [f"| probe | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
-    for name, scores in results.items():
-        lines.append(f"| {name} | {' | '.join(f'{scores[column]:.2f}' for column in columns)} |")
-    return "\n".join(lines)
-
-
 def get_args_parser() -> Parser:
     parser = Parser(__doc__)
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a finished main_linprobe.py")
     add_data_arguments(parser, labels=False)
     parser.add_argument("--batch_size", default=64, type=positive_int, help="images per forward pass")
-    parser.add_argument("--output", type=Path, metavar="FILE.json",
-                        help="write the scores there, and the logits to FILE.safetensors")  # fmt: skip
+    text = "write the scores there, and the logits to FILE.safetensors"
+    parser.add_argument("--output", type=Path, metavar="FILE.json", help=text)
     return parser
 
 
@@ -92,8 +85,6 @@ def get_args_parser() -> Parser:
 def main(args: argparse.Namespace) -> None:
     setup_logging()
     run = finished_run(args.run)
-    if "class_names" not in run.results:
-        raise ValueError(f"{args.run}: its results.json has no class_names, which runs have had since: train it again")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     encoder, size = frozen_encoder(run.args)
     backbone = encoder.backbone.to(device)
@@ -130,12 +121,13 @@ def main(args: argparse.Namespace) -> None:
         }
         results = {}
         for spec in bank.specs:
-            errors = {name: 100 - np.mean([part[spec.name]["top-1"] for part in each]) for name, each in parts.items()}
-            mce = np.mean([error / ALEXNET_ERRORS[name] for name, error in errors.items()])
-            results[spec.name] = {"mCE": float(mce), **{name: float(error) for name, error in errors.items()}}
+            errors = {name: 100 - mean(part[spec.name]["top-1"] for part in each) for name, each in parts.items()}
+            results[spec.name] = {"mCE": mean(errors[name] / ALEXNET_ERRORS[name] for name in errors), **errors}
     else:
         results = scores(args.data_path)
-    print(table(results))
+    columns = list(next(iter(results.values())))
+    cells = {name: [f"{scores[column]:.2f}" for column in columns] for name, scores in results.items()}
+    print(markdown("probe", columns, cells), end="")
     for name, probe in run.results["probes"].items():
         if probe.get("learned_nothing"):
             log.warning("no conclusion about %s: %s", name, probe["learned_nothing"])

@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cli.console import Parser, non_negative_int, run_main
 from encoders.catalogue import CATALOGUE, PUBLICATIONS
-from probing.trained import Trained, export, read_trained
+from probing.finished_run import Trained, export, read_trained
 from util.files import to_json, write_atomically
 
 CARD = Path(__file__).with_name("probe_card.md")

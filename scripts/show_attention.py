@@ -19,9 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 from matplotlib import rc_context
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 from PIL import Image
 from torch import Tensor
 
@@ -33,7 +31,7 @@ from data_sets.images import UnreadableImage, read_rgb
 from data_sets.table import build_dataset
 from data_sets.views import eval_transform
 from models_vit import VisionTransformer, attention_row
-from util.plotting import STYLE, WIDTH, add_scale, draw_map, save_figure, visible
+from util.plotting import STYLE, WIDTH, add_scale, bare, draw_map, outline, save_figure, visible
 
 
 class Maps(NamedTuple):
@@ -120,19 +118,13 @@ def draw(rows: Sequence[Maps], query: Sequence[int] | None, heading: str, target
         M = values[0].numel()
         mean.set_xlabel(f"ln M = {math.log(M):.2f}", fontsize=6)
         for axis in (first, *axes):
-            axis.set(xticks=[], yticks=[])
-            axis.spines[:].set_visible(False)
+            bare(axis)
             if query is not None:
-                mark_query(axis, query, maps.picture.shape[0] / values.shape[1])
+                side = maps.picture.shape[0] / values.shape[1]
+                outline(axis, (query[1] * side, query[0] * side), side, side, "#00E5FF", "black")
     add_scale(figure, top, more=any(float(values.max()) > top for values in relative))
     figure.suptitle(heading, fontsize=8)
     save_figure(figure, target)
-
-
-def mark_query(axis: Axes, query: Sequence[int], side: float) -> None:
-    corner = (query[1] * side - 0.5, query[0] * side - 0.5)
-    for colour, width in (("black", 1.8), ("#00E5FF", 0.9)):  # seen on any ground
-        axis.add_patch(Rectangle(corner, side, side, fill=False, edgecolor=colour, linewidth=width))
 
 
 def main(args: argparse.Namespace) -> None:

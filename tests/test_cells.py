@@ -240,12 +240,6 @@ def test_folder_without_results_is_refused(tmp_path):
         program.results_of(tmp_path)
 
 
-@pytest.mark.parametrize("epoch", [{"epoch": 5, "loss": 0.4}, {"epoch": 5, "loss": 0.4, "test": {"top1": 50.0}}])
-def test_training_of_an_encoder_is_said_to_be_that(made, epoch):
-    with pytest.raises(ValueError, match="is of the training of an encoder, of which no table has a cell"):
-        made({"last": epoch, "seconds": 3.0, "args": {}})
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # runs of several seeds
 # ---------------------------------------------------------------------------------------------------------------------

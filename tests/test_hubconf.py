@@ -18,8 +18,8 @@ import main_linprobe
 from cli.console import parse
 from data_sets.demo import generate
 from data_sets.table import build_dataset
+from probing.finished_run import read_trained
 from probing.predictions import read_predictions
-from probing.trained import read_trained
 
 ROOT = Path(__file__).resolve().parent.parent
 MAE = str(ROOT / "demo" / "mae.safetensors")
