@@ -119,6 +119,8 @@ def test_values_of_the_papers_other_tables_say_where_they_stand(tables):
 def test_fewer_seeds_and_changed_code_are_said(tables):
     text = tables("--table", "7", records=[record("mae", B, "top1", "ap1", [71.0], dirty=True)])
     assert "1 seed, the paper has 3" in text and "uncommitted changes" in text
+    text = tables("--table", "7", records=[record("mae", B, "top1", "ap1", [71.0], dirty=None)])
+    assert "made by code of an unknown commit" in text
 
 
 def test_settings_in_which_cells_of_a_table_differ_are_notes(tables):
@@ -141,12 +143,6 @@ def test_what_the_seeds_vary_stands_under_the_numbers(tables, varied):
     text = tables("--table", "7", records=[record("mae", B, "top1", "ap1", [71.0, 71.2, 71.4], **settings)])
     everything = "± over 3 seeds; seeds vary initial weights, data order and augmentation"
     assert (everything in text) == bool(varied) and ("initial weights only" in text) != bool(varied)
-
-
-def test_code_of_no_commit_is_said_to_be_that(tables):
-    assert "made by code of an unknown commit" in tables(
-        "--table", "7", records=[record("mae", B, "top1", "ap1", [71.0], dirty=None)]
-    )
 
 
 def test_activations_and_rules_are_rows(tables):
@@ -192,9 +188,7 @@ def test_latex_escapes_everything_that_means_something_to_it(tables):
         assert line.startswith("\\") or (line.count("&") == columns - 1 and line.endswith(r"\\"))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the check
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- the check
 
 
 @pytest.fixture
@@ -338,9 +332,7 @@ def test_every_table_has_values_of_the_paper():
     assert known == set(TABLES)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# figures and pages of the same numbers
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- figures and pages of the same numbers
 
 
 def test_bars_that_cannot_be_compared_are_hatched():

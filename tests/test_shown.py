@@ -67,9 +67,7 @@ def test_pages_show_the_records_that_they_link_or_mark(tmp_path, monkeypatch):
     assert found == ["quickstart/MAE.results.json", "real/a.json", "real/not_shown/b.json"]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# goldens
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- goldens
 
 
 def test_golden_keeps_what_was_measured():
