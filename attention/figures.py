@@ -19,6 +19,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from attention.metrics import METRICS, metric_names
+from util.files import reading
 from util.plotting import COLOURS, DASHES, GREY, MARKERS, STYLE, WIDTH, frame, save_figure
 
 LINES = {  # of reference values, by the field of attention.json
@@ -36,12 +37,10 @@ DEPTHS = ListedColormap(colormaps["viridis"](np.linspace(0, 0.92, 256)))  # with
 
 def load_attention(path: Path) -> dict:
     """The attention.json of main_analyze_attention.py; ValueError where the file is something else."""
-    try:
+    with reading(path, "an attention.json of main_analyze_attention.py"):
         result = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(result, dict) or not {"label", "encoder", "metrics", "patches"} <= result.keys():
-        raise ValueError(f"{path} is not an attention.json of main_analyze_attention.py")
+        if missing := {"label", "encoder", "metrics", "patches"} - result.keys():
+            raise ValueError(f"it has no {', '.join(sorted(missing))}")
     return result
 
 

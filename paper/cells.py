@@ -18,6 +18,7 @@ from cli.arguments import RESUMABLE_FLAGS
 from data_sets.table import DATASETS
 from encoders.catalogue import CATALOGUE
 from models_vit import architecture, default_input_size
+from util.files import reading
 from util.progress import log
 
 NAMED = [name for name in DATASETS if name != "image_folder"]  # data sets whose images are known
@@ -290,13 +291,13 @@ def aggregation_cells(result: dict) -> Iterator[Measurement]:
 
 def cells_of(path: Path) -> list[Measurement]:
     """What the result of a program measures. ValueError names a file that is no such result, or is of unnamed data."""
-    try:
+    with reading(path, "a result of this version's programs"):
         result = json.loads(Path(path).read_text())
         if (dataset := result["args"]["dataset"]) not in NAMED:
             names = ", ".join(NAMED)
             raise ValueError(f"--dataset {dataset} can be any images: repeat the run with --dataset and one of {names}")
         if missing := [name for name in ORIGIN if name not in result]:
-            raise ValueError(f"the result has no {', '.join(missing)}")
+            raise ValueError(f"it has no {', '.join(missing)}")
         measure = aggregation_cells if "rules" in result else probe_cells if "probes" in result else attention_cells
         cells = [replace(cell, result=result, path=Path(path)) for cell in measure(result)]
         for measured in cells:
@@ -304,12 +305,6 @@ def cells_of(path: Path) -> list[Measurement]:
             if not all(type(v) in (int, float) and 0 <= v <= bound and math.isfinite(v) for v in measured.values):
                 raise ValueError(f"{measured.cell} has the values {measured.values}")
         return cells
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
-    except (KeyError, TypeError, AttributeError, IndexError, ValueError, RecursionError) as error:
-        if type(error) is ValueError:  # of this module
-            raise ValueError(f"{path}: {error}") from error
-        raise ValueError(f"{path} is not a result of this version's programs: {repr(error)[:200]}") from error
 
 
 def identity(measured: Measurement) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from paper.tables import DASH, PROTOCOL, RULES
 from probing.results import metric_label, seeds_note
+from util.files import reading
 
 WEIGHTS = {"pos": "uniform (`pos`)", **RULES}
 QUANTITIES = {"top-1, %": "top1", "entropy, nats": "aggregation_entropy", "MaxBoxAccV2, %": "maxboxaccv2"}
@@ -23,13 +24,9 @@ def read_runs(names: Sequence[str]) -> dict[str, list[dict]]:
     for name in names:
         label, _, folder = name.rpartition("=")
         path = Path(folder) if folder.endswith(".json") else Path(folder, "results.json")
-        if not path.is_file():
-            raise ValueError(f"{path} does not exist: give the --output_dir of a finished main_linprobe.py")
-        try:
+        with reading(path, "a results.json of main_linprobe.py"):
             run = json.loads(path.read_text())
             run |= {"path": path, "seeds": {probe["seed"] for probe in run["probes"].values()}}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} is not a results.json of main_linprobe.py: {error!r}") from error
         runs.setdefault(label or Path(folder).name, []).append(run)
     first, *others = [run for same in runs.values() for run in same]
     for key, what in (("test_images", "test images"), ("headline", "scores")):
@@ -119,7 +116,7 @@ def rules_table(path: Path) -> str:
     """Weights x (accuracy of their probes, entropy, MaxBoxAccV2), over seeds, of an aggregation.json."""
 
     rows = {}
-    try:
+    with reading(path, "an aggregation.json with probes and boxes"):
         result = json.loads(path.read_text())
         for head, title in WEIGHTS.items():
             if scores := result["over_seeds"].get(head):
@@ -127,8 +124,6 @@ def rules_table(path: Path) -> str:
                     mean_and_std(scores.get(name), 1 + ("nats" in unit)) for unit, name in QUANTITIES.items()
                 ]
         notes = [f"mean ± std over seeds; {seeds_note(result['probes'])}"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not an aggregation.json with probes and boxes: {error!r}") from error
     return markdown("weights", list(QUANTITIES), rows, notes)
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from util.files import write_json
+from util.files import reading, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = "short"  # folder beside the records
@@ -32,10 +32,8 @@ def shown_records(page: Path) -> dict[Path, dict]:
     for path in sorted(paths):
         if path.suffix != ".json" or path.parent.name == GOLDEN or not path.is_file():
             continue
-        try:
+        with reading(path, f"a record, but {page} shows it"):
             content = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{path}, which {page} shows, cannot be read: {error}") from error
         if isinstance(content, dict) and "commit" in content:
             records[path] = content
     return records
@@ -56,11 +54,9 @@ def origin_problems(path: Path, record: Mapping[str, Any]) -> list[str]:
 
 
 def read_golden(path: Path) -> dict:
-    try:
+    with reading(path, "a golden, which scripts/remake_records.sh makes"):
         golden = json.loads(path.read_text())
         return {**{name: golden[name] for name in ORIGIN}, "numbers": dict(golden["numbers"])}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a golden: scripts/remake_records.sh makes them") from error
 
 
 def golden_of(result: dict) -> dict:

@@ -1,9 +1,7 @@
 """Read a finished run of main_linprobe.py: its arguments, scores and trained probes, one of which can be exported."""
 
 import argparse
-import contextlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,7 +10,7 @@ from torch import Tensor
 from encoders.load import Encoder, load_plain_or_safetensors, save_encoder
 from probing.bank import ProbeBank, ProbeSpec
 from runtime.folder import RunFolder
-from util.files import digest, write_json
+from util.files import digest, reading, write_json
 
 ENCODER_ARGUMENTS = (
     *("model", "finetune", "family", "checkpoint_key", "num_heads", "no_cls_token", "input_size", "seed"),
@@ -41,7 +39,7 @@ class ProbeRun(NamedTuple):
                 f"{self.folder}: its probes were trained on another encoder, {self.args.finetune or 'random weights'}: "
                 "name that one with --finetune, or leave --finetune out"
             )
-        with _reading(self.folder, "does not hold the same probes in its checkpoint and in results.json"):
+        with reading(self.folder, "a run with the same probes in its checkpoint and in results.json"):
             specs = [ProbeSpec(**{key: probe[key] for key in SPEC}) for probe in self.results["probes"].values()]
             classes = {len(probe["classifier.bias"]) for probe in self.state["probes"].values()}
             bank = ProbeBank(specs, encoder.backbone, grid, *classes)
@@ -61,22 +59,12 @@ class ProbeRun(NamedTuple):
         }
 
 
-@contextlib.contextmanager
-def _reading(path: Path, problem: str) -> Iterator[None]:
-    """ValueError with the path for what unexpected content raises."""
-    try:
-        yield
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        reason = error if isinstance(error, ValueError) else repr(error)
-        raise ValueError(f"{path} {problem}: {reason}") from error
-
-
 def read_run(folder: Path) -> ProbeRun:
     """ValueError for a folder without a finished run, or with a damaged one."""
     folder, files = Path(folder), ("results.json", "args.json")
     if missing := [name for name in files if not (folder / name).is_file()]:
         raise ValueError(f"{folder} holds no {missing[0]}: it must be the --output_dir of a finished main_linprobe.py")
-    with _reading(folder, f"holds a damaged {' or '.join(files)}, or not those of main_linprobe.py"):
+    with reading(folder, f"a run of main_linprobe.py, by its {' and '.join(files)}"):
         results, saved = (json.loads((folder / name).read_text()) for name in files)
         args = argparse.Namespace(**saved["args"])
         epochs = {name: probe["last"]["epoch"] for name, probe in results["probes"].items()}
@@ -127,11 +115,9 @@ def read_trained(folder: Path, head: str | None = None, block: int | None = None
 
 
 def read_exported(folder: Path) -> Trained:
-    try:
+    with reading(folder / FACTS, "a probe of scripts/export_probe.py"):
         facts = json.loads((folder / FACTS).read_text())
         ProbeSpec(**facts["spec"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder / FACTS} is damaged, or not of scripts/export_probe.py: {error!r}") from error
     return Trained(facts, load_plain_or_safetensors(folder / WEIGHTS))
 
 

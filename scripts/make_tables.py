@@ -29,7 +29,7 @@ from paper.runs import rules_table, runs_table
 from paper.shown import ROOT, golden_problems, origin_problems, shown_records
 from paper.tables import PAPER_DATASET, TABLES, Row, datasets_of, rows_of, table_of
 from report import leaderboard
-from util.files import keep_table, write_atomically
+from util.files import keep_table, save
 
 PAPER = ROOT / "results" / "paper_numbers.json"
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -177,14 +177,6 @@ def read_page(path: Path) -> str | None:
 
 
 # ---- program
-
-
-def save(path: Path, text: str) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, text.encode())
-    except OSError as error:
-        raise ValueError(f"{path} cannot be written: {error.strerror}") from error
 
 
 def main(args: argparse.Namespace) -> None:

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from cli.console import Parser, run_main
 from paper.cells import cells_of, joined
 from paper.shown import ROOT, shortened
-from util.files import to_json, write_json
+from util.files import save, to_json
 from util.progress import log, setup_logging
 
 PROGRAMS = ("results.json", "attention.json", "aggregation.json")
@@ -53,11 +53,7 @@ def main(args: argparse.Namespace) -> None:
             path.unlink()
             log.info("%s: replaced", path)
     for target, (record, count) in records.items():
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            write_json(target, record)
-        except OSError as error:
-            raise ValueError(f"{target} cannot be written: {error.strerror}") from error
+        save(target, to_json(record, indent=2) + "\n")
         log.info("%s: %d cells", target, count)
 
 

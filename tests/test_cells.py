@@ -198,7 +198,7 @@ LESS = {name: value for name, value in probing().items() if name != "test_images
     ("content", "message"),
     [
         (probing(flags=["--dataset", "image_folder"]), "--dataset image_folder can be any images"),
-        (LESS, "the result has no test_images"),
+        (LESS, "it has no test_images"),
         ({"args": {}}, "not a result of this version's programs"),
         ([], "not a result of this version's programs"),
         (b"\xff\xfe{", "not a result"),

@@ -106,7 +106,7 @@ def test_mistakes_name_what_exists(encoder, run, exported, tmp_path):
     with pytest.raises(ValueError, match=r"holds no results\.json"):
         hubconf.probe(tmp_path)
     (tmp_path / "probe.json").write_text('{"spec": {"head": "cls"}}')
-    with pytest.raises(ValueError, match=r"probe\.json is damaged, or not of scripts/export_probe\.py"):
+    with pytest.raises(ValueError, match=r"probe\.json is not a probe of scripts/export_probe\.py"):
         hubconf.probe(tmp_path)
 
 

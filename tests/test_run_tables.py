@@ -124,7 +124,7 @@ def test_table_says_what_the_seeds_vary(run, seeds_vary):
 
 
 def test_unfinished_or_unreadable_run_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"results.json does not exist: give the --output_dir of a finished"):
+    with pytest.raises(ValueError, match=r"results.json cannot be read: No such file"):
         runs_table([str(tmp_path)])
     for content in ("{", "[]", "{}"):
         (tmp_path / "results.json").write_text(content)
