@@ -90,7 +90,7 @@ def counted(first: int, last: int, parts: int = 4) -> list[int]:
 
 def block_ticks(axis: Axes, depths: Sequence[int]) -> None:
     """Label blocks; the embedding, at -1, is E."""
-    ticks, embedding = counted(0, max(depths)), ["E"] * (min(depths) < 0)
+    ticks, embedding = counted(0, max(depths)), ["E"] if min(depths) < 0 else []
     axis.set_xticks([*(-1 for _ in embedding), *ticks], [*embedding, *map(str, ticks)])
     axis.set_xlabel(BLOCKS + "; E: embedding" * len(embedding))
 

@@ -320,7 +320,7 @@ def test_every_value_of_the_papers_tables_has_a_cell():
         cell = Cell(*(one[field] for field in Cell._fields))
         found = [entry.paper for line in rows for entry in line.entries if entry and entry.cell == cell]
         assert found == [one["value"]], one
-    assert table_of("2", "demo").encoders == ()
+    assert table_of("2", "demo").encoders == []
 
 
 def test_every_table_has_values_of_the_paper():
