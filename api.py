@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attention.measure import applicable, observe
@@ -59,7 +60,8 @@ class FrozenEncoder(nn.Module):
     def attention(
         self, images: Tensor, metrics: Sequence[str] = ("flow",), reduction: str = "fused"
     ) -> dict[str, Tensor]:
-        """{metric: (L,B,K)}: K numbers, one per head or one, of each block and image.
+        """{metric: (L,B,K)}: K numbers, one per head or one, of each block and image; NaN behind those of a block that
+        has fewer heads than another.
 
         metrics: names or groups of METRICS; those of tokens that the encoder lacks are left out. Raises ValueError for
         unknown names and for metrics of tokens (patch_log_amplitude, ...), which are not attention.
@@ -79,7 +81,11 @@ class FrozenEncoder(nn.Module):
                 step, chosen, backbone.num_prefix_tokens, backbone.has_cls, sizes, reduction
             ):
                 blocks[name].append(values[:, 1:])  # the first is their summary over heads
-        return {name: torch.stack(values) for name, values in blocks.items()}
+        heads = {name: max(value.shape[1] for value in values) for name, values in blocks.items()}
+        return {
+            name: torch.stack([F.pad(v, (0, heads[name] - v.shape[1]), value=torch.nan) for v in values])
+            for name, values in blocks.items()
+        }
 
 
 class Prediction(NamedTuple):

@@ -7,7 +7,7 @@ restricted.
 Source: He et al., "Masked Autoencoders Are Scalable Vision Learners", CVPR 2022, section 3.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -15,8 +15,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from models_vit import ARCHITECTURES, Block, VisionTransformer, init_weights
-from util.pos_embed import sincos_pos_embed
+from models_vit import ARCHITECTURES, Backbone, Block, BlockTrace, VisionTransformer, init_weights
+from util.pos_embed import resample_pos_embed, sincos_pos_embed
 from util.published import Published
 
 EPS = 1e-6  # added to the variance of a patch's pixels, as published
@@ -162,6 +162,55 @@ class MaskedAutoencoder(Published):
         inverse = torch.cat([kept, masked], dim=1).argsort(dim=1)
         mask = torch.ones_like(noise).scatter(1, kept, 0.0)
         return take(self.predict(tokens[:, self.encoder.num_prefix_tokens :]), inverse), mask
+
+
+class WithDecoder(Backbone):
+    """An encoder and, as further blocks, its MAE decoder on all patches: none is masked, so there is no mask token.
+
+    `embed_dim` is the encoder's; `widths` has that of each block, `num_heads` those of the last.
+    """
+
+    def __init__(self, autoencoder: MaskedAutoencoder):
+        super().__init__()
+        encoder, blocks = autoencoder.encoder, autoencoder.decoder_blocks
+        self.autoencoder, self.encoder_depth, self.norm = autoencoder, encoder.depth, autoencoder.decoder_norm
+        for name in ("embed_dim", "patch_size", "grid_size", "num_registers", "num_prefix_tokens", "has_cls"):
+            setattr(self, name, getattr(encoder, name))
+        self.pos_resampling, self.num_heads = encoder.pos_resampling, blocks[0].attn.num_heads
+        self.depth = encoder.depth + len(blocks)
+        self.widths = (encoder.embed_dim,) * encoder.depth + (autoencoder.decoder_embed.out_features,) * len(blocks)
+
+    def norm_after(self, block: int) -> nn.Module:
+        return self.autoencoder.encoder.norm if block < self.encoder_depth else self.norm
+
+    def compile_blocks(self, backend: str | Callable = "inductor") -> None:
+        self.autoencoder.compile_blocks(backend)
+
+    def trace(self, images: Tensor) -> Iterator[BlockTrace]:
+        model, encoder = self.autoencoder, self.autoencoder.encoder
+        for step in encoder.trace(images):
+            yield step
+        grid, table = self.grid_of(*images.shape[-2:]), (encoder.num_prefix_tokens, self.pos_resampling)
+        positions = resample_pos_embed(model.decoder_pos_embed, self.grid_size, grid, *table)
+        tokens = model.decoder_embed(encoder.norm(step.out)) + positions
+        for index, block in enumerate(model.decoder_blocks, self.encoder_depth):
+            q, k, v, bias, update, out = block(tokens)
+            yield BlockTrace(index, tokens, q, k, block.attn.scale, bias, update, out, v)
+            tokens = out
+
+
+def with_decoder(encoder: VisionTransformer, weights: dict[str, Tensor], num_heads: int) -> WithDecoder:
+    """The encoder and the decoder of a file in MAE's layout. ValueError where the file holds none, or parts of one."""
+    kept = {key: value for key, value in weights.items() if key.startswith("decoder_") or key == "mask_token"}
+    depth = len({key.split(".")[1] for key in kept if key.startswith("decoder_blocks.")})
+    if not depth or "decoder_embed.weight" not in kept:
+        raise ValueError("it holds no decoder: main_pretrain.py --keep_decoder, or its checkpoints, keep it")
+    model = MaskedAutoencoder(encoder, len(kept["decoder_embed.weight"]), depth, num_heads)
+    try:
+        model.load_published_state_dict({**encoder.state_dict(), **kept})
+    except RuntimeError as error:
+        raise ValueError(f"its decoder cannot be read: {' '.join(str(error).split())}") from error
+    return WithDecoder(model.eval().requires_grad_(False))
 
 
 # decoder of each encoder: as published for base and larger; width 192 for the paper's ViT-S (B.1) and smaller

@@ -273,11 +273,16 @@ class Backbone(nn.Module):
     num_prefix_tokens: int
     has_cls: bool
     norm: nn.Module  # the last one, which `forward` does not apply; nn.Identity where there is none
+    widths: tuple[int, ...] = ()  # of the blocks' tokens, where they are not all embed_dim
     pooled: Mapping[str, int] = MappingProxyType({})  # widths of the model's own outputs (Features.pooled)
 
     def trace(self, images: Tensor) -> Iterator[BlockTrace]:
         """Images (B,3,h,w) -> one BlockTrace per block, in order; stop iterating to skip the blocks that follow."""
         raise NotImplementedError
+
+    def norm_after(self, block: int) -> nn.Module:
+        """The norm behind the last block, for tokens of this block."""
+        return self.norm
 
     def own_outputs(self, steps: Iterator[BlockTrace]) -> dict[str, Tensor]:
         """The outputs named in `pooled`, from a trace that has come to the last block."""

@@ -16,6 +16,7 @@ from encoders.families import FAMILIES, Grid
 from encoders.libraries import LIBRARIES, Loaded, library_of, load_from_library, one_line, timm_of_file
 from encoders.reading import DEFAULTS, RELATIVE, Reading, problems_of, read_as
 from encoders.traced import TracedEncoder
+from models_mae import DECODERS, with_decoder
 from models_vit import NORMS, Backbone, VisionTransformer
 from util.distributed import main_process_first
 from util.files import digest, sha256
@@ -62,6 +63,7 @@ def load_encoder(
     grid: Grid | None = None,
     timm_name: str | None = None,
     size: int | None = None,
+    decoder: bool = False,
     **options,
 ) -> Encoder:
     """The encoder `model` with the weights that `finetune` names, or random ones where it is empty.
@@ -74,13 +76,14 @@ def load_encoder(
     of the file than the family's default (see Family). offline: download nothing.
     mean, std, grid (rows and columns of the file's positions), and options of models_vit.VisionTransformer, such as
     num_heads: what tensors do not show. What remains open is logged with the value assumed. timm_name: the timm model
-    whose weights the file holds, which timm runs.
+    whose weights the file holds, which timm runs. decoder: MAE's decoder in the file follows, as further blocks.
     The backbone is in evaluation mode and frozen. Raises ValueError where a tensor is missing, left over, misshapen or
     not finite.
     """
     if model != FROM_FILE:
         architecture(model)
     stated = {"family": named_family(family), "timm_name": timm_name, "grid": grid, "mean": mean, "std": std}
+    stated |= {"decoder": decoder}
     stated = {name: value for name, value in stated.items() if value} | options
     if not finetune:
         return random_encoder(model, stated)
@@ -111,8 +114,8 @@ def load_encoder(
 
 
 def random_encoder(model: str, stated: dict) -> Encoder:
-    if needing := [name for name in ("family", "timm_name", "grid") if name in stated]:
-        raise ValueError(f"--{needing[0]} {stated[needing[0]]} needs weights: name them with --finetune")
+    if needing := [name for name in ("family", "timm_name", "grid", "decoder") if name in stated]:
+        raise ValueError(f"--{needing[0]} needs weights: name them with --finetune")
     if model == FROM_FILE:
         raise ValueError(f"--model {FROM_FILE} needs weights: name them with --finetune")
     pixels = [tuple(stated.pop(name, default)) for name, default in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD))]
@@ -202,10 +205,24 @@ def encoder_of_file(finetune: str, path: Path, opened: Opened, pixels: list[tupl
     record = {"model": reading.model, "source": Path(finetune).name, "family": detected.family, "sha256": sha256(path)}
     encoder = Encoder(backbone.eval().requires_grad_(False), *pixels, record, options)
     log_encoder(finetune, encoder, opened, set(stated))
+    if stated.get("decoder"):
+        encoder = decoded(finetune, encoder, reading)
     if others := other_encoders(content, reading):
         level = logging.INFO if chosen else logging.WARNING
         log.log(level, "%s holds other encoders, too: %s", finetune, ", ".join(others))
     return encoder
+
+
+def decoded(finetune: str, encoder: Encoder, reading: Reading) -> Encoder:
+    """The encoder with the decoder of its file behind it."""
+    heads = DECODERS.get(reading.model, DECODERS["vit_base_patch16"])["decoder_num_heads"]
+    try:
+        backbone = with_decoder(encoder.backbone, reading.weights, heads)
+    except ValueError as error:
+        raise ValueError(f"--decoder: {finetune}: {error}") from error
+    first, width = backbone.encoder_depth, backbone.widths[-1]
+    decoder = {"first_block": first, "depth": backbone.depth - first, "width": width, "heads": heads}
+    return encoder._replace(backbone=backbone, record={**encoder.record, "decoder": decoder})
 
 
 def input_size(encoder: Encoder, stated: int | None) -> int:
