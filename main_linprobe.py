@@ -34,8 +34,7 @@ from probing.bank import ProbeBank, ProbeSpec
 from probing.feature_cache import CachedTokens, FeatureCache, Part
 from probing.heads import own_block
 from probing.logreg import Fits, Fitting, Shots, describe, tasks
-from probing.predictions import FILE, PredictionKeeper
-from probing.untrained import mark_untrained
+from probing.predictions import FILE, PredictionKeeper, mark_untrained
 from runtime.folder import RunFolder
 from runtime.processes import require_same_run
 from runtime.provenance import code_digest, provenance
