@@ -1,9 +1,8 @@
 """Masked autoencoder: MAE's decoder and loss around the encoder of models_vit.
 
 Letters as in models_vit; K visible (kept) patches, W = M - K masked ones, C = 3 p^2 values per patch, D' decoder width.
-The encoder embeds only the visible patches. The decoder takes tokens in the order visible, masked: attention ignores
-order, and positions are looked up. Training predicts only the masked patches, to which the decoder's last block is
-restricted.
+The encoder embeds only the visible patches. The decoder takes the visible tokens, then the masked ones: attention
+ignores order, and positions are looked up. In training, its last block computes only the masked patches.
 Source: He et al., "Masked Autoencoders Are Scalable Vision Learners", CVPR 2022, section 3.
 """
 
@@ -31,8 +30,7 @@ class Reconstruction(NamedTuple):
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:
     """(B,3,h,w) -> (B,M,C), row-major grid; within a patch: row, column, channel."""
-    B, channels, height, width = images.shape
-    grid = images.reshape(B, channels, height // patch_size, patch_size, width // patch_size, patch_size)
+    grid = images.unflatten(3, (-1, patch_size)).unflatten(2, (-1, patch_size))
     return grid.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
 
 
@@ -43,17 +41,15 @@ def unpatchify(patches: Tensor, patch_size: int, grid: tuple[int, int]) -> Tenso
 
 
 def random_masking(noise: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor]:
-    """noise (B,M), uniform -> indices of the kept patches (B,K), K = floor(M (1 - ratio)), and of the masked (B,W).
-
-    The K patches of lowest noise are kept: the mask is a function of the noise.
-    """
+    """Uniform noise (B,M) -> indices of the kept patches (B,K) of lowest noise, K = floor(M (1 - ratio)), and of the
+    masked patches (B,W)."""
     kept = int(noise.shape[1] * (1 - mask_ratio))
     order = noise.argsort(dim=1)
     return order[:, :kept], order[:, kept:]
 
 
 def take(tokens: Tensor, indices: Tensor) -> Tensor:
-    """Gather tokens (B,M,D) by indices (B,n) -> (B,n,D)."""
+    """Tokens (B,M,D), indices (B,n) -> (B,n,D)."""
     return tokens.gather(1, indices[..., None].expand(-1, -1, tokens.shape[-1]))
 
 
@@ -69,10 +65,7 @@ def denormalised(values: Tensor, patches: Tensor) -> Tensor:
 
 
 class MaskedAutoencoder(Published):
-    """Encoder of the visible patches, a light decoder of all patches, loss on the masked ones.
-
-    norm_pix_loss: predict pixels standardised per patch, as the published models do.
-    """
+    """norm_pix_loss: predict pixels standardised per patch, as the published models do."""
 
     prefix = r"encoder\."
 
@@ -120,10 +113,8 @@ class MaskedAutoencoder(Published):
         return self.encoder.norm(tokens)
 
     def decode(self, tokens: Tensor, kept: Tensor, masked: Tensor, first: int = 0) -> Tensor:
-        """The encoder's tokens (B,P+K,D) -> the decoder's (B,P+M,D'): prefix, visible patches, masked patches.
-
-        first: the last block computes the tokens from this position on, and no others.
-        """
+        """The encoder's tokens (B,P+K,D) -> the decoder's (B,P+M-first,D') from position `first` on: prefix, visible
+        patches, masked patches."""
         prefix, table = self.encoder.num_prefix_tokens, self.decoder_pos_embed[0]
         B, W = masked.shape
         order = torch.cat([kept, masked], dim=1)
@@ -194,9 +185,9 @@ class WithDecoder(Backbone):
         positions = resample_pos_embed(model.decoder_pos_embed, self.grid_size, grid, *table)
         tokens = model.decoder_embed(encoder.norm(step.out)) + positions
         for index, block in enumerate(model.decoder_blocks, self.encoder_depth):
-            q, k, v, bias, update, out = block(tokens)
-            yield BlockTrace(index, tokens, q, k, block.attn.scale, bias, update, out, v)
-            tokens = out
+            step = block(tokens)._replace(index=index)
+            yield step
+            tokens = step.out
 
 
 def with_decoder(encoder: VisionTransformer, weights: dict[str, Tensor], num_heads: int) -> WithDecoder:
