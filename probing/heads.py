@@ -140,6 +140,14 @@ def parse_head(head: str, flags: dict[str, Value]) -> tuple[str, Options]:
     )
 
 
+def head_name(aggregation: str, options: Options, blocks: str = "") -> str:
+    """The name that parse_head reads: abmilp, abmilp:depth=2,act=tanh, ap12; with blocks: abmilp@8-11:depth=2."""
+    number = AGGREGATIONS[aggregation].number
+    suffix = "".join(str(value) for key, value in options if key == number)
+    rest = ",".join(f"{key}={value}" for key, value in options if key != number)
+    return aggregation + suffix + "@" * bool(blocks) + blocks + ":" * bool(rest) + rest
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # heads of several poolings and blocks
 # ---------------------------------------------------------------------------------------------------------------------
@@ -190,10 +198,7 @@ def canonical_head(head: str, flags: dict[str, Value], depth: int | None) -> str
             if int(last or first) < int(first):
                 raise ValueError(f"head {head}: @{blocks} ends before it begins")
             blocks = first if first == last else blocks
-        number = AGGREGATIONS[part.aggregation].number
-        suffix = "".join(str(value) for key, value in part.options if key == number)
-        rest = ",".join(f"{key}={value}" for key, value in part.options if key != number)
-        names.append(part.aggregation + suffix + "@" * bool(blocks) + blocks + ":" * bool(rest) + rest)
+        names.append(head_name(part.aggregation, part.options, blocks))
     return "+".join(names)
 
 
