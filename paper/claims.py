@@ -1,0 +1,290 @@
+"""Test the statements of claims.toml on the recorded measurements of any set of encoders.
+
+A claim compares a quantity of single encoders (the accuracy of a head, a metric of attention, a property of a rule's
+weights, or the difference of two of these) with what the paper expects. Runs that differ in data order, augmentation
+and initial weights are averaged within an encoder. Intervals are Student's over encoders, hence over pretraining and
+all of these; a claim on a single encoder has one over its runs.
+"""
+
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy import stats
+
+from attention.metrics import METRICS
+from util.intervals import UNKNOWN, Interval, student
+
+CLAIMS = Path(__file__).with_suffix(".toml")
+CONFIRMED, REFUTED, UNDECIDED, UNTESTED = "confirmed", "refuted", "undecided", "not testable"
+INDEPENDENT = "order"  # in seeds_vary of runs whose seeds differ in more than the heads' initial weights
+SHARE = 0.9  # of the best block's accuracy
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Recorded results of one encoder, and what encoders.toml says of it."""
+
+    label: str
+    kinds: tuple[str, ...]
+    weight: float | None  # of the contrastive loss
+    origin: str | None  # label of the encoder that was fine-tuned
+    results: tuple[dict, ...]
+
+
+class Effect(NamedTuple):
+    value: float
+    interval: Interval
+    over: str  # what the interval is over
+    each: dict[str, float]  # value of each encoder
+
+
+class Tested(NamedTuple):
+    claim: dict[str, Any]
+    verdict: str
+    effect: Effect | None
+    attack: Effect | None  # the same claim with other data, another block or another rate
+    reason: str = ""  # why it was not tested
+
+
+class Missing(ValueError):
+    """The records lack what a claim measures."""
+
+
+def read_encoders(folder: Path) -> dict[str, Encoder]:
+    """Encoders of FOLDER/encoders.toml that have records; paths in the file are relative to FOLDER."""
+    path = folder / "encoders.toml"
+    try:
+        table = tomllib.loads(path.read_text())
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise ValueError(f"{path} must list encoders, their kinds and their records: {error}") from error
+    encoders = {}
+    for label, entry in table.items():
+        paths = [path for pattern in entry["records"] for path in sorted(folder.glob(pattern))]
+        results = tuple(json.loads(path.read_text()) for path in paths)
+        if results:
+            kinds = tuple(entry["kinds"])
+            encoders[label] = Encoder(label, kinds, entry.get("weight"), entry.get("origin"), results)
+    if not encoders:
+        raise ValueError(f"{path} names no encoder that has records: scripts/study_measure.sh makes them")
+    return encoders
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# quantities of an encoder: arrays with one value per independent run, or a single value
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def blocks_of(result: Mapping[str, Any]) -> list[int]:
+    """Blocks that a results.json probed; none of other results."""
+    return sorted({probe["block"] for probe in result["probes"].values()}) if "headline" in result else []
+
+
+def probes_of(encoder: Encoder, head: str, block: int | None, rate: float | None) -> tuple[dict, list[dict]]:
+    """(results.json, its probes of a head in the order of the seeds), at the chosen rate unless one is given.
+
+    block: None for the last block; another one is read from a run that probed several.
+    """
+    for result in encoder.results:
+        blocks = blocks_of(result)
+        if len(blocks) > (block is not None):
+            key = head, blocks[-1 if block is None else block]
+            probes = [probe for probe in result["probes"].values() if (probe["head"], probe["block"]) == key]
+            probes = [
+                probe for probe in probes if (probe.get("chosen", True) if rate is None else probe["blr"] == rate)
+            ]
+            if probes:
+                return result, sorted(probes, key=lambda probe: probe["seed"])
+    raise Missing(f"{encoder.label} has no probe {head}")
+
+
+def heads_of(encoder: Encoder) -> list[str]:
+    probes = [probe for result in encoder.results if "headline" in result for probe in result["probes"].values()]
+    return list(dict.fromkeys(probe["head"] for probe in probes))
+
+
+def accuracy(encoder: Encoder, head: str | Sequence[str], block: int | None = None, rate: float | None = None):
+    """Test accuracy, %; of several heads, of the one that is best on held-out training images."""
+    if not isinstance(head, str):
+        held_out = {}
+        for name in head:
+            _, probes = probes_of(encoder, name, block, rate)
+            if any("val" not in probe for probe in probes):
+                raise Missing(f"{encoder.label} has no held-out images to choose among {', '.join(head)}")
+            held_out[name] = np.mean([probe["val"]["last"]["top1"] for probe in probes])
+        head = max(held_out, key=held_out.get)
+    result, probes = probes_of(encoder, head, block, rate)
+    scores = np.array([probe["last"][result["headline"]] for probe in probes], dtype=float)
+    independent = INDEPENDENT in result.get("seeds_vary", ["weights"])
+    return scores if independent else scores.mean(keepdims=True)
+
+
+def reached(encoder: Encoder, head: str) -> np.ndarray:
+    """First block whose accuracy is SHARE of the best block's, in each run, as a share of the depth."""
+    if (depth := max(len(blocks_of(result)) for result in encoder.results)) < 2:
+        raise Missing(f"{encoder.label} was probed at its last block only")
+    scores = np.stack([accuracy(encoder, head, block) for block in range(depth)])
+    return (scores >= SHARE * scores.max(0)).argmax(0) / (depth - 1)
+
+
+def metric(encoder: Encoder, name: str, blocks: Sequence[int] | None = None, trend: bool = False) -> np.ndarray:
+    """Mean over blocks of a metric of attention.json, or its slope per block."""
+    for result in encoder.results:
+        if name in result.get("metrics", {}):
+            means = np.array([block["mean"] for block in result["metrics"][name]["blocks"]])
+            chosen = np.arange(len(means))[blocks if blocks is not None else slice(None)]
+            return np.array([stats.linregress(chosen, means[chosen]).slope if trend else means[chosen].mean()])
+    raise Missing(f"{encoder.label} has no metric {name}")
+
+
+def rules_of(encoder: Encoder, *heads: str) -> tuple[dict, list[list[int]]]:
+    """(aggregation.json, indices of the rules of each head)."""
+    for result in encoder.results:
+        rules = result.get("rules", [])
+        last = max((rule["block"] for rule in rules), default=None)
+        indices = [
+            [i for i, rule in enumerate(rules) if (rule["head"], rule["block"]) == (head, last)] for head in heads
+        ]
+        if all(indices):
+            return result, indices
+    raise Missing(f"{encoder.label} has no weights of {', '.join(heads)}")
+
+
+def entropy(encoder: Encoder, rule: str) -> np.ndarray:
+    result, (indices,) = rules_of(encoder, rule)
+    return np.array([result["rules"][index]["entropy"]["mean"] for index in indices])
+
+
+def localization(encoder: Encoder, rule: str) -> np.ndarray:
+    """MaxBoxAccV2, %."""
+    result, (indices,) = rules_of(encoder, rule)
+    if "localization" not in result:
+        raise Missing(f"{encoder.label} has no boxes")
+    maps = result["localization"]["maps"]
+    return np.array([maps[result["rules"][index]["name"]]["maxboxaccv2"] for index in indices])
+
+
+def divergence(encoder: Encoder, rules: Sequence[str]) -> np.ndarray:
+    """KL(first || second), mean over images, nats."""
+    result, (rows, columns) = rules_of(encoder, *rules)
+    return np.array([np.mean([result["matrices"]["kl"]["mean"][i][j] for j in columns]) for i in rows])
+
+
+QUANTITIES = {
+    "accuracy": (accuracy, "points"),
+    "reached": (reached, "of the depth"),
+    "metric": (metric, ""),
+    "entropy": (entropy, "nats"),
+    "localization": (localization, "points"),
+    "divergence": (divergence, "nats"),
+}
+
+
+def measure(encoder: Encoder, quantity: Mapping[str, Any]) -> np.ndarray:
+    """{KIND = what, option = ...}, less `minus`, divided by `share_of`, which are quantities, too."""
+    options = dict(quantity)
+    minus, share_of = options.pop("minus", None), options.pop("share_of", None)
+    kind = next(iter(options))
+    values = QUANTITIES[kind][0](encoder, options.pop(kind), **options)
+    if minus is not None:
+        values = values - measure(encoder, minus)
+    return values if share_of is None else values / measure(encoder, share_of)
+
+
+def unit_of(claim: Mapping[str, Any]) -> str:
+    kind = next(iter(claim["measure"]))
+    if "share_of" in claim["measure"] or "with" in claim:
+        return "1"
+    return METRICS[claim["measure"][kind]].unit if kind == "metric" else QUANTITIES[kind][1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# effects over encoders
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def of_kind(encoders: Mapping[str, Encoder], kind: str) -> list[Encoder]:
+    if not (chosen := [encoder for encoder in encoders.values() if kind in encoder.kinds]):
+        raise Missing(f"no encoder of the kind {kind}")
+    return chosen
+
+
+def effect_of(claim: Mapping[str, Any], encoders: Mapping[str, Encoder]) -> Effect:
+    """The claim's quantity over the encoders of the kind `of`:
+
+    less that of the kind `versus`; or its slope over the weight of the contrastive loss (`compare = "weight"`); or what
+    fine-tuning changed (`compare = "origin"`); or its correlation with the quantity `with`.
+    """
+    chosen = of_kind(encoders, claim["of"])
+    runs = {encoder.label: measure(encoder, claim["measure"]) for encoder in chosen}
+    each = {label: float(values.mean()) for label, values in runs.items()}
+    values = np.array(list(each.values()))
+    if claim.get("compare") == "weight":
+        if len(values) < 3:
+            raise Missing(f"a slope needs 3 encoders, there are {len(values)}")
+        fit = stats.linregress([encoder.weight for encoder in chosen], values)
+        half = stats.t.ppf(0.975, len(values) - 2) * fit.stderr
+        return Effect(fit.slope, Interval(fit.slope - half, fit.slope + half), f"{len(each)} encoders", each)
+    if "versus" in claim:
+        others = {e.label: float(measure(e, claim["measure"]).mean()) for e in of_kind(encoders, claim["versus"])}
+        interval = UNKNOWN
+        if min(len(each), len(others)) > 1:
+            interval = Interval(*stats.ttest_ind(values, list(others.values())).confidence_interval())
+        mean = values.mean() - np.mean(list(others.values()))
+        return Effect(mean, interval, f"{len(each)} and {len(others)} encoders", each | others)
+    if "with" in claim:
+        if len(values) < 4:
+            raise Missing(f"a correlation needs 4 encoders, there are {len(values)}")
+        result = stats.pearsonr(values, [measure(encoder, claim["with"]).mean() for encoder in chosen])
+        return Effect(result.statistic, Interval(*result.confidence_interval()), f"{len(each)} encoders", each)
+    if claim.get("compare") == "origin":
+        pairs = {e.label: measure(e, claim["measure"]) - measure(encoders[e.origin], claim["measure"]) for e in chosen}
+        runs, each = pairs, {label: float(difference.mean()) for label, difference in pairs.items()}
+        values = np.array(list(each.values()))
+    if len(values) > 1:
+        return Effect(values.mean(), student(values), f"{len(values)} encoders", each)
+    (only,) = runs.values()
+    return Effect(only.mean(), student(only), f"{len(only)} runs", each)
+
+
+def beyond(effect: Effect, above: float, margin: float | None) -> Effect:
+    """The effect less `above`; with a margin, how far its absolute value exceeds the margin.
+
+    So a claim of no gain, or of no difference, is one of less than that, and its interval excludes the bound.
+    """
+    if margin is None:
+        low, high = effect.interval
+        return effect._replace(value=effect.value - above, interval=Interval(low - above, high - above))
+    low, high = sorted(map(abs, effect.interval))
+    low = 0.0 if effect.interval.low < 0 < effect.interval.high else low
+    return effect._replace(value=abs(effect.value) - margin, interval=Interval(low - margin, high - margin))
+
+
+def judge(claim: dict[str, Any], encoders: Mapping[str, Encoder]) -> Tested:
+    """A verdict that an attack reverses is not kept: it becomes undecided."""
+    if "needs" in claim:
+        return Tested(claim, UNTESTED, None, None, claim["needs"])
+
+    def tested(changes: Mapping[str, Any]) -> tuple[Effect, str]:
+        changed = {**claim, **changes}
+        effect = beyond(effect_of(changed, encoders), changed.get("above", 0.0), changed.get("margin"))
+        low, high = effect.interval if changed["expect"] == ">" else (-effect.interval.high, -effect.interval.low)
+        return effect, CONFIRMED if low > 0 else REFUTED if high < 0 else UNDECIDED  # NaN is neither
+
+    try:
+        effect, verdict = tested({})
+    except Missing as error:
+        return Tested(claim, UNTESTED, None, None, str(error))
+    try:
+        attack, other = tested(claim["attack"])
+    except Missing:
+        return Tested(claim, verdict, effect, None)
+    return Tested(claim, UNDECIDED if {verdict, other} == {CONFIRMED, REFUTED} else verdict, effect, attack)
+
+
+def read_claims() -> list[dict[str, Any]]:
+    return tomllib.loads(CLAIMS.read_text())["claim"]
