@@ -87,9 +87,9 @@ def blocks_of(result: Mapping[str, Any]) -> list[int]:
 def probes_of(encoder: Encoder, head: str, block: int | None, rate: float | None) -> tuple[dict, list[dict]]:
     """(results.json, its probes of a head in the order of the seeds), at the chosen rate unless one is given.
 
-    block: None for the last block; another one is read from a run that probed several.
+    block: None for the last block, preferably of a run that probed no other; else of a run that probed several.
     """
-    for result in encoder.results:
+    for result in sorted(encoder.results, key=lambda result: len(blocks_of(result))):
         blocks = blocks_of(result)
         if len(blocks) > (block is not None):
             key = head, blocks[-1 if block is None else block]
