@@ -37,8 +37,8 @@ probe() {
 for encoder in "${encoders[@]}"; do
     label=${encoder%%=*} weights=${encoder#*=}
     # seeds vary weights, order and augmentation
-    probe rules --cache_views 2 "${oracles[@]}" --cls_features cls pos "${rules[@]}"
-    probe learned --cache_views 2 --cls_features abmilp abmilp:branches=4 ap1 ap4
+    probe rules --cache_views 1 "${oracles[@]}" --cls_features cls pos "${rules[@]}"
+    probe learned --cache_views 1 --cls_features abmilp abmilp:branches=4 ap1 ap4
     measure attention main_analyze_attention.py --model vit_demo_patch8 --finetune "$weights" --amp float32 \
         --label "$label" --metrics all --batch_size 50 --num_examples 0
     measure aggregation main_analyze_aggregation.py --amp float32 --probes "$out/measured/$label/learned" \
@@ -51,6 +51,6 @@ for encoder in "${encoders[@]}"; do
     label=${encoder%%=*} weights=${encoder#*=}
     # minutes each: only of MAE, as in the paper's Table 5
     case $label in weight0-* | demo-mae)
-        probe deep --cache_views 2 --cls_features abmilp:depth=2 abmilp:depth=2,act=tanh abmilp:sa=both ;;
+        probe deep --cache_views 1 --cls_features abmilp:depth=2 abmilp:depth=2,act=tanh abmilp:sa=both ;;
     esac
 done
