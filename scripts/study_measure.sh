@@ -31,8 +31,8 @@ measure() {
 }
 # every head has its own rate, chosen on held-out images
 probe() {
-    measure "$1" main_linprobe.py --model vit_demo_patch8 --finetune "$weights" --amp bfloat16 --val_fraction 0.1 \
-        --batch_size 200 --epochs 12 --warmup_epochs 1 --eval_every 12 --blr 10 30 100 --seeds 0 1 2 --resume auto "${@:2}"
+    measure "$1" main_linprobe.py --model vit_demo_patch8 --finetune "$weights" --amp bfloat16 --val_fraction 0.2 \
+        --batch_size 200 --epochs 16 --warmup_epochs 1 --eval_every 16 --blr 30 100 300 1000 --seeds 0 1 2 --resume auto "${@:2}"
 }
 for encoder in "${encoders[@]}"; do
     label=${encoder%%=*} weights=${encoder#*=}
