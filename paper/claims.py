@@ -1,9 +1,9 @@
 """Test the statements of claims.toml on the recorded measurements of any set of encoders.
 
 A claim compares a quantity of single encoders (the accuracy of a head, a metric of attention, a property of a rule's
-weights, or the difference of two of these) with what the paper expects. Runs that differ in data order, augmentation
-and initial weights are averaged within an encoder. Intervals are Student's over encoders, hence over pretraining and
-all of these; a claim on a single encoder has one over its runs.
+weights, or the difference of two of these) with what the paper expects. Intervals of accuracies are Student's over runs
+that differ in data order, augmentation and initial weights, and a claim must hold for every encoder; those of
+quantities without runs, such as metrics of attention, are Student's over encoders, that is over pretraining.
 """
 
 import json
@@ -30,10 +30,10 @@ class Encoder:
     """Recorded results of one encoder, and what encoders.toml says of it."""
 
     label: str
-    kinds: tuple[str, ...]
-    weight: float | None  # of the contrastive loss
-    origin: str | None  # label of the encoder that was fine-tuned
     results: tuple[dict, ...]
+    kinds: Sequence[str]
+    weight: float | None = None  # of the contrastive loss
+    origin: str | None = None  # label of the encoder that was fine-tuned
 
 
 class Effect(NamedTuple):
@@ -57,26 +57,21 @@ class Missing(ValueError):
 
 def read_encoders(folder: Path) -> dict[str, Encoder]:
     """Encoders of FOLDER/encoders.toml that have records; paths in the file are relative to FOLDER."""
-    path = folder / "encoders.toml"
+    path, encoders = folder / "encoders.toml", {}
     try:
         table = tomllib.loads(path.read_text())
     except (OSError, tomllib.TOMLDecodeError) as error:
         raise ValueError(f"{path} must list encoders, their kinds and their records: {error}") from error
-    encoders = {}
     for label, entry in table.items():
-        paths = [path for pattern in entry["records"] for path in sorted(folder.glob(pattern))]
-        results = tuple(json.loads(path.read_text()) for path in paths)
-        if results:
-            kinds = tuple(entry["kinds"])
-            encoders[label] = Encoder(label, kinds, entry.get("weight"), entry.get("origin"), results)
+        paths = [path for pattern in entry.pop("records") for path in sorted(folder.glob(pattern))]
+        if results := tuple(json.loads(path.read_text()) for path in paths):
+            encoders[label] = Encoder(label, results, **entry)
     if not encoders:
         raise ValueError(f"{path} names no encoder that has records: scripts/study_measure.sh makes them")
     return encoders
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# quantities of an encoder: arrays with one value per independent run, or a single value
-# ---------------------------------------------------------------------------------------------------------------------
+# Quantities of an encoder: arrays with one value per independent run, or a single value.
 
 
 def blocks_of(result: Mapping[str, Any]) -> list[int]:
@@ -142,13 +137,11 @@ def metric(encoder: Encoder, name: str, blocks: Sequence[int] | None = None, tre
 
 
 def rules_of(encoder: Encoder, *heads: str) -> tuple[dict, list[list[int]]]:
-    """(aggregation.json, indices of the rules of each head)."""
+    """(aggregation.json, indices of the rules of each head at the last block)."""
     for result in encoder.results:
-        rules = result.get("rules", [])
-        last = max((rule["block"] for rule in rules), default=None)
-        indices = [
-            [i for i, rule in enumerate(rules) if (rule["head"], rule["block"]) == (head, last)] for head in heads
-        ]
+        keys = [(rule["block"], rule["head"]) for rule in result.get("rules", [])]
+        last = max(keys, default=(0,))[0]
+        indices = [[i for i, key in enumerate(keys) if key == (last, head)] for head in heads]
         if all(indices):
             return result, indices
     raise Missing(f"{encoder.label} has no weights of {', '.join(heads)}")
@@ -162,8 +155,6 @@ def entropy(encoder: Encoder, rule: str) -> np.ndarray:
 def localization(encoder: Encoder, rule: str) -> np.ndarray:
     """MaxBoxAccV2, %."""
     result, (indices,) = rules_of(encoder, rule)
-    if "localization" not in result:
-        raise Missing(f"{encoder.label} has no boxes")
     maps = result["localization"]["maps"]
     return np.array([maps[result["rules"][index]["name"]]["maxboxaccv2"] for index in indices])
 
@@ -202,9 +193,7 @@ def unit_of(claim: Mapping[str, Any]) -> str:
     return METRICS[claim["measure"][kind]].unit if kind == "metric" else QUANTITIES[kind][1]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# effects over encoders
-# ---------------------------------------------------------------------------------------------------------------------
+# Effects over encoders.
 
 
 def of_kind(encoders: Mapping[str, Encoder], kind: str) -> list[Encoder]:
@@ -213,42 +202,61 @@ def of_kind(encoders: Mapping[str, Encoder], kind: str) -> list[Encoder]:
     return chosen
 
 
+def interval_of(runs: Mapping[str, np.ndarray]) -> tuple[Interval, str]:
+    """Of encoders with several runs, the hull of their intervals over runs: it excludes 0 if each of them does.
+
+    Of encoders with a single value, Student's interval over encoders.
+    """
+    if all(len(values) > 1 for values in runs.values()):
+        intervals = [student(values) for values in runs.values()]
+        hull = Interval(min(low for low, _ in intervals), max(high for _, high in intervals))
+        return hull, f"runs, in each of {len(runs)}"
+    return student(np.array([values.mean() for values in runs.values()])), f"{len(runs)} encoders"
+
+
+def less(runs: Mapping[str, np.ndarray], others: Mapping[str, np.ndarray]) -> tuple[Interval, str]:
+    """Of the difference of two groups: that of all pairs of encoders, whose runs share order and views.
+
+    Of single values, Student's with pooled variance.
+    """
+    if all(len(values) > 1 for values in (*runs.values(), *others.values())):
+        return interval_of({f"{a} {b}": runs[a] - others[b] for a in runs for b in others})
+    groups = [np.array([values.mean() for values in group.values()]) for group in (runs, others)]
+    counts, freedom = [len(group) for group in groups], sum(len(group) for group in groups) - 2
+    if not freedom:
+        return UNKNOWN, "single encoders"
+    variance = sum(((group - group.mean()) ** 2).sum() for group in groups) / freedom
+    half = stats.t.ppf(0.975, freedom) * (variance * sum(1 / count for count in counts)) ** 0.5
+    mean = groups[0].mean() - groups[1].mean()
+    return Interval(mean - half, mean + half), f"{counts[0]} and {counts[1]} encoders"
+
+
 def effect_of(claim: Mapping[str, Any], encoders: Mapping[str, Encoder]) -> Effect:
     """The claim's quantity over the encoders of the kind `of`:
 
     less that of the kind `versus`; or its slope over the weight of the contrastive loss (`compare = "weight"`); or what
     fine-tuning changed (`compare = "origin"`); or its correlation with the quantity `with`.
     """
-    chosen = of_kind(encoders, claim["of"])
+    chosen, compare = of_kind(encoders, claim["of"]), claim.get("compare")
     runs = {encoder.label: measure(encoder, claim["measure"]) for encoder in chosen}
+    if compare == "origin":
+        runs = {e.label: runs[e.label] - measure(encoders[e.origin], claim["measure"]) for e in chosen}
     each = {label: float(values.mean()) for label, values in runs.items()}
     values = np.array(list(each.values()))
-    if claim.get("compare") == "weight":
-        if len(values) < 3:
-            raise Missing(f"a slope needs 3 encoders, there are {len(values)}")
+    if (compare == "weight" or "with" in claim) and len(values) < 4:
+        raise Missing(f"a slope or a correlation needs 4 encoders, there are {len(values)}")
+    if compare == "weight":
         fit = stats.linregress([encoder.weight for encoder in chosen], values)
         half = stats.t.ppf(0.975, len(values) - 2) * fit.stderr
         return Effect(fit.slope, Interval(fit.slope - half, fit.slope + half), f"{len(each)} encoders", each)
-    if "versus" in claim:
-        others = {e.label: float(measure(e, claim["measure"]).mean()) for e in of_kind(encoders, claim["versus"])}
-        interval = UNKNOWN
-        if min(len(each), len(others)) > 1:
-            interval = Interval(*stats.ttest_ind(values, list(others.values())).confidence_interval())
-        mean = values.mean() - np.mean(list(others.values()))
-        return Effect(mean, interval, f"{len(each)} and {len(others)} encoders", each | others)
     if "with" in claim:
-        if len(values) < 4:
-            raise Missing(f"a correlation needs 4 encoders, there are {len(values)}")
         result = stats.pearsonr(values, [measure(encoder, claim["with"]).mean() for encoder in chosen])
         return Effect(result.statistic, Interval(*result.confidence_interval()), f"{len(each)} encoders", each)
-    if claim.get("compare") == "origin":
-        pairs = {e.label: measure(e, claim["measure"]) - measure(encoders[e.origin], claim["measure"]) for e in chosen}
-        runs, each = pairs, {label: float(difference.mean()) for label, difference in pairs.items()}
-        values = np.array(list(each.values()))
-    if len(values) > 1:
-        return Effect(values.mean(), student(values), f"{len(values)} encoders", each)
-    (only,) = runs.values()
-    return Effect(only.mean(), student(only), f"{len(only)} runs", each)
+    if "versus" in claim:
+        others = {e.label: measure(e, claim["measure"]) for e in of_kind(encoders, claim["versus"])}
+        means = {label: float(values.mean()) for label, values in others.items()}
+        return Effect(values.mean() - np.mean(list(means.values())), *less(runs, others), each | means)
+    return Effect(values.mean(), *interval_of(runs), each)
 
 
 def beyond(effect: Effect, above: float, margin: float | None) -> Effect:

@@ -1,15 +1,14 @@
 """Statements of the paper, tested on records: python scripts/claims.py [--records FOLDER] [--write PAGE | --check PAGE]
 
-FOLDER (default results/study) has encoders.toml, which names encoders, their kinds and their records. Every claim of
-paper/claims.toml gets an effect, a 95 % interval and a verdict. Prints Markdown; --write and --check keep a page's text
-equal to it. scripts/study_measure.sh makes the records.
+FOLDER (default results/study) has encoders.toml, which names encoders, their kinds and their records
+(scripts/study_measure.sh). Every claim of paper/claims.toml gets an effect, a 95 % interval and a verdict, in Markdown.
 """
 
 import argparse
 import math
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -21,7 +20,6 @@ from paper.shown import ROOT
 from util.files import keep_table
 
 COMMAND = "python scripts/claims.py --write"
-# what shows the numbers behind a claim, and the program that measured them
 SHOWN = {
     "attention": ("[curves](study_attention.png)", "main_analyze_attention.py"),
     "park": ("[curves](study_park.png)", "main_analyze_attention.py"),
@@ -70,21 +68,17 @@ def section(verdict: str, tests: Sequence[Tested]) -> list[str]:
     return [*lines, "", *table(header, details)]
 
 
-def grid(encoders: Mapping[str, Encoder], names: Sequence[str], cell) -> list[str]:
-    """Names x encoders; a dash where the records lack a value."""
+def grid(encoders: Mapping[str, Encoder], names: Sequence[str], *quantities: Callable) -> list[str]:
+    """Names x encoders: means of quantities over runs; a dash where the records lack a value."""
 
     def text(name: str, encoder: Encoder) -> str:
         try:
-            return cell(encoder, name)
+            return ", ".join(f"{quantity(encoder, name).mean():.1f}" for quantity in quantities)
         except Missing:
             return "–"
 
     rows = [[f"`{name}`", *(text(name, encoder) for encoder in encoders.values())] for name in names]
     return table(["", *encoders], [row for row in rows if set(row[1:]) != {"–"}])
-
-
-def weights_cell(encoder: Encoder, rule: str) -> str:
-    return f"{claims.entropy(encoder, rule).mean():.2f}, {claims.localization(encoder, rule).mean():.1f}"
 
 
 def markdown(encoders: Mapping[str, Encoder]) -> str:
@@ -101,9 +95,9 @@ def markdown(encoders: Mapping[str, Encoder]) -> str:
     probed = {label: encoder for label, encoder in encoders.items() if claims.heads_of(encoder)}
     heads = list(dict.fromkeys(head for encoder in probed.values() for head in claims.heads_of(encoder)))
     lines += ["", "## Accuracies", "", "%, last block, mean over runs, each head at its own rate.", ""]
-    lines += grid(probed, heads, lambda encoder, head: f"{claims.accuracy(encoder, head).mean():.1f}")
+    lines += grid(probed, heads, claims.accuracy)
     lines += ["", "## Weights", "", "Entropy of the weights in nats, MaxBoxAccV2 in %; means over runs.", ""]
-    return "\n".join([*lines, *grid(probed, heads, weights_cell), ""])
+    return "\n".join([*lines, *grid(probed, heads, claims.entropy, claims.localization), ""])
 
 
 def main(args: argparse.Namespace) -> None:

@@ -29,28 +29,30 @@ measure() {
     python "$2" "${data[@]}" "${@:3}" --output_dir "$out/measured/$label/$1"
     python scripts/record.py "$out/measured/$label/$1" --results "$records/$label/$1"
 }
-# every head has its own rate, chosen on held-out images
+# probe NAME FLAG...: every head has its own rate, chosen on held-out images
 probe() {
     measure "$1" main_linprobe.py --model vit_demo_patch8 --finetune "$weights" --amp bfloat16 --val_fraction 0.2 \
-        --batch_size 200 --epochs 16 --warmup_epochs 1 --eval_every 16 --blr 30 100 300 1000 --seeds 0 1 2 --resume auto "${@:2}"
+        --batch_size 200 --epochs 16 --warmup_epochs 1 --eval_every 16 --seeds 0 1 2 --resume auto "${@:2}"
 }
 for encoder in "${encoders[@]}"; do
     label=${encoder%%=*} weights=${encoder#*=}
     # seeds vary weights, order and augmentation
-    probe rules --cache_views 1 "${oracles[@]}" --cls_features cls pos "${rules[@]}"
-    probe learned --cache_views 1 --cls_features abmilp abmilp:branches=4 ap1 ap4
+    probe rules --cache_views 1 --blr 30 100 300 1000 "${oracles[@]}" --cls_features cls pos "${rules[@]}"
+    probe learned --cache_views 1 --blr 3 10 30 100 --cls_features abmilp abmilp:branches=4
     measure attention main_analyze_attention.py --model vit_demo_patch8 --finetune "$weights" --amp float32 \
         --label "$label" --metrics all --batch_size 50 --num_examples 0
     measure aggregation main_analyze_aggregation.py --amp float32 --probes "$out/measured/$label/learned" \
-        --probe_heads abmilp ap1 "${oracles[@]}" --rules pos "${rules[@]}" --boxes "$out/probing/boxes.csv" \
+        --probe_heads abmilp "${oracles[@]}" --rules pos "${rules[@]}" --boxes "$out/probing/boxes.csv" \
         --num_images 500 --num_examples 0 --batch_size 50 --loc_workers 0 --loc_step 0.01
     # all blocks; seeds vary weights and order
-    probe depth --cache_views 1 --crop center --no_hflip --cls_features cls pos abmilp alf --return_block 0 1 2 3 4 5
+    probe depth --cache_views 1 --blr 10 30 100 300 --crop center --no_hflip --return_block 0 1 2 3 4 5 \
+        --cls_features cls pos abmilp alf
 done
 for encoder in "${encoders[@]}"; do
     label=${encoder%%=*} weights=${encoder#*=}
-    # minutes each: only of MAE, as in the paper's Table 5
+    # only of MAE, as in the paper's Tables 5 and 7
     case $label in weight0-* | demo-mae)
-        probe deep --cache_views 1 --cls_features abmilp:depth=2 abmilp:depth=2,act=tanh abmilp:sa=both ;;
+        probe attentive --cache_views 1 --blr 1 3 10 30 --cls_features ap1 ap4
+        probe deep --cache_views 1 --blr 3 10 30 --cls_features abmilp:depth=2 abmilp:depth=2,act=tanh abmilp:sa=both ;;
     esac
 done

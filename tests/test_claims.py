@@ -32,7 +32,7 @@ def results(scores: dict[str, list[float]], rates=(1.0,), vary=("weights", "orde
 
 
 def encoder(label: str, kind: str, *files: dict, **entry) -> Encoder:
-    return Encoder(label, (kind,), entry.get("weight"), entry.get("origin"), files)
+    return Encoder(label, files, [kind], **entry)
 
 
 def attention(*means: float) -> dict:
@@ -52,19 +52,27 @@ def masked(label: str, gains: list[float], **options) -> Encoder:
 
 
 def test_over_encoders():
-    """With several encoders, the runs of each are averaged and the interval is over the encoders."""
-    tested = judge(CLAIM, by_label(masked("a", [4.0, 6.0]), masked("b", [6.0, 8.0]), masked("c", [5.0, 7.0])))
-    expected = stats.ttest_1samp([5.0, 7.0, 6.0], 0).confidence_interval()
-    assert tested.effect.interval == pytest.approx(tuple(expected))
-    assert (tested.effect.value, tested.effect.over) == (pytest.approx(6.0), "3 encoders")
+    """Of several encoders, the hull of their intervals over runs: the claim holds for each of them."""
+    tested = judge(CLAIM, by_label(masked("a", [4.0, 6.0, 5.5]), masked("b", [16.0, 18.0, 17.5])))
+    low, high = (stats.ttest_1samp(gains, 0).confidence_interval() for gains in ([4.0, 6.0, 5.5], [16.0, 18.0, 17.5]))
+    assert tested.effect.interval == pytest.approx((low[0], high[1]))
+    assert tested.effect.value == pytest.approx(11.1667, abs=1e-3)
     assert tested.verdict == CONFIRMED and tested.attack is None
+
+
+def test_versus_pairs_runs():
+    """Runs of two encoders share data order and views, so that their difference is paired."""
+    groups = [masked("m", [4.0, 6.0, 5.0]), encoder("j", "joint", *masked("j", [1.0, 3.5, 2.0]).results)]
+    effect = claims.effect_of({**CLAIM, "versus": "joint"}, by_label(*groups))
+    expected = stats.ttest_1samp([3.0, 2.5, 3.0], 0).confidence_interval()
+    assert effect.interval == pytest.approx(tuple(expected)) and effect.value == pytest.approx(8.5 / 3)
 
 
 def test_over_runs():
     """A single encoder's interval is over its runs, paired by seed; runs that differ in weights alone have none."""
     tested = judge(CLAIM, by_label(masked("a", [4.0, 6.0, 5.5])))
     expected = stats.ttest_1samp([4.0, 6.0, 5.5], 0).confidence_interval()
-    assert tested.effect.interval == pytest.approx(tuple(expected)) and tested.effect.over == "3 runs"
+    assert tested.effect.interval == pytest.approx(tuple(expected)) and tested.effect.over == "runs, in each of 1"
     tested = judge(CLAIM, by_label(masked("a", [4.0, 6.0, 5.5], vary=["weights"])))
     assert math.isnan(tested.effect.interval.low) and tested.verdict == UNDECIDED
 
@@ -76,6 +84,9 @@ def test_versus_and_weight():
     effect = claims.effect_of(claim, by_label(*groups))
     expected = stats.ttest_ind([0.5, 0.6], [0.1, 0.2]).confidence_interval()
     assert effect.interval == pytest.approx(tuple(expected)) and effect.value == pytest.approx(0.4)
+    effect = claims.effect_of(claim, by_label(*groups[:3]))  # a single encoder adds nothing to the pooled variance
+    half = stats.t.ppf(0.975, 1) * 0.05 * 2**0.5 * (1 + 1 / 2) ** 0.5
+    assert effect.interval == pytest.approx((0.45 - half, 0.45 + half))
     every = [encoder(e.label, "study", *e.results, weight=e.weight) for e in groups]
     effect = claims.effect_of({**claim, "of": "study", "compare": "weight"}, by_label(*every))
     assert effect.value == pytest.approx(-0.4)  # two weights: the slope is the difference, with the pooled deviation
