@@ -42,7 +42,7 @@ from probing.bank import ProbeBank, ProbeSpec
 from probing.feature_cache import CachedTokens, FeatureCache, Part
 from probing.heads import own_block
 from probing.logreg import Fits, Fitting, Shots, describe, tasks
-from probing.predictions import FILE, PredictionKeeper
+from probing.predictions import FILE, PredictionKeeper, mark_untrained
 from probing.results import (
     best_probe,
     log_neighbours,
@@ -53,7 +53,6 @@ from probing.results import (
     warn_of_choices,
     warn_of_edges,
 )
-from probing.untrained import mark_untrained
 from runtime.folder import RunFolder
 from runtime.processes import process_group, require_same_run
 from runtime.provenance import code_digest, provenance, utc_now

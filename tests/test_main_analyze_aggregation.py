@@ -364,7 +364,7 @@ def test_scores_of_other_images_and_missing_maps_are_said_under_the_table(data, 
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("results.json", "{", "results.json is damaged"),
+        ("results.json", "{", "is not a run of main_linprobe.py"),
         ("results.json", '{"probes": {"cls": {"last": {"epoch": 0}}}}', "are of different probes"),
         ("checkpoint-0.pth", "", "no checkpoint of .* can be read"),
         ("args.json", None, "holds no args.json"),

@@ -96,6 +96,27 @@ def write_json(target: Path, value: object) -> None:
     write_atomically(target, (to_json(value, indent=2) + "\n").encode())
 
 
+def save(path: Path, content: str) -> None:
+    """Write a text and the folders above it. ValueError for a disk error."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, content.encode())
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written: {error.strerror}") from error
+
+
+@contextlib.contextmanager
+def reading(path: Path, what: str) -> Iterator[None]:
+    """ValueError with the path if the block cannot read the file, or finds in it other content than `what`."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError, RecursionError) as error:
+        reason = error if type(error) is ValueError else repr(error)[:200]
+        raise ValueError(f"{path} is not {what}: {reason}") from error
+
+
 def digest(value: object) -> str:
     """sha256 of nested dicts, lists, tuples, numbers, strings and tensors: of their content, wherever it lies.
 

@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 from util.files import atomic_path
 
@@ -55,9 +56,26 @@ def save_figure(figure: Figure, target: Path) -> None:
         raise ValueError(f"{target} cannot be written: {error.strerror}") from error
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# maps over pictures
-# ---------------------------------------------------------------------------------------------------------------------
+def frame(axis: Axes) -> None:
+    """Lines: a frame to the left and below, and a horizontal grid."""
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(axis="y", linewidth=0.3, alpha=0.6)
+
+
+def bare(axis: Axes) -> None:
+    """Pictures: neither ticks nor a frame."""
+    axis.set(xticks=[], yticks=[])
+    axis.spines[:].set_visible(False)
+
+
+def outline(axis: Axes, pixel: tuple[float, float], width: float, height: float, colour: str, around: str) -> None:
+    """A rectangle of whole pixels of a picture, from `pixel`, its upper left, in a colour that another surrounds."""
+    corner = pixel[0] - 0.5, pixel[1] - 0.5
+    for edge, line in ((around, 1.7), (colour, 1.0)):  # visible on any ground
+        axis.add_patch(Rectangle(corner, width, height, fill=False, edgecolor=edge, linewidth=line)).set_clip_on(False)
+
+
+# ---- maps over pictures
 
 
 def visible(images: Tensor, view: Any) -> np.ndarray:
