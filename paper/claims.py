@@ -19,10 +19,8 @@ from scipy import stats
 from attention.metrics import METRICS
 from util.intervals import UNKNOWN, Interval, student
 
-CLAIMS = Path(__file__).with_suffix(".toml")
+CLAIMS = tomllib.loads(Path(__file__).with_suffix(".toml").read_text())["claim"]
 CONFIRMED, REFUTED, UNDECIDED, UNTESTED = "confirmed", "refuted", "undecided", "not testable"
-INDEPENDENT = "order"  # in seeds_vary of runs whose seeds differ in more than the heads' initial weights
-SHARE = 0.9  # of the best block's accuracy
 
 
 @dataclass(frozen=True)
@@ -39,7 +37,7 @@ class Encoder:
 class Effect(NamedTuple):
     value: float
     interval: Interval
-    over: str  # what the interval is over
+    over: str
     each: dict[str, float]  # value of each encoder
 
 
@@ -51,8 +49,7 @@ class Tested(NamedTuple):
     reason: str = ""  # why it was not tested
 
 
-class Missing(ValueError):
-    """The records lack what a claim measures."""
+class Missing(ValueError): ...  # the records lack what a claim measures
 
 
 def read_encoders(folder: Path) -> dict[str, Encoder]:
@@ -103,7 +100,7 @@ def heads_of(encoder: Encoder) -> list[str]:
 
 
 def accuracy(encoder: Encoder, head: str | Sequence[str], block: int | None = None, rate: float | None = None):
-    """Test accuracy, %; of several heads, of the one that is best on held-out training images."""
+    """Test accuracy, %, of each independent run; of several heads, of the one that is best on held-out images."""
     if not isinstance(head, str):
         held_out = {}
         for name in head:
@@ -114,16 +111,15 @@ def accuracy(encoder: Encoder, head: str | Sequence[str], block: int | None = No
         head = max(held_out, key=held_out.get)
     result, probes = probes_of(encoder, head, block, rate)
     scores = np.array([probe["last"][result["headline"]] for probe in probes], dtype=float)
-    independent = INDEPENDENT in result.get("seeds_vary", ["weights"])
-    return scores if independent else scores.mean(keepdims=True)
+    return scores if "order" in result.get("seeds_vary", []) else scores.mean(keepdims=True)
 
 
 def reached(encoder: Encoder, head: str) -> np.ndarray:
-    """First block whose accuracy is SHARE of the best block's, in each run, as a share of the depth."""
+    """First block whose accuracy is 90 % of the best block's, in each run, as a share of the depth."""
     if (depth := max(len(blocks_of(result)) for result in encoder.results)) < 2:
         raise Missing(f"{encoder.label} was probed at its last block only")
     scores = np.stack([accuracy(encoder, head, block) for block in range(depth)])
-    return (scores >= SHARE * scores.max(0)).argmax(0) / (depth - 1)
+    return (scores >= 0.9 * scores.max(0)).argmax(0) / (depth - 1)
 
 
 def metric(encoder: Encoder, name: str, blocks: Sequence[int] | None = None, trend: bool = False) -> np.ndarray:
@@ -187,19 +183,27 @@ def measure(encoder: Encoder, quantity: Mapping[str, Any]) -> np.ndarray:
 
 
 def unit_of(claim: Mapping[str, Any]) -> str:
-    kind = next(iter(claim["measure"]))
     if "share_of" in claim["measure"] or "with" in claim:
         return "1"
+    kind = next(iter(claim["measure"]))
     return METRICS[claim["measure"][kind]].unit if kind == "metric" else QUANTITIES[kind][1]
 
 
 # Effects over encoders.
 
 
-def of_kind(encoders: Mapping[str, Encoder], kind: str) -> list[Encoder]:
-    if not (chosen := [encoder for encoder in encoders.values() if kind in encoder.kinds]):
-        raise Missing(f"no encoder of the kind {kind}")
-    return chosen
+def runs_of(encoders: Mapping[str, Encoder], kind: str, quantity: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Values of the encoders of a kind; those without records of the quantity are left out."""
+    runs, problem = {}, f"no encoder of the kind {kind}"
+    for label, encoder in encoders.items():
+        if kind in encoder.kinds:
+            try:
+                runs[label] = measure(encoder, quantity)
+            except Missing as error:
+                problem = str(error)
+    if not runs:
+        raise Missing(problem)
+    return runs
 
 
 def interval_of(runs: Mapping[str, np.ndarray]) -> tuple[Interval, str]:
@@ -235,25 +239,26 @@ def effect_of(claim: Mapping[str, Any], encoders: Mapping[str, Encoder]) -> Effe
     """The claim's quantity over the encoders of the kind `of`:
 
     less that of the kind `versus`; or its slope over the weight of the contrastive loss (`compare = "weight"`); or what
-    fine-tuning changed (`compare = "origin"`); or its correlation with the quantity `with`.
+    fine-tuning changed (`compare = "origin"`); or its slope over the quantity `with`.
     """
-    chosen, compare = of_kind(encoders, claim["of"]), claim.get("compare")
-    runs = {encoder.label: measure(encoder, claim["measure"]) for encoder in chosen}
+    quantity, compare = claim["measure"], claim.get("compare")
+    runs = runs_of(encoders, claim["of"], quantity)
     if compare == "origin":
-        runs = {e.label: runs[e.label] - measure(encoders[e.origin], claim["measure"]) for e in chosen}
+        runs = {label: values - measure(encoders[encoders[label].origin], quantity) for label, values in runs.items()}
     each = {label: float(values.mean()) for label, values in runs.items()}
     values = np.array(list(each.values()))
-    if (compare == "weight" or "with" in claim) and len(values) < 4:
-        raise Missing(f"a slope or a correlation needs 4 encoders, there are {len(values)}")
-    if compare == "weight":
-        fit = stats.linregress([encoder.weight for encoder in chosen], values)
+    if compare == "weight" or "with" in claim:
+        if len(values) < 4:
+            raise Missing(f"a slope needs 4 encoders, there are {len(values)}")
+        others = [
+            measure(encoders[label], claim["with"]).mean() if "with" in claim else encoders[label].weight
+            for label in runs
+        ]
+        fit = stats.linregress(others, values)
         half = stats.t.ppf(0.975, len(values) - 2) * fit.stderr
         return Effect(fit.slope, Interval(fit.slope - half, fit.slope + half), f"{len(each)} encoders", each)
-    if "with" in claim:
-        result = stats.pearsonr(values, [measure(encoder, claim["with"]).mean() for encoder in chosen])
-        return Effect(result.statistic, Interval(*result.confidence_interval()), f"{len(each)} encoders", each)
     if "versus" in claim:
-        others = {e.label: measure(e, claim["measure"]) for e in of_kind(encoders, claim["versus"])}
+        others = runs_of(encoders, claim["versus"], quantity)
         means = {label: float(values.mean()) for label, values in others.items()}
         return Effect(values.mean() - np.mean(list(means.values())), *less(runs, others), each | means)
     return Effect(values.mean(), *interval_of(runs), each)
@@ -292,7 +297,3 @@ def judge(claim: dict[str, Any], encoders: Mapping[str, Encoder]) -> Tested:
     except Missing:
         return Tested(claim, verdict, effect, None)
     return Tested(claim, UNDECIDED if {verdict, other} == {CONFIRMED, REFUTED} else verdict, effect, attack)
-
-
-def read_claims() -> list[dict[str, Any]]:
-    return tomllib.loads(CLAIMS.read_text())["claim"]

@@ -23,10 +23,11 @@ COMMAND = "python scripts/claims.py --write"
 SHOWN = {
     "attention": ("[curves](study_attention.png)", "main_analyze_attention.py"),
     "park": ("[curves](study_park.png)", "main_analyze_attention.py"),
-    "depth": ("[curves](study_depth.png)", "main_linprobe.py --return_block"),
+    "depth": ("accuracies by block", "main_linprobe.py --return_block"),
     "heads": ("[accuracies](#accuracies)", "main_linprobe.py"),
     "rules": ("[weights](#weights)", "main_analyze_aggregation.py"),
 }
+DETAILS = ["claim", "measurement", "interval over", "each encoder", "attack", "shown in", "measured by"]
 TITLES = {
     REFUTED: "Refuted: these contradict the paper at this scale",
     CONFIRMED: "Confirmed",
@@ -64,8 +65,7 @@ def section(verdict: str, tests: Sequence[Tested]) -> list[str]:
         figure, program = SHOWN[claim["figure"]]
         details.append([claim["name"], claim["measurement"], effect.over, each, attack, figure, f"`{program}`"])
     lines += table(["claim", "statement", "source", "effect (95 % interval)", "unit"], rows)
-    header = ["claim", "measurement", "interval over", "each encoder", "attack", "shown in", "measured by"]
-    return [*lines, "", *table(header, details)]
+    return [*lines, "", *table(DETAILS, details)]
 
 
 def grid(encoders: Mapping[str, Encoder], names: Sequence[str], *quantities: Callable) -> list[str]:
@@ -82,7 +82,7 @@ def grid(encoders: Mapping[str, Encoder], names: Sequence[str], *quantities: Cal
 
 
 def markdown(encoders: Mapping[str, Encoder]) -> str:
-    tests = [claims.judge(claim, encoders) for claim in claims.read_claims()]
+    tests = [claims.judge(claim, encoders) for claim in claims.CLAIMS]
     counts = Counter(test.verdict for test in tests)
     lines = [
         f"{len(tests)} statements, {len(tests) - counts[UNTESTED]} tested: "
