@@ -1,6 +1,7 @@
 """Figures of aggregation vectors: divergences between rules (Fig. 7), maps (Fig. 9) and boxes (Fig. 8) over images."""
 
 import re
+import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from textwrap import wrap
@@ -14,21 +15,7 @@ from matplotlib.ticker import MaxNLocator
 from aggregation.localization import enlarge
 from util.plotting import COLOURS, GREY, STYLE, WIDTH, add_scale, bare, draw_map, outline, save_figure
 
-TITLES = {  # of heads; # stands for a number above 1
-    "attn-mn": "[cls], mean of heads",
-    "attn-lcte": "[cls], lowest-entropy head",
-    "dino": "oracle's [cls]",
-    "pos": "uniform",
-    "abmilp": "AbMILP",
-    "ap1": "AP, 1 head",
-    "ap#": "AP, # heads",
-    "ep1": "EP, 1 query",
-    "ep#": "EP, # queries",
-    "ca1": "central patch",
-    "ca#": "central # × #",
-    "cp1": "central patch alone",
-    "cp#": "mean of central # × #",
-}
+TITLES = tomllib.loads(Path(__file__).with_name("titles.toml").read_text("utf-8"))
 TRUE, BOXES = "#1F77FF", ("#FF3B30", "#2ECC40")  # as in Fig. 8: truth blue, [cls] red, aggregation green
 
 
