@@ -14,7 +14,7 @@ from util.files import digest, reading, write_json
 
 ENCODER_ARGUMENTS = (
     *("model", "finetune", "family", "checkpoint_key", "num_heads", "no_cls_token", "input_size", "seed"),
-    *("timm_name", "mean", "std", "grid"),
+    *("timm_name", "mean", "std", "grid", "decoder"),
 )
 SPEC = ("head", "block", "blr", "seed", "optimizer", "lr")  # of a ProbeSpec, in results.json
 FACTS, WEIGHTS = "probe.json", "probe.safetensors"  # files of an exported probe

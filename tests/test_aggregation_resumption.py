@@ -124,7 +124,7 @@ def test_what_does_not_fit_is_named_and_the_checkpoint_before_it_used(
         (["--resume", "auto", "--rules", "pos"], "rules was None, is ['pos']"),
         (["--resume", "auto", "--kl_direction", "col_row"], "kl_direction was row_col, is col_row"),
         ([], "already holds a run (checkpoint-0-4.pth): continue it with --resume auto"),
-        (["--resume", "auto", "--images", "nowhere.png"], "--images nowhere.png: cannot read image"),
+        (["--resume", "auto", "--images", "nowhere.png"], "cannot read image nowhere.png"),
     ],
     ids=" ".join,
 )
