@@ -221,6 +221,15 @@ def test_edited_and_missing_tables_fail_the_check(tables, kept, name):
     assert str(path) in tables("--check", code=2)
 
 
+def test_table_of_a_page_is_kept_and_checked(tables, kept, tmp_path):
+    page, marks = tmp_path / "page.md", "python scripts/make_tables.py --table 1 --dataset demo --write"
+    page.write_text(f"a\n<!-- table1 of demo: {marks} page.md -->\n<!-- end of table1 of demo -->\nb\n")
+    assert "table1 of demo in" in tables("--check", "--write", str(page), code=2)
+    tables("--table", "1", "--dataset", "demo", "--write", str(page))
+    tables("--check", "--write", str(page))
+    assert "| MAE | ViT-demo/8 | 40.5 ± 0.7 |" in page.read_text()
+
+
 @pytest.mark.parametrize("name", ["imagenet/table1.md", "demo/table9.md", "demo_few/figure2.tex"])
 def test_table_that_has_no_records_fails_the_check(tables, kept, name):
     (kept / name).parent.mkdir(exist_ok=True)
