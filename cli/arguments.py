@@ -140,7 +140,7 @@ RESUMABLE_FLAGS = set(
     output_dir log_dir resume device num_workers pin_mem dataloader_affinity_hack dist_url dist_timeout world_size
     local_rank args_from data_path accum_iter eval eval_every report dist_eval suffix save_predictions knn per_class
     cache_dir offline on_bad_image multilabel_metric finetune save_every_minutes save_every_steps figure_every
-    loc_workers images num_examples draw_threshold track preset
+    loc_workers images num_examples draw_threshold track preset keep_decoder
     """.split()  # noqa: SIM905
 )
 
