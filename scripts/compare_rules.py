@@ -67,8 +67,9 @@ def table(judgements: dict[str, dict[str, dict]]) -> str:
     lines = ["| encoder | rule | seeds | " + " | ".join(columns.values()) + " |", "|---" * 6 + "|"]
     for label, rows in judgements.items():
         for name, row in rows.items():
-            values = [row.get(column) for column in columns]
+            values = [row[column] for column in columns]
             cells = [f"{value['mean']:.1f} ({value['interval']})" if value else "–" for value in values]
+            cells = [cell.removesuffix(" (–)") for cell in cells]
             lines.append(f"| {label} | {name} | {row['seeds']} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
