@@ -212,24 +212,6 @@ def test_a_name_without_weights_is_refused(tiny, finetune, message):
     assert message in refused(finetune, tiny)
 
 
-# ---- downloads
-
-
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "hub" / "checkpoints"
-
-
-def test_files_of_one_name_at_two_urls_are_not_confused(tiny, source, tmp_path, cache):
-    for folder, scale in (("a", 1.0), ("b", 2.0)):
-        (tmp_path / folder).mkdir()
-        state = {key: scale * value for key, value in source.state_dict().items()}
-        torch.save({"model": state}, tmp_path / folder / "teacher.pth")
-    loaded = [load_encoder((tmp_path / folder / "teacher.pth").as_uri(), tiny) for folder in "ab"]
-    assert loaded[1].backbone.norm.weight.equal(2 * loaded[0].backbone.norm.weight)
-
-
 # ---- saving
 
 
