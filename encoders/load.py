@@ -64,19 +64,18 @@ def load_encoder(
     decoder: bool = False,
     **options,
 ) -> Encoder:
-    """The encoder `model` with the weights that `finetune` names, or random ones where it is empty.
+    """The encoder `model` with the weights that `finetune` names, or random ones if it is empty; frozen, in eval mode.
 
-    finetune: a file (.pth or .safetensors), a name of CATALOGUE, a URL, or a model that its own library runs at `size`
-    pixels (encoders.libraries; a timm model's name, too), without other options.
-    model: a name of ARCHITECTURES, or "file" to take the sizes from the tensors.
+    finetune: a file, a name of CATALOGUE, a URL, or a model that its own library runs at `size` pixels.
+    model: a name of ARCHITECTURES; "file": by the sizes of the tensors.
     family: a name of FAMILIES; None or "auto": see detect_family. If several families remain, which resample positions
-    differently, the backbone takes only images of its positions' size. checkpoint_key: another encoder of the file than
-    the family's default (see Family). offline: download nothing.
-    mean, std, grid (rows and columns of the file's positions), and options of models_vit.VisionTransformer, such as
-    num_heads: what tensors do not show. What remains open is logged with the value assumed. timm_name: the timm model
-    whose weights the file holds, and which timm runs. decoder: append the file's MAE decoder, as further blocks.
-    The backbone is in evaluation mode and frozen. Raises ValueError where a tensor is missing, left over, misshapen or
-    not finite.
+    differently, the backbone takes only images of its positions' size.
+    checkpoint_key: another encoder of the file than the family's default. offline: download nothing.
+    timm_name: the timm model whose weights the file holds, and which timm runs.
+    decoder: append the file's MAE decoder, as further blocks.
+    mean, std, grid (rows and columns of the file's positions) and options of models_vit.VisionTransformer, such as
+    num_heads: facts that tensors do not show; what nothing states is assumed and logged.
+    ValueError if a tensor is missing, left over, misshapen or not finite.
     """
     if model != FROM_FILE:
         architecture(model)
@@ -167,9 +166,8 @@ def encoder_of_file(finetune: str, path: Path, reading: Reading, stated: dict) -
     if stated.get("decoder"):
         encoder = decoded(finetune, encoder, reading)
     if others := other_encoders(reading):
-        level = (
-            logging.INFO if {"family", "checkpoint_key"} & stated.keys() or finetune in CATALOGUE else logging.WARNING
-        )
+        chosen = finetune in CATALOGUE or {"family", "checkpoint_key"} & stated.keys()
+        level = logging.INFO if chosen else logging.WARNING
         log.log(level, "%s holds other encoders, too: %s", finetune, ", ".join(others))
     return encoder
 

@@ -305,9 +305,8 @@ def obstacle(content: Content) -> str:
     for name in content.encoders():
         odd = [(key, kind) for key, value in content.below(name).items() if (kind := not_a_tensor(value))]
         label = f"{name}: " if name else ""
-        obstacles += [f"{label}{key} is {kind}" for key, kind in odd[:3]] + [f"{label}{len(odd) - 3} more"] * (
-            len(odd) > 3
-        )
+        obstacles += [f"{label}{key} is {kind}" for key, kind in odd[:3]]
+        obstacles += [f"{label}{len(odd) - 3} more"] * (len(odd) > 3)
     return f"not all entries are tensors ({', '.join(obstacles[:4])}): save tensors only" if obstacles else ""
 
 
