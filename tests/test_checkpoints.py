@@ -116,38 +116,11 @@ def test_weights_of_an_unnamed_size_are_answered_with_the_model_that_reads_it(ti
     assert load_encoder(str(mae_file), "file", family="mae", num_heads=2).record["model"] == "vit_width32_depth3_patch8"
 
 
-def test_a_left_over_cls_token_is_named(tiny, mae_file):
-    assert "not used cls_token" in refused(mae_file, tiny, class_token=False)
-
-
 def test_a_truncated_safetensors_file_is_refused(tiny, source, tmp_path):
     path = tmp_path / "cut.safetensors"
     safetensors.torch.save_file(source.state_dict(), path)
     path.write_bytes(path.read_bytes()[:-1000])
     assert f"{path} cannot be read as safetensors" in refused(path, tiny)
-
-
-def broken(state):
-    state["blocks.1.attn.qkv.weight"][0, 0] = state["norm.bias"][3] = torch.nan
-
-
-def without_a_block(state):
-    for key in [key for key in state if key.startswith("blocks.1.")]:
-        del state[key]
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (broken, "of family timm: blocks.1.attn.qkv.weight, norm.bias hold NaN or infinity"),
-        (without_a_block, "of family timm: missing blocks.1.*"),
-    ],
-)
-def test_damage_of_a_plain_file_is_reported(tiny, source, tmp_path, damage, message):
-    state = source.state_dict()
-    damage(state)
-    torch.save(state, tmp_path / "flat.pth")
-    assert refused(tmp_path / "flat.pth", tiny).endswith(message)
 
 
 def test_a_teacher_without_evidence_needs_a_key_or_a_family(tiny, source, tmp_path):
