@@ -252,7 +252,7 @@ class Backbone(nn.Module, abc.ABC):
         """Images (B,3,h,w) -> one BlockTrace per block, in order; stop iterating to skip the remaining blocks."""
 
     def norm_after(self, block: int) -> nn.Module:
-        """The norm behind the last block, for tokens of this block."""
+        """The norm that follows the last block, for the tokens of this block."""
         return self.norm
 
     def own_outputs(self, steps: Iterator[BlockTrace]) -> dict[str, Tensor]:

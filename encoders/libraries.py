@@ -95,7 +95,7 @@ def fetched(repository: str, offline: bool, weights: str = "model*.safetensors")
     folder, commit = Path(repository).expanduser(), None
     if not folder.is_dir():
         if folder.exists() or repository.startswith((".", "/", "~")):
-            raise ValueError("this is no folder")
+            raise ValueError("this is not a folder")
         name, _, revision = repository.partition("@")
         kept = {"allow_patterns": ["*.json", weights], "local_files_only": offline}
         try:
@@ -134,7 +134,7 @@ def load_hf(name: str, size: int | None, offline: bool) -> Loaded:
     except ValueError as error:
         if "scaled_dot_product_attention" not in str(error):
             raise
-        problem = "it does not use torch's scaled_dot_product_attention, where attention is seen"
+        problem = "it does not use torch's scaled_dot_product_attention, which is traced"
         raise ValueError(f"a model of type {config.model_type} cannot be traced: {problem}") from error
     missing = sorted(report["missing_keys"])
     for key in missing:  # not random: the digest of the weights covers them
@@ -309,7 +309,7 @@ def load_open_clip(name: str, size: int | None, offline: bool) -> Loaded:
             folder, commit = fetched(str(Path(published["hf_hub"] + "_").parent), offline, "open_clip*.safetensors")
             file = next(folder.glob("open_clip*.safetensors"))
         if file.suffix != ".safetensors":
-            raise ValueError(f"{file} is no safetensors file, and nothing else is loaded")
+            raise ValueError(f"{file} is not a safetensors file; other files are not loaded")
         options["force_quick_gelu"] = published.get("quick_gelu", False)
         chosen = {key: published[key] for key in ("mean", "std", "interpolation", "resize_mode") if key in published}
         model = open_clip.create_model(architecture, str(file), force_preprocess_cfg=chosen, **options)

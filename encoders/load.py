@@ -144,19 +144,19 @@ def traced_encoder(finetune: str, package: str, source: str, load: Callable[[], 
     log.info("loaded %s", "; ".join(f"{name} {value}" for name, value in record.items() if name != "sha256"))
     if assumed := [f"{name} (--{name})" for name in loaded.assumed if name not in stated]:
         record["assumed"] = assumed
-        log.warning("%s does not state its preprocessing, so these are assumed: %s", finetune, ", ".join(assumed))
+        log.warning("%s does not state its preprocessing; assumed: %s", finetune, ", ".join(assumed))
     options = {"version": record["version"], "configuration": digest(loaded.configuration)}
     return Encoder(backbone.eval(), pixels.mean, pixels.std, record, options, pixels.interpolation, pixels.crop_pct)
 
 
 def encoder_of_file(finetune: str, path: Path, reading: Reading, stated: dict) -> Encoder:
-    """ValueError, with all reasons, where the file does not cover an encoder."""
+    """ValueError, with all reasons, if the file does not cover an encoder."""
     if problems := problems_of(reading):
         model = reading.model or "model"
         raise ValueError(f"{finetune} is not a {model} of family {reading.family}: {'; '.join(problems)}")
     for name, theirs in reading.published.items():
         if stated.get(name, theirs) != theirs:
-            log.warning("%s: %s = %s, where its authors have %s", finetune, name, stated[name], theirs)
+            log.warning("%s: %s is %s, but its authors use %s", finetune, name, stated[name], theirs)
     options = {**reading.options, **({"pos_resampling": "unknown"} if reading.others else {})}
     backbone = VisionTransformer(**options)
     backbone.load_state_dict(reading.state, strict=True)
@@ -173,7 +173,7 @@ def encoder_of_file(finetune: str, path: Path, reading: Reading, stated: dict) -
 
 
 def decoded(finetune: str, encoder: Encoder, reading: Reading) -> Encoder:
-    """The encoder with the decoder of its file behind it."""
+    """The encoder, followed by the decoder of its file."""
     heads = DECODERS.get(reading.model, DECODERS["vit_base_patch16"])["decoder_num_heads"]
     try:
         backbone = with_decoder(encoder.backbone, reading.weights, heads)
@@ -220,4 +220,4 @@ def log_encoder(finetune: str, encoder: Encoder, reading: Reading, stated: set[s
         hints = [undecided(reading)] * bool(reading.others)
         if isinstance(arch := reading.content.leaves.get("arch"), str):
             hints.append(f"the file names the architecture {arch}, which --timm_name may know")
-        log.warning("%s does not state, so these are assumed: %s", finetune, "; ".join(assumed + hints))
+        log.warning("%s does not show these facts, so they are assumed: %s", finetune, "; ".join(assumed + hints))

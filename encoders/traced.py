@@ -75,7 +75,7 @@ class Structure(NamedTuple):
     blocks: list[nn.Module]
     attentions: list[nn.Module]  # of each block
     names: list[str]  # of the attentions
-    norm: nn.Module  # after the last block; nn.Identity where there is none
+    norm: nn.Module  # after the last block; nn.Identity if there is none
     used: set[str]  # modules that compute the tokens
     output: Any  # of the model
 
@@ -164,7 +164,7 @@ class TracedEncoder(Backbone):
     """A model of another library; it takes images of one size.
 
     ValueError, with the reason, if a BlockTrace does not describe its blocks, its tokens are not a row-major grid of
-    patches behind some prefix tokens, or weights of the blocks are missing.
+    patches after some prefix tokens, or weights of the blocks are missing.
     """
 
     def __init__(self, loaded: Loaded):

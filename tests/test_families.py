@@ -630,7 +630,7 @@ def test_mocov3_with_the_heads_of_its_architecture_is_another_encoder(file, capl
     encoder = load_encoder(path, "tiny")
     assert encoder.backbone.num_heads == 12 != TINY.heads
     other = load_encoder(path, "tiny", num_heads=TINY.heads).backbone
-    assert "num_heads = 4, where its authors have 12" in caplog.text
+    assert "num_heads is 4, but its authors use 12" in caplog.text
     images = pictures()
     with torch.no_grad():
         ours, theirs = (list(backbone.trace(images))[-1].out for backbone in (encoder.backbone, other))

@@ -100,7 +100,7 @@ def test_a_good_file_is_described_and_the_command_works(state, tiny, tmp_path, c
     assert re.search(r"used +blocks\.N\.attn\.qkv\.weight +96x32 +3\n", text)
     assert re.search(r"dropped: decoder_\*? +decoder_embed\.weight +2x3 +1\n", text)
     assert re.search(r"dropped: mask_token +mask_token +1 +1\n", text)
-    assert "left behind   epoch, args, scaler\n" in text
+    assert "not used      epoch, args, scaler\n" in text
     words = text.split("use it with\n")[1].split()
     options = dict(zip(words[2::2], words[3::2], strict=False))
     assert load_encoder(options["--finetune"], options["--model"], options["--family"]).record["model"] == tiny

@@ -349,7 +349,7 @@ def test_preprocessing_is_the_models_own_and_part_of_what_a_run_is(saved, tmp_pa
     [
         ("hf:", {}, "hf: names no model: write hf:ORG/NAME"),
         ("hf:facebook/dinov2-base", {"offline": True}, "--offline, and facebook/dinov2-base is neither a folder nor"),
-        ("hf:/no/such/folder", {}, "hf:/no/such/folder: this is no folder"),
+        ("hf:/no/such/folder", {}, "hf:/no/such/folder: this is not a folder"),
         ("timm:vit_base_patch17", {"offline": True}, "has no model .* did you mean"),
         ("open_clip:ViT-B-32/no_tag", {"offline": True}, "the tags of ViT-B-32 are openai, "),
         ("hf:facebook/dinov2-base", {"family": "dinov2"}, "transformers sets family"),
@@ -400,7 +400,7 @@ def test_open_clip_takes_a_file_of_one_of_its_models(saved, tmp_path, monkeypatc
     file = load_encoder(f"open_clip:tiny/{folder}/open_clip_model.safetensors", "file").backbone
     assert all(value.equal(file.state_dict()[key]) for key, value in ours.state_dict().items())
     (tmp_path / "weights.pt").touch()
-    with pytest.raises(ValueError, match="is no safetensors file"):
+    with pytest.raises(ValueError, match="is not a safetensors file"):
         load_encoder(f"open_clip:tiny/{tmp_path}/weights.pt", "file")
 
 
