@@ -21,7 +21,7 @@ from engine_linprobe import FrozenTokens
 from models_vit import Features, VisionTransformer
 from probing.bank import ProbeBank
 from probing.fixed import FixedWeights
-from probing.heads import AGGREGATIONS, blocks_of, build_head, canonical_head
+from probing.heads import blocks_of, build_head, canonical_head
 from probing.pooling import Needs, Pooling, Tokens, read_blocks
 from runtime.analysis import Progress
 from util.choices import nearest
@@ -79,6 +79,19 @@ def fixed_rules(heads: Sequence[str], backbone: VisionTransformer, tokens: Token
     return rules
 
 
+def default_rules(backbone: VisionTransformer, tokens: Tokens, has_oracle: bool) -> list[Rule]:
+    """Those of DEFAULT_RULES that the encoder supports; the others are logged."""
+    rules, missing = [], []
+    for head in DEFAULT_RULES:
+        try:
+            rules += fixed_rules([head], backbone, tokens, has_oracle)
+        except ValueError:
+            missing.append(head)
+    if missing:
+        log.info("rules left out, for want of a [cls] token or an --oracle: %s", ", ".join(missing))
+    return rules
+
+
 def probe_rules(bank: ProbeBank, last: int, names: Container[str]) -> list[Rule]:
     """One rule per probe among `names` that weighs patches; probes without parameters share one per head and block.
 
@@ -114,11 +127,9 @@ def rules_of(
     trained: a bank, the names of the probes to use, and their heads (None: all). ValueError for unknown heads.
     """
     if heads is None:
-        no_cls = {head for head in DEFAULT_RULES if AGGREGATIONS[head].needs_cls and not backbone.has_cls}
-        if missing := no_cls | ({"dino"} if not has_oracle else set()):
-            log.info("rules left out, for want of a [cls] token or an --oracle: %s", ", ".join(sorted(missing)))
-        heads = [head for head in DEFAULT_RULES if head not in missing]
-    rules = fixed_rules(heads, backbone, tokens, has_oracle)
+        rules = default_rules(backbone, tokens, has_oracle)
+    else:
+        rules = fixed_rules(heads, backbone, tokens, has_oracle)
     if trained is None:
         return rules
     bank, names, wanted = trained
