@@ -74,8 +74,7 @@ class PatchEmbed(nn.Module):
         height, width = images.shape[-2:]
         if height % self.patch_size or width % self.patch_size:
             raise ValueError(
-                f"images of {height} x {width} pixels cannot be cut into patches of {self.patch_size}: "
-                f"choose an --input_size that {self.patch_size} divides"
+                f"images of {height} x {width} pixels cannot be cut into patches of {self.patch_size} pixels"
             )
         return self.proj(images)
 

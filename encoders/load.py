@@ -192,10 +192,8 @@ def input_size(encoder: Encoder, stated: int | None) -> int:
     rows, columns = backbone.grid_size
     size = stated or (default_input_size(model) if model in ARCHITECTURES else rows * backbone.patch_size)
     if size % backbone.patch_size or (not stated and model not in ARCHITECTURES and rows != columns):
-        raise ValueError(
-            f"--input_size{f' {stated}' * bool(stated)}: {model} needs a multiple of its patch size "
-            f"{backbone.patch_size}"
-        )
+        given = f"--input_size {stated}" if stated else "--input_size"
+        raise ValueError(f"{given}: {model} needs a multiple of its patch size {backbone.patch_size}")
     return size
 
 
