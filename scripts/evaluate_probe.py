@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cli.arguments import add_data_arguments, data_options, loading
+from cli.arguments import add_groups, data_options, loading
 from cli.console import Parser, positive_int, run_main
 from cli.encoder_arguments import build_oracle, frozen_encoder, precision
 from cli.linprobe import finished_run
@@ -100,7 +100,7 @@ def table(results: dict[str, dict[str, float]]) -> str:
 def get_args_parser() -> Parser:
     parser = Parser(__doc__)
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a finished main_linprobe.py")
-    add_data_arguments(parser, labels=False)
+    add_groups(parser, {"data": {"include": "data", "omit": ["val_split"], "nb_classes": {"help": ""}}})
     parser.add_argument("--batch_size", default=64, type=positive_int, help="images per forward pass")
     perturb = f"also test perturbed images: {', '.join(PERTURBATIONS)}; as in lowpass:0.25 shuffle:4"
     parser.add_argument("--perturb", nargs="+", default=[], metavar="NAME:NUMBER", help=perturb)

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from attention.figures import ANY_AXIS, choose_metrics, draw_attention, load_attention
 from attention.metrics import GROUPS, METRICS
-from cli.console import Parser, one_of, run_main
+from cli.console import Parser, run_main
 from paper.runs import read_runs
 
 METRICS_SHOWN = ["cls_patch_entropy", "patch_patch_entropy", "patch_log_amplitude", "patch_patch_mutual_information"]
@@ -76,7 +76,9 @@ def main(args: argparse.Namespace) -> None:
 def get_args_parser() -> argparse.ArgumentParser:
     parser = Parser(__doc__)
     parser.add_argument("runs", nargs="+", metavar="LABEL=PROBES[,ATTENTION]", help="results of one encoder")
-    parser.add_argument("--metrics", nargs="+", type=one_of([*GROUPS, *METRICS]), help=f"default: {METRICS_SHOWN}")
+    parser.add_argument(
+        "--metrics", nargs="+", metavar="METRIC", choices=[*GROUPS, *METRICS], help=f"default: {METRICS_SHOWN}"
+    )
     parser.add_argument("--output", type=Path, default=Path("depth.png"), help="png, pdf or svg")
     return parser
 

@@ -23,9 +23,10 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from attention.metrics import entropy
-from cli.analyze_attention import add_label_argument, encoder_labels
+from cli.analyze_attention import encoder_labels
+from cli.arguments import add_groups
 from cli.console import Parser, run_main
-from cli.encoder_arguments import add_encoder_arguments, choose_precision, frozen_encoder, one_encoder_each, precision
+from cli.encoder_arguments import choose_precision, frozen_encoder, one_encoder_each, precision
 from data_sets.examples import read_image
 from data_sets.table import build_dataset
 from data_sets.views import eval_transform
@@ -150,9 +151,9 @@ def main(args: argparse.Namespace) -> None:
 if __name__ == "__main__":
     parser = Parser(__doc__)
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="files, or folders of images")
-    add_encoder_arguments(parser, several=True)
-    add_label_argument(parser)
+    add_groups(parser, {"encoders": {"include": "encoder", "several": True}})
     add, pair = parser.add_argument, {"nargs": 2, "type": int, "metavar": ("ROW", "COLUMN")}
+    add("--label", nargs="+", help="names of the encoders (default: the names of their files)")
     add("--block", type=int, default=-1, help="counted from 0; negative: from the end")
     add("--query", **pair, help="a patch, counted from 0 from the upper left; without it, [cls]")
     add("--output_dir", required=True, type=Path, help="of IMAGE_NAME.png")

@@ -275,7 +275,6 @@ def test_overflow_stops_the_analysis(data, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--data_path", "/nowhere"], "there is no such folder"),
         (["--boxes", "/nowhere"], "--boxes /nowhere: no such file or folder"),
         (["--probe_heads", "abmilp"], "--probe_heads selects probes of a run: name it with --probes"),
         (["--boxes_only"], "--boxes_only needs true boxes: name them with --boxes"),
