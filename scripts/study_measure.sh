@@ -44,15 +44,15 @@ for encoder in "${encoders[@]}"; do
     measure aggregation main_analyze_aggregation.py --amp float32 --probes "$out/measured/$label/learned" \
         --probe_heads abmilp "${oracles[@]}" --rules pos "${rules[@]}" --boxes "$out/probing/boxes.csv" \
         --num_images 500 --num_examples 0 --batch_size 50 --loc_workers 0 --loc_step 0.01
-    # all blocks; seeds vary weights and order
-    probe depth --cache_views 1 --blr 10 30 100 300 --crop center --no_hflip --return_block 0 1 2 3 4 5 \
-        --cls_features cls pos abmilp alf
+    # MAE alone, as in the paper's Tables 5 and 7
+    case $label in weight0-* | demo-mae) probe attentive --cache_views 1 --blr 1 3 10 30 --cls_features ap1 ap4 ;; esac
 done
 for encoder in "${encoders[@]}"; do
     label=${encoder%%=*} weights=${encoder#*=}
-    # only of MAE, as in the paper's Tables 5 and 7
     case $label in weight0-* | demo-mae)
-        probe attentive --cache_views 1 --blr 1 3 10 30 --cls_features ap1 ap4
         probe deep --cache_views 1 --blr 3 10 30 --cls_features abmilp:depth=2 abmilp:depth=2,act=tanh abmilp:sa=both ;;
     esac
+    # all blocks; seeds vary weights and order
+    probe depth --cache_views 1 --blr 10 30 100 300 --crop center --no_hflip --return_block 0 1 2 3 4 5 \
+        --cls_features cls pos abmilp alf
 done
