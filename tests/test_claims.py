@@ -91,6 +91,12 @@ def test_versus_and_weight():
     effect = claims.effect_of({**claim, "of": "study", "compare": "weight"}, by_label(*every))
     assert effect.value == pytest.approx(-0.4)  # two weights: the slope is the difference, with the pooled deviation
     assert effect.interval == pytest.approx((-expected[1], -expected[0]))
+    itself = {**claim, "of": "study", "with": claim["measure"]}  # its slope over itself; too few encoders give none
+    assert claims.effect_of(itself, by_label(*every)).interval == pytest.approx((1.0, 1.0))
+    unmeasured = encoder("k", "study", results({"cls": [1.0]}), weight=1.0)
+    assert len(claims.effect_of(itself, by_label(*every, unmeasured)).each) == 4
+    with pytest.raises(claims.Missing, match="4 encoders"):
+        claims.effect_of(itself, by_label(*every[:3]))
 
 
 def test_origin_and_blocks():
