@@ -108,10 +108,21 @@ def launch(
     try:
         os.environ.update(environment or {})
         prepare()
-        handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(handle, 1)
-        os.dup2(handle, 2)
-        sys.stdout = sys.stderr = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115  (pytest has others)
+        code = code_of(program, argv, output)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def code_of(program: str, argv: list[str], output: Path) -> int:
+    """Run a program in this process, which only goes on to end; its exit code."""
+    handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    sys.stdout = sys.stderr = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115  (pytest has others)
+    code = 70
+    try:
         module = importlib.import_module(program)
         run_main(module.main, parse(module.get_args_parser(), argv))
         code = 0
@@ -119,10 +130,8 @@ def launch(
         code = stop.code
     except BaseException:
         traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    sys.stdout.flush()
+    return code
 
 
 def finish(child: int) -> int:
@@ -130,12 +139,15 @@ def finish(child: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def in_processes(processes: int, program: str, argv: list[str], output: Path) -> list[int]:
-    """Exit codes of a program in several processes, as torchrun starts them but without its cost."""
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        return free.getsockname()[1]
+
+
+def in_processes(processes: int, program: str, argv: list[str], output: Path) -> list[int]:
+    """Exit codes of a program in several processes, as torchrun starts them but without its cost."""
+    common = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     ranks = [launch(program, argv, output, {**common, "RANK": str(rank)}) for rank in range(processes)]
     return [finish(child) for child in ranks]
 
