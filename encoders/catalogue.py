@@ -8,16 +8,18 @@ import tomllib
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlparse
-from urllib.request import Request, urlopen
+from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from tqdm import tqdm
 
 from encoders.architectures import FROM_FILE
 from encoders.families import FAMILIES
 from util.choices import instead_of, nearest
-from util.files import atomic_path
+from util.files import atomic_path, without_credentials
 from util.progress import log
 from util.seeding import stable_seed
+
+LARGEST = 2**36  # bytes of a download: twice a file of 7 billion parameters in float32
 
 
 class Publication(NamedTuple):
@@ -153,7 +155,7 @@ def download(url: str, md5: str | None, offline: bool = False) -> Path:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(target) as temporary:  # of this process alone: two may download at once
-            transfer(url, temporary)
+            transfer(url, temporary, md5)
             check_md5(temporary, md5, url)
     except (OSError, http.client.HTTPException) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
@@ -161,21 +163,38 @@ def download(url: str, md5: str | None, offline: bool = False) -> Path:
     return target
 
 
-def transfer(url: str, target: Path) -> None:
-    """Write what is behind a URL to a file. OSError where it does not come whole."""
-    log.info("downloading %s", url)
+class Redirects(HTTPRedirectHandler):
+    """Redirects, but not to ftp."""
+
+    def redirect_request(self, request, response, code, message, headers, url):
+        if urlparse(url).scheme not in ("http", "https"):
+            raise OSError(f"the server redirects to {url}, which is neither http nor https")
+        return super().redirect_request(request, response, code, message, headers, url)
+
+
+def transfer(url: str, target: Path, md5: str | None = None) -> None:
+    """Write what is behind a URL to a file. OSError where it does not come whole, or nothing would tell."""
+    log.info("downloading %s", without_credentials(url))
     request = Request(url, headers={"User-Agent": "beyond_cls"})  # some servers turn Python's own name away
-    with urlopen(request, timeout=60) as response, open(target, "wb") as file:
+    with build_opener(Redirects).open(request, timeout=60) as response, open(target, "wb") as file:
         if response.headers.get_content_type() == "text/html":
             raise OSError("the server answers with a web page")
         length = response.headers.get("Content-Length")
-        total = int(length) if length else None
+        if length is None and md5 is None:
+            raise OSError("the server does not state its length, so that a part of it could not be told from the whole")
+        if length is not None and not (length.isascii() and length.isdecimal()):
+            raise OSError(f"the server states a length of {length!r}")
+        total = None if length is None else int(length)
+        if total is not None and total > LARGEST:
+            raise OSError(f"the server states a length of {total:,} bytes, more than any encoder's")
         with tqdm(
             total=total, desc=Path(urlparse(url).path).name, unit="B", unit_scale=True, disable=not sys.stderr.isatty()
         ) as bar:
             while chunk := response.read(1 << 20):
                 file.write(chunk)
                 bar.update(len(chunk))
+                if file.tell() > LARGEST:
+                    raise OSError(f"it has more than {LARGEST:,} bytes, more than any encoder")
         if total is not None and file.tell() != total:
             raise OSError(f"the connection ended after {file.tell():,} of {total:,} bytes")
 

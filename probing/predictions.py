@@ -14,7 +14,7 @@ from torch import Tensor
 
 from encoders.load import load_plain_or_safetensors, safetensors_metadata
 from util.distributed import gather_rows
-from util.files import digest, to_json
+from util.files import to_json
 from util.scores import average_precision
 
 FILE = "predictions.safetensors"
@@ -65,15 +65,10 @@ class PredictionKeeper:
         for name, outputs, losses in zip(self.names, self.outputs, self.losses, strict=True):
             tensors[f"output/{name}"] = self._gather(outputs)[order].contiguous()
             tensors[f"loss/{name}"] = self._gather(losses)[order].contiguous()
-        text = to_json(facts)
-        return tensors, {"sha256": file_digest(tensors, text), "facts": text}
+        return tensors, {"facts": to_json(facts)}
 
     def _gather(self, parts: list[Tensor]) -> Tensor:
         return gather_rows(torch.cat(parts).to(self.device)).cpu()
-
-
-def file_digest(tensors: dict[str, Tensor], facts: str) -> str:
-    return digest([facts, dict(sorted(tensors.items()))])
 
 
 def read_predictions(path: Path) -> Predictions:
@@ -84,11 +79,12 @@ def read_predictions(path: Path) -> Predictions:
     if not path.exists():
         raise ValueError(f"{path}: no such file; main_linprobe.py --save_predictions writes it")
     tensors, metadata = load_plain_or_safetensors(path), safetensors_metadata(path)
-    if metadata.get("sha256") != file_digest(tensors, metadata.get("facts", "")):
-        raise ValueError(f"{path} is damaged, or not a file of main_linprobe.py --save_predictions")
-    facts = json.loads(metadata["facts"])
-    outputs, losses = ({name: tensors[f"{kind}/{name}"] for name in facts["probes"]} for kind in ("output", "loss"))
-    return Predictions(tensors["index"], tensors["labels"], outputs, losses, facts)
+    try:
+        facts = json.loads(metadata["facts"])
+        outputs, losses = ({name: tensors[f"{kind}/{name}"] for name in facts["probes"]} for kind in ("output", "loss"))
+        return Predictions(tensors["index"], tensors["labels"], outputs, losses, facts)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a file of main_linprobe.py --save_predictions ({error})") from error
 
 
 # ---- scores in [0, 1], from the `outputs` and labels of Predictions

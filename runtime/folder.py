@@ -21,7 +21,7 @@ from encoders.load import save_encoder
 from runtime.processes import require_same_run
 from runtime.trackers import Service, TensorBoard
 from util import distributed
-from util.files import atomic_path, digest, disk_error, remove_leftovers, to_json, write_atomically, write_json
+from util.files import atomic_path, digest, disk_error, no_link, remove_leftovers, to_json, write_atomically, write_json
 from util.progress import log
 from util.safe_load import load_plain
 
@@ -78,8 +78,7 @@ class RunFolder:
         half-written. ValueError where another process writes here, or the folder cannot be written.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-        self.lock = os.fdopen(descriptor, "r+")  # closed with this object, at the latest
+        self.lock = open(self.path / LOCK, "a", opener=no_link)  # noqa: SIM115  (closed with this object, at the latest)
         try:
             # a record lock: loader workers do not inherit it, so that it ends with this process, however that ends
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

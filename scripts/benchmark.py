@@ -59,7 +59,7 @@ from runtime.folder import RunFolder
 from runtime.processes import keep_freed_memory
 from runtime.provenance import provenance
 from runtime.training import Method, Plan, Training
-from util.files import keep_table
+from util.files import keep_table, no_link
 from util.lars import LARS
 from util.optim import weight_decay_groups
 from util.progress import log, peak_memory, progress, setup_logging
@@ -365,7 +365,7 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
         if args.output is not None and rows:
             exists = args.output.exists()
             args.output.parent.mkdir(parents=True, exist_ok=True)
-            with open(args.output, "a", newline="") as file:
+            with open(args.output, "a", newline="", opener=no_link) as file:
                 writer = csv.DictWriter(file, rows[0].keys())
                 writer.writerows([*([] if exists else [dict(zip(rows[0], rows[0], strict=True))]), *rows])
 

@@ -24,6 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as the programs do
 
 import torch
 from interruptions import PROGRAMS, ROOT, analysed, code_of, differences, finish, free_port, launch, outcome
@@ -118,8 +119,11 @@ def agent(program: str, argv: list[str], output: Path) -> int:
 
 
 def rank_of_agent(program: str, argv: list[str], output: Path) -> None:
-    ctypes.CDLL(None).prctl(1, 0)  # PR_SET_PDEATHSIG: ranks of torchrun's own processes outlive it, and so do these
-    if code := code_of(program, argv, output):
+    prctl, agent = ctypes.CDLL(None).prctl, os.getppid()
+    prctl(1, 0)  # PR_SET_PDEATHSIG: processes that torchrun starts outlive it, and so do these forks
+    code = code_of(program, argv, output)
+    prctl(1, signal.SIGKILL)  # PyTorch's fork would wait for the agent
+    if code or os.getppid() != agent:
         os._exit(code)
 
 

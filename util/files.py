@@ -14,6 +14,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from util.lazy import lazy
 
@@ -65,6 +66,11 @@ def disk_error(error: BaseException) -> OSError | None:
     while seen is not None and not isinstance(seen, OSError):
         seen = seen.__cause__ or seen.__context__
     return seen
+
+
+def no_link(path: str, flags: int) -> int:
+    """An opener for files that are written in place: OSError for a link, which would write to another file."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def write_atomically(target: Path, data: bytes) -> None:
@@ -134,6 +140,27 @@ def digest(value: object) -> str:
 def sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+CONTENT = "content"  # of our safetensors' metadata: a digest of everything else in the file
+
+
+def content_digest(header: dict, data: IO[bytes]) -> str:
+    """sha256 of a safetensors file: its header, but for this digest, and the rest of the open file."""
+    metadata = {name: value for name, value in header["__metadata__"].items() if name != CONTENT}
+    total = hashlib.sha256(json.dumps({**header, "__metadata__": metadata}, sort_keys=True).encode())
+    while chunk := data.read(1 << 24):
+        total.update(chunk)
+    return total.hexdigest()
+
+
+def require_content(path: Path) -> None:
+    """ValueError where a safetensors file of ours, which safetensors can read, has changed since it was written."""
+    with open(path, "rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        stated = header.get("__metadata__", {}).get(CONTENT)
+        if stated is not None and stated != content_digest(header, file):
+            raise ValueError(f"{path} is damaged: its content is not what was saved")
 
 
 def keep_table(page: Path, name: str, command: str, table: str, write: bool) -> None:
