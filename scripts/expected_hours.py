@@ -23,11 +23,15 @@ def this_device() -> str | None:
 
 
 def measured(path: Path, model: str, device: str | None) -> float | None:
-    """The newest images/s of the encoder's forward on that device."""
-    rows = list(csv.DictReader(path.open(newline=""))) if path.is_file() and device else []
+    """The newest images/s of the encoder's forward on that device; None where no readable file has one."""
     wanted = {"device": device, "model": model, "contestant": "plain forward"}
-    speeds = [row["images_per_second"] for row in rows if all(row.get(key) == wanted[key] for key in wanted)]
-    return float(speeds[-1]) if speeds else None
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = [row for row in csv.DictReader(file) if all(row.get(key) == wanted[key] for key in wanted)]
+        speed = float(rows[-1]["images_per_second"])
+    except (OSError, ValueError, TypeError, LookupError, csv.Error):
+        return None
+    return speed if 0 < speed < float("inf") else None
 
 
 def main() -> None:

@@ -8,8 +8,6 @@ any time. A program, not a test: 64 kills of each take an hour on two cores. Exi
 """
 
 import argparse
-import contextlib
-import ctypes
 import importlib
 import itertools
 import os
@@ -18,7 +16,6 @@ import signal
 import sys
 import tempfile
 import time
-import traceback
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -27,17 +24,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as the programs do
 
 import torch
-from interruptions import PROGRAMS, ROOT, analysed, code_of, differences, finish, free_port, launch, outcome
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from interruptions import (
+    PROGRAMS,
+    ROOT,
+    agent,
+    analysed,
+    children,
+    differences,
+    finish,
+    free_port,
+    launch,
+    offspring,
+    outcome,
+)
 
 from data_sets.demo import generate
-
-
-def children(pid: int) -> list[int]:
-    try:
-        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    except FileNotFoundError:
-        return []
 
 
 def send(pid: int, *numbers: int) -> None:
@@ -101,44 +102,14 @@ def ended(child: int) -> bool:
     return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
-def agent(program: str, argv: list[str], output: Path) -> int:
-    """Process id of an agent of torchrun with two ranks, in forks of this process: a start costs no imports."""
-    if child := os.fork():
-        return child
-    with contextlib.suppress(BaseException), open(output, "a") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-        where = {"rdzv_backend": "c10d", "rdzv_endpoint": "127.0.0.1:0", "start_method": "fork"}
-        config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=2, run_id=str(os.getpid()), **where)
-        try:
-            elastic_launch(config, rank_of_agent)(program, argv, output)
-            os._exit(0)
-        except BaseException:
-            traceback.print_exc()
-    os._exit(1)
-
-
-def rank_of_agent(program: str, argv: list[str], output: Path) -> None:
-    prctl, agent = ctypes.CDLL(None).prctl, os.getppid()
-    prctl(1, 0)  # PR_SET_PDEATHSIG: processes that torchrun starts outlive it, and so do these forks
-    code = code_of(program, argv, output)
-    prctl(1, signal.SIGKILL)  # PyTorch's fork would wait for the agent
-    if code or os.getppid() != agent:
-        os._exit(code)
-
-
 def begin(program: str, argv: list[str], processes: int, output: Path) -> list[int]:
     """Process ids of the ranks, or (processes=0) of the agent that starts two."""
     if processes == 0:
-        return [agent(program, argv, output)]
+        return [agent(program, argv, output, 2, rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0")]
     if processes == 1:
         return [launch(program, argv, output)]
     common = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     return [launch(program, argv, output, {**common, "RANK": str(rank)}) for rank in range(processes)]
-
-
-def offspring(pid: int) -> list[int]:
-    return [each for child in children(pid) for each in (child, *offspring(child))]
 
 
 def interrupt(pids: list[int], folder: Path, seconds: float, kind: str, draw: random.Random, data: Path) -> list[int]:

@@ -169,7 +169,7 @@ def keep_table(page: Path, name: str, command: str, table: str, write: bool) -> 
     Its place is between the lines `<!-- name: command PAGE -->` and `<!-- end of name -->`.
     """
     begin, end = f"<!-- {name}: {command} {page.name} -->\n", f"<!-- end of {name} -->\n"
-    text = page.read_text()
+    text = page.read_text("utf-8")
     before, found_begin, rest = text.partition(begin)
     _, found_end, after = rest.partition(end)
     if not (found_begin and found_end):
