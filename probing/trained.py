@@ -51,7 +51,7 @@ def read_exported(folder: Path) -> Trained:
     try:
         facts = json.loads((folder / FACTS).read_text())
         ProbeSpec(**facts["spec"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{folder / FACTS} is damaged, or not of scripts/export_probe.py: {error!r}") from error
     return Trained(facts, load_plain_or_safetensors(folder / WEIGHTS))
 

@@ -125,7 +125,7 @@ class RunFolder:
         """
         log_file, earlier = self.path / "log.txt", []
         for line in log_file.read_text("utf-8", "replace").splitlines() if log_file.exists() else []:
-            with contextlib.suppress(json.JSONDecodeError, KeyError, TypeError):
+            with contextlib.suppress(json.JSONDecodeError, KeyError, TypeError, RecursionError):
                 if json.loads(line)["epoch"] < record["epoch"]:
                     earlier.append(line)
         write_atomically(log_file, "".join(f"{line}\n" for line in [*earlier, to_json(record)]).encode())
@@ -133,8 +133,11 @@ class RunFolder:
     def last_line(self) -> dict[str, Any] | None:
         """What log_line has written last, perhaps before this process; None where there is nothing."""
         log_file = self.path and self.path / "log.txt"
-        lines = log_file.read_text("utf-8").splitlines() if log_file and log_file.exists() else []
-        return json.loads(lines[-1]) if lines else None
+        lines = log_file.read_text("utf-8", "replace").splitlines() if log_file and log_file.exists() else []
+        try:
+            return json.loads(lines[-1]) if lines else None
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise ValueError(f"{log_file} is damaged: {error}") from error
 
     @writes("--log_dir", "log_dir")
     def scalars(self, values: dict[str, float], step: int) -> None:
@@ -286,7 +289,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     seal = state.pop("sha256")
     try:
         intact = seal == digest(state)
-    except (TypeError, RecursionError):
+    except (TypeError, RecursionError, UnicodeError):
         intact = False
     if not intact:
         raise ValueError(f"{path} is damaged: its content is not what was saved")

@@ -60,7 +60,6 @@ from scripts import (
     make_report,
     make_tables,
     plot_attention,
-    plot_depth,
     record,
 )  # fmt: skip
 from util.tensor_files import save_encoder, seal
@@ -280,7 +279,7 @@ for kind, (write_boxes, place) in {
 def make_container(kind: str, folder: Path) -> None:
     """The demo's images as users bring their own."""
     if not folder.with_name("photos").exists():
-        generate(folder.with_name("photos"), 6, 4, workers=1)
+        generate(folder.with_name("photos"), 10, 10, workers=1)
     splits = dict(zip(("train", "val"), build_splits("image_folder", folder.with_name("photos"), 10), strict=False))
     if kind in ("original", "jpeg", "pixels"):
         return write_packed(folder, "image_folder", splits, kind, 64, 1)
@@ -346,9 +345,7 @@ def read_arguments(folder: Path) -> None:
 
 def read_attention(folder: Path) -> None:
     run(make_report, folder, "--output", folder.with_name("report.html"))
-    paths = sorted(folder.glob("*/attention.json"))
-    for module in (plot_attention, plot_depth):
-        run(module, *paths, "--output", folder.with_name("figure.png"))
+    run(plot_attention, *sorted(folder.glob("*/attention.json")), "--output", folder.with_name("figure.png"))
 
 
 def read_aggregation(folder: Path) -> None:
@@ -567,7 +564,7 @@ def fuzz_reader(name: str, good: Path, index: int, draw: random.Random, work: Pa
     code = finish(read_in_child(read, folder, output))
     text = output.read_text(errors="replace")
     message = f"{victim.relative_to(work)}, {kind}, exit code {code}: {text[-2000:]}"
-    if name not in ("log", "cached features"):
+    if name not in ("log", "cached features", "own data, webdataset"):  # an index is made anew
         assert fingerprint(folder) == before, f"a file was changed: {message}"
     assert code in (0, 2), message
     assert code == 0 or str(folder) in text, f"the path is not named: {message}"

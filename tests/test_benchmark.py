@@ -84,7 +84,7 @@ def test_other_files_and_loaders_without_images_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "damage", [lambda c: b"", lambda c: b"\xff" + c, lambda c: c[:-30], lambda c: c.replace(b"1.", b"x.")]
+    "damage", [lambda c: b"", lambda c: b"\xff" + c, lambda c: c + b"x,y\n", lambda c: c.replace(b"1.", b"x.")]
 )
 def test_a_damaged_benchmark_is_one_line_and_gives_no_hours(damage, tmp_path):
     path, whole = tmp_path / "benchmark.csv", (ROOT / "results" / "benchmark.csv").read_bytes()

@@ -97,7 +97,7 @@ def test_no_file_of_a_run_holds_the_secrets_of_a_url(
 ):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    url = f"{serve(pretrained.parent)}/{pretrained.name}?token=SECRET"
+    url = f"{serve(pretrained.parent)}/{pretrained.name}?token=a.SECRET"
     argv = ["--finetune", url, "--data_path", str(image_folder), "--model", "vit_demo_patch8", "--input_size", "32",
             "--amp", "float32", "--device", "cpu", "--num_workers", "0", "--batch_size", "12", *flags]  # fmt: skip
     assert run(program, argv, tmp_path / "run") == 0
@@ -112,11 +112,11 @@ def test_a_locale_changes_neither_digests_of_names_nor_pages(tmp_path):
     page.write_text("é\n<!-- t: make page.md -->\n<!-- end of t -->\n", "utf-8")
     code = f"""if True:
         from util.files import Path, digest, keep_table
-        keep_table(Path({str(page)!r}), "t", "make", "\u00b1\\n", write=True)
-        print(digest({in_ascii!a}))"""
+        keep_table(Path({str(page)!r}), "t", "make", "\\u00b1\\n", write=True)
+        print(digest([{in_ascii!a}, "\\u03a3"]))"""
     environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == files.digest(in_utf8)
+    assert done.stdout.strip() == files.digest([in_utf8, "Σ"])
     assert files.digest(b"\xff".decode("utf-8", "surrogateescape"))
     assert page.read_text("utf-8") == "é\n<!-- t: make page.md -->\n±\n<!-- end of t -->\n"
 

@@ -115,6 +115,7 @@ def command(image_folder, pretrained):
     commands["main_analyze_attention"] = [
         "--data_path", image_folder, "--model", "vit_demo_patch8", "--finetune", pretrained, "--input_size", 32,
         "--amp", "float32", "--device", "cpu", "--num_workers", 0, "--batch_size", 2, "--save_every_minutes", 1e-9,
+        "--metrics", "cls_self_attention", "--num_examples", 0,
     ]  # fmt: skip
     return commands
 

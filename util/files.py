@@ -128,7 +128,8 @@ def digest(value: object) -> str:
                 feed(inner, depth + 1)
         elif item is None or type(item) in (bool, int, float, str):
             # names of files may be no text, and are the same bytes in any locale
-            item = os.fsencode(item).decode(errors="surrogateescape") if type(item) is str else item
+            if type(item) is str:
+                item = item.encode("utf-8", "surrogateescape").decode("utf-8", "surrogateescape")
             total.update(f"{type(item).__name__} {item!r};".encode())
         else:
             raise TypeError(f"no digest of a {type(item).__name__}")
