@@ -133,16 +133,18 @@ def eval_transform(
     loader: str = "pil",
     interpolation: str = "bicubic",
     crop_pct: float | None = CROP_PCT,
+    steps: Sequence[Callable] = (),
 ) -> View:
     """Resize the shorter side to input_size / crop_pct, central crop, normalisation.
 
     interpolation: a name of torchvision's InterpolationMode. crop_pct: None resizes both sides to input_size.
+    steps: of View.
     """
     from data_sets.crop import CentralCrop, Whole
 
     if crop_pct is None:
-        return View(Whole(input_size, interpolation), (), mean, std, loader)
-    return View(CentralCrop(input_size, int(input_size / crop_pct), interpolation), (), mean, std, loader)
+        return View(Whole(input_size, interpolation), steps, mean, std, loader)
+    return View(CentralCrop(input_size, int(input_size / crop_pct), interpolation), steps, mean, std, loader)
 
 
 def stretch_transform(size: int, mean: Numbers, std: Numbers, loader: str = "pil") -> View:
