@@ -139,7 +139,7 @@ def measure(
     reduction: str,
     device: torch.device,
     description: str = "attention",
-    progress: Progress[Recorder] | None = None,
+    progress: Progress | None = None,
 ) -> dict[Key, dict]:
     """{(metric, block): count, mean, std, ...} over the images of all processes, each counted once.
 

@@ -1,6 +1,7 @@
 """Example images of an analysis, for its figures and maps."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -8,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from data_sets.images import DamagedImage
+from data_sets.images import DamagedImage, read_rgb
 from util.seeding import stable_seed
 
 
@@ -16,6 +17,15 @@ class Example(NamedTuple):
     path: str
     index: int | None  # in the data set; None for another file
     image: Image.Image | Tensor
+
+
+def read_image(path: str | Path) -> Image.Image:
+    """ValueError names a file that is not an image."""
+    try:
+        return read_rgb(path)
+    except Exception as error:  # decoders raise anything
+        text = str(error)
+        raise ValueError(text if "cannot read image" in text else f"cannot read image {path}: {text}") from error
 
 
 def random_examples(images: Dataset, chosen: Sequence[int], count: int, seed: int) -> list[Example]:

@@ -63,6 +63,8 @@ class Aggregation(NamedTuple):
         from probing.pooling import PooledTokens
 
         options = {**self.settings, **options}
+        if "by" in options:  # a head whose weights are used
+            options["by"] = check_aggregation(options["by"], tokens.has_cls).build
         for module in (fixed, unlabelled, across):
             if hasattr(module, self.pool):
                 return getattr(module, self.pool)(tokens, **options)

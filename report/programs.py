@@ -224,7 +224,7 @@ def read_encoder(run: Run, result: Record) -> Content:
         "encoder": encoder,
         "_name": label,
         "run": run.name,
-        "ViT": f"{model_name(result)}, {result['input_size']} px",
+        "ViT": f"{model_name(result['encoder']['model'])}, {result['input_size']} px",
     }
     more = {"run": run.name, "means": means, "shown": first}
     return Content(record, real(result["images"]), [Row(row | columns)], list(columns), curves, {**result, **more})

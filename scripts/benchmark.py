@@ -40,8 +40,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from attention.measure import applicable, measure
 from attention.metrics import GROUPS, METRICS, Sizes, reduce_attention
+from cli.arguments import add_groups
 from cli.console import Parser, positive_int, run_main
-from cli.encoder_arguments import add_encoder_arguments, build_encoder, choose_precision, precision
+from cli.encoder_arguments import build_encoder, choose_precision, precision
 from cli.linprobe import OPTIMIZERS
 from data_sets.loader import KeyedDataset, Sample, build_loader
 from data_sets.order import GlobalBatches
@@ -423,7 +424,7 @@ def plot(rows: Sequence[dict[str, str]], path: Path) -> None:
 def get_args_parser() -> Parser:
     parser = Parser(__doc__)
     parser.add_argument("groups", nargs="+", choices=[*BENCHMARKS, "plot", "table"])
-    add_encoder_arguments(parser)
+    add_groups(parser, {"encoder": {"include": "encoder"}})
     parser.add_argument("--batch_size", default=16, type=positive_int, help="images")
     parser.add_argument("--rounds", default=7, type=positive_int, help="of each contestant")
     parser.add_argument("--probes", default=[16, 64, 256, 512], type=positive_int, nargs="+", help="sizes of banks")

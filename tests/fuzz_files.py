@@ -51,7 +51,7 @@ from data_sets.packed import write_packed
 from data_sets.table import DATASETS, build_dataset, build_splits
 from data_sets.views import eval_transform
 from encoders.load import load_encoder
-from probing.trained import export, read_exported, read_trained
+from probing.finished_run import export, read_exported, read_trained
 from runtime.folder import RunFolder, load_checkpoint, sealed
 from scripts import (
     benchmark,

@@ -10,7 +10,7 @@ import torch
 
 from models_mae import MaskedAutoencoder
 from models_vit import build_vit
-from scripts import benchmark, expected_hours
+from scripts import benchmark
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["--tiny", "--device", "cpu", "--amp", "float32"]
@@ -86,9 +86,8 @@ def test_other_files_and_loaders_without_images_are_refused(tmp_path):
 @pytest.mark.parametrize(
     "damage", [lambda c: b"", lambda c: b"\xff" + c, lambda c: c + b"x,y\n", lambda c: c.replace(b"1.", b"x.")]
 )
-def test_a_damaged_benchmark_is_one_line_and_gives_no_hours(damage, tmp_path):
+def test_a_damaged_benchmark_is_one_line(damage, tmp_path):
     path, whole = tmp_path / "benchmark.csv", (ROOT / "results" / "benchmark.csv").read_bytes()
     path.write_bytes(damage(whole))
     with pytest.raises(ValueError, match=f"--output {path}"):
         run("table", "--output", str(path))
-    assert expected_hours.measured(path, "vit_base_patch16", "GPU") is None
