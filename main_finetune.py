@@ -25,11 +25,10 @@ from data_sets.order import EvaluationBatches, GlobalBatches
 from data_sets.published import check_wnids
 from data_sets.views import eval_transform
 from encoders.load import Encoder, load_plain_or_safetensors, safetensors_metadata
-from engine_finetune import Classifier, FineTuning, evaluate
+from engine_finetune import Classifier, FineTuning, evaluate, layer_decay_groups
 from runtime.provenance import provenance
 from runtime.training import Training
 from util.files import digest
-from util.optim import layer_decay_groups
 from util.progress import log
 from util.seeding import seeded
 
@@ -69,7 +68,7 @@ def main(args: argparse.Namespace) -> None:
 
         # ---- optimiser: AdamW (0.9, 0.999), rates decaying from the head down
         lr, amp, mixup = peak_rate(args, args.blr, batches.effective), precision(args.amp), mixing(args, num_classes)
-        groups = layer_decay_groups(model, encoder.backbone.depth, args.weight_decay, args.layer_decay)
+        groups = layer_decay_groups(model, args.weight_decay, args.layer_decay)
         optimizer = torch.optim.AdamW([{**group, "peak_lr": lr} for group in groups], lr=lr, fused=True)
         tuning = FineTuning(model, optimizer, world.device, amp, args.smoothing, mixup, args.clip_grad)
         settings = folder, identity(args, facts), args.start_epoch

@@ -13,6 +13,7 @@ if __name__ == "__main__":  # before the slow imports: --help and mistakes answe
 import argparse
 
 import torch
+from timm.optim import param_groups_weight_decay
 from torch.utils.data import Dataset
 
 from cli.arguments import build_images, identity, loading, plain
@@ -31,7 +32,6 @@ from models_vit import VisionTransformer, build_vit
 from runtime.folder import RunFolder
 from runtime.provenance import provenance
 from runtime.training import Training
-from util.optim import weight_decay_groups
 from util.progress import log
 from util.seeding import seeded
 
@@ -52,7 +52,7 @@ def main(args: argparse.Namespace) -> None:
 
         # ---- optimiser: AdamW (0.9, 0.95), weight decay on matrices only, warm-up and half-cosine per step
         lr = peak_rate(args, args.blr, batches.effective)
-        groups = [{**group, "peak_lr": lr} for group in weight_decay_groups(model, args.weight_decay)]
+        groups = [{**group, "peak_lr": lr} for group in param_groups_weight_decay(model, args.weight_decay)]
         optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
         facts = {"training images": fingerprint(images)}
         comparison = Comparison(weight, args.encoder_momentum, batches, args.epochs) if weight > 0 else None
