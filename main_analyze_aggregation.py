@@ -26,8 +26,7 @@ from aggregation.figures import draw_divergences
 from aggregation.localization import Localizer, levels_of
 from aggregation.results import describe, describe_boxes, over_seeds, table
 from aggregation.rules import Localization, Rule, head_rules, needs_of, rules_of, run_pass
-from data_sets.examples import Example, random_examples
-from data_sets.images import fingerprint
+from data_sets.images import Example, fingerprint, random_examples
 from data_sets.loader import KeyedDataset, build_loader
 from data_sets.order import EvaluationBatches
 from data_sets.table import build_dataset

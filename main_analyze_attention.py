@@ -19,8 +19,7 @@ from attention.measure import Recorder, applicable, measure, summary, table
 from attention.metrics import Sizes, metric_names
 from attention.reductions import choose_reduction
 from attention.tokens import token_map
-from data_sets.examples import random_examples
-from data_sets.images import fingerprint
+from data_sets.images import fingerprint, random_examples
 from data_sets.loader import KeyedDataset, build_loader
 from data_sets.order import EvaluationBatches
 from data_sets.table import build_dataset

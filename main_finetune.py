@@ -18,10 +18,10 @@ if __name__ == "__main__":  # before the slow imports: --help and mistakes answe
 import torch
 from PIL import Image, ImageOps
 
+from data_sets.imagenet import check_wnids
 from data_sets.images import fingerprint
 from data_sets.loader import KeyedDataset, build_loader
 from data_sets.order import EvaluationBatches, GlobalBatches
-from data_sets.published import check_wnids
 from data_sets.table import build_splits
 from data_sets.views import eval_transform
 from encoders.load import Encoder, load_plain_or_safetensors, safetensors_metadata

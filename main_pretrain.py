@@ -18,12 +18,11 @@ if __name__ == "__main__":  # before the slow imports: --help and mistakes answe
 import torch
 from torch.utils.data import Dataset
 
-from data_sets.contrastive import Stacked, contrastive_views
 from data_sets.images import fingerprint
 from data_sets.loader import KeyedDataset, build_loader
 from data_sets.order import GlobalBatches
 from data_sets.table import build_dataset
-from data_sets.views import train_transform
+from data_sets.views import Stacked, contrastive_views, train_transform
 from engine_pretrain import Comparison, Pretraining, examples, reconstruct, save_picture, tiled
 from models_mae import DECODERS, MaskedAutoencoder
 from models_moco import MomentumContrast, SharedEncoder

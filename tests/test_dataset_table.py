@@ -14,7 +14,6 @@ import torchvision.datasets
 from miniatures import ARRAYS, CLASSES, MINIATURES, make_pets, save, write
 from scipy.io import savemat
 
-from data_sets.published import ARCHIVES, IMAGENETTE
 from data_sets.readers import parse_matlab
 from data_sets.table import DATASETS, build_dataset, build_splits
 
@@ -35,9 +34,8 @@ def miniature(tmp_path, monkeypatch):
 
 
 def expect(monkeypatch, name, classes, train, val):
-    monkeypatch.setitem(
-        DATASETS, name, DATASETS[name]._replace(classes=classes, images={"train": train, "val": val})
-    )  # fmt: skip
+    entry = DATASETS[name]._replace(classes=classes, images={"train": train, "val": val})
+    monkeypatch.setitem(DATASETS, name, entry)
 
 
 def content(images):
@@ -95,9 +93,7 @@ def test_lists_are_read_as_torchvision_reads_them(miniature, split):
             np.testing.assert_array_equal(ours[index][0], reference[index][0])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# arrays, and what is downloaded
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- arrays, and what is downloaded
 
 
 @pytest.fixture
@@ -154,7 +150,7 @@ def test_label_out_of_range_in_a_binary_file_is_named(array, name, part, at):
 
 def make_imagenette(root):
     for split in ("train", "val"):
-        for wnid in IMAGENETTE:
+        for wnid in DATASETS["imagenette"].options["names"]:
             for number in range(2):
                 save(root / "imagenette2-320" / split / wnid / f"{wnid}_{number}.JPEG")
 
@@ -179,7 +175,7 @@ def archived(request, tmp_path, monkeypatch, serve):
         with tarfile.open(archive, "w:gz") as tar:
             tar.add(tmp_path / "made" / folder, arcname=Path(folder).name)
         addresses.append((f"{address}/{archive.name}", hashlib.md5(archive.read_bytes()).hexdigest()))
-    monkeypatch.setitem(ARCHIVES, name, addresses)
+    monkeypatch.setitem(DATASETS, name, DATASETS[name]._replace(archives=addresses))
     expect(monkeypatch, name, *counts)
     return name, server
 
@@ -188,7 +184,9 @@ def test_archives_are_downloaded_once_and_their_hash_is_checked(archived, tmp_pa
     name, server = archived
     train, val, _ = build_splits(name, tmp_path / "data", None)
     with monkeypatch.context() as context:
-        context.setitem(ARCHIVES, name, [(url, "0" * 32) for url, _ in ARCHIVES[name]])
+        entry = DATASETS[name]
+        other = [(url, "0" * 32) for url, _ in entry.archives]
+        context.setitem(DATASETS, name, entry._replace(archives=other))
         with pytest.raises(ValueError, match=r"is missing, and http.* cannot be downloaded: File not found or corr"):
             build_splits(name, tmp_path / "other", None)
     shutil.rmtree(server)
@@ -212,9 +210,7 @@ def test_an_interrupted_extraction_and_other_classes_are_refused(archived, tmp_p
         build_splits("imagenette", tmp_path / "data", None, allow_subset=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# mistakes
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- mistakes
 
 
 @pytest.mark.parametrize("name", [name for name, entry in DATASETS.items() if entry.images and name != "imagenette"])
@@ -263,9 +259,7 @@ def test_missing_listed_images_are_named_or_left_out(miniature, name):
         build_dataset(name, root, "train")
     left = build_dataset(name, root, "train", allow_subset=True)
     assert content(left) == list(train)[:-1] and len(left.targets) == len(train) - 1
-    for remaining in root.rglob("*.jp*g"):
-        remaining.unlink()
-    for remaining in root.rglob("*.JPEG"):
+    for remaining in [*root.rglob("*.jp*g"), *root.rglob("*.JPEG")]:
         remaining.unlink()
     with pytest.raises(ValueError, match="are missing, the first"):
         build_dataset(name, root, "train", allow_subset=True)
@@ -353,6 +347,11 @@ def coco_entry(kind, **changes):
     return damage
 
 
+def no_boxes(root):
+    content = json.loads((root / COCO).read_text())
+    (root / COCO).write_text(json.dumps({**content, "annotations": []}))
+
+
 def edit(path, old, new):
     return lambda root: change(root / path, old, new)
 
@@ -364,6 +363,7 @@ def repeat(path, line):
 @pytest.mark.parametrize(
     ("name", "damage", "message"),
     [
+        ("coco", no_boxes, "holds no boxes, hence no labels"),
         ("coco", coco_entry("images"), "images: id 9 appears twice"),
         ("coco", coco_entry("images", id=77), r"image .*000000000009\.jpg appears twice"),
         ("coco", coco_entry("annotations"), "annotations: id 100 appears twice"),
@@ -389,14 +389,6 @@ def test_what_is_listed_twice_or_contradicts_itself_is_refused(miniature, name, 
     with pytest.raises(ValueError, match=message) as error:
         build_dataset(name, root, "train")
     assert "\n" not in str(error.value)
-
-
-def test_a_coco_file_without_boxes_is_refused(miniature):
-    root, *_ = miniature("coco")
-    content = json.loads((root / COCO).read_text())
-    (root / COCO).write_text(json.dumps({**content, "annotations": []}))
-    with pytest.raises(ValueError, match="holds no boxes, hence no labels"):
-        build_dataset("coco", root, "train")
 
 
 def test_an_image_in_both_lists_is_refused(miniature):
@@ -429,21 +421,14 @@ def test_damaged_matlab_files_are_refused_before_scipy_reads_them(tmp_path, monk
     data = bytearray(path.read_bytes())
     data[-9] ^= 1
     savemat(path, {"class_names": np.zeros(3)})
-    damaged = {
-        "cut off": data[:-5],
-        "bit flipped": data,
-        "no elements": data[:128],
-        "not compressed": path.read_bytes(),
-    }
-    damaged = damaged[damage]
+    whole = path.read_bytes()
+    damaged = {"cut off": data[:-5], "bit flipped": data, "no elements": data[:128], "not compressed": whole}[damage]
     monkeypatch.setattr("scipy.io.loadmat", lambda *args, **options: pytest.fail("scipy has read it"))
     with pytest.raises((ValueError, zlib.error)):
         parse_matlab(bytes(damaged), "class_names")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the table itself, and real images
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- the table itself, and real images
 
 
 def test_official_counts_are_the_papers():

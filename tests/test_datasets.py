@@ -175,7 +175,7 @@ def test_splits_of_different_classes_are_refused(image_folder, tmp_path):
     for split in ("train", "val"):
         (tmp_path / split).symlink_to(image_folder / split)
     assert build_splits("image_folder", tmp_path, 3)[2] == 3
-    with pytest.raises(ValueError, match=r"has one class, '\(unlabelled\)'; two are the fewest"):
+    with pytest.raises(ValueError, match=r"has one class, '\(unlabelled\)': a probe needs at least two"):
         build_splits("image_folder", image_folder / "train" / "red", None, val_split=0.2)
     with pytest.raises(ValueError, match=r"--nb_classes 1000, but .* has 3 classes"):
         build_splits("image_folder", tmp_path, 1000)

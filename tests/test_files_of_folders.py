@@ -9,8 +9,8 @@ import pytest
 from miniatures import make_imagenet, make_imagenet1pct
 from PIL import Image
 
-from data_sets.files import image_suffixes, is_system_file
-from data_sets.published import check_wnids
+from data_sets.imagenet import check_wnids
+from data_sets.readers import image_suffixes, is_system_file
 from data_sets.table import DATASETS, build_dataset, build_splits
 
 SYSTEM_FOLDERS = (

@@ -16,11 +16,11 @@ from PIL import Image
 
 import main_linprobe
 from cli.console import parse
-from data_sets import packed, shards
+from data_sets import shards
 from data_sets.images import UnreadableImage, fingerprint
 from data_sets.loader import KeyedDataset, build_loader
 from data_sets.order import GlobalBatches
-from data_sets.packed import read_packed, verify, write_packed
+from data_sets.shards import read_packed, verify, write_packed
 from data_sets.table import DATASETS, build_dataset, build_splits
 from data_sets.views import eval_transform, train_transform
 
@@ -37,7 +37,7 @@ def sources(image_folder, tmp_path_factory):
         write(root / "list" / f"{split}.csv", "path,label", *rows)
         write_webdataset(root / "webdataset", images, split)
     made["webdataset"] = ("webdataset", root / "webdataset")
-    for kind in packed.KINDS:
+    for kind in shards.KINDS:
         write_packed(root / kind, "image_folder", splits, kind, 256, 1)
         made[kind] = ("image_folder", root / kind)
     return made
@@ -170,7 +170,7 @@ def test_index_of_shards_is_made_once_and_again_after_a_change(tmp_path, monkeyp
     tar(path, {"a/0.jpg": jpeg(1), "b/1.jpg": jpeg(2), "b/2.jpg": jpeg(3)})
     assert labels() == [0, 1, 1]
     index.unlink()
-    monkeypatch.setattr(shards.Index, "save", lambda *_: (_ for _ in ()).throw(OSError(30, "Read-only file system")))
+    monkeypatch.setattr(shards, "save_index", lambda *_: (_ for _ in ()).throw(OSError(30, "Read-only file system")))
     with caplog.at_level(logging.INFO, "beyond_cls"):
         assert labels() == [0, 1, 1]
     assert "index cannot be kept (Read-only file system)" in caplog.text
@@ -330,7 +330,7 @@ def test_names_of_a_list_may_hold_ends_of_lines_and_its_faulty_lines_are_numbere
     write(tmp_path / "val.csv", "path,label", 'a.jpg,"a\nb"')
     assert [build_dataset("list", tmp_path, split).classes for split in ("train", "val")] == [["a\u2028b"], ["a\nb"]]
     write(tmp_path / "train.jsonl", "", "[]")
-    with pytest.raises(ValueError, match="line 2 cannot be read: it is no JSON object"):
+    with pytest.raises(ValueError, match="line 2 cannot be read: it is not a JSON object"):
         build_dataset("list", tmp_path, "train")
 
 
@@ -397,7 +397,7 @@ def test_packed_images_are_resized_as_the_test_view_resizes_them(tmp_path):
 
 
 def test_changed_and_foreign_packs_are_refused(sources, image_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(packed, "SHARD", 6000)
+    monkeypatch.setattr(shards, "SHARD", 6000)
     splits = {"val": build_dataset("image_folder", image_folder, "val")}
     for kind in ("original", "pixels"):
         write_packed(tmp_path / kind, "image_folder", splits, kind, 256, 1)
@@ -423,7 +423,7 @@ def test_changed_and_foreign_packs_are_refused(sources, image_folder, tmp_path, 
 
 
 def test_interrupted_packing_leaves_nothing(image_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(packed.Index, "save", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(shards, "save_index", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         splits = {"val": build_dataset("image_folder", image_folder, "val")}
         write_packed(tmp_path / "pack", "image_folder", splits, "pixels", 256, 1)
