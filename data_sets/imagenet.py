@@ -143,9 +143,9 @@ def imagenet1pct(root: Path, split: str) -> Images:
 # ---- test sets
 
 
-def class_folders(root: Path, split: str, folder: str = "") -> Images:
-    """Folders of classes, named by WordNet id or label, in `root` or in a folder of it that the pattern matches."""
-    images = read_class_folders(_inside(root, folder), may_be_empty=True)
+def class_folders(root: Path, split: str) -> Images:
+    """Folders of classes, named by WordNet id or label."""
+    images = read_class_folders(root, may_be_empty=True)
     if all(name.isdecimal() and int(name) < 1000 for name in images.classes):
         official = wnids()
         images.classes = [official[int(name)] for name in images.classes]
@@ -162,7 +162,6 @@ class Unframed(Files):
 
 def objectnet(root: Path, split: str) -> Images:
     """Images of the 113 classes that ImageNet has, too."""
-    root = _inside(root, "objectnet-1.0")
     images, mappings = read_class_folders(root / "images", may_be_empty=True), root / "mappings"
     with reading(mappings):
         names, lines, overlap = (
@@ -189,7 +188,3 @@ def corruptions(root: Path) -> dict[str, list[Path]]:
     if missing := [folder for each in severities.values() for folder in each if not folder.is_dir()]:
         raise ValueError(f"{len(missing)} of 15 corruptions x 5 severities are missing, such as {missing[0]}")
     return severities
-
-
-def _inside(root: Path, pattern: str) -> Path:
-    return next((path for path in sorted(root.glob(pattern)) if path.is_dir()), root) if pattern else root

@@ -164,14 +164,15 @@ def images_by_class(
 
 
 def find_folder(root: Path, name: str, marker: str, archives: Sequence[tuple[str, str]] = (), into: str = "") -> Path:
-    """The folder `name` of an unpacked data set: in `root`, or `root` itself.
+    """The folder of an unpacked data set: in `root`, with a name of this pattern, or `root` itself.
 
     marker: a path that must exist in it. archives: (address, md5); if the marker is missing, rank 0 downloads and
     unpacks them in the folder `into` of root while the others wait.
     """
 
     def marked() -> Path | None:
-        return next((folder for folder in (root / name, root) if (folder / marker).exists()), None)
+        folders = (folder for folder in (*sorted(root.glob(name)), root) if folder.is_dir())
+        return next((folder for folder in folders if (folder / marker).exists()), None)
 
     with distributed.main_process_first():
         for url, md5 in archives if not marked() else ():

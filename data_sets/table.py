@@ -42,7 +42,7 @@ class DatasetEntry(NamedTuple):
     def build(self, root: Path, split: str, **options: Any) -> Images:
         if self.images and split not in self.images:
             raise ValueError("this is a test set without training images: name it in scripts/evaluate_probe.py")
-        if self.marker:
+        if self.folder:
             root = find_folder(root, self.folder, self.marker, self.archives, self.into)
         return READERS[self.reader](root, self.splits[split], **self.options, **options)
 

@@ -62,8 +62,8 @@ class Content:
     headline: Sequence[str]  # the column that sums up a row, or the next one if that is empty
     curves: Sequence[Curve] = ()
     record: Record = field(default_factory=dict)  # for further tables of page.html
-    neighbours: Sequence[Row] = ()
-    remarks: Sequence[tuple[str, str]] = ()  # about numbers in the main table: (style, text)
+    neighbours: list[Row] = field(default_factory=list)
+    remarks: list[tuple[str, str]] = field(default_factory=list)  # about numbers in the main table: (style, text)
     notes: Sequence[str] = ()  # of report.runs.NOTES
 
     @property
