@@ -30,7 +30,7 @@ from data_sets.images import Example, fingerprint, random_examples
 from data_sets.loader import KeyedDataset, build_loader
 from data_sets.order import EvaluationBatches
 from data_sets.table import build_dataset
-from data_sets.views import View, eval_transform, stretch_transform
+from data_sets.views import View, eval_transform
 from encoders.load import Encoder
 from encoders.oracle import Oracle
 from engine_linprobe import FrozenTokens
@@ -111,7 +111,8 @@ def main(args: argparse.Namespace) -> None:
         localizer = Localizer(len(everything), (size, size), levels, workers)
 
         crop = eval_transform(size, **encoder.pixels, loader=args.loader)
-        pixels = {"crop": crop, "resize": stretch_transform(size, encoder.mean, encoder.std, args.loader)}
+        look = encoder.pixels | {"interpolation": "bilinear", "crop_pct": None}  # the whole image, as in wsolevaluation
+        pixels = {"crop": crop, "resize": eval_transform(size, **look, loader=args.loader)}
         passes: dict[str, Pass] = {}
         if not args.boxes_only:
             passes["vectors"] = Pass(rules, crop, partial(VectorStats, len(rules), args.kl_direction, args.kl_eps))

@@ -53,7 +53,7 @@ class RandomResizedCrop(TorchvisionCrop):
 class Whole:
     """The whole image, each side resized to `size` by its own factor."""
 
-    def __init__(self, size: int, interpolation: str = "bilinear"):
+    def __init__(self, size: int, interpolation: str):
         self.size, self.interpolation = size, transforms.InterpolationMode(interpolation)
 
     def cut(self, img: AnyImage) -> AnyImage:

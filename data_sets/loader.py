@@ -30,12 +30,6 @@ class Sample(NamedTuple):
     noise: Tensor  # (M,) uniform, drawn after the augmentation; empty unless asked for
     valid: bool = True  # False if damaged: training shows another image instead, evaluation must not count it
 
-    def readable(self) -> Sample:
-        """The samples of a batch whose images could be read, perhaps none."""
-        if self.valid is True or self.valid.all():
-            return self
-        return Sample(*(field[self.valid] for field in self))
-
 
 MAX_BAD_IN_A_ROW = 1000  # beyond, the disk or the folder is damaged, not single images
 
@@ -150,7 +144,8 @@ class Loader(DataLoader):
         for batch in batches:
             damaged.update(batch.index[~batch.valid].tolist())
             batch = self.ready(batch)
-            batch = batch if self.dataset.train else batch.readable()
+            if not self.dataset.train and not batch.valid.all():
+                batch = Sample(*(field[batch.valid] for field in batch))
             yield batch if len(batch.index) else None
         everywhere = sorted(set().union(*distributed.gather_objects(damaged)))
         if distributed.rank() == 0 and not set(everywhere) <= set(self.damaged):

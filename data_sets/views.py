@@ -142,11 +142,6 @@ def eval_transform(
     return View(crops.CentralCrop(input_size, int(input_size / crop_pct), interpolation), (), mean, std, loader)
 
 
-def stretch_transform(size: int, mean: Numbers, std: Numbers, loader: str = "pil") -> View:
-    """The whole image, each side resized by its own factor (bilinear), as in wsolevaluation."""
-    return View(crops.Whole(size), (), mean, std, loader)
-
-
 # ---- contrastive pretraining
 
 

@@ -16,7 +16,7 @@ from data_sets.images import decode_tensor, pixels_of, read_rgb
 from data_sets.loader import KeyedDataset, build_loader
 from data_sets.order import EvaluationBatches
 from data_sets.table import build_dataset
-from data_sets.views import LOADERS, View, eval_transform, stretch_transform, train_transform
+from data_sets.views import LOADERS, View, eval_transform, train_transform
 from util.seeding import seeded
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.1)
@@ -37,7 +37,7 @@ RECIPES = {
         [transforms.Resize(32), transforms.CenterCrop(32)],
     ),
     "both sides resized": (eval_transform, {"crop_pct": None}, [transforms.Resize((32, 32), interpolation=BICUBIC)]),
-    "whole": (stretch_transform, {}, [transforms.Resize((32, 32))]),
+    "whole": (eval_transform, {"crop_pct": None, "interpolation": "bilinear"}, [transforms.Resize((32, 32))]),
 }
 
 
