@@ -1,4 +1,4 @@
-"""Encoders and trained probes as modules: what hubconf.py and the installed package `beyond_cls` offer; docs/api.md."""
+"""Encoders and trained probes as modules, for hubconf.py and the installed package `beyond_cls`; see docs/api.md."""
 
 import argparse
 from collections.abc import Sequence
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attention.measure import applicable, observe
@@ -13,7 +14,6 @@ from attention.metrics import METRICS, Sizes, metric_names
 from cli.encoder_arguments import frozen_encoder
 from data_sets.views import View, eval_transform
 from encoders.architectures import FROM_FILE
-from encoders.catalogue import CATALOGUE
 from encoders.load import Encoder, input_size, load_encoder
 from models_vit import Features
 from probing.bank import Probe
@@ -21,12 +21,13 @@ from probing.frozen import FrozenTokens
 from probing.pooling import Tokens, read_blocks
 from probing.trained import Trained, read_trained
 from util.files import digest
-from util.tensor_files import safetensors_metadata
 
 
 class FrozenEncoder(nn.Module):
-    """A frozen encoder. Images (B,3,h,w) are normalised as `transform` does (`pixels`: mean, std, interpolation, crop);
-    h and w are multiples of the patch size. `record` says which weights these are."""
+    """A frozen encoder of images (B,3,h,w), normalised as by `transform`; h and w are multiples of the patch size.
+
+    pixels: mean, std, interpolation and crop. record: the weights and their source.
+    """
 
     def __init__(self, encoder: Encoder, size: int):
         super().__init__()
@@ -34,17 +35,17 @@ class FrozenEncoder(nn.Module):
 
     @property
     def transform(self) -> View:
-        """From a PIL image to (3,size,size): resize, central crop, normalisation, as the programs evaluate."""
+        """PIL image -> (3,size,size): resize, central crop and normalisation, as in the programs' evaluation."""
         return eval_transform(self.size, **self.pixels)
 
     @torch.no_grad()
     def features(
         self, images: Tensor, blocks: Sequence[int] = (-1,), cls_attention: bool = False, pooled: bool = False
     ) -> dict[int, Features]:
-        """{block: tokens leaving it}, before the final norm; blocks count from 0, negative ones from the end.
+        """{block: its tokens before the final norm}; blocks count from 0, negative ones from the end.
 
-        cls_attention: with the attention of [cls] to the patches, (B,H,M). pooled: with what the model's own pooling
-        makes of its last block, {name: (B,E)}.
+        cls_attention: also the attention of [cls] to the patches, (B,H,M). pooled: also the outputs of the model's own
+        pooling of its last block, {name: (B,E)}.
         """
         depth = self.backbone.depth
         if outside := [block for block in blocks if not -depth <= block < depth]:
@@ -59,10 +60,11 @@ class FrozenEncoder(nn.Module):
     def attention(
         self, images: Tensor, metrics: Sequence[str] = ("flow",), reduction: str = "fused"
     ) -> dict[str, Tensor]:
-        """{metric: (L,B,K)}: K numbers, one per head or one, of each block and image.
+        """{metric: (L,B,K)}: K values for each block and image, one per head or a single one; NaN pads blocks that have
+        fewer heads than others.
 
-        metrics: names or groups of METRICS; those of tokens that the encoder lacks are left out. Raises ValueError for
-        unknown names and for metrics of tokens (patch_log_amplitude, ...), which are not attention.
+        metrics: names or groups of METRICS; those of tokens that the encoder lacks are skipped. ValueError for unknown
+        names and for metrics that are not of attention (patch_log_amplitude, ...).
         """
         names = metric_names(metrics)
         if of_tokens := [name for name in names if METRICS[name].of_tokens]:
@@ -71,27 +73,31 @@ class FrozenEncoder(nn.Module):
             )
         backbone = self.backbone
         chosen, grid = applicable(names, backbone), backbone.grid_of(*images.shape[-2:])
-        patches = grid[0] * grid[1]
-        sizes = Sizes(backbone.num_prefix_tokens + patches, patches, backbone.num_registers, grid, backbone.patch_size)
+        prefix, patches = backbone.num_prefix_tokens, grid[0] * grid[1]
+        sizes = Sizes(prefix + patches, patches, backbone.num_registers, grid, backbone.patch_size)
         blocks: dict[str, list[Tensor]] = {name: [] for name in chosen}
         for step in backbone.trace(images):
-            for (name, _), values in observe(
-                step, chosen, backbone.num_prefix_tokens, backbone.has_cls, sizes, reduction
-            ):
+            for (name, _), values in observe(step, chosen, prefix, backbone.has_cls, sizes, reduction):
                 blocks[name].append(values[:, 1:])  # the first is their summary over heads
-        return {name: torch.stack(values) for name, values in blocks.items()}
+        heads = {name: max(value.shape[1] for value in values) for name, values in blocks.items()}
+        return {
+            name: torch.stack([F.pad(v, (0, heads[name] - v.shape[1]), value=torch.nan) for v in values])
+            for name, values in blocks.items()
+        }
 
 
 class Prediction(NamedTuple):
     logits: Tensor  # (B,K)
-    weights: Tensor | None  # (B,M) of each patch, sum 1, mean over heads or queries; None: the head weighs no patches
+    weights: Tensor | None  # (B,M) of the patches, sum 1, mean over heads or queries; None: the head has no weights
 
 
 class TrainedProbe(nn.Module):
-    """A trained probe and its encoder: images -> Prediction. `facts` say how it was trained and what it scored."""
+    """A trained probe and its encoder. facts: training and scores.
+
+    ValueError if the probe was trained on other weights, or needs the attention of a third network.
+    """
 
     def __init__(self, trained: Trained, encoder: FrozenEncoder):
-        """ValueError if the probe was trained on other weights, or needs the attention of a third network."""
         super().__init__()
         self.encoder, self.facts, self.transform = encoder, trained.facts, encoder.transform
         backbone, self.spec = encoder.backbone, trained.spec
@@ -108,7 +114,7 @@ class TrainedProbe(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Prediction:
-        """images: (B,3,size,size), as `transform` makes them."""
+        """Images (B,3,size,size), as from `transform` -> Prediction."""
         features = read_blocks(self.tokens(images), self.spec.blocks)
         pooled = self.probe.aggregation(features)
         logits = self.probe.classifier(self.probe.norm(pooled.vector))
@@ -119,18 +125,11 @@ class TrainedProbe(nn.Module):
         return Prediction(logits, weights / weights.sum(1, keepdim=True))
 
 
-def encoder(weights: str, model: str | None = None, family: str | None = None, **options) -> FrozenEncoder:
-    """The encoder that `weights` names: a name of the catalogue, a file, a URL or a timm model; "" for random weights.
+def encoder(weights: str, model: str = FROM_FILE, family: str | None = None, **options) -> FrozenEncoder:
+    """The encoder that `weights` names, as for --finetune; "" for random weights. ValueError if a file does not fit.
 
-    model: a name of ARCHITECTURES (default: the catalogue's, that of the file's metadata, or its tensors' sizes).
-    family and options are those of encoders.load.load_encoder. Raises ValueError where the file does not fit.
+    model: a name of ARCHITECTURES (default: by the sizes of the tensors). family, options: of load_encoder.
     """
-    if model is None:
-        model = FROM_FILE
-        if weights in CATALOGUE:
-            model = CATALOGUE[weights].model
-        elif Path(weights).suffix == ".safetensors" and Path(weights).is_file():
-            model = safetensors_metadata(Path(weights)).get("model", FROM_FILE)
     loaded = load_encoder(weights, model, family, **options)
     return FrozenEncoder(loaded, input_size(loaded, None)).eval()
 
@@ -138,10 +137,10 @@ def encoder(weights: str, model: str | None = None, family: str | None = None, *
 def probe(
     folder: str, head: str | None = None, block: int | None = None, seed: int | None = None, weights: str | None = None
 ) -> TrainedProbe:
-    """A probe that main_linprobe.py trained (folder: its --output_dir) or scripts/export_probe.py wrote.
+    """A probe from the --output_dir of main_linprobe.py or the folder of scripts/export_probe.py.
 
-    head, block and seed choose among several; weights: of the encoder, if the run's are no longer there. ValueError
-    where no or several probes fit, or the encoder is another.
+    head, block and seed choose among several. weights: of the encoder, if they are no longer where the run read them.
+    ValueError if no probe or several probes match, or if the encoder is another.
     """
     trained = read_trained(Path(folder), head, block, seed)
     settings = {**trained.facts["encoder"], "offline": False} | ({"finetune": weights} if weights else {})

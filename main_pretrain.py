@@ -110,7 +110,8 @@ def main(args: argparse.Namespace) -> None:
                     record_reconstructions(folder, pretraining, images, args.seed, training.steps_done - 1)
                 training.end_epoch(values if weight > 0 else None)
             metadata = {"family": "mae", "model": args.model, "input_size": str(size), "epochs": str(args.epochs)}
-            folder.save_encoder(encoder.state_dict(), metadata)
+            kept = networks[0].published_state_dict() if args.keep_decoder else encoder.state_dict()
+            folder.save_encoder(kept, metadata)
             run |= {"seconds": training.elapsed, "finished": utc_now()}
             folder.write("results.json", {"last": folder.last_line(), **run})
         barrier()

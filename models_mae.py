@@ -1,13 +1,12 @@
 """Masked autoencoder: MAE's decoder and loss around the encoder of models_vit.
 
 Letters as in models_vit; K visible (kept) patches, W = M - K masked ones, C = 3 p^2 values per patch, D' decoder width.
-The encoder embeds only the visible patches. The decoder takes tokens in the order visible, masked: attention ignores
-order, and positions are looked up. Training predicts only the masked patches, to which the decoder's last block is
-restricted.
+The encoder embeds only the visible patches. The decoder takes the visible tokens, then the masked ones: attention
+ignores order, and positions are looked up. In training, its last block computes only the masked patches.
 Source: He et al., "Masked Autoencoders Are Scalable Vision Learners", CVPR 2022, section 3.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -15,8 +14,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from models_vit import ARCHITECTURES, Block, VisionTransformer, init_weights
-from util.pos_embed import sincos_pos_embed
+from models_vit import ARCHITECTURES, Backbone, Block, BlockTrace, VisionTransformer, init_weights
+from util.pos_embed import resample_pos_embed, sincos_pos_embed
 from util.published import Published
 
 EPS = 1e-6  # added to the variance of a patch's pixels, as published
@@ -31,8 +30,7 @@ class Reconstruction(NamedTuple):
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:
     """(B,3,h,w) -> (B,M,C), row-major grid; within a patch: row, column, channel."""
-    B, channels, height, width = images.shape
-    grid = images.reshape(B, channels, height // patch_size, patch_size, width // patch_size, patch_size)
+    grid = images.unflatten(3, (-1, patch_size)).unflatten(2, (-1, patch_size))
     return grid.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
 
 
@@ -43,17 +41,15 @@ def unpatchify(patches: Tensor, patch_size: int, grid: tuple[int, int]) -> Tenso
 
 
 def random_masking(noise: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor]:
-    """noise (B,M), uniform -> indices of the kept patches (B,K), K = floor(M (1 - ratio)), and of the masked (B,W).
-
-    The K patches of lowest noise are kept: the mask is a function of the noise.
-    """
+    """Uniform noise (B,M) -> indices of the kept patches (B,K) of lowest noise, K = floor(M (1 - ratio)), and of the
+    masked patches (B,W)."""
     kept = int(noise.shape[1] * (1 - mask_ratio))
     order = noise.argsort(dim=1)
     return order[:, :kept], order[:, kept:]
 
 
 def take(tokens: Tensor, indices: Tensor) -> Tensor:
-    """Gather tokens (B,M,D) by indices (B,n) -> (B,n,D)."""
+    """Tokens (B,M,D), indices (B,n) -> (B,n,D)."""
     return tokens.gather(1, indices[..., None].expand(-1, -1, tokens.shape[-1]))
 
 
@@ -69,10 +65,7 @@ def denormalised(values: Tensor, patches: Tensor) -> Tensor:
 
 
 class MaskedAutoencoder(Published):
-    """Encoder of the visible patches, a light decoder of all patches, loss on the masked ones.
-
-    norm_pix_loss: predict pixels standardised per patch, as the published models do.
-    """
+    """norm_pix_loss: predict pixels standardised per patch, as the published models do."""
 
     prefix = r"encoder\."
 
@@ -120,10 +113,8 @@ class MaskedAutoencoder(Published):
         return self.encoder.norm(tokens)
 
     def decode(self, tokens: Tensor, kept: Tensor, masked: Tensor, first: int = 0) -> Tensor:
-        """The encoder's tokens (B,P+K,D) -> the decoder's (B,P+M,D'): prefix, visible patches, masked patches.
-
-        first: the last block computes the tokens from this position on, and no others.
-        """
+        """The encoder's tokens (B,P+K,D) -> the decoder's (B,P+M-first,D') from position `first` on: prefix, visible
+        patches, masked patches."""
         prefix, table = self.encoder.num_prefix_tokens, self.decoder_pos_embed[0]
         B, W = masked.shape
         order = torch.cat([kept, masked], dim=1)
@@ -162,6 +153,55 @@ class MaskedAutoencoder(Published):
         inverse = torch.cat([kept, masked], dim=1).argsort(dim=1)
         mask = torch.ones_like(noise).scatter(1, kept, 0.0)
         return take(self.predict(tokens[:, self.encoder.num_prefix_tokens :]), inverse), mask
+
+
+class WithDecoder(Backbone):
+    """An encoder and, as further blocks, its MAE decoder on all patches: none is masked, so there is no mask token.
+
+    `embed_dim` is the encoder's; `widths` has that of each block, `num_heads` those of the last.
+    """
+
+    def __init__(self, autoencoder: MaskedAutoencoder):
+        super().__init__()
+        encoder, blocks = autoencoder.encoder, autoencoder.decoder_blocks
+        self.autoencoder, self.encoder_depth, self.norm = autoencoder, encoder.depth, autoencoder.decoder_norm
+        for name in ("embed_dim", "patch_size", "grid_size", "num_registers", "num_prefix_tokens", "has_cls"):
+            setattr(self, name, getattr(encoder, name))
+        self.pos_resampling, self.num_heads = encoder.pos_resampling, blocks[0].attn.num_heads
+        self.depth = encoder.depth + len(blocks)
+        self.widths = (encoder.embed_dim,) * encoder.depth + (autoencoder.decoder_embed.out_features,) * len(blocks)
+
+    def norm_after(self, block: int) -> nn.Module:
+        return self.autoencoder.encoder.norm if block < self.encoder_depth else self.norm
+
+    def compile_blocks(self, backend: str | Callable = "inductor") -> None:
+        self.autoencoder.compile_blocks(backend)
+
+    def trace(self, images: Tensor) -> Iterator[BlockTrace]:
+        model, encoder = self.autoencoder, self.autoencoder.encoder
+        for step in encoder.trace(images):
+            yield step
+        grid, table = self.grid_of(*images.shape[-2:]), (encoder.num_prefix_tokens, self.pos_resampling)
+        positions = resample_pos_embed(model.decoder_pos_embed, self.grid_size, grid, *table)
+        tokens = model.decoder_embed(encoder.norm(step.out)) + positions
+        for index, block in enumerate(model.decoder_blocks, self.encoder_depth):
+            step = block(tokens)._replace(index=index)
+            yield step
+            tokens = step.out
+
+
+def with_decoder(encoder: VisionTransformer, weights: dict[str, Tensor], num_heads: int) -> WithDecoder:
+    """The encoder and the decoder of a file in MAE's layout. ValueError where the file holds none, or parts of one."""
+    kept = {key: value for key, value in weights.items() if key.startswith("decoder_") or key == "mask_token"}
+    depth = len({key.split(".")[1] for key in kept if key.startswith("decoder_blocks.")})
+    if not depth or "decoder_embed.weight" not in kept:
+        raise ValueError("it holds no decoder: main_pretrain.py --keep_decoder, or its checkpoints, keep it")
+    model = MaskedAutoencoder(encoder, len(kept["decoder_embed.weight"]), depth, num_heads)
+    try:
+        model.load_published_state_dict({**encoder.state_dict(), **kept})
+    except RuntimeError as error:
+        raise ValueError(f"its decoder cannot be read: {' '.join(str(error).split())}") from error
+    return WithDecoder(model.eval().requires_grad_(False))
 
 
 # decoder of each encoder: as published for base and larger; width 192 for the paper's ViT-S (B.1) and smaller

@@ -5,6 +5,7 @@ Letters: B images, N tokens (prefix first), P prefix tokens ([cls], then registe
 D width, d = D / H head width, L blocks. Blocks are counted from 0.
 """
 
+import abc
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
@@ -27,22 +28,10 @@ from util.pos_embed import (
 
 NORMS = {
     "layernorm": partial(nn.LayerNorm, eps=1e-6),  # ViT's
-    "layernorm_eps1e-5": partial(nn.LayerNorm, eps=1e-5),  # CLIP's
+    "layernorm_eps1e-5": partial(nn.LayerNorm, eps=1e-5),  # PyTorch's
     "rmsnorm": partial(nn.RMSNorm, eps=1e-5),  # CAPI's
 }
-
-
-def quick_gelu(x: Tensor) -> Tensor:
-    """CLIP's approximation of GELU."""
-    return x * (1.702 * x).sigmoid()
-
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-    "quick_gelu": quick_gelu,
-}
-NORM_ORDERS = ("pre", "post", "residual")
+ACTIVATIONS = {"gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
 Grid = tuple[int, int]  # rows and columns of patches
 EVERY = slice(None)
 
@@ -55,21 +44,10 @@ class BlockTrace(NamedTuple):
     q: Tensor  # (B,H,N,d) after any q/k norm and rotary embedding
     k: Tensor  # (B,H,N,d)
     scale: float
-    logit_bias: Tensor | None  # (H,N,N) relative position, where the family has one
+    logit_bias: Tensor | None  # (H,N,N) of relative positions
     update: Tensor  # (B,N,D) attention branch after its projection, before LayerScale and residual
     out: Tensor  # (B,N,D) residual stream leaving the block
-    v: Tensor | None = None  # (B,H,N,d)
-
-
-class BlockOutput(NamedTuple):
-    """What a block returns; BlockTrace says what each is."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    logit_bias: Tensor | None
-    update: Tensor
-    out: Tensor
+    v: Tensor  # (B,H,N,d)
 
 
 class Features(NamedTuple):
@@ -78,10 +56,10 @@ class Features(NamedTuple):
     cls: Tensor | None  # (B,D)
     registers: Tensor  # (B,R,D)
     patches: Tensor  # (B,M,D), row-major grid
-    cls_attention: Tensor | None  # (B,H,M) [cls] row of the attention, softmax over all N keys; only when asked for
-    patch_attention: dict[int, Tensor] | None = None  # {patch: (B,H,M) its row}; only when asked for
-    oracle: Tensor | None = None  # (B,M) attention from elsewhere; no model makes it
-    pooled: dict[str, Tensor] | None = None  # {name: (B,E)} the model's own pooled outputs, with its last block
+    cls_attention: Tensor | None  # (B,H,M) attention of [cls], softmax over all N keys; on request
+    patch_attention: dict[int, Tensor] | None = None  # {patch: (B,H,M) its attention}; on request
+    oracle: Tensor | None = None  # (B,M) attention of another encoder (encoders.oracle)
+    pooled: dict[str, Tensor] | None = None  # {name: (B,E)} the model's own pooled outputs; last block, on request
 
 
 class PatchEmbed(nn.Module):
@@ -103,7 +81,7 @@ class PatchEmbed(nn.Module):
 
 
 class RelativePositionBias(nn.Module):
-    """What the offset between two tokens adds to each head's logit: grid -> (H,N,N), [cls] first (BEiT, SimMIM)."""
+    """A bias of each head's logits for every offset between two tokens: grid -> (H,N,N), [cls] first (BEiT, SimMIM)."""
 
     def __init__(self, grid_size: Grid, num_heads: int):
         super().__init__()
@@ -117,7 +95,7 @@ class RelativePositionBias(nn.Module):
 
 
 class RotaryEmbedding(nn.Module):
-    """Rotates the tokens' queries or keys (B,H,N,d) by angles that grow with row and column (CAPI)."""
+    """Rotates queries or keys (B,H,N,d) by angles that grow with the token's row and column (CAPI)."""
 
     def __init__(self, head_width: int, num_registers: int):
         super().__init__()
@@ -132,8 +110,6 @@ class RotaryEmbedding(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention that also returns its queries, keys, values and logit bias."""
-
     def __init__(
         self,
         dim: int,
@@ -156,7 +132,7 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, grid: Grid | None = None, kept: slice = EVERY
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-        """(B,N,D) -> update (B,n,D) of the kept tokens, q, k and v (B,H,N,d), logit bias (H,N,N) if there is one."""
+        """(B,N,D) -> update (B,n,D) of the n kept tokens; q, k, v (B,H,N,d); logit bias (H,N,N) or None."""
         q, k, v = (part.transpose(1, 2) for part in self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2))
         if self.rope is not None:
             q, k = self.rope(q, grid), self.rope(k, grid)
@@ -166,10 +142,10 @@ class Attention(nn.Module):
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-    """Values (B,H,N,d), averaged by the softmax of q k^T scale + bias (H,N,N).
+    """softmax(q k^T scale + bias) v, (B,H,N,d); bias (H,N,N).
 
-    Training in half precision on a CPU takes plain products: the gradient of the fused kernel takes twice as long
-    there, and four times on the few tokens that MAE's encoder sees.
+    Training in half precision on a CPU uses plain products: the fused kernel's gradient takes twice as long there, four
+    times as long on the few tokens that MAE's encoder sees.
     """
     bias = None if bias is None else bias.to(q.dtype)
     if q.device.type == "cpu" and q.requires_grad and q.dtype in (torch.bfloat16, torch.float16):
@@ -200,7 +176,7 @@ class LayerScale(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: in training, a branch (B,N,D) is left out of a random share of the images and scaled for it."""
+    """Stochastic depth: in training, drops a branch (B,N,D) for a random share of the images and rescales the rest."""
 
     def __init__(self, drop_prob: float):
         super().__init__()
@@ -213,8 +189,7 @@ class DropPath(nn.Module):
 
 
 class Block(nn.Module):
-    """Transformer block. norm_order: "pre" normalises the input of each branch, "post" the sum with the residual
-    stream, "residual" the output of each branch (timm's ResPostBlock)."""
+    """norm_order: "pre" normalises the input of each branch, "post" the sum of branch and residual stream."""
 
     def __init__(
         self,
@@ -227,43 +202,39 @@ class Block(nn.Module):
         drop_path: float = 0.0,
         norm_layer: str = "layernorm",
         norm_order: str = "pre",
-        activation: str = "gelu",
         rel_pos_bias: nn.Module | None = None,
         rope: nn.Module | None = None,
     ):
         super().__init__()
-        if norm_order not in NORM_ORDERS:
-            raise ValueError(f"unknown norm_order {norm_order!r}: choose one of {', '.join(NORM_ORDERS)}")
         self.norm_order = norm_order
         self.norm1 = NORMS[norm_layer](dim)
         self.attn = Attention(dim, num_heads, qkv_bias, proj_bias, rel_pos_bias, rope)
         self.ls1 = LayerScale(dim, init_values) if init_values is not None else nn.Identity()
         self.drop_path1 = DropPath(drop_path) if drop_path else nn.Identity()
         self.norm2 = NORMS[norm_layer](dim)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), proj_bias, activation)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), proj_bias)
         self.ls2 = LayerScale(dim, init_values) if init_values is not None else nn.Identity()
         self.drop_path2 = DropPath(drop_path) if drop_path else nn.Identity()
 
-    def forward(self, x: Tensor, grid: Grid | None = None, kept: slice = EVERY) -> BlockOutput:
-        """grid: of the patches among the tokens x; needed where attention knows of relative or rotary positions.
+    def forward(self, x: Tensor, grid: Grid | None = None, kept: slice = EVERY) -> BlockTrace:
+        """Tokens (B,N,D) -> trace of this block, with index 0.
 
-        kept: the tokens that are wanted afterwards; all are attended to.
+        grid: of the patches among the tokens, for relative and rotary positions. kept: the tokens to compute `update`
+        and `out` for; they attend to all.
         """
-        update, q, k, v, bias = self.attn(self.norm1(x) if self.norm_order == "pre" else x, grid, kept)
-        branch = self.norm1(update) if self.norm_order == "residual" else update
-        middle = x[:, kept] + self.drop_path1(self.ls1(branch))
-        if self.norm_order == "post":
+        pre = self.norm_order == "pre"
+        update, q, k, v, bias = self.attn(self.norm1(x) if pre else x, grid, kept)
+        middle = x[:, kept] + self.drop_path1(self.ls1(update))
+        if pre:
+            out = middle + self.drop_path2(self.ls2(self.mlp(self.norm2(middle))))
+        else:
             middle = self.norm1(middle)
             out = self.norm2(middle + self.drop_path2(self.ls2(self.mlp(middle))))
-        elif self.norm_order == "residual":
-            out = middle + self.drop_path2(self.ls2(self.norm2(self.mlp(middle))))
-        else:
-            out = middle + self.drop_path2(self.ls2(self.mlp(self.norm2(middle))))
-        return BlockOutput(q, k, v, bias, update, out)
+        return BlockTrace(0, x, q, k, self.attn.scale, bias, update, out, v)
 
 
-class Backbone(nn.Module):
-    """What every encoder offers: `trace` yields its blocks, `forward` returns the tokens of chosen ones."""
+class Backbone(nn.Module, abc.ABC):
+    """An encoder: `trace` yields its blocks, `forward` returns the tokens of chosen blocks."""
 
     embed_dim: int
     depth: int
@@ -272,19 +243,24 @@ class Backbone(nn.Module):
     num_registers: int
     num_prefix_tokens: int
     has_cls: bool
-    norm: nn.Module  # the last one, which `forward` does not apply; nn.Identity where there is none
+    norm: nn.Module  # after the last block, not applied by `forward`; nn.Identity if there is none
+    widths: tuple[int, ...] = ()  # of the blocks' tokens, if not all are embed_dim
     pooled: Mapping[str, int] = MappingProxyType({})  # widths of the model's own outputs (Features.pooled)
 
+    @abc.abstractmethod
     def trace(self, images: Tensor) -> Iterator[BlockTrace]:
-        """Images (B,3,h,w) -> one BlockTrace per block, in order; stop iterating to skip the blocks that follow."""
-        raise NotImplementedError
+        """Images (B,3,h,w) -> one BlockTrace per block, in order; stop iterating to skip the remaining blocks."""
+
+    def norm_after(self, block: int) -> nn.Module:
+        """The norm behind the last block, for tokens of this block."""
+        return self.norm
 
     def own_outputs(self, steps: Iterator[BlockTrace]) -> dict[str, Tensor]:
-        """The outputs named in `pooled`, from a trace that has come to the last block."""
+        """The outputs named in `pooled`, from a trace that has reached the last block."""
         raise ValueError("this encoder has no pooled outputs of its own")
 
     def grid_of(self, height: int, width: int) -> Grid:
-        """Rows and columns of patches of an image of height x width pixels."""
+        """Rows and columns of patches in an image of height x width pixels."""
         return height // self.patch_size, width // self.patch_size
 
     def forward(
@@ -295,10 +271,9 @@ class Backbone(nn.Module):
         patch_attention: Collection[int] = (),
         pooled: bool = False,
     ) -> dict[int, Features]:
-        """Images (B,3,h,w) -> {block: Features} for the chosen blocks (default: the last), before the final norm.
+        """Images (B,3,h,w) -> {block: Features} of the chosen blocks (default: the last), before the final norm.
 
-        Blocks after the last chosen one are not computed, unless pooled outputs are asked for, which are those of the
-        last block. Raises ValueError for a block that does not exist.
+        Later blocks are not computed, unless `pooled` outputs are requested. ValueError for an unknown block.
         """
         last = self.depth - 1
         wanted = {last} if blocks is None else set(blocks)
@@ -314,7 +289,7 @@ class Backbone(nn.Module):
         return features
 
     def split(self, step: BlockTrace, cls_attention: bool = False, patch_attention: Collection[int] = ()) -> Features:
-        """The tokens that leave a block, by kind; with the rows of its attention that are asked for."""
+        """The tokens leaving a block, with the requested rows of its attention."""
         prefix = self.num_prefix_tokens
         if cls_attention and not self.has_cls:
             raise ValueError("this encoder has no [cls] token, hence no [cls] attention")
@@ -322,22 +297,18 @@ class Backbone(nn.Module):
             cls=step.out[:, 0] if self.has_cls else None,
             registers=step.out[:, prefix - self.num_registers : prefix],
             patches=step.out[:, prefix:],
-            cls_attention=attention_from_cls(step, prefix) if cls_attention else None,
+            cls_attention=attention_row(step, 0, prefix) if cls_attention else None,
             patch_attention={i: attention_row(step, prefix + i, prefix) for i in patch_attention} or None,
         )
 
 
 class VisionTransformer(Backbone):
-    """ViT whose `trace` yields every block and whose `forward` returns the tokens of chosen blocks.
+    """Options have timm's names, except:
 
-    pos_embed: "learned" (trainable), "sincos" (MAE's fixed table, not trained), or "none".
-    pos_resampling: how the table is resampled to another grid; see resample_pos_embed.
-    no_embed_class: the position table covers the patches only (timm's name).
-    rel_pos_bias: every block adds a bias for relative positions to its logits (BEiT). rope: it rotates queries and keys
-    by the tokens' coordinates (CAPI). proj_bias: of attention's projection and of the MLP.
-    img_size: pixels of a square image, or (height, width). pre_norm: a norm on the embedded tokens (timm's name).
-    norm_layer, norm_order, activation: of the blocks; names of NORMS, NORM_ORDERS, ACTIVATIONS.
-    final_norm: "affine", "plain" (without weight and bias) or "none"; `forward` does not apply it.
+    img_size: pixels of a square image, or (height, width). proj_bias: of attention's projection and of the MLP.
+    pos_embed: "learned", "sincos" (MAE's table, not trained) or "none". pos_resampling: see resample_pos_embed.
+    rel_pos_bias: every block has a RelativePositionBias (BEiT). rope: every block has a RotaryEmbedding (CAPI).
+    norm_layer: a name of NORMS. norm_order: see Block. final_norm: "affine", "plain" (no weight and bias) or "none".
     """
 
     def __init__(
@@ -361,7 +332,6 @@ class VisionTransformer(Backbone):
         norm_layer: str = "layernorm",
         pre_norm: bool = False,
         norm_order: str = "pre",
-        activation: str = "gelu",
         final_norm: str = "affine",
         drop_path: float = 0.0,
     ):
@@ -390,21 +360,14 @@ class VisionTransformer(Backbone):
                 table = nn.init.trunc_normal_(torch.empty_like(table), std=0.02)
             self.pos_embed = nn.Parameter(table, requires_grad=pos_embed == "learned")
         self.norm_pre = NORMS[norm_layer](embed_dim) if pre_norm else nn.Identity()
-        rates = [drop_path * index / max(depth - 1, 1) for index in range(depth)]  # stochastic depth grows linearly
+        block = partial(Block, embed_dim, num_heads, mlp_ratio, qkv_bias, proj_bias, init_values)
         self.blocks = nn.ModuleList(
-            Block(
-                embed_dim,
-                num_heads,
-                mlp_ratio,
-                qkv_bias,
-                proj_bias,
-                init_values,
-                rates[index],
+            block(
+                drop_path * index / max(depth - 1, 1),  # stochastic depth grows linearly
                 norm_layer,
                 norm_order,
-                activation,
-                rel_pos_bias=RelativePositionBias(self.grid_size, num_heads) if rel_pos_bias else None,
-                rope=RotaryEmbedding(embed_dim // num_heads, reg_tokens) if rope else None,
+                RelativePositionBias(self.grid_size, num_heads) if rel_pos_bias else None,
+                RotaryEmbedding(embed_dim // num_heads, reg_tokens) if rope else None,
             )
             for index in range(depth)
         )
@@ -417,12 +380,12 @@ class VisionTransformer(Backbone):
                 nn.init.normal_(token, std=0.02)
 
     def compile_blocks(self, backend: str | Callable = "inductor") -> None:
-        """Compile each block where it stands; all share the code, which takes some twenty seconds to make."""
+        """Compile each block in place; all share the code, which takes some twenty seconds to generate."""
         for block in self.blocks:
             block.compile(backend=backend)
 
     def set_input_size(self, img_size: int) -> None:
-        """Resample the table of positions once, to train it at that size; without this, every forward does."""
+        """Resample the table of positions once, to train it at this size; otherwise, every forward resamples it."""
         grid = self.grid_of(img_size, img_size)
         if self.pos_embed is not None:
             table = self.pos_embed.detach()
@@ -431,10 +394,7 @@ class VisionTransformer(Backbone):
         self.grid_size = grid
 
     def embed(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (B,3,h,w) -> prefix tokens (B,P,D) and patch tokens (B,M,D), positions added.
-
-        Positions are resampled when the grid differs from the one the encoder was built for.
-        """
+        """Images (B,3,h,w) -> prefix tokens (B,P,D) and patch tokens (B,M,D), with (resampled) positions."""
         patches = self.patch_embed(images)
         prefix, positions = self.prefix_and_positions(tuple(patches.shape[-2:]))
         patches = patches.flatten(2).transpose(1, 2)
@@ -442,10 +402,7 @@ class VisionTransformer(Backbone):
         return self.norm_pre(prefix.expand(len(images), -1, -1)), self.norm_pre(patches)
 
     def prefix_and_positions(self, grid: Grid) -> tuple[Tensor, Tensor | None]:
-        """Prefix tokens (1,P,D) with their positions, and what is added to the patches of a grid (1,M,D), if anything.
-
-        Both before the norm that some encoders have there.
-        """
+        """Prefix tokens (1,P,D) with their positions, and positions (1,M,D) of a grid's patches, before norm_pre."""
         tokens = [token for token in (self.cls_token, self.reg_token) if token is not None]
         prefix = torch.cat(tokens, dim=1) if tokens else self.patch_embed.proj.weight.new_zeros(1, 0, self.embed_dim)
         if self.pos_embed is None:
@@ -455,21 +412,18 @@ class VisionTransformer(Backbone):
         return (prefix + positions[:, :embedded] if embedded else prefix), positions[:, embedded:]
 
     def trace_tokens(self, tokens: Tensor, grid: Grid | None = None) -> Iterator[BlockTrace]:
-        """Run the blocks on embedded tokens (B,N,D), yielding each as it is computed; grid as in Block.forward."""
+        """Run the blocks on embedded tokens (B,N,D); grid as in Block.forward."""
         for index, block in enumerate(self.blocks):
-            q, k, v, bias, update, out = block(tokens, grid)
-            yield BlockTrace(index, tokens, q, k, block.attn.scale, bias, update, out, v)
-            tokens = out
+            step = block(tokens, grid)._replace(index=index)
+            yield step
+            tokens = step.out
 
     def trace(self, images: Tensor) -> Iterator[BlockTrace]:
         return self.trace_tokens(torch.cat(self.embed(images), dim=1), self.grid_of(*images.shape[-2:]))
 
 
 def attention_row(step: BlockTrace, query: int, num_prefix: int) -> Tensor:
-    """(B,H,M) the attention of token `query` over the patches, softmax over all N keys.
-
-    In float32 or better, whatever the caller's autocast.
-    """
+    """(B,H,M) attention of token `query` to the patches, softmax over all N keys; float32 or better under autocast."""
     dtype = torch.promote_types(step.q.dtype, torch.float32)
     with torch.autocast(step.q.device.type, enabled=False):
         row = step.q[:, :, query : query + 1].to(dtype) @ step.k.to(dtype).transpose(-2, -1)
@@ -477,11 +431,6 @@ def attention_row(step: BlockTrace, query: int, num_prefix: int) -> Tensor:
         if step.logit_bias is not None:
             logits = logits + step.logit_bias[:, query]
         return logits.softmax(-1)[..., num_prefix:]
-
-
-def attention_from_cls(step: BlockTrace, num_prefix: int) -> Tensor:
-    """(B,H,M) the [cls] row of a block's attention over the patches."""
-    return attention_row(step, 0, num_prefix)
 
 
 def init_weights(module: nn.Module) -> None:

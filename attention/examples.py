@@ -30,7 +30,7 @@ def example_maps(
         if backbone.has_cls:
             row = attention_row(step, 0, prefix)
             rows.append(row / row.mean(-1, keepdim=True))
-    patches = backbone.norm(step.out)[:, prefix:]
+    patches = backbone.norm_after(step.index)(step.out)[:, prefix:]
     tensors = {
         "pictures": torch.from_numpy((255 * visible(images, view)).round()).to(torch.uint8),
         "patches": (patches / patches.norm(dim=-1).mean()).half().cpu(),

@@ -23,8 +23,9 @@ from util.plotting import COLOURS, DASHES, GREY, MARKERS, STYLE, WIDTH, save_fig
 LINES = {  # of reference values, by the field of attention.json
     "uniform": {"color": "0.4", "linewidth": 0.8, "linestyle": (0, (5, 3)), "zorder": 1},
     "upper": {"color": "0.4", "linewidth": 0.8, "linestyle": (0, (1, 1.5)), "zorder": 1},
+    "decoder": {"color": "0.4", "linewidth": 0.8, "linestyle": "-.", "zorder": 1},
 }
-LEGEND = {"uniform": "uniform attention", "upper": "largest possible value"}
+LEGEND = {"uniform": "uniform attention", "upper": "largest possible value", "decoder": "decoder begins"}
 DEPTHS = ListedColormap(colormaps["viridis"](np.linspace(0, 0.92, 256)))  # without the yellow, which white paper hides
 
 
@@ -79,8 +80,10 @@ def entries(metric: dict) -> tuple[list[int], list[dict]]:
 
 
 def column(entries: Sequence[dict], key: str) -> np.ndarray:
-    """A number or a list of numbers per entry; null becomes NaN."""
-    return np.array([entry[key] for entry in entries], dtype=float)
+    """A number or a list of numbers per entry, padded to the longest; null becomes NaN."""
+    values = [np.array(entry[key], dtype=float) for entry in entries]
+    longest = max(value.size for value in values)
+    return np.array([np.pad(v, (0, longest - v.size), constant_values=np.nan) if v.ndim else v for v in values])
 
 
 def counted(first: int, last: int, parts: int = 4) -> list[int]:
@@ -183,6 +186,9 @@ def draw_panel(axis: Axes, name: str, results: Sequence[dict], labels: Sequence[
         if spread.any():
             axis.fill_between(depths, mean - spread, mean + spread, color=colour, alpha=0.15, linewidth=0, zorder=2)
         ranges += [np.nanmin(mean - spread), np.nanmax(mean + spread)]
+    for first in {result["encoder"]["decoder"]["first_block"] for result in having if "decoder" in result["encoder"]}:
+        axis.axvline(first - 0.5, **LINES["decoder"])
+        handles[LEGEND["decoder"]] = Line2D([], [], **LINES["decoder"])
     if not handles:
         head_panel(axis, title(name))
         mark_empty(axis)

@@ -118,14 +118,14 @@ def reduce_attention(
 
 def cls_attention(trace: BlockTrace, num_prefix: int) -> Tensor:
     """(B,H,M) A_0j in float64, in which it is computed where float32 loses digits: large logits, tiny probabilities."""
-    from models_vit import attention_from_cls  # needs torch
+    from models_vit import attention_row  # needs torch
 
     if trace.q.dtype != torch.float32:  # products of half-precision numbers are exact
-        row = attention_from_cls(trace, num_prefix).double()
+        row = attention_row(trace, 0, num_prefix).double()
         if row.sum(-1).amin() > 1e-30:  # float32 ends at 1e-38
             return row
     exact = trace._replace(q=trace.q[:, :, :1].double(), k=trace.k.double())
-    return attention_from_cls(exact, num_prefix)
+    return attention_row(exact, 0, num_prefix)
 
 
 def entropy(weights: Tensor) -> Tensor:

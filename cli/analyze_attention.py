@@ -72,7 +72,7 @@ def check(args: argparse.Namespace) -> None:
     encoder_labels(args)
     for encoder in one_encoder_each(args):
         check_encoder(encoder)
-        check_blocks(args.tsne_blocks, known_depth(encoder.model))
+        check_blocks(args.tsne_blocks, None if args.decoder else known_depth(encoder.model))
     if args.tsne_blocks and args.dataset in DATASETS and DATASETS[args.dataset].multi_label:
         raise ValueError(f"--tsne_blocks colours images by class, but --dataset {args.dataset} has several per image")
 

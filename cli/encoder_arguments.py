@@ -168,7 +168,7 @@ def build_encoder(args: argparse.Namespace, **options) -> tuple[Encoder, int]:
     check_encoder(args)
     encoder = load_encoder(
         args.finetune, args.model, args.family, args.checkpoint_key, args.offline, mean=args.mean, std=args.std,
-        grid=args.grid, timm_name=args.timm_name, size=args.input_size, **options,
+        grid=args.grid, timm_name=args.timm_name, size=args.input_size, decoder=args.decoder, **options,
     )  # fmt: skip
     if not args.finetune:
         log.warning("no --finetune: the encoder's weights are random")
@@ -193,6 +193,7 @@ def build_oracle(args: argparse.Namespace, probed: Encoder, size: int, amp: torc
     from encoders.oracle import Oracle
 
     stated = {"num_heads": None, "no_cls_token": False, "mean": None, "std": None, "grid": None, "timm_name": None}
+    stated["decoder"] = False
     names = {"finetune": "oracle", **{name: f"oracle_{name}" for name in ("model", "family", "checkpoint_key")}}
     values = {name: getattr(args, flag) for name, flag in names.items()}
     try:

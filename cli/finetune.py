@@ -73,6 +73,8 @@ def check(args: argparse.Namespace) -> None:
     arguments.check_training(args)
     if library_of(args.finetune):
         raise ValueError(f"--finetune {args.finetune} is run by its library, frozen: name a file or a catalogue name")
+    if args.decoder:
+        raise ValueError("--decoder: fine-tuning trains the encoder alone: drop it")
     if args.dataset in DATASETS and DATASETS[args.dataset].multi_label:
         raise ValueError(f"--dataset {args.dataset} has several labels per image: probe it with main_linprobe.py")
     if args.eval and not args.resume:

@@ -99,10 +99,11 @@ def check(args: argparse.Namespace) -> None:
             raise ValueError("--cls_token is MAE's probe of [cls]: omit --cls_features or --cls_token")
         args.final_norm, args.init = True, "trunc_normal"
     args.cls_features = args.cls_features or ["cls"]
-    for head in heads(args, known_depth(args.model)):
+    depth = None if args.decoder else known_depth(args.model)
+    for head in heads(args, depth):
         for part in parts_of(head, {}):
             check_aggregation(part.aggregation, not args.no_cls_token)
-    check_blocks(args.return_block or [], known_depth(args.model))
+    check_blocks(args.return_block or [], depth)
     logreg = "logreg" in args.optimizer
     refused = {
         f"--lr {args.lr} sets one rate, --blr {args.blr} several: omit one": args.lr is not None and len(args.blr) > 1,

@@ -28,7 +28,7 @@ from cli import arguments, console
 from encoders.architectures import architecture, default_input_size
 
 # flags of one part of the loss
-RECONSTRUCTION = ("mask_ratio", "norm_pix_loss", "crop_scale", "figure_every")
+RECONSTRUCTION = ("mask_ratio", "norm_pix_loss", "crop_scale", "figure_every", "keep_decoder")
 VIEWS = ("view_scale", "view_grey", "view_drop")
 CONTRAST = ("temperature", "encoder_momentum", "projector_width", "stop_grad_conv1", *VIEWS)
 
@@ -52,6 +52,7 @@ def get_args_parser() -> console.Parser:
     add("--norm_pix_loss", **standardised, help="predict pixels standardised per patch")
     add("--crop_scale", default=0.2, type=console.positive_share, help="smallest share of the image in a crop")
     every = {"type": console.non_negative_int, "metavar": "EPOCHS"}
+    add("--keep_decoder", action="store_true", help="write the decoder into encoder.safetensors, too, for --decoder")
     add("--figure_every", default=20, **every, help="renew reconstruction.png this often; 0: at the end only")
 
     add = parser.add_argument_group("contrast (--contrastive_weight > 0)").add_argument

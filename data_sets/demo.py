@@ -4,8 +4,12 @@ Each image shows smooth colour clutter, flat distractor shapes and one textured 
 covers about a tenth of the image. All but the texture is random. Textures keep their identity under the recipe's crops
 and flips. So the mean of an image is mostly background, and only the object's patches show the class.
 
-Every image is a function of (seed, split, index): a PNG file in its class folder. `boxes.csv` beside the splits holds
-each object's box: `path,x0,y0,x1,y1`, in pixels, inclusive.
+CUES: with "agree", the object's outline shows the class as well; with "conflict", the outline is the class's and the
+texture that of another class, which ends the file's name (Geirhos et al., "ImageNet-trained CNNs are biased towards
+texture", ICLR 2019). Both show the same scenes but for the texture.
+
+Every image is a function of (seed, split, index) and cues: a PNG file in its class folder. `boxes.csv` beside the
+splits holds each object's box: `path,x0,y0,x1,y1`, in pixels, inclusive.
 """
 
 import contextlib
@@ -53,12 +57,17 @@ TEXTURES: dict[str, Callable[[np.ndarray, np.ndarray, int], np.ndarray]] = {
     "zigzags": lambda x, y, sign: _wave(y + np.abs((x / 1.6) % 1.0 - 0.5) * 1.6),
 }
 CLASSES = tuple(TEXTURES)
+CUES = ("texture", "agree", "conflict")
+
+# outlines of the classes where shape is a cue: lobes, and their height relative to the radius (negative: a gap on top)
+LOBES = (0, 0.0), (2, 0.35), (2, -0.35), (3, 0.35), (3, -0.35), (4, 0.35), (4, -0.35), (5, 0.35), (6, 0.35), (8, 0.35)
 
 
 class DemoImage(NamedTuple):
     pixels: np.ndarray  # (SIZE, SIZE, 3) uint8
     label: int
     box: tuple[int, int, int, int]  # x0, y0, x1, y1 of the object, inclusive
+    texture: int  # class of the texture: the label, unless cues conflict
 
 
 def _clutter(rng: np.random.Generator) -> np.ndarray:
@@ -79,41 +88,56 @@ def _shape(rng: np.random.Generator, cx: float, cy: float, radius: float) -> np.
     return np.clip(radius - distance + 0.5, 0, 1)
 
 
-def render(seed: int, split: str, index: int) -> DemoImage:
-    """The image with this index; its class is index mod 10."""
+def _lobed(cx: float, cy: float, radius: float, lobes: int, height: float) -> np.ndarray:
+    """Soft mask with an outline of lobes, symmetric to the vertical, with the area of a disc of this radius."""
+    y, x = np.mgrid[0:SIZE, 0:SIZE]
+    dx, dy = x - cx, y - cy
+    edge = radius * (1 + height * np.cos(lobes * np.arctan2(dx, -dy))) / np.sqrt(1 + height**2 / 2)
+    return np.clip(edge - np.hypot(dx, dy) + 0.5, 0, 1)
+
+
+def render(seed: int, split: str, index: int, cues: str = "texture") -> DemoImage:
+    """The image with this index; its class is index mod 10. cues: of CUES."""
     rng = np.random.default_rng(stable_seed("demo", seed, split, index))
-    label = index % len(CLASSES)
+    label = texture = index % len(CLASSES)
+    if cues == "conflict":
+        texture = (label + stable_seed("texture", seed, split, index) % (len(CLASSES) - 1) + 1) % len(CLASSES)
     image = _clutter(rng)
     for _ in range(rng.integers(2, 5)):  # distractors: flat shapes
         mask = _shape(rng, *rng.uniform(0, SIZE, 2), rng.uniform(5, 12))[..., None]
         image = image * (1 - mask) + rng.uniform(0.1, 0.9, 3) * mask
 
     radius = rng.uniform(*OBJECT_RADIUS)
-    cx, cy = rng.uniform(MARGIN + radius, SIZE - 1 - MARGIN - radius, 2)
-    mask = _shape(rng, cx, cy, radius)
+    lobes, height = LOBES[label]
+    reach = radius if cues == "texture" else radius * (1 + abs(height))
+    cx, cy = rng.uniform(MARGIN + reach, SIZE - 1 - MARGIN - reach, 2)
+    mask = _shape(rng, cx, cy, radius) if cues == "texture" else _lobed(cx, cy, radius, lobes, height)
     period, sign = rng.uniform(*PERIOD), int(rng.choice([-1, 1]))
     y, x = np.mgrid[0:SIZE, 0:SIZE]
     ox, oy = cx + rng.uniform(-0.5, 0.5) * period, cy + rng.uniform(-0.5, 0.5) * period
-    value = TEXTURES[CLASSES[label]]((x - ox) / period, (y - oy) / period, sign)
+    value = TEXTURES[CLASSES[texture]]((x - ox) / period, (y - oy) / period, sign)
     base, contrast = rng.uniform(0.35, 0.65, 3), rng.uniform(0.25, 0.4) * rng.choice([-1, 1])
-    texture = base + contrast * value[..., None] * rng.uniform(0.7, 1.0, 3)
-    image = image * (1 - mask[..., None]) + texture * mask[..., None]
+    surface = base + contrast * value[..., None] * rng.uniform(0.7, 1.0, 3)
+    image = image * (1 - mask[..., None]) + surface * mask[..., None]
 
     rows, columns = np.nonzero(mask.max(1) > 0.5)[0], np.nonzero(mask.max(0) > 0.5)[0]
     box = (int(columns[0]), int(rows[0]), int(columns[-1]), int(rows[-1]))
-    return DemoImage((np.clip(image, 0, 1) * 255).round().astype(np.uint8), label, box)
+    return DemoImage((np.clip(image, 0, 1) * 255).round().astype(np.uint8), label, box, texture)
 
 
-def _write(job: tuple[Path, int, str, int]) -> tuple[str, int, int, int, int]:
-    folder, seed, split, index = job
-    image = render(seed, split, index)
-    path = Path(split) / CLASSES[image.label] / f"{index:06d}.png"
+def _write(job: tuple[Path, int, str, int, str]) -> tuple[str, int, int, int, int]:
+    folder, *key = job
+    image, (_, split, index, _) = render(*key), key
+    ending = f"-{CLASSES[image.texture]}" if image.texture != image.label else ""
+    path = Path(split) / CLASSES[image.label] / f"{index:06d}{ending}.png"
     (folder / path).parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(image.pixels).save(folder / path, compress_level=1)
     return (path.as_posix(), *image.box)
 
 
-def generate(folder: Path, train: int, val: int, seed: int = 0, workers: int | None = None) -> None:
+def generate(
+    folder: Path, train: int, val: int, seed: int = 0, workers: int | None = None, cues: str = "texture"
+) -> None:
     """Write the data set to `folder`, completely or not at all. Does nothing if the same data set is already there.
 
     ValueError if `folder` holds anything else, a demo set with other settings included.
@@ -122,6 +146,7 @@ def generate(folder: Path, train: int, val: int, seed: int = 0, workers: int | N
     if min(train, val) < len(CLASSES):
         raise ValueError(f"{train} training and {val} validation images: each of the {len(CLASSES)} classes needs one")
     description = {"seed": seed, "train": train, "val": val, "size": SIZE, "classes": list(CLASSES), "version": 1}
+    description |= {"cues": cues} if cues != "texture" else {}
     if (record := folder / "demo.json").exists():
         if json.loads(record.read_text()) == description:
             return
@@ -130,7 +155,7 @@ def generate(folder: Path, train: int, val: int, seed: int = 0, workers: int | N
         raise ValueError(f"{folder} holds files that are not a demo data set: name another folder")
     with new_folder(folder) as new, Pool(workers or os.cpu_count()) as pool:
         counts = {"train": train, "val": val}
-        jobs = [(new, seed, split, index) for split, count in counts.items() for index in range(count)]
+        jobs = [(new, seed, split, index, cues) for split, count in counts.items() for index in range(count)]
         rows = pool.map(_write, jobs, chunksize=64)
         lines = [",".join(map(str, row)) for row in [("path", "x0", "y0", "x1", "y1"), *rows]]
         (new / "boxes.csv").write_text("\n".join(lines) + "\n")

@@ -132,14 +132,16 @@ def eval_transform(
     loader: str = "pil",
     interpolation: str = "bicubic",
     crop_pct: float | None = CROP_PCT,
+    steps: Sequence[Callable] = (),
 ) -> View:
     """Resize the shorter side to input_size / crop_pct, central crop, normalisation.
 
     interpolation: a name of torchvision's InterpolationMode. crop_pct: None resizes both sides to input_size.
+    steps: of View.
     """
     if crop_pct is None:
-        return View(crops.Whole(input_size, interpolation), (), mean, std, loader)
-    return View(crops.CentralCrop(input_size, int(input_size / crop_pct), interpolation), (), mean, std, loader)
+        return View(crops.Whole(input_size, interpolation), steps, mean, std, loader)
+    return View(crops.CentralCrop(input_size, int(input_size / crop_pct), interpolation), steps, mean, std, loader)
 
 
 # ---- contrastive pretraining

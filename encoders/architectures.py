@@ -23,24 +23,23 @@ ARCHITECTURES = {
 
 
 def architecture(name: str) -> dict:
-    """Options of models_vit.VisionTransformer for a named architecture. Raises ValueError for an unknown name."""
+    """Options of models_vit.VisionTransformer by name; ValueError for an unknown name."""
     if name not in ARCHITECTURES:
         raise ValueError(f"unknown model {name!r}: {instead_of(name, [*ARCHITECTURES, FROM_FILE])}")
     return ARCHITECTURES[name]
 
 
 def default_input_size(name: str) -> int:
-    """Input size in pixels of a named architecture."""
     return architecture(name).get("img_size", 224)
 
 
 def known_depth(name: str) -> int | None:
-    """Blocks of a named architecture; None for FROM_FILE, whose blocks are counted when the file is read."""
+    """The number of blocks; None for FROM_FILE, whose blocks are counted when the file is read."""
     return None if name == FROM_FILE else architecture(name)["depth"]
 
 
 def check_blocks(blocks: Sequence[int], depth: int | None) -> None:
-    """ValueError for a block that an encoder of that depth does not have. depth: None if not known yet."""
+    """ValueError for a block that an encoder of this depth does not have. depth: None if not known yet."""
     for block in blocks:
         if block < 0 or (depth is not None and block >= depth):
             raise ValueError(f"block {block} does not exist: this encoder has blocks 0 to {depth and depth - 1}")

@@ -3,6 +3,7 @@
 import hashlib
 import http.client
 import re
+import shutil
 import sys
 import tomllib
 from pathlib import Path
@@ -16,36 +17,39 @@ from encoders.architectures import FROM_FILE
 from encoders.families import FAMILIES
 from util.choices import instead_of, nearest
 from util.files import atomic_path
+from util.lazy import lazy
 from util.progress import log
 from util.seeding import stable_seed
 
+torch = lazy("torch")
+# files that show which library saved a folder -> the prefix of --finetune
+MODEL_FOLDERS = {"open_clip_config.json": "open_clip", "config.json": "hf"}
+
 
 class Publication(NamedTuple):
-    """A method: its paper, and under what licence its authors publish the weights."""
-
     title: str
     arxiv: str
-    licence: str
+    licence: str  # of the weights
 
 
 class Figure(NamedTuple):
     """A published top-1 accuracy on ImageNet-1k, in per cent."""
 
     top1: float
-    features: str  # what was classified
-    source: str = "authors"  # in the protocol of the weights' own authors; or where "Beyond [cls]" has it
+    features: str  # that were classified
+    source: str = "authors"  # of the weights, in their own protocol; or where "Beyond [cls]" has the figure
 
     def __str__(self) -> str:
         return f"{self.top1:.1f} {self.features} ({self.source})"
 
 
 class CatalogueEntry(NamedTuple):
-    """A published file. Preprocessing is the family's (FAMILIES); all were trained at, or for, 224 pixels."""
+    """A published file. Preprocessing is the family's; all were trained at, or for, 224 pixels."""
 
     family: str
     model: str  # a name of models_vit.ARCHITECTURES
-    url: str | None = None  # None where a browser is needed: then `page` says where
-    md5: str | None = None  # first characters of the hash, where the authors publish one
+    url: str | None = None  # None if only a browser can download the file, from `page`
+    md5: str | None = None  # first characters of the hash, if the authors publish it
     figures: tuple[Figure, ...] = ()
     page: str | None = None
 
@@ -63,16 +67,8 @@ CATALOGUE = {
 }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# from a name to a file
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def known_family(finetune: str, model: str, family: str | None) -> str | None:
-    """The family that the arguments name, or the catalogue does; None where it is to be detected ("auto").
-
-    ValueError where they contradict each other.
-    """
+    """The family that arguments or catalogue name; None if it is to be detected. ValueError if they disagree."""
     family = named_family(family)
     if finetune in CATALOGUE:
         entry = CATALOGUE[finetune]
@@ -83,7 +79,7 @@ def known_family(finetune: str, model: str, family: str | None) -> str | None:
 
 
 def named_family(family: str | None) -> str | None:
-    """A name of FAMILIES, or None for "auto"; ValueError for a name that does not exist."""
+    """A name of FAMILIES, or None for "auto"; ValueError for an unknown name."""
     if family not in (None, "auto", *FAMILIES):
         raise ValueError(f"unknown family {family!r}: {instead_of(family, ['auto', *FAMILIES])}")
     return None if family == "auto" else family
@@ -102,7 +98,7 @@ def fetch_weights(finetune: str, offline: bool = False) -> Path | None:
         entry = CATALOGUE[finetune]
         if entry.url is None:
             raise ValueError(
-                f"--finetune {finetune}: its authors offer it to browsers only: fetch {entry.page} and write "
+                f"--finetune {finetune}: only a browser can download it, from {entry.page}; then write "
                 f"--finetune PATH_OF_THE_FILE --family {entry.family} --model {entry.model}"
             )
         return download(entry.url, entry.md5, offline)
@@ -119,12 +115,8 @@ def fetch_weights(finetune: str, offline: bool = False) -> Path | None:
         )
     raise ValueError(
         f"--finetune {finetune}: no such file, and neither a timm model, a URL nor a name of the catalogue: "
-        f"{nearest(finetune, CATALOGUE)}scripts/list_encoders.py prints it"
+        f"{nearest(finetune, CATALOGUE)}scripts/list.py encoders prints it"
     )
-
-
-# files that show which library saved a folder -> the prefix of --finetune
-MODEL_FOLDERS = {"open_clip_config.json": "open_clip", "config.json": "hf"}
 
 
 def families_called(path: Path) -> set[str]:
@@ -134,16 +126,16 @@ def families_called(path: Path) -> set[str]:
 
 
 def cache_path(url: str) -> Path:
-    """Where the file behind a URL is kept: in torch.hub's checkpoint folder."""
-    import torch
+    """Where a download is kept: in torch.hub's checkpoint folder.
 
-    # several authors give all of their files one name (iBOT: checkpoint_teacher.pth), so the URL is part of this one
+    Several authors give all their files one name (iBOT: checkpoint_teacher.pth), so the URL is part of this name.
+    """
     name = f"{stable_seed(url):016x}-{Path(urlparse(url).path).name}"
     return Path(torch.hub.get_dir()) / "checkpoints" / name
 
 
 def download(url: str, md5: str | None, offline: bool = False) -> Path:
-    """The file behind a URL, from the cache where it is there; whole or absent, its published hash checked."""
+    """The file behind a URL, downloaded unless it is in the cache; whole or absent, its published hash checked."""
     target = cache_path(url)
     if target.exists():  # perhaps put there by hand
         check_md5(target, md5, url)
@@ -162,30 +154,24 @@ def download(url: str, md5: str | None, offline: bool = False) -> Path:
 
 
 def transfer(url: str, target: Path) -> None:
-    """Write what is behind a URL to a file. OSError where it does not come whole."""
+    """Download to a file. OSError if the file does not arrive whole."""
     log.info("downloading %s", url)
-    request = Request(url, headers={"User-Agent": "beyond_cls"})  # some servers turn Python's own name away
+    request = Request(url, headers={"User-Agent": "beyond_cls"})  # some servers refuse Python's default
     with urlopen(request, timeout=60) as response, open(target, "wb") as file:
         if response.headers.get_content_type() == "text/html":
             raise OSError("the server answers with a web page")
         length = response.headers.get("Content-Length")
-        total = int(length) if length else None
-        with tqdm(
-            total=total, desc=Path(urlparse(url).path).name, unit="B", unit_scale=True, disable=not sys.stderr.isatty()
-        ) as bar:
-            while chunk := response.read(1 << 20):
-                file.write(chunk)
-                bar.update(len(chunk))
-        if total is not None and file.tell() != total:
-            raise OSError(f"the connection ended after {file.tell():,} of {total:,} bytes")
+        bar = {"desc": Path(urlparse(url).path).name, "disable": not sys.stderr.isatty()}
+        with tqdm.wrapattr(response, "read", total=int(length) if length else None, **bar) as body:
+            shutil.copyfileobj(body, file, 1 << 20)
+        if length and file.tell() != int(length):
+            raise OSError(f"the connection ended after {file.tell():,} of {int(length):,} bytes")
 
 
 def check_md5(path: Path, prefix: str | None, url: str) -> None:
-    if not prefix:
-        return
     with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "md5").hexdigest()
-    if not digest.startswith(prefix):
+        digest = hashlib.file_digest(file, "md5").hexdigest() if prefix else ""
+    if not digest.startswith(prefix or ""):
         raise ValueError(
             f"{url}: the file's md5 is {digest}, published as {prefix}...: it is damaged or was replaced"
             + (f"; remove {path}" if path == cache_path(url) else "")

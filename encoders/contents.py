@@ -1,9 +1,8 @@
-"""The encoders in the content of a weight file: where their tensors are and what prevents reading them."""
+"""The content of a weight file under plain, dotted names; an encoder is all that is below one name."""
 
 import re
-from collections.abc import Iterator
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,88 +13,91 @@ from util.safe_load import Foreign
 # names that torch.compile, activation checkpointing, FSDP and DistributedDataParallel put into keys
 WRAPPER = re.compile(r"(?<![^.])(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module|module)\.")
 AVERAGED = "n_averaged"  # the counter of torch.optim.swa_utils.AveragedModel, beside the weights in "module."
-CHUNK = re.compile(r"(?<![^.])blocks\.(\d+)\.(\d+)\.")  # DINOv2's chunks of blocks
-STEM = re.compile(r"(^|.*\.)patch_embed\.(proj\.)?weight")
-NESTING = 4  # levels of dictionaries that are searched for encoders
+CHUNK = re.compile(r"((?:.*?\.)?)blocks\.(\d+)\.(\d+)\.(.+)")  # DINOv2's chunks of blocks
+STEM = re.compile(r"(?:(.*)\.)?patch_embed\.(?:proj\.)?weight")
+NESTING = 5  # levels of dictionaries that are searched for encoders
 
 
-def without_wrappers(content: dict) -> dict:
-    """The content of a file with plain names: wrapper names removed from keys, chunked blocks numbered in one sequence,
-    lists as dictionaries, an average's unnamed tensors under the names of the model, and each of several encoders in
-    one dictionary as an entry of its own."""
-    content = {
-        key: without_wrappers(value) if isinstance(value, dict) else listed(value) for key, value in content.items()
-    }
-    if any(isinstance(key, str) and key.startswith("module.") for key in content):
-        content = {key: value for key, value in content.items() if key != AVERAGED}
-    states = [entries for _, entries in dictionaries(content) if is_state(entries)]
-    content = {key: with_names(value, states) for key, value in content.items()}
-    return (
-        separated(plainly_named(content)) if any(isinstance(value, Tensor) for value in content.values()) else content
-    )
+class Content(NamedTuple):
+    """leaves: {dotted name: tensor or other value}. entries: the dotted names of dictionaries; "" is the file."""
+
+    leaves: dict[str, Any]
+    entries: list[str]
+
+    def below(self, name: str) -> dict[str, Any]:
+        start = f"{name}." if name else ""
+        return {key.removeprefix(start): value for key, value in self.leaves.items() if key.startswith(start)}
+
+    def state(self, name: str) -> State | None:
+        """The tensors below a name; None if there are none, or other values among them."""
+        values = self.below(name)
+        return None if not values or any(map(not_a_tensor, values.values())) else values
+
+    def entry(self, name: str) -> State | None:
+        """The tensors of an entry; None if it holds anything else, entries included."""
+        start = f"{name}." if name else ""
+        nested = any(entry and entry.startswith(start) for entry in self.entries)
+        return self.state(name) if name in self.entries and not nested else None
+
+    def encoders(self) -> list[str]:
+        """The names with a patch embedding below them."""
+        stems = (STEM.fullmatch(key) for key, value in self.leaves.items() if not isinstance(value, tuple))
+        return list(dict.fromkeys(stem[1] or "" for stem in stems if stem))
 
 
-def listed(value: Any) -> Any:
-    """A list of dictionaries as a dictionary by index; anything else as it is."""
-    if not (isinstance(value, list | tuple) and any(isinstance(item, dict) for item in value)):
-        return value
-    return {str(index): without_wrappers(item) for index, item in enumerate(value) if isinstance(item, dict)}
+def flattened(content: dict) -> Content:
+    """Wrapper names are removed, chunked blocks numbered in one sequence.
+
+    Lists of dictionaries become entries by index; lists of tensors, as averages keep them, get the names of an encoder
+    with tensors of these shapes. An encoder in one dictionary with others becomes the entry "model".
+    """
+    flat = Content({}, [])
+
+    def visit(items: dict, entry: str, level: int) -> None:
+        flat.entries.append(entry)
+        names = plain_names([key for key in items if isinstance(key, str)])
+        stems = {stem[1] or "" for name in names.values() if (stem := STEM.fullmatch(name))}
+        others = tuple(f"{stem}." for stem in stems if stem)
+        if "" in stems and others and "model" not in items:
+            names = {key: name if name.startswith(others) else f"model.{name}" for key, name in names.items()}
+            flat.entries.extend(f"{entry}.{other}".strip(".") for other in ("model", *others))
+        for key, value in items.items():
+            name = f"{entry}.{names.get(key, key)}".removeprefix(".")
+            if isinstance(value, list | tuple) and any(isinstance(item, dict) for item in value):
+                value = {str(index): item for index, item in enumerate(value) if isinstance(item, dict)}
+            if isinstance(value, dict) and level < NESTING:
+                visit(value, name, level + 1)
+            elif key != AVERAGED or not any(str(other).startswith("module.") for other in items):
+                flat.leaves[name] = value
+
+    visit(content, "", 0)
+    states = [state for name in flat.encoders() if (state := flat.state(name))]
+    for name, value in list(flat.leaves.items()):
+        if isinstance(value, list | tuple) and len(value) > 1 and all(isinstance(item, Tensor) for item in value):
+            shapes = [item.shape for item in value]
+            if state := next((state for state in states if [item.shape for item in state.values()] == shapes), None):
+                del flat.leaves[name]
+                flat.leaves.update({f"{name}.{key}": item for key, item in zip(state, value, strict=True)})
+                flat.entries.append(name)
+    return flat
 
 
-def with_names(value: Any, states: list[State]) -> Any:
-    """A list of tensors, as averages keep them, under the names of a model whose tensors have these shapes."""
-    if isinstance(value, dict):
-        return {key: with_names(item, states) for key, item in value.items()}
-    if isinstance(value, list | tuple) and len(value) > 1 and all(isinstance(item, Tensor) for item in value):
-        shapes = [item.shape for item in value]
-        for state in states:
-            if [item.shape for item in state.values()] == shapes:
-                return dict(zip(state, value, strict=True))
-    return value
-
-
-def plainly_named(content: dict) -> dict:
-    """The dictionary without wrapper names, blocks numbered in one sequence."""
-    names = {key: WRAPPER.sub("", key) if isinstance(key, str) else key for key in content}
-    chunked = {key: match for key, name in names.items() if isinstance(name, str) and (match := CHUNK.search(name))}
-    positions = {(names[key][: match.start()], *map(int, match.groups())) for key, match in chunked.items()}
-    if len({(stem, index) for stem, _, index in positions}) == len(
-        positions
-    ):  # padded chunks: the index counts all blocks
-        numbers = {position: position[2] for position in positions}
-    else:
-        numbers = {
-            position: sorted(p for p in positions if p[0] == position[0]).index(position) for position in positions
-        }
+def plain_names(keys: list[str]) -> dict[str, str]:
+    """{key: name without wrappers, blocks numbered in one sequence}; {key: key} where two names would be equal."""
+    names = {key: WRAPPER.sub("", key) for key in keys}
+    chunked = {key: match for key, name in names.items() if (match := CHUNK.fullmatch(name))}
+    blocks = sorted({(match[1], int(match[2]), int(match[3])) for match in chunked.values()})
+    restarted = len({(stem, index) for stem, _, index in blocks}) < len(blocks)
     for key, match in chunked.items():
-        name = names[key]
-        number = numbers[name[: match.start()], *map(int, match.groups())]
-        names[key] = f"{name[: match.start()]}blocks.{number}.{name[match.end() :]}"
-    if len(set(names.values())) < len(names):  # two tensors of one name: the loader will name what is left over
-        return content
-    return {names[key]: value for key, value in content.items()}
-
-
-def separated(content: dict) -> dict:
-    """A flat dictionary of an encoder, and of others behind prefixes, as {"model": the encoder, prefix: another}."""
-    prefixes = {stem[1] for key in content if isinstance(key, str) and (stem := STEM.fullmatch(key))}
-    if "" not in prefixes or len(prefixes) == 1 or "model" in content:
-        return content
-    parts: dict = {"model": {}}
-    for key, value in content.items():
-        prefix = next((p for p in prefixes if p and str(key).startswith(p)), "")
-        parts.setdefault(prefix.removesuffix(".") or "model", {})[key[len(prefix) :]] = value
-    return parts
-
-
-def is_state(value: object) -> bool:
-    """Whether it is a non-empty dictionary of tensors by name."""
-    pairs = value.items() if isinstance(value, dict) else ()
-    return bool(pairs) and all(isinstance(key, str) and not not_a_tensor(item) for key, item in pairs)
+        stem, chunk, index = match[1], int(match[2]), int(match[3])
+        if restarted:  # unless chunks are padded, so that the index counts all blocks
+            index = [block for block in blocks if block[0] == stem].index((stem, chunk, index))
+        names[key] = f"{stem}blocks.{index}.{match[4]}"
+    return names if len(set(names.values())) == len(names) else {key: key for key in keys}
 
 
 def not_a_tensor(value: object) -> str:
-    """What an entry of a state dict is, if not a tensor; "" for a tensor."""
+    """The type of an entry of a state dict; "" for a tensor."""
     if type(value) in (Tensor, torch.nn.Parameter):
         return ""
     if isinstance(value, Foreign):
@@ -105,81 +107,33 @@ def not_a_tensor(value: object) -> str:
     return "None" if value is None else f"a {type(value).__name__}"
 
 
-def part_of(content: dict, name: str) -> State | None:
-    """The tensors under a name: an entry, a prefix of keys, or both ("state_dict.encoder_q")."""
-    if is_state(content.get(name)):
-        return content[name]
-    parts = name.split(".")
-    for count in range(1, len(parts)):
-        entry = content.get(".".join(parts[:count]))
-        if isinstance(entry, dict):
-            return part_of(entry, ".".join(parts[count:]))
-    chosen = {key.removeprefix(f"{name}."): value for key, value in content.items() if str(key).startswith(f"{name}.")}
-    return chosen if is_state(chosen) else None
+def weights_of(content: Content, family: Family, checkpoint_key: str | None = None, flat: bool = True) -> State | None:
+    """The tensors of a file of this family, or None if the file is built differently.
 
-
-def dictionaries(content: dict, name: str = "") -> Iterator[tuple[str, dict]]:
-    """The content and all dictionaries in it, with their dotted names."""
-    yield name, content
-    for key, value in content.items() if name.count(".") < NESTING else ():
-        if isinstance(value, dict):
-            yield from dictionaries(value, f"{name}.{key}".removeprefix("."))
-
-
-def encoders_in(content: dict, tensors_only: bool = True) -> list[str]:
-    """The names, for part_of, of everything below the top of a file that looks like a Vision Transformer.
-
-    tensors_only: leave out those with entries that are not tensors, which part_of does not give.
-    """
-    names = []
-    for name, entries in dictionaries(content):
-        keys = [key for key, value in entries.items() if isinstance(key, str) and not isinstance(value, tuple)]
-        for stem in filter(None, map(STEM.fullmatch, keys)):
-            part = ".".join(filter(None, [name, *stem[1].split(".")]))
-            wanted = part and part not in names and not (tensors_only and part_of(content, part) is None)
-            names += [part] if wanted else []
-    return names
-
-
-def obstacles_in(content: dict) -> list[str]:
-    """Entries among the tensors of an encoder that are not tensors, by name and type."""
-    obstacles = []
-    for name, entries in dictionaries(content):
-        if any(isinstance(key, str) and STEM.fullmatch(key) for key in entries):
-            odd = [(key, kind) for key, value in entries.items() if (kind := not_a_tensor(value))]
-            label = f"{name}: " if name else ""
-            obstacles += [f"{label}{key} is {kind}" for key, kind in odd[:3] if kind != "a dict"]
-            obstacles += [f"{label}{len(odd) - 3} more"] * (len(odd) > 3)
-    return obstacles
-
-
-def weights_of(content: dict, family: Family, checkpoint_key: str | None = None, flat: bool = True) -> State | None:
-    """The tensors of a file of this family, or None where the file is built differently.
-
-    A family of flat files may be in one of the entries that trainers put weights in. flat: accept a file of nothing
-    but tensors for any family (safetensors have no entries).
+    A family of flat files may be in one of the ENTRIES. flat: accept a file of nothing but tensors for any family
+    (safetensors have no entries).
     """
     if checkpoint_key is None:
-        entries = [content, *map(content.get, ENTRIES)]
+        names = ["", *ENTRIES]
         if family.key is not None:
-            entry = content.get(family.key, content if flat else None)
-            entries = [entry, entry.get("model") if isinstance(entry, dict) else None]  # beside others: see separated
-        return next((entry for entry in entries if is_state(entry)), None)
-    if checkpoint_key in content:
-        return content[checkpoint_key] if is_state(content[checkpoint_key]) else None
-    name = WRAPPER.sub("", f"{checkpoint_key.removesuffix('.')}.").removesuffix(".")
+            key = family.key if family.key in content.entries else ""
+            names = [key, f"{key}.model".removeprefix(".")] if key or flat else []  # "model": see flattened
+        return next((state for name in names if (state := content.entry(name))), None)
+    key = checkpoint_key.removesuffix(".")
+    if key in content.entries:
+        return content.entry(key) or content.entry(f"{key}.model")
+    name = WRAPPER.sub("", f"{key}.").removesuffix(".")
     weights = weights_of(content, family, flat=flat) if family.prefix else None
-    chosen = {key: value for key, value in (weights or {}).items() if key.startswith(f"{name}.")}
-    if chosen:
-        return {family.prefix + key.removeprefix(f"{name}."): value for key, value in chosen.items()}
-    return part_of(content, checkpoint_key.removesuffix(".")) or part_of(content, name)
+    chosen = {
+        family.prefix + k.removeprefix(f"{name}."): v for k, v in (weights or {}).items() if k.startswith(f"{name}.")
+    }
+    return chosen or content.state(key) or content.state(name)
 
 
-def fits(content: dict, family: Family, checkpoint_key: str | None, flat: bool) -> bool:
-    """Whether the structure of a file is that of a family: names of tensors and the entries beside them."""
+def fits(content: Content, family: Family, checkpoint_key: str | None, flat: bool) -> bool:
+    """Whether the names of tensors and entries are those of a family."""
     weights = weights_of(content, family, checkpoint_key, flat)
-    if weights is None or any(key not in weights for key in family.needs):
+    if weights is None or not weights.keys() >= set(family.needs):
         return False
-    if any(entry not in content for entry in family.beside):
-        return False
-    return not any(fnmatchcase(key, pattern) for key in weights for pattern in family.lacks)
+    shown = {*content.entries, *content.leaves}.issuperset(family.beside)
+    return shown and not any(fnmatchcase(key, pattern) for key in weights for pattern in family.lacks)

@@ -34,13 +34,13 @@ class Loaded(NamedTuple):
     """A model of a library, what runs it on images (B,3,size,size), and its preprocessing."""
 
     model: nn.Module
-    configuration: str  # what determines its computation beside the weights
+    configuration: str  # determines its computation, with the weights
     run: Callable[[nn.Module, Tensor], Any]
     size: int
     pixels: Pixels
     revision: str | None  # commit of the repository; None for local files
-    outputs: Callable[[Any], dict[str, Tensor]] = lambda output: {}  # of what the model returns, (B,E) each
-    assumed: tuple[str, ...] = ()  # of the preprocessing, what nothing states
+    outputs: Callable[[Any], dict[str, Tensor]] = lambda output: {}  # pooled vectors (B,E) in the model's output
+    assumed: tuple[str, ...] = ()  # parts of the preprocessing that nothing states
     missing: tuple[str, ...] = ()  # tensors that the file lacks
 
 
@@ -51,15 +51,15 @@ class Library(NamedTuple):
 
 
 def library_of(finetune: str) -> str | None:
-    """The prefix of LIBRARIES that a name of weights begins with, if it does."""
+    """The prefix of LIBRARIES that a name of weights begins with; None for other names."""
     prefix = finetune.partition(":")[0]
     return prefix if prefix in LIBRARIES and ":" in finetune else None
 
 
 def load_from_library(finetune: str, size: int | None = None, offline: bool = False) -> Loaded:
-    """The model that `finetune` names: hf:, timm: or open_clip:, and what LIBRARIES says may follow.
+    """The model that `finetune` names by a prefix and a name of LIBRARIES.
 
-    ValueError, in one line, where the library is not installed, has no such model, or the weights are no safetensors.
+    ValueError, in one line, if the library is not installed, has no such model, or the weights are not safetensors.
     """
     library, name = LIBRARIES[library_of(finetune)], finetune.partition(":")[2]
     if not name:
@@ -82,9 +82,9 @@ def one_line(error: Exception) -> str:
 
 
 def fetched(repository: str, offline: bool, weights: str = "model*.safetensors") -> tuple[Path, str | None]:
-    """The folder with a model's configuration and weights, and the commit that a downloaded one is of.
+    """The folder with a model's configuration and weights; the commit, if they are downloaded.
 
-    repository: ORG/NAME, ORG/NAME@REVISION, or a folder. weights: a pattern of the files to download. ValueError where
+    repository: ORG/NAME, ORG/NAME@REVISION, or a folder. weights: a pattern of the files to download. ValueError if
     there are no safetensors.
     """
     from huggingface_hub import snapshot_download
@@ -109,9 +109,7 @@ def fetched(repository: str, offline: bool, weights: str = "model*.safetensors")
     return folder, commit
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# transformers
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- transformers
 
 
 def load_hf(name: str, size: int | None, offline: bool) -> Loaded:
@@ -152,18 +150,14 @@ def load_hf(name: str, size: int | None, offline: bool) -> Loaded:
 
 
 def run_hf(model: nn.Module, images: Tensor) -> Any:
-    return model(**hf_inputs(model, images))
-
-
-def hf_inputs(model: nn.Module, images: Tensor) -> dict[str, Any]:
-    """The arguments with which a model of transformers sees images (B,3,size,size)."""
+    """The output of a model of transformers for images (B,3,size,size)."""
     import torch
 
     config, count = model.config, len(images)
     kind = config.model_type.removesuffix("_vision_model")
     if kind == "vjepa2":  # a clip of the one image, as long as one token lasts
         clip = images[:, None].expand(-1, config.tubelet_size, -1, -1, -1)
-        return {"pixel_values_videos": clip, "skip_predictor": True}
+        return model(pixel_values_videos=clip, skip_predictor=True)
     if kind == "siglip2":
         from models_mae import patchify
 
@@ -171,28 +165,28 @@ def hf_inputs(model: nn.Module, images: Tensor) -> dict[str, Any]:
         shapes = torch.tensor([[side, side]], device=images.device).expand(count, -1)
         valid = torch.ones(count, side**2, dtype=torch.long, device=images.device)
         patches = patchify(images, config.patch_size)
-        return {"pixel_values": patches, "pixel_attention_mask": valid, "spatial_shapes": shapes}
-    inputs: dict[str, Any] = {"pixel_values": images}
+        return model(pixel_values=patches, pixel_attention_mask=valid, spatial_shapes=shapes)
     accepted = inspect.signature(model.forward).parameters
     if "pixel_values" not in accepted:
         raise ValueError(f"it takes no images: a model of type {kind} takes {next(iter(accepted))}")
+    options: dict[str, Any] = {}
     if "interpolate_pos_encoding" in accepted:  # by the model's own rule
-        inputs["interpolate_pos_encoding"] = True
-    if kind == "vit_mae":  # noise in order: no patch changes its place
+        options["interpolate_pos_encoding"] = True
+    if kind == "vit_mae":  # ordered noise: every patch keeps its place
         patches = (images.shape[-1] // config.patch_size) ** 2
-        inputs["noise"] = torch.arange(patches, device=images.device).float().expand(count, -1)
-    return inputs
+        options["noise"] = torch.arange(patches, device=images.device).float().expand(count, -1)
+    return model(pixel_values=images, **options)
 
 
 def hf_pixels(folder: Path, config: Any, size: int | None) -> tuple[int, Pixels, tuple[str, ...]]:
-    """Input size, preprocessing, and what of it nothing states: from the processor's file, or the class's defaults."""
+    """Input size, preprocessing and its unstated parts, from the processor's file or its class's defaults."""
     from transformers.models.auto import image_processing_auto as auto
 
     files = [folder / f"{kind}_config.json" for kind in ("preprocessor", "video_preprocessor", "processor")]
     stated: dict = next((json.loads(path.read_text()) for path in files if path.is_file()), {})
     stated = stated.get("image_processor", stated.get("video_processor", stated))
-    kinds = [config.model_type, config.model_type.removesuffix("_vision_model")]
-    known = next((k for kind in kinds if (k := auto.IMAGE_PROCESSOR_MAPPING_NAMES.get(kind))), {})
+    known = auto.IMAGE_PROCESSOR_MAPPING_NAMES
+    known = known.get(config.model_type) or known.get(config.model_type.removesuffix("_vision_model")) or {}
     name = stated.get("image_processor_type", known.get("torchvision"))
     processor = auto.get_image_processor_class_from_name(name) if name else None
 
@@ -200,8 +194,9 @@ def hf_pixels(folder: Path, config: Any, size: int | None) -> tuple[int, Pixels,
         return stated.get(option, getattr(processor, option, None))
 
     native = getattr(config, "image_size", getattr(config, "crop_size", None))
-    native = native if native is None else edge(native)
-    if native is None and hasattr(config, "num_patches"):
+    if native is not None:
+        native = edge(native)
+    elif hasattr(config, "num_patches"):
         native = isqrt(config.num_patches) * config.patch_size
     resized, crop = value("size"), value("crop_size") if value("do_center_crop") else None
     if not stated or not resized:  # the class's default size is not the model's
@@ -212,12 +207,9 @@ def hf_pixels(folder: Path, config: Any, size: int | None) -> tuple[int, Pixels,
     mean, std = value("image_mean") or IMAGENET_MEAN, value("image_std") or IMAGENET_STD
     if value("do_normalize") is False:
         mean, std = (0.0,) * 3, (1.0,) * 3
-    pixels = Pixels(
-        tuple(round(number / white, 6) for number in mean),
-        tuple(round(number / white, 6) for number in std),
-        RESAMPLING.get(value("resample"), "bicubic"),
-        None if squash else side / target,
-    )
+    mean, std = (tuple(round(number / white, 6) for number in numbers) for numbers in (mean, std))
+    interpolation = dict(enumerate(PILLOW_CODES)).get(value("resample"), "bicubic")
+    pixels = Pixels(mean, std, interpolation, None if squash else side / target)
     return size or side, pixels, () if stated else ("mean", "std", "crop")
 
 
@@ -229,12 +221,10 @@ def edge(size: Any) -> int:
     return sides.pop()
 
 
-RESAMPLING = dict(enumerate(("nearest", "lanczos", "bilinear", "bicubic")))  # codes of Pillow
+PILLOW_CODES = ("nearest", "lanczos", "bilinear", "bicubic")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# timm and open_clip
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- timm and open_clip
 
 
 def run_model(model: nn.Module, images: Tensor) -> Any:
@@ -267,14 +257,19 @@ def load_timm(name: str, size: int | None, offline: bool) -> Loaded:
     return loaded_by_timm(model, size, commit)
 
 
-def timm_of_file(weights: dict[str, Tensor], name: str, size: int | None) -> Loaded:
-    """timm's model of this name with the weights of a file, at the size of its positions, unless one is stated.
+def timm_of_file(path: Path, checkpoint_key: str | None, name: str, size: int | None) -> Loaded:
+    """timm's model of this name with the weights of a file, at the stated size or that of its positions.
 
-    ValueError where timm has no such model, or tensors are missing, left over or misshapen.
+    ValueError if timm has no such model, or tensors are missing, left over or misshapen.
     """
     import timm
 
+    from encoders.contents import flattened, weights_of
+    from encoders.families import FAMILIES
+    from util.tensor_files import load_plain_or_safetensors
+
     check_timm_name(name)
+    weights = weights_of(flattened(load_plain_or_safetensors(path)), FAMILIES["timm"], checkpoint_key) or {}
     weights = {key: value for key, value in weights.items() if not key.startswith("head.")}
     table, kernel = weights.get("pos_embed"), weights.get("patch_embed.proj.weight")
     if size is None and table is not None and kernel is not None and table.ndim == 3:
@@ -303,9 +298,9 @@ def loaded_by_timm(model: nn.Module, size: int | None, commit: str | None) -> Lo
     native = getattr(getattr(model, "patch_embed", None), "img_size", None) or stated["input_size"][1:]
     pixels = pixels_of(stated, stated["crop_mode"], stated["crop_pct"])
     configuration = f"{model.pretrained_cfg['architecture']} {model._model_args}"
-    pools, size = getattr(model, "attn_pool", None) is not None, size or native[0]
+    pools = getattr(model, "attn_pool", None) is not None
     outputs = (lambda output: {"map": output}) if pools else (lambda output: {})
-    return Loaded(model, configuration, run_model, size, pixels, commit, outputs)
+    return Loaded(model, configuration, run_model, size or native[0], pixels, commit, outputs)
 
 
 def load_open_clip(name: str, size: int | None, offline: bool) -> Loaded:
@@ -333,20 +328,18 @@ def load_open_clip(name: str, size: int | None, offline: bool) -> Loaded:
         model = open_clip.create_model(architecture, str(file), force_preprocess_cfg=chosen, **options)
     stated = open_clip.get_model_preprocess_cfg(model)
     native = stated["size"] if isinstance(stated["size"], int) else stated["size"][0]
-    pixels = pixels_of(stated, stated["resize_mode"], 1.0)
-    return Loaded(
-        model.visual, configuration, run_model, size or native, pixels, commit, lambda output: {"projected": output}
-    )
+    pixels, outputs = pixels_of(stated, stated["resize_mode"], 1.0), lambda output: {"projected": output}
+    return Loaded(model.visual, configuration, run_model, size or native, pixels, commit, outputs)
 
 
 def hub_name(name: str) -> str | None:
-    """The repository or folder that a name of timm or open_clip states; None for a name of the library's own list."""
+    """The repository or folder in a name of timm or open_clip; None for a name of the library's own list."""
     hub = name.removeprefix("hf-hub:").removeprefix("local-dir:")
     return hub if hub != name or Path(hub).is_dir() else None
 
 
 def pixels_of(stated: dict, mode: str, share: float) -> Pixels:
-    """The preprocessing that timm or open_clip states. share: of the shorter side that a central crop keeps."""
+    """The preprocessing that timm or open_clip states. share: kept of the shorter side by a central crop."""
     modes = {"center": share, "shortest": share, "squash": None}
     if mode not in modes:
         raise ValueError(f"images are to be cropped by rule {mode}; this project has {', '.join(modes)}")

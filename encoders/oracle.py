@@ -10,10 +10,10 @@ from encoders.load import Encoder
 
 
 class Oracle:
-    """Images, normalised for the probed encoder, -> [cls] attention (B,M) of the oracle's last block, the heads' mean.
+    """Images, normalised for the probed encoder, -> [cls] attention (B,M) of the oracle's last block, mean over heads.
 
-    The M values sum to less than 1, because [cls] attends to itself, too. Images are normalised anew where the two
-    encoders differ in mean or std. Raises ValueError where the oracle has no [cls] token or another patch size.
+    The M values sum to less than 1, because [cls] also attends to itself. Images are normalised again if the two
+    encoders differ in mean or std. ValueError if the oracle has no [cls] token or another patch size.
     """
 
     def __init__(self, oracle: Encoder, probed: Encoder, size: int, amp: torch.dtype = torch.float32):
@@ -27,11 +27,10 @@ class Oracle:
                 f"its patches have {patches[0]} pixels, the probed encoder's {patches[1]}, which gives different grids "
                 f"at {size} pixels: name an oracle with the same patch size"
             )
-
-        def constants(encoder: Encoder) -> tuple[Tensor, Tensor]:
-            return torch.tensor(encoder.mean)[:, None, None], torch.tensor(encoder.std)[:, None, None]
-
-        (mean, std), (probed_mean, probed_std) = constants(oracle), constants(probed)
+        (mean, probed_mean), (std, probed_std) = (
+            [torch.tensor(values)[:, None, None] for values in pair]
+            for pair in ((oracle.mean, probed.mean), (oracle.std, probed.std))
+        )
         self.factor, self.offset = probed_std / std, (probed_mean - mean) / std
         self.same = (oracle.mean, oracle.std) == (probed.mean, probed.std)
 

@@ -1,28 +1,36 @@
-"""Read the content of a weight file as one of a family: its tensors under models_vit's names, sizes and problems."""
+"""Read a weight file as one of a family: its tensors under models_vit's names, the sizes, and all problems."""
 
 import inspect
 import re
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from math import isqrt
+from pathlib import Path
 
 import torch
 
 from encoders.architectures import ARCHITECTURES, FROM_FILE, architecture
-from encoders.contents import weights_of
-from encoders.families import FAMILIES, Family, Grid, State, drop_rule
+from encoders.catalogue import families_called, known_family
+from encoders.contents import Content, fits, flattened, not_a_tensor, weights_of
+from encoders.families import FAMILIES, TABLE, Family, Grid, State
 from models_vit import VisionTransformer
+from util.progress import log
+from util.tensor_files import load_plain_or_safetensors, safetensors_metadata
 
 DEEPSPEED = "convert its folder with: python FOLDER/zero_to_fp32.py FOLDER OUT"
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 RELATIVE = "blocks.0.attn.rel_pos_bias.relative_position_bias_table"
 HEAD_WIDTH = 64  # of nearly all published ViTs
 DEFAULTS = {name: option.default for name, option in inspect.signature(VisionTransformer).parameters.items()}
+FILE_NAME = "by its file name"
+UNSURE = ("", TABLE, FILE_NAME)  # reasons that leave heads, activation and preprocessing open
 
 
 @dataclass
 class Reading:
     """A file read as one of a family."""
 
+    content: Content
     family: str
     weights: State  # as in the file
     state: State = field(default_factory=dict)  # as in the model
@@ -30,78 +38,97 @@ class Reading:
     published: dict = field(default_factory=dict)  # options of models_vit.VisionTransformer, as the family has them
     options: dict = field(default_factory=dict)  # these, with what the caller states
     shapes: State = field(default_factory=dict)  # of the model
-    problems: list[str] = field(default_factory=list)  # reasons why the state does not cover the model
+    problems: list[str] = field(default_factory=list)  # why the state does not cover the model
     heads_open: bool = False  # neither the file nor its sizes show the number of heads
+    reason: str = ""  # what shows the family; "" if nothing does
+    others: tuple[str, ...] = ()  # families that give the same encoder, but resample its positions by other rules
+
+
+def open_weights(
+    finetune: str, path: Path, model: str, family: str | None, checkpoint_key: str | None, **stated
+) -> Reading:
+    """A file read as its family; problems_of says what prevents its use. Arguments: see encoders.load.load_encoder."""
+    checkpoint_key = checkpoint_key or None
+    family = known_family(finetune, model, family)
+    content = flattened(load_plain_or_safetensors(path))
+    if family is None:
+        detected = detect_family(path, content, checkpoint_key, **stated)
+        family, reason, others = detected.family, detected.reason, detected.others
+    else:
+        reason, others = "" if family == "timm" else "as stated", ()
+        written = safetensors_metadata(path).get("family") if path.suffix == ".safetensors" else None
+        if written not in (None, family):
+            log.warning("%s states family %s; it is read as %s because of --family", path, written, family)
+    return replace(read_as(content, family, model, checkpoint_key, **stated), reason=reason, others=others)
 
 
 def read_as(
-    content: dict,
-    name: str,
-    model: str = FROM_FILE,
-    checkpoint_key: str | None = None,
-    grid: Grid | None = None,
-    **options,
+    content: Content, name: str, model: str = FROM_FILE, checkpoint_key: str | None = None, **stated
 ) -> Reading:
     """A file's content as one of a family, of the architecture `model` or of the sizes that its tensors have.
 
-    Values are not looked at: see problems_of.
+    stated: grid, and options of VisionTransformer. Values are not checked: see problems_of.
     """
-    family = FAMILIES[name]
-    reading = Reading(name, weights_of(content, family, checkpoint_key) or {})
-    reading.state, reading.problems = converted(content, family, checkpoint_key)
-    if reading.problems:
-        return reading
-    state = reading.state
+    reading = Reading(content, name, weights_of(content, FAMILIES[name], checkpoint_key) or {})
     try:
-        sizes = sizes_of(state)
-    except ValueError as error:
-        reading.problems = [str(error)]
-        return reading
-    named = architectures_of(sizes)
-    own = {**family.vit, **family.read(state, grid)}
-    if model == FROM_FILE:
-        reading.model = named[0] if named else "vit_width{embed_dim}_depth{depth}_patch{patch_size}".format(**sizes)
-        arch = architecture(named[0]) if named else {**sizes, **mlp_ratio_of(state, sizes["embed_dim"])}
-    else:
-        reading.model, arch = model, architecture(model)
-        if problem := another_architecture(sizes, named, model):
-            reading.problems = [problem]
-            return reading
-    reading.published = {**arch, **own}
-    reading.options = {**reading.published, **options}
-    heads = heads_of(state, sizes["embed_dim"])
-    reading.heads_open = heads is None and "num_heads" not in reading.options
-    reading.options.setdefault("num_heads", heads or 1)
-    reading.options["img_size"], problems = native_size(state, reading.options, grid)
-    try:
-        with torch.device("meta"):
-            reading.shapes = VisionTransformer(**reading.options).state_dict()
+        fill(reading, model, checkpoint_key, **stated)
     except ValueError as error:  # such as heads of this family that do not divide the width
         reading.problems = [str(error)]
         return reading
-    reading.problems = mismatches(state, reading.shapes) + problems
-    another_depth = model != FROM_FILE and sizes["depth"] != arch["depth"]
-    if another_depth and not read_as(content, name, FROM_FILE, checkpoint_key, grid, **options).problems:
-        reading.problems.append(f"--model {FROM_FILE} reads it with its own {sizes['depth']} blocks")
+    if model != FROM_FILE and reading.problems:
+        own = read_as(content, name, FROM_FILE, checkpoint_key, **stated)
+        if not own.problems:
+            depth = own.options["depth"]
+            reading.problems.append(f"--model {FROM_FILE} reads it with its own {depth} blocks")
     return reading
 
 
-def converted(content: dict, family: Family, checkpoint_key: str | None) -> tuple[State, list[str]]:
-    """Our state dict from the file's content, and what is wrong with the file."""
+def fill(reading: Reading, model: str, checkpoint_key: str | None, grid: Grid | None = None, **options) -> None:
+    """Fill a reading's other fields. ValueError if there is no encoder in the file, or another one than `model`."""
+    family = FAMILIES[reading.family]
+    state = reading.state = converted(reading.content, family, checkpoint_key)
+    sizes = sizes_of(state)
+    names = [name for name, arch in ARCHITECTURES.items() if sizes.items() <= arch.items()]
+    if model == FROM_FILE:
+        reading.model = names[0] if names else "vit_width{embed_dim}_depth{depth}_patch{patch_size}".format(**sizes)
+        arch, hidden = architecture(names[0]) if names else dict(sizes), state.get("blocks.0.mlp.fc1.weight")
+        if not names and hidden is not None and hidden.ndim == 2:
+            arch["mlp_ratio"] = (len(hidden) + 0.5) / sizes["embed_dim"]  # the model rounds down
+    else:
+        reading.model, arch = model, architecture(model)
+        if model not in names and (names or any(arch[size] != sizes[size] for size in ("embed_dim", "patch_size"))):
+            raise ValueError(
+                "it has width {embed_dim}, {depth} blocks and patches of {patch_size} pixels: ".format(**sizes)
+                + f"write --model {' or '.join(names) or FROM_FILE}"
+            )
+    reading.published = {**arch, **family.vit, **family.read(state, grid)}
+    heads = heads_of(state, sizes["embed_dim"])
+    reading.heads_open = heads is None and "num_heads" not in {**reading.published, **options}
+    reading.options = {"num_heads": heads or 1, **reading.published, **options}
+    reading.options["img_size"], problem = native_size(state, reading.options, grid)
+    with torch.device("meta"):
+        reading.shapes = VisionTransformer(**reading.options).state_dict()
+    reading.problems = mismatches(state, reading.shapes) + [problem] * bool(problem)
+
+
+def converted(content: Content, family: Family, checkpoint_key: str | None) -> State:
+    """Our state dict from the file's content. ValueError if the file does not have the family's layout."""
     weights = weights_of(content, family, checkpoint_key)
     if weights is None:
         key = checkpoint_key or family.key
-        where = f"no weights under {key!r}" if key else "not a flat file of weights"
-        held = f"the file holds {', '.join(map(str, list(content)[:5]))}{', ...' * (len(content) > 5)}"
-        return {}, [f"{where} ({held})"]
-    kept = {key: value for key, value in weights.items() if drop_rule(family, key) is None}
+        names = list(dict.fromkeys(name.partition(".")[0] for name in (*content.entries[1:], *content.leaves)))
+        raise ValueError(
+            f"{f'no weights under {key!r}' if key else 'not a flat file of weights'} "
+            f"(the file holds {', '.join(names[:5])}{', ...' * (len(names) > 5)})"
+        )
+    kept = {key: value for key, value in weights.items() if family.drop_rule(key) is None}
     if stray := sorted(key for key in kept if not key.startswith(family.prefix)):
-        return {}, [f"not used, because it is not under {family.prefix}: {', '.join(stray[:5])}"]
-    return family.convert({key.removeprefix(family.prefix): value for key, value in kept.items()}), []
+        raise ValueError(f"not used, because it is not under {family.prefix}: {', '.join(stray[:5])}")
+    return family.convert({key.removeprefix(family.prefix): value for key, value in kept.items()})
 
 
 def sizes_of(state: State) -> dict:
-    """Width, depth and patch size of our state dict. ValueError where its patch embedding is not one of RGB squares."""
+    """Width, depth and patch size of our state dict. ValueError unless it embeds square patches of RGB images."""
     stem = state.get("patch_embed.proj.weight")
     if stem is None:
         raise ValueError("it has no patch_embed.proj.weight, as every encoder has")
@@ -112,16 +139,9 @@ def sizes_of(state: State) -> dict:
             f"patch_embed.proj.weight is {tuple(stem.shape)}: models_vit embeds square patches of RGB images by a "
             "convolution (width, 3, patch, patch)"
         )
-    # a block that is missing in between does not make another architecture
+    # a missing block in between does not make another architecture
     depth = 1 + max((int(block[1]) for key in state if (block := re.match(r"blocks\.(\d+)\.", key))), default=-1)
     return {"embed_dim": stem.shape[0], "depth": depth, "patch_size": stem.shape[-1]}
-
-
-def mlp_ratio_of(state: State, width: int) -> dict:
-    hidden = state.get("blocks.0.mlp.fc1.weight")
-    if hidden is None or hidden.ndim != 2:
-        return {}
-    return {"mlp_ratio": (len(hidden) + 0.5) / width}  # the model rounds down
 
 
 def heads_of(state: State, width: int) -> int | None:
@@ -134,31 +154,12 @@ def heads_of(state: State, width: int) -> int | None:
     return None if width % HEAD_WIDTH else width // HEAD_WIDTH
 
 
-def architectures_of(sizes: dict) -> list[str]:
-    """The names of the architectures that have these sizes."""
-    return [name for name, arch in ARCHITECTURES.items() if sizes.items() <= arch.items()]
-
-
-def another_architecture(sizes: dict, named: list[str], model: str) -> str:
-    """What to write instead of `model` for a file of these sizes; "" where it may be the model."""
-    arch = architecture(model)
-    if model in named or (not named and all(arch[name] == sizes[name] for name in ("embed_dim", "patch_size"))):
-        return ""
-    return (
-        "it has width {embed_dim}, {depth} blocks and patches of {patch_size} pixels: ".format(**sizes)
-        + f"write --model {' or '.join(named) or FROM_FILE}"
-    )
-
-
-def native_size(state: State, options: dict, grid: Grid | None) -> tuple[tuple[int, int], list[str]]:
-    """Height and width in pixels for which the positions were made, and what is wrong with the grid.
-
-    The grid is the stated one, or a square.
-    """
+def native_size(state: State, options: dict, grid: Grid | None) -> tuple[tuple[int, int], str]:
+    """Height and width in pixels of the positions' grid, stated or square; and the problem with it, or ""."""
     table, patch = state.get("pos_embed", state.get(RELATIVE)), options["patch_size"]
     default = (options.get("img_size", 224) // patch * patch or patch,) * 2
     if table is None:
-        return default, ["--grid: the file has no table of positions"] if grid else []
+        return default, "--grid: the file has no table of positions" if grid else ""
     if table.ndim == 2:  # (2 rows - 1)(2 columns - 1) offsets, and three rows of [cls]
         count, rows_of = len(table), lambda rows, columns: (2 * rows - 1) * (2 * columns - 1) + 3
         side = (isqrt(max(count - 3, 0)) + 1) // 2
@@ -167,12 +168,12 @@ def native_size(state: State, options: dict, grid: Grid | None) -> tuple[tuple[i
         count = max(table.shape[1] - (0 if options.get("no_embed_class") else prefix), 0)
         side, rows_of = isqrt(count), lambda rows, columns: rows * columns
     else:
-        return default, []
+        return default, ""
     rows, columns = grid or (side, side)
     if side and rows_of(rows, columns) == count:
-        return (rows * patch, columns * patch), []
-    stated = f"--grid {rows} {columns} does not fit" if grid else "state rows and columns with --grid"
-    return default, [f"its table of {count} positions is not that of a square grid: {stated}"] if count else []
+        return (rows * patch, columns * patch), ""
+    advice = f"--grid {rows} {columns} does not fit" if grid else "state rows and columns with --grid"
+    return default, f"its table of {count} positions is not that of a square grid: {advice}" if count else ""
 
 
 def mismatches(state: State, shapes: State) -> list[str]:
@@ -183,26 +184,27 @@ def mismatches(state: State, shapes: State) -> list[str]:
     if extra := sorted(state.keys() - shapes.keys()):
         problems.append(f"not used {', '.join(by_block(extra, state))}")
     for name in sorted(shapes.keys() & state.keys()):
-        if state[name].shape != shapes[name].shape:
-            problems.append(f"{name} is {tuple(state[name].shape)}, wanted {tuple(shapes[name].shape)}")
-        elif state[name].is_meta:
+        value = state[name]
+        if value.shape != shapes[name].shape:
+            problems.append(f"{name} is {tuple(value.shape)}, wanted {tuple(shapes[name].shape)}")
+        elif value.is_meta:
             problems.append(f"{name} is a tensor without values (device meta)")
-        elif state[name].layout != torch.strided:
-            problems.append(f"{name} is a sparse tensor ({state[name].layout}): save it dense")
-        elif state[name].dtype not in FLOATS:
-            problems.append(f"{name} holds {state[name].dtype} values, not float16, bfloat16, float32 or float64")
+        elif value.layout != torch.strided:
+            problems.append(f"{name} is a sparse tensor ({value.layout}): save it dense")
+        elif value.dtype not in FLOATS:
+            problems.append(f"{name} holds {value.dtype} values, not float16, bfloat16, float32 or float64")
     return problems
 
 
 def problems_of(reading: Reading) -> list[str]:
-    """All reasons why a reading cannot be used, those in the values of the tensors among them."""
-    values = {
-        name: value
+    """All reasons why a reading cannot be used, including NaN and infinity."""
+    problems = list(reading.problems)
+    broken = sorted(
+        name
         for name, value in reading.state.items()
         if value.dtype in FLOATS and not value.is_meta and value.layout == torch.strided
-    }
-    broken = sorted(name for name, value in values.items() if not value.float().isfinite().all())
-    problems = list(reading.problems)
+        if not value.float().isfinite().all()
+    )
     if broken:
         verb = "holds" if len(broken) == 1 else "hold"
         problems.append(f"{', '.join(by_block(broken, reading.shapes))} {verb} NaN or infinity")
@@ -210,15 +212,157 @@ def problems_of(reading: Reading) -> list[str]:
         width = reading.options["embed_dim"]
         divisors = ", ".join(str(heads) for heads in range(1, width // 4 + 1) if width % heads == 0)
         problems.append(f"the heads of a width of {width} are not known: state them with --num_heads ({divisors})")
+    if problems and "patch_embed.proj.weight" not in reading.state:
+        problems += filter(None, [obstacle(reading.content) or where_encoders_are(reading.content)])
     return problems
 
 
 def by_block(names: list[str], among: dict) -> list[str]:
     """Names of tensors; "blocks.7.*" stands for all tensors of a block."""
-    whole = {key.split(".")[1] for key in names if key.startswith("blocks.")}
-    whole -= {key.split(".")[1] for key in among.keys() - set(names) if key.startswith("blocks.")}
-    parts = [key.split(".") for key in names]
-    blocks = [part[1] for part in parts if part[0] == "blocks" and part[1] in whole]
-    blocks.sort(key=lambda block: (len(block), block))  # 10 after 9
-    rest = [".".join(part) for part in parts if not (part[0] == "blocks" and part[1] in whole)]
-    return [f"blocks.{block}.*" for block in dict.fromkeys(blocks)] + rest
+    blocks = {key.split(".")[1] for key in names if key.startswith("blocks.")}
+    blocks -= {key.split(".")[1] for key in among.keys() - set(names) if key.startswith("blocks.")}
+    whole = [f"blocks.{block}." for block in sorted(blocks, key=lambda block: (len(block), block))]  # 10 after 9
+    return [f"{block}*" for block in whole] + [name for name in names if not name.startswith(tuple(whole))]
+
+
+# ---- the family of a file
+
+
+def detect_family(path: Path, content: Content, checkpoint_key: str | None = None, **stated) -> Reading:
+    """A file read as its family: as its safetensors metadata states, or by its structure.
+
+    The tensors of plain ViTs have the same names in many methods. Such a file is of a method if it contains evidence
+    (Family.evidence), or if it contains only weights and has the file name that the authors use. Otherwise it is read
+    as "timm", and the other possible families are returned, too. ValueError if several families remain, or none.
+    """
+
+    def read(name: str, reason: str = "", others: Sequence[str] = ()) -> Reading:
+        reading = read_as(content, name, FROM_FILE, checkpoint_key, **stated)
+        return replace(reading, reason=reason, others=tuple(others))
+
+    flat = path.suffix == ".safetensors"  # such files have no entries
+    if flat and (written := safetensors_metadata(path).get("family")) in FAMILIES:
+        return read(written, "by its metadata")
+    readings = {name: read(name) for name, family in FAMILIES.items() if fits(content, family, checkpoint_key, flat)}
+    complete = [name for name, reading in readings.items() if not reading.problems]
+    entries = [*content.entries, *content.leaves]
+    reasons = {name: FAMILIES[name].shown_by(readings[name].weights, entries) for name in complete or readings}
+    shown = [name for name, reason in reasons.items() if reason not in UNSURE] or [*filter(reasons.get, reasons)]
+    if not shown and complete:
+        named = [name for name in complete if name in families_called(path)]
+        flat = bool(content.entry(""))
+        shown = [name for name in named if flat or all(k.startswith(f"{FAMILIES[name].key}.") for k in content.leaves)]
+        reasons |= dict.fromkeys(shown, FILE_NAME)  # of nothing but weights
+    if len(shown) == 1:
+        return read(shown[0], reasons[shown[0]])
+    if readings and not complete:
+        return readings.get("timm") or next(iter(readings.values()))  # the loader lists its problems
+    if not shown and complete and (len(complete) == 1 or "timm" in complete):
+        first = readings["timm" if "timm" in complete else complete[0]]
+        alikes = [name for name in complete if name != first.family and alike(first, readings[name])]
+        return read(first.family, others=alikes)
+    names, advice = shown or complete, ""
+    if not names:
+        advice = obstacle(content) or ("" if checkpoint_key else where_encoders_are(content))
+        readings = {} if advice else {name: reading for name in FAMILIES if not (reading := read(name)).problems}
+        names = list(readings)
+    where = f" under --checkpoint_key {checkpoint_key}" if checkpoint_key else ""
+    if names:
+        same = len(names) > 1 and all(alike(readings[names[0]], readings[name]) for name in names)
+        raise ValueError(
+            f"{path} does not show its family{where}, but loads with --family {' or --family '.join(names)}"
+            f"{', which make the same encoder of it' * same}: write {'one of them' if len(names) > 1 else 'that'}"
+        )
+    raise ValueError(f"{path} holds no weights of a known family{where}: {advice or what_it_holds(content)}")
+
+
+def alike(first: Reading, second: Reading) -> bool:
+    """Whether two families make the same encoder of a file, at the size of its table of positions."""
+    options = [{**DEFAULTS, **reading.options, "pos_resampling": None} for reading in (first, second)]
+    for option in options:
+        option["pos_embed"] = option["pos_embed"] != "none"  # a fixed table is in the file, too
+    same = options[0] == options[1] and first.state.keys() == second.state.keys()
+    return same and all(v is second.state[key] or v.equal(second.state[key]) for key, v in first.state.items())
+
+
+# ---- the encoders of a file
+
+
+def what_it_holds(content: Content) -> str:
+    if any(key.endswith("flat_param") for key in content.leaves):
+        return (
+            "FSDP has flattened its tensors: name a file of whole tensors, such as the teacher_checkpoint.pth that "
+            "DINOv2's trainer writes when it evaluates"
+        )
+    names = [key for entry in content.entries for key in content.entry(entry) or ()]
+    beginning = f"its tensors are called {', '.join(names[:3])}{', ...' * (len(names) > 3)}; " if names else ""
+    return f"{beginning}there are {', '.join(FAMILIES)}"
+
+
+def obstacle(content: Content) -> str:
+    """Entries of an encoder that are not tensors, with what to do about them."""
+    obstacles = []
+    for name in content.encoders():
+        odd = [(key, kind) for key, value in content.below(name).items() if (kind := not_a_tensor(value))]
+        label = f"{name}: " if name else ""
+        obstacles += [f"{label}{key} is {kind}" for key, kind in odd[:3]] + [f"{label}{len(odd) - 3} more"] * (
+            len(odd) > 3
+        )
+    return f"not all entries are tensors ({', '.join(obstacles[:4])}): save tensors only" if obstacles else ""
+
+
+def where_encoders_are(content: Content) -> str:
+    """The arguments that load an encoder from below the top of a file; each is tried."""
+    names = [name for name in content.encoders() if name and content.state(name)]
+    if arguments := list(filter(None, (arguments_for(content, name) for name in names))):
+        several = "there are encoders" if len(arguments) > 1 else "there is an encoder"
+        return f"{several} under {', '.join(names)}: write {' or '.join(arguments)}"
+    for name in names[:1]:
+        readings = [reading for family in FAMILIES if (reading := read_as(content, family, FROM_FILE, name)).shapes]
+        if problems := min(("; ".join(reading.problems) for reading in readings), key=len, default=""):
+            return f"there is an encoder under {name}, which no family loads: {problems[:300]}"
+    return ""
+
+
+def other_encoders(reading: Reading) -> list[str]:
+    """The arguments that load the other encoders of a file; the names of those that nothing loads."""
+    content, used = reading.content, set(map(id, reading.weights.values()))
+    arguments = []
+    for name in filter(None, content.encoders()):
+        own = set(map(id, (content.state(name) or {}).values()))
+        if own & used:
+            continue
+        parts = name.split(".")
+        for key in dict.fromkeys([parts[-1], parts[0], name]) if own else ():  # the family's own name, if there is one
+            other = read_as(content, reading.family, FROM_FILE, key)
+            if not other.problems and own & set(map(id, other.weights.values())):
+                arguments.append(f"--checkpoint_key {key}")
+                break
+        else:
+            arguments.append(arguments_for(content, name) or f"{name} (which no family loads)")
+    return arguments
+
+
+def arguments_for(content: Content, name: str) -> str:
+    """The arguments that load the encoder of this name from a file; "" if nothing does."""
+    families = [family for family in FAMILIES if not read_as(content, family, FROM_FILE, name).problems]
+    if not families:
+        return ""
+    try:
+        detect_family(Path(), content, name)
+    except ValueError:
+        return f"--checkpoint_key {name} --family {families[0]}"
+    return f"--checkpoint_key {name}"
+
+
+def undecided(reading: Reading) -> str:
+    names = [reading.family, *reading.others]
+    rules = ", ".join(f"{name}: {resampling(name)}" for name in names)
+    return (
+        f"can be of the families {', '.join(names)}, the same encoder at the size of its positions: other input sizes "
+        f"need --family, because these families resample positions differently ({rules})"
+    )
+
+
+def resampling(family: str) -> str:
+    return FAMILIES[family].vit.get("pos_resampling", "antialias")

@@ -1,7 +1,7 @@
-"""Any Vision Transformer, traced while its own library runs it: the tokens are exact because nothing is converted.
+"""Trace any Vision Transformer while its own library runs it: nothing is converted, so the tokens are exact.
 
-Queries, keys, scale and bias are the arguments of the calls of scaled_dot_product_attention; what enters and leaves a
-block, and the output of its attention, come from forward hooks. Letters as in models_vit.
+Queries, keys, scale and bias are the arguments of scaled_dot_product_attention; forward hooks see the tokens that enter
+and leave a block, and the output of its attention. Letters as in models_vit.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ CLS_TOKEN = re.compile(r"(.*\.)?(cls|class)_?(token|embedding|embed|emb)s?")  # 
 
 @dataclass(eq=False)
 class Call:
-    """One call of scaled_dot_product_attention, and the names of the modules that were running, outermost first."""
+    """A call of scaled_dot_product_attention, and the names of the modules that were running, outermost first."""
 
     modules: tuple[str, ...]
     q: Tensor
@@ -41,18 +41,15 @@ class Run(greenlet):
 
     def __init__(self, forward: Callable):
         super().__init__(forward)
-        self.x: Tensor | None = None  # entering the block that runs
+        self.x: Tensor | None = None  # entering the running block
         self.update: Tensor | None = None
-        self.calls: list[Call] = []  # of the block that runs
-        self.modules: list[str] = []  # that are running, outermost first; kept while the structure is sought
+        self.calls: list[Call] = []  # of the running block
+        self.modules: list[str] = []  # running, outermost first; only in structure_of
 
 
 @contextlib.contextmanager
 def listening() -> Iterator[None]:
-    """Within the block, each Run notes the calls of scaled_dot_product_attention that its model makes.
-
-    PyTorch's fused path of nn.MultiheadAttention, which makes no such call, is off.
-    """
+    """Record each Run's calls of scaled_dot_product_attention. The fused path of nn.MultiheadAttention is off."""
     original, fused = F.scaled_dot_product_attention, torch.backends.mha.get_fastpath_enabled()
 
     def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **options):
@@ -71,9 +68,7 @@ def listening() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fused)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the structure of a model
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- the structure of a model
 
 
 class Structure(NamedTuple):
@@ -85,14 +80,8 @@ class Structure(NamedTuple):
     output: Any  # of the model
 
 
-def first_tensor(value: Any) -> Tensor | None:
-    """A tensor, or the first one of a tuple or of keyword arguments."""
-    values = value.values() if isinstance(value, dict) else value if isinstance(value, tuple | list) else (value,)
-    return next((item for item in values if isinstance(item, Tensor)), None)
-
-
 class Ended(NamedTuple):
-    """A module's forward pass that has ended."""
+    """A module's completed forward pass."""
 
     name: str
     module: nn.Module
@@ -100,11 +89,17 @@ class Ended(NamedTuple):
     output: Tensor | None
 
 
-def structure_of(model: nn.Module, forward: Callable[[], Any], images: int) -> Structure:
-    """The blocks of a model, found in a forward pass of so many images.
+def first_tensor(value: Any) -> Tensor | None:
+    """A tensor, or the first one of a tuple or of keyword arguments."""
+    values = value.values() if isinstance(value, dict) else value if isinstance(value, tuple | list) else (value,)
+    return next((item for item in values if isinstance(item, Tensor)), None)
+
+
+def structure_of(model: nn.Module, forward: Callable[[], Any]) -> Structure:
+    """Find the blocks of a model in a forward pass of one image.
 
     Blocks are the members of the container with the most members that compute attention. ValueError, with the reason,
-    for a model whose attention a BlockTrace does not describe.
+    if a BlockTrace does not describe the model's attention.
     """
     names = {module: name for name, module in model.named_modules()}
     run, ended = Run(forward), []
@@ -134,8 +129,8 @@ def structure_of(model: nn.Module, forward: Callable[[], Any], images: int) -> S
     final_calls = next(reversed(blocks.values()))
     for call in run.calls[: run.calls.index(final_calls[-1]) + 1]:  # those that follow pool the tokens
         where, q, k = call.modules[-1], tuple(call.q.shape), tuple(call.k.shape)
-        if len(q) != 4 or q[0] != images:
-            raise ValueError(f"{where} computes attention in windows: queries of shape {q} for {images} image")
+        if len(q) != 4 or q[0] != 1:
+            raise ValueError(f"{where} computes attention in windows: queries of shape {q} for 1 image")
         if k != q or call.causal:
             reason = "it is causal" if call.causal else f"{q[2]} queries, {k[2]} keys"
             raise ValueError(f"{where} is not self-attention among all tokens: {reason}")
@@ -157,23 +152,19 @@ def structure_of(model: nn.Module, forward: Callable[[], Any], images: int) -> S
 
 def norm_after(tokens: Tensor, ended: list[Ended]) -> nn.Module:
     """The first norm of all tokens (B,N,D), or of the first token, after the last block; nn.Identity without one."""
-    for end in ended:
-        normed = end.input if "norm" in type(end.module).__name__.lower() else None
-        if normed is not None and any(normed.shape == t.shape and normed.equal(t) for t in (tokens, tokens[:, 0])):
-            return end.module
-    return nn.Identity()
+    norms = [end for end in ended if end.input is not None and "norm" in type(end.module).__name__.lower()]
+    normed = (end.module for end in norms if any(end.input.equal(part) for part in (tokens, tokens[:, 0])))
+    return next(normed, nn.Identity())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the encoder
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- the encoder
 
 
 class TracedEncoder(Backbone):
-    """A model of another library, with the interface of models_vit.VisionTransformer. It takes images of one size.
+    """A model of another library; it takes images of one size.
 
-    ValueError, with the reason, where the blocks compute something else than a BlockTrace describes, the tokens are not
-    a row-major grid of patches behind some prefix tokens, or weights of the blocks are missing.
+    ValueError, with the reason, if a BlockTrace does not describe its blocks, its tokens are not a row-major grid of
+    patches behind some prefix tokens, or weights of the blocks are missing.
     """
 
     def __init__(self, loaded: Loaded):
@@ -182,7 +173,7 @@ class TracedEncoder(Backbone):
         self.size = loaded.size
         image = torch.randn(1, 3, self.size, self.size, generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
-            structure = structure_of(self.model, lambda: self.run(self.model, image), 1)
+            structure = structure_of(self.model, lambda: self.run(self.model, image))
             if lost := [key for key in loaded.missing if key.rpartition(".")[0] in structure.used]:
                 raise ValueError(f"the file lacks {', '.join(lost[:4])}{', ...' * (len(lost) > 4)}")
             self._norm = (structure.norm,)  # in a tuple, so that it is not registered twice
@@ -249,7 +240,7 @@ class TracedEncoder(Backbone):
 
 
 def add_hooks(structure: Structure) -> None:
-    """Hooks that pause a Run after every block, and do nothing in any other forward pass."""
+    """Add hooks that pause a Run after every block, and do nothing in other forward passes."""
 
     def enter(block: nn.Module, args: tuple, kwargs: dict) -> None:
         if isinstance(run := getcurrent(), Run):
@@ -282,7 +273,7 @@ def in_autocast(tokens: Tensor) -> Tensor:
 
 
 def bias_of(call: Call) -> Tensor | None:
-    """What the call's mask adds to the logits, (H,N,N); None for nothing. ValueError where it differs by image."""
+    """The call's mask as an addition to the logits, (H,N,N) or None. ValueError if it differs between images."""
     mask = call.mask
     if mask is None:
         return None

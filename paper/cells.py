@@ -35,7 +35,7 @@ NORMED = ("capi",)  # families whose public models return tokens after the last 
 SHORTER = ("large", "huge")  # ViTs whose probes have 50 epochs instead of 90
 # arguments that change a published encoder, or what it sees
 ENCODER = {"num_heads": None, "no_cls_token": False, "loader": "pil", "mean": None, "std": None}
-ENCODER |= {"grid": None, "timm_name": None}
+ENCODER |= {"grid": None, "timm_name": None, "decoder": False}
 NATS = ("aggregation_entropy", "aggregation_entropy_block_mean")  # quantities in nats; all others are percentages
 ORIGIN = ("commit", "dirty", "versions", "test_images", "n_test")  # of every result
 INDEPENDENT = ["weights", "order", "views"]  # what independent runs of different --seed vary

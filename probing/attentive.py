@@ -120,7 +120,7 @@ class AttentivePool(TokenPool):
         if width:
             options["heads"] = dim // width
         if content == "blocks":
-            dim //= tokens.blocks
+            dim = tokens.block_width
             options["heads"] = options.get("heads") or tokens.blocks * (1 + tokens.has_cls)
         return cls(dim, **options)
 

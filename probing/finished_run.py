@@ -14,7 +14,7 @@ from util.files import digest
 
 ENCODER_ARGUMENTS = (
     *("model", "finetune", "family", "checkpoint_key", "num_heads", "no_cls_token", "input_size", "seed"),
-    *("timm_name", "mean", "std", "grid"),
+    *("timm_name", "mean", "std", "grid", "decoder"),
 )
 SPEC = ("head", "block", "blr", "seed", "optimizer", "lr")  # of a ProbeSpec, in results.json
 

@@ -41,16 +41,16 @@ class FrozenTokens(NamedTuple):
             features = self.backbone(images, self.blocks, *self.needs[:2], pooled=self.needs.pooled)
         attention = self.oracle(images) if self.needs.oracle else None
 
-        def prepare(tokens: Tensor | None) -> Tensor | None:
+        def prepare(tokens: Tensor | None, block: int) -> Tensor | None:
             if tokens is None:
                 return None
-            return self.backbone.norm(tokens.float()) if self.final_norm else tokens.float()
+            return self.backbone.norm_after(block)(tokens.float()) if self.final_norm else tokens.float()
 
         return {
             block: f._replace(
-                cls=prepare(f.cls),
-                registers=prepare(f.registers),
-                patches=prepare(f.patches),
+                cls=prepare(f.cls, block),
+                registers=prepare(f.registers, block),
+                patches=prepare(f.patches, block),
                 oracle=attention,
                 pooled=f.pooled and {name: output.float() for name, output in f.pooled.items()},
             )

@@ -59,11 +59,11 @@ class Aggregation(NamedTuple):
     def build(self, tokens: Tokens, **options: Value) -> Pooling:
         """The pooling for tokens of this shape."""
         from abmilp import AbMILP
-        from probing import attentive, fixed, unlabelled
+        from probing import across, attentive, fixed, unlabelled
         from probing.pooling import PooledTokens
 
         options = {**self.settings, **options}
-        for module in (fixed, unlabelled):
+        for module in (fixed, unlabelled, across):
             if hasattr(module, self.pool):
                 return getattr(module, self.pool)(tokens, **options)
         pool, content = getattr(attentive, self.pool, AbMILP), options.pop("content", "patch")
@@ -228,5 +228,5 @@ def build_head(head: str, block: int, tokens: Tokens) -> Pooling:
     for part in parts_of(head, {}):
         entry = check_aggregation(part.aggregation, tokens.has_cls)
         blocks.append(part.indices(block))
-        poolings.append(entry.build(tokens.joined(len(blocks[-1])), **dict(part.options)))
+        poolings.append(entry.build(tokens.joined(blocks[-1]), **dict(part.options)))
     return poolings[0] if len(poolings) == 1 else Parts(poolings, blocks)

@@ -24,15 +24,25 @@ class Tokens(NamedTuple):
     has_cls: bool = True
     pooled: Mapping[str, int] = MappingProxyType({})  # widths of Features.pooled
     blocks: int = 1  # whose tokens are side by side in channels
+    widths: tuple[int, ...] = ()  # of each of the encoder's blocks, or of the joined ones, where they may differ
 
     @classmethod
     def of(cls, backbone: VisionTransformer, grid: tuple[int, int]) -> "Tokens":
         """Those of one block of a backbone."""
-        return cls(backbone.embed_dim, grid, backbone.num_prefix_tokens, backbone.has_cls, backbone.pooled)
+        prefix, widths = backbone.num_prefix_tokens, backbone.widths
+        return cls(backbone.embed_dim, grid, prefix, backbone.has_cls, backbone.pooled, widths=widths)
 
-    def joined(self, blocks: int) -> "Tokens":
-        """Those of several blocks, by read_blocks."""
-        return self._replace(width=self.width * blocks, blocks=blocks)
+    def joined(self, blocks: Sequence[int]) -> "Tokens":
+        """Those of the given blocks, by read_blocks."""
+        widths = tuple(self.widths[block] if self.widths else self.width for block in blocks)
+        return self._replace(width=sum(widths), blocks=len(blocks), widths=widths)
+
+    @property
+    def block_width(self) -> int:
+        """Width of each of the joined blocks. ValueError where it differs."""
+        if len(set(self.widths)) > 1:
+            raise ValueError(f"this head needs blocks of one width, got {self.widths}: name such blocks after @")
+        return self.width // self.blocks
 
 
 class Pooled(NamedTuple):

@@ -11,27 +11,24 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from torch import Tensor
-
 from cli.console import Parser, run_main
 from encoders.architectures import ARCHITECTURES, FROM_FILE, architecture
 from encoders.catalogue import CATALOGUE, fetch_weights, named_family
-from encoders.detect import UNSURE, other_encoders
-from encoders.families import FAMILIES, drop_rule
+from encoders.contents import not_a_tensor
+from encoders.families import FAMILIES
 from encoders.libraries import library_of
-from encoders.load import Opened, load_encoder, open_weights, resampling, undecided_family
-from encoders.reading import Reading, problems_of
+from encoders.load import load_encoder
+from encoders.reading import UNSURE, Reading, open_weights, other_encoders, problems_of, resampling, undecided
 from util.files import sha256
 
 
 def coverage(reading: Reading) -> list[tuple[str, str, str, str]]:
     """(fate, key, shape, count) of the file's tensors and of those that the model lacks; equal blocks in one row."""
-    family = FAMILIES[reading.family]
-    extra = tuple(reading.state.keys() - reading.shapes.keys())
+    extra = tuple(f".{name}" for name in reading.state.keys() - reading.shapes.keys())
     rows = []
     for key, value in reading.weights.items():
-        rule = drop_rule(family, key)
-        used = "left over" if f".{key}".endswith(tuple(f".{name}" for name in extra)) else "used"
+        rule = FAMILIES[reading.family].drop_rule(key)
+        used = "left over" if f".{key}".endswith(extra) else "used"
         rows.append((used if rule is None else f"dropped: {rule}", key, tuple(value.shape)))
     rows += [("missing", key, tuple(shape.shape)) for key, shape in reading.shapes.items() if key not in reading.state]
     grouped = Counter((fate, re.sub(r"\.\d+(?=\.)", ".N", key), shape) for fate, key, shape in rows)
@@ -39,37 +36,59 @@ def coverage(reading: Reading) -> list[tuple[str, str, str, str]]:
     return sorted(table, key=lambda row: row[0] == "used", reverse=True)
 
 
-def describe_traced(weights: str, offline: bool) -> None:
-    """What is traced of a model that its own library runs. ValueError, with the reason, if it cannot be."""
+def traced_facts(weights: str, offline: bool) -> dict[str, object]:
+    """Facts of a model that its own library runs. ValueError, with the reason, if it cannot be traced."""
     encoder = load_encoder(weights, offline=offline)
     backbone, record = encoder.backbone, encoder.record
-    print(f"run by        {record['family']} {record['version']}, {record['model']}")
-    for name in ("revision", "sha256", "traced", "tokens", "preprocessing", "assumed"):
-        print(f"{name:13} {record.get(name)}")
-    print(f"{'sizes':13} {backbone.depth} blocks, {backbone.num_heads} heads, width {backbone.embed_dim}")
-    print(f"{'own outputs':13} {', '.join(backbone.pooled) or None}")
-    print(f"use it with\n  python main_linprobe.py --finetune {weights} --data_path $IMAGENET")
+    facts = {"run by": f"{record['family']} {record['version']}, {record['model']}"}
+    facts |= {name: record.get(name) for name in ("revision", "sha256", "traced", "tokens", "preprocessing", "assumed")}
+    facts["sizes"] = f"{backbone.depth} blocks, {backbone.num_heads} heads, width {backbone.embed_dim}"
+    return facts | {"own outputs": ", ".join(backbone.pooled) or None}
+
+
+def file_facts(reading: Reading) -> dict[str, object]:
+    options = reading.options
+    reason = reading.reason or "by assumption: the file does not show its family"
+    numbers = sum(value.numel() for value in reading.weights.values())
+    facts = {
+        "family": f"{reading.family}, {reason}: {FAMILIES[reading.family].description}",
+        "architecture": reading.model or "unknown",
+        "tensors": f"{len(reading.weights)}, {numbers:,} numbers",
+    }
+    if reading.shapes:
+        (height, width), patch = options["img_size"], options["patch_size"]
+        count = sum(value.numel() for value in reading.shapes.values())
+        facts["parameters"] = f"{count:,} of the encoder, {options['num_heads']} heads"
+        facts["input"] = f"{height} x {width} pixels ({height // patch} x {width // patch} patches)"
+        if reading.reason in UNSURE:
+            facts["assumed"] = "heads (--num_heads), activation and norms (--timm_name), --mean, --std, --grid"
+        if reading.others:
+            facts["undecided"] = undecided(reading)
+    content, used = reading.content, set(map(id, reading.weights.values()))
+    names = [name for name, value in content.leaves.items() if not_a_tensor(value)] + content.entries[1:]
+    unused = [name for name in names if "." not in name and not used & set(map(id, content.below(name).values()))]
+    return facts | ({"left behind": ", ".join(unused)} if unused else {})
+
+
+def show(facts: dict[str, object]) -> None:
+    for name, value in facts.items():
+        print(f"{name:13} {value}")
 
 
 def main(args: Namespace) -> None:
     family = named_family(args.family)  # mistakes are reported before anything is read
     path = None if library_of(args.file) else fetch_weights(args.file, args.offline)
     if path is None:
-        describe_traced(args.file if library_of(args.file) else f"timm:{args.file}", args.offline)
+        show(traced_facts(args.file if library_of(args.file) else f"timm:{args.file}", args.offline))
+        print(f"use it with\n  python main_linprobe.py --finetune {args.file} --data_path $IMAGENET")
         return
     if args.model not in (None, FROM_FILE):
         architecture(args.model)
-    print(f"file          {path}\nsize          {path.stat().st_size:,} bytes\nsha256        {sha256(path)}")
-    options = {"num_heads": args.num_heads} if args.num_heads else {}
-    opened = open_weights(args.file, path, args.model or FROM_FILE, family, args.checkpoint_key, args.grid, **options)
-    print_facts(opened)
-    content, _, reading, _ = opened
-    used = set(map(id, reading.weights.values()))
-    for name, value in content.items():
-        inside = value.values() if isinstance(value, dict) else [value]
-        if not used & set(map(id, inside)) and not isinstance(value, Tensor):
-            print(f"left behind   {name}")
-    for argument in other_encoders(content, reading):
+    show({"file": path, "size": f"{path.stat().st_size:,} bytes", "sha256": sha256(path)})
+    stated = {"grid": args.grid} | ({"num_heads": args.num_heads} if args.num_heads else {})
+    reading = open_weights(args.file, path, args.model or FROM_FILE, family, args.checkpoint_key, **stated)
+    show(file_facts(reading))
+    for argument in other_encoders(reading):
         print(f"also holds    an encoder: {argument}")
     rows = [("fate", "key", "shape", "count"), *coverage(reading)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -80,29 +99,11 @@ def main(args: Namespace) -> None:
     flags = f"--model {reading.model if reading.model in ARCHITECTURES else FROM_FILE} --finetune {args.file}"
     flags += "".join(f" --{name} {vars(args)[name]}" for name in ("checkpoint_key", "num_heads") if vars(args)[name])
     flags += f" --grid {args.grid[0]} {args.grid[1]}" if args.grid else ""
-    families = [""] if args.file in CATALOGUE else [reading.family, *opened.detected.others]
+    families = [""] if args.file in CATALOGUE else [reading.family, *reading.others]
     print("use it with" if len(families) == 1 else "use it with the family that it is of")
     for name in families:
         rule = f"  # {FAMILIES[name].description}; positions: {resampling(name)}" if len(families) > 1 else ""
         print(f"  python main_linprobe.py {flags}{f' --family {name}' * bool(name)} --data_path $IMAGENET{rule}")
-
-
-def print_facts(opened: Opened) -> None:
-    _, detected, reading, _ = opened
-    reason = detected.reason or "by assumption: the file does not show its family"
-    print(f"family        {detected.family}, {reason}: {FAMILIES[detected.family].description}")
-    print(f"architecture  {reading.model or 'unknown'}")
-    print(f"tensors       {len(reading.weights)}, {sum(value.numel() for value in reading.weights.values()):,} numbers")
-    if not reading.shapes:
-        return
-    (height, width), patch = reading.options["img_size"], reading.options["patch_size"]
-    count = sum(value.numel() for value in reading.shapes.values())
-    print(f"parameters    {count:,} of the encoder, {reading.options['num_heads']} heads")
-    print(f"input         {height} x {width} pixels ({height // patch} x {width // patch} patches)")
-    if detected.reason in UNSURE:
-        print("assumed       heads (--num_heads), activation and norms (--timm_name), --mean, --std, --grid")
-    if detected.others:
-        print(f"undecided     {undecided_family(detected)}")
 
 
 if __name__ == "__main__":

@@ -7,11 +7,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cli.console import Parser, run_main
-from data_sets.demo import generate
+from data_sets.demo import CUES, generate
 
 
 def main(args: argparse.Namespace) -> None:
-    generate(args.folder, args.train, args.val, args.seed)
+    generate(args.folder, args.train, args.val, args.seed, cues=args.cues)
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -20,6 +20,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--train", type=int, default=8000, help="number of training images")
     parser.add_argument("--val", type=int, default=2000, help="number of validation images")
     parser.add_argument("--seed", type=int, default=0, help="random seed of the images")
+    cues = "what shows the class: the texture; texture and outline; the outline, against the texture of another class"
+    parser.add_argument("--cues", choices=CUES, default=CUES[0], help=cues)
     return parser
 
 

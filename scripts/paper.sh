@@ -260,20 +260,32 @@ attend() {
 }
 
 # deep_probes NAME: heads on every block; attend_all NAME: every metric on 5,000 images (figure_depth.sh)
+# NAME/decoder: through MAE's decoder; pretrain_decoder makes one for --smoke
 deep_probes() {
-    local blocks
-    case "$1" in *_demo_*) blocks=$(seq 0 5) ;; *) blocks=$(seq 0 11) ;; esac
-    bank "$out/depth/$1" "$1" --cls_features cls pos abmilp --return_block $blocks
+    local last=11 name=${1%/decoder}
+    case "$1" in *_demo_*/decoder) last=7 ;; *_demo_*) last=5 ;; */decoder) last=19 ;; esac
+    bank "$out/depth/${1/\//-}" "$name" $(decoder "$1") --cls_features cls pos abmilp --return_block $(seq 0 $last)
 }
 attend_all() {
-    program "$out/metrics/$1" "$1/attention.json" 5000 main_analyze_attention $(weights "$1") "${data[@]}" \
-        --metrics all --num_images "$([ "$mode" = --smoke ] && echo "${VAL:-500}" || echo 5000)" --label "$1"
+    program "$out/metrics/${1/\//-}" "${1/\//-}/attention.json" 5000 main_analyze_attention $(weights "${1%/decoder}") \
+        $(decoder "$1") "${data[@]}" --metrics all --label "${1/\//-}" \
+        --num_images "$([ "$mode" = --smoke ] && echo "${VAL:-500}" || echo 5000)"
+}
+decoder() {
+    case "$1" in
+        *_demo_*/decoder) echo --decoder --finetune "$out/mae_decoder/encoder.safetensors" ;;
+        */decoder) echo --decoder ;;
+    esac
+}
+pretrain_decoder() {
+    [ "$mode" != --smoke ] || program "$out/mae_decoder" results.json 0 main_pretrain --model vit_demo_patch8 \
+        --keep_decoder --epochs "${EPOCHS:-6}" --warmup_epochs 1 --blr 2e-3 "${data[@]}"
 }
 
 # depth NAME...: accuracy and attention by block, with the table of the first block that reaches 90 % of the best
 depth() {
     local name pairs=()
-    for name in "$@"; do
+    for name in "${@//\//-}"; do
         [ -z "$(there "depth/$name/results.json")" ] ||
             pairs+=("$name=$out/depth/$name/results.json,$out/metrics/$name/$name/attention.json")
     done

@@ -3,7 +3,7 @@
 PROBES is the results.json (or its folder) of main_linprobe.py with several --return_block, ATTENTION the attention.json
 of the same encoder. One figure shows, block by block, the accuracy of every head and the chosen metrics, a line per
 encoder. A table names each head's best block and the first block that reaches 90 % of the best accuracy: how early the
-information is there.
+information is there. With --decoder in both runs, MAE's decoder follows the encoder.
 """
 
 import argparse
@@ -22,8 +22,11 @@ METRICS_SHOWN = ["cls_patch_entropy", "patch_patch_entropy", "patch_log_amplitud
 SHARE = 0.9  # of the best accuracy
 
 
-def accuracy_by_block(path: str) -> dict[str, dict[int, list[float]]]:
-    """{head: {block: scores over seeds, %}} at the last epoch. ValueError where a head has several rates per block."""
+def accuracy_by_block(path: str) -> tuple[dict, dict[str, dict[int, list[float]]]]:
+    """The encoder's record, and {head: {block: scores over seeds, %}} at the last epoch.
+
+    ValueError where a head has several rates per block.
+    """
     ((run,),) = read_runs([path]).values()
     accuracies: dict[str, dict[int, list[float]]] = {}
     for probe in run["probes"].values():
@@ -33,7 +36,7 @@ def accuracy_by_block(path: str) -> dict[str, dict[int, list[float]]]:
     for head, blocks in accuracies.items():
         if max(map(len, blocks.values())) > len(run["seeds"]):
             raise ValueError(f"{path}: {head} has several learning rates: choose one with --val_fraction, or train one")
-    return accuracies
+    return run["encoder"], accuracies
 
 
 def as_metric(head: str, blocks: dict[int, list[float]]) -> dict:
@@ -58,14 +61,16 @@ def main(args: argparse.Namespace) -> None:
     for argument in args.runs:
         label, _, paths = argument.rpartition("=")
         probes, _, attention = paths.partition(",")
-        accuracies = accuracy_by_block(probes)
-        result = load_attention(Path(attention)) if attention else {"encoder": {"model": args.model}, "metrics": {}}
+        encoder, accuracies = accuracy_by_block(probes)
+        result = load_attention(Path(attention)) if attention else {"encoder": encoder, "metrics": {}}
         result["label"] = label or Path(probes).stem
         result["metrics"] |= {f"accuracy, {head}": as_metric(head, blocks) for head, blocks in accuracies.items()}
         heads += [f"accuracy, {head}" for head in accuracies if f"accuracy, {head}" not in heads]
         results.append(result)
         for head, blocks in accuracies.items():
             best, accuracy, first = reached(blocks)
+            behind = encoder.get("decoder", {}).get("first_block", best + 1)
+            best, first = (f"{block}{' (decoder)' * (block >= behind)}" for block in (best, first))
             print(f"| {result['label']} | {head} | {best} | {accuracy:.1f} | {first} |")
     measured = {name for result in results for name in result["metrics"]}
     names = args.metrics or [name for name in METRICS_SHOWN if name in measured]
@@ -76,7 +81,6 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = Parser(__doc__)
     parser.add_argument("runs", nargs="+", metavar="LABEL=PROBES[,ATTENTION]", help="results of one encoder")
     parser.add_argument("--metrics", nargs="+", type=one_of([*GROUPS, *METRICS]), help=f"default: {METRICS_SHOWN}")
-    parser.add_argument("--model", default="encoders", help="title of the row where no ATTENTION is given")
     parser.add_argument("--output", type=Path, default=Path("depth.png"), help="png, pdf or svg")
     return parser
 

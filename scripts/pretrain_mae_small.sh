@@ -13,4 +13,4 @@ set -euo pipefail
 source "$(dirname "$0")/env.sh"
 source scripts/launch.sh
 launch main_pretrain 4096 256 --model vit_small_patch16 --mask_ratio 0.75 --norm_pix_loss --epochs 800 --warmup_epochs 40 \
-    --blr 1.5e-4 --weight_decay 0.05 --crop_scale 0.2 "$@"
+    --blr 1.5e-4 --weight_decay 0.05 --crop_scale 0.2 --keep_decoder "$@"

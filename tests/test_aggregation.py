@@ -25,13 +25,14 @@ ROOT = Path(__file__).resolve().parent.parent
 D, GRID, HEADS = 16, (3, 3), 4
 # one word per entry, at options that fit 16 channels and 9 patches, and words for what options change
 SMALL = {"ap": "ap4", "ep": "ep8", "aim": "aim4", "vjepa": "vjepa4", "siglip": "siglip4", "capi": "capi:width=4"}
-WORDS = {name: name for name in AGGREGATIONS} | SMALL | {"alf": "alf@2"}
+WORDS = {name: name for name in AGGREGATIONS} | SMALL | {name: f"{name}@2" for name in ("alf", "fused", "earlier")}
 OWN = {"map": 12, "projected": 8}  # widths of the model's own poolings
 MORE = [
     "ap1", "ap3", "ap5:content=all", "ep1", "ep4:shrink=2,content=all", "ca2", "cp2", "ca3:scale=release",
     "dino:scale=release", "abmilp:depth=3,act=gelu", "abmilp:depth=2,act=gated,hidden=5", "abmilp:sa=map",
     "abmilp:sa=both,content=all", "abmilp:depth=2,act=tanh,sa=residual", "abmilp:cond=pe,content=all,branches=2",
-    "abmilp:cond=pe", "ap4:eps=1e-5", "aim4:queries=2", "vjepa4:depth=2", "simpool:content=all", "cls+abmilp+map",
+    "abmilp:cond=pe", "ap4:eps=1e-5", "aim4:queries=2", "vjepa4:depth=2", "ap4:depth=2", "ep8:depth=3",
+    "earlier@2:by=received", "simpool:content=all", "cls+abmilp+map",
 ]  # fmt: skip
 ALL = [*WORDS.values(), *MORE]
 
@@ -275,6 +276,47 @@ def test_efficient_probing_is_its_formula(shrink):
 )
 def test_heads_have_the_published_number_of_parameters(head, parameters):
     assert sum(p.numel() for p in build_head(head, 11, Tokens(768, (14, 14), 1)).parameters()) == parameters
+
+
+# ---- across blocks
+
+
+def numpy_softmax(scores):
+    return np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
+
+
+def test_weights_of_an_earlier_block_pool_later_tokens():
+    blocks = {block: features(seed=block) for block in range(3)}
+    for by in ("abmilp", "attn-mn", "fiedler", "received"):
+        head = build(f"earlier@0-2:by={by}")
+        expected = head.scorer(blocks[0]).weights
+        vector, weights = head(read_blocks(blocks, (0, 1, 2)))
+        torch.testing.assert_close(weights, expected)
+        torch.testing.assert_close(vector, (expected[:, :, None] * blocks[2].patches).sum(1))
+    scores = blocks[0].patches @ build("earlier@0-2").scorer.pool.score[0].weight[0]
+    torch.testing.assert_close(build("earlier@0-2")(read_blocks(blocks, (0, 1, 2))).weights, scores.softmax(1))
+    assert canonical_head("earlier", {}, 12) == "earlier@10-11" and build("earlier").width == D
+
+
+def test_fused_blocks_are_the_formula_in_numpy():
+    blocks, head = {block: features(seed=block) for block in range(3)}, build("fused")
+    vector, weights = head(read_blocks(blocks, (0, 1, 2)))
+    tokens = np.stack([f.patches.numpy() for f in blocks.values()], axis=1)
+    tokens = (tokens - tokens.mean(-1, keepdims=True)) / np.sqrt(tokens.var(-1, keepdims=True) + 1e-5)
+    within = numpy_softmax((tokens * head.score.weight.detach().numpy()[None, :, None]).sum(-1))
+    pooled = (within[..., None] * tokens).sum(2)
+    across = numpy_softmax(pooled @ head.fusion.weight.detach().numpy()[0])
+    np.testing.assert_allclose(vector.detach(), (across[..., None] * pooled).sum(1), rtol=1e-10)
+    np.testing.assert_allclose(weights.detach(), (across[..., None] * within).sum(1), rtol=1e-10)
+
+
+@pytest.mark.parametrize("word", ["ap4", "ep8"])
+def test_deep_attentive_heads_are_the_shallow_ones_on_tokens_after_self_attention(word):
+    deep, f = build(f"{word}:depth=2"), features()
+    shallow = build(word)
+    shallow.load_state_dict({k: v for k, v in deep.state_dict().items() if "blocks" not in k})
+    (block,) = deep.pool.blocks
+    torch.testing.assert_close(deep(f).vector, shallow(f._replace(patches=block(f.patches).out)).vector)
 
 
 # ---- without parameters

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from attention import reductions as attention_reductions
 from attention.metrics import GROUPS, METRICS, PAPER_METRICS, REFERENCES, Reduced, Sizes, reduce_attention
 from attention.reductions import FLOAT32_LOGITS, REDUCTIONS, TILE_BYTES, choose_reduction, tiles
-from models_vit import BlockTrace, attention_from_cls, build_vit
+from models_vit import BlockTrace, attention_row, build_vit
 
 B, H, D_HEAD, M = 2, 3, 64, 70  # M is no multiple of the query chunk
 GRID, PATCH = (7, 10), 16  # of M patches
@@ -410,4 +410,4 @@ def test_trace_of_a_model_gives_one_number_per_image_and_head():
                 assert numbers.shape == (3, 1 + (model.num_heads if metric.axis == "head" else 1)), name
                 torch.testing.assert_close(numbers[:, 0], metric.compute(reduced).mean(1))
             expected = attention(step)[:, :, 0, 3:]
-            torch.testing.assert_close(attention_from_cls(step, 3).double(), expected, atol=1e-6, rtol=0)
+            torch.testing.assert_close(attention_row(step, 0, 3).double(), expected, atol=1e-6, rtol=0)

@@ -1,4 +1,4 @@
-"""Weights are taken whole or refused, in one line that lists what is wrong."""
+"""Weights are loaded completely or refused, in one line that lists all problems."""
 
 import hashlib
 
@@ -108,11 +108,6 @@ def test_without_weights_the_encoder_is_random_and_its_record_has_no_source(tiny
 # ---- what is refused
 
 
-def test_weights_of_another_model_are_refused(tiny, mae_file):
-    error = refused(mae_file, "vit_demo_patch8")
-    assert error.endswith("has width 32, 3 blocks and patches of 8 pixels: write --model vit_tiny_test")
-
-
 def test_weights_of_an_unnamed_size_are_answered_with_the_model_that_reads_it(tiny, mae_file, monkeypatch):
     monkeypatch.delitem(models_vit.ARCHITECTURES, tiny)
     error = refused(mae_file, "vit_demo_patch8", family="mae")
@@ -215,10 +210,6 @@ def test_a_file_without_the_weights_is_refused(tiny, tmp_path, content, argument
 )
 def test_a_name_without_weights_is_refused(tiny, finetune, message):
     assert message in refused(finetune, tiny)
-
-
-def test_a_family_without_weights_is_refused(tiny):
-    assert "--family mae needs weights" in refused("", tiny, family="mae")
 
 
 # ---- downloads

@@ -49,6 +49,8 @@ HEADS = {
         "attn-mn",
         "ca1",
         "alf",
+        "earlier@0-2:by=attn-mn",
+        "fused@1-2",
         "--return_block",
         "0",
         "2",

@@ -1,4 +1,4 @@
-"""What a weight file does not tell is stated by a flag or logged; no encoder is computed wrongly in silence."""
+"""Facts that a weight file does not show are stated by a flag or logged; no encoder is silently computed wrongly."""
 
 import json
 import logging
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import timm
 import torch
 from test_families import Size, randomised, run_timm, state_of, timm_vit
@@ -64,7 +65,7 @@ def load(path, model="file", **stated):
     return load_encoder(path, model, **{"num_heads": 8, **stated})
 
 
-# ---- what tensors do not tell
+# ---- facts that tensors do not show
 
 
 def test_every_assumption_about_a_plain_file_is_in_one_line_with_its_flag(write, state, caplog):
@@ -186,16 +187,6 @@ def test_mean_pooled_files_of_other_methods_are_not_called_mae(write, state):
 # ---- several encoders in a file
 
 
-@pytest.mark.parametrize(("first", "second"), [("model", "model_ema"), ("state_dict", "state_dict_ema")])
-def test_other_encoders_of_a_file_are_named_with_the_key_that_loads_each(first, second, write, state, caplog):
-    other = {key: -value for key, value in state.items()}
-    path = write({first: state, second: other, "nested": {"ema": {"module": other}}})
-    loaded = load(path)
-    assert f"holds other encoders, too: --checkpoint_key {second}, --checkpoint_key nested.ema.module" in caplog.text
-    for key in (second, "nested.ema.module"):
-        assert load(path, checkpoint_key=key).backbone.norm.weight.equal(-loaded.backbone.norm.weight)
-
-
 EXTRA = {"counter of an average": {"num_updates": torch.tensor(3)}, "a number": {"step": 5},
          "another head": {"contrast.0.weight": torch.zeros(3, 3)}}  # fmt: skip
 
@@ -204,15 +195,6 @@ EXTRA = {"counter of an average": {"num_updates": torch.tensor(3)}, "a number": 
 def test_an_encoder_that_nothing_loads_is_named_too(extra, write, state, caplog):
     load(write({"model": state, "ema": {**{key: -value for key, value in state.items()}, **extra}}))
     assert "holds other encoders, too: ema (which no family loads)" in caplog.text
-
-
-def test_the_average_that_torch_keeps_of_a_model_is_read(write, state, caplog):
-    """As torchvision's training script writes it."""
-    average = {"n_averaged": torch.tensor(3), **{f"module.{key}": -value for key, value in state.items()}}
-    path = write({"model": state, "model_ema": average})
-    loaded = load(path)
-    assert "holds other encoders, too: --checkpoint_key model_ema" in caplog.text
-    assert load(path, checkpoint_key="model_ema").backbone.norm.weight.equal(-loaded.backbone.norm.weight)
 
 
 def test_a_file_of_one_encoder_names_no_other(write, state, caplog):
@@ -368,6 +350,14 @@ FRAMEWORKS = {
         lambda a, b: {"model": a, "ema": {"decay": 0.99, "shadow_params": list(b.values()), "collected_params": None}},
         {"": "a", "ema.shadow_params": "b"},
     ),
+    "nested averages": (
+        lambda a, b: {"model": a, "model_ema": b, "nested": {"ema": {"module": b}}},
+        {"": "a", "model_ema": "b", "nested.ema.module": "b"},
+    ),
+    "torchvision's training script": (
+        lambda a, b: {"model": a, "model_ema": {"n_averaged": torch.tensor(3), **behind("module.", b)}},
+        {"": "a", "model_ema": "b"},
+    ),
     "one dictionary": (lambda a, b: {**a, **behind("ema.", b)}, {"": "a", "ema": "b"}),
     "a list": (lambda a, b: {"models": [a, b]}, {"models.0": "a", "models.1": "b"}),
 }
@@ -379,14 +369,15 @@ def test_files_of_training_frameworks_load_or_name_the_key_that_loads_them(make,
     path = write(make(*encoders.values()))
     if "" in keys:
         load(path)
-        said = caplog.text
+        message = caplog.text
+        assert ("holds other encoders, too: " in message) == (len(keys) > 1)
     else:
         with pytest.raises(ValueError) as error:
             load(path)
-        said = str(error.value)
-        assert "\n" not in said
+        message = str(error.value)
+        assert "\n" not in message
     for key, name in keys.items():
-        assert not key or f"--checkpoint_key {key}" in said
+        assert not key or f"--checkpoint_key {key}" in message
         assert load(path, checkpoint_key=key).backbone.norm.weight.equal(encoders[name]["norm.weight"])
 
 
@@ -400,24 +391,20 @@ def test_checkpoints_that_need_their_framework_are_answered_with_its_command(wri
         load(str(tmp_path))
 
 
-@pytest.mark.parametrize("where", [None, "model", "teacher.backbone", "safetensors"])
-def test_dinov2_files_are_never_called_mae(where, write, state, tmp_path):
+@pytest.mark.parametrize("entry", ["", "model", "teacher.backbone", "safetensors"])
+def test_dinov2_files_are_never_called_mae(entry, write, state, tmp_path):
     dinov2 = state_of(timm_vit(SMALL, init_values=1.0)) | {"mask_token": torch.zeros(1, 64)}
-    if where == "safetensors":
-        path = tmp_path / "dinov2.safetensors"
-        import safetensors.torch
-
+    path, options = str(tmp_path / "dinov2.safetensors"), {}
+    if entry == "safetensors":
         safetensors.torch.save_file(dinov2, path)
-    elif where == "teacher.backbone":
-        path = write({"teacher": {f"backbone.{key}": value for key, value in dinov2.items()}})
+    else:
+        path = write({"": dinov2, "model": {"model": dinov2}}.get(entry, {"teacher": behind("backbone.", dinov2)}))
+    if entry == "teacher.backbone":
         with pytest.raises(ValueError, match=r"write --checkpoint_key teacher\.backbone$") as error:
             load(path)
         assert "mae" not in str(error.value)
-        assert load(path, checkpoint_key="teacher.backbone").record["family"] == "dinov2"
-        return
-    else:
-        path = write(dinov2 if where is None else {where: dinov2})
-    assert load(str(path)).record["family"] == "dinov2"
+        options["checkpoint_key"] = entry
+    assert load(path, **options).record["family"] == "dinov2"
 
 
 @pytest.mark.parametrize(
@@ -503,6 +490,7 @@ def test_both_programs_take_a_stated_encoder_of_any_size(write, state, image_fol
         (["--mean", "123", "116", "103"], "--mean 123.0 116.0 103.0: .* from 0 to 1"),
         (["--mean", "nan", "0", "0"], "--mean nan"),
         (["--timm_name", "vit_base_patch16_224"], "--timm_name vit_base_patch16_224 needs weights"),
+        (["--family", "mae"], "--family mae needs weights"),
     ],
 )
 def test_flags_that_describe_nothing_are_refused(flags, message):

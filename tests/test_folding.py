@@ -24,7 +24,8 @@ WORDS = [*FOLDING, *(f"{word}{',' if ':' in word else ':'}content=all" for word 
 MIXED = [
     "cls", "pos", "both", "attn-mn", "attn-lcte", "ca2", "cp1", "dino", "abmilp", "ap1", "ap4", "ep8",
     "abmilp:content=all", "ap4:content=all", "abmilp:depth=2,act=tanh", "abmilp:sa=both", "aim4", "vjepa4:depth=2",
-    "siglip4", "simpool", "alf", "cls@0-1+pos", "abmilp@0-1",
+    "siglip4", "simpool", "alf", "cls@0-1+pos", "abmilp@0-1", "ap4:depth=2", "ep8:depth=2", "fused", "earlier",
+    "earlier@0-1:by=received",
 ]  # fmt: skip
 
 

@@ -9,7 +9,8 @@ import torch
 import models_vit
 from encoders.catalogue import CATALOGUE, PUBLICATIONS
 from encoders.load import load_encoder
-from scripts import inspect_checkpoint, list_encoders, list_heads, list_metrics
+from scripts import inspect_checkpoint
+from scripts import list as tables
 from util.files import sha256
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -18,43 +19,46 @@ complete = pytest.mark.skipif(
     reason="CATALOGUE is incomplete, and test_catalogue.py says what it lacks",
 )
 
-# ---- list_encoders.py, list_heads.py, list_metrics.py
+# ---- list.py
 
 
-@pytest.mark.parametrize(("script", "page"), [(list_metrics, "attention.md"), (list_heads, "probing.md")])
-def test_the_tables_of_metrics_and_heads_are_those_of_the_code(script, page):
-    script.main(argparse.Namespace(write=None, check=ROOT / "docs" / page))
+def list_table(name, words=(), write=None, check=None):
+    tables.main(argparse.Namespace(table=name, words=words, write=write, check=check))
 
 
-@complete
-def test_the_table_in_readme_is_the_catalogue():
-    args = argparse.Namespace(words=[], write=None, check=ROOT / "docs" / "encoders.md", markdown=False)
-    list_encoders.main(args)
+@pytest.mark.parametrize(
+    ("name", "page"),
+    [("metrics", "attention"), ("heads", "probing"), pytest.param("encoders", "encoders", marks=complete)],
+)
+def test_the_tables_in_the_pages_are_those_of_the_code(name, page):
+    list_table(name, check=ROOT / "docs" / f"{page}.md")
 
 
 @complete
 def test_a_page_that_is_behind_is_refused_and_can_be_renewed(tmp_path):
     page = tmp_path / "page.md"
-    begin, end = f"<!-- encoders: {list_encoders.COMMAND} page.md -->\n", "<!-- end of encoders -->\n"
+    begin, end = "<!-- encoders: python scripts/list.py encoders --write page.md -->\n", "<!-- end of encoders -->\n"
     page.write_text(f"before\n{begin}| old |\n{end}after\n")
-    args = argparse.Namespace(words=[], write=None, check=page, markdown=False)
     with pytest.raises(ValueError, match="the table of encoders is out of date"):
-        list_encoders.main(args)
-    list_encoders.main(argparse.Namespace(words=[], write=page, check=None, markdown=False))
-    list_encoders.main(args)
+        list_table("encoders", check=page)
+    list_table("encoders", write=page)
+    list_table("encoders", check=page)
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "| old |" not in text
     assert text.count("\n| `") == len(CATALOGUE)
     page.write_text("no markers")
     with pytest.raises(ValueError, match="has no lines"):
-        list_encoders.main(args)
+        list_table("encoders", check=page)
 
 
 def test_words_choose_encoders(capsys):
-    list_encoders.main(argparse.Namespace(words=["ibot", "large"], write=None, check=None, markdown=False))
+    list_table("encoders", words=["ibot", "large"])
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["name", "ibot_vit_large_patch16", "ibot_vit_large_patch16_rand"]
-    assert "81.0 own features (authors)" in lines[1] and "2111.07832" in lines[1]
+    names = [line.split(" | ")[0] for line in lines]
+    assert names == ["| name", "|---|---|---|---|---|", "| `ibot_vit_large_patch16`", "| `ibot_vit_large_patch16_rand`"]
+    assert "81.0 own features (authors)" in lines[2] and "2111.07832" in lines[2]
+    with pytest.raises(ValueError, match="no name in the table of encoders contains resnet"):
+        list_table("encoders", words=["resnet"])
 
 
 # ---- inspect_checkpoint.py
@@ -96,7 +100,7 @@ def test_a_good_file_is_described_and_the_command_works(state, tiny, tmp_path, c
     assert re.search(r"used +blocks\.N\.attn\.qkv\.weight +96x32 +3\n", text)
     assert re.search(r"dropped: decoder_\*? +decoder_embed\.weight +2x3 +1\n", text)
     assert re.search(r"dropped: mask_token +mask_token +1 +1\n", text)
-    assert "left behind   epoch\n" in text and "left behind   scaler\n" in text
+    assert "left behind   epoch, args, scaler\n" in text
     words = text.split("use it with\n")[1].split()
     options = dict(zip(words[2::2], words[3::2], strict=False))
     assert load_encoder(options["--finetune"], options["--model"], options["--family"]).record["model"] == tiny

@@ -16,6 +16,7 @@ import timm
 import torch
 from PIL import Image
 from torch import nn
+from traced_models import MODELS, TRACED, difference, keep, options_of, randomised, save_model
 
 import api
 import main_analyze_attention
@@ -26,8 +27,7 @@ from encoders.libraries import Loaded, Pixels
 from encoders.load import load_encoder, save_encoder
 from encoders.traced import TracedEncoder
 from models_vit import Backbone, VisionTransformer
-from scripts import inspect_checkpoint, list_traced
-from scripts.list_traced import MODELS, save_model
+from scripts import inspect_checkpoint
 
 transformers, open_clip = pytest.importorskip("transformers"), pytest.importorskip("open_clip")
 
@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("BEYOND_CLS_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 REAL = SHARED / "data/real_encoders/dinov2_vits14_fp16.safetensors"
 REFUSED = {"Hiera": "blocks.0.attn computes attention in windows", "Swin": "no attention call was seen"}
-TRACED = [name for name in MODELS if name not in REFUSED]
+TRACEABLE = [name for name in MODELS if name not in REFUSED]
 RUN = ["--amp", "float32", "--device", "cpu", "--num_workers", "0", "--input_size", "32"]
 
 
@@ -100,12 +100,12 @@ def flow_of(attention: torch.Tensor, prefix: int, has_cls: bool) -> dict[str, to
     return flow
 
 
-@pytest.mark.parametrize("name", TRACED)
+@pytest.mark.parametrize("name", TRACEABLE)
 def test_tokens_and_attention_are_those_of_the_library(name, saved):
     encoder, pixels = api.encoder(saved(name)), images()
     backbone = encoder.backbone
     assert isinstance(backbone, Backbone) and backbone.depth == 2 and backbone.num_heads == 2
-    assert list_traced.difference(backbone, pixels) <= (1e-5 if name == "CLIP, open_clip" else 0)
+    assert difference(backbone, pixels) <= (1e-5 if name == "CLIP, open_clip" else 0)
     metrics, expected = encoder.attention(pixels), explicit_attention(backbone, saved(name), pixels)
     for block, attention in enumerate(expected):
         for metric, values in flow_of(attention.double(), backbone.num_prefix_tokens, backbone.has_cls).items():
@@ -120,7 +120,7 @@ def test_tokens_and_attention_are_those_of_the_library(name, saved):
         torch.testing.assert_close(features[1].pooled[kind], own, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", TRACED)
+@pytest.mark.parametrize("name", TRACEABLE)
 def test_programs_take_it(name, saved, image_folder, tmp_path):
     argv = ["--data_path", str(image_folder), "--finetune", saved(name), *RUN, "--output_dir"]
     main_analyze_attention.main(parse(main_analyze_attention.get_args_parser(), [*argv, ""]))
@@ -150,11 +150,11 @@ def test_several_are_analysed_in_one_run(saved, image_folder, pretrained, tmp_pa
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_model_that_cannot_be_traced_is_refused_with_the_reason(name, saved):
     with pytest.raises(ValueError, match=rf"cannot be traced: {REFUSED[name]}"):
-        load_encoder(saved(name), "file", size=list_traced.options_of(name)["img_size"])
+        load_encoder(saved(name), "file", size=options_of(name)["img_size"])
 
 
 def test_the_table_of_the_page_is_that_of_the_code():
-    list_traced.main(list_traced.Namespace(write=None, check=ROOT / "docs" / "encoders.md"))
+    keep(ROOT / "docs" / "encoders.md", write=False)
 
 
 # ---- the three routes of one MAE
@@ -211,9 +211,9 @@ def assert_same_traces(encoders: list[api.FrozenEncoder], pixels: torch.Tensor) 
 def test_one_mae_by_three_routes_is_one_encoder(tmp_path):
     torch.manual_seed(0)
     options = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
-    state = list_traced.randomised(VisionTransformer(**options)).state_dict()
+    state = randomised(VisionTransformer(**options)).state_dict()
     save_encoder(tmp_path / "mae.safetensors", state, {"family": "mae"})
-    config = transformers.ViTMAEConfig(**list_traced.TABLE["hf"] | {"intermediate_size": 128, "layer_norm_eps": 1e-6})
+    config = transformers.ViTMAEConfig(**TRACED["hf"] | {"intermediate_size": 128, "layer_norm_eps": 1e-6})
     ours = api.encoder(str(tmp_path / "mae.safetensors"), num_heads=2)
     ours, *others = encoders = three_routes(ours, state, config, "vit_base_patch16_224", options, tmp_path)
     assert_same_traces(encoders, images())
@@ -403,7 +403,7 @@ def test_offline_models_come_from_the_cache_and_record_their_commit(saved, tmp_p
 
 
 def test_open_clip_takes_a_file_of_one_of_its_models(saved, tmp_path, monkeypatch):
-    (tmp_path / "tiny.json").write_text(json.dumps(list_traced.TABLE["open_clip"]))
+    (tmp_path / "tiny.json").write_text(json.dumps(TRACED["open_clip"]))
     monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIGS", {})
     open_clip.add_model_config(tmp_path)
     folder = saved("CLIP, open_clip").partition(":")[2]

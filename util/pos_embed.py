@@ -1,4 +1,4 @@
-"""Positions: MAE's sine-cosine table, BEiT's relative table, CAPI's coordinates; and how they follow the grid."""
+"""Positions: MAE's sine-cosine table, BEiT's relative table, CAPI's coordinates; and their resampling."""
 
 import functools
 import math
@@ -11,23 +11,17 @@ from torch import Tensor
 def sincos_pos_embed(width: int, grid: tuple[int, int], num_prefix: int) -> Tensor:
     """Fixed 2-D sine-cosine table, (1, num_prefix + M, width) in float32; the prefix rows are zero.
 
-    Half of the channels encode the column, half the row (in this order, as in MAE's weights); each half holds the sines
-    of all frequencies, then the cosines, with frequencies 10000^(-2i/(width/2)).
+    The first half of the channels encodes the column, the second the row, as in MAE; each half holds the sines
+    of all frequencies 10000^(-2i/(width/2)), then the cosines.
     Source: He et al., "Masked Autoencoders Are Scalable Vision Learners", 2022; Vaswani et al., 2017, section 3.5.
     """
     if width % 4:
         raise ValueError(f"a 2-D sine-cosine position embedding needs a width divisible by 4, not {width}")
-    rows, columns = grid
     omega = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
-
-    def encode(position: Tensor) -> Tensor:  # (M,) -> (M, width / 2)
-        angle = position.flatten()[:, None] * omega
-        return torch.cat([angle.sin(), angle.cos()], dim=1)
-
-    row, column = torch.meshgrid(
-        torch.arange(rows, dtype=torch.float64), torch.arange(columns, dtype=torch.float64), indexing="ij"
-    )
-    patches = torch.cat([encode(column), encode(row)], dim=1)
+    sides = [torch.arange(size, dtype=torch.float64) for size in grid]
+    row, column = torch.meshgrid(*sides, indexing="ij")
+    angles = [position.flatten()[:, None] * omega for position in (column, row)]
+    patches = torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], dim=1)
     return torch.cat([patches.new_zeros(num_prefix, width), patches])[None].float()
 
 
@@ -36,17 +30,17 @@ def resample_pos_embed(
 ) -> Tensor:
     """The table (1, num_prefix + M_old, D) for another grid: (1, num_prefix + M_new, D), same dtype.
 
-    Patch rows are resampled bicubically in float32, by the rule of the weights' own code; prefix rows stay.
-    "antialias": timm's, to the bit (DINOv2 with registers too). "plain": without antialiasing (MAE, I-JEPA, MSN).
-    "offset": plain, with 0.1 added to the new sizes where the scale is computed (DINO, iBOT, DINOv2).
-    "unknown": not at all, ValueError: the weights can be of several families, which differ in this.
+    Patch rows are resampled bicubically in float32, by the rule of the authors' code; prefix rows stay.
+    "antialias": timm's, to the bit (and DINOv2's with registers). "plain": without antialiasing (MAE, I-JEPA, MSN).
+    "offset": plain, with 0.1 added to the new sizes in the scale factor (DINO, iBOT, DINOv2).
+    "unknown": ValueError, because the weights may be of several families with different rules.
     """
     if old == new:
         return table
     if rule == "unknown":
         raise ValueError(
-            f"the weights have positions for {old[0]} x {old[1]} patches, the images {new[0]} x {new[1]}: the families "
-            "that the weights can be of resample positions differently; name one with --family "
+            f"the weights have positions for {old[0]} x {old[1]} patches, the images {new[0]} x {new[1]}: the possible "
+            "families of the weights resample positions differently; name one with --family "
             "(scripts/inspect_checkpoint.py lists them)"
         )
     prefix, patches = table[:, :num_prefix], table[:, num_prefix:]
@@ -59,14 +53,12 @@ def resample_pos_embed(
     return torch.cat([prefix, patches.permute(0, 2, 3, 1).flatten(1, 2).to(table.dtype)], dim=1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# relative positions
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- relative positions
 
 
 @functools.lru_cache(maxsize=8)
 def relative_index(grid: tuple[int, int]) -> Tensor:
-    """Row of a relative-position table for each pair of tokens, (N,N): query first; [cls], then the patches.
+    """Row of a relative-position table for each pair of tokens, (N,N), query first; [cls] precedes the patches.
 
     The table has (2 rows - 1)(2 columns - 1) rows, one per offset query - key, then three: [cls] to patch, patch to
     [cls], [cls] to itself. Source: Bao et al., "BEiT", 2022, after Liu et al., "Swin Transformer", 2021.
@@ -84,8 +76,8 @@ def relative_index(grid: tuple[int, int]) -> Tensor:
 def resample_relative_table(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
     """A relative-position table (offsets + 3, H) for another grid; the rows of [cls] stay.
 
-    The procedure of BEiT's and SimMIM's fine-tuning: a bicubic spline through the old values, placed at distances that
-    grow geometrically from the centre (so that near offsets keep their meaning and the far ones are stretched).
+    As in BEiT's and SimMIM's fine-tuning: a bicubic spline through the old values, placed at distances that grow
+    geometrically from the centre, which keeps near offsets and stretches far ones.
     """
     if old == new:
         return table
@@ -98,7 +90,12 @@ def resample_relative_table(table: Tensor, old: tuple[int, int], new: tuple[int,
 
 @functools.lru_cache(maxsize=8)
 def relative_spline(old: int, new: int) -> Tensor:
-    """Matrix (new, old) in float64 that resamples values at `old` offsets of one axis to `new` ones."""
+    """Matrix (new, old) in float64 that resamples values at `old` offsets of one axis to `new` ones.
+
+    The spline is cubic and "not-a-knot".
+    """
+    from scipy.interpolate import CubicSpline
+
     low, high = 1.01, 1.5  # ratio of neighbouring distances, found by bisection as in BEiT
     while high - low > 1e-6:
         ratio = (low + high) / 2
@@ -107,24 +104,16 @@ def relative_spline(old: int, new: int) -> Tensor:
         else:
             low = ratio
     far = [(1 - ratio**k) / (1 - ratio) for k in range(1, old // 2 + 1)]
-    return spline_matrix([-x for x in reversed(far)] + [0.0] + far, [float(i - new // 2) for i in range(new)])
-
-
-def spline_matrix(knots: list[float], points: list[float]) -> Tensor:
-    """Values of the cubic "not-a-knot" spline at `points`, as a matrix on its values at `knots` (at least four)."""
-    from scipy.interpolate import CubicSpline
-
-    spline = CubicSpline(knots, torch.eye(len(knots), dtype=torch.float64).numpy(), bc_type="not-a-knot")
+    knots, points = [-x for x in reversed(far)] + [0.0] + far, [float(i - new // 2) for i in range(new)]
+    spline = CubicSpline(knots, torch.eye(old, dtype=torch.float64).numpy(), bc_type="not-a-knot")
     return torch.from_numpy(spline([min(max(point, knots[0]), knots[-1]) for point in points]))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# rotary positions
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- rotary positions
 
 
 def rotary_frequencies(width: int) -> Tensor:
-    """Angular frequencies (2, width) of CAPI's axial rotary embedding: row 0 turns with the row, row 1 with the column.
+    """Angular frequencies (2, width) of CAPI's axial rotary embedding: of the token's row, then of its column.
 
     Each axis has width / 4 frequencies, from 7 down to 7e-4 turns per image side, each for a pair of channels.
     """
@@ -138,7 +127,7 @@ def rotary_frequencies(width: int) -> Tensor:
 def rotary_coordinates(grid: tuple[int, int], num_registers: int) -> Tensor:
     """(row, column) of registers and patches in the unit square, (R + M, 2).
 
-    Patches span it from 0 to 1 whatever the grid; registers sit on its edge, a quarter of them along each side.
+    Patches span it from 0 to 1 in any grid; registers lie on its edge, a quarter of them along each side.
     Source: Darcet et al., "Cluster and Predict Latent Patches for Improved Masked Image Modeling" (CAPI), 2025.
     """
     if num_registers % 4:

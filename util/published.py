@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 class Published(nn.Module):
-    """A network whose files have keys without `prefix`, a regular expression; equal keys are the same tensor."""
+    """A network whose files omit `prefix`, a regular expression, from the keys; equal keys are the same tensor."""
 
     prefix: str
 

@@ -1,9 +1,9 @@
 """Load untrusted torch files without executing them.
 
 A pickle is a program. `torch.load(weights_only=True)` runs a harmless part of it and refuses files that use more, such
-as those with their authors' configuration objects beside the weights. This module reads those, too: Python's own
-unpickler, with every opcode replaced that calls or changes what a file names. A class or function in a file stays a
-name; it is not looked up, imported or called, and what it would have made becomes an inert `Foreign`.
+as those with their authors' configuration objects beside the weights. For those, this module has Python's own
+unpickler with every opcode replaced that calls or changes what a file names: a class or function stays a name, is not
+imported or called, and its result becomes an inert `Foreign`.
 
 An `Unpickler` given to torch.load would not do: torch.load hands TorchScript archives to torch.jit, unpacks old tar
 files on the disk, writes patch files of classes whose source changed, and lets a pickle set attributes of classes.
@@ -13,6 +13,7 @@ import argparse
 import io
 import pathlib
 import pickle
+import re
 import struct
 import tarfile
 import warnings
@@ -20,6 +21,7 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import UnionType
 from typing import Any, BinaryIO, ClassVar
 
 import torch
@@ -31,8 +33,8 @@ from util.progress import log
 def load_plain(path: Path) -> Any:
     """The content of a torch file: tensors and plain containers. Nothing in it is executed.
 
-    Objects of other classes (configurations, loggers, NumPy scalars) become `Foreign`. Raises ValueError for a file
-    that is damaged or of another kind, and for one that references the operating system or the execution of code.
+    Objects of other classes (configurations, loggers, NumPy scalars) become `Foreign`. ValueError for a file that is
+    damaged, of another kind, or references the operating system or the execution of code.
     """
     sharded = path if (path / ".metadata").is_file() else path.parent if path.suffix == ".distcp" else None
     if sharded is not None:
@@ -44,18 +46,18 @@ def load_plain(path: Path) -> Any:
     if not path.is_file():
         raise ValueError(f"{path} is a folder: name a file in it" if path.is_dir() else f"there is no file {path}")
     try:
-        is_zip = _is_zip(path)
+        read = _read_zip if _is_zip(path) else _read_legacy
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Detected pickle protocol")
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        pass  # more than tensors: read below
+            try:
+                return torch.load(path, map_location="cpu", weights_only=True)
+            except pickle.UnpicklingError:  # more than tensors
+                content, foreign = read(path)
     except Exception as error:
-        raise _unreadable(path, error) from error
-    try:
-        content, foreign = _read_zip(path) if is_zip else _read_legacy(path)
-    except Exception as error:
-        raise _unreadable(path, error) from error
+        is_read = isinstance(error, ValueError | RuntimeError | OSError)  # others are of bytes that are no pickle
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = reason if is_read else "it is not a torch file, or damaged"
+        raise ValueError(f"{path} cannot be read as a file of tensors: {reason}") from error
     if isinstance(content, Foreign):
         raise ValueError(f"{path} holds a whole object of {content.name}, not tensors by name: save its state_dict()")
     if foreign:
@@ -63,27 +65,19 @@ def load_plain(path: Path) -> Any:
     return content
 
 
-def _unreadable(path: Path, error: Exception) -> ValueError:
-    is_read = isinstance(error, ValueError | RuntimeError | OSError)  # others are of bytes that are no pickle
-    reason = (str(error) or type(error).__name__).splitlines()[0] if is_read else "it is not a torch file, or damaged"
-    return ValueError(f"{path} cannot be read as a file of tensors: {reason}")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# pickles as data
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- pickles as data
 
 
 @dataclass(frozen=True)
 class Global:
-    """The name of a class or function, as a pickle mentions it."""
+    """The name of a class or function in a pickle."""
 
     name: str
 
 
 @dataclass(eq=False)
 class Foreign:
-    """What a pickle would have made with a class or function of its authors: name and arguments, not the object."""
+    """Stands for an object that a pickle would make by calling a class or function: the name and the arguments."""
 
     name: str
     arguments: tuple = ()
@@ -96,24 +90,11 @@ class Foreign:
 
 # A file that names these is probably an attack. The refusal tells the user; the protection is that nothing named in a
 # file is ever called.
-REFUSED_MODULES = {
-    "commands",
-    "ctypes",
-    "importlib",
-    "nt",
-    "os",
-    "pickle",
-    "posix",
-    "pty",
-    "runpy",
-    "shutil",
-    "socket",
-    "subprocess",
-    "sys",
-    "webbrowser",
-}
-REFUSED_BUILTINS = {"__import__", "breakpoint", "compile", "eval", "exec", "execfile", "input", "open"}
-
+REFUSED = re.compile(
+    r"(commands|ctypes|importlib|nt|os|pickle|posix|pty|runpy|shutil|socket|subprocess|sys|webbrowser)\..*"
+    r"|(builtins|io|_io)\.(__import__|breakpoint|compile|eval|exec|execfile|input|open)",
+    re.DOTALL,
+)
 STORAGES = {
     "FloatStorage": torch.float32,
     "DoubleStorage": torch.float64,
@@ -146,7 +127,7 @@ def _bytes(text: str, *_: Any) -> bytes:
     return text.encode("latin1")  # how pickle writes bytes; a codec that the file names would be imported
 
 
-# the only functions that reading a pickle calls; they take and return plain data
+# the only functions that a pickle can call; they take and return plain data
 PLAIN: dict[str, Callable] = {
     "collections.OrderedDict": dict,
     "collections.Counter": dict,
@@ -175,10 +156,10 @@ PLAIN: dict[str, Callable] = {
 
 
 class PlainUnpickler(pickle._Unpickler):
-    """Reads one pickle as data. persistent: persistent id -> tensor. foreign: receives the names of classes left out.
+    """Reads one pickle as data. persistent: persistent id -> tensor. foreign: receives the names of other classes.
 
-    The unpickler written in Python, because its opcodes can be replaced and its memo is a dictionary: in C, a few bytes
-    make it allocate gigabytes.
+    The unpickler in Python, because its opcodes can be replaced and its memo is a dictionary: a few bytes make the one
+    in C allocate gigabytes.
     """
 
     dispatch: ClassVar[dict] = dict(pickle._Unpickler.dispatch)
@@ -191,8 +172,7 @@ class PlainUnpickler(pickle._Unpickler):
 
     def find_class(self, module: str, name: str) -> Global:
         module = {"__builtin__": "builtins", "copy_reg": "copyreg"}.get(module, module)  # Python 2
-        builtin = module in ("builtins", "io", "_io")
-        if module.split(".")[0] in REFUSED_MODULES or (builtin and name in REFUSED_BUILTINS):
+        if REFUSED.fullmatch(f"{module}.{name}"):
             raise ValueError(f"refused: it references {module}.{name}")
         return Global(f"{module}.{name}")
 
@@ -228,23 +208,19 @@ class PlainUnpickler(pickle._Unpickler):
         elif not isinstance(target, dict):  # an OrderedDict's attributes: a state dict's versions
             raise ValueError(f"the pickle sets the state of {type(target).__name__}")
 
-    def extend(self, values: list) -> None:
+    def add(self, values: list, allowed: type | UnionType) -> None:
+        """Add values, or pairs of key and value, to the container on top of the stack."""
         target = self.stack[-1]
-        if isinstance(target, set):
-            target.update(values)
-        elif isinstance(target, list | Foreign):
-            (target.items if isinstance(target, Foreign) else target).extend(values)
-        else:
-            raise ValueError(f"the pickle appends to {type(target).__name__}")
+        if not isinstance(target, allowed | Foreign):
+            raise ValueError(f"the pickle adds items to {type(target).__name__}")
+        target = target.items if isinstance(target, Foreign) else target
+        (target.extend if isinstance(target, list) else target.update)(values)
+
+    def extend(self, values: list) -> None:
+        self.add(values, list | set)
 
     def set_items(self, values: list) -> None:
-        target, pairs = self.stack[-1], list(zip(values[::2], values[1::2], strict=True))
-        if isinstance(target, dict):
-            target.update(pairs)
-        elif isinstance(target, Foreign):
-            target.items.extend(pairs)
-        else:
-            raise ValueError(f"the pickle sets items of {type(target).__name__}")
+        self.add(list(zip(values[::2], values[1::2], strict=True)), dict)
 
     def byte_array(self) -> None:
         (length,) = struct.unpack("<Q", self.read(8))
@@ -264,9 +240,7 @@ class PlainUnpickler(pickle._Unpickler):
     }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# torch's two file formats
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- torch's two file formats
 
 
 NUMPY = (
@@ -276,7 +250,7 @@ NUMPY = (
 
 
 def _is_zip(path: Path) -> bool:
-    """Whether it is a zip file. ValueError for an empty file, NumPy's, or a zip larger unpacked than packed."""
+    """Whether it is a zip file. ValueError for an empty file, tar, NumPy, TorchScript, and zips that unpack to more."""
     size = path.stat().st_size
     if not size:
         raise ValueError("the file is empty")

@@ -29,7 +29,7 @@ def safetensors_metadata(path: Path) -> dict[str, str]:
 
 
 def save_encoder(path: Path, state: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Weights as safetensors with their family, model and making in the metadata; whole or absent."""
+    """Write weights as safetensors with metadata such as their family and model; whole or absent."""
     tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     with atomic_path(path) as temporary:
         safetensors.torch.save_file(tensors, temporary, metadata=metadata)

@@ -1,0 +1,104 @@
+"""Accuracy by trainable parameters: python scripts/plot_scaling.py [LABEL=]RUN ... [--output FILE]
+
+RUN is the --output_dir of main_linprobe.py, or its results.json. A head scales horizontally (branches, queries or
+attention heads) or vertically (depth). A line joins heads that differ in one of these alone, solid for width and dashed
+for depth; its axis is the number of parameters of pooling and classifier. One panel per encoder; a table has the
+numbers.
+"""
+
+import argparse
+import statistics
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+from cli.console import Parser, run_main
+from paper.runs import read_runs
+from probing.heads import AGGREGATIONS, head_name, parts_of
+from util.plotting import COLOURS, MARKERS, STYLE, WIDTH, save_figure
+
+WIDER, DEEPER = ("branches", "queries", "heads"), ("depth",)
+
+
+class Point(NamedTuple):
+    head: str
+    block: int
+    parameters: int  # of pooling and classifier
+    mean: float  # score over seeds, %
+    std: float
+
+
+def points_of(runs: list[dict]) -> list[Point]:
+    """One per head and block; runs: of one label. ValueError where one has several learning rates."""
+    scores: dict[tuple, list[float]] = {}
+    for run in runs:
+        for probe in run["probes"].values():
+            if probe.get("chosen", True) and probe["diverged_at"] is None:
+                key = probe["head"], probe["block"], probe["parameters"]
+                scores.setdefault(key, []).append(probe["last"][run["headline"]])
+    seeds = sum(len(run["seeds"]) for run in runs)
+    if several := [head for (head, *_), values in scores.items() if len(values) > seeds]:
+        raise ValueError(f"{several[0]} has several learning rates: choose one with --val_fraction, or train one")
+    spread = {key: statistics.stdev(values) if len(values) > 1 else 0.0 for key, values in scores.items()}
+    return [Point(*key, statistics.mean(values), spread[key]) for key, values in scores.items()]
+
+
+def lines_of(points: list[Point]) -> dict[str, list[Point]]:
+    """{what the heads share: the option that scales}: heads that differ in that option alone, in ascending order."""
+    lines: dict[str, dict[int, Point]] = {}
+    several = len({point.block for point in points}) > 1
+    for point in points:
+        parts = parts_of(point.head, {})
+        options = AGGREGATIONS[parts[0].aggregation].options
+        values = {key: option.default for key, option in options.items()} | dict(parts[0].options)
+        for key in [key for key in values if key in (*WIDER, *DEEPER) and len(parts) == 1]:
+            rest = [f"{k} {v}" for k, v in values.items() if k != key and v != options[k].default]
+            shared = ", ".join(
+                [head_name(parts[0].aggregation, (), parts[0].blocks), *rest, *[f"block {point.block}"] * several]
+            )
+            lines.setdefault(f"{shared}: {key}", {})[values[key]] = point
+    return {name: [line[value] for value in sorted(line)] for name, line in lines.items() if len(line) > 1}
+
+
+@rc_context(STYLE)
+def draw(panels: dict[str, list[Point]], target: Path) -> None:
+    names = list(dict.fromkeys(name for points in panels.values() for name in lines_of(points)))
+    figure = Figure(figsize=(max(WIDTH * len(panels) / 3, WIDTH / 2), 2.8), layout="constrained")
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    handles = {}
+    for axis, (label, points) in zip(axes, panels.items(), strict=True):
+        for name, line in lines_of(points).items():
+            number, dash = names.index(name), "--" if name.endswith(DEEPER) else "-"
+            style = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)], "markersize": 3}
+            x, mean, std = zip(*(point[2:] for point in line), strict=True)
+            handles[name] = axis.errorbar(x, mean, std, linestyle=dash, linewidth=1.1, capsize=2, **style)
+        axis.set(xscale="log", title=label, xlabel="trainable parameters")
+        axis.grid(linewidth=0.3, alpha=0.6)
+    axes[0].set_ylabel("accuracy (%)")
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=3, frameon=False)
+    save_figure(figure, target)
+
+
+def main(args: argparse.Namespace) -> None:
+    panels = {label: points_of(runs) for label, runs in read_runs(args.runs).items()}
+    print("| encoder | head | block | parameters | accuracy |\n|---|---|---|---|---|")
+    for label, points in panels.items():
+        for head, block, parameters, mean, std in sorted(points, key=lambda point: point.parameters):
+            print(f"| {label} | {head} | {block} | {parameters:,} | {mean:.2f} ± {std:.2f} |")
+    draw(panels, args.output)
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = Parser(__doc__)
+    parser.add_argument("runs", nargs="+", metavar="[LABEL=]RUN", help="runs of main_linprobe.py")
+    parser.add_argument("--output", type=Path, default=Path("scaling.png"), help="png, pdf or svg")
+    return parser
+
+
+if __name__ == "__main__":
+    run_main(main, get_args_parser().parse_args())
