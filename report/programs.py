@@ -9,22 +9,10 @@ from attention.figures import entries, model_name, title
 from attention.metrics import metric_names
 from probing.results import metric_label as short_label
 from probing.results import seeds_note
-from report.runs import Record, Run, badges, data_key
+from report.runs import FACTS, Record, Run, badges, data_key
 from report.tables import Cell, Mean, Row, cell_of, fold, group_by, mean_cell, mean_of, real, stem
 
-AGGREGATION = {
-    "top1": "top-1 (%)",
-    "aggregation_entropy": "entropy (nats)",
-    "maxboxaccv2": "MaxBoxAccV2 (%)",
-    "maxboxacc": "MaxBoxAcc (%)",
-}
-TRAINING = {
-    "loss": "training loss",
-    "lr": "learning rate",
-    "images_per_second": "images/s",
-    "data_wait": "share of time waiting for data",
-    "memory_gib": "memory (GiB)",
-}
+AGGREGATION, TRAINING = FACTS["aggregation"], FACTS["training"]  # {quantity: column}
 COUNTS = {"loss": "loss", "classes": "classes with a positive image"}
 EPOCH = "epoch (from 1)"
 BLOCK = "block (from 0)"

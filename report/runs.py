@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import tomllib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,35 +16,22 @@ from runtime.provenance import SNAPSHOT_RECORD
 
 DEPTH = 3  # levels of subfolders that are searched, as in quickstart/attention/MAE
 Record = Mapping[str, Any]
-NOTES = {  # about a run: how they stand out, and what the top of the page says
-    "random weights": ("loud", "Some encoders have RANDOM WEIGHTS: their numbers say nothing about a method."),
-    "learned nothing": ("loud", "Some probes LEARNED NOTHING: they score as chance does."),
-    "uncommitted code": ("loud", "Some runs used UNCOMMITTED CODE: their commit alone does not reproduce them."),
-    "commit unknown": ("loud", "Some records do not say which commit of the code wrote them."),
-    "several commits": ("loud", "Some runs were continued with another commit of the code than they began with."),
-    "a subset is allowed": ("loud", "Some runs used --allow_subset: their images may be a part of the data set."),
-    "demo": ("soft", "demo: the encoder or the images are this repository's demo, which says nothing about ImageNet."),
-    "from scratch": ("soft", "from scratch: fine-tuning began with random weights."),
-}
+FACTS = tomllib.loads(Path(__file__).with_name("programs.toml").read_text(encoding="utf-8"))
+NOTES: dict[str, tuple[str, str]] = FACTS["notes"]
 
 
 class Kind(NamedTuple):
-    """How a report calls the runs of a program and recognises their records."""
+    """How a report calls the runs of a program and recognises their records; programs.toml explains the fields."""
 
     title: str
-    argument: str  # an argument that no other program has
-    result: str  # the file written at the end
-    trains: bool = True  # writes log.txt, one line per epoch
-    several: bool = False  # writes one result per encoder, each into a subfolder
+    argument: str
+    result: str
+    explanation: str
+    trains: bool = True
+    several: bool = False
 
 
-KINDS = {  # by program
-    "main_linprobe": Kind("Linear probes", "cls_features", "results.json"),
-    "main_analyze_attention": Kind("Attention flow", "reduction", "attention.json", trains=False, several=True),
-    "main_analyze_aggregation": Kind("Aggregation", "kl_direction", "aggregation.json", trains=False),
-    "main_finetune": Kind("Fine-tuning", "layer_decay", "results.json"),
-    "main_pretrain": Kind("Pretraining", "mask_ratio", "results.json"),
-}
+KINDS = {program: Kind(**facts) for program, facts in FACTS["programs"].items()}
 RECORDS = list(dict.fromkeys(["args.json", "log.txt", *(kind.result for kind in KINDS.values())]))
 
 
