@@ -115,16 +115,13 @@ def pixels_of(image: Image.Image | Tensor) -> Tensor:
 
 
 class Content(Protocol):
-    """Stored images: encoded files, or pixels (h,w,3) uint8. names: for messages, one for each image."""
+    """Stored images: Files, Pixels, and the Slices and TableRows of other modules."""
 
-    names: Sequence[str]
+    names: Sequence[str]  # for messages
 
-    def read(self, index: int) -> bytes | np.ndarray: ...
-
+    def read(self, index: int) -> bytes | np.ndarray: ...  # an encoded file, or pixels (h,w,3) uint8
     def part(self, indices: Sequence[int]) -> Content: ...
-
-    def stats(self) -> np.ndarray:
-        """(n,2) int64: bytes of each image, and when its file was modified (ns; 0: never)."""
+    def stats(self) -> np.ndarray: ...  # (n,2) int64: bytes, and when the file was modified (ns; 0: never)
 
 
 class Files:

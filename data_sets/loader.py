@@ -112,9 +112,8 @@ def _collate_windows(samples: Sequence[Sample]) -> Sample:
 class Loader(DataLoader):
     """A loader of Sample batches, whose workers ignore the signals that ask the program to stop.
 
-    If damaged images are skipped, it counts them. Batches for evaluation come without them; a batch of nothing else is
-    None. At the end of a pass all ranks exchange their counts, so each must exhaust the loader; `damaged` then holds
-    the indices of the damaged images of all ranks, and new ones are logged.
+    If damaged images are skipped, batches for evaluation come without them; a batch of nothing else is None. At the end
+    of a pass, which every rank must reach, `damaged` holds their indices on all ranks, and new ones are logged.
     """
 
     damaged: tuple[int, ...] = ()
@@ -192,18 +191,16 @@ class Watched:
     """The batches of a loader with a progress bar, which ends at once when the program is asked to stop.
 
     A single process stops even while it waits for data. Several agree before every batch of an evaluation
-    (agree = True); otherwise the caller makes them agree. `waited` counts the seconds spent waiting for data.
-    DeadWorker if a worker of the loader was killed, or delivers nothing.
-
-    between: called with the number of batches done, those without a readable image included, before every batch and at
-    the end; with agree, by all processes at the same point.
+    (agree = True); otherwise the caller makes them agree. DeadWorker if a worker of the loader was killed, or delivers
+    nothing. between: called with the number of batches done before every batch and at the end, by all processes at the
+    same point if they agree.
     """
 
     loader: Any
     description: str
     agree: bool = False
     between: Callable[[int], None] = lambda done: None
-    waited: float = 0.0
+    waited: float = 0.0  # seconds spent waiting for data
 
     def __iter__(self) -> Iterator[Sample]:
         alone = distributed.world_size() == 1
