@@ -17,9 +17,9 @@ from encoders.architectures import FROM_FILE
 from encoders.load import Encoder, input_size, load_encoder
 from models_vit import Features
 from probing.bank import Probe
+from probing.finished_run import Trained, read_trained
 from probing.frozen import FrozenTokens
 from probing.pooling import Tokens, read_blocks
-from probing.trained import Trained, read_trained
 from util.files import digest
 
 

@@ -3,6 +3,7 @@
 Letters as in models_vit; K classes.
 """
 
+import re
 from collections.abc import Callable, Iterable
 
 import torch
@@ -51,6 +52,27 @@ class Classifier(Published):
         if self.fc_norm is None:
             return self.head(self.backbone.norm(features.cls))
         return self.head(self.fc_norm(features.patches.mean(1)))
+
+
+def layer_decay_groups(model: Classifier, weight_decay: float, layer_decay: float) -> list[dict]:
+    """Optimizer groups by layer, each with `lr_scale` = layer_decay^(depth + 1 - layer), decayed weights apart.
+
+    Layer 0 is the embedding, i + 1 block i, depth + 1 what follows. Tokens, position tables, biases and norms are not
+    decayed. Source: BEiT (Bao et al., 2022); MAE's fine-tuning uses the same.
+    """
+    depth, tokens = model.backbone.depth, ("cls_token", "reg_token", "pos_embed")
+    groups: dict[tuple[int, float], dict] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        name = name.removeprefix("backbone.")
+        block = re.match(r"blocks\.(\d+)\.", name)
+        layer = int(block[1]) + 1 if block else 0 if name.startswith((*tokens, "patch_embed.")) else depth + 1
+        decay = weight_decay if parameter.ndim > 1 and name not in tokens else 0.0
+        scale = layer_decay ** (depth + 1 - layer)
+        group = groups.setdefault((layer, decay), {"params": [], "weight_decay": decay, "lr_scale": scale})
+        group["params"].append(parameter)
+    return list(groups.values())
 
 
 class FineTuning(OneNetwork):

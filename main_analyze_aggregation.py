@@ -1,4 +1,11 @@
-"""What is aggregated: rules that weigh the patches, and localisation; cli/analyze_aggregation.py has the arguments."""
+"""What is aggregated: rules that weigh the patches, and localisation; cli/analyze_aggregation.toml has the flags."""
+
+from cli.analyze_aggregation import check, get_args_parser
+from cli.arguments import command_line
+from cli.console import run_main
+
+if __name__ == "__main__":  # before the slow imports: --help and mistakes answer at once
+    ARGS = command_line(get_args_parser(), check)
 
 import argparse
 import json
@@ -8,28 +15,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cli.analyze_aggregation import check, get_args_parser
-from cli.arguments import check_files, data_options, identity, loading, plain, processes, run_test_images
-from cli.console import checked, parse, run_main
-from cli.encoder_arguments import ORACLE_ARGUMENTS, build_oracle, choose_precision, frozen_encoder, precision
-from cli.linprobe import finished_run
-
-if __name__ == "__main__":  # before the slow imports: --help and mistakes answer at once
-    ARGS = checked(parse(get_args_parser()), check, check_files)
-
 import torch
 
 from aggregation import examples as shown
-from aggregation.boxes import ImageBoxes, read_boxes
+from aggregation.boxes import read_boxes
 from aggregation.divergence import VectorStats
 from aggregation.figures import draw_divergences
 from aggregation.localization import Localizer, levels_of
 from aggregation.results import describe, describe_boxes, over_seeds, table
 from aggregation.rules import Localization, Rule, head_rules, needs_of, rules_of, run_pass
-from data_sets.images import Example, fingerprint, random_examples
+from cli.arguments import build_images, identity, loading, plain, run_test_images
+from cli.encoder_arguments import ORACLE_ARGUMENTS, build_oracle, frozen_encoder, precision
+from cli.linprobe import finished_run
+from cli.session import session
+from data_sets.images import fingerprint, random_examples
 from data_sets.loader import KeyedDataset, build_loader
 from data_sets.order import EvaluationBatches
-from data_sets.table import build_dataset
 from data_sets.views import View, eval_transform
 from encoders.load import Encoder
 from encoders.oracle import Oracle
@@ -38,7 +39,6 @@ from probing.finished_run import ProbeRun
 from probing.pooling import Tokens
 from runtime.analysis import Progress, subset
 from runtime.folder import RunFolder
-from runtime.processes import process_group
 from runtime.provenance import provenance, utc_now
 from util.distributed import barrier, gather_objects, world_size
 from util.files import digest, to_json
@@ -61,82 +61,16 @@ class Pass(NamedTuple):
 
 
 def main(args: argparse.Namespace) -> None:
-    check(args)
-    check_files(args)
-    with process_group(**processes(args)) as world:
-        choose_precision(args, world.device)
-        # ---- images, frozen encoder, trained probes, rules
-        folder = RunFolder(args.output_dir, args.log_dir, args.track)
-        if not args.resume:
-            folder.refuse_results("aggregation.json")
-        run = None if args.probes is None else finished_run(args.probes)
-        if run is not None and run.args.val_split and run.args.data_path == args.data_path:
-            images = run_test_images(run.args)
-        else:
-            images = build_dataset(args.dataset, args.data_path, "val", **data_options(args), labels=False)
-        chosen = subset(len(images), args.num_images, args.seed)
-        encoder, size = frozen_encoder(run.with_encoder(args) if run is not None and not args.finetune else args)
-        backbone, amp = encoder.backbone.to(world.device), precision(args.amp)
-        grid = backbone.grid_of(size, size)
-        shape = Tokens.of(backbone, grid)
-        bank = run.bank(encoder, grid) if run is not None else None
-        if run is not None:
-            check_same(encoder.facts(size), run, "drop --finetune and its flags, and the encoder of the probes is used")
-        oracle = find_oracle(args, run, bank is not None and bank.needs.oracle, encoder, size, amp)
-        trained = None if bank is None else (bank, run.scores(), args.probe_heads)
-        rules = rules_of(args.rules, trained, backbone, shape, oracle is not None)
-        heads = head_rules(backbone, shape) if args.loc_map_heads == "best" else []
-        everything = [*rules, *heads]
-        for rule in everything:
-            rule.pooling.to(world.device).eval()
-        blocks = tuple(sorted({block for rule in rules for block in rule.blocks}))
-        final_norm = run is not None and run.args.final_norm
-        oracle = oracle and oracle.to(world.device)
-        tokens = FrozenTokens(backbone, blocks, amp, final_norm, needs_of(everything), oracle)
-
-        # ---- true boxes, and images for the figures
-        boxes = None
-        if args.boxes is not None:
-            boxes = read_boxes(args.boxes, args.box_format, images, args.data_path, chosen, args.allow_subset)
-            boxes.crop_pct = encoder.crop_pct
-        examples = shown.examples_from_files(images, args.images) if args.images else None
-        if examples is None:
-            examples = random_examples(images, chosen, args.num_examples, args.seed)
-
-        # ---- what to measure in which view of the images
-        levels = levels_of(args.loc_step)
-        workers = 0 if boxes is None else args.loc_workers
-        if workers is None:  # one per core, shared by the processes
-            workers = max(1, len(os.sched_getaffinity(0)) // world_size())
-        localizer = Localizer(len(everything), (size, size), levels, workers)
-
-        crop = eval_transform(size, **encoder.pixels, loader=args.loader)
-        look = encoder.pixels | {"interpolation": "bilinear", "crop_pct": None}  # the whole image, as in wsolevaluation
-        pixels = {"crop": crop, "resize": eval_transform(size, **look, loader=args.loader)}
-        passes: dict[str, Pass] = {}
-        if not args.boxes_only:
-            passes["vectors"] = Pass(rules, crop, partial(VectorStats, len(rules), args.kl_direction, args.kl_eps))
-        if boxes is not None:
-            located = partial(Localization, localizer, boxes, args.loc_transform == "crop", grid)
-            passes["boxes"] = Pass(everything, pixels[args.loc_transform], located)
-
-        record = {"args": plain(args), "encoder": encoder.record, "oracle": oracle and oracle.record}
-        record |= {"classes": len(images.classes), "n_test": len(images), "test_images": fingerprint(images)}
-        record |= provenance(world.device)
-        networks = [backbone, *([oracle.backbone] if oracle else []), *(rule.pooling for rule in everything)]
-        facts = {
-            **encoder.facts(size),
-            **(oracle.facts if oracle else {}),
-            "rule_names": [rule.name for rule in everything],
-            "test images": record["test_images"],
-            "weights": digest([network.state_dict() for network in networks]),
-            "boxes": boxes and boxes.fingerprint(),
-            "scores of the probes": run and to_json(run.scores()),
-        }
-        name, settings = Path(__file__).name, identity(args, facts)
+    with session(args, check, results="aggregation.json") as (world, folder):
+        # ---- images, frozen encoder, trained probes, rules; true boxes, and images for the figures
+        setup = Setup(args, world.device)
+        images, chosen, localizer = setup.images, setup.chosen, setup.localizer
+        passes = setup.passes()
+        record = setup.record(provenance(world.device))
+        settings = identity(args, setup.facts(record["test_images"]))
         amount = len(chosen), args.batch_size, args.save_every_minutes
         makers = {name: part.record for name, part in passes.items()}
-        progress = Progress(name, folder, "aggregation.json", settings, makers, *amount)
+        progress = Progress(Path(__file__).name, folder, "aggregation.json", settings, makers, *amount)
         progress.resume(args.resume)
         barrier()  # no rank writes before rank 0 has looked
         folder.start(record)
@@ -147,18 +81,18 @@ def main(args: argparse.Namespace) -> None:
                 dataset = KeyedDataset(images, part.view, args.seed, on_bad_image=args.on_bad_image)
                 batches = EvaluationBatches(len(images), args.batch_size, chosen[progress.seen :])
                 loader = build_loader(dataset, batches, **loading(args, world.device))
-                run_pass(part.rules, tokens, loader, progress, world.device, name)
+                run_pass(part.rules, setup.tokens, loader, progress, world.device, name)
                 total = part.record(gather_objects(progress.record.state()))
                 progress.end_pass({"found": total.state(), "seconds": progress.seconds})
 
             # ---- results
             pairs = zip(passes.items(), progress.results, strict=True)
             totals = {name: part.record([kept["found"]]) for (name, part), kept in pairs}
-            result = describe(rules, encoder, size, run, totals.get("vectors"))
-            if boxes is not None:
-                settings = {"boxes": str(args.boxes), "transform": args.loc_transform, "step": args.loc_step}
-                boxed = describe_boxes(everything, heads, totals["boxes"].tally, levels, settings)
-                result["localization"] = boxed
+            result = describe(setup.rules, setup.encoder, setup.size, setup.run, totals.get("vectors"))
+            if setup.boxes is not None:
+                of_boxes = {"boxes": str(args.boxes), "transform": args.loc_transform, "step": args.loc_step}
+                rules = setup.rules + setup.heads, setup.heads
+                result["localization"] = describe_boxes(*rules, totals["boxes"].tally, setup.levels, of_boxes)
             seconds = sum(kept["seconds"] for kept in progress.results)
             result |= {"over_seeds": over_seeds(result), "seconds": seconds, **record, "finished": utc_now()}
             log.info("%s", table(result))
@@ -166,41 +100,113 @@ def main(args: argparse.Namespace) -> None:
             for rule, summaries in result["over_seeds"].items():
                 folder.scalars({f"{quantity}/{rule}": summary["mean"] for quantity, summary in summaries.items()}, 0)
             if folder.path is not None:
-                draw(args, result, rules, tokens, examples, pixels, boxes, folder)
+                draw(args, result, setup, folder)
             barrier()
-        folder.close()
 
 
-def draw(
-    args: argparse.Namespace,
-    result: dict,
-    rules: Sequence[Rule],
-    tokens: FrozenTokens,
-    examples: Sequence[Example],
-    pixels: dict[str, View],
-    boxes: ImageBoxes | None,
-    folder: RunFolder,
-) -> None:
+class Setup:
+    """What the arguments name: images, a frozen encoder, rules on its tokens, true boxes, and images to show."""
+
+    def __init__(self, args: argparse.Namespace, device: torch.device):
+        self.args = args
+        run = self.run = None if args.probes is None else finished_run(args.probes)
+        if run is not None and run.args.val_split and run.args.data_path == args.data_path:
+            self.images = run_test_images(run.args)
+        else:
+            self.images = build_images(args, "val", labels=False)
+        self.chosen = subset(len(self.images), args.num_images, args.seed)
+        self.encoder, self.size = frozen_encoder(run.with_encoder(args) if run and not args.finetune else args)
+        backbone, amp = self.encoder.backbone.to(device), precision(args.amp)
+        self.grid = backbone.grid_of(self.size, self.size)
+        shape, bank = Tokens.of(backbone, self.grid), None
+        if run is not None:
+            bank = run.bank(self.encoder, self.grid)
+            remedy = "drop --finetune and its flags, and the encoder of the probes is used"
+            check_same(self.encoder.facts(self.size), run, remedy)
+        oracle = find_oracle(args, run, bank is not None and bank.needs.oracle, self.encoder, self.size, amp)
+        trained = None if bank is None else (bank, run.scores(), args.probe_heads)
+        self.rules = rules_of(args.rules, trained, backbone, shape, oracle is not None)
+        self.heads = head_rules(backbone, shape) if args.loc_map_heads == "best" else []
+        everything = [*self.rules, *self.heads]
+        for rule in everything:
+            rule.pooling.to(device).eval()
+        blocks = tuple(sorted({block for rule in self.rules for block in rule.blocks}))
+        self.oracle = oracle and oracle.to(device)
+        final_norm = run is not None and run.args.final_norm
+        self.tokens = FrozenTokens(backbone, blocks, amp, final_norm, needs_of(everything), self.oracle)
+
+        self.boxes = None
+        if args.boxes is not None:
+            source = args.boxes, args.box_format, self.images, args.data_path, self.chosen, args.allow_subset
+            self.boxes = read_boxes(*source)
+            self.boxes.crop_pct = self.encoder.crop_pct
+        self.examples = shown.examples_from_files(self.images, args.images) if args.images else None
+        if self.examples is None:
+            self.examples = random_examples(self.images, self.chosen, args.num_examples, args.seed)
+        workers = 0 if self.boxes is None else args.loc_workers
+        if workers is None:  # one per core, shared by the processes
+            workers = max(1, len(os.sched_getaffinity(0)) // world_size())
+        self.levels = levels_of(args.loc_step)
+        self.localizer = Localizer(len(everything), (self.size, self.size), self.levels, workers)
+        crop = eval_transform(self.size, **self.encoder.pixels, loader=args.loader)
+        look = self.encoder.pixels | {"interpolation": "bilinear", "crop_pct": None}  # as in wsolevaluation
+        stretched = eval_transform(self.size, **look, loader=args.loader)
+        self.views = {"crop": crop, "resize": stretched}
+
+    def passes(self) -> dict[str, Pass]:
+        """What to measure in which view of the images."""
+        args, passes = self.args, {}
+        if not args.boxes_only:
+            vectors = partial(VectorStats, len(self.rules), args.kl_direction, args.kl_eps)
+            passes["vectors"] = Pass(self.rules, self.views["crop"], vectors)
+        if self.boxes is not None:
+            located = partial(Localization, self.localizer, self.boxes, args.loc_transform == "crop", self.grid)
+            passes["boxes"] = Pass(self.rules + self.heads, self.views[args.loc_transform], located)
+        return passes
+
+    def record(self, origin: dict[str, Any]) -> dict[str, Any]:
+        """What args.json and aggregation.json say about the run."""
+        encoders = {"encoder": self.encoder.record, "oracle": self.oracle and self.oracle.record}
+        images = {"classes": len(self.images.classes), "n_test": len(self.images)}
+        return {"args": plain(self.args), **encoders, **images, "test_images": fingerprint(self.images), **origin}
+
+    def facts(self, images: str) -> dict[str, Any]:
+        """What must be equal when the analysis is resumed. images: their fingerprint."""
+        everything = self.rules + self.heads
+        networks = [self.encoder.backbone, *([self.oracle.backbone] if self.oracle else [])]
+        networks += [rule.pooling for rule in everything]
+        return {
+            **self.encoder.facts(self.size),
+            **(self.oracle.facts if self.oracle else {}),
+            "rule_names": [rule.name for rule in everything],
+            "test images": images,
+            "weights": digest([network.state_dict() for network in networks]),
+            "boxes": self.boxes and self.boxes.fingerprint(),
+            "scores of the probes": self.run and to_json(self.run.scores()),
+        }
+
+
+def draw(args: argparse.Namespace, result: dict, setup: Setup, folder: RunFolder) -> None:
     """kl, and maps and boxes of the examples, as far as they were measured."""
     if not args.boxes_only:
         draw_divergences(result, [folder.path / "kl.png", folder.path / "kl.pdf"])
-    drawn = shown.shown_rules(rules)
+    drawn, tokens, examples = shown.shown_rules(setup.rules), setup.tokens, setup.examples
     if not examples or not drawn:
         return
     paths = [example.path for example in examples]
     log.info("examples: %s", ", ".join(paths))
     if not args.boxes_only:
-        maps = shown.draw_example_maps(drawn, tokens, examples, pixels["crop"], folder.path / "maps.png")
+        maps = shown.draw_example_maps(drawn, tokens, examples, setup.views["crop"], folder.path / "maps.png")
         label = Path(result["encoder"]["source"] or result["encoder"]["model"]).stem
         lists = {"rules": [rule.name for rule in drawn], "grid": tokens.backbone.grid_size, "images": paths}
         metadata = {"label": label, **{name: json.dumps(values) for name, values in lists.items()}}
         folder.save_tensors("examples.safetensors", maps, metadata)
-    if boxes is not None:
+    if setup.boxes is not None:
         compared, given, view = shown.compared_rules(drawn), args.draw_threshold, args.loc_transform
         names = [rule.name for rule in compared]
         thresholds = {name: shown.best_threshold(result, name) if given is None else given for name in names}
-        size, target = (pixels[view], boxes, view == "crop"), folder.path / "boxes.png"
-        shown.draw_example_boxes(compared, tokens, examples, *size, thresholds, target)
+        boxed = setup.views[view], setup.boxes, view == "crop"
+        shown.draw_example_boxes(compared, tokens, examples, *boxed, thresholds, folder.path / "boxes.png")
 
 
 def check_same(facts: dict[str, Any], run: ProbeRun, remedy: str) -> None:
@@ -216,7 +222,7 @@ def check_same(facts: dict[str, Any], run: ProbeRun, remedy: str) -> None:
 def find_oracle(
     args: argparse.Namespace, run: ProbeRun | None, needed: bool, encoder: Encoder, size: int, amp: torch.dtype
 ) -> Oracle | None:
-    """The encoder of --oracle, or that of the run's probes. ValueError if a probe was trained with another one."""
+    """The encoder of --oracle, or that of the run's probes. ValueError if a probe was trained with another."""
     if args.oracle is None and not needed:
         return None
     if args.oracle is None:

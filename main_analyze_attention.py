@@ -1,15 +1,16 @@
-"""Attention flow over a data set: one pass of each frozen encoder, then JSON, TensorBoard and figures."""
+"""Attention flow over a data set: one pass of each frozen encoder, then JSON, TensorBoard and figures.
 
-import argparse
+cli/analyze_attention.toml has the arguments and examples.
+"""
 
 from cli.analyze_attention import check, encoder_labels, folder_name, get_args_parser
-from cli.arguments import check_files, data_options, identity, loading, plain, processes
-from cli.console import checked, parse, run_main
-from cli.encoder_arguments import choose_precision, frozen_encoder, one_encoder_each, precision
+from cli.arguments import command_line
+from cli.console import run_main
 
 if __name__ == "__main__":  # before the slow imports: --help and mistakes answer at once
-    ARGS = checked(parse(get_args_parser()), check, check_files)
+    ARGS = command_line(get_args_parser(), check)
 
+import argparse
 from pathlib import Path
 
 from attention.examples import FILE as EXAMPLES
@@ -19,15 +20,16 @@ from attention.measure import Recorder, applicable, measure, summary, table
 from attention.metrics import Sizes, metric_names
 from attention.reductions import choose_reduction
 from attention.tokens import token_map
+from cli.arguments import build_images, identity, loading, plain
+from cli.encoder_arguments import frozen_encoder, one_encoder_each, precision
+from cli.session import session
 from data_sets.images import fingerprint, random_examples
 from data_sets.loader import KeyedDataset, build_loader
 from data_sets.order import EvaluationBatches
-from data_sets.table import build_dataset
 from data_sets.views import eval_transform
 from encoders.architectures import check_blocks
 from runtime.analysis import Progress, subset
 from runtime.folder import RunFolder
-from runtime.processes import process_group
 from runtime.provenance import provenance, utc_now
 from util import signals
 from util.distributed import barrier
@@ -35,17 +37,11 @@ from util.progress import log
 
 
 def main(args: argparse.Namespace) -> None:
-    check(args)
-    check_files(args)
-    names, labels = metric_names(args.metrics), encoder_labels(args)
-    with process_group(**processes(args)) as world:
-        choose_precision(args, world.device)
+    with session(args, check, results="*/attention.json") as (world, folder):
         # ---- images and frozen encoders; every mistake in the arguments shows here
+        names, labels = metric_names(args.metrics), encoder_labels(args)
         choose_reduction(args.reduction, world.device)
-        folder = RunFolder(args.output_dir)
-        if not args.resume:
-            folder.refuse_results("*/attention.json")
-        images = build_dataset(args.dataset, args.data_path, "val", **data_options(args), labels=False)
+        images = build_images(args, "val", labels=False)
         chosen = subset(len(images), args.num_images, args.seed)
         examples = random_examples(images, chosen, args.num_examples, args.seed)
         encoders = [frozen_encoder(encoder_args) for encoder_args in one_encoder_each(args)]
@@ -59,16 +55,9 @@ def main(args: argparse.Namespace) -> None:
             encoder_facts = encoder.facts(size)
             facts["weights"].append(encoder_facts.pop("weights"))
             facts |= {f"{label}, {name}": value for name, value in encoder_facts.items()}
-        progress = Progress(
-            Path(__file__).name,
-            folder,
-            "*/attention.json",
-            identity(args, facts),
-            {f"encoder {label}": Recorder.of for label in labels},
-            len(chosen),
-            args.batch_size,
-            args.save_every_minutes,
-        )
+        passes = {f"encoder {label}": Recorder.of for label in labels}
+        amount = len(chosen), args.batch_size, args.save_every_minutes
+        progress = Progress(Path(__file__).name, folder, "*/attention.json", identity(args, facts), passes, *amount)
         progress.resume(args.resume)
         barrier()  # no rank writes before rank 0 has looked
         folder.claim()
@@ -84,25 +73,15 @@ def main(args: argparse.Namespace) -> None:
                 dataset = KeyedDataset(images, transform, args.seed, on_bad_image=args.on_bad_image)
                 batches = EvaluationBatches(len(images), args.batch_size, chosen[progress.seen :])
                 loader = build_loader(dataset, batches, **loading(args, world.device))
-                metrics, sizes = applicable(names, backbone), Sizes.of(backbone, size)
-                amp = precision(args.amp)
-                numbers = measure(backbone, loader, metrics, sizes, amp, args.reduction, world.device, label, progress)
-                result = {
-                    **summary(label, encoder, size, numbers),
-                    "amp": args.amp,
-                    "reduction": args.reduction,
-                    "seed": args.seed,
-                    "seconds": progress.seconds,
-                    "args": plain(args),
-                    "classes": len(images.classes),
-                    "n_test": len(images),
-                    "test_images": facts["images"],
-                    "finished": utc_now(),
-                    **provenance(world.device),
-                }
+                how = precision(args.amp), args.reduction, world.device, label, progress
+                numbers = measure(backbone, loader, applicable(names, backbone), Sizes.of(backbone, size), *how)
+                result = summary(label, encoder, size, numbers)
+                result |= {"amp": args.amp, "reduction": args.reduction, "seed": args.seed, "seconds": progress.seconds}
+                result |= {"args": plain(args), "classes": len(images.classes), "n_test": len(images)}
+                result |= {"test_images": facts["images"], "finished": utc_now(), **provenance(world.device)}
                 speed = result["images"] / result["seconds"]
                 log.info("%s: %d images, %.1f images/s", label, result["images"], speed)
-                if args.tsne_blocks and world.is_main:
+                if args.tsne_blocks and world.rank == 0:
                     # one process can stop at once: its pass is complete, and saved
                     with signals.deferred(world.size > 1):
                         result["tsne"] = token_map(backbone, dataset, args.tsne_blocks, args.seed, world.device)
@@ -113,14 +92,12 @@ def main(args: argparse.Namespace) -> None:
                 progress.end_pass(result)
 
             # ---- results
-            save(args.output_dir, args.log_dir, args.track, progress.results)
+            save(folder, args.log_dir, args.track, progress.results)
             barrier()
-        folder.close()
 
 
-def save(output_dir: str, log_dir: str | None, track: list[str], results: list[dict]) -> None:
+def save(folder: RunFolder, log_dir: str | None, track: list[str], results: list[dict]) -> None:
     """Log a table; write JSON, the figures, and to the trackers (their step is the block)."""
-    folder = RunFolder(output_dir)
     tsne = [result.pop("tsne", None) for result in results]
     if folder.path is not None:
         draw_figures(results, folder.path)

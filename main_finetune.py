@@ -1,39 +1,34 @@
-"""End-to-end fine-tuning on the [cls] token; cli/finetune.py has the arguments and examples."""
+"""End-to-end fine-tuning on the [cls] token; cli/finetune.toml has the arguments and examples."""
+
+from cli.arguments import command_line
+from cli.console import run_main
+from cli.finetune import check, get_args_parser, mixes
+
+if __name__ == "__main__":  # before the slow imports: --help and mistakes answer at once
+    ARGS = command_line(get_args_parser(), check)
 
 import argparse
-import functools
 import itertools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from cli.arguments import check_files, identity, loading, plain, processes, split_options
-from cli.console import checked, parse, run_main
-from cli.encoder_arguments import build_encoder, choose_precision, precision
-from cli.finetune import check, get_args_parser, mixes
-
-if __name__ == "__main__":  # before the slow imports: --help and mistakes answer at once
-    ARGS = checked(parse(get_args_parser()), check, check_files)
-
 import torch
 from PIL import Image, ImageOps
 
+from cli.arguments import build_split_images, identity, loading, plain
+from cli.encoder_arguments import build_encoder, precision
+from cli.session import peak_rate, plan, schedule, session, write_results
 from data_sets.imagenet import check_wnids
 from data_sets.images import fingerprint
 from data_sets.loader import KeyedDataset, build_loader
 from data_sets.order import EvaluationBatches, GlobalBatches
-from data_sets.table import build_splits
 from data_sets.views import eval_transform
 from encoders.load import Encoder, load_plain_or_safetensors, safetensors_metadata
-from engine_finetune import Classifier, FineTuning, evaluate
-from runtime.folder import RunFolder
-from runtime.processes import process_group
-from runtime.provenance import provenance, utc_now
-from runtime.training import Plan, Training
-from util.distributed import barrier
+from engine_finetune import Classifier, FineTuning, evaluate, layer_decay_groups
+from runtime.provenance import provenance
+from runtime.training import Training
 from util.files import digest
-from util.lr_sched import fitting_warmup, lr_at, scaled_lr
-from util.optim import layer_decay_groups
 from util.progress import log
 from util.seeding import seeded
 
@@ -42,20 +37,12 @@ NETWORK = ("model", "num_heads", "no_cls_token", "global_pool", "class names", "
 
 
 def main(args: argparse.Namespace) -> None:
-    check(args)
-    check_files(args)
-    with process_group(**processes(args)) as world:
-        choose_precision(args, world.device)
-        folder = RunFolder(args.output_dir, args.log_dir, args.track)
-        if not args.eval:
-            folder.refuse_overwriting(args.resume)
-
+    with session(args, check) as (world, folder):
         # ---- encoder with a fresh head, all of it trained
         published = published_classifier(args.resume) if args.eval else None
         if published is not None:
             args.finetune = args.resume
-        splits = build_splits(args.dataset, args.data_path, args.nb_classes, **split_options(args))
-        train_images, test_images, num_classes = splits
+        train_images, test_images, num_classes = build_split_images(args)
         batches = GlobalBatches(len(train_images), args.batch_size, args.accum_iter, args.seed)
         with seeded("weights", args.seed):
             encoder, size = build_encoder(args, drop_path=args.drop_path)
@@ -70,43 +57,29 @@ def main(args: argparse.Namespace) -> None:
             encoder.backbone.compile_blocks()
 
         # ---- data
+        options = loading(args, world.device)
         augment = augmentation(args, size, encoder)
-        mixup = None
-        if mixes(args):
-            from timm.data import Mixup  # seconds to import
-
-            mixed = (
-                args.mixup,
-                args.cutmix,
-                args.cutmix_minmax,
-                args.mixup_prob,
-                args.mixup_switch_prob,
-                args.mixup_mode,
-            )
-            mixup = Mixup(*mixed, label_smoothing=args.smoothing, num_classes=num_classes)
         train_set = KeyedDataset(train_images, augment, args.seed, on_bad_image=args.on_bad_image, train=True)
-        train_loader = build_loader(train_set, batches, **loading(args, world.device))
+        train_loader = build_loader(train_set, batches, **options)
         whole = {"crop_pct": 1.0} if size > 224 else {}  # as in MAE
         pixels = eval_transform(size, **encoder.pixels | whole)
         test_set = KeyedDataset(test_images, pixels, args.seed, on_bad_image=args.on_bad_image)
-        test_batches = EvaluationBatches(len(test_set), args.batch_size)
-        test_loader = build_loader(test_set, test_batches, **loading(args, world.device))
+        test_loader = build_loader(test_set, EvaluationBatches(len(test_set), args.batch_size), **options)
 
         # ---- optimiser: AdamW (0.9, 0.999), rates decaying from the head down
-        lr = args.lr if args.lr is not None else scaled_lr(args.blr, batches.effective)
-        groups = layer_decay_groups(model, encoder.backbone.depth, args.weight_decay, args.layer_decay)
+        lr, amp, mixup = peak_rate(args, args.blr, batches.effective), precision(args.amp), mixing(args, num_classes)
+        groups = layer_decay_groups(model, args.weight_decay, args.layer_decay)
         optimizer = torch.optim.AdamW([{**group, "peak_lr": lr} for group in groups], lr=lr, fused=True)
-        warmup = fitting_warmup(args.warmup_epochs, args.epochs)
-        schedule = functools.partial(lr_at, epochs=args.epochs, warmup_epochs=warmup, min_lr=args.min_lr)
-        amp = precision(args.amp)
         tuning = FineTuning(model, optimizer, world.device, amp, args.smoothing, mixup, args.clip_grad)
-        plan = Plan(args.epochs, args.seed, args.save_every_minutes, args.save_every_steps)
-        settings = identity(args, facts), args.start_epoch
-        training = Training(plan, tuning, optimizer, schedule, train_loader, batches, folder, *settings)
+        settings = folder, identity(args, facts), args.start_epoch
+        training = Training(plan(args), tuning, optimizer, schedule(args), train_loader, batches, *settings)
         if published is None:
             training.resume(args.resume, args.eval, evaluated=NETWORK)
         else:
-            take_over(model, published, args.resume)
+            try:
+                model.load_published_state_dict(published)
+            except (RuntimeError, TypeError, AttributeError) as error:
+                raise ValueError(f"--resume {args.resume} does not fit --model and --data_path: {error}") from error
             check_classes(args.resume, test_images.classes)
         if args.eval:
             scores = evaluate(model, test_loader, world.device, amp)
@@ -129,11 +102,8 @@ def main(args: argparse.Namespace) -> None:
                 training.end_epoch({"test_top1": scores.top1})
             metadata = {"family": model.family, "model": args.model, "input_size": str(size)}
             metadata |= {"epochs": str(args.epochs), "classes": json.dumps(train_images.classes)}
-            folder.save_encoder(model.published_state_dict(), metadata)
-            run |= {"seconds": training.elapsed, "finished": utc_now()}
-            folder.write("results.json", {"last": training.history[-1], **run})
-        barrier()
-        folder.close()
+            folder.save_tensors("encoder.safetensors", model.published_state_dict(), metadata)
+            write_results(folder, training, {"last": training.history[-1]}, run)
 
 
 def augmentation(args: argparse.Namespace, size: int, encoder: Encoder) -> Callable[[Image.Image], torch.Tensor]:
@@ -159,6 +129,16 @@ def posterize(image: Image.Image, bits: int, **_: object) -> Image.Image:
     return ImageOps.posterize(image, bits) if bits > 0 else Image.new(image.mode, image.size)
 
 
+def mixing(args: argparse.Namespace, num_classes: int) -> Callable | None:
+    """timm's mixup and cutmix."""
+    if not mixes(args):
+        return None
+    from timm.data import Mixup  # seconds to import
+
+    mixed = args.mixup, args.cutmix, args.cutmix_minmax, args.mixup_prob, args.mixup_switch_prob, args.mixup_mode
+    return Mixup(*mixed, label_smoothing=args.smoothing, num_classes=num_classes)
+
+
 def published_classifier(path: str) -> dict[str, torch.Tensor] | None:
     """The weights of MAE's published file or of an encoder.safetensors, with its head; None for a run's checkpoint."""
     content = load_plain_or_safetensors(Path(path)) if Path(path).is_file() else {"sha256": None}
@@ -177,11 +157,10 @@ def check_classes(path: str, classes: Sequence[str]) -> None:
     """
     metadata = safetensors_metadata(Path(path)) if Path(path).suffix == ".safetensors" else {}
     if "classes" in metadata:
-        pairs = itertools.zip_longest(json.loads(metadata["classes"]), classes)
-        for number, (trained, given) in enumerate(pairs):
+        for number, (trained, given) in enumerate(itertools.zip_longest(json.loads(metadata["classes"]), classes)):
             if trained != given:
-                outputs = f"output {number} of its classifier is class {trained}"
-                raise ValueError(f"--resume {path}: {outputs}, the data has {given}")
+                output = f"output {number} of its classifier is class {trained}"
+                raise ValueError(f"--resume {path}: {output}, the data has {given}")
     elif len(classes) == 1000:
         try:
             check_wnids(classes)
@@ -189,14 +168,6 @@ def check_classes(path: str, classes: Sequence[str]) -> None:
             raise ValueError(f"--resume {path} is taken for a classifier of ImageNet-1k: {error}") from error
     else:
         log.warning("%s does not name its classes: the scores assume the order %s, ...", path, ", ".join(classes[:3]))
-
-
-def take_over(model: Classifier, weights: dict[str, torch.Tensor], path: str) -> None:
-    """Load the weights strictly; ValueError."""
-    try:
-        model.load_published_state_dict(weights)
-    except (RuntimeError, TypeError, AttributeError) as error:
-        raise ValueError(f"--resume {path} does not fit --model and --data_path: {error}") from error
 
 
 if __name__ == "__main__":

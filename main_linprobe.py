@@ -1,22 +1,11 @@
-"""Train and test linear probes on the frozen tokens of one encoder; cli/linprobe.py has the arguments and examples."""
+"""Train and test linear probes on the frozen tokens of one encoder; cli/linprobe.toml has the arguments."""
 
-from cli.arguments import check_files
-from cli.console import checked, parse, run_main
-from cli.linprobe import (
-    OPTIMIZERS,
-    check,
-    data_seeds,
-    feature_arguments,
-    get_args_parser,
-    head_precision,
-    headline,
-    heads,
-    seeds_vary,
-)
-from cli.presets import FEW_STEPS, small_command
+from cli.arguments import command_line
+from cli.console import run_main
+from cli.linprobe import check, get_args_parser
 
 if __name__ == "__main__":  # before the slow imports: --help and mistakes answer at once
-    ARGS = checked(parse(get_args_parser()), check, check_files)
+    ARGS = command_line(get_args_parser(), check)
 
 import argparse
 import dataclasses
@@ -28,39 +17,30 @@ from typing import Any
 import numpy as np
 import torch
 
-from cli.arguments import identity, loading, plain, processes, split_options
-from cli.encoder_arguments import build_oracle, choose_precision, frozen_encoder, precision
+from cli import linprobe as flags
+from cli.arguments import build_split_images, identity, loading, plain
+from cli.encoder_arguments import build_oracle, frozen_encoder, precision
+from cli.session import peak_rate, plan, schedule, session, write_results
 from data_sets.images import fingerprint
 from data_sets.loader import KeyedDataset, build_loader
 from data_sets.order import EvaluationBatches, GlobalBatches, hold_out
-from data_sets.table import DATASETS, build_splits
+from data_sets.table import DATASETS
 from data_sets.views import eval_transform, train_transform
 from encoders.architectures import check_blocks
 from engine_linprobe import FrozenTokens, Probing, evaluate, nearest_neighbours
 from models_vit import VisionTransformer
+from probing import results as report
 from probing.bank import ProbeBank, ProbeSpec
 from probing.feature_cache import CachedTokens, FeatureCache, Part
 from probing.heads import own_block
 from probing.logreg import Fits, Fitting, Shots, describe, tasks
-from probing.predictions import FILE, PredictionKeeper
-from probing.results import (
-    best_probe,
-    log_neighbours,
-    log_scores,
-    log_start,
-    log_summary,
-    summary,
-    warn_of_choices,
-    warn_of_edges,
-)
-from probing.untrained import mark_untrained
+from probing.predictions import FILE, PredictionKeeper, mark_untrained
 from runtime.folder import RunFolder
-from runtime.processes import process_group, require_same_run
-from runtime.provenance import code_digest, provenance, utc_now
-from runtime.training import Plan, Training
+from runtime.processes import require_same_run
+from runtime.provenance import code_digest, provenance
+from runtime.training import Training
 from util.files import digest
 from util.lars import LARS
-from util.lr_sched import fitting_warmup, lr_at, scaled_lr
 from util.progress import log
 from util.scores import MultiLabelTally, Tally
 
@@ -68,53 +48,43 @@ NEIGHBOURS = (1, 5, 20)  # of k-NN without --knn, if features are cached
 
 
 def main(args: argparse.Namespace) -> None:
-    check(args)
-    check_files(args)
-    with process_group(**processes(args)) as world:
-        choose_precision(args, world.device)
-        folder = RunFolder(args.output_dir + args.suffix if args.output_dir else "", args.log_dir, args.track)
-        if not args.eval:
-            folder.refuse_overwriting(args.resume)
-
+    with session(args, check) as (world, folder):
         # ---- labelled images, a frozen encoder, a bank of probes on its tokens, and what the bank reads
         setup = Setup(args, world.device)
         bank, metric, fits = setup.bank, setup.metric, setup.fits
         evaluated, images = setup.facts()
-        facts = evaluated | images
-        require_same_run(facts)
+        require_same_run(evaluated | images)
         shots = Shots(args.shots, args.episodes, args.seed)
         batches = setup.batches(shots)
         setup.open_inputs(batches)
 
         # ---- recipe: LARS, a rate for each probe, warm-up and half-cosine by optimizer step
-        lrs = [args.lr if args.lr is not None else scaled_lr(spec.blr, batches.effective) for spec in bank.specs]
+        lrs = [peak_rate(args, spec.blr, batches.effective) for spec in bank.specs]
         optimizer = build_optimizer(args, bank.specs, bank.parameter_groups(lrs))
-        warmup = fitting_warmup(args.warmup_epochs, args.epochs)
-        schedule = functools.partial(lr_at, epochs=args.epochs, warmup_epochs=warmup, min_lr=args.min_lr)
         probing = Probing(bank, setup.tokens, optimizer, world.device, setup.multi_label, args.bn_group, setup.seeds)
-        plan = Plan(args.epochs, args.seed, args.save_every_minutes, args.save_every_steps)
-        recipe = plan, probing, optimizer, schedule, setup.loaders["train"], batches, folder, identity(args, facts)
-        training = (
-            Fitting(setup.cache, args.l2, shots, metric, *recipe) if fits else Training(*recipe, args.start_epoch)
-        )
+        recipe = plan(args), probing, optimizer, schedule(args), setup.loaders["train"], batches
+        settings = folder, identity(args, evaluated | images)
+        if fits:
+            training = Fitting(setup.cache, args.l2, shots, metric, *recipe, *settings)
+        else:
+            training = Training(*recipe, *settings, args.start_epoch)
         training.resume(args.resume, args.eval, ["final_norm", *evaluated])
         kept = probing.names, setup.classes, setup.multi_label, world.device
         keeper = PredictionKeeper(*kept) if args.save_predictions else None
-        run = setup.record(batches, dict(zip(probing.names, lrs, strict=True)), facts)
+        run = setup.record(batches, dict(zip(probing.names, lrs, strict=True)), images)
         if args.eval:
-            log_scores(setup.score("test", keeper))
+            report.log_scores(setup.score("test", keeper))
             write_predictions(folder, keeper, bank.specs, run, {})
             return
 
         # ---- epochs
         training.start(run)
-        warn_of_choices(bank.specs, bool(setup.held_out))
-        if batches.steps * args.epochs < FEW_STEPS and not fits:
-            command = small_command(args, get_args_parser(), probing.program)
-            log.warning("only %d optimizer steps: for so few images, %s", batches.steps * args.epochs, command)
+        report.warn_of_choices(bank.specs, bool(setup.held_out))
+        if (steps := batches.steps * args.epochs) < flags.FEW_STEPS and not fits:
+            log.warning("only %d optimizer steps: for so few images, %s", steps, flags.small_command(args))
         if setup.cache is not None:
             setup.cache.fill(args.batch_size, **setup.load.keywords)
-        log_start(run, bank)
+        report.log_start(run, bank)
         watched = "val" if setup.held_out and not fits else "test"  # held-out images are among those of a fit
         with training.stoppable():
             for epoch in training.epochs():
@@ -125,37 +95,37 @@ def main(args: argparse.Namespace) -> None:
                     record[watched] = setup.score(watched)
                     losses = dict(zip(probing.names, stats.losses, strict=True))
                     training.history.append({"epoch": epoch, "train_loss": losses, watched: record[watched]})
-                log.info("epoch %d: %s%s", epoch, best_probe(record.get(watched), metric, watched), stats.speed())
+                best = report.best_probe(record.get(watched), metric, watched)
+                log.info("epoch %d: %s%s", epoch, best, stats.speed())
                 folder.log_line(record)
                 figures = record.get(watched, {}).items()
                 training.end_epoch({f"{watched}_{metric}/{name}": scores[metric] for name, scores in figures})
 
             # ---- results of the last epoch
             final = setup.score("test", keeper) if setup.held_out or keeper else training.history[-1]["test"]
-            results = summary(bank, training.history, training.diverged(), watched, metric, final)
+            results = report.summary(bank, training.history, training.diverged(), watched, metric, final)
             for name, fit in training.facts.items() if fits else ():
                 results[name] |= describe(fit)
-            labels = np.asarray(setup.train.targets)[setup.kept], np.asarray(setup.test.targets)
-            mark_untrained(results, training.history[-1].get("train_loss", {}), *labels, metric)
+            mark_untrained(results, training.history[-1].get("train_loss", {}), *setup.labels(), metric)
             write_predictions(folder, keeper, bank.specs, run, results)
             if neighbours := setup.neighbours():
                 run["knn"] = neighbours
-                log_neighbours(neighbours)
-            run |= {"seconds": training.elapsed, "finished": utc_now()}
-            folder.write("results.json", {"probes": results, **run})
-        log_summary(results, metric, args.report)
-        warn_of_edges(results)
-        folder.close()
+                report.log_neighbours(neighbours)
+            write_results(folder, training, {"probes": results}, run)
+        report.log_summary(results, metric, args.report)
+        report.warn_of_edges(results)
 
 
 class Setup:
     """What the arguments name: labelled images, a frozen encoder, probes on its tokens, and what these read."""
 
     def __init__(self, args: argparse.Namespace, device: torch.device):
-        self.args, self.device, self.metric, self.seeds = args, device, headline(args), data_seeds(args)
+        self.args, self.device = args, device
+        self.metric = flags.headline(args)
+        # of data order and augmentation; none if all probes use those of --seed
+        self.seeds = () if args.seeds_vary == "weights" else tuple(args.seeds or [args.seed])
         self.multi_label, self.fits = DATASETS[args.dataset].multi_label, "logreg" in args.optimizer
-        splits = build_splits(args.dataset, args.data_path, args.nb_classes, **split_options(args))
-        self.train, self.test, self.classes = splits
+        self.train, self.test, self.classes = build_split_images(args)
         # with --val_fraction, rates are chosen on training images that are held out
         self.kept, self.held_out = hold_out(self.train.targets, args.val_fraction, args.seed)
         if max(args.knn, default=0) > len(self.kept):
@@ -168,11 +138,9 @@ class Setup:
             raise ValueError(f"--final_norm: encoders of family {family} have no last norm; omit it")
         if args.compile:
             backbone.compile_blocks()
-        grid, options = (
-            backbone.grid_of(self.size, self.size),
-            (args.init, bool(self.seeds), head_precision(args, device)),
-        )
-        bank = self.bank = ProbeBank(probe_specs(args, backbone), backbone, grid, self.classes, *options).to(device)
+        options = args.init, bool(self.seeds), flags.head_precision(args, device)
+        sizes = backbone.grid_of(self.size, self.size), self.classes
+        bank = self.bank = ProbeBank(probe_specs(args, backbone), backbone, *sizes, *options).to(device)
         self.oracle = build_oracle(args, self.encoder, self.size, amp).to(device) if bank.needs.oracle else None
         self.frozen = FrozenTokens(backbone, bank.blocks, amp, args.final_norm, bank.needs, self.oracle)
 
@@ -181,6 +149,10 @@ class Setup:
         facts = self.encoder.facts(self.size) | (self.oracle.facts if self.oracle else {})
         facts["class names"] = digest(self.train.classes)
         return facts, {"training images": fingerprint(self.train), "test images": fingerprint(self.test)}
+
+    def labels(self) -> tuple[np.ndarray, np.ndarray]:
+        """Of the images that the probes were trained on, and of the test images."""
+        return np.asarray(self.train.targets)[self.kept], np.asarray(self.test.targets)
 
     def batches(self, shots: Shots) -> GlobalBatches | Fits:
         """Order and augmentation depend on (seed, epoch, sample) alone."""
@@ -209,7 +181,7 @@ class Setup:
         augment = train_transform(self.size, crop=args.crop, hflip=not args.no_hflip, **pixels)
         plain = eval_transform(self.size, **pixels)
         keyed = functools.partial(KeyedDataset, seed=args.seed, on_bad_image=args.on_bad_image)
-        seeds = self.seeds if "views" in seeds_vary(args) else ()
+        seeds = self.seeds if "views" in flags.seeds_vary(args) else ()
         train = keyed(self.train, augment, train=True, indices=self.kept)
         parts = {"train": Part(train, self.kept, args.cache_views, seeds)}
         parts["test"] = Part(keyed(self.test, plain), range(len(self.test)))
@@ -219,40 +191,24 @@ class Setup:
         """Everything that cached features depend on; nothing for a cache in memory, which needs no name."""
         if self.args.cache_dir is None:
             return {}
-        versions = provenance(self.device)["versions"]
-        return {
-            "encoder": self.encoder.facts(self.size),
-            "oracle": self.oracle and self.oracle.facts,
-            "images": [fingerprint(part, local=True) for part in (self.train, self.test)],
-            "held out": self.held_out,
-            "arguments": feature_arguments(self.args),
-            "device": self.device.type,
-            "code": code_digest(),
-            "versions": {name: versions[name] for name in ("torch", "torchvision", "pillow", "numpy")},
-        }
+        versions, libraries = provenance(self.device)["versions"], ("torch", "torchvision", "pillow", "numpy")
+        networks = {"encoder": self.encoder.facts(self.size), "oracle": self.oracle and self.oracle.facts}
+        images = [fingerprint(part, local=True) for part in (self.train, self.test)]
+        relevant = {name: value for name, value in plain(self.args).items() if name not in flags.NOT_IN_FEATURES}
+        inputs = {"images": images, "held out": self.held_out, "arguments": relevant}
+        code = {"code": code_digest(), "versions": {name: versions[name] for name in libraries}}
+        return {**networks, **inputs, "device": self.device.type, **code}
 
-    def record(self, batches: GlobalBatches | Fits, lrs: dict[str, float], facts: dict[str, Any]) -> dict[str, Any]:
-        """What args.json and results.json say about the run."""
-        args = self.args
-        return {
-            "args": plain(args),
-            "encoder": self.encoder.record,
-            "effective_batch": batches.effective,
-            "bn_group": args.bn_group or args.batch_size,
-            "steps_per_epoch": batches.steps,
-            "lr": lrs,
-            "n_train": len(self.kept),
-            "n_val": len(self.held_out),
-            "n_test": len(self.test),
-            "classes": self.classes,
-            "class_names": list(map(str, self.train.classes)),
-            "headline": self.metric,
-            "train_images": facts["training images"],
-            "test_images": facts["test images"],
-            "seeds_vary": seeds_vary(args),
-            "oracle": self.oracle and self.oracle.record,
-            **provenance(self.device),
-        }
+    def record(self, batches: GlobalBatches | Fits, lrs: dict[str, float], images: dict[str, str]) -> dict[str, Any]:
+        """What args.json and results.json say about the run. images: their fingerprints."""
+        args, names = self.args, list(map(str, self.train.classes))
+        record = {"args": plain(args), "encoder": self.encoder.record, "effective_batch": batches.effective}
+        record |= {"bn_group": args.bn_group or args.batch_size, "steps_per_epoch": batches.steps, "lr": lrs}
+        record |= {"n_train": len(self.kept), "n_val": len(self.held_out), "n_test": len(self.test)}
+        record |= {"classes": self.classes, "class_names": names, "headline": self.metric}
+        record |= {"train_images": images["training images"], "test_images": images["test images"]}
+        record |= {"seeds_vary": flags.seeds_vary(args), "oracle": self.oracle and self.oracle.record}
+        return record | provenance(self.device)
 
     def score(self, part: str, keeper: PredictionKeeper | None = None) -> dict[str, dict]:
         """{probe: its scores} on a part of the images. keeper: collects the predictions."""
@@ -281,19 +237,18 @@ def probe_specs(args: argparse.Namespace, backbone: VisionTransformer) -> list[P
     """The probes that the arguments name. ValueError for what does not exist or does not fit the encoder."""
     blocks = args.return_block if args.return_block is not None else [backbone.depth - 1]
     check_blocks(blocks, backbone.depth)
-    placed = [
-        (head, block)
-        for head in heads(args, backbone.depth)
-        for block in dict.fromkeys(own_block(head) if own_block(head) is not None else block for block in blocks)
-    ]
-    settings = itertools.product(placed, args.optimizer, args.blr, args.seeds or [args.seed])
-    return [ProbeSpec(*place, blr, seed, optimizer, args.lr) for place, optimizer, blr, seed in settings]
+    pairs = []
+    for head in flags.heads(args, backbone.depth):
+        own = own_block(head)
+        pairs += [(head, block) for block in (dict.fromkeys(blocks) if own is None else [own])]
+    settings = itertools.product(pairs, args.optimizer, args.blr, args.seeds or [args.seed])
+    return [ProbeSpec(*pair, blr, seed, optimizer, args.lr) for pair, optimizer, blr, seed in settings]
 
 
 def build_optimizer(args: argparse.Namespace, specs: Sequence[ProbeSpec], groups: list[dict]) -> LARS:
     """One optimizer, with the rule of its probes in each group."""
     for group in groups:
-        group |= OPTIMIZERS[specs[group["rows"][0]].optimizer]
+        group |= flags.OPTIMIZERS[specs[group["rows"][0]].optimizer]
         if args.momentum is not None:
             group["momentum"] = args.momentum
     return LARS(groups, weight_decay=args.weight_decay)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models_mae import random_masking, take
-from models_vit import VisionTransformer
+from models_vit import Block, VisionTransformer
 from util.distributed import gather_tensors, rank, world_size
 from util.published import Published
 
@@ -100,11 +100,6 @@ class MomentumContrast(nn.Module):
         self.momentum_projector = copy.deepcopy(self.projector).requires_grad_(False)
         self.register_buffer("epoch_sums", torch.zeros(4, dtype=torch.float64))  # of a Contrast, and their number
 
-    def compile_blocks(self, backend: str | Callable = "inductor") -> None:
-        """Compile the blocks of both encoders in place."""
-        for encoder in (self.encoder, self.momentum_encoder):
-            encoder.compile_blocks(backend)
-
     @torch.no_grad()
     def update(self, momentum: float) -> None:
         """Move the momentum copy towards the trained weights: momentum x copy + (1 - momentum) x trained."""
@@ -142,5 +137,7 @@ class SharedEncoder(Published, nn.ModuleList):
     prefix = r"\d+\.(encoder\.)?"
 
     def compile_blocks(self, backend: str | Callable = "inductor") -> None:
-        for network in self:
-            network.compile_blocks(backend)
+        """Compile the blocks of all networks in place."""
+        for block in self.modules():
+            if isinstance(block, Block):
+                block.compile(backend=backend)

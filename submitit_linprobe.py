@@ -21,21 +21,13 @@ import submitit
 from submitit.core.utils import FailedJobError, pickle_load
 
 from runtime.jobs import GONE, Task, state_of
-from runtime.provenance import ROOT
-from runtime.snapshot import take_snapshot
+from runtime.provenance import ROOT, take_snapshot
 from util import signals
 
 REQUEUES = 100  # after as many time-outs, something is wrong
-ENDED = {
-    "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE", "PREEMPTED",
-    "STOPPED", GONE,
-}  # fmt: skip
+ENDED = {GONE, "COMPLETED", "STOPPED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL"}
+ENDED |= {"DEADLINE", "PREEMPTED"}
 OTHERS = re.compile(r"submitit |srun: |slurmstepd|\d\d:\d\d:\d\d Submitted job triggered")  # in a job's log
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# submission
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 class SlurmExecutor(submitit.SlurmExecutor):
@@ -46,7 +38,7 @@ class SlurmExecutor(submitit.SlurmExecutor):
         return 2
 
     def script(self, jobs: int) -> str:
-        """What would go to sbatch."""
+        """The script for sbatch."""
         self.parameters["map_count"] = jobs if jobs > 1 else None
         return self._make_submission_file_text(self._submitit_command_str, "")
 
@@ -58,29 +50,32 @@ def build_executor(args: argparse.Namespace, code: Path) -> SlurmExecutor | subm
     python = shlex.join(["env", f"PYTHONPATH={path}", sys.executable, "-P"])
     gpus, folder = gpus_per_node(args), args.job_dir.resolve() / "jobs"
     tasks = args.tasks_per_node or max(gpus, 1)
+    both = {"signal_delay_s": WARNING, "stderr_to_stdout": True}
     if args.cluster == "local":
         local = submitit.LocalExecutor(folder, max_num_timeout=REQUEUES, python=python)
-        local.update_parameters(
-            timeout_min=args.timeout, gpus_per_node=gpus, tasks_per_node=tasks, signal_delay_s=WARNING,
-            stderr_to_stdout=True,
-        )  # fmt: skip
+        local.update_parameters(timeout_min=args.timeout, gpus_per_node=gpus, tasks_per_node=tasks, **both)
         return local
     slurm = SlurmExecutor(folder, max_num_timeout=REQUEUES, python=python)
+    same = ("nodes", "cpus_per_task", "partition", "account", "qos", "constraint", "comment")
     slurm.update_parameters(
-        job_name=args.main, nodes=args.nodes, ntasks_per_node=tasks, gpus_per_node=gpus or None,
-        cpus_per_task=args.cpus_per_task, mem=None if args.mem_gb is None else f"{round(args.mem_gb * 1024)}M",
-        time=args.timeout, signal_delay_s=WARNING, partition=args.partition, account=args.account, qos=args.qos,
-        constraint=args.constraint, comment=args.comment, wckey=None, stderr_to_stdout=True,
+        **{name: getattr(args, name) for name in same},
+        **both,
+        job_name=args.main,
+        ntasks_per_node=tasks,
+        gpus_per_node=gpus or None,
+        mem=None if args.mem_gb is None else f"{round(args.mem_gb * 1024)}M",
+        time=args.timeout,
+        wckey=None,
         array_parallelism=args.parallel,
-        # since 22.05, srun does not know what sbatch was told; and a process that fails leaves others that wait for it
+        # since 22.05, srun does not know sbatch's options; and a process that fails leaves others that wait for it
         srun_args=[f"--cpus-per-task={args.cpus_per_task}", "--kill-on-bad-exit=1"],
         additional_parameters={"requeue": True, **dict(pair.split("=", 1) for pair in args.slurm)},
-    )  # fmt: skip
+    )
     return slurm
 
 
 def submit(args: argparse.Namespace, planned: list[Planned]) -> list[submitit.Job]:
-    """Hand the jobs over: an array where they are several. ValueError with SLURM's own words where it refuses."""
+    """Submit the jobs, several as an array. ValueError with SLURM's message where it refuses them."""
     code = ROOT
     if not args.no_snapshot:
         code = take_snapshot(args.job_dir.resolve() / "code")
@@ -103,35 +98,26 @@ def submit(args: argparse.Namespace, planned: list[Planned]) -> list[submitit.Jo
     return jobs
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# outcome
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def results(job: submitit.Job) -> list[tuple[str, str, Path]]:
     """("success" or "error", its text, log) of the processes that ended; those that lost another one come last."""
     paths = [job.task(rank).paths for rank in range(job.num_tasks)]
-    found = [(*pickle_load(path.result_pickle), path.stdout) for path in paths if path.result_pickle.exists()]
-    return sorted(found, key=lambda result: (result[0] != "error", "has ended, while rank" in str(result[1])))
+    ended = [(*pickle_load(path.result_pickle), path.stdout) for path in paths if path.result_pickle.exists()]
+    return sorted(ended, key=lambda result: (result[0] != "error", "has ended, while rank" in str(result[1])))
 
 
 def state(job: submitit.Job) -> str:
-    """In SLURM's words, on one machine too; STOPPED: as requested, and not put back."""
-    if isinstance(job, submitit.LocalJob):
-        if not job.done():
-            return "RUNNING"
-    else:
-        known = state_of(job.job_id)
-        if known == GONE:  # the accounts may know, where they are kept
-            known = job.get_info(mode="force").get("State", GONE).split()[0]
-        if known != GONE:
-            return known or "UNKNOWN"
+    """SLURM's name of the state, also for local jobs; STOPPED: ended on request, and not requeued."""
+    local = isinstance(job, submitit.LocalJob)
+    known = (GONE if job.done() else "RUNNING") if local else state_of(job.job_id)
+    if known == GONE and not local:  # the accounts may know, where they are kept
+        known = job.get_info(mode="force").get("State", GONE).split()[0]
+    if known != GONE:
+        return known or "UNKNOWN"
     outcomes = [outcome for outcome, *_ in results(job)]
     if "error" in outcomes:
         return "FAILED"
-    if len(outcomes) == job.num_tasks:
-        return "COMPLETED"
-    return "STOPPED" if isinstance(job, submitit.LocalJob) else GONE
+    ended = "STOPPED" if local else GONE
+    return "COMPLETED" if len(outcomes) == job.num_tasks else ended
 
 
 def wait(jobs: list[submitit.Job]) -> bool:
@@ -156,11 +142,11 @@ def wait(jobs: list[submitit.Job]) -> bool:
 
 
 def failure(job: submitit.Job, lines: int = 5) -> str:
-    """What the process that failed has said last."""
-    found = [log for outcome, _, log in results(job) if outcome == "error"]
-    log = next(iter([*found, job.paths.stdout]))
+    """The last lines of the log of the process that failed."""
+    failed = [log for outcome, _, log in results(job) if outcome == "error"]
+    log = [*failed, job.paths.stdout][0]
     text = [line for line in (log.read_text(errors="replace").splitlines() if log.exists() else []) if line.strip()]
-    if found:  # the program has told its error; what others say of its end only hides it
+    if failed:  # the program has printed its error; messages of others about its end only hide it
         text = [line for line in text if not OTHERS.match(line)]
     return "\n".join([f"the last lines of {log}:", *(f"    {line}" for line in text[-lines:])])
 

@@ -5,6 +5,7 @@ Boxes are x0, y0, x1, y1 in pixels of the image, inclusive, exactly as written i
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import os
 import xml.etree.ElementTree as ElementTree
@@ -25,12 +26,22 @@ if TYPE_CHECKING:
     from torch.utils.data import Dataset
 
 Size = tuple[int, int]  # width and height
+BOX, SIDES = ("x0", "y0", "x1", "y1"), ("width", "height")
 MAX_SIDE = 2**31  # in pixels; beyond any image format
 
 
 class Annotation(NamedTuple):
     boxes: list[tuple[int, int, int, int]]
     size: Size | None  # of the image in which the boxes were drawn, if the source states it
+
+
+class Row(NamedTuple):
+    """A box as a file has it."""
+
+    where: str  # file and line, for errors
+    image: str
+    box: Sequence[str | None]  # x0, y0, x1, y1
+    size: Sequence[str | None] = ()  # width, height
 
 
 class BoxSource(NamedTuple):
@@ -46,28 +57,15 @@ class BoxSource(NamedTuple):
     by_path: bool = False
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# formats
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class Row(NamedTuple):
-    """One box as written in a file."""
-
-    where: str  # file and line, for errors
-    image: str
-    box: Sequence[str | None]  # x0, y0, x1, y1
-    size: Sequence[str | None] = ()  # width, height
+# ---- formats
 
 
 def _integers(where: str, texts: Sequence[str | None], meaning: str) -> list[int]:
     """Whole numbers, which tables of floats write as 10.0; ValueError for all else."""
-    try:
+    with contextlib.suppress(TypeError, ValueError):
         numbers = [float(text) for text in texts]
         if all(number.is_integer() for number in numbers):
             return [int(number) for number in numbers]
-    except (TypeError, ValueError):
-        pass
     raise ValueError(f"{where}: {', '.join(text or '' for text in texts)} are not {meaning}")
 
 
@@ -76,43 +74,43 @@ def _annotations(rows: Iterable[Row]) -> dict[str, Annotation]:
     for where, image, texts, sides in rows:
         x0, y0, x1, y1 = box = tuple(_integers(where, texts, "four integers x0, y0, x1, y1"))
         size = tuple(_integers(where, sides, "a width and height in pixels")) if sides else None
-        if not (0 <= x0 <= x1 < MAX_SIDE and 0 <= y0 <= y1 < MAX_SIDE):
-            raise ValueError(f"{where}: {x0}, {y0}, {x1}, {y1} is not a box: need 0 <= x0 <= x1 and 0 <= y0 <= y1")
-        if size is not None and min(size) < 1:
-            raise ValueError(f"{where}: no image has {size[0]} x {size[1]} pixels")
-        if size is not None and (x1 > size[0] or y1 > size[1]):  # VOC counts from 1: a box may end at the width
-            raise ValueError(f"{where}: {x0}, {y0}, {x1}, {y1} exceeds its image of {size[0]} x {size[1]} pixels")
-        if not image:
-            raise ValueError(f"{where}: the image has no name")
         known = annotations.setdefault(image, Annotation([], size))
-        if known.size != size:
-            raise ValueError(f"{where}: {image} has two sizes, {known.size} and {size} pixels: correct one of them")
-        known.boxes.append(box)
+        if not (0 <= x0 <= x1 < MAX_SIDE and 0 <= y0 <= y1 < MAX_SIDE):
+            problem = f"{x0}, {y0}, {x1}, {y1} is not a box: need 0 <= x0 <= x1 and 0 <= y0 <= y1"
+        elif size is not None and min(size) < 1:
+            problem = f"no image has {size[0]} x {size[1]} pixels"
+        elif size is not None and (x1 > size[0] or y1 > size[1]):  # VOC counts from 1: a box may end at the width
+            problem = f"{x0}, {y0}, {x1}, {y1} exceeds its image of {size[0]} x {size[1]} pixels"
+        elif not image:
+            problem = "the image has no name"
+        elif known.size != size:
+            problem = f"{image} has two sizes, {known.size} and {size} pixels: correct one of them"
+        else:
+            known.boxes.append(box)
+            continue
+        raise ValueError(f"{where}: {problem}")
     return annotations
 
 
-def _table(path: Path, columns: Sequence[str] = ()) -> Iterator[tuple[str, dict[str, str]]]:
+def _table(path: Path, columns: Sequence[str] | None = None) -> Iterator[tuple[str, dict[str, str]]]:
     """(file and line, row) of a table with these columns (default: those that its first line names)."""
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.reader(file)
-            columns = columns or next(reader, [])
-            for fields in filter(None, reader):
+            reader = csv.DictReader(file, columns)
+            for row in reader:
                 where = f"{path}, line {reader.line_num}"
-                if len(fields) != len(columns):
-                    raise ValueError(f"{where} has {len(fields)} columns instead of {len(columns)}")
-                yield where, dict(zip(columns, fields, strict=True))
+                if None in row or None in row.values():
+                    raise ValueError(f"{where} does not have {len(reader.fieldnames)} columns")
+                yield where, row
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
 
 
 def _columns(path: Path) -> list[str]:
     """Those that the first line of a table names; none if it cannot be read."""
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            return next(csv.reader(file), [])
-    except (OSError, UnicodeDecodeError, csv.Error):
-        return []
+    with contextlib.suppress(OSError, UnicodeDecodeError, csv.Error), open(path, newline="", encoding="utf-8-sig") as f:
+        return next(csv.reader(f), [])
+    return []
 
 
 def _xml_files(folder: Path) -> list[Path]:
@@ -121,56 +119,38 @@ def _xml_files(folder: Path) -> list[Path]:
 
 def _xml_folder(folder: Path) -> Iterator[Row]:
     """One PASCAL VOC file per image: ILSVRC2012_bbox_val_v3.tgz, or Annotations/CLS-LOC/val."""
-    files = _xml_files(folder)
-    if hidden := len(list(folder.glob("*.xml"))) - len(files):
-        log.info("%s: %d .xml files of the operating system ignored", folder, hidden)
-    for path in files:
+    for path in _xml_files(folder):
         try:
             tree = ElementTree.parse(path)
         except (ElementTree.ParseError, OSError) as error:
             raise ValueError(f"{path} is not an annotation in XML: {error}") from error
-        size = [tree.findtext(f"size/{side}") for side in ("width", "height")]
+        size = [tree.findtext(f"size/{side}") for side in SIDES]
         for item in tree.iterfind("object[bndbox]"):
             box = [item.findtext(f"bndbox/{side}") for side in ("xmin", "ymin", "xmax", "ymax")]
             yield Row(str(path), path.stem, box, size)
 
 
-KAGGLE = ["ImageId", "PredictionString"]
-
-
 def _kaggle(path: Path) -> Iterator[Row]:
     """LOC_val_solution.csv: ILSVRC2012_val_00048981,n03995372 85 1 499 272 n03995372 ..."""
-    lines: dict[str, str] = {}
     for where, row in _table(path):
-        image, text = (row[column] for column in KAGGLE)
-        fields = text.split()
+        fields = row["PredictionString"].split()
         if not fields or len(fields) % 5:
-            raise ValueError(f"{where}: {text[:60]!r} is not of the form WNID X0 Y0 X1 Y1 ...")
-        if lines.setdefault(image, where) != where:
-            raise ValueError(f"{where}: {image} is also in {lines[image]}: remove one of them")
+            raise ValueError(f"{where}: {' '.join(fields)[:60]!r} is not of the form WNID X0 Y0 X1 Y1 ...")
         for start in range(0, len(fields), 5):
-            yield Row(where, image, fields[start + 1 : start + 5])
-
-
-BOX = ("x0", "y0", "x1", "y1")
-SIDES = ("width", "height")
+            yield Row(where, row["ImageId"], fields[start + 1 : start + 5])
 
 
 def _wsol(path: Path) -> Iterator[Row]:
     """localization.txt with a line `path,x0,y0,x1,y1` per box, beside image_sizes.txt with `path,width,height`."""
     path = path / "localization.txt" if path.is_dir() else path
-    size_file, sizes, stems = path.parent / "image_sizes.txt", {}, {}
-    for where, row in _table(size_file, ("path", *SIDES)):
-        size = [row[side] for side in SIDES]
-        if sizes.setdefault(row["path"], size) != size:
-            both = f"{', '.join(sizes[row['path']])} and {', '.join(size)}"
-            raise ValueError(f"{where}: {row['path']} has two sizes, {both} pixels: correct one of them")
+    size_file, images = path.parent / "image_sizes.txt", {}
+    sizes = {row["path"]: [row[side] for side in SIDES] for _, row in _table(size_file, ("path", *SIDES))}
     for where, row in _table(path, ("path", *BOX)):
         image, stem = row["path"], Path(row["path"]).stem
         if image not in sizes:
             raise ValueError(f"{where}: {image} is not in {size_file}")
-        if stems.setdefault(stem, image) != image:
-            raise ValueError(f"{where}: {image} and {stems[stem]} have the same file name in different folders")
+        if images.setdefault(stem, image) != image:
+            raise ValueError(f"{where}: {image} and {images[stem]} have the same file name in different folders")
         yield Row(where, stem, [row[side] for side in BOX], sizes[image])
 
 
@@ -186,8 +166,7 @@ def _csv(path: Path) -> Iterator[Row]:
             raise ValueError(f"{path} has {count} columns called {column} instead of 1: {', '.join(columns)}")
     for where, row in _table(path):
         image = row[name].replace("\\", "/")
-        image = image and os.path.normpath(image)
-        yield Row(where, image, [row[side] for side in BOX], [row[side] for side in sides])
+        yield Row(where, image and os.path.normpath(image), [row[x] for x in BOX], [row[side] for side in sides])
 
 
 BOX_SOURCES = {
@@ -197,7 +176,9 @@ BOX_SOURCES = {
         _xml_folder,
     ),
     "imagenet-csv": BoxSource(
-        "LOC_val_solution.csv of Kaggle", lambda path: path.suffix == ".csv" and _columns(path)[:2] == KAGGLE, _kaggle
+        "LOC_val_solution.csv of Kaggle",
+        lambda path: path.suffix == ".csv" and _columns(path)[:2] == ["ImageId", "PredictionString"],
+        _kaggle,
     ),
     "wsol": BoxSource(
         "localization.txt of wsolevaluation, or its folder, with image_sizes.txt",
@@ -213,9 +194,7 @@ BOX_SOURCES = {
 }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the boxes of a data set
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- the boxes of a data set
 
 
 class ImageBoxes:

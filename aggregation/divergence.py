@@ -61,13 +61,10 @@ def matrices(direction: str, floor: float) -> dict[str, dict[str, str]]:
     """Unit and definition of what is measured for each pair of rules."""
     pair = {"row_col": "KL(row || column)", "col_row": "KL(column || row)"}[direction]
     floored = f"weights clamped to at least {floor:g} and renormalised" if floor else "unmodified weights"
+    exact = "unmodified weights; mean over the images where it is finite"
     both = "half of KL(row || column) + KL(column || row)"
-    definitions = {
-        "kl": f"{pair}, {floored}",
-        "kl_symmetric": f"{both}, {floored}",
-        "kl_exact": f"{pair}, unmodified weights; mean over the images where it is finite",
-        "kl_symmetric_exact": f"{both}, unmodified weights; mean over the images where it is finite",
-    }
+    definitions = {"kl": f"{pair}, {floored}", "kl_symmetric": f"{both}, {floored}"}
+    definitions |= {"kl_exact": f"{pair}, {exact}", "kl_symmetric_exact": f"{both}, {exact}"}
     share = {"unit": "share", "definition": "images in which both have their largest weight on the same patch"}
     return {name: {"unit": "nats", "definition": text} for name, text in definitions.items()} | {"same_peak": share}
 

@@ -13,7 +13,7 @@ from aggregation.boxes import ImageBoxes
 from aggregation.figures import BOXES, display_name, draw_boxes, draw_maps
 from aggregation.localization import TOP, boxes_at, score_map
 from aggregation.rules import Rule, vectors_of
-from data_sets.images import Example, read_rgb
+from data_sets.images import Example, read_image
 from data_sets.views import View
 from engine_linprobe import FrozenTokens
 from util.plotting import visible
@@ -24,13 +24,7 @@ LEARNED = ("abmilp", "ap", "ep")  # the first that exists is compared with [cls]
 def examples_from_files(images: Dataset, files: Sequence[str]) -> list[Example]:
     """ValueError for a file that is not an image."""
     known = {os.path.abspath(path): number for number, (path, _) in enumerate(getattr(images, "samples", []))}
-    examples = []
-    for path in files:
-        try:
-            examples.append(Example(path, known.get(os.path.abspath(path)), read_rgb(path)))
-        except Exception as error:  # decoders raise anything
-            raise ValueError(f"--images {path}: cannot read image: {error}") from error
-    return examples
+    return [Example(path, known.get(os.path.abspath(path)), read_image(path)) for path in files]
 
 
 @torch.no_grad()
@@ -83,16 +77,16 @@ def draw_example_boxes(
     """crop: whether the view is the central crop, else the stretched image; thresholds: of each rule."""
     batch = torch.stack([view(example.image) for example in examples])
     size, transformed = tuple(batch.shape[-2:]), boxes.cropped if crop else boxes.resized
-    annotated = [example.index is not None and boxes.annotations[example.index] for example in examples]
     truths = [
-        transformed(example.index, size[0]) if has_boxes else np.zeros((0, 4), np.int64)
-        for example, has_boxes in zip(examples, annotated, strict=True)
+        transformed(example.index, size[0])
+        if example.index is not None and boxes.annotations[example.index]
+        else np.zeros((0, 4), np.int64)
+        for example in examples
     ]
     predictions = {}
     for name, maps in maps_of(rules, tokens, batch).items():
-        # thresholds that equal a level give that level despite rounding
-        levels = [(score_map(weights, size), int(thresholds[name] * TOP + 1e-9)) for weights in maps]
-        boxes_and_largest = [boxes_at(*level) for level in levels]
+        level = int(thresholds[name] * TOP + 1e-9)  # thresholds that equal a level give that level despite rounding
+        boxes_and_largest = [boxes_at(score_map(weights, size), level) for weights in maps]
         legend = f"{display_name(name)}: threshold {thresholds[name]:.2f}"
         predictions[legend] = [boxes[largest] for boxes, largest in boxes_and_largest]
     draw_boxes(visible(batch, view), truths, predictions, target)

@@ -10,28 +10,25 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from aggregation.localization import enlarge
-from util.plotting import COLOURS, GREY, STYLE, WIDTH, add_scale, draw_map, save_figure
+from util.plotting import COLOURS, GREY, STYLE, WIDTH, add_scale, bare, draw_map, outline, save_figure
 
-SQUARE = "\\1\N{NO-BREAK SPACE}×\N{NO-BREAK SPACE}\\1"
-TITLES = {
-    r"^attn-mn$": "[cls], mean of heads",
-    r"^attn-lcte$": "[cls], lowest-entropy head",
-    r"^attn-head": "[cls], head ",
-    r"^dino$": "oracle's [cls]",
-    r"^pos$": "uniform",
-    r"^abmilp$": "AbMILP",
-    r"^ap1$": "AP, 1 head",
-    r"^ap(\d+)$": r"AP, \1 heads",
-    r"^ep1$": "EP, 1 query",
-    r"^ep(\d+)$": r"EP, \1 queries",
-    r"^ca1$": "central patch",
-    r"^ca(\d+)$": f"central {SQUARE}",
-    r"^cp1$": "central patch alone",
-    r"^cp(\d+)$": f"mean of central {SQUARE}",
+TITLES = {  # of heads; # stands for a number above 1
+    "attn-mn": "[cls], mean of heads",
+    "attn-lcte": "[cls], lowest-entropy head",
+    "dino": "oracle's [cls]",
+    "pos": "uniform",
+    "abmilp": "AbMILP",
+    "ap1": "AP, 1 head",
+    "ap#": "AP, # heads",
+    "ep1": "EP, 1 query",
+    "ep#": "EP, # queries",
+    "ca1": "central patch",
+    "ca#": "central # × #",
+    "cp1": "central patch alone",
+    "cp#": "mean of central # × #",
 }
 TRUE, BOXES = "#1F77FF", ("#FF3B30", "#2ECC40")  # as in Fig. 8: truth blue, [cls] red, aggregation green
 
@@ -39,16 +36,15 @@ TRUE, BOXES = "#1F77FF", ("#FF3B30", "#2ECC40")  # as in Fig. 8: truth blue, [cl
 def display_name(rule: str) -> str:
     """A rule's name for figures: abmilp:depth=2/seed0 -> AbMILP, depth=2, seed 0."""
     head, *parts = rule.split("/")
-    title, _, options = head.partition(":")
-    for pattern, replacement in TITLES.items():
-        title = re.sub(pattern, replacement, title)
+    name, _, options = head.partition(":")
+    number = re.search(r"\d*$", name)[0]
+    title = TITLES.get(name) or TITLES.get(f"{name.removesuffix(number)}#", name).replace("#", number)
+    title = re.sub("^attn-head", "[cls], head ", title).replace(" × ", "\N{NO-BREAK SPACE}×\N{NO-BREAK SPACE}")
     parts = [re.sub(r"^(seed|block)", "\\1\N{NO-BREAK SPACE}", part) for part in parts]
     return ", ".join(filter(None, [title, *options.split(","), *parts]))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# divergences
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- divergences
 
 
 @rc_context(STYLE)
@@ -97,9 +93,7 @@ def draw_entropies(axis: Axes, rules: Sequence[dict], uniform: float) -> None:
     axis.spines[["top", "right", "left"]].set_visible(False)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# maps and boxes over images
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- maps and boxes over images
 
 
 def picture_grid(rows: int, columns: int, size: tuple[float, float], pad: float) -> tuple[Figure, np.ndarray]:
@@ -108,8 +102,7 @@ def picture_grid(rows: int, columns: int, size: tuple[float, float], pad: float)
     figure.get_layout_engine().set(w_pad=pad, h_pad=pad)
     axes = figure.subplots(rows, columns, squeeze=False)
     for axis in axes.flat:
-        axis.set(xticks=[], yticks=[])
-        axis.spines[:].set_visible(False)
+        bare(axis)
     return figure, axes
 
 
@@ -159,10 +152,7 @@ def draw_boxes(
         axis.imshow(picture)
         named = [("true box", box) for box in truth] + [(rule, boxes[number]) for rule, boxes in predictions.items()]
         for name, (x0, y0, x1, y1) in named:
-            for edge, width in (("white", 1.7), (colours[name], 1.0)):  # visible on any ground
-                corner, sides = (x0 - 0.5, y0 - 0.5), (x1 - x0 + 1, y1 - y0 + 1)  # boxes are inclusive
-                outline = Rectangle(corner, *sides, fill=False, edgecolor=edge, linewidth=width)
-                axis.add_patch(outline).set_clip_on(False)
+            outline(axis, (x0, y0), x1 - x0 + 1, y1 - y0 + 1, colours[name], "white")  # boxes are inclusive
     handles = [Line2D([], [], color=colour, linewidth=1.5) for colour in colours.values()]
     figure.legend(handles, colours, loc="outside upper center", ncols=len(colours), frameon=False)
     save_figure(figure, target)

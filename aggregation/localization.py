@@ -31,9 +31,7 @@ IMAGES_PER_JOB = 4
 LEVELS_AT_ONCE = 10
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# one map
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- one map
 
 
 def levels_of(step: float) -> np.ndarray:
@@ -53,13 +51,9 @@ def enlarge(weights: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 def score_map(weights: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Weights (rows,columns) -> (h,w) uint8 from 0 to 255; zeros if they are constant or not all finite."""
-    if not np.isfinite(weights).all():
-        return np.zeros(size, np.uint8)
-    enlarged = enlarge(weights, size)
-    if enlarged.min() == enlarged.max():
-        return np.zeros(size, np.uint8)
+    enlarged = enlarge(weights, size) if np.isfinite(weights).all() else np.zeros(size)
     enlarged -= enlarged.min()
-    enlarged /= enlarged.max()
+    enlarged /= enlarged.max() or 1
     return (enlarged * TOP).astype(np.uint8)
 
 
@@ -130,9 +124,7 @@ def found_boxes(scores: np.ndarray, truth: np.ndarray, levels: np.ndarray) -> np
     return found[:, of_level]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# many images
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- many images
 
 
 class Tally(NamedTuple):
@@ -171,16 +163,16 @@ def tally(maps: Sequence[np.ndarray], truths: Sequence[np.ndarray], size: tuple[
 
 def summary(total: Tally, number: int, levels: np.ndarray) -> dict:
     """Accuracies of map `number` in percent, with the thresholds (of a map scaled to 0..1) that give them."""
-    accuracy, accuracy_v1 = (100 * counts[number] / total.images for counts in (total.found, total.found_v1))
-    best, half = accuracy.argmax(0), IOUS.index(0.5)
+    accuracy, v1 = (100 * counts[number] / total.images for counts in (total.found, total.found_v1))
+    v1, thresholds = v1[:, IOUS.index(0.5)], levels / TOP
+    best = accuracy.max(0).tolist(), thresholds[accuracy.argmax(0)].tolist()
     return {
         "maxboxaccv2": float(accuracy.max(0).mean()),
         "boxaccv2": [
-            {"iou": iou, "max": float(accuracy[level, column]), "threshold": float(levels[level] / TOP)}
-            for column, (iou, level) in enumerate(zip(IOUS, best, strict=True))
+            {"iou": iou, "max": most, "threshold": threshold} for iou, most, threshold in zip(IOUS, *best, strict=True)
         ],
-        "maxboxacc": float(accuracy_v1[:, half].max()),
-        "threshold_v1": float(levels[accuracy_v1[:, half].argmax()] / TOP),
+        "maxboxacc": float(v1.max()),
+        "threshold_v1": float(thresholds[v1.argmax()]),
         "found": total.found[number].tolist(),
         "images_without_map": int(total.without_map[number]),
     }
@@ -201,9 +193,9 @@ class Localizer:
     """
 
     def __init__(self, maps: int, size: tuple[int, int], levels: np.ndarray, workers: int):
-        self.maps, self.size, self.levels, self.workers = maps, size, levels, workers
+        self.size, self.levels, self.workers = size, levels, workers
         self.jobs: deque[Future] = deque()
-        self.total = no_images(maps, len(levels))
+        self.total = self.nothing = no_images(maps, len(levels))
         # not forked from this process, which has threads and perhaps a GPU; there is one worker per core
         start = get_context("forkserver"), cv2.setNumThreads, (1,)
         self.pool = ProcessPoolExecutor(workers, *start) if workers else None
@@ -228,16 +220,16 @@ class Localizer:
                 continue
             with signals.blocked(), _watched_workers():  # workers that this call starts inherit the blocked signals
                 self.jobs.append(self.pool.submit(tally, *job))
-            while len(self.jobs) > 8 * self.workers:
-                self._wait()
+            self._collect(most=8 * self.workers)
 
     def result(self) -> Tally:
         """Tally of all maps added since the last call; waits for the workers."""
-        while self.jobs:
-            self._wait()
-        total, self.total = self.total, no_images(self.maps, len(self.levels))
+        self._collect(most=0)
+        total, self.total = self.total, self.nothing
         return total
 
-    def _wait(self) -> None:
-        with _watched_workers():
-            self.total += self.jobs.popleft().result()
+    def _collect(self, most: int) -> None:
+        """Wait until at most that many jobs are left."""
+        while len(self.jobs) > most:
+            with _watched_workers():
+                self.total += self.jobs.popleft().result()

@@ -38,14 +38,14 @@ def describe(
 def describe_rule(rule: Rule, run: ProbeRun | None) -> dict:
     """A rule and the scores of its probe; a rule without parameters has those of all probes of its head and block."""
     row = {"name": rule.name, "head": rule.head, "block": rule.block, "probe": rule.probe, "seed": rule.seed}
-    scores = run.scores() if run is not None else {}
-    if rule.probe is not None:
-        scores = {rule.probe: scores[rule.probe]}
-    else:
-        probes = run.results["probes"] if run is not None else {}
-        same = ("head", "block")
-        scores = {name: score for name, score in scores.items() if all(probes[name][key] == row[key] for key in same)}
-    notes = list(rule.notes)
+    probes, scores = (run.results["probes"], run.scores()) if run is not None else ({}, {})
+
+    def trained(name: str) -> bool:
+        if rule.probe is not None:
+            return name == rule.probe
+        return (probes[name]["head"], probes[name]["block"]) == (rule.head, rule.block)
+
+    scores, notes = {name: score for name, score in scores.items() if trained(name)}, list(rule.notes)
     if rule.probe is not None and (at := scores[rule.probe]["diverged_at"]):
         notes.append(f"diverged in epoch {at['epoch']}, step {at['step']}: its weights are those before")
     return {**row, "notes": notes, "scores": scores}
@@ -59,16 +59,9 @@ def describe_boxes(
         raise ValueError(f"{settings['boxes']}: all boxes lie outside the central crops: use --loc_transform resize")
     maps = {rule.name: summary(total, number, levels) for number, rule in enumerate(everything)}
     whole = (100 * total.found_whole / total.images).tolist()
-    result = {
-        **settings,
-        "images": total.images,
-        "images_left_out": total.images_left_out,
-        "boxes_left_out": total.boxes_left_out,
-        "levels": levels.tolist(),
-        "ious": list(IOUS),
-        "whole_image": {"maxboxaccv2": statistics.mean(whole), "boxaccv2": whole},
-        "maps": maps,
-    }
+    result = settings | {name: getattr(total, name) for name in ("images", "images_left_out", "boxes_left_out")}
+    result |= {"levels": levels.tolist(), "ious": list(IOUS)}
+    result |= {"whole_image": {"maxboxaccv2": statistics.mean(whole), "boxaccv2": whole}, "maps": maps}
     if heads:  # chosen on these images
         result["best_head"] = max((rule.name for rule in heads), key=lambda name: maps[name]["maxboxaccv2"])
     return result
@@ -89,9 +82,8 @@ def over_seeds(result: dict) -> dict[str, dict]:
             values["top1"] += [score["top1"] for score in scores if score.get("top1") is not None]
         if "entropy" in rule and math.isfinite(rule["entropy"]["mean"]):
             values["aggregation_entropy"].append(rule["entropy"]["mean"])
-        if located:
-            for quantity in ("maxboxaccv2", "maxboxacc"):
-                values[quantity].append(located[rule["name"]][quantity])
+        for quantity in ("maxboxaccv2", "maxboxacc") if located else ():
+            values[quantity].append(located[rule["name"]][quantity])
     return {
         name: {quantity: mean_and_std(values) for quantity, values in quantities.items() if values}
         for name, quantities in groups.items()
@@ -105,22 +97,23 @@ def mean_and_std(values: Sequence[float]) -> dict:
 
 def table(result: dict) -> str:
     """One line per rule, mean ± std over seeds; then what the numbers leave out."""
-    boxes = result.get("localization")
-    images, most = result["images"] or boxes["images"], result["uniform_entropy"]
-    lines = [f"{images:,} images; uniform weights have {most:.3f} nats"]
-    lines.append(f"  {'':32}" + "".join(f"{title:>16}" for title in QUANTITIES.values()))
+    boxes, cells = result.get("localization"), {"": list(QUANTITIES.values())}
     for name, quantities in result["over_seeds"].items():
-        cells = []
-        for quantity in QUANTITIES:
-            value = quantities.get(quantity)
-            spread = f" ± {value['std']:.2f}" if value and value["std"] is not None else ""
-            cells.append(f"{value['mean']:.2f}{spread}" if value else "–")
-        lines.append(f"  {name:32}" + "".join(f"{cell:>16}" for cell in cells))
+        values = (quantities.get(quantity) for quantity in QUANTITIES)
+        cells[name] = ["–" if value is None else formatted(value) for value in values]
+    lines = [
+        f"{result['images'] or boxes['images']:,} images; uniform weights have {result['uniform_entropy']:.3f} nats"
+    ]
+    lines += [f"  {name:32}" + "".join(f"{cell:>16}" for cell in row) for name, row in cells.items()]
     if boxes:
         lines.append(f"  {'the whole image as the box':64}{boxes['whole_image']['maxboxaccv2']:>16.2f}")
         if best := boxes.get("best_head"):
             lines.append(f"  {best + ', the best on these images':64}{boxes['maps'][best]['maxboxaccv2']:>16.2f}")
     return "\n".join([*lines, *(f"  {line}" for line in caveats(result))])
+
+
+def formatted(value: dict) -> str:
+    return f"{value['mean']:.2f}" + ("" if value["std"] is None else f" ± {value['std']:.2f}")
 
 
 def caveats(result: dict) -> list[str]:
@@ -140,15 +133,4 @@ def caveats(result: dict) -> list[str]:
             lines.append(f"MaxBoxAcc is over the {boxes['images']:,} images with a box inside the central crop")
         missing = {name: values["images_without_map"] for name, values in boxes["maps"].items()}
         lines += [f"{name}: no finite map in {n:,} images, counted as not found" for name, n in missing.items() if n]
-    if infinite := infinite_pairs(result):
-        lines.append(f"without a floor, KL is infinite: {'; '.join(infinite[:5])}{' ...' * (len(infinite) > 5)}")
     return lines
-
-
-def infinite_pairs(result: dict) -> list[str]:
-    """The pairs of rules whose divergence is infinite in some images, for the log."""
-    if "matrices" not in result:
-        return []
-    names = [rule["name"] for rule in result["rules"]]
-    counts = np.array(result["matrices"]["kl_exact"]["infinite"])
-    return [f"{names[row]}, {names[column]} in {counts[row, column]:,} images" for row, column in np.argwhere(counts)]

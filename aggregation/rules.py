@@ -14,7 +14,7 @@ from torch import Tensor
 
 from aggregation import DEFAULT_RULES
 from aggregation.boxes import ImageBoxes
-from aggregation.divergence import VectorStats, normalised
+from aggregation.divergence import normalised
 from aggregation.localization import Localizer, Tally
 from data_sets.loader import Sample, Watched
 from engine_linprobe import FrozenTokens
@@ -216,7 +216,7 @@ def run_pass(
     rules: Sequence[Rule],
     tokens: FrozenTokens,
     loader: Iterable[Sample],
-    progress: Progress[VectorStats | Localization],
+    progress: Progress,
     device: torch.device,
     description: str,
 ) -> None:

@@ -1,5 +1,6 @@
 """FIGURES drawn from attention.json alone: lines over the blocks, heat maps of the heads, spectra; and t-SNE's maps."""
 
+import itertools
 import json
 import math
 import re
@@ -18,7 +19,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from attention.metrics import METRICS, metric_names
-from util.plotting import COLOURS, DASHES, GREY, MARKERS, STYLE, WIDTH, save_figure
+from util.files import reading
+from util.plotting import COLOURS, DASHES, GREY, MARKERS, STYLE, WIDTH, frame, save_figure
 
 LINES = {  # of reference values, by the field of attention.json
     "uniform": {"color": "0.4", "linewidth": 0.8, "linestyle": (0, (5, 3)), "zorder": 1},
@@ -26,22 +28,20 @@ LINES = {  # of reference values, by the field of attention.json
     "decoder": {"color": "0.4", "linewidth": 0.8, "linestyle": "-.", "zorder": 1},
 }
 LEGEND = {"uniform": "uniform attention", "upper": "largest possible value", "decoder": "decoder begins"}
+BLOCKS = "block (from 0)"
+ANY_AXIS = (None, "head", "frequency", "rank")  # of Metric.axis
 DEPTHS = ListedColormap(colormaps["viridis"](np.linspace(0, 0.92, 256)))  # without the yellow, which white paper hides
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# reading attention.json
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- reading attention.json
 
 
 def load_attention(path: Path) -> dict:
     """The attention.json of main_analyze_attention.py; ValueError where the file is something else."""
-    try:
+    with reading(path, "an attention.json of main_analyze_attention.py"):
         result = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(result, dict) or not {"label", "encoder", "metrics", "patches"} <= result.keys():
-        raise ValueError(f"{path} is not an attention.json of main_analyze_attention.py")
+        if missing := {"label", "encoder", "metrics", "patches"} - result.keys():
+            raise ValueError(f"it has no {', '.join(sorted(missing))}")
     return result
 
 
@@ -58,9 +58,8 @@ def choose_metrics(names: Sequence[str], results: Sequence[dict], axes: Collecti
     return [name for name in expanded if name in measured and METRICS[name].axis in axes]
 
 
-def model_name(result: dict) -> str:
+def model_name(model: str) -> str:
     """ "vit_base_patch16" as papers write it: ViT-B/16."""
-    model = result["encoder"]["model"]
     size, _, patch = model.removeprefix("vit_").partition("_patch")
     letter = {"tiny": "Ti", "small": "S", "base": "B", "large": "L", "huge": "H", "2b": "2B"}.get(size, size)
     return f"ViT-{letter}/{patch}" if patch else model
@@ -92,17 +91,11 @@ def counted(first: int, last: int, parts: int = 4) -> list[int]:
     return [first, *(number for number in range(step, last + 1, step) if number > first)]
 
 
-BLOCKS = "block (from 0)"
-
-
 def block_ticks(axis: Axes, depths: Sequence[int]) -> None:
     """Label blocks; the embedding, at -1, is E."""
-    ticks = counted(0, max(depths))
-    if min(depths) < 0:
-        axis.set_xticks([-1, *ticks], ["E", *map(str, ticks)])
-    else:
-        axis.set_xticks(ticks)
-    axis.set_xlabel(f"{BLOCKS}; E: embedding" if min(depths) < 0 else BLOCKS)
+    ticks, embedding = counted(0, max(depths)), ["E"] if min(depths) < 0 else []
+    axis.set_xticks([*(-1 for _ in embedding), *ticks], [*embedding, *map(str, ticks)])
+    axis.set_xlabel(BLOCKS + "; E: embedding" * len(embedding))
 
 
 def name_row(axis: Axes, text: str, distance: float) -> None:
@@ -126,9 +119,17 @@ def mark_empty(axis: Axes) -> None:
     axis.set_axis_off()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# lines over the blocks
-# ---------------------------------------------------------------------------------------------------------------------
+def panels(counts: Sequence[int], width: float, height: float) -> tuple[Figure, list[np.ndarray]]:
+    """A figure (sizes in inches) and the axes of each of its rows, which may be shorter than the longest."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots(len(counts), max(counts), squeeze=False)
+    for line, count in zip(axes, counts, strict=True):
+        for axis in line[count:]:
+            axis.remove()
+    return figure, [line[:count] for line, count in zip(axes, counts, strict=True)]
+
+
+# ---- lines over the blocks
 
 
 @rc_context(STYLE)
@@ -136,10 +137,10 @@ def draw_attention(results: Sequence[dict], metrics: Sequence[str], target: Path
     """Means over images (and heads) against the block, with bands of +-1 standard deviation over the images.
 
     A column per metric, a row per architecture, a colour and marker per label. Dashed: the value where every key gets
-    the same attention; dotted: an upper bound. The subtitle gives these values; an arrow marks one
-    that is too far from the data to be drawn. ValueError for two results with the same label and architecture.
+    the same attention; dotted: an upper bound. The subtitle gives these values; an arrow marks a value too far from
+    the data to be drawn. ValueError for two results with the same label and architecture.
     """
-    keys = [(result["label"], model_name(result)) for result in results]
+    keys = [(result["label"], model_name(result["encoder"]["model"])) for result in results]
     if twice := [key for key in keys if keys.count(key) > 1]:
         raise ValueError(f"two results are called {twice[0][0]!r} ({twice[0][1]}): rename one or draw them apart")
     labels, models = (list(dict.fromkeys(names)) for names in zip(*keys, strict=True))
@@ -147,17 +148,14 @@ def draw_attention(results: Sequence[dict], metrics: Sequence[str], target: Path
     chunks = [metrics[start : start + columns] for start in range(0, len(metrics), columns)]
     rows = [(model, chunk) for chunk in chunks for model in models]
     width = WIDTH if columns > 2 else WIDTH * (columns + 1) / 4
-    figure = Figure(figsize=(width, 1.7 * len(rows) + 0.1), layout="constrained")
-    axes = figure.subplots(len(rows), columns, squeeze=False)
+    figure, axes = panels([len(chunk) for _, chunk in rows], width, 1.7 * len(rows) + 0.1)
     handles = {}  # legend entries by label
     for line, (model, chunk) in zip(axes, rows, strict=True):
-        of_model = [result for result in results if model_name(result) == model]
-        for axis, name in zip(line, chunk, strict=False):
-            handles |= draw_panel(axis, name, of_model, labels)
+        of_model = [result for result, (_, name) in zip(results, keys, strict=True) if name == model]
+        for axis, metric in zip(line, chunk, strict=True):
+            handles |= draw_panel(axis, metric, of_model, labels)
         if len(models) > 1:
             name_row(line[0], model, 45)
-        for axis in line[len(chunk) :]:
-            axis.remove()
     named = [label for label in (*labels, *LEGEND.values()) if label in handles]
     entry = 0.45 + 0.055 * max(map(len, named), default=0)  # inches
     count = max(1, min(len(named), int(width / entry)))
@@ -169,40 +167,37 @@ def draw_attention(results: Sequence[dict], metrics: Sequence[str], target: Path
 def draw_panel(axis: Axes, name: str, results: Sequence[dict], labels: Sequence[str]) -> dict[str, Line2D]:
     """One metric of encoders of one architecture; returns its legend entries."""
     handles, ranges = {}, []
-    having = [result for result in results if name in result["metrics"]]
-    for result in having:
-        depths, measured = entries(result["metrics"][name])
-        mean, std = column(measured, "mean"), column(measured, "std")
+    measured = {result["label"]: result["metrics"][name] for result in results if name in result["metrics"]}
+    for label, metric in measured.items():
+        depths, per_depth = entries(metric)
+        mean, std = column(per_depth, "mean"), np.nan_to_num(column(per_depth, "std"))
         depths, mean, std = (np.array(values)[np.isfinite(mean)] for values in (depths, mean, std))
         if not len(mean):
             continue
-        number = labels.index(result["label"])
+        number = labels.index(label)
         colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
         dash = DASHES[number // len(COLOURS) % len(DASHES)]
         style = {"color": colour, "marker": marker, "markersize": 3, "markeredgewidth": 0, "linewidth": 1.1}
-        every = math.ceil(len(depths) / 13)
-        (handles[result["label"]],) = axis.plot(depths, mean, dash, markevery=every, zorder=3, **style)
-        spread = np.nan_to_num(std)
-        if spread.any():
-            axis.fill_between(depths, mean - spread, mean + spread, color=colour, alpha=0.15, linewidth=0, zorder=2)
-        ranges += [np.nanmin(mean - spread), np.nanmax(mean + spread)]
-    for first in {result["encoder"]["decoder"]["first_block"] for result in having if "decoder" in result["encoder"]}:
+        (handles[label],) = axis.plot(depths, mean, dash, markevery=math.ceil(len(depths) / 13), zorder=3, **style)
+        if std.any():
+            axis.fill_between(depths, mean - std, mean + std, color=colour, alpha=0.15, linewidth=0, zorder=2)
+        ranges += [min(mean - std), max(mean + std)]
+    decoders = [r["encoder"]["decoder"] for r in results if name in r["metrics"] and "decoder" in r["encoder"]]
+    for first in {decoder["first_block"] for decoder in decoders}:
         axis.axvline(first - 0.5, **LINES["decoder"])
         handles[LEGEND["decoder"]] = Line2D([], [], **LINES["decoder"])
     if not handles:
         head_panel(axis, title(name))
         mark_empty(axis)
         return {}
-    drawn, subtitles = draw_references(axis, [result["metrics"][name] for result in having], min(ranges), max(ranges))
+    drawn, subtitles = draw_references(axis, list(measured.values()), min(ranges), max(ranges))
     head_panel(axis, title(name), ("; " if len("; ".join(subtitles)) <= 36 else "\n").join(subtitles))
-    metric = having[0]["metrics"][name]
-    definition = re.sub(r"_(\w+)", r"$_{\1}$", metric["definition"])
-    pure = metric["unit"] in ("probability", "ratio")
-    axis.set_ylabel(
-        metric["unit"] if len(metric["definition"]) > 20 else definition if pure else f"{definition} ({metric['unit']})"
-    )
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.grid(axis="y", linewidth=0.3, alpha=0.6)
+    metric = next(iter(measured.values()))
+    label = re.sub(r"_(\w+)", r"$_{\1}$", metric["definition"])
+    if metric["unit"] not in ("probability", "ratio"):
+        label += f" ({metric['unit']})"
+    axis.set_ylabel(metric["unit"] if len(metric["definition"]) > 20 else label)
+    frame(axis)
     block_ticks(axis, depths)
     return handles | drawn
 
@@ -219,11 +214,8 @@ def draw_references(
     for kind, word, reach in (("uniform", "uniform", room), ("upper", "largest", room / 2)):
         named = {metric[kind]["value"]: metric[kind]["name"] for metric in metrics if metric.get(kind)}
         texts = []
-        for value, name in named.items():
-            if value in seen:  # entropies are bounded by their uniform value
-                continue
-            seen.add(value)
-            number = f"{value:.3g}"
+        for value in [value for value in named if value not in seen]:  # entropies are bounded by their uniform value
+            number, name = f"{value:.3g}", named[value]
             text = number if name == number or len(name) > 5 else f"{name} = {number}"  # a long name says the kind
             if low - reach <= value <= high + reach:
                 axis.axhline(value, **LINES[kind])
@@ -232,6 +224,7 @@ def draw_references(
             else:
                 text += " ↑" if value > high else " ↓"
             texts.append(text)
+        seen |= named.keys()
         subtitles += [f"{word} {', '.join(texts)}"] if texts else []
     margin = 0.05 * (max(limits) - min(limits)) or room
     lowest = max((metric["lower"]["value"] for metric in metrics if metric.get("lower")), default=-math.inf)
@@ -240,57 +233,50 @@ def draw_references(
     return handles, subtitles
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# a panel per encoder
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- a panel per encoder
 
 
 def encoder_panels(
     results: Sequence[dict], metrics: Sequence[str], height: float, labels: float
-) -> tuple[Figure, dict[str, list[tuple[Axes, dict]]]]:
-    """A figure, and {metric: [(axis, result)]}: a row of panels per metric, more where encoders are many.
+) -> tuple[Figure, list[tuple[np.ndarray, list[tuple[Axes, dict]]]]]:
+    """A figure with a row of panels per metric, a panel per encoder; and each row's axes, and those with data, with it.
 
     height: of a row, in inches; labels: what the labels of its vertical axis take, in points.
     """
-    columns = min(len(results), 8)
-    chunks = [results[start : start + columns] for start in range(0, len(results), columns)]
-    rows = [(name, chunk) for name in metrics for chunk in chunks]
-    figure = Figure(figsize=(min(WIDTH, 1.7 * columns + 1), height * len(rows) + 0.3), layout="constrained")
-    axes = figure.subplots(len(rows), columns, squeeze=False)
-    letters = int((figure.get_figwidth() - 1) / columns / 0.062)
-    several = len({model_name(result) for result in results}) > 1
-    panels = {name: [] for name in metrics}
-    for number, (line, (name, chunk)) in enumerate(zip(axes, rows, strict=True)):
-        for axis, result in zip(line, chunk, strict=False):
-            if number == 0 or len(chunks) > 1:
-                lines = [*wrap(result["label"], letters), *([model_name(result)] if several else [])]
-                axis.set_title("\n".join(lines))
-            panels[name].append((axis, result))
-            if name not in result["metrics"]:
-                mark_empty(axis)
-        for axis in line[len(chunk) :]:
-            axis.remove()
+    count, rows = len(results), []
+    figure, axes = panels(
+        [count] * len(metrics), max(min(WIDTH, 1.7 * count + 1), 0.85 * count), height * len(metrics) + 0.3
+    )
+    models = [model_name(result["encoder"]["model"]) for result in results]
+    for axis, result, model in zip(axes[0], results, models, strict=True):
+        lines = wrap(result["label"], int((figure.get_figwidth() - 1) / count / 0.062))
+        axis.set_title("\n".join([*lines, *([model] if len(set(models)) > 1 else [])]))
+    for line, name in zip(axes, metrics, strict=True):
         name_row(line[0], "\n".join(wrap(title(name), 18)), labels)
-    return figure, panels
+        measured = [name in result["metrics"] for result in results]
+        for axis in line[~np.array(measured)]:
+            mark_empty(axis)
+        data = [
+            {**result["metrics"][name], "patches": result["patches"]} for result in results if name in result["metrics"]
+        ]
+        rows.append((line, list(zip(line[measured], data, strict=True))))
+    return figure, rows
 
 
 @rc_context(STYLE)
 def draw_heads(results: Sequence[dict], metrics: Sequence[str], target: Path) -> None:
     """Heat maps, block x head: means over the images; a row per metric with a scale of its own, a panel per encoder."""
-    figure, panels = encoder_panels(results, metrics, height=1.3, labels=27)
-    for name, row in panels.items():
-        cells = [(axis, result) for axis, result in row if name in result["metrics"]]
-        maps = [column(entries(result["metrics"][name])[1], "mean_per_head") for _, result in cells]
+    figure, rows = encoder_panels(results, metrics, height=1.3, labels=27)
+    for line, cells in rows:
+        maps = [column(entries(metric)[1], "mean_per_head") for _, metric in cells]
         scale = Normalize(min(map(np.nanmin, maps)), max(map(np.nanmax, maps)))
         for (axis, _), values in zip(cells, maps, strict=True):
             L, H = values.shape
-            axis.imshow(
-                values.T, norm=scale, aspect="auto", interpolation="nearest", extent=(-0.5, L - 0.5, H - 0.5, -0.5)
-            )
+            style = {"aspect": "auto", "interpolation": "nearest", "extent": (-0.5, L - 0.5, H - 0.5, -0.5)}
+            axis.imshow(values.T, norm=scale, **style)
             axis.set(xticks=counted(0, L - 1, 2 if len(results) > 4 else 4), yticks=counted(0, H - 1))
         cells[0][0].set_ylabel("head (from 0)")
-        unit = cells[0][1]["metrics"][name]["unit"]
-        figure.colorbar(ScalarMappable(scale), ax=[axis for axis, _ in row], label=unit, aspect=12)
+        figure.colorbar(ScalarMappable(scale), ax=list(line), label=cells[0][1]["unit"], aspect=12)
     figure.supxlabel(BLOCKS, fontsize=7)
     save_figure(figure, target)
 
@@ -302,34 +288,28 @@ def draw_spectra(results: Sequence[dict], metrics: Sequence[str], target: Path) 
     The embedding is dashed; colours run from it to the last block. Frequencies are those of the grid's diagonal, as a
     fraction of pi (of half a cycle per patch).
     """
-    figure, panels = encoder_panels(results, metrics, height=1.6, labels=38)
-    for name, row in panels.items():
-        cells = [(axis, result) for axis, result in row if name in result["metrics"]]
-        drawn = []
-        for axis, result in cells:
-            metric = result["metrics"][name]
-            depths, measured = entries(metric)
-            profiles = column(measured, f"mean_per_{metric['axis']}")
+    figure, rows = encoder_panels(results, metrics, height=1.6, labels=38)
+    for _, cells in rows:
+        limits = []
+        for axis, metric in cells:
+            depths, per_depth = entries(metric)
+            profiles = column(per_depth, f"mean_per_{metric['axis']}")
+            limits += [np.nanmin(profiles), np.nanmax(profiles)]
             x = np.arange(1, profiles.shape[1] + 1)
+            axis.set_xlabel(metric["axis"])
+            axis.xaxis.set_major_locator(MaxNLocator(2, integer=True))
             if metric["axis"] == "frequency":
-                x = np.arange(profiles.shape[1]) * 2 / math.isqrt(result["patches"])
+                x = np.arange(profiles.shape[1]) * 2 / math.isqrt(metric["patches"])
+                axis.set(xlabel="frequency / π", xlim=(-0.03, 1.03), xticks=(0, 0.5, 1), xticklabels=("0", "½", "1"))
             for depth, profile in zip(depths, profiles, strict=True):
                 dash = "--" if depth < 0 else "-"
                 axis.plot(x, profile, dash, color=DEPTHS((depth + 1) / (depths[-1] + 1)), linewidth=0.9)
-            drawn.append(profiles)
-            axis.set_xlabel({"frequency": "frequency / π", "rank": "rank"}[metric["axis"]])
-            if metric["axis"] == "frequency":
-                axis.set(xlim=(-0.03, 1.03), xticks=(0, 0.5, 1), xticklabels=("0", "½", "1"))
-            else:
-                axis.xaxis.set_major_locator(MaxNLocator(2, integer=True))
-            axis.spines[["top", "right"]].set_visible(False)
-            axis.grid(axis="y", linewidth=0.3, alpha=0.6)
-        low, high = min(map(np.nanmin, drawn)), max(map(np.nanmax, drawn))
+            frame(axis)
+        margin = 0.05 * (max(limits) - min(limits))
         for axis, _ in cells:
-            axis.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
-        for axis, _ in cells[1:]:
-            axis.tick_params(labelleft=axis.get_subplotspec().is_first_col())
-        cells[0][0].set_ylabel(cells[0][1]["metrics"][name]["unit"])
+            axis.set_ylim(min(limits) - margin, max(limits) + margin)
+            axis.tick_params(labelleft=axis is cells[0][0])
+        cells[0][0].set_ylabel(cells[0][1]["unit"])
     bar = figure.colorbar(ScalarMappable(Normalize(0, 1), DEPTHS), ax=figure.axes, aspect=30, shrink=0.7)
     bar.set_ticks([0, 1], labels=["embedding", "last block"])
     save_figure(figure, target)
@@ -345,8 +325,8 @@ class Kind(NamedTuple):
 
 
 FIGURES = {
-    "attention": Kind(draw_attention, "paper", (None, "head", "frequency", "rank"), (".png", ".pdf")),
-    "park": Kind(draw_attention, "park", (None, "head", "frequency", "rank"), (".png", ".pdf")),
+    "attention": Kind(draw_attention, "paper", ANY_AXIS, (".png", ".pdf")),
+    "park": Kind(draw_attention, "park", ANY_AXIS, (".png", ".pdf")),
     "heads": Kind(draw_heads, "paper", ("head",), (".png",)),
     "spectra": Kind(draw_spectra, "park", ("frequency", "rank"), (".png",)),
 }
@@ -360,23 +340,25 @@ def draw_figures(results: Sequence[dict], folder: Path) -> None:
                 kind.draw(results, metrics, Path(folder) / f"{name}{suffix}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# t-SNE
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- t-SNE
 
 
 @rc_context(STYLE)
 def draw_token_maps(tsne: dict, label: str, target: Path) -> None:
     """The t-SNE of tsne.json: a panel per block, a point per patch token; a colour per class, a shade per image."""
-    maps, classes = tsne["maps"], list(dict.fromkeys(tsne["classes"]))
-    columns = min(len(maps), 4)
-    rows = math.ceil(len(maps) / columns)
-    side = WIDTH / max(columns, 3)
-    figure = Figure(figsize=(side * columns, side * rows + 0.45), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).flatten()
-    marks = [image_mark(tsne["classes"], classes, image) for image in range(len(tsne["classes"]))]
-    for axis, block in zip(axes, maps, strict=False):
-        for points, (colour, marker) in zip(block["points"], marks, strict=True):
+    maps, names = tsne["maps"], tsne["classes"]
+    classes, columns = list(dict.fromkeys(names)), min(len(maps), 4)
+    rows, side = math.ceil(len(maps) / columns), WIDTH / max(columns, 3)
+    counts = [min(columns, len(maps) - columns * row) for row in range(rows)]
+    figure, axes = panels(counts, side * columns, side * rows + 0.45)
+    marks = {}  # colour and marker by image
+    for name, colour in zip(classes, itertools.cycle(COLOURS)):
+        images = [image for image, other in enumerate(names) if other == name]
+        for image, strength, marker in zip(images, np.linspace(1, 0.4, len(images)), itertools.cycle(MARKERS)):
+            marks[image] = 1 - (1 - np.array(to_rgb(colour))) * strength, marker  # lighter and lighter
+    for axis, block in zip(np.concatenate(axes), maps, strict=True):
+        for image, points in enumerate(block["points"]):
+            colour, marker = marks[image]
             axis.scatter(*np.array(points).T, s=4, color=colour, marker=marker, linewidth=0)
         axis.set_title(f"block {block['block']} (from 0)")
         everything = np.concatenate(block["points"])
@@ -384,28 +366,9 @@ def draw_token_maps(tsne: dict, label: str, target: Path) -> None:
         half, centre = 0.53 * (high - low).max(), (low + high) / 2  # equal scales: distances are meaningful
         axis.set(xticks=[], yticks=[], box_aspect=1)
         axis.set(xlim=(centre[0] - half, centre[0] + half), ylim=(centre[1] - half, centre[1] + half))
-    for axis in axes[len(maps) :]:
-        axis.remove()
     figure.suptitle(f"{label}: t-SNE of the patch tokens of {len(marks)} images", fontsize=8)
-    colours = [COLOURS[number % len(COLOURS)] for number in range(len(classes))]
-    handles = [Line2D([], [], color=colour, marker="o", markersize=4, linestyle="") for colour in colours]
-    figure.legend(
-        handles,
-        classes,
-        loc="outside lower center",
-        ncols=min(len(classes), 6),
-        frameon=False,
-        title="colour: class; shade and shape: image",
-        title_fontsize=6.5,
-    )
+    style = {"marker": "o", "markersize": 4, "linestyle": ""}
+    handles = [Line2D([], [], color=colour, **style) for _, colour in zip(classes, itertools.cycle(COLOURS))]
+    where = {"loc": "outside lower center", "ncols": min(len(classes), 6), "frameon": False}
+    figure.legend(handles, classes, title="colour: class; shade and shape: image", title_fontsize=6.5, **where)
     save_figure(figure, target)
-
-
-def image_mark(names: Sequence[str], classes: Sequence[str], image: int) -> tuple[np.ndarray, str]:
-    """Colour and marker of one of the images whose classes are `names`: its class's colour, darker to lighter."""
-    of_class = [index for index, name in enumerate(names) if name == names[image]]
-    index_in_class = of_class.index(image)
-    colour = np.array(to_rgb(COLOURS[classes.index(names[image]) % len(COLOURS)]))
-    shade = 1.0 if len(of_class) == 1 else 0.55 + 0.9 * index_in_class / (len(of_class) - 1)  # below 1 towards black
-    mixed = colour * shade if shade <= 1 else 1 - (1 - colour) * (2 - shade)
-    return mixed, MARKERS[index_in_class % len(MARKERS)]

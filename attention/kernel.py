@@ -67,9 +67,7 @@ def _query_kernel(
 
     for column in range(0, P, NARROW):
         j = column + tl.arange(0, NARROW)
-        s = _logits(
-            queries, row, k, column, tokens, k_token, k_d, bias, bias_query, bias_key, scale, D, WIDTH, NARROW
-        )  # fmt: skip
+        s = _logits(queries, row, k, column, tokens, k_token, k_d, bias, bias_query, bias_key, scale, D, WIDTH, NARROW)
         tl.store(prefix + out[:, None] * P + j[None, :], s, mask=exists[:, None] & (j < P)[None, :])
         s_ii = tl.sum(tl.where(i[:, None] == j[None, :], s, 0.0), 1)
         tl.store(own + out, s_ii, mask=(i >= column) & (i < tl.minimum(column + NARROW, P)))
@@ -83,9 +81,7 @@ def _query_kernel(
     column_i = ((i - P) % grid_columns).to(tl.float32)
     for column in range(P, tokens, STEP):
         j = column + tl.arange(0, STEP)
-        s = _logits(
-            queries, row, k, column, tokens, k_token, k_d, bias, bias_query, bias_key, scale, D, WIDTH, STEP
-        )  # fmt: skip
+        s = _logits(queries, row, k, column, tokens, k_token, k_d, bias, bias_query, bias_key, scale, D, WIDTH, STEP)
         if (column < row + BLOCK) & (row < column + STEP):  # own logits are those that are summed: p_ii never exceeds 1
             s_ii = tl.sum(tl.where(i[:, None] == j[None, :], s, 0.0), 1)
             tl.store(own + out, s_ii, mask=exists & (i >= column) & (i < column + STEP))
@@ -132,9 +128,7 @@ def _key_kernel(
     taken = tl.zeros([BLOCK], tl.float32)
     for column in range(P, tokens, STEP):
         i = column + tl.arange(0, STEP)
-        s = _logits(
-            keys, row, q, column, tokens, q_token, q_d, bias, bias_key, bias_query, scale, D, WIDTH, STEP
-        )  # fmt: skip
+        s = _logits(keys, row, q, column, tokens, q_token, q_d, bias, bias_key, bias_query, scale, D, WIDTH, STEP)
         lse = tl.load(patches + pair * tokens + i, mask=i < tokens, other=float("inf"))  # e^-inf = 0 beyond the end
         lse = tl.where(lse == float("-inf"), float("inf"), lse)  # a query with no patch key gives nothing
         taken += tl.sum(tl.exp(s - lse[None, :]), 1)
@@ -188,7 +182,7 @@ def kernel_sums(operands: Operands) -> Sums:
     with torch.cuda.device_of(q):  # Triton launches on the current GPU; nothing happens for CPU tensors
         _query_kernel[(images * heads * triton.cdiv(tokens, block),)](
             q, k, logit_bias, *sums[:5], scale, heads, tokens, num_prefix, columns, *strides, **shapes
-        )  # fmt: skip
+        )
         if received:
             _key_kernel[(images * heads * triton.cdiv(patches, block),)](
                 q, k, logit_bias, sums.patches, sums.received, scale, heads, tokens, num_prefix, *strides, **shapes

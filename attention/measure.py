@@ -17,7 +17,7 @@ from encoders.load import Encoder
 from models_vit import BlockTrace, VisionTransformer
 from runtime.analysis import Progress
 from util.distributed import gather_objects
-from util.finite import overflow_cause
+from util.finite import all_finite, overflow_cause
 from util.moments import Covariance, Moments
 from util.progress import log
 
@@ -45,9 +45,8 @@ def observe(
         reduced = reduce_attention(step, num_prefix, has_cls, reduction, wanted, sizes)
         for name, metric in of_attention.items():
             yield (name, step.index), metric.record(reduced)
-    for depth, tokens in ((0, step.x), (step.index + 1, step.out)):
-        if depth == 0 and step.index > 0:
-            continue
+    states = {step.index + 1: step.out} if step.index else {0: step.x, 1: step.out}
+    for depth, tokens in states.items():
         patches = tokens[:, num_prefix:].unflatten(1, sizes.grid)
         for name, metric in metrics.items():
             if metric.of_tokens:
@@ -106,26 +105,18 @@ class Recorder:
 
     def results(self) -> dict[Key, dict]:
         """count, mean and std over the images of the summary, and of each number per axis, as JSON has them."""
-        results = {}
-        if self.widths:
-            widths = list(self.widths.values())
-            parts = (self.moments.mean.split(widths), self.moments.std().split(widths))
-            for key, mean, std in zip(self.widths, *parts, strict=True):
-                axis = METRICS[key[0]].axis
-                entry = {"count": self.moments.count, "mean": float(mean[0]), "std": float(std[0])}
-                if axis is not None:
-                    entry |= {f"mean_per_{axis}": mean[1:].tolist(), f"std_per_{axis}": std[1:].tolist()}
-                results[key] = entry
+        results, widths = {}, list(self.widths.values())
+        parts = (self.moments.mean.split(widths), self.moments.std().split(widths)) if widths else ([], [])
+        for key, mean, std in zip(self.widths, *parts, strict=True):
+            axis = METRICS[key[0]].axis
+            results[key] = {"count": self.moments.count, "mean": float(mean[0]), "std": float(std[0])}
+            if axis is not None:
+                results[key] |= {f"mean_per_{axis}": mean[1:].tolist(), f"std_per_{axis}": std[1:].tolist()}
         for key, covariance in self.covariances.items():
             rank = min(covariance.count - 1, len(covariance.mean))  # more cannot differ from zero
             spectrum = log_spectrum(covariance.matrix(), rank)
-            mean = float(spectrum.mean()) if rank else None
-            results[key] = {
-                "count": covariance.count,
-                "mean": mean,
-                "std": None,
-                f"mean_per_{METRICS[key[0]].axis}": spectrum.tolist(),
-            }
+            mean, axis = float(spectrum.mean()) if rank else None, METRICS[key[0]].axis
+            results[key] = {"count": covariance.count, "mean": mean, "std": None, f"mean_per_{axis}": spectrum.tolist()}
         return results
 
 
@@ -139,7 +130,7 @@ def measure(
     reduction: str,
     device: torch.device,
     description: str = "attention",
-    progress: Progress[Recorder] | None = None,
+    progress: Progress | None = None,
 ) -> dict[Key, dict]:
     """{(metric, block): count, mean, std, ...} over the images of all processes, each counted once.
 
@@ -159,7 +150,7 @@ def measure(
                     metrics = {name: metric for name, metric in metrics.items() if name != "cls_update_ratio"}
                 observed |= observe(step, metrics, backbone.num_prefix_tokens, backbone.has_cls, sizes, reduction)
                 # not the output alone: a key of -inf gets the attention 0, and leaves no trace there
-                finite += [step.q.isfinite().all(), step.k.isfinite().all(), step.out.isfinite().all()]
+                finite.append(all_finite([step.q, step.k, step.out]))
         if not torch.stack(finite).all():
             cause = overflow_cause({"the encoder's": backbone}, amp)
             raise FloatingPointError(f"{description}: activations are not finite: {cause}")
@@ -176,17 +167,14 @@ def summary(label: str, encoder: Encoder, input_size: int, numbers: dict[Key, di
 
     numbers: of `measure`. Blocks are counted from 0; metrics of tokens also have an entry `embedding`.
     """
-    backbone = encoder.backbone
+    backbone, measured = encoder.backbone, {}
     sizes = Sizes.of(backbone, input_size)
-
-    def reference(name: str | None) -> dict | None:
-        return None if name is None else {"name": name, "value": REFERENCES[name](sizes)}
-
-    measured = {}
     for name in dict.fromkeys(name for name, _ in numbers):
         metric = METRICS[name]
         entry = {key: getattr(metric, key) for key in ("unit", "definition", "source", "axis")}
-        entry |= {bound: reference(getattr(metric, bound)) for bound in ("lower", "upper", "uniform")}
+        for bound in ("lower", "upper", "uniform"):
+            reference = getattr(metric, bound)
+            entry[bound] = reference and {"name": reference, "value": REFERENCES[reference](sizes)}
         if metric.of_tokens:
             entry["embedding"] = numbers[name, 0]
         entry["blocks"] = [{"block": b, **numbers[name, b + metric.of_tokens]} for b in range(backbone.depth)]

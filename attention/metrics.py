@@ -11,7 +11,9 @@ attention and 1 - A_i0 would cancel. No epsilon is added anywhere.
 from __future__ import annotations
 
 import math
+import tomllib
 from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from attention.explicit import Grid, Operands
@@ -200,30 +202,27 @@ REFERENCES: dict[str, Callable[[Sizes], float]] = {  # by the name that figures 
 
 
 class Metric(NamedTuple):
-    """K numbers per image and block, one per head unless `axis` says otherwise, and what sums them up.
-
-    `lower`, `upper` and `uniform` name entries of REFERENCES. `needs`: tokens of the encoder ("cls", "registers") and
-    optional fields of Reduced.
-    """
+    """K numbers per image and block; metrics.toml explains the fields."""
 
     unit: str
-    definition: str  # in the letters of LEGEND
-    source: str  # where it is shown
+    definition: str
+    source: str
     compute: Callable[[Reduced | Tensor], Tensor]  # -> (B,K)
-    needs: tuple[str, ...] = ()
-    lower: str | None = "0"  # smallest possible value
-    upper: str | None = None  # largest possible value
-    uniform: str | None = None  # value where every key gets the same attention
-    of_tokens: bool = False  # computed from the patch tokens (B,rows,columns,D) leaving a block, not from Reduced
-    axis: str | None = "head"  # None: one number per image
-    summary: Callable[[Tensor], Tensor] = lambda values: values.mean(1)  # (B,K) -> (B,)
-    title: str = ""  # in figures; "" for its name
-    over_images: bool = False  # the numbers are no result, the singular values of their covariance over images are
+    needs: Sequence[str] = ()
+    lower: str | None = "0"
+    upper: str | None = None
+    uniform: str | None = None
+    of_tokens: bool = False
+    axis: str | None = "head"
+    summary: str = "mean"
+    title: str = ""
+    over_images: bool = False
 
     def record(self, measured: Reduced | Tensor) -> Tensor:
         """(B,1 + K): the summary, then the numbers."""
         values = self.compute(measured)
-        return torch.cat([self.summary(values)[:, None], values], dim=1)
+        summary = values[:, -1] if self.summary == "last" else values.mean(1)
+        return torch.cat([summary[:, None], values], dim=1)
 
 
 LEGEND = (
@@ -232,119 +231,37 @@ LEGEND = (
     "its value; x_i enters the block, update_i is what attention adds to it (before LayerScale), z_i leaves the block"
 )
 SINKS = 4  # patches that count as attention sinks
-LOGGED = "logged by the paper's code"
 PARK = "Park et al. 2023"
-REGISTERS = "Darcet et al. 2024"
+COMPUTE: dict[str, Callable[[Reduced | Tensor], Tensor]] = {  # of Reduced, or of tokens (B,rows,columns,D)
+    "cls_self_attention": lambda r: r.cls.to_self,
+    "patch_self_attention": lambda r: r.patches.to_self.mean(2),
+    "cls_self_attention_relative": lambda r: r.cls.to_self_log_ratio.exp(),
+    "cls_self_attention_log_ratio": lambda r: r.cls.to_self_log_ratio,
+    "patch_self_attention_relative": lambda r: r.patches.to_self_log_ratio.exp().mean(2),
+    "cls_patch_attention": lambda r: r.cls.to_patch,
+    "patch_cls_attention": lambda r: r.patches.to_cls.mean(2),
+    "cls_register_attention": lambda r: r.cls.to_registers,
+    "patch_register_attention": lambda r: r.patches.to_registers.mean(2),
+    "cls_patch_entropy": lambda r: r.cls.patch_entropy,
+    "cls_patch_entropy_of_mean": lambda r: entropy(r.cls_attention.mean(1))[:, None],
+    "patch_patch_entropy": lambda r: r.patches.patch_entropy.mean(2),
+    "cls_update_ratio": lambda r: r.cls_update_ratio[:, None],
+    "patch_update_ratio": lambda r: r.patch_update_ratio.mean(1, keepdim=True),
+    "patch_patch_distance": lambda r: r.distance.mean(2),
+    "patch_patch_mutual_information": lambda r: mutual_information(r.received, r.patches.patch_entropy),
+    "patch_sink_attention": lambda r: largest_share(r.received),
+    "cls_sink_attention": lambda r: largest_share(r.cls_attention),
+    "patch_sink_value_ratio": lambda r: weighted_value_norm(r.received, r.patch_values),
+    "patch_update_rank": lambda r: effective_rank(r.patch_update),
+    "patch_log_amplitude": log_amplitude,
+    "patch_log_singular_values": lambda tokens: log_singular_values(tokens.flatten(1, 2)),
+    "patch_norm_ratio": lambda tokens: norm_ratio(tokens.flatten(1, 2)),
+    "image_log_singular_values": lambda tokens: tokens.double().mean((1, 2)),
+}
 METRICS = {
-    "cls_self_attention": Metric(
-        "probability", "A_00", "Fig. 3, 10", lambda r: r.cls.to_self, needs=("cls",), upper="1", uniform="1/N",
-        title="[cls]–[cls] attention",
-    ),
-    "patch_self_attention": Metric(
-        "probability", "mean_i A_ii", LOGGED, lambda r: r.patches.to_self.mean(2), upper="1", uniform="1/N"
-    ),
-    "cls_self_attention_relative": Metric(
-        "ratio", "A_00 / Σ_j A_0j", LOGGED, lambda r: r.cls.to_self_log_ratio.exp(), needs=("cls",), uniform="1/M",
-        title="[cls] self-attention, relative",
-    ),
-    "cls_self_attention_log_ratio": Metric(
-        "nats", "ln(A_00 / Σ_j A_0j)", "this project: means of the ratio are those of its largest values",
-        lambda r: r.cls.to_self_log_ratio, needs=("cls",), lower=None, uniform="-ln M",
-        title="[cls] self-attention, log",
-    ),
-    "patch_self_attention_relative": Metric(
-        "probability", "mean_i a'_ii", "Fig. 5, 12", lambda r: r.patches.to_self_log_ratio.exp().mean(2),
-        upper="1", uniform="1/M",
-        title="patch self-attention, relative",
-    ),
-    "cls_patch_attention": Metric(
-        "probability", "mean_j A_0j", LOGGED, lambda r: r.cls.to_patch, needs=("cls",), upper="1/M", uniform="1/N"
-    ),
-    "patch_cls_attention": Metric(
-        "probability", "mean_i A_i0", LOGGED, lambda r: r.patches.to_cls.mean(2), needs=("cls",), upper="1",
-        uniform="1/N",
-    ),
-    "cls_register_attention": Metric(
-        "probability", "Σ_r A_0r", REGISTERS, lambda r: r.cls.to_registers, needs=("cls", "registers"),
-        upper="1", uniform="R/N",
-    ),
-    "patch_register_attention": Metric(
-        "probability", "mean_i Σ_r A_ir", REGISTERS, lambda r: r.patches.to_registers.mean(2),
-        needs=("registers",), upper="1", uniform="R/N",
-    ),
-    "cls_patch_entropy": Metric(
-        "nats", "H(a'_0)", "Fig. 4, 11; Table 3", lambda r: r.cls.patch_entropy, needs=("cls",), upper="ln M",
-        uniform="ln M",
-        title="[cls]–patch entropy",
-    ),
-    "cls_patch_entropy_of_mean": Metric(
-        "nats", "H(mean over heads of A_0j, renormalised)", "Table 6",
-        lambda r: entropy(r.cls_attention.mean(1))[:, None],
-        needs=("cls", "cls_attention"), upper="ln M", uniform="ln M", axis=None,
-    ),
-    "patch_patch_entropy": Metric(
-        "nats", "mean_i H(a'_i)", "Fig. 6, 13", lambda r: r.patches.patch_entropy.mean(2), upper="ln M", uniform="ln M",
-        title="patch–patch entropy",
-    ),
-    "cls_update_ratio": Metric(
-        "ratio", "|update_0| / |x_0|", LOGGED, lambda r: r.cls_update_ratio[:, None], needs=("cls",), axis=None
-    ),
-    "patch_update_ratio": Metric(
-        "ratio", "mean_i |update_i| / |x_i|", LOGGED, lambda r: r.patch_update_ratio.mean(1, keepdim=True), axis=None
-    ),
-    "patch_patch_distance": Metric(
-        "pixels", "mean_i Σ_j a'_ij |p_i - p_j|", PARK, lambda r: r.distance.mean(2), needs=("distance",),
-        upper="largest distance", uniform="mean distance",
-        title="attention distance",
-    ),
-    "patch_patch_mutual_information": Metric(
-        "ratio", "I(q;k) / √(H(q) H(k)), p(q) = 1/M, p(k|q) = a'_qk", PARK,
-        lambda r: mutual_information(r.received, r.patches.patch_entropy), needs=("received",), upper="1", uniform="0",
-        title="mutual information",
-    ),
-    "patch_sink_attention": Metric(
-        "probability", "mean_i a'_ij, summed over the 4 patches j with the largest values", "Xiao et al. 2024 (sinks)",
-        lambda r: largest_share(r.received), needs=("received",), upper="1", uniform="4/M",
-        title="patch attention to sinks",
-    ),
-    "cls_sink_attention": Metric(
-        "probability", "a'_0j, summed over the 4 patches j with the largest values", "Xiao et al. 2024 (sinks)",
-        lambda r: largest_share(r.cls_attention), needs=("cls", "cls_attention"), upper="1", uniform="4/M",
-        title="[cls] attention to sinks",
-    ),
-    "patch_sink_value_ratio": Metric(
-        "ratio", "Σ_j r_j |v_j| / mean_j |v_j|, r_j = mean_i a'_ij", "Gu et al. 2025 (sinks)",
-        lambda r: weighted_value_norm(r.received, r.patch_values), needs=("received", "patch_values"), uniform="1",
-        title="value norm where attention goes",
-    ),
-    "patch_update_rank": Metric(
-        "rank", "exp H(s / Σ s), s: singular values of the matrix of update_i", "Roy and Vetterli 2007",
-        lambda r: effective_rank(r.patch_update), needs=("patch_update",),
-        lower="1", upper="ranks", axis=None, title="effective rank of update",
-    ),
-    "patch_log_amplitude": Metric(
-        "log ratio", "ln|F z| of the highest diagonal frequency less that of the mean, F over the grid", PARK,
-        log_amplitude, lower=None, of_tokens=True, axis="frequency", summary=lambda values: values[:, -1],
-        title="relative log amplitude",
-    ),
-    "patch_log_singular_values": Metric(
-        "log", "ln of the singular values of the covariance of z_i over patches; their mean", PARK,
-        lambda tokens: log_singular_values(tokens.flatten(1, 2)), lower=None, of_tokens=True, axis="rank",
-        title="singular values, tokens",
-    ),
-    "patch_norm_ratio": Metric(
-        "ratio", "max_i |z_i| / median_i |z_i|", REGISTERS, lambda tokens: norm_ratio(tokens.flatten(1, 2)),
-        lower="1", of_tokens=True, axis=None, title="largest patch norm",
-    ),
-    "image_log_singular_values": Metric(
-        "log", "ln of the singular values of the covariance of mean_i z_i over images; their mean", PARK,
-        lambda tokens: tokens.double().mean((1, 2)), lower=None, of_tokens=True, axis="rank", over_images=True,
-        title="singular values, images",
-    ),
-}  # fmt: skip
-for _name, _metric in METRICS.items():
-    if _unknown := {_metric.lower, _metric.upper, _metric.uniform} - {None, *REFERENCES}:
-        raise ValueError(f"METRICS: {_name} refers to {', '.join(_unknown)}: choose from {', '.join(REFERENCES)}")
+    name: Metric(compute=COMPUTE[name], **{key: None if value == "" else value for key, value in facts.items()})
+    for name, facts in tomllib.loads(Path(__file__).with_name("metrics.toml").read_text("utf-8")).items()
+}
 # Figs. 3 to 6 and 10 to 13, in this order
 PAPER_METRICS = ("cls_self_attention", "cls_patch_entropy", "patch_self_attention_relative", "patch_patch_entropy")
 PARK_METRICS = tuple(name for name, metric in METRICS.items() if metric.source == PARK)

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 import tomllib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,10 +21,6 @@ from util.distributed import PeerLost, joined
 from util.files import without_credentials
 from util.rendezvous import NotJoined
 from util.workers import DeadWorker, worker_failure
-
-# ---------------------------------------------------------------------------------------------------------------------
-# types of arguments: text -> value, or ArgumentTypeError with what is allowed and what was given
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def number(kind: type, requirement: str, allowed: Callable[[float], bool]) -> Callable[[str], Any]:
@@ -55,17 +51,10 @@ positive_share = number(float, "in (0, 1]", lambda value: 0 < value <= 1)
 inner_share = number(float, "in (0, 1)", lambda value: 0 < value < 1)
 
 
-def one_of(names: Iterable[str]) -> Callable[[str], str]:
-    """An argparse type: one of the names; its error suggests the nearest."""
-    names = list(names)
-
-    def convert(text: str) -> str:
-        if text not in names:
-            raise argparse.ArgumentTypeError(f"unknown {text!r}: {instead_of(text, names)}")
-        return text
-
-    convert.metavar = "{" + ",".join(names) + "}"
-    return convert
+def refuse(applies: object, message: str) -> None:
+    """ValueError where a mistake applies."""
+    if applies:
+        raise ValueError(message)
 
 
 def named_path(text: str) -> Path:
@@ -75,9 +64,7 @@ def named_path(text: str) -> Path:
     return Path(text)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# parser
-# ---------------------------------------------------------------------------------------------------------------------
+METAVARS = {int: "N", float: "X", Path: "PATH", named_path: "PATH"}
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
@@ -94,22 +81,35 @@ class Help(argparse.RawDescriptionHelpFormatter):
         return METAVARS.get(action.type) or getattr(action.type, "metavar", None) or action.dest.upper()
 
 
-METAVARS = {int: "N", float: "X", Path: "PATH", named_path: "PATH"}
-
-
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose help shows defaults and whose errors are one line.
 
-    description: the program's docstring; what follows its line "examples:" is printed after the arguments.
+    description: what the program does; what follows its line "examples:" is printed after the arguments.
     """
 
     def __init__(self, description: str | None, **options):
         description, heading, examples = (description or "").partition("examples:\n")
         self.other_flags: list[str] = []  # of another program that reads the same command line
         self.presets: dict[str, str] = {}  # flags that --preset NAME stands for
+        self.groups: dict[str, argparse._ArgumentGroup] = {}  # those of add_groups, by title
         options = {"epilog": heading + examples, "formatter_class": Help, "usage": "%(prog)s [options]", **options}
         # without abbreviations, whose meaning changes when a flag is added
         super().__init__(description=description, allow_abbrev=False, **options)
+
+    def add_groups(self, groups: dict[str, Any], **tables: Any) -> None:
+        """Add the groups of flags of a TOML file, see flags.toml.
+
+        tables: the names that `choices` and braces in the help stand for, or one text for the help; types of flags."""
+        texts = {k: v if isinstance(v, str) else ", ".join(v) for k, v in tables.items() if not callable(v)}
+        for title, group in groups.items():
+            shared, own = FLAGS.get(group.get("include"), {}), {k: v for k, v in group.items() if isinstance(v, dict)}
+            self.groups[title] = self.add_argument_group(title)
+            for name in [name for name in {**shared, **own} if name not in group.get("omit", ())]:
+                options = {**shared.get(name, {}), **own.get(name, {})}
+                if options.pop("each", False) and group.get("several"):
+                    options |= {"nargs": "+", "default": [options.get("default")]}
+                names = [f"--{name}", *filter(None, [options.pop("alias", None)])]
+                self.groups[title].add_argument(*names, **argparse_options(options, tables, texts))
 
     def add_argument(self, *names, **options) -> argparse.Action:
         action = super().add_argument(*names, **options)
@@ -159,25 +159,18 @@ class Parser(argparse.ArgumentParser):
 FLAGS = tomllib.loads(Path(__file__).with_name("flags.toml").read_text("utf-8"))
 
 
-def add_flags(
-    group: argparse._ActionsContainer, flags: dict[str, dict], skip: Iterable[str] = (), **more: dict[str, Any]
-) -> None:
-    """Add the flags of a TOML table, {name: options of add_argument}, whose type is named as in this module, but for
-    those of `skip`. more: {flag: options that replace those of the table}; their `fill` replaces {braces} in the help.
-    """
-    for name, options in flags.items():
-        if name in skip:
-            continue
-        options = {**options, **more.get(name, {})}
-        fill, alias = options.pop("fill", {}), options.pop("alias", None)
-        options["help"] = options["help"].format_map(fill) if options.get("help") else argparse.SUPPRESS
-        if isinstance(options.get("metavar"), list):
-            options["metavar"] = tuple(options["metavar"])
-        if "type" in options:
-            options["type"] = {"int": int, "float": float, "Path": Path, **globals()}[options["type"]]
-        if options.get("action") == "BooleanOptionalAction":
-            options["action"] = argparse.BooleanOptionalAction
-        group.add_argument(f"--{name}", *([alias] if alias else []), **options)
+def argparse_options(options: dict[str, Any], tables: dict[str, Any], texts: dict[str, str]) -> dict[str, Any]:
+    """The options of add_argument that a flag of a TOML file stands for."""
+    options = {**options, "help": options["help"].format_map(texts) if options.get("help") else argparse.SUPPRESS}
+    if isinstance(options.get("metavar"), list):
+        options["metavar"] = tuple(options["metavar"])
+    if isinstance(options.get("choices"), str):
+        options["choices"] = list(tables[options["choices"]])
+    if "type" in options:
+        options["type"] = {"int": int, "float": float, "Path": Path, **globals(), **tables}[options["type"]]
+    if options.get("action") == "BooleanOptionalAction":
+        options["action"] = argparse.BooleanOptionalAction
+    return options
 
 
 def parse(parser: Parser, argv: list[str] | None = None) -> argparse.Namespace:
@@ -207,11 +200,6 @@ def checked(args: argparse.Namespace, *checks: Callable[[argparse.Namespace], An
     except ValueError as error:
         fail(error, 2)
     return args
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# running a program
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def run_main(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlparse
 
-from cli.console import FLAGS, add_flags
+from cli.console import FLAGS
 from encoders.architectures import FROM_FILE, architecture, default_input_size
 from encoders.catalogue import CATALOGUE, fetch_weights, known_family
-from encoders.families import FAMILIES
-from encoders.libraries import LIBRARIES, library_of
+from encoders.libraries import library_of
 
 if TYPE_CHECKING:
     import torch
@@ -21,41 +20,17 @@ if TYPE_CHECKING:
     from encoders.oracle import Oracle
 
 ORACLE_ARGUMENTS = ("oracle", "oracle_model", "oracle_family", "oracle_checkpoint_key")
-PRECISIONS = {  # names of --amp -> torch's
-    "bfloat16": "bfloat16",
-    "float16": "float16",
-    "float32": "float32",
-    "none": "float32",  # beyond_cls's other name for float32
-}
+PRECISIONS = ("bfloat16", "float16", "float32", "none")  # of --amp; none: beyond_cls's other name for float32
 BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # of Intel and AMD, of Arm
 MAX_SIZE = 10_000  # pixels of an input
-EACH = ("model", "family", "checkpoint_key", "timm_name")  # flags with a value for each of several encoders
-
-
-def add_encoder_arguments(parser: argparse.ArgumentParser, several: bool = False) -> None:
-    """several: --finetune names any number of encoders, and the flags of EACH take one value for all or for each."""
-
-    fills = {
-        "model": {"from_file": FROM_FILE},
-        "finetune": {"libraries": "; ".join(library.names for library in LIBRARIES.values())},
-        "family": {"families": ", ".join(FAMILIES)},
-    }
-    more = {name: {"fill": values} for name, values in fills.items()}
-    for name in ("finetune", *EACH) if several else ():
-        more.setdefault(name, {}).update(nargs="+", default=[FLAGS["encoder"][name].get("default")])
-    add_flags(
-        parser.add_argument_group("encoders" if several else "encoder"),
-        FLAGS["encoder"],
-        **more,
-        amp={"choices": list(PRECISIONS)},
-    )
+EACH = [name for name, options in FLAGS["encoder"].items() if options.get("each") and name != "finetune"]
 
 
 def precision(name: str) -> torch.dtype:
     """The dtype that --amp names."""
     import torch
 
-    return getattr(torch, PRECISIONS[name])
+    return getattr(torch, name.replace("none", "float32"))
 
 
 def choose_precision(args: argparse.Namespace, device: torch.device) -> None:
@@ -75,20 +50,14 @@ def cpu_flags(path: Path = Path("/proc/cpuinfo")) -> set[str]:
     return next((set(line.split()) for line in lines if line.startswith(("flags", "Features"))), set())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# checks without reading the weights
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def settle_model(args: argparse.Namespace) -> None:
     """Set --model to FROM_FILE for weights that their own library loads: it knows the architecture."""
     weights, models = args.finetune, args.model
-    if isinstance(weights, list):
-        models = models * len(weights) if len(models) == 1 else models
-        if len(models) == len(weights):
-            args.model = [FROM_FILE if library_of(w) else model for w, model in zip(weights, models, strict=True)]
-    elif library_of(weights):
-        args.model = FROM_FILE
+    if not isinstance(weights, list):
+        args.model = FROM_FILE if library_of(weights) else models
+    elif len(models) in (1, len(weights)):
+        pairs = zip(weights, models * (len(weights) // len(models)), strict=True)
+        args.model = [FROM_FILE if library_of(name) else model for name, model in pairs]
 
 
 def check_input_size(size: int | None, model: str) -> None:
@@ -100,23 +69,19 @@ def check_input_size(size: int | None, model: str) -> None:
     size = default_input_size(model) if size is None else size
     patch_size = architecture(model)["patch_size"]
     if not 1 <= size <= MAX_SIZE or size % patch_size:
-        raise ValueError(
-            f"--input_size {size} is not divisible by the patch size {patch_size} of {model}: name a multiple of it, "
-            f"at most {MAX_SIZE}"
-        )
+        problem = f"--input_size {size} is not divisible by the patch size {patch_size} of {model}"
+        raise ValueError(f"{problem}: name a multiple of it, at most {MAX_SIZE}")
 
 
 def check_encoder(args: argparse.Namespace) -> None:
     """Refuse what the flags of one encoder alone show to be impossible; ValueError."""
     settle_model(args)
     check_input_size(args.input_size, args.model)
-    if args.std and not min(args.std) > 0:
-        raise ValueError(f"--std {' '.join(map(str, args.std))}: values must be positive")
-    for name in ("mean", "std"):
-        if any(not abs(value) <= 2 for value in getattr(args, name) or ()):  # NaN, too
-            raise ValueError(
-                f"--{name} {' '.join(map(str, getattr(args, name)))}: values are of pixels from 0 to 1, not to 255"
-            )
+    for name, lowest in (("mean", -2), ("std", 0)):
+        values = getattr(args, name) or []
+        if not all(lowest < value <= 2 for value in values):  # NaN is neither
+            shown = " ".join(map(str, values))
+            raise ValueError(f"--{name} {shown}: must be above {lowest} and at most 2: pixels are from 0 to 1, not 255")
 
 
 def check_weights(args: argparse.Namespace, remote: bool = False) -> None:
@@ -151,11 +116,6 @@ def one_encoder_each(args: argparse.Namespace) -> list[argparse.Namespace]:
     return [argparse.Namespace(**{**vars(args), **dict(zip(columns, row, strict=True))}) for row in rows]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# from flags to an encoder
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def build_encoder(args: argparse.Namespace, **options) -> tuple[Encoder, int]:
     """The encoder that the flags name, and its input size in pixels; options of models_vit.VisionTransformer."""
     from encoders.load import input_size, load_encoder
@@ -165,11 +125,10 @@ def build_encoder(args: argparse.Namespace, **options) -> tuple[Encoder, int]:
         options["class_token"] = False
     if args.num_heads:
         options["num_heads"] = args.num_heads
+    options |= {name: getattr(args, name) for name in ("mean", "std", "grid", "timm_name", "decoder")}
     check_encoder(args)
-    encoder = load_encoder(
-        args.finetune, args.model, args.family, args.checkpoint_key, args.offline, mean=args.mean, std=args.std,
-        grid=args.grid, timm_name=args.timm_name, size=args.input_size, decoder=args.decoder, **options,
-    )  # fmt: skip
+    file = args.finetune, args.model, args.family, args.checkpoint_key, args.offline
+    encoder = load_encoder(*file, size=args.input_size, **options)
     if not args.finetune:
         log.warning("no --finetune: the encoder's weights are random")
     return encoder, input_size(encoder, args.input_size)
@@ -181,11 +140,6 @@ def frozen_encoder(args: argparse.Namespace) -> tuple[Encoder, int]:
 
     with seeded("weights", args.seed):
         return build_encoder(args)
-
-
-def add_oracle_arguments(group: argparse._ArgumentGroup, default: str | None) -> None:
-    """--finetune, --model, --family and --checkpoint_key of another encoder, whose attention heads may use."""
-    add_flags(group, FLAGS["oracle"], oracle={"default": default})
 
 
 def build_oracle(args: argparse.Namespace, probed: Encoder, size: int, amp: torch.dtype) -> Oracle:

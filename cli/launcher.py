@@ -1,23 +1,4 @@
-"""Submit a program of this project to SLURM, or run it here; requeue it when it is pre-empted or out of time.
-
-Flags that the launcher does not have are passed to the program. The run folder is --job_dir; every start continues
-from its newest checkpoint (--resume auto), and so does a requeued job. Jobs run a copy of the current code, in the
-folder where they were submitted.
-
-examples:
-    # probes on a node of four GPUs
-    python submitit_linprobe.py --job_dir runs/mae_b --nodes 1 --ngpus 4 --partition gpu \\
-        --model vit_base_patch16 --finetune mae_vit_base_patch16 --cls_features cls pos abmilp \\
-        --batch_size 2048 --accum_iter 2 --data_path $IMAGENET
-
-    # a job array, one folder per job; printed, not submitted
-    python submitit_linprobe.py --job_dir runs/seeds --ngpus 4 --sweep seed 0 1 2 --dry_run \\
-        --finetune mae_vit_base_patch16 --data_path $IMAGENET
-
-    # another program, on two nodes
-    python submitit_linprobe.py --main main_pretrain --job_dir runs/mae_small --nodes 2 --ngpus 8 \\
-        --batch_size 256 --data_path $IMAGENET
-"""
+"""What submitit_linprobe.py takes, flags and help in launcher.toml, and the jobs that this describes."""
 
 import argparse
 import importlib
@@ -29,7 +10,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
-from cli.console import FLAGS, Parser, add_flags, parse
+from cli.arguments import check_files, identity, program_parser
+from cli.console import Parser, parse, refuse
 from util.lazy import lazy
 
 torch = lazy("torch")
@@ -39,11 +21,7 @@ WARNING = 120  # seconds between SLURM's signal and the end of a job's time
 
 
 def get_args_parser() -> Parser:
-    parser = Parser(__doc__)
-    add_flags(parser.add_argument_group("what to run"), FLAGS["launcher"], main={"choices": PROGRAMS})
-    add_flags(parser.add_argument_group("job"), FLAGS["job"])
-    add_flags(parser.add_argument_group("accepted for old commands"), FLAGS["old_launcher"])
-    return parser
+    return program_parser("launcher", programs=PROGRAMS)
 
 
 def command_line(argv: list[str] | None = None) -> argparse.Namespace:
@@ -56,16 +34,15 @@ def check(args: argparse.Namespace) -> None:
     """Choose the cluster, and refuse what no job can be; ValueError."""
     if args.cluster is None:
         args.cluster = "slurm" if args.dry_run or shutil.which("sbatch") else "local"
-    if args.cluster == "slurm" and not (args.dry_run or shutil.which("sbatch")):
-        raise ValueError("--cluster slurm: sbatch is not installed here; --cluster local runs the job on this machine")
-    if args.cluster == "local" and args.nodes > 1:
-        raise ValueError(f"--nodes {args.nodes}: --cluster local is this one machine")
-    if "%" in str(args.job_dir):
-        raise ValueError(f"--job_dir {args.job_dir}: SLURM replaces % and the letter after it; name a folder without %")
-    if args.timeout * 60 <= WARNING:
-        raise ValueError(f"--timeout {args.timeout}: must exceed {WARNING} seconds, the notice before a job is stopped")
-    if bad := [pair for pair in args.slurm if "=" not in pair]:
-        raise ValueError(f"--slurm {bad[0]}: write NAME=VALUE, as in --slurm exclude=node3")
+    absent = args.cluster == "slurm" and not (args.dry_run or shutil.which("sbatch"))
+    refuse(absent, "--cluster slurm: sbatch is not installed here; --cluster local runs the job on this machine")
+    refuse(args.cluster == "local" and args.nodes > 1, f"--nodes {args.nodes}: --cluster local is this one machine")
+    folder = f"--job_dir {args.job_dir}"
+    refuse("%" in folder, f"{folder}: SLURM replaces % and the letter after it; name a folder without %")
+    notice = f"must exceed {WARNING} seconds, the notice before a job is stopped"
+    refuse(args.timeout * 60 <= WARNING, f"--timeout {args.timeout}: {notice}")
+    for pair in args.slurm:
+        refuse("=" not in pair, f"--slurm {pair}: write NAME=VALUE, as in --slurm exclude=node3")
 
 
 class Planned(NamedTuple):
@@ -77,17 +54,16 @@ class Planned(NamedTuple):
 
 def plan(args: argparse.Namespace, argv: list[str]) -> list[Planned]:
     """The jobs to submit, each with its run folder and its program's arguments; ValueError where these are invalid."""
-    if not all(values for _, *values in args.sweep):
-        flag = next(flag for flag, *values in args.sweep if not values)
-        raise ValueError(f"--sweep {flag}: write the values after the flag")
-    jobs = []
+    jobs: list[Planned] = []
+    for flag, *values in args.sweep:
+        refuse(not values, f"--sweep {flag}: write the values after the flag")
     for combination in itertools.product(*([(flag, value) for value in values] for flag, *values in args.sweep)):
         extra = [text for flags, values in combination for text in sweep_arguments(flags, values)]
         name = "_".join(f"{flags}={values}" for flags, values in combination)
         folder = args.job_dir.resolve() / re.sub(r"[^\w.,=+-]+", "_", name)
         jobs.append(Planned(folder, program_arguments(args, [*argv, *extra], folder)))
-    if len({job.folder for job in jobs}) < len(jobs):
-        raise ValueError("--sweep: two jobs would share a folder; write every value once")
+    shared = len({job.folder for job in jobs}) < len(jobs)
+    refuse(shared, "--sweep: two jobs would share a folder; write every value once")
     return jobs
 
 
@@ -103,8 +79,6 @@ def sweep_arguments(flags: str, values: str) -> list[str]:
 def program_arguments(args: argparse.Namespace, argv: list[str], folder: Path) -> list[str]:
     """The program's arguments: those that the launcher sets, then the user's. ValueError where the program would refuse
     them, as far as this machine can tell."""
-    from cli.arguments import check_files, identity
-
     program = parser_module(args.main)
     parser = program.get_args_parser()
     parser.other_flags = list(get_args_parser().flags)

@@ -1,44 +1,15 @@
-"""Train and test linear probes on the frozen tokens of one encoder, all in one pass.
-
-The probes are the product of --cls_features, --return_block, --optimizer, --blr and --seeds. Defaults are the paper's
-recipe (B.2).
-
-examples:
-    # the paper's probes: effective batch 16,384
-    torchrun --nproc_per_node 4 main_linprobe.py --model vit_base_patch16 --finetune mae_vit_base_patch16 \\
-        --cls_features cls pos abmilp --batch_size 2048 --accum_iter 2 --data_path $IMAGENET --output_dir runs/mae_b
-
-    # a rate chosen on held-out images, three seeds, on a data set that is downloaded
-    python main_linprobe.py --finetune mae_vit_base_patch16 --dataset imagenette --data_path data --epochs 20 \\
-        --blr 0.1 1 10 --seeds 0 1 2 --val_fraction 0.1 --save_predictions --output_dir runs/imagenette
-
-    # a few hundred photos: logistic regression, and AbMILP, on features that are computed once
-    python main_linprobe.py --preset small --finetune dino_vit_base_patch16 --data_path photos --val_split 0.2 \\
-        --cls_features cls abmilp:depth=2,act=tanh --return_block 5 11 --output_dir runs/photos
-
-    # continue a stopped run
-    python main_linprobe.py --args_from runs/mae_b/args.json --resume auto
-"""
+"""What main_linprobe.py takes: flags and help in linprobe.toml; how they fit together, and their meaning, here."""
 
 from __future__ import annotations
 
 import argparse
-import tomllib
+import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from cli.arguments import (
-    RESUMABLE_FLAGS,
-    add_data_arguments,
-    add_old_arguments,
-    add_run_arguments,
-    add_schedule_arguments,
-    check_training,
-    plain,
-)
-from cli.console import Parser, add_flags, parse
-from cli.encoder_arguments import add_encoder_arguments, add_oracle_arguments, precision
-from cli.presets import add_preset
+from cli.arguments import RESUMABLE_FLAGS, check_training, program_flags, program_parser
+from cli.console import Parser, parse, refuse
+from cli.encoder_arguments import precision
 from data_sets.table import DATASETS
 from encoders.architectures import check_blocks, known_depth
 from probing.heads import AGGREGATIONS, canonical_head, check_aggregation, option_flags, parts_of
@@ -48,55 +19,58 @@ if TYPE_CHECKING:
 
     from probing.finished_run import ProbeRun
 
-FLAGS = tomllib.loads(Path(__file__).with_suffix(".toml").read_text())
 OPTIMIZERS = {  # settings of util.lars.LARS; momentum as in the paper, and as in its code for SGD
     "lars": {"momentum": 0.9},
     "sgd": {"momentum": 0.0, "trust_coefficient": None},
     "logreg": {},  # probing.logreg, which does not use it
 }
+PRESETS = {"small": "--optimizer logreg --val_fraction 0.2 --batch_size 64 --save_predictions"}
+FEW_STEPS = 300  # optimizer steps of a run; the paper's recipe takes 7,020 on ImageNet, 1,080 on its 1 %
+REPEATED = ("encoder", "data", "probes", "oracle of the head dino")  # groups of flags in a proposed command
 
 # arguments without effect on cached features, or whose effect is compared itself: --finetune by the digest of the
 # weights, --data_path by the fingerprint of the images, --seed and --val_fraction by the images and views they choose
-NOT_IN_FEATURES = (RESUMABLE_FLAGS - {"on_bad_image"}) | set(FLAGS["not in features"])
+NOT_IN_FEATURES = (RESUMABLE_FLAGS - {"on_bad_image"}) | set(program_flags("linprobe")["not in features"])
 
 
 def get_args_parser() -> Parser:
-    parser = Parser(__doc__)
-    add_preset(parser)
-    add_encoder_arguments(parser)
-    add_data_arguments(parser, splits=True)
-
-    probes = parser.add_argument_group("probes")
-    heads = FLAGS["probes"]["cls_features"]
-    heads = {**heads, "help": f"heads: {', '.join(AGGREGATIONS)}, {heads['help']}"}
-    add_flags(probes, {**FLAGS["probes"], "cls_features": heads})
+    tables = {"heads": AGGREGATIONS, "optimizers": OPTIMIZERS, "presets": PRESETS, **PRESETS}
+    parser = program_parser("linprobe", **tables)
+    parser.presets = PRESETS
     for flag, option in option_flags().items():
         kind = {"type": int} if isinstance(option.allowed, int) else {"choices": option.allowed}
         text = f"{option.help}; for heads that do not specify it"
-        probes.add_argument(f"--{flag}", default=option.default, **kind, help=text)
-    add_oracle_arguments(parser.add_argument_group("oracle of the head dino"), default="dino_vit_base_patch16")
-    optimizer = {**FLAGS["recipe"]["optimizer"], "choices": list(OPTIMIZERS)}
-    add_flags(parser.add_argument_group("recipe"), {**FLAGS["recipe"], "optimizer": optimizer})
-    add_schedule_arguments(parser.add_argument_group("schedule"), 512, 90, 10, [0.1])
-    add_flags(parser.add_argument_group("evaluation"), FLAGS["evaluation"])
-    add_run_arguments(parser)
-    add_flags(add_old_arguments(parser), FLAGS["old"])
+        parser.groups["probes"].add_argument(f"--{flag}", default=option.default, **kind, help=text)
     return parser
+
+
+def small_command(args: argparse.Namespace) -> str:
+    """The command with --preset small for the encoder, images and heads of `args`."""
+    command = ["python", "main_linprobe.py", "--preset", "small"]
+    for title, group in get_args_parser().groups.items():
+        for action in group._group_actions if title in REPEATED else ():
+            value = getattr(args, action.dest)
+            if value != action.default and value is not None:
+                values = value if isinstance(value, list) else [] if value is True else [value]
+                command += [action.option_strings[0], *map(str, values)]
+    folder = Path(args.output_dir or "output_dir")
+    return shlex.join([*command, "--output_dir", str(folder.with_name(f"{folder.name}_small"))])
 
 
 def check(args: argparse.Namespace) -> None:
     """Resolve arguments that depend on each other; ValueError for contradictions."""
-    if "logreg" in args.optimizer:
-        _check_logreg(args)
+    logreg = "logreg" in args.optimizer
+    if logreg:
+        _settle_logreg(args)
     check_training(args)
-    if args.global_pool:
-        raise ValueError(
-            "--global_pool is MAE's probe of the mean patch through a new, untrained fc_norm, which is not offered: "
-            "use --cls_features pos (tokens before the last norm) or --cls_features pos --final_norm"
-        )
+    refuse(
+        args.global_pool,
+        "--global_pool is MAE's probe of the mean patch through a new, untrained fc_norm, which is not offered: "
+        "use --cls_features pos (tokens before the last norm) or --cls_features pos --final_norm",
+    )
     if args.cls_token:
-        if args.cls_features not in (None, ["cls"]):
-            raise ValueError("--cls_token is MAE's probe of [cls]: omit --cls_features or --cls_token")
+        other = args.cls_features not in (None, ["cls"])
+        refuse(other, "--cls_token is MAE's probe of [cls]: omit --cls_features or --cls_token")
         args.final_norm, args.init = True, "trunc_normal"
     args.cls_features = args.cls_features or ["cls"]
     depth = None if args.decoder else known_depth(args.model)
@@ -104,41 +78,34 @@ def check(args: argparse.Namespace) -> None:
         for part in parts_of(head, {}):
             check_aggregation(part.aggregation, not args.no_cls_token)
     check_blocks(args.return_block or [], depth)
-    logreg = "logreg" in args.optimizer
-    refused = {
-        f"--lr {args.lr} sets one rate, --blr {args.blr} several: omit one": args.lr is not None and len(args.blr) > 1,
-        "--eval evaluates a checkpoint: name it with --resume": args.eval and not args.resume,
-        "batch normalisation needs at least two images: raise --batch_size or --bn_group": (
-            args.bn_group or args.batch_size
-        )
-        < 2,
-        "--report best is the epoch that is best on the test set, which --val_fraction uses once: omit one of them": (
-            args.val_fraction and args.report == "best"
-        ),
-        f"--cache_views must be <= --epochs {args.epochs}, as an epoch uses one view; got {args.cache_views}": (
-            args.cache_views > args.epochs and not logreg
-        ),
-        f"--cache_views must be 1 without augmentation (--crop center), got {args.cache_views}": (
-            args.crop == "center" and args.cache_views > 1
-        ),
-        "--cache_dir stores the features of --cache_views: set it to the number of views": (
-            args.cache_dir is not None and not args.cache_views
-        ),
-        f"--shots {' '.join(map(str, args.shots))} needs --optimizer logreg": args.shots and not logreg,
-        "--save_predictions needs an --output_dir to write to": args.save_predictions and not args.output_dir,
-    }
-    if wrong := [message for message, applies in refused.items() if applies]:
-        raise ValueError(wrong[0])
+    several = args.lr is not None and len(args.blr) > 1
+    refuse(several, f"--lr {args.lr} sets one rate, --blr {args.blr} several: omit one")
+    refuse(args.eval and not args.resume, "--eval evaluates a checkpoint: name it with --resume")
+    single = (args.bn_group or args.batch_size) < 2
+    refuse(single, "batch normalisation needs at least two images: raise --batch_size or --bn_group")
+    refuse(
+        args.val_fraction and args.report == "best",
+        "--report best is the epoch that is best on the test set, which --val_fraction uses once: omit one of them",
+    )
+    if not logreg:
+        rule = f"--cache_views must be <= --epochs {args.epochs}, as an epoch uses one view"
+        refuse(args.cache_views > args.epochs, f"{rule}; got {args.cache_views}")
+        refuse(args.shots, f"--shots {' '.join(map(str, args.shots))} needs --optimizer logreg")
+    same = args.crop == "center" and args.cache_views > 1
+    refuse(same, f"--cache_views must be 1 without augmentation (--crop center), got {args.cache_views}")
+    unused = args.cache_dir is not None and not args.cache_views
+    refuse(unused, "--cache_dir stores the features of --cache_views: set it to the number of views")
+    refuse(args.save_predictions and not args.output_dir, "--save_predictions needs an --output_dir to write to")
     if args.dataset in DATASETS and DATASETS[args.dataset].multi_label:
         for flag in ("per_class", "knn", "shots"):
-            if getattr(args, flag):
-                raise ValueError(f"--{flag} needs one label per image; --dataset {args.dataset} has several: omit it")
+            problem = f"--{flag} needs one label per image; --dataset {args.dataset} has several: omit it"
+            refuse(getattr(args, flag), problem)
 
 
-def _check_logreg(args: argparse.Namespace) -> None:
+def _settle_logreg(args: argparse.Namespace) -> None:
     """Replace what logreg has no use for: epochs, rates, and, without --cache_views, augmentation."""
-    if len(set(args.optimizer)) > 1:
-        raise ValueError(f"--optimizer {' '.join(args.optimizer)}: logreg has no epochs; give it a run of its own")
+    several = len(set(args.optimizer)) > 1
+    refuse(several, f"--optimizer {' '.join(args.optimizer)}: logreg has no epochs; give it a run of its own")
     if not args.cache_views:
         args.crop, args.cache_views = "center", 1
     if len(set(args.l2)) > 1:
@@ -176,21 +143,11 @@ def headline(args: argparse.Namespace) -> str:
     return "per_class" if args.per_class else "top1"
 
 
-def data_seeds(args: argparse.Namespace) -> tuple[int, ...]:
-    """Seeds of data order and augmentation; none if all probes use those of --seed."""
-    return () if args.seeds_vary == "weights" else tuple(args.seeds or [args.seed])
-
-
 def seeds_vary(args: argparse.Namespace) -> list[str]:
     """What differs between probes of different seeds."""
     if args.seeds_vary == "weights":
         return ["weights"]
     return ["weights", "order"] if args.crop == "center" else ["weights", "order", "views"]
-
-
-def feature_arguments(args: argparse.Namespace) -> dict[str, Any]:
-    """Arguments that cached features depend on: all that are not known to be irrelevant."""
-    return {name: value for name, value in plain(args).items() if name not in NOT_IN_FEATURES}
 
 
 def finished_run(folder: Path) -> ProbeRun:

@@ -221,6 +221,15 @@ class Example(NamedTuple):
     image: Image.Image | Tensor
 
 
+def read_image(path: str | Path) -> Image.Image:
+    """ValueError names a file that is not an image."""
+    try:
+        return read_rgb(path)
+    except Exception as error:  # decoders raise anything
+        text = str(error)
+        raise ValueError(text if "cannot read image" in text else f"cannot read image {path}: {text}") from error
+
+
 def random_examples(images: Images, chosen: Sequence[int], count: int, seed: int) -> list[Example]:
     """Some of the chosen images, a function of the seed; damaged ones, which the pass over the images reports, are
     skipped."""

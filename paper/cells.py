@@ -18,8 +18,10 @@ from cli.arguments import RESUMABLE_FLAGS
 from data_sets.table import DATASETS
 from encoders.catalogue import CATALOGUE
 from models_vit import architecture, default_input_size
+from util.files import reading
 from util.progress import log
 
+NAMED = [name for name in DATASETS if name != "image_folder"]  # data sets whose images are known
 PAPER_ORACLE = "dino_vit_base_patch16"
 PAPER_STEP = 0.01  # of thresholds: the coarser of the reference's two
 # how the paper trains probes (B.2, and the published code where the text is silent)
@@ -29,6 +31,7 @@ PROTOCOLS = {
 }
 COMMON = {"warmup_epochs": 10, "start_epoch": 0, "min_lr": 0.0, "weight_decay": 0.0, "crop": "mae", "no_hflip": False}
 COMMON |= {"final_norm": False, "init": "default", "cache_views": 0}
+BATCH = ("effective_batch", "bn_group")
 BLR = 0.1
 MOMENTUM = {"lars": 0.9, "sgd": 0.0}
 NORMED = ("capi",)  # families whose public models return tokens after the last norm: D12 in REPRODUCTION.md
@@ -47,6 +50,10 @@ class Cell(NamedTuple):
     arch: str
     quantity: str
     head: str
+
+    @property
+    def encoder(self) -> str:
+        return f"{self.model}.{self.arch}"
 
     def __str__(self) -> str:
         return "/".join(self)
@@ -73,15 +80,8 @@ class Measurement:
     def std(self) -> float | None:
         return statistics.stdev(self.values) if len(self.values) > 1 else None
 
-    @property
-    def training(self) -> dict[str, Any]:
-        """The run that trained the probes; {} where nothing was trained."""
-        return self.result.get("probes") or {} if "rules" in self.result else self.result
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# names
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- names
 
 
 def cell_of(dataset: str, encoder: dict, quantity: str, head: str, block: int | None = None) -> Cell:
@@ -124,9 +124,7 @@ def sizes_of(model: str) -> tuple[int | None, int | None]:
         return None, None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# obstacles to a comparison with the paper, and notes
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- obstacles to a comparison with the paper, and notes
 
 
 def obstacles(args: dict, encoder: dict, size: int, n_train: int | None, n_test: int, images: int) -> list[str]:
@@ -160,7 +158,7 @@ def training_obstacles(run: dict, family: str | None, head: str, optimizer: str,
         paper["blr"] = BLR
     if args.get("momentum") is not None:
         paper["momentum"] = MOMENTUM[optimizer]
-    ours = {**args, **{name: run[name] for name in ("effective_batch", "bn_group")}, "optimizer": optimizer, "blr": blr}
+    ours = {**args, **{name: run[name] for name in BATCH}, "optimizer": optimizer, "blr": blr}
     return [f"{name} {ours[name]}, the paper's {value}" for name, value in paper.items() if ours[name] != value]
 
 
@@ -178,60 +176,57 @@ def weights_notes(args: dict, encoder: dict) -> list[str]:
     return notes
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# what each program measures
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- what each program measures
 
 
-def grouped(items: Iterable[tuple[str, int, dict]]) -> dict[tuple[str, int], list[dict]]:
+def by_head(items: Iterable[dict]) -> Iterator[tuple[str, int, list[dict]]]:
+    """Probes or rules of each head and block."""
     groups: dict[tuple[str, int], list[dict]] = {}
-    for head, block, item in items:
-        groups.setdefault((head, block), []).append(item)
-    return groups
+    for item in items:
+        groups.setdefault((item["head"], item["block"]), []).append(item)
+    return ((head, block, group) for (head, block), group in groups.items())
 
 
-def comparable(path: Path, head: str, probes: Sequence[dict]) -> bool:
-    """Whether all probes of a head ended. ValueError where only test scores could choose among their rates."""
+def comparable(head: str, probes: Sequence[dict]) -> bool:
+    """Whether no probe of a head diverged. ValueError where only test scores could choose among their rates."""
     if len(settings := {(probe["optimizer"], probe["blr"], probe.get("lr")) for probe in probes}) > 1:
         rates = ", ".join(f"{optimizer} {blr:g}" for optimizer, blr, _ in sorted(settings, key=str))
         raise ValueError(
-            f"{path}: {head} has several settings ({rates}), and choosing one by its test scores flatters it: "
+            f"{head} has several settings ({rates}), and choosing one by its test scores flatters it: "
             "run main_linprobe.py with one of them, or with --val_fraction, which chooses on held-out images"
         )
     if diverged := sum(probe["diverged_at"] is not None for probe in probes):
-        log.warning("%s: %s: %d of %d probes diverged: not measured", path, head, diverged, len(probes))
+        log.warning("%s: %d of %d probes diverged: not measured", head, diverged, len(probes))
     return diverged == 0
 
 
-def probe_cells(path: Path, run: dict) -> Iterator[Measurement]:
+def probe_cells(run: dict) -> Iterator[Measurement]:
     """results.json: the accuracy of each head, over its seeds, at the last epoch."""
     args, encoder, quantity = run["args"], run["encoder"], run["headline"]
     depth, size = sizes_of(encoder["model"])
-    size, n_train, n_val = args["input_size"] or size, run["n_train"], run["n_val"]
+    size, total = args["input_size"] or size, run["n_train"] + run["n_val"]
     held_out = any("chosen" in probe for probe in run["probes"].values())
-    chosen = [probe for probe in run["probes"].values() if probe.get("chosen", True)]
-    for (head, block), probes in grouped((probe["head"], probe["block"], probe) for probe in chosen).items():
-        if not comparable(path, head, probes):
+    for head, block, probes in by_head(probe for probe in run["probes"].values() if probe.get("chosen", True)):
+        if not comparable(head, probes):
             continue
         first, counted = probes[0], min(probe["last"]["n"] for probe in probes)
-        is_last = args["return_block"] is None if depth is None else block == depth - 1
-        reasons = obstacles(args, encoder, size, n_train + n_val, run["n_test"], counted)
+        reasons = obstacles(args, encoder, size, total, run["n_test"], counted)
         reasons += training_obstacles(run, encoder["family"], head, first["optimizer"], first["blr"], held_out)
         reasons += oracle_obstacles(args, head, run["oracle"])
         notes = weights_notes(args, encoder)
         if held_out:
-            total = n_train + n_val
-            notes.append(f"trained on {n_train:,} of {total:,} images, rate {first['blr']:g} chosen on the others")
-        settings = {name: args[name] for name in ("epochs", "amp", *COMMON)}
-        settings |= {name: run[name] for name in ("effective_batch", "bn_group")}
-        settings |= {name: first[name] for name in ("optimizer", "blr")}
-        settings |= {"input_size": size, "chosen": held_out, "seeds_vary": run.get("seeds_vary", ["weights"])}
+            rate = f"rate {first['blr']:g} chosen on the others"
+            notes.append(f"trained on {run['n_train']:,} of {total:,} images, {rate}")
+        settings = {name: args[name] for name in ("epochs", "amp", *COMMON)} | {name: run[name] for name in BATCH}
+        settings |= {"optimizer": first["optimizer"], "blr": first["blr"], "input_size": size, "chosen": held_out}
+        settings["seeds_vary"] = run.get("seeds_vary", ["weights"])
+        is_last = args["return_block"] is None if depth is None else block == depth - 1
         cell = cell_of(args["dataset"], encoder, quantity, head, None if is_last else block)
         values, seeds = [probe["last"][quantity] for probe in probes], [probe["seed"] for probe in probes]
         yield Measurement(cell, values, seeds, settings, notes, reasons)
 
 
-def attention_cells(path: Path, result: dict) -> Iterator[Measurement]:
+def attention_cells(result: dict) -> Iterator[Measurement]:
     """attention.json: the entropy of [cls] over the patches, mean over blocks; uniform weights without [cls]."""
     args, encoder, metric = result["args"], result["encoder"], "cls_patch_entropy"
     has_cls = result["tokens"] - result["patches"] - result["registers"] > 0
@@ -252,97 +247,80 @@ def attention_cells(path: Path, result: dict) -> Iterator[Measurement]:
     yield Measurement(cell, [value], [None], settings, notes, reasons)
 
 
-def aggregation_cells(path: Path, result: dict) -> Iterator[Measurement]:
+def aggregation_cells(result: dict) -> Iterator[Measurement]:
     """aggregation.json: entropies of the rules' vectors, and MaxBoxAccV2; not the accuracies of their probes."""
     args, encoder, boxes, trained = result["args"], result["encoder"], result.get("localization"), result["probes"]
-    depth, _ = sizes_of(encoder["model"])
+    dataset, (depth, _) = DATASETS[args["dataset"]], sizes_of(encoder["model"])
     last_block = max(rule["block"] for rule in result["rules"]) if depth is None else depth - 1
-    for (head, block), rules in grouped((rule["head"], rule["block"], rule) for rule in result["rules"]).items():
+    for head, block, rules in by_head(result["rules"]):
         scores = [score for rule in rules if rule["probe"] is not None for score in rule["scores"].values()]
-        if not comparable(path, head, scores):
+        if not comparable(head, scores):
             continue
         settings = {"amp": args["amp"], "input_size": result["input_size"]}
         settings["oracle"] = result["oracle"] and result["oracle"]["source"]
         reasons = oracle_obstacles(args, head, result["oracle"])
         if scores:
-            official, n_train = (
-                DATASETS[trained["args"]["dataset"]].images,
-                trained["n_train"] + (trained["n_val"] or 0),
-            )
-            if official and n_train != official["train"]:
+            n_train = trained["n_train"] + (trained["n_val"] or 0)
+            if n_train != (DATASETS[trained["args"]["dataset"]].images or {"train": n_train})["train"]:
                 reasons.append(f"probes trained on {n_train:,} images")
             rate = (scores[0]["optimizer"], scores[0]["blr"], bool(trained["n_val"]))
             reasons += training_obstacles(trained, encoder["family"], head, *rate)
             settings["seeds_vary"] = trained.get("seeds_vary") or ["weights"]
-        notes = list(
-            dict.fromkeys([*weights_notes(args, encoder), *(note for rule in rules for note in rule["notes"])])
-        )
+        notes = dict.fromkeys([*weights_notes(args, encoder), *(note for rule in rules for note in rule["notes"])])
         seeds, at = [rule["seed"] for rule in rules], None if block == last_block else block
-
-        def obstacles_of(images: int, others: Sequence[str]) -> list[str]:
-            return [*obstacles(args, encoder, result["input_size"], None, result["n_test"], images), *others]
-
+        measured = []
         if entropies := [rule["entropy"]["mean"] for rule in rules if "entropy" in rule]:
-            cell, others = cell_of(args["dataset"], encoder, "aggregation_entropy", head, at), reasons
-            yield Measurement(cell, entropies, seeds, settings, notes, obstacles_of(result["images"], others))
+            measured.append(("aggregation_entropy", head, result["images"], entropies, [], {}))
         if boxes:
-            name = "cls" if head == "attn-mn" else head  # the paper calls the mean [cls] attention simply [cls]
-            cell, others = cell_of(args["dataset"], encoder, "maxboxaccv2", name, at), list(reasons)
-            if DATASETS[args["dataset"]].protocol and boxes["transform"] != "resize":
+            others, how = [], {name: boxes[name] for name in ("transform", "step")}
+            if dataset.protocol and boxes["transform"] != "resize":
                 others.append("central crops, the paper's reference takes the whole image")
-            if DATASETS[args["dataset"]].protocol and boxes["step"] > PAPER_STEP:
+            if dataset.protocol and boxes["step"] > PAPER_STEP:
                 others.append(f"thresholds in steps of {boxes['step']}, the paper's reference has {PAPER_STEP}")
             values = [boxes["maps"][rule["name"]]["maxboxaccv2"] for rule in rules]
-            of_boxes = {**settings, "transform": boxes["transform"], "step": boxes["step"]}
-            yield Measurement(cell, values, seeds, of_boxes, notes, obstacles_of(boxes["images"], others))
+            name = "cls" if head == "attn-mn" else head  # the paper calls the mean [cls] attention simply [cls]
+            measured.append(("maxboxaccv2", name, boxes["images"], values, others, how))
+        for quantity, name, images, values, others, how in measured:
+            cell = cell_of(args["dataset"], encoder, quantity, name, at)
+            of_images = obstacles(args, encoder, result["input_size"], None, result["n_test"], images)
+            yield Measurement(cell, values, seeds, settings | how, list(notes), [*of_images, *reasons, *others])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# files
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- files
 
 
 def cells_of(path: Path) -> list[Measurement]:
     """What the result of a program measures. ValueError names a file that is no such result, or is of unnamed data."""
-    try:
+    with reading(path, "a result of this version's programs"):
         result = json.loads(Path(path).read_text())
-        if "last" in result:
-            raise ValueError("it is of the training of an encoder, of which no table has a cell: probe or analyse it")
-        if (dataset := result["args"]["dataset"]) not in DATASETS or dataset == "image_folder":
-            names = ", ".join(name for name in DATASETS if name != "image_folder")
+        if (dataset := result["args"]["dataset"]) not in NAMED:
+            names = ", ".join(NAMED)
             raise ValueError(f"--dataset {dataset} can be any images: repeat the run with --dataset and one of {names}")
         if missing := [name for name in ORIGIN if name not in result]:
-            raise ValueError(f"it lacks {', '.join(missing)}")
+            raise ValueError(f"it has no {', '.join(missing)}")
         measure = aggregation_cells if "rules" in result else probe_cells if "probes" in result else attention_cells
-        cells = [replace(cell, result=result, path=Path(path)) for cell in measure(path, result)]
+        cells = [replace(cell, result=result, path=Path(path)) for cell in measure(result)]
         for measured in cells:
             bound = math.inf if measured.cell.quantity in NATS else 100
-            if not all(type(v) in (int, float) and 0 <= v <= bound and v < math.inf for v in measured.values):
+            if not all(type(v) in (int, float) and 0 <= v <= bound and math.isfinite(v) for v in measured.values):
                 raise ValueError(f"{measured.cell} has the values {measured.values}")
         return cells
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
-    except (KeyError, TypeError, AttributeError, IndexError, ValueError, RecursionError) as error:
-        if isinstance(error, ValueError) and str(path) in str(error):
-            raise
-        reason = str(error) if type(error) is ValueError else repr(error)[:200]
-        raise ValueError(f"{path} is not a result of this version's programs: {reason}") from error
 
 
 def identity(measured: Measurement) -> dict[str, Any]:
     """All that results of several seeds must share, including the runs that trained an analysis's probes."""
     result, shared = measured.result, {"notes": measured.notes, "obstacles": measured.obstacles}
-    runs = [("", result)] + [("probes' ", result["probes"])] * ("rules" in result and bool(result["probes"]))
-    for prefix, run in runs:
-        for name, value in run["args"].items():
-            if name not in {*RESUMABLE_FLAGS, "seed", "seeds", "probes"}:
-                shared[prefix + name] = value
-        names = ("commit", "dirty", "versions", "test_images", "train_images", "n_train", "bn_group", "effective_batch")
-        shared |= {prefix + name: run.get(name) for name in names}
+    runs = {"": result, "probes' ": result.get("probes") if "rules" in result else None}
+    for prefix, run in runs.items():
+        if run:
+            per_run = {*RESUMABLE_FLAGS, "seed", "seeds", "probes"}
+            shared |= {prefix + name: value for name, value in run["args"].items() if name not in per_run}
+            names = ("commit", "dirty", "versions", "test_images", "train_images", "n_train", *BATCH)
+            shared |= {prefix + name: run.get(name) for name in names}
     return shared | {name: result["encoder"][name] for name in ("family", "source", "sha256")}
 
 
-def join(cell: Cell, parts: Sequence[Measurement]) -> Measurement:
+def join(parts: Sequence[Measurement]) -> Measurement:
     """One measurement of several results. ValueError where they differ in more than the seed, or repeat a seed.
 
     Values that depend on no seed count once.
@@ -352,7 +330,7 @@ def join(cell: Cell, parts: Sequence[Measurement]) -> Measurement:
     for other in others:
         if differing := [name for name, value in identity(other).items() if value != expected.get(name)]:
             raise ValueError(
-                f"{first.path} and {other.path} measured {cell} and differ in more than the seed "
+                f"{first.path} and {other.path} measured {first.cell} and differ in more than the seed "
                 f"({', '.join(differing[:3])}): remove one of them"
             )
     rows = [row for part in parts for row in zip(part.seeds, part.values, strict=True)]
@@ -360,7 +338,7 @@ def join(cell: Cell, parts: Sequence[Measurement]) -> Measurement:
     if set(seeds) == {None} and len({value for _, value in rows}) == 1:
         return first
     if repeated := [seed for seed in seeds if seeds.count(seed) > 1]:
-        raise ValueError(f"{first.path} and others measured {cell} with seed {repeated[0]}: remove one of them")
+        raise ValueError(f"{first.path} and others measured {first.cell} with seed {repeated[0]}: remove one of them")
     seeds, values = map(list, zip(*sorted(rows), strict=True))
     settings = first.settings
     if all(len(part.values) == 1 for part in parts):  # separate runs
@@ -369,15 +347,15 @@ def join(cell: Cell, parts: Sequence[Measurement]) -> Measurement:
     return replace(first, values=values, seeds=seeds, settings=settings)
 
 
-def read_cells(paths: Iterable[Path]) -> dict[Cell, Measurement]:
-    """All cells that the results in these files measure; ValueError names a file that cannot be used."""
+def joined(measurements: Iterable[Measurement]) -> dict[Cell, Measurement]:
+    """The measurements of each cell as one. ValueError names two that cannot be joined."""
     parts: dict[Cell, list[Measurement]] = {}
-    for path in paths:
-        for measured in cells_of(path):
-            parts.setdefault(measured.cell, []).append(measured)
-    return {cell: join(cell, several) if len(several) > 1 else several[0] for cell, several in parts.items()}
+    for measured in measurements:
+        parts.setdefault(measured.cell, []).append(measured)
+    return {cell: join(several) if len(several) > 1 else several[0] for cell, several in parts.items()}
 
 
 def recorded(results: Path, datasets: Iterable[str]) -> dict[Cell, Measurement]:
-    """Cells of the records in results/<dataset>/*.json."""
-    return read_cells(path for name in datasets for path in sorted((Path(results) / name).glob("*.json")))
+    """Cells of the records in results/<dataset>/*.json. ValueError names a file that is not a record."""
+    paths = [path for name in datasets for path in sorted((Path(results) / name).glob("*.json"))]
+    return joined(measured for path in paths for measured in cells_of(path))

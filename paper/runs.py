@@ -1,15 +1,17 @@
 """Markdown tables of single runs, straight from the files that the programs wrote."""
 
 import json
+import math
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from paper.tables import DASH, PROTOCOL, RULES
 from probing.results import metric_label, seeds_note
+from util.files import reading
 
-Row = dict[str, list[float]]  # {head: scores, one per seed}
 WEIGHTS = {"pos": "uniform (`pos`)", **RULES}
+QUANTITIES = {"top-1, %": "top1", "entropy, nats": "aggregation_entropy", "MaxBoxAccV2, %": "maxboxaccv2"}
 
 
 def read_runs(names: Sequence[str]) -> dict[str, list[dict]]:
@@ -21,22 +23,19 @@ def read_runs(names: Sequence[str]) -> dict[str, list[dict]]:
     runs: dict[str, list[dict]] = {}
     for name in names:
         label, _, folder = name.rpartition("=")
-        path = Path(folder) if Path(folder).suffix == ".json" else Path(folder) / "results.json"
-        if not path.is_file():
-            raise ValueError(f"{path} does not exist: give the --output_dir of a finished main_linprobe.py")
-        try:
-            runs.setdefault(label or Path(folder).name, []).append(run := json.loads(path.read_text()))
-            run["path"], run["seeds"] = path, {probe["seed"] for probe in run["probes"].values()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} is not a results.json of main_linprobe.py: {error!r}") from error
-    every = [run for same in runs.values() for run in same]
-    for what in ("test_images", "headline"):
-        if other := [run["path"] for run in every if run.get(what) != every[0].get(what)]:
-            difference = "test images" if what == "test_images" else "scores"
-            raise ValueError(f"{every[0]['path']} and {other[0]} have different {difference}: make a table of each")
+        path = Path(folder) if folder.endswith(".json") else Path(folder, "results.json")
+        with reading(path, "a results.json of main_linprobe.py"):
+            run = json.loads(path.read_text())
+            run |= {"path": path, "seeds": {probe["seed"] for probe in run["probes"].values()}}
+        runs.setdefault(label or Path(folder).name, []).append(run)
+    first, *others = [run for same in runs.values() for run in same]
+    for key, what in (("test_images", "test images"), ("headline", "scores")):
+        if other := [run["path"] for run in others if run.get(key) != first.get(key)]:
+            raise ValueError(f"{first['path']} and {other[0]} have different {what}: make a table of each")
     for same in runs.values():
+        expected = protocol(same[0])
         for run in same[1:]:
-            if differing := [name for name, value in protocol(run).items() if value != protocol(same[0])[name]]:
+            if differing := [name for name, value in protocol(run).items() if value != expected[name]]:
                 raise ValueError(
                     f"{same[0]['path']} and {run['path']} have one label and differ in {', '.join(differing)}: "
                     "give each a label of its own"
@@ -56,8 +55,8 @@ def protocol(run: dict) -> dict[str, object]:
     return {**settings, "seeds vary": run.get("seeds_vary", ["weights"])}
 
 
-def rows_of(label: str, runs: Sequence[dict], epoch: str) -> dict[str, Row]:
-    """{label, block, optimizer and rate: scores}, each named where the runs have several.
+def rows_of(label: str, runs: Sequence[dict]) -> dict[str, dict[str, list[float]]]:
+    """{label, block, optimizer and rate: {head: scores}}, each named where the runs have several.
 
     Where held-out images chose optimizer and rate, the chosen probes only: a row per block.
     """
@@ -69,82 +68,84 @@ def rows_of(label: str, runs: Sequence[dict], epoch: str) -> dict[str, Row]:
         return [f"block {probe['block']}", *([] if "chosen" in probe else [probe.get("optimizer", "lars"), rate])]
 
     differ = [len(set(column)) > 1 for column in zip(*map(setting, probes), strict=True)]
-    rows: dict[str, Row] = {}
+    rows: dict[str, dict[str, list[float]]] = {}
     for probe in probes:
         parts = [part for part, named in zip(setting(probe), differ, strict=True) if named]
+        lost = probe["diverged_at"] is not None or probe["last"][headline] is None
         scores = rows.setdefault(", ".join([label, *parts]), {}).setdefault(probe["head"], [])
-        lost = probe["diverged_at"] is not None or probe[epoch][headline] is None
-        scores.append(float("nan") if lost else probe[epoch][headline])
+        scores.append(math.nan if lost else probe["last"][headline])
     return rows
 
 
-def runs_table(names: Sequence[str], epoch: str = "last") -> str:
+def runs_table(names: Sequence[str]) -> str:
     """Encoder (and block, optimizer, rate) x head: the run's own score, mean and standard deviation over seeds."""
     labelled = read_runs(names)
     runs = [run for same in labelled.values() for run in same]
-    probes = [probe for run in runs for probe in run["probes"].values()]
-    if epoch == "best" and any("val" in probe for probe in probes):
-        raise ValueError("--report best is the best epoch on the test set: a run with --val_fraction has none")
-    rows = {name: row for label, same in labelled.items() for name, row in rows_of(label, same, epoch).items()}
+    probes, n_test = [probe for run in runs for probe in run["probes"].values()], runs[0]["n_test"]
+    rows = {name: row for label, same in labelled.items() for name, row in rows_of(label, same).items()}
     heads = list(dict.fromkeys(head for row in rows.values() for head in row))
-    lines = ["| encoder | " + " | ".join(heads) + " |", "|---|" + "---|" * len(heads)]
-    for name, row in rows.items():
-        lines.append(f"| {name} | " + " | ".join(mean_std(row.get(head, [])) for head in heads) + " |")
+    cells = {name: [over_seeds(row.get(head, [])) for head in heads] for name, row in rows.items()}
     several = [len(scores) for row in rows.values() for scores in row.values() if len(scores) > 1]
     spread = f", mean ± std over {alternatives(several)} seeds" if several else ""
-    epochs, n_train = alternatives(run["args"]["epochs"] for run in runs), alternatives(run["n_train"] for run in runs)
-    note = f"{metric_label(runs[0].get('headline', 'top1'))} (%), {epoch} epoch{spread}; {n_train} training and "
-    note += f"{runs[0]['n_test']} test images, {epochs} epoch{'s' * (epochs != '1')}"
+    epochs = alternatives(run["args"]["epochs"] for run in runs)
+    note = f"{metric_label(runs[0].get('headline', 'top1'))} (%), last epoch{spread}; "
+    note += f"{alternatives(run['n_train'] for run in runs)} training and {n_test} test images, "
+    note += f"{epochs} epoch{'s' * (epochs != '1')}"
     if chose := [run["n_val"] for run in runs if any("chosen" in probe for probe in run["probes"].values())]:
         note += f"; rates chosen on {alternatives(chose)} held-out images"
     notes = [note, *({seeds_note(run): None for run in runs} if several else ())]
-    fewest = min(probe[epoch].get("n", run["n_test"]) for run in runs for probe in run["probes"].values())
-    if fewest < runs[0]["n_test"]:
-        notes.append(f"measured on {fewest} of {runs[0]['n_test']} test images")
+    fewest = min(probe["last"].get("n", n_test) for probe in probes)
+    if fewest < n_test:
+        notes.append(f"measured on {fewest} of {n_test} test images")
     if any(probe["diverged_at"] is not None for probe in probes):
         notes.append("diverged: at least one seed diverged, so there is no mean")
     if nothing := dict.fromkeys(probe["head"] for probe in probes if probe.get("learned_nothing")):
-        notes.append(
-            f"no better than guessing, so no conclusion (learned_nothing in results.json): {', '.join(nothing)}"
-        )
-    shown = ("n_train", "n_val", "epochs", "encoder", "seeds vary", "versions")  # otherwise, or in the rows
+        reason = "no better than guessing, so no conclusion (learned_nothing in results.json)"
+        notes.append(f"{reason}: {', '.join(nothing)}")
+    settings = {label: protocol(same[0]) for label, same in labelled.items()}
+    shown = ("n_train", "n_val", "epochs", "encoder", "seeds vary", "versions")  # elsewhere, or in the rows
     for name in protocol(runs[0]):
-        values = {label: protocol(same[0]).get(name) for label, same in labelled.items()}
+        values = {label: of_label.get(name) for label, of_label in settings.items()}
         if name not in shown and len({json.dumps(value) for value in values.values()}) > 1:
             texts = (f"{value} ({label})" for label, value in values.items())
             notes.append(f"runs differ in {name}: {', '.join(texts)}")
-    return "\n".join([*lines, "", *(f"{note}  " for note in notes)]).rstrip() + "\n"
+    return markdown("encoder", heads, cells, notes)
 
 
 def rules_table(path: Path) -> str:
     """Weights x (accuracy of their probes, entropy, MaxBoxAccV2), over seeds, of an aggregation.json."""
-    columns = {
-        "top1": ("top-1, %", 1),
-        "aggregation_entropy": ("entropy, nats", 2),
-        "maxboxaccv2": ("MaxBoxAccV2, %", 1),
-    }
-    lines = [f"| weights | {' | '.join(title for title, _ in columns.values())} |", "|---" * (len(columns) + 1) + "|"]
 
-    def text(score: dict | None, digits: int) -> str:
-        spread = f" ± {score['std']:.{digits}f}" if score and score["std"] is not None else ""
-        return f"{score['mean']:.{digits}f}{spread}" if score else DASH
-
-    try:
+    rows = {}
+    with reading(path, "an aggregation.json with probes and boxes"):
         result = json.loads(path.read_text())
         for head, title in WEIGHTS.items():
             if scores := result["over_seeds"].get(head):
-                cells = (text(scores.get(quantity), digits) for quantity, (_, digits) in columns.items())
-                lines.append(f"| {title} | {' | '.join(cells)} |")
-        return "\n".join([*lines, "", f"mean ± std over seeds; {seeds_note(result['probes'])}"]) + "\n"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not an aggregation.json with probes and boxes: {error!r}") from error
+                rows[title] = [
+                    mean_and_std(scores.get(name), 1 + ("nats" in unit)) for unit, name in QUANTITIES.items()
+                ]
+        notes = [f"mean ± std over seeds; {seeds_note(result['probes'])}"]
+    return markdown("weights", list(QUANTITIES), rows, notes)
 
 
-def mean_std(values: Sequence[float], digits: int = 1) -> str:
-    if any(value != value for value in values):
+def markdown(corner: str, columns: Sequence[str], rows: dict[str, list[str]], notes: Sequence[str] = ()) -> str:
+    lines = [f"| {' | '.join([corner, *columns])} |", "|---" * (len(columns) + 1) + "|"]
+    lines += [f"| {' | '.join([name, *cells])} |" for name, cells in rows.items()]
+    return "\n".join([*lines, "", *(f"{note}  " for note in notes)]).rstrip() + "\n"
+
+
+def mean_and_std(score: dict | None, digits: int = 1) -> str:
+    """score: "mean" and "std", which is None for a single seed; None: nothing was measured."""
+    if score is None:
+        return DASH
+    spread = f" ± {score['std']:.{digits}f}" if score["std"] is not None else ""
+    return f"{score['mean']:.{digits}f}{spread}"
+
+
+def over_seeds(scores: Sequence[float]) -> str:
+    if any(map(math.isnan, scores)):
         return "diverged"
-    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{spread}" if values else DASH
+    std = statistics.stdev(scores) if len(scores) > 1 else None
+    return mean_and_std({"mean": statistics.mean(scores), "std": std} if scores else None)
 
 
 def alternatives(values: Iterable[int]) -> str:

@@ -7,13 +7,12 @@ scripts/remake_records.sh has made records and goldens anew.
 
 import json
 import re
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from util.files import write_json
+from util.files import reading, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = "short"  # folder beside the records
@@ -27,63 +26,37 @@ TOLERANCE = {"points": 3.0, "ratio": 1e-2, "metrics": 1e-4}
 
 def shown_records(page: Path) -> dict[Path, dict]:
     """The programs' results that a page links or names in its marks; of a folder, all below it but goldens."""
-    paths: set[Path] = set()
-    for name in re.findall(r"(?:\]\(|[= ])(?:\.\./)*(results/[\w./+-]+)", page.read_text()):
-        path = ROOT / name
-        paths |= set(path.rglob("*.json") if path.is_dir() else [path])
+    named = {ROOT / name for name in re.findall(r"(?:\]\(|[= ])(?:\.\./)*(results/[\w./+-]+)", page.read_text())}
+    paths = {file for path in named for file in (path.rglob("*.json") if path.is_dir() else [path])}
     records = {}
-    for path in sorted(
-        path for path in paths if path.suffix == ".json" and path.parent.name != GOLDEN and path.is_file()
-    ):
-        try:
+    for path in sorted(paths):
+        if path.suffix != ".json" or path.parent.name == GOLDEN or not path.is_file():
+            continue
+        with reading(path, f"a record, but {page} shows it"):
             content = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{path}, which {page} shows, cannot be read: {error}") from error
         if isinstance(content, dict) and "commit" in content:
             records[path] = content
     return records
 
 
-def git(*command: str) -> str | None:
-    """None where git fails or does not exist."""
-    try:
-        done = subprocess.run(["git", "-C", ROOT, *command], capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
-
-
-def history_gap() -> str:
-    """Why commits cannot be looked up here; "" where they can."""
-    if (top := git("rev-parse", "--show-toplevel")) is None or Path(top).resolve() != ROOT:
-        return "this is not a git checkout"
-    return "this is a shallow clone" if git("rev-parse", "--is-shallow-repository") == "true" else ""
-
-
-def origin_problems(path: Path, record: Mapping[str, Any], known_history: bool) -> list[str]:
+def origin_problems(path: Path, record: Mapping[str, Any]) -> list[str]:
     """Why a shown record, or its golden, cannot be trusted."""
-    problems = []
     if record["dirty"] is not False:
-        problems.append(f"{path} was made by code {'with uncommitted changes' if record['dirty'] else 'of no commit'}")
-    elif known_history and git("merge-base", "--is-ancestor", str(record["commit"]), "HEAD") is None:
-        problems.append(f"{path} was made at commit {record['commit']}, which is not in this history")
-    if path.parent.name == GOLDEN or "args" not in record or not str(record["args"]["dataset"]).startswith("demo"):
-        return problems  # other data sets cannot be computed again here
+        return [f"{path} was made by code {'with uncommitted changes' if record['dirty'] else 'of no commit'}"]
+    if path.parent.name == GOLDEN or not str(record.get("args", {}).get("dataset", "")).startswith("demo"):
+        return []  # other data sets cannot be computed again here
     golden = path.parent / GOLDEN / path.name
     if not golden.is_file():
-        return [*problems, f"{path} has no golden {golden}"]
+        return [f"{path} has no golden {golden}"]
     content = read_golden(golden)
-    if content["commit"] != record["commit"]:
-        problems.append(f"{path} and {golden} were made at different commits")
-    return problems + origin_problems(golden, content, known_history)
+    different = content["commit"] != record["commit"]
+    return [f"{path} and {golden} were made at different commits"] * different + origin_problems(golden, content)
 
 
 def read_golden(path: Path) -> dict:
-    try:
+    with reading(path, "a golden, which scripts/remake_records.sh makes"):
         golden = json.loads(path.read_text())
         return {**{name: golden[name] for name in ORIGIN}, "numbers": dict(golden["numbers"])}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a golden: scripts/remake_records.sh makes them") from error
 
 
 def golden_of(result: dict) -> dict:
@@ -113,17 +86,16 @@ def numbers_of(result: Any, name: str = "") -> Iterator[tuple[str, float]]:
         yield name, float(result)
 
 
-def differences(golden: dict, result: dict, tolerance: Mapping[str, float] = TOLERANCE) -> list[str]:
+def differences(golden: dict, result: dict) -> list[str]:
     """Numbers of a golden that the result lacks, or has with another value."""
     computed, texts = dict(numbers_of(result)), []
     for name, expected in golden["numbers"].items():
+        ratio = TOLERANCE["metrics" if name.startswith("metrics/") else "ratio"]
+        is_percent = re.search(r"top1|maxboxacc", name)
+        allowed = TOLERANCE["points"] if is_percent else ratio * max(abs(expected), 1e-3)
         if name not in computed:
             texts.append(f"{name} is not computed any more")
-            continue
-        percent = re.search(r"top1|maxboxacc", name)
-        ratio = tolerance["metrics" if name.startswith("metrics/") else "ratio"]
-        allowed = tolerance["points"] if percent else ratio * max(abs(expected), 1e-3)
-        if not abs(computed[name] - expected) <= allowed:
+        elif not abs(computed[name] - expected) <= allowed:
             texts.append(f"{name} is {computed[name]:.6g}, was {expected:.6g}")
     return texts
 

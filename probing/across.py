@@ -3,12 +3,13 @@
 Letters: B images, L blocks, M patches, D width.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from models_vit import Features
-from probing.heads import check_aggregation
 from probing.pooling import JoinedBlocks, Pooled, Pooling, Tokens
 
 
@@ -19,11 +20,11 @@ def by_block(features: Features | JoinedBlocks) -> list[Features]:
 class EarlierWeights(Pooling):
     """The patches of the last block, weighted as another head weighs those of the first."""
 
-    def __init__(self, tokens: Tokens, by: str = "abmilp"):
-        """by: the head, of those that weigh patches."""
+    def __init__(self, tokens: Tokens, by: Callable[[Tokens], Pooling]):
+        """by: makes the pooling whose weights are used."""
         single = tokens._replace(width=tokens.block_width, blocks=1, widths=())
         super().__init__(single.width)
-        self.scorer = check_aggregation(by, tokens.has_cls).build(single)
+        self.scorer = by(single)
         self.needs = self.scorer.needs
 
     def forward(self, features: Features | JoinedBlocks) -> Pooled:

@@ -19,10 +19,9 @@ from torch.overrides import TorchFunctionMode
 
 from encoders.architectures import check_blocks
 from models_vit import Features, VisionTransformer
-from probing.folding import fold
 from probing.heads import blocks_of, build_head, parts_of
 from probing.norm import BN_EPS, ProbeNorm, commit, normalise
-from probing.pooling import Columns, Needs, Pooling, Tokens, read_blocks, select
+from probing.pooling import Columns, Needs, Pooling, Tokens, fold, read_blocks, select
 from util.distributed import gather_tensors
 from util.seeding import seeded
 

@@ -129,7 +129,8 @@ class FeatureCache:
         self.file = None if folder is None else Path(folder) / f"features-{digest(key)[:16]}.f32"
         if self.file is not None and world_size() > processes_here():
             raise ValueError("--cache_dir: processes on several machines cannot share a file; keep the cache in memory")
-        self.made_before = from_main(self.file is not None and self._marker.exists() and self._is_whole())
+        self.bytes = self.shape[0] * self.shape[1] * VALUE
+        self.made_before = from_main(self._is_whole())
         self._check_room(folder)
 
     @property
@@ -138,7 +139,8 @@ class FeatureCache:
         return self.file.with_suffix(".safetensors")
 
     def _is_whole(self) -> bool:
-        return self.file.exists() and self.file.stat().st_size == self.shape[0] * self.shape[1] * VALUE
+        file = self.file
+        return file is not None and self._marker.exists() and file.exists() and file.stat().st_size == self.bytes
 
     def _check_room(self, folder: Path | None) -> None:
         images = " + ".join(
@@ -148,14 +150,14 @@ class FeatureCache:
             for name, part in self.parts.items()
         )
         copies = processes_here() if folder is None else 1
-        need = self.shape[0] * self.shape[1] * VALUE * copies
-        arithmetic = (
-            f"({images}) x {self.shape[1]:,} values x {VALUE} bytes"
-            + f" x {copies} processes" * (copies > 1)
-            + f" = {need / 2**30:,.2f} GiB"
-        )
-        where = "memory" if folder is None else f"{folder}"
-        room = free_memory() if folder is None else None if self.made_before else free_disk(Path(folder))
+        shared = f" x {copies} processes" * (copies > 1)
+        need = self.bytes * copies
+        arithmetic = f"({images}) x {self.shape[1]:,} values x {VALUE} bytes{shared} = {need / 2**30:,.2f} GiB"
+        where, room = f"{folder}", None
+        if folder is None:
+            where, room = "memory", free_memory()
+        elif not self.made_before:
+            room = free_disk(Path(folder))
         if room is not None and need > room:
             raise ValueError(
                 f"--cache_views: the cache takes {arithmetic}, and {where} has {room / 2**30:,.2f} GiB left: lower "
@@ -207,10 +209,10 @@ class FeatureCache:
                 self.file.parent.mkdir(parents=True, exist_ok=True)
                 self._marker.unlink(missing_ok=True)
                 with open(self.file, "ab") as file:  # not "wb": another run may be writing the same rows to it
-                    size = self.shape[0] * self.shape[1] * VALUE
-                    os.truncate(file.fileno(), size)
+                    os.truncate(file.fileno(), self.bytes)
                     # allocate the blocks now: a full disk behind a memory map ends the program without a message
-                    getattr(os, "posix_fallocate", lambda *sizes: None)(file.fileno(), 0, size)
+                    if hasattr(os, "posix_fallocate"):
+                        os.posix_fallocate(file.fileno(), 0, self.bytes)
             except OSError as error:
                 raise ValueError(f"--cache_dir {self.file.parent} cannot be written: {error}") from error
         barrier()

@@ -44,17 +44,14 @@ class MeanPatch(Pooling):
 class FixedWeights(Pooling):
     """sum_j w_j x_j over the patches; weights (B,M).
 
-    w is `raw` divided by its sum (decision D21 of the reproduction). scale "release": the vector is the published
-    code's; see `released`. The weights returned have a sum of 1 in either case.
+    w is what a subclass's `raw(features)` returns, (B,M) of any positive sum, divided by its sum (decision D21 of the
+    reproduction). scale "release": the vector is the published code's; see `released`. The weights returned have a sum
+    of 1 in either case.
     """
 
     def __init__(self, tokens: Tokens, scale: str = "sum"):
         super().__init__(tokens.width)
         self.scale = scale
-
-    def raw(self, features: Features) -> Tensor:
-        """(B,M) weights of any positive sum."""
-        raise NotImplementedError
 
     def released(self, weights: Tensor, raw: Tensor) -> Tensor:
         """(B,M) factors of the tokens in the published code's sum."""

@@ -12,9 +12,8 @@ from torch.utils import _pytree as pytree
 
 from models_vit import Features, VisionTransformer
 from probing.pooling import Needs
-from runtime.training import all_finite
 from util.distributed import gather_tensors
-from util.finite import overflow_cause
+from util.finite import all_finite, overflow_cause
 
 # input of a bank: {block: tokens}, or the pooled vectors (B,D')
 Read = dict[int, Features] | list[Tensor]

@@ -63,6 +63,8 @@ class Aggregation(NamedTuple):
         from probing.pooling import PooledTokens
 
         options = {**self.settings, **options}
+        if "by" in options:  # a head whose weights are used
+            options["by"] = check_aggregation(options["by"], tokens.has_cls).build
         for module in (fixed, unlabelled, across):
             if hasattr(module, self.pool):
                 return getattr(module, self.pool)(tokens, **options)
@@ -70,14 +72,9 @@ class Aggregation(NamedTuple):
         return PooledTokens(pool.of(tokens, content, **options), content)
 
 
-def entry_of(name: str, settings: dict[str, Any], options: dict[str, Any], **facts: Any) -> Aggregation:
-    return Aggregation(
-        settings=settings,
-        options={
-            key: Option(**{"flag": f"{name}_{key}", "unused_if": {}, **option}) for key, option in options.items()
-        },
-        **facts,
-    )
+def entry_of(name: str, options: dict[str, Any], **facts: Any) -> Aggregation:
+    options = {key: Option(**{"flag": f"{name}_{key}", "unused_if": {}, **option}) for key, option in options.items()}
+    return Aggregation(options=options, **facts)
 
 
 AGGREGATIONS = {
@@ -147,8 +144,7 @@ def parse_head(head: str, flags: dict[str, Value]) -> tuple[str, Options]:
 
 def head_name(aggregation: str, options: Options, blocks: str = "") -> str:
     """The name that parse_head reads: abmilp, abmilp:depth=2,act=tanh, ap12; with blocks: abmilp@8-11:depth=2."""
-    entry = AGGREGATIONS.get(aggregation)
-    number = entry.number if entry is not None else ""
+    number = AGGREGATIONS[aggregation].number
     suffix = "".join(str(value) for key, value in options if key == number)
     rest = ",".join(f"{key}={value}" for key, value in options if key != number)
     return aggregation + suffix + "@" * bool(blocks) + blocks + ":" * bool(rest) + rest

@@ -70,9 +70,9 @@ class Images:
 
     def __init__(self, cache: FeatureCache, rows: Tensor, device: torch.device):
         self.cache, self.device = cache, device
-        self.rows = rows[cache.valid[rows]]
-        self.labels = cache.labels[self.rows].to(device)
-        self.chunks = self.rows.split(max(1, CHUNK // cache.shape[1]))
+        rows = rows[cache.valid[rows]]
+        self.labels = cache.labels[rows].to(device)
+        self.chunks = rows.split(max(1, CHUNK // cache.shape[1]))
         self.read = functools.lru_cache(KEPT)(self._read)
 
     def _read(self, chunk: int) -> Any:
@@ -81,16 +81,15 @@ class Images:
 
     def vectors(self, probe: Probe, blocks: Sequence[int], row: int) -> Tensor:
         """(n,D') in float64, differentiable in the parameters of the head. row: of the probe's vector if the cache
-        holds pooled vectors. The activations of several chunks are computed again in the backward pass, not kept."""
+        holds pooled vectors. The backward pass recomputes the activations of several chunks, to save memory."""
 
         def pool(chunk: int) -> Tensor:
             read = self.read(chunk)
             return read[row] if isinstance(read, list) else probe.aggregation(read_blocks(read, blocks)).vector
 
-        chunks = range(len(self.chunks))
-        if len(chunks) > 1 and torch.is_grad_enabled() and probe.aggregation.learned:
-            return torch.cat([checkpoint(pool, chunk, use_reentrant=False) for chunk in chunks])
-        return torch.cat([pool(chunk) for chunk in chunks])
+        if len(self.chunks) > 1 and torch.is_grad_enabled() and probe.aggregation.learned:
+            pool = functools.partial(checkpoint, pool, use_reentrant=False)
+        return torch.cat([pool(chunk) for chunk in range(len(self.chunks))])
 
 
 def mean_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -211,17 +210,16 @@ class Fitting(Training):
         path: dict[str, dict[str, float]] = {}
         best, lowest, tried_since = None, np.inf, 0
         for strength in self.strengths:
-            candidate = strength, *self._probe(index, strength, self.images("train", *draw))
+            candidate = strength, path, *self._probe(index, strength, self.images("train", *draw))
             if len(self.strengths) == 1:
-                return strength, path, *candidate[1:]
-            path[f"{strength:g}"] = scores = self._evaluate(candidate[1], index, self.images("val"))
+                return candidate
+            path[f"{strength:g}"] = scores = self._evaluate(candidate[2], index, self.images("val"))
+            tried_since += 1
             if best is None or scores["loss"] < lowest:
                 best, lowest, tried_since = candidate, scores["loss"], 0
-            else:
-                tried_since += 1
             if tried_since == 2:
                 break
-        return best[0], path, *best[1:]
+        return best
 
     def _probe(self, index: int, strength: float, images: Images) -> tuple[Probe, dict[str, float]]:
         """A copy of a probe of the bank, fitted to images from its initial head and a classifier of zeros."""
@@ -265,6 +263,6 @@ def describe(facts: dict[str, Any]) -> dict[str, Any]:
     few = {}
     for shots, episodes in facts.get("few_shots", {}).items():
         scores = np.array([episode["score"] for episode in episodes])
-        few[shots] = {"each": scores.tolist(), "l2": [episode["l2"] for episode in episodes],
-                      "mean": float(scores.mean()), "interval": student(scores)}  # fmt: skip
-    return {**facts, **({"few_shots": few} if few else {})}
+        few[shots] = {"each": scores.tolist(), "l2": [episode["l2"] for episode in episodes]}
+        few[shots] |= {"mean": float(scores.mean()), "interval": student(scores)}
+    return {**facts, "few_shots": few} if few else facts

@@ -117,7 +117,7 @@ class TokenPool(nn.Module):
     Its queries score tokens by vectors, `columns() -> Columns`; `project` maps the weighted mean of each query (B,C,D)
     to the vector (B,D'). So keys and values per token are never computed: O(MD) per query instead of O(MD^2).
     norm_eps: of a LayerNorm without affine that precedes both; None: no norm. folds: the queries depend on no image and
-    `prepare` is that norm, so banks may pool many at once (folding.py).
+    `prepare` is that norm, so banks may pool many at once, see `fold`.
     """
 
     folds = False
@@ -139,6 +139,27 @@ class TokenPool(nn.Module):
         scores = tokens @ columns.weight
         weights = (scores if columns.offset is None else scores + columns.offset).softmax(1).transpose(1, 2)
         return Pooled(self.project(weights @ tokens), weights.squeeze(1) if weights.shape[1] == 1 else weights)
+
+
+def fold(tokens: Tensor, columns: Sequence[Columns]) -> list[Tensor]:
+    """All poolings of a bank by two matrix products, with every learned query as a column.
+
+    Tokens (B,M,D) and, for S probes each, Columns with weights (S,D,C) and offsets (S,M,C) -> the weighted means
+    (B,S,C,D) of each. No value of one column enters another, not even with weight 0.
+    """
+    shapes = [(len(each.weight), each.weight.shape[2]) for each in columns]
+    counts = [S * C for S, C in shapes]
+    scores = tokens @ torch.cat([each.weight.transpose(0, 1).flatten(1) for each in columns], dim=1)
+    if any(each.offset is not None for each in columns):
+        none = tokens.new_zeros(tokens.shape[1], max(counts))
+        offsets = [
+            none[:, :count] if each.offset is None else each.offset.transpose(0, 1).flatten(1)
+            for each, count in zip(columns, counts, strict=True)
+        ]
+        scores = scores + torch.cat(offsets, dim=1)
+    weights = scores.softmax(dim=1)  # (B,M, sum of counts)
+    means = weights.transpose(1, 2) @ tokens
+    return [part.unflatten(1, shape) for part, shape in zip(means.split(counts, dim=1), shapes, strict=True)]
 
 
 class PooledTokens(Pooling):

@@ -1,4 +1,5 @@
-"""Predictions of classifiers for every test image: collect, write to predictions.safetensors, read, score.
+"""Predictions of classifiers for every test image: collect, write to predictions.safetensors, read, score, compare with
+guessing.
 
 Letters: n images, K classes.
 """
@@ -8,16 +9,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.special import entr
 from torch import Tensor
 
 from encoders.load import load_plain_or_safetensors, safetensors_metadata
+from probing.results import metric_label
 from util.distributed import gather_rows
 from util.files import digest, to_json
+from util.intervals import best_guess
+from util.progress import log
 from util.scores import average_precision
 
 FILE = "predictions.safetensors"
+MARGIN = 0.05  # of the loss of a classifier that knows the class frequencies only
 
 
 class Predictions(NamedTuple):
@@ -36,7 +43,7 @@ class PredictionKeeper:
 
     def __init__(self, names: Sequence[str], classes: int, multi_label: bool, device: torch.device):
         self.names, self.multi_label, self.device = tuple(names), multi_label, device
-        self.index = [torch.empty(0, dtype=torch.int64)]
+        self.index = [torch.empty(0, dtype=torch.int64)]  # a rank may have no images
         self.labels = [torch.empty(0, classes, dtype=torch.uint8) if multi_label else self.index[0]]
         empty = torch.empty(0, classes) if multi_label else torch.empty(0, min(5, classes), dtype=torch.int32)
         self.outputs, self.losses = [[empty] for _ in names], [[torch.empty(0)] for _ in names]
@@ -47,11 +54,12 @@ class PredictionKeeper:
         self.labels.append(labels.cpu())
         for outputs, losses, scores in zip(self.outputs, self.losses, logits, strict=True):
             if self.multi_label:
-                outputs.append(scores.float().cpu())
-                loss = F.binary_cross_entropy_with_logits(scores.float(), labels.float(), reduction="none").mean(1)
+                output = scores.float()
+                loss = F.binary_cross_entropy_with_logits(output, labels.float(), reduction="none").mean(1)
             else:
-                outputs.append(scores.topk(min(5, scores.shape[1])).indices.to(torch.int32).cpu())
+                output = scores.topk(min(5, scores.shape[1])).indices.to(torch.int32)
                 loss = F.cross_entropy(scores.float(), labels, reduction="none")
+            outputs.append(output.cpu())
             losses.append(loss.cpu())
 
     def gather(self, facts: dict) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -80,7 +88,7 @@ def read_predictions(path: Path) -> Predictions:
     """Read a run's folder, or the file in it. ValueError if there is no such file, or a damaged or different one."""
     if not Path(path).exists():
         raise ValueError(f"{path}: no such file or folder; give the --output_dir of a finished run")
-    path = Path(path) / FILE if Path(path).is_dir() else Path(path)
+    path = Path(path, FILE) if Path(path).is_dir() else Path(path)
     if not path.exists():
         raise ValueError(f"{path}: no such file; main_linprobe.py --save_predictions writes it")
     tensors, metadata = load_plain_or_safetensors(path), safetensors_metadata(path)
@@ -118,3 +126,42 @@ def score(outputs: Tensor, labels: Tensor, headline: str) -> float:
     if headline in BY_IMAGE:
         return 100 * BY_IMAGE[headline](outputs, labels).mean().item()
     return 100 * OF_ALL[headline](outputs, labels)
+
+
+# ---- probes that learned nothing: their training loss or their test score is what guessing reaches
+
+
+def prior_loss(labels: np.ndarray) -> float:
+    """Loss in nats of the class frequencies as predictions: ln K for balanced labels (n,); of labels (n,K), the mean
+    binary cross-entropy."""
+    if labels.ndim == 1:
+        return float(entr(np.bincount(labels) / len(labels)).sum())
+    return float((entr(labels.mean(0)) + entr(1 - labels.mean(0))).mean())
+
+
+def guessing(score: float, labels: np.ndarray, headline: str) -> str | None:
+    """The reason if a test score in percent is that of guessing; None if it is not, or if several labels exist."""
+    if headline not in ("top1", "per_class"):
+        return None
+    chance, high = best_guess(labels, headline == "per_class")
+    if score > high:
+        return None
+    interval = f"the 95 % interval of guessing, {chance:.2f} to {high:.2f}"
+    return f"test {metric_label(headline)} {score:.2f} is not above {interval}"
+
+
+def mark_untrained(
+    results: dict[str, dict], losses: dict[str, float], train: np.ndarray, test: np.ndarray, headline: str
+) -> None:
+    """Give each probe of `results` the entry learned_nothing, None or the reason, and log the reasons.
+
+    losses: of training in the last epoch. train, test: labels.
+    """
+    prior = prior_loss(train)
+    for name, result in results.items():
+        reason = guessing(result["last"][headline], test, headline)
+        if losses.get(name, 0) >= (1 - MARGIN) * prior:
+            reason = f"training loss {losses[name]:.3f} is not 5 % below {prior:.3f}, that of the class frequencies"
+        result["learned_nothing"] = reason
+        if reason:
+            log.warning("%s learned nothing: %s", name, reason)

@@ -103,50 +103,40 @@ def warn_of_edges(results: dict[str, dict]) -> None:
     tried: dict[tuple, set[float]] = {}
     for result in results.values():
         tried.setdefault((result["head"], result["block"], result["optimizer"]), set()).add(result["blr"])
-    edges = []
+    edges = {}  # without values, in order
     for result in results.values():
         rates = tried[result["head"], result["block"], result["optimizer"]]
-        text = f"{result['head']} of block {result['block']} ({result['blr']:g})"
-        if result.get("chosen") and len(rates) > 1 and result["blr"] in (min(rates), max(rates)) and text not in edges:
-            edges.append(text)
+        if result.get("chosen") and len(rates) > 1 and result["blr"] in (min(rates), max(rates)):
+            edges[f"{result['head']} of block {result['block']} ({result['blr']:g})"] = None
     if edges:
         log.warning("the chosen --blr is at the edge of those tried; a better one may lie beyond: %s", ", ".join(edges))
 
 
 def log_start(run: dict, bank: ProbeBank) -> None:
     """Log what a run trains. run: its record."""
-    if all(spec.optimizer == "logreg" for spec in bank.specs):
-        counts = len(bank.specs), run["encoder"]["model"], run["n_train"], run["n_val"]
-        log.info("%d probes on %s, fitted to convergence; %d training images and %d held out", *counts)
-        return
-    log.info(
-        "%d probes on %s; %d training images and %d held out, %d steps of %d per epoch, normalised in groups of %d, "
-        "lr %s",
-        len(bank.specs),
-        run["encoder"]["model"],
-        run["n_train"],
-        run["n_val"],
-        run["steps_per_epoch"],
-        run["effective_batch"],
-        run["bn_group"],
-        ", ".join(f"{lr:g}" for lr in sorted(set(run["lr"].values()))),
-    )
+    text, counts = "%d probes on %s, %s; %d training images and %d held out", (run["n_train"], run["n_val"])
+    how = "fitted to convergence"
+    if any(spec.optimizer != "logreg" for spec in bank.specs):
+        rates = ", ".join(f"{lr:g}" for lr in sorted(set(run["lr"].values())))
+        steps, size = run["steps_per_epoch"], run["effective_batch"]
+        how = f"lr {rates}; {steps} steps of {size} per epoch, normalised in groups of {run['bn_group']}"
+    log.info(text, len(bank.specs), run["encoder"]["model"], how, *counts)
 
 
 def log_summary(results: dict[str, dict], headline: str, epoch: str) -> None:
     """Log a summary by the scores of the "last" or "best" epoch."""
     label = metric_label(headline)
     for name, result in results.items():
-        last = result["last"][headline]
-        if "converged" in result:
-            log.info("%s: %s %.2f", name, label, last)
-        elif "best" in result:
+        last, detail = result["last"][headline], ""
+        if "converged" not in result and "best" in result:
             best = result["best"]
-            detail = f"{epoch} epoch; last {last:.2f}, best {best[headline]:.2f} at epoch {best['epoch']}"
-            log.info("%s: %s %.2f (%s)", name, label, result[epoch][headline], detail)
-        elif result["chosen"]:
-            held_out = result["val"]["last"][headline]
-            log.info("%s: %s %.2f, chosen with %.2f on held-out images", name, label, last, held_out)
+            detail = f" ({epoch} epoch; last {last:.2f}, best {best[headline]:.2f} at epoch {best['epoch']})"
+            last = result[epoch][headline]
+        elif "converged" not in result:
+            if not result["chosen"]:
+                continue
+            detail = f", chosen with {result['val']['last'][headline]:.2f} on held-out images"
+        log.info("%s: %s %.2f%s", name, label, last, detail)
 
 
 def log_scores(evaluation: dict[str, dict]) -> None:
@@ -159,12 +149,12 @@ def log_scores(evaluation: dict[str, dict]) -> None:
 
 def log_neighbours(results: dict[str, dict]) -> None:
     """Log {vector: {k: k-NN scores}}, a line for each k; of a learned head, the range over its probes."""
+    heads: dict[str, list[dict]] = {}
+    for vector, scores in results.items():
+        heads.setdefault("/".join(vector.split("/")[:2]), []).append(scores)
     for k in next(iter(results.values()), {}):
-        by_head: dict[str, list[float]] = {}
-        for vector, scores in results.items():
-            by_head.setdefault("/".join(vector.split("/")[:2]), []).append(scores[k]["top1"])
-        texts = (
-            f"{head} {min(top1):.2f}" + f" to {max(top1):.2f} ({len(top1)} probes)" * (len(top1) > 1)
-            for head, top1 in by_head.items()
-        )
+        texts = []
+        for head, probes in heads.items():
+            top1 = sorted(scores[k]["top1"] for scores in probes)
+            texts.append(f"{head} {top1[0]:.2f}" + f" to {top1[-1]:.2f} ({len(top1)} probes)" * (len(top1) > 1))
         log.info("k-NN, k = %s: top-1 %s", k, ", ".join(texts))

@@ -4,8 +4,6 @@ Each gives non-negative weights from the tokens of one block alone, or from thei
 Letters: B images, M patches, D width.
 """
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -61,13 +59,7 @@ def fiedler(patches: Tensor, grid: Grid) -> Tensor:
     return (solution - solution.mean(1, keepdim=True)).clamp(min=0).to(patches.dtype)
 
 
-RULES: dict[str, Callable[[Tensor, Grid], Tensor]] = {
-    "deviations": deviations,
-    "blobs": blobs,
-    "norms": norms,
-    "low_frequencies": low_frequencies,
-    "fiedler": fiedler,
-}
+RULES = {rule.__name__: rule for rule in (deviations, blobs, norms, low_frequencies, fiedler)}
 
 
 class UnlabelledWeights(FixedWeights):

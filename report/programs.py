@@ -201,7 +201,7 @@ def read_encoder(run: Run, result: Record) -> Content:
             curves += profiles(f"{title(name)}, {label}", m, result["patches"])
     columns = {f"{title(name)} ({drawn[name].get('unit')}), mean of blocks": means[name] for name in first}
     encoder = Cell(label, link=f"#{run.anchor}", badges=badges(run.notes, ["loud"]))
-    vit = f"{model_name(result)}, {result['input_size']} px"
+    vit = f"{model_name(result['encoder']['model'])}, {result['input_size']} px"
     row = {"encoder": encoder, "_name": label, "run": run.name, "ViT": vit, **columns}
     more = {"run": run.name, "means": means, "shown": first}
     return Content(record, real(result["images"]), [Row(row)], list(columns), curves, {**result, **more})

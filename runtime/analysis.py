@@ -2,11 +2,12 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any
 
 import torch
 
 from runtime.folder import RunFolder
+from runtime.processes import require_same_run
 from runtime.resumable import Resumable, check_identity
 from util.distributed import agree, gather_objects, rank, world_size
 from util.progress import log
@@ -23,17 +24,7 @@ def subset(length: int, num_images: int | None, seed: int) -> list[int]:
     return torch.randperm(length, generator=generator)[:num_images].sort().values.tolist()
 
 
-class Record(Protocol):
-    """What a pass accumulates over the images of one process."""
-
-    def state(self) -> dict[str, Any]:
-        """Tensors and plain data from which another record continues."""
-
-
-AnyRecord = TypeVar("AnyRecord", bound=Record)
-
-
-class Progress(Resumable, Generic[AnyRecord]):
+class Progress(Resumable):
     """Passes of an analysis over its images, with checkpoints: checkpoint-<pass>-<images>.pth within a pass, counted
     from 0, and checkpoint-<pass>.pth after it.
 
@@ -47,18 +38,17 @@ class Progress(Resumable, Generic[AnyRecord]):
         folder: RunFolder,
         results: str,
         identity: dict[str, Any],
-        passes: Mapping[str, Callable[[Sequence[dict]], AnyRecord]],
+        passes: Mapping[str, Callable[[Sequence[dict]], Any]],
         images: int,
         batch_size: int,
         save_every_minutes: float = 0,
     ):
         """results: pattern of the names of the result files; identity: plain data that must be equal when the analysis
-        is resumed; passes: {name: makes a pass's record from the states of several processes}; images: of every pass;
-        batch_size: images per process; save_every_minutes: 0 for no checkpoints within a pass."""
+        is resumed; passes: {name: makes a pass's record from the `state()`, tensors and plain data, of those of several
+        processes}; images: of every pass; batch_size: per process; save_every_minutes: 0: not within a pass."""
         super().__init__(program, folder, identity, save_every_minutes)
-        self.pattern = results
-        self.names, self.makers, self.images = list(passes), list(passes.values()), images
-        self.batch_size = batch_size
+        self.pattern, self.images, self.batch_size = results, images, batch_size
+        self.names, self.makers = list(passes), list(passes.values())
         self.results: list[dict] = []  # of the passes behind it
         self._begin([])
 
@@ -81,17 +71,13 @@ class Progress(Resumable, Generic[AnyRecord]):
     def position(self) -> tuple[int, int]:
         return len(self.results), self.seen
 
-    @property
-    def at_start(self) -> bool:
-        return self.position == (0, 0)
-
     def done_so_far(self) -> str:
         return f"{self.seen} of {self.images} images ({self.names[len(self.results)]})"
 
     def reach(self, batches: int) -> None:
         """Every process has done this many batches since this start; a checkpoint if one is due."""
         self.seen = min(self.first + batches * self.batch_size * world_size(), self.images)
-        new = not self.at_start and self.saved_position != self.position
+        new = self.position not in (self.first_position, self.saved_position)
         if agree(self.overdue)[0] and new:
             self.save()
 
@@ -113,7 +99,8 @@ class Progress(Resumable, Generic[AnyRecord]):
     def resume(self, resume: str) -> None:
         """Continue from the checkpoint that `resume` names, see RunFolder.find_checkpoint. ValueError where there is
         none to continue from and the folder holds results."""
-        if self._find(resume, self._restore) is None:
+        require_same_run(self.identity)
+        if self.folder.find_checkpoint(resume, restore=self._restore) is None:
             self.folder.refuse_results(self.pattern)
         elif self.folder.kept:
             self.saved_position = self.position
@@ -131,11 +118,10 @@ class Progress(Resumable, Generic[AnyRecord]):
                 raise ValueError(f"its results are of other passes than {', '.join(self.names)}")
             if seen and not states:
                 raise ValueError("it has the state of no process")
-            if not seen:
-                states = []
-            elif len(states) == world_size():
+            if len(states) == world_size():
                 states = [states[rank()]]
             elif rank() != 0:
                 states = []  # the first process takes over the states of all
+            states = states if seen else []
             self.results = [result for _, result in results]
             self._begin(states, seen, float(state["seconds"]))

@@ -1,7 +1,6 @@
-"""The folder of a run: what was asked (args.json), what happened (log.txt, trackers), and its checkpoints."""
+"""The folder of a run: its arguments (args.json), its course (log.txt, trackers) and its checkpoints."""
 
 import contextlib
-import errno
 import fcntl
 import functools
 import json
@@ -21,7 +20,7 @@ from encoders.load import save_encoder
 from runtime.processes import require_same_run
 from runtime.trackers import Service, TensorBoard
 from util import distributed
-from util.files import atomic_path, digest, disk_error, remove_leftovers, to_json, write_atomically, write_json
+from util.files import atomic_path, digest, disk_error, to_json, write_atomically, write_json
 from util.progress import log
 from util.safe_load import load_plain
 
@@ -35,27 +34,28 @@ FILES = (
 )
 
 
-def writes(flag: str = "--output_dir", attribute: str = "path") -> Callable:
+def writes(method: Callable, attribute: str = "path") -> Callable:
     """A method that only rank 0 of a run with a folder runs. An unwritable or full disk is a ValueError, one line."""
 
-    def decorate(method: Callable) -> Callable:
-        @functools.wraps(method)
-        def guarded(self: "RunFolder", *arguments: Any, **options: Any) -> None:
-            if self.path is None:
-                return
-            try:
-                method(self, *arguments, **options)
-            except (OSError, RuntimeError, SafetensorError) as error:
-                cause = disk_error(error)
-                if cause is None and not isinstance(error, SafetensorError):
-                    raise
-                kept = f"; {self.kept[-1]} is whole" if self.kept and self.kept[-1].exists() else ""
-                message = f"{flag} {getattr(self, attribute)} cannot be written: {cause or error}{kept}"
-                raise ValueError(message) from error
+    @functools.wraps(method)
+    def guarded(self: "RunFolder", *arguments: Any, **options: Any) -> None:
+        if self.path is None:
+            return
+        try:
+            method(self, *arguments, **options)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            cause = disk_error(error)
+            if cause is None and not isinstance(error, SafetensorError):
+                raise
+            kept = f"; {self.kept[-1]} is whole" if self.kept and self.kept[-1].exists() else ""
+            flag = {"path": "--output_dir", "log_dir": "--log_dir"}[attribute]
+            message = f"{flag} {getattr(self, attribute)} cannot be written: {cause or error}{kept}"
+            raise ValueError(message) from error
 
-        return guarded
+    return guarded
 
-    return decorate
+
+logs = functools.partial(writes, attribute="log_dir")  # to --log_dir
 
 
 class RunFolder:
@@ -65,14 +65,14 @@ class RunFolder:
         self, path: str | os.PathLike, log_dir: str | os.PathLike | None = None, track: Sequence[str] = ("tensorboard",)
     ):
         """track: of runtime.trackers.TRACKERS; log_dir: of TensorBoard, by default `path`."""
-        self.path = Path(path) if path and distributed.rank() == 0 else None
-        self.track, self.trackers = track, []
         self.read_path = Path(path) if path else None
+        self.path = self.read_path if distributed.rank() == 0 else None
+        self.track, self.trackers = track, []
         self.log_dir = Path(log_dir) if log_dir else self.path
         self.kept: list[Path] = []  # checkpoints that this process wrote or read, oldest first
         self.lock: IO | None = None  # open while this process writes here
 
-    @writes()
+    @writes
     def claim(self) -> None:
         """Make the folder this process's own, until that ends or closes it, and remove what killed processes left
         half-written. ValueError where another process writes here, or the folder cannot be written.
@@ -83,14 +83,17 @@ class RunFolder:
         try:
             # a record lock: loader workers do not inherit it, so that it ends with this process, however that ends
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):  # else a file system that has no locks
-                message = "another process writes there: wait for its end, or name another folder"
-                raise ValueError(f"--output_dir {self.path}: {message}") from error
-        remove_leftovers(self.path, FILES)
+        except (BlockingIOError, PermissionError) as error:
+            message = "another process writes there: wait for its end, or name another folder"
+            raise ValueError(f"--output_dir {self.path}: {message}") from error
+        except OSError:  # a file system that has no locks
+            pass
+        for path in self.path.glob(".*.tmp"):
+            if re.fullmatch(rf"\.({FILES})\.\w{{8}}\.tmp", path.name):  # as util.files.atomic_path names them
+                path.unlink(missing_ok=True)
 
     def start(self, record: dict[str, Any], name: str = "args.json", purge_step: int | None = None) -> None:
-        """Write what was asked, with its provenance, and open the trackers. ValueError where that is not possible.
+        """Write the arguments with their provenance, and open the trackers. ValueError where that is not possible.
 
         purge_step: the first step that is measured now: TensorBoard forgets older values from there on.
         """
@@ -98,57 +101,58 @@ class RunFolder:
         self.write(name, record)
         self._open_trackers(record, purge_step)
 
-    @writes("--log_dir", "log_dir")
+    @logs
     def _open_trackers(self, record: dict[str, Any], purge_step: int | None) -> None:
         boards = [TensorBoard(self.log_dir, purge_step)] if "tensorboard" in self.track else []
         self.trackers = [*boards, *(Service(name, self.path, record) for name in self.track if name != "tensorboard")]
 
-    @writes()
+    @writes
     def write(self, name: str, value: Any) -> None:
         """Write JSON into the folder."""
         self.path.mkdir(parents=True, exist_ok=True)
         write_json(self.path / name, value)
 
-    def save_encoder(self, state: dict[str, Tensor], metadata: dict[str, str]) -> None:
-        """Write encoder.safetensors, which every program takes as --finetune."""
-        self.save_tensors("encoder.safetensors", state, metadata)
-
-    @writes()
+    @writes
     def save_tensors(self, name: str, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+        """Write safetensors; every program takes encoder.safetensors as --finetune."""
         self.path.mkdir(parents=True, exist_ok=True)
         save_encoder(self.path / name, tensors, metadata)
 
-    @writes()
+    @writes
     def log_line(self, record: dict[str, Any]) -> None:
         """One line of JSON in log.txt (an epoch's figures, MAE's convention), in place of this epoch's and later ones.
 
         So a resumed run repeats no line, and a line that a kill cut short is gone.
         """
-        log_file, earlier = self.path / "log.txt", []
-        for line in log_file.read_text("utf-8", "replace").splitlines() if log_file.exists() else []:
+        earlier = []
+        for line in self._log_lines():
             with contextlib.suppress(json.JSONDecodeError, KeyError, TypeError):
                 if json.loads(line)["epoch"] < record["epoch"]:
                     earlier.append(line)
-        write_atomically(log_file, "".join(f"{line}\n" for line in [*earlier, to_json(record)]).encode())
+        content = "".join(f"{line}\n" for line in [*earlier, to_json(record)])
+        write_atomically(self.path / "log.txt", content.encode())
+
+    def _log_lines(self) -> list[str]:
+        log_file = self.path and self.path / "log.txt"
+        return log_file.read_text("utf-8", "replace").splitlines() if log_file and log_file.exists() else []
 
     def last_line(self) -> dict[str, Any] | None:
         """What log_line has written last, perhaps before this process; None where there is nothing."""
-        log_file = self.path and self.path / "log.txt"
-        lines = log_file.read_text("utf-8").splitlines() if log_file and log_file.exists() else []
+        lines = self._log_lines()
         return json.loads(lines[-1]) if lines else None
 
-    @writes("--log_dir", "log_dir")
+    @logs
     def scalars(self, values: dict[str, float], step: int) -> None:
         for tracker in self.trackers:
             tracker.scalars(values, step)
 
-    @writes("--log_dir", "log_dir")
+    @logs
     def image(self, name: str, pixels: numpy.ndarray, step: int) -> None:
         """pixels: (h,w,3) in [0,1]."""
         for tracker in self.trackers:
             tracker.image(name, pixels, step)
 
-    @writes("--log_dir", "log_dir")
+    @logs
     def close(self, figures: Iterable[Path] = ()) -> None:
         """figures: those that the trackers get beside the folder's own."""
         for tracker in self.trackers:
@@ -157,14 +161,12 @@ class RunFolder:
             (self.path / LOCK).unlink(missing_ok=True)
             self.lock.close()
 
-    # -- checkpoints --------------------------------------------------------------------------------------------------
-
     def checkpoints(self) -> list[Path]:
         """Checkpoints of this folder, newest first."""
         paths = self.read_path.glob("checkpoint-*.pth") if self.read_path else ()
         return sorted((path for path in paths if _position(path) and path.is_file()), key=_position, reverse=True)
 
-    @writes()
+    @writes
     def save_checkpoint(self, epoch: int, state: dict[str, Any], keep: int = 2, step: int | None = None) -> None:
         """Write checkpoint-<epoch>.pth, or checkpoint-<epoch>-<step>.pth after `step` optimizer steps of the epoch,
         whole; then remove all but it and the `keep` - 1 before it.

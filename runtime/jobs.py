@@ -1,6 +1,6 @@
 """A job: what each of its processes runs, and how it comes back after a stop.
 
-Little is imported here: submitit takes no signals before it has read the Task, and they would end the job.
+It imports little: until submitit has read the Task, a signal would end the job.
 """
 
 import dataclasses
@@ -67,7 +67,7 @@ class Task:
 
 
 def come_back(job: submitit.JobEnvironment, stop: signals.Stopped) -> NoReturn:
-    """End a process that was asked to stop, with its job put back into the queue where that is what the signal meant.
+    """End a process that was asked to stop, and requeue its job where the signal meant that.
 
     Pre-emption and the user's scancel both come as SIGTERM. But SLURM calls a job that it cancels, or puts back by
     itself, COMPLETING by then, and one that it only warns RUNNING; and to requeue a job that its user cancels
@@ -84,7 +84,9 @@ def come_back(job: submitit.JobEnvironment, stop: signals.Stopped) -> NoReturn:
         if on_slurm:  # where a process that ends takes the others along
             _wait_for_requeue()
         _leave(job)
-    if _a_process_failed(job):  # SLURM ends the others with the signal of a pre-emption
+    # each process removes what an earlier start has left, so that an error is of this start
+    paths = [JobPaths(os.environ["SUBMITIT_FOLDER"], job.job_id, rank) for rank in range(job.num_tasks)]
+    if any(path.result_pickle.exists() for path in paths):  # SLURM ends the others with the signal of a pre-emption
         _leave(job, "ended, because another of its processes has failed")
     print(f"job {job.job_id} goes back into the queue", file=sys.stderr)
     try:
@@ -96,8 +98,8 @@ def come_back(job: submitit.JobEnvironment, stop: signals.Stopped) -> NoReturn:
 
 
 def replace_lost_ranks(job: submitit.JobEnvironment, error: BaseException) -> NoReturn:
-    """End a process whose other ranks do not answer: the one that reports it puts the job back, on other nodes if SLURM
-    finds some. Not submitit, which leaves that to rank 0, which may be the lost one."""
+    """End a process whose other ranks do not answer; the one that reports it requeues the job, perhaps on other nodes.
+    submitit would leave that to rank 0, which may be the lost rank."""
     restarts = int(os.environ.get("SLURM_RESTART_COUNT", 0))
     if restarts >= MAX_RESTARTS:
         raise JobFailed(f"{error}, after {restarts} restarts") from None
@@ -133,10 +135,3 @@ def state_of(job_id: str) -> str | None:
     if answer.stdout.split():
         return answer.stdout.split()[0]
     return GONE if answer.returncode == 0 or "Invalid job id" in answer.stderr else None
-
-
-def _a_process_failed(job: submitit.JobEnvironment) -> bool:
-    """Whether a process of this start has left an error; every one removes what an earlier start has left."""
-    folder = os.environ["SUBMITIT_FOLDER"]
-    ranks = range(job.num_tasks)
-    return any(JobPaths(folder, job_id=job.job_id, task_id=rank).result_pickle.exists() for rank in ranks)

@@ -2,20 +2,12 @@
 
 import contextlib
 import ctypes
-import importlib.metadata
-import platform
 from collections.abc import Iterator
 from typing import Any
 
-from runtime.provenance import code_digest, hardware
+from runtime.provenance import code_digest, hardware, versions
 from util.distributed import Timeouts, World, distributed, gather_objects, require_equal
 from util.progress import log, setup_logging
-
-
-def installed_versions() -> dict[str, str]:
-    """Without importing the packages, which takes seconds."""
-    packages = ("torch", "torchvision", "timm", "numpy", "pillow")
-    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}}
 
 
 def keep_freed_memory() -> None:
@@ -39,12 +31,10 @@ def process_group(device: str, dist_url: str, timeouts: Timeouts, arguments: dic
     with distributed(device, dist_url, timeouts) as world:
         setup_logging()
         if world.size > 1:
-            require_equal(
-                {"code": code_digest(), **installed_versions(), **arguments},
-                "start every process with the same command and the same installation",
-            )
+            remedy = "start every process with the same command and the same installation"
+            require_equal({"code": code_digest(), **versions(), **arguments}, remedy)
             machines = {str(machine) for machine in gather_objects(hardware(world.device))}
-            if len(machines) > 1 and world.is_main:
+            if len(machines) > 1 and world.rank == 0:
                 log.warning("results may differ in the last digits, because the processes run on %s", machines)
         yield world
 

@@ -1,25 +1,29 @@
-"""Where a number comes from: the code that runs, versions of libraries, hardware, command."""
+"""Where a number comes from: the code that runs, versions of libraries, hardware, command; and copies of the code."""
 
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
+import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from util import distributed
-from util.files import digest
+from util.files import digest, to_json
 from util.lazy import lazy
 
 torch = lazy("torch")
 
 ROOT = Path(__file__).resolve().parent.parent
-SNAPSHOT_RECORD = "snapshot.json"  # code_version() of a copy of the code that runtime.snapshot made
+SNAPSHOT_RECORD = "snapshot.json"  # code_version() of a copy of the code that take_snapshot made
+LIBRARIES = {"torch": "torch", "torchvision": "torchvision", "timm": "timm", "numpy": "numpy", "pillow": "PIL"}
 
 
 def git(*command: str) -> str | None:
@@ -42,11 +46,8 @@ def code_version() -> dict[str, Any]:
 def code_files() -> list[Path]:
     """The modules of the programs, relative to ROOT: those that git knows, and new ones beside them."""
     # not every file that git ignores: run folders, which hold older copies, may be here too
-    packages = [path.parent.name for path in ROOT.glob("*/__init__.py")]
-    patterns = [
-        "*.py",
-        *(f"{package}/*.{kind}" for package in packages if package != "tests" for kind in ("py", "toml")),
-    ]
+    packages = [path.parent.name for path in ROOT.glob("*/__init__.py") if path.parent.name != "tests"]
+    patterns = ["*.py", *(f"{package}/*.{kind}" for package in packages for kind in ("py", "toml"))]
     new = {path.relative_to(ROOT) for pattern in patterns for path in ROOT.glob(pattern)}
     known = git("ls-files", "-z", "*.py", "*/*.toml", ":!tests") or ""
     return sorted(new | {Path(name) for name in known.split("\0") if name and (ROOT / name).is_file()})
@@ -57,25 +58,37 @@ def code_digest() -> str:
     return digest([(str(path), hashlib.sha256((ROOT / path).read_bytes()).hexdigest()) for path in code_files()])
 
 
+def take_snapshot(folder: Path, write: bool = True) -> Path:
+    """Copy the modules as they are now into folder/<digest of their content>, unless it is there; that path.
+
+    A job runs the copy, so that editing the checkout does not change what waits in the queue.
+    """
+    contents = {str(path): (ROOT / path).read_bytes() for path in code_files()}
+    contents[SNAPSHOT_RECORD] = to_json(code_version()).encode()
+    name = digest([(name, hashlib.sha256(content).hexdigest()) for name, content in contents.items()])[:12]
+    target = folder / name
+    if write and not target.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=".code-", dir=folder))
+        for name, content in contents.items():
+            (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+            (temporary / name).write_bytes(content)
+        temporary.chmod(0o755)
+        try:
+            temporary.rename(target)
+        except OSError:  # another submission was faster
+            shutil.rmtree(temporary)
+    return target
+
+
 def utc_now() -> str:
     """2025-01-31T12:00:00+00:00"""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def versions() -> dict[str, str]:
-    import numpy
-    import PIL
-    import timm
-    import torchvision
-
-    return {
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),  # of a class of its own
-        "torchvision": torchvision.__version__,
-        "timm": timm.__version__,
-        "numpy": numpy.__version__,
-        "pillow": PIL.__version__,
-    }
+    known = {name: str(importlib.import_module(module).__version__) for name, module in LIBRARIES.items()}
+    return {"python": platform.python_version(), **known}
 
 
 def hardware(device: torch.device) -> dict[str, Any]:
@@ -85,11 +98,12 @@ def hardware(device: torch.device) -> dict[str, Any]:
 
 def provenance(device: torch.device) -> dict[str, Any]:
     """What a record of results says about its origin."""
+    machine = hardware(device)
     return {
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         **code_version(),
         "versions": versions(),
-        "device": hardware(device)["device"],
+        "device": machine["device"],
         "processes": distributed.world_size(),
-        "threads": hardware(device)["threads"],
+        "threads": machine["threads"],
     }

@@ -1,13 +1,12 @@
-"""What training and analyses share: checkpoints on time and on request, and going on from one."""
+"""What training and analyses share: checkpoints on time and on request, and resumption."""
 
 import abc
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Iterator, Set
 from typing import Any
 
 from runtime.folder import LOAD_ERRORS, AnotherRun, RunFolder
-from runtime.processes import require_same_run
 from util import signals
 from util.distributed import barrier, leave, rank
 
@@ -15,10 +14,18 @@ from util.distributed import barrier, leave, rank
 class Resumable(abc.ABC):
     """A run with a `position` (what it counts, smaller units within larger ones) that checkpoints bring back."""
 
-    def __init__(self, program: str, folder: RunFolder, identity: dict[str, Any], save_every_minutes: float):
-        """identity: plain data that must be equal when the run is resumed, and on all its processes."""
+    def __init__(
+        self,
+        program: str,
+        folder: RunFolder,
+        identity: dict[str, Any],
+        save_every_minutes: float,
+        first_position: tuple[int, int] = (0, 0),
+    ):
+        """identity: plain data that must be equal when the run is resumed, and on all its processes. first_position:
+        where nothing has been computed that a checkpoint would keep."""
         self.program, self.folder, self.identity = program, folder, identity
-        self.save_every_minutes = save_every_minutes
+        self.save_every_minutes, self.first_position = save_every_minutes, first_position
         self.saved_position: tuple[int, int] | None = None  # of the newest checkpoint in the folder
         self.saved_at = time.monotonic()
 
@@ -27,23 +34,17 @@ class Resumable(abc.ABC):
     def position(self) -> tuple[int, int]:
         """Epoch and optimizer steps, or pass and images, that are completed."""
 
-    @property
-    @abc.abstractmethod
-    def at_start(self) -> bool:
-        """Whether nothing has been computed that a checkpoint would keep."""
-
     @abc.abstractmethod
     def done_so_far(self) -> str:
-        """The position in words, for the line about the saved run."""
+        """The position, for the line about the saved run."""
 
     @abc.abstractmethod
     def save(self) -> None:
-        """Write a checkpoint of the position: all processes together."""
+        """Write a checkpoint of the position; every process must call it."""
 
     @property
     def overdue(self) -> bool:
-        minutes = self.save_every_minutes
-        return bool(minutes) and time.monotonic() - self.saved_at >= 60 * minutes
+        return 0 < self.save_every_minutes <= (time.monotonic() - self.saved_at) / 60
 
     def _write(self, index: int, state: dict[str, Any], step: int | None, keep: int = 2) -> None:
         self.folder.save_checkpoint(index, {**state, "identity": self.identity}, keep, step)
@@ -60,7 +61,7 @@ class Resumable(abc.ABC):
     def _save_for_later(self) -> str:
         if self.folder.read_path is None:
             return "nothing saved, because --output_dir is empty"
-        if self.saved_position is None and self.at_start:
+        if self.saved_position is None and self.position == self.first_position:
             return "at the very start, with nothing to save"
         if self.saved_position != self.position:
             self.save()
@@ -68,10 +69,6 @@ class Resumable(abc.ABC):
         leave()
         where = self.folder.read_path
         return f"saved after {self.done_so_far()} in {where}; continue with the same command and --resume auto"
-
-    def _find(self, resume: str, restore: Callable[[dict], None], evaluate_only: bool = False) -> dict[str, Any] | None:
-        require_same_run(self.identity)
-        return self.folder.find_checkpoint(resume, evaluate_only, restore)
 
     @contextlib.contextmanager
     def _checking(self, state: dict[str, Any], expected: Set[str]) -> Iterator[None]:
@@ -91,8 +88,7 @@ def check_identity(now: dict[str, Any], before: dict[str, Any], advice: str = "n
 
     A name that only one of the two has is not compared: flags come and go between versions.
     """
-    changed = [
-        f"{name} was {before[name]}, is {now[name]}" for name in now if name in before and before[name] != now[name]
-    ]
-    if changed:
-        raise AnotherRun(f"--resume: this is another run ({'; '.join(changed)}): {advice}")
+    differing = [name for name in now if name in before and before[name] != now[name]]
+    if differing:
+        changed = "; ".join(f"{name} was {before[name]}, is {now[name]}" for name in differing)
+        raise AnotherRun(f"--resume: this is another run ({changed}): {advice}")

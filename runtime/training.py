@@ -13,15 +13,19 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from data_sets.loader import Loader, Sample, Watched
 from data_sets.order import GlobalBatches
 from runtime.folder import RunFolder
+from runtime.processes import require_same_run
 from runtime.resumable import Resumable, check_identity
 from util import signals
 from util.distributed import GradientMean, agree, rank, training_limit, world_size
-from util.progress import log, peak_memory, throughput
+from util.finite import all_finite
+from util.progress import log, peak_memory
+
+LOADER_BOUND = 0.3  # share of the time that an epoch waits for data
 
 
 class Method(Protocol):
@@ -58,13 +62,11 @@ class Method(Protocol):
 
 
 class OneNetwork:
-    """What the Methods have in common that train one network, of weights in a published layout, with one loss."""
+    """A Method that trains one network, of weights in a published layout, with one loss; its engine adds `losses`."""
 
     state_name, names = "model", ("",)
 
-    def __init__(
-        self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, device: torch.device, amp: torch.dtype
-    ):  # fmt: skip
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device, amp: torch.dtype):
         self.model, self.optimizer, self.device, self.amp = model, optimizer, device, amp
         self.parameters = [p for p in model.parameters() if p.requires_grad]
 
@@ -96,8 +98,10 @@ class EpochStats(NamedTuple):
     memory_gib: float  # taken by this process so far, at most
 
     def speed(self) -> str:
-        """In words, for the log."""
-        return throughput(self.images_per_second, self.data_wait, self.memory_gib)
+        """For the log."""
+        bound = " (loader-bound)" if self.data_wait > LOADER_BOUND else ""
+        wait = f"{100 * self.data_wait:.0f} % of the time waiting for data{bound}"
+        return f"{self.images_per_second:.0f} images/s, {wait}, {self.memory_gib:.1f} GiB at most"
 
     def costs(self) -> dict[str, float]:
         return {name: getattr(self, name) for name in ("images_per_second", "data_wait", "memory_gib")}
@@ -140,9 +144,8 @@ class Training(Resumable):
         self.plan, self.method, self.optimizer, self.schedule = plan, method, optimizer, schedule
         self.loader, self.batches = loader, batches
         identity = {"effective batch": batches.effective, **(identity or {})}
-        super().__init__(method.program, folder, identity, plan.save_every_minutes)
-        self.epoch = self.first_epoch = first_epoch
-        self.done = 0
+        super().__init__(method.program, folder, identity, plan.save_every_minutes, (first_epoch, 0))
+        self.epoch, self.done = first_epoch, 0
         self.history: list[dict] = []  # what the program keeps of earlier epochs
         self.diverged_at = torch.full((len(method.names),), -1, device=method.device)  # step of the run; -1: it did not
         self.reported: set[int] = set()  # losses whose divergence was reported
@@ -159,10 +162,6 @@ class Training(Resumable):
     def position(self) -> tuple[int, int]:
         return self.epoch, self.done
 
-    @property
-    def at_start(self) -> bool:
-        return self.position == (self.first_epoch, 0)
-
     def done_so_far(self) -> str:
         return f"{self.done} of {self.batches.steps} steps of epoch {self.epoch}"
 
@@ -175,8 +174,6 @@ class Training(Resumable):
     def elapsed(self) -> float:
         """Seconds since the first epoch began, evaluations too, in all starts of the run."""
         return self.earlier + time.monotonic() - self.began
-
-    # -- the loop -----------------------------------------------------------------------------------------------------
 
     def epochs(self) -> Iterator[int]:
         """The epochs that are left, each to be ended by `end_epoch`."""
@@ -195,7 +192,9 @@ class Training(Resumable):
         start, earlier, waited = time.perf_counter(), self.seconds, self.waited
         for micro_step, sample in enumerate(watched, start=self.done * accum_iter):
             if micro_step % accum_iter == 0:
-                self._set_rates(self.epoch + self.done / steps)
+                for group in self.optimizer.param_groups:
+                    rate = self.schedule(self.epoch + self.done / steps, group["peak_lr"])
+                    group["lr"] = rate * group.get("lr_scale", 1.0)
             chunk = micro_step * world_size() + rank()  # counted as by GlobalBatches: alike for any split
             losses = self.method.losses(sample, (self.plan.seed, self.epoch, chunk))
             if losses is not None:
@@ -222,10 +221,6 @@ class Training(Resumable):
         self._clear()
         self.save()
 
-    def _set_rates(self, epoch: float) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.schedule(epoch, group["peak_lr"]) * group.get("lr_scale", 1.0)
-
     def _update(self, losses: Tensor) -> None:
         """One optimizer step with losses (S,); nothing here waits for a GPU, but for reports."""
         before = self.diverged_at < 0
@@ -235,15 +230,10 @@ class Training(Resumable):
         self.loss_sum += torch.where(alive, losses, torch.nan)
         if self.done % max(1, self.batches.steps // 20) == 0:
             self._look_for_divergence()
-            values = {f"train_loss{self._suffix(i)}": loss for i, loss in enumerate(losses.tolist())}
-            values = {name: loss for i, (name, loss) in enumerate(values.items()) if i not in self.reported}
+            tags = [f"train_loss/{name}".removesuffix("/") for name in self.method.names]
+            values = {tags[i]: loss for i, loss in enumerate(losses.tolist()) if i not in self.reported}
             self.folder.scalars({**values, "lr": first_of(self.optimizer.param_groups[0]["lr"])}, self.steps_done)
         self.done += 1
-
-    def _suffix(self, index: int) -> str:
-        return f"/{self.method.names[index]}" if self.method.names[index] else ""
-
-    # -- divergence ---------------------------------------------------------------------------------------------------
 
     def diverged(self) -> dict[str, dict[str, int] | None]:
         """{name of a loss: epoch and step, both from 0, whose loss or gradient was not finite, or None}."""
@@ -259,17 +249,14 @@ class Training(Resumable):
         where = [f"epoch {step // self.batches.steps}, step {step % self.batches.steps}" for step in steps]
         if min(steps) >= 0:
             what = "training" if len(steps) == 1 else "every one of the probes"
-            place = where[steps.index(max(steps))]
-            error = FloatingPointError(
-                f"{what} diverged: the loss or its gradient is not finite in {place}; lower the learning rate"
-            )
+            cause = f"the loss or its gradient is not finite in {where[steps.index(max(steps))]}"
+            error = FloatingPointError(f"{what} diverged: {cause}; lower the learning rate")
             error.reported_here = rank() == 0
             raise error
-        for index in (i for i, step in enumerate(steps) if step >= 0 and i not in self.reported):
-            self.reported.add(index)
-            log.warning("%s diverged in %s: it stays as it was", self.method.names[index], where[index])
-
-    # -- checkpoints --------------------------------------------------------------------------------------------------
+        for index, step in enumerate(steps):
+            if step >= 0 and index not in self.reported:
+                self.reported.add(index)
+                log.warning("%s diverged in %s: it stays as it was", self.method.names[index], where[index])
 
     def _save_or_stop(self) -> None:
         where = f"epoch {self.epoch}, step {self.done}"
@@ -284,12 +271,9 @@ class Training(Resumable):
         """Write a checkpoint. FloatingPointError instead where nothing is left to train."""
         self._look_for_divergence()
         ended = self.done == 0
-        state = {
-            "loss_sum": self.loss_sum, "seconds": self.seconds, "waited": self.waited, "history": self.history,
-            "scalars": self.last_scalars if ended else {}, "diverged_at": self.diverged_at.tolist(),
-            self.method.state_name: self.method.state(), "optimizer": self.optimizer.state_dict(),
-            "elapsed": self.elapsed,
-        }  # fmt: skip
+        state = {name: getattr(self, name) for name in ("loss_sum", "seconds", "waited", "elapsed", "history")}
+        state |= {"scalars": self.last_scalars if ended else {}, "diverged_at": self.diverged_at.tolist()}
+        state |= {self.method.state_name: self.method.state(), "optimizer": self.optimizer.state_dict()}
         self._write(self.epoch - ended, state, None if ended else self.done)
 
     def resume(self, resume: str, evaluate_only: bool = False, evaluated: Sequence[str] = ()) -> None:
@@ -297,18 +281,15 @@ class Training(Resumable):
 
         evaluated: names of `identity` that must be equal if the checkpoint is only evaluated."""
         self.evaluated = evaluated
-        state = self._find(resume, lambda state: self._restore(state, evaluate_only), evaluate_only)
+        require_same_run(self.identity)
+        state = self.folder.find_checkpoint(resume, evaluate_only, lambda state: self._restore(state, evaluate_only))
         if state is not None and not evaluate_only:
-            self.epoch, self.done = state["epoch"], state["step"]
-            if self.done is None:
-                self.epoch, self.done = self.epoch + 1, 0
             self.saved_position = self.position if self.folder.kept else None  # None: it is in another folder
             if self.epoch >= self.plan.epochs:
                 log.info("all %d epochs are done: only the results are written again", self.plan.epochs)
 
     def _restore(self, state: dict, evaluate_only: bool) -> None:
-        """Take over all of a checkpoint but its position. ValueError where it does not fit, AnotherRun where that is
-        because of the arguments."""
+        """Take over a checkpoint. ValueError where it does not fit, AnotherRun where the arguments differ."""
         name = self.method.state_name
         with self._checking(state, {name, "optimizer", "history", "loss_sum", "diverged_at", "scalars"}):
             if evaluate_only:
@@ -341,9 +322,10 @@ class Training(Resumable):
             raise ValueError(f"its history is of the epochs {evaluated}")
         self.history = list(history)
         self.last_scalars = {name: float(value) for name, value in state["scalars"].items()}
+        self.epoch, self.done = (epoch + 1, 0) if step is None else (epoch, step)
 
     def start(self, record: dict[str, Any]) -> None:
-        """Open the records of the run: what was asked, and TensorBoard from where the run stands."""
+        """Open the records of the run: its arguments, and TensorBoard from the present step on."""
         self.folder.start(record, purge_step=self.steps_done)  # from 0, too: a run killed before its first checkpoint
         if self.done == 0:
             self.folder.scalars(self.last_scalars, self.steps_done)  # they share their step with what is purged
@@ -352,14 +334,3 @@ class Training(Resumable):
 def first_of(rate: float | Tensor) -> float:
     """A rate, or that of the first of several networks."""
     return torch.as_tensor(rate, dtype=torch.float64).flatten()[0].item()
-
-
-def all_finite(tensors: list[Tensor]) -> Tensor:
-    """Whether all values are finite, as a tensor () of bool: the device is not waited for.
-
-    The sum of a tensor is not finite where one of its values is not, nor where values of 1e38 and more add up, which
-    have diverged as well. On a CPU it takes a tenth of the time of the largest value, and that 8 % of a step of ViT-B.
-    """
-    if tensors[0].device.type == "cpu":
-        return torch.stack([tensor.sum() for tensor in tensors]).isfinite().all()
-    return torch.stack(torch._foreach_norm(tensors, ord=float("inf"))).isfinite().all()

@@ -1,10 +1,11 @@
 """Time what the programs do, beside what it is compared with: python scripts/benchmark.py step heads --output CSV
 
 groups:
-  step      the training step of main_linprobe with banks of probes, beside the encoder's forward pass
-  heads     the same without the encoder: a run with cached features
+  step      the training step of main_linprobe with banks of probes, beside that of one probe
+  accumulate  the step of the smallest bank, of one and of two micro-batches, beside the encoder's forward pass
+  heads     the step without the encoder: a run with cached features
   paper     all heads of Tables 1, 5, 6 and 7 in one pass, and each of them in a pass of its own
-  evaluate  the evaluation of banks, and k-nearest neighbours among 50,000 images
+  evaluate  the evaluation of banks, k-nearest neighbours among 50,000 images, and MaxBoxAccV2 of maps
   analysis  attention metrics, beside timm's forward pass
   pretrain  the training step of main_pretrain, beside Hugging Face's ViTMAE with both of its attentions
   loader    batches that one core loads from --data_path, a data set or a folder of scripts/pack_images.py
@@ -34,21 +35,25 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import engine_linprobe
+from aggregation.localization import levels_of, tally
 from attention.measure import applicable, measure
 from attention.metrics import GROUPS, METRICS, Sizes, reduce_attention
+from cli.arguments import add_groups
 from cli.console import Parser, positive_int, run_main
-from cli.encoder_arguments import add_encoder_arguments, build_encoder, choose_precision, precision
+from cli.encoder_arguments import build_encoder, choose_precision, precision
 from cli.linprobe import OPTIMIZERS
 from data_sets.loader import KeyedDataset, Sample, build_loader
 from data_sets.order import GlobalBatches
 from data_sets.shards import is_packed
 from data_sets.table import build_dataset
 from data_sets.views import train_transform
-from engine_linprobe import FrozenTokens, Probing, evaluate
+from engine_linprobe import FrozenTokens, Probing
 from engine_pretrain import Pretraining
 from models_mae import DECODERS, MaskedAutoencoder
 from models_vit import build_vit
@@ -61,7 +66,6 @@ from runtime.provenance import provenance
 from runtime.training import Method, Plan, Training
 from util.files import keep_table
 from util.lars import LARS
-from util.optim import weight_decay_groups
 from util.progress import log, peak_memory, progress, setup_logging
 from util.scores import Tally
 
@@ -134,18 +138,19 @@ def mixed(probes: int) -> list[tuple[str, float, int]]:
     return [(MIXED[i % 5], 0.05 * 2 ** (i // 5 % 4), i // 20) for i in range(probes)]
 
 
-def step(setting: Setting) -> Contestants:
-    return {
-        "one [cls] probe": setting.step(mixed(1)),
-        "plain forward": setting.forward,
-        **{f"{n} probes": setting.step(mixed(n)) for n in setting.args.probes},
-        **{f"{n} probes, accumulation 2": setting.step(mixed(n), accum=2) for n in setting.args.probes[:1]},
-    }
+def step(setting: Setting, cached: bool = False) -> Contestants:
+    sizes = {"one [cls] probe": 1, **{f"{n} probes": n for n in setting.args.probes}}
+    return {name: setting.step(mixed(n), cached) for name, n in sizes.items()}
+
+
+def accumulate(setting: Setting) -> Contestants:
+    probes = min(setting.args.probes)
+    steps = {f"{probes} probes, accumulation {n}": setting.step(mixed(probes), accum=n) for n in (1, 2)}
+    return {"plain forward": setting.forward, **steps}
 
 
 def heads(setting: Setting) -> Contestants:
-    sizes = {"1 probe": 1, **{f"{n} probes": n for n in setting.args.probes}}
-    return {name: setting.step(mixed(n), cached=True) for name, n in sizes.items()}
+    return step(setting, cached=True)
 
 
 def paper(setting: Setting) -> Contestants:
@@ -155,19 +160,23 @@ def paper(setting: Setting) -> Contestants:
     return {"all heads in one pass": setting.step([(head, 0.1, 0) for head in chosen]), **singles}
 
 
-def evaluation(setting: Setting) -> Contestants:
+def evaluate(setting: Setting) -> Contestants:
     def evaluated(probes: int) -> Contestant:
         bank, tokens = setting.bank(mixed(probes))
-        tally = functools.partial(Tally, probes, setting.args.classes, setting.device)
-        return lambda: evaluate(bank, tokens, [setting.sample], setting.device, tally())
+        counts = functools.partial(Tally, probes, setting.args.classes, setting.device)
+        return lambda: engine_linprobe.evaluate(bank, tokens, [setting.sample], setting.device, counts())
 
     count = 50_000 if not setting.args.tiny else 300
     train, test = (torch.randn(n, 768, device=setting.device) for n in (count, 512))
     labels, answers = (torch.randint(1000, (n,), device=setting.device) for n in (count, 512))
+    # of noise: the slowest kind
+    maps = torch.rand(setting.args.batch_size, 1, *setting.backbone.grid_of(setting.size, setting.size)).numpy()
+    truths = [np.array([[0, 0, setting.size // 2, setting.size // 2]])] * len(maps)
     return {
         "plain forward": setting.forward,
         **{f"{n} probes": evaluated(n) for n in setting.args.probes},
         f"512 queries among {count}": lambda: knn_scores(train, labels, test, answers, [10, 20, 100, 200], 1000),
+        "MaxBoxAccV2 of as many maps": lambda: tally(maps, truths, (setting.size, setting.size), levels_of(0.001)),
     }
 
 
@@ -200,10 +209,11 @@ def analysis(setting: Setting) -> Contestants:
 
 
 def pretrain(setting: Setting) -> Contestants:
+    from timm.optim import param_groups_weight_decay
     from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
     def adamw(model: nn.Module) -> torch.optim.AdamW:
-        groups = [{**group, "peak_lr": 1e-4} for group in weight_decay_groups(model, 0.05)]
+        groups = [{**group, "peak_lr": 1e-4} for group in param_groups_weight_decay(model, 0.05)]
         return torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95), fused=True)
 
     encoder = build_vit(setting.args.model, img_size=setting.size)
@@ -212,11 +222,8 @@ def pretrain(setting: Setting) -> Contestants:
     ours = setting.training(Pretraining(model, optimizer, 0.75, setting.device, setting.amp), optimizer)
 
     def theirs(attention: str) -> Contestant:
-        twin = ViTMAEForPreTraining(
-            ViTMAEConfig(
-                **hugging_face_sizes(model), mask_ratio=0.75, norm_pix_loss=True, attn_implementation=attention
-            )
-        ).to(setting.device)
+        config = ViTMAEConfig(**hugging_face_sizes(model), norm_pix_loss=True, attn_implementation=attention)
+        twin = ViTMAEForPreTraining(config).to(setting.device)
         optimizer = adamw(twin.train())
 
         def run() -> None:
@@ -231,15 +238,16 @@ def pretrain(setting: Setting) -> Contestants:
     return {"pretraining step": ours, **{f"Hugging Face, {kind}": theirs(kind) for kind in ("sdpa", "eager")}}
 
 
-def hugging_face_sizes(model: MaskedAutoencoder) -> dict[str, Any]:
-    parts = {"": (model.encoder.blocks, model.encoder.embed_dim)}
-    parts["decoder_"] = model.decoder_blocks, model.decoder_embed.out_features
-    sizes = {"image_size": model.encoder.grid_size[0] * model.encoder.patch_size, "layer_norm_eps": 1e-6}
-    for prefix, (blocks, width) in parts.items():
-        values = width, len(blocks), blocks[0].attn.num_heads, 4 * width
-        names = "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"
-        sizes |= {f"{prefix}{name}": value for name, value in zip(names, values, strict=True)}
-    return {**sizes, "patch_size": model.encoder.patch_size}
+def hugging_face_sizes(model: MaskedAutoencoder) -> dict[str, int | float]:
+    encoder, blocks = model.encoder, model.decoder_blocks
+    width, size = model.decoder_embed.out_features, encoder.grid_size[0] * encoder.patch_size
+    return {
+        **{"image_size": size, "patch_size": encoder.patch_size, "layer_norm_eps": 1e-6},
+        **{"hidden_size": encoder.embed_dim, "num_hidden_layers": encoder.depth},
+        **{"num_attention_heads": encoder.num_heads, "intermediate_size": 4 * encoder.embed_dim},
+        **{"decoder_hidden_size": width, "decoder_num_hidden_layers": len(blocks)},
+        **{"decoder_num_attention_heads": blocks[0].attn.num_heads, "decoder_intermediate_size": 4 * width},
+    }
 
 
 def loader(setting: Setting) -> Contestants:
@@ -297,17 +305,8 @@ def compare(what: str, ours: Tensor, exact: Tensor, tolerance: float) -> None:
         raise ValueError(f"{what}: relative error {error:.1e}, allowed {tolerance:.0e}")
 
 
-BENCHMARKS = {
-    "step": step,
-    "heads": heads,
-    "paper": paper,
-    "evaluate": evaluation,
-    "analysis": analysis,
-    "pretrain": pretrain,
-    "loader": loader,
-    "start": start,
-    "values": values,
-}
+FUNCTIONS = (step, accumulate, heads, paper, evaluate, analysis, pretrain, loader, start, values)
+BENCHMARKS = {function.__name__: function for function in FUNCTIONS}
 
 
 def race(contestants: Contestants, device: torch.device, rounds: int) -> Iterator[dict[str, Any]]:
@@ -342,6 +341,8 @@ def race(contestants: Contestants, device: torch.device, rounds: int) -> Iterato
 def text_of(row: dict[str, Any]) -> str:
     """A ratio, unless it is within the noise: the range of the rounds includes 1."""
     low, ratio, high = (float(row[f"ratio{suffix}"]) for suffix in ("_min", "", "_max"))
+    if low == high == 1:  # the first
+        return "1"
     return "no difference" if low <= 1 <= high else f"{ratio:.2f} ({low:.2f} to {high:.2f})"
 
 
@@ -360,8 +361,8 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
             text = f"{1e3 * float(row['seconds']):.1f} ms, {speed} images/s, {row['operations']} operations"
             log.info("%-9s %-36s %s; times the first: %s", name, row["contestant"], text, text_of(row))
         if name == "paper":
-            factor = sum(float(row["ratio"]) for row in rows[1:])
-            log.info("paper: one pass is %.1f times as fast as a run for each of %d heads", factor, len(rows) - 1)
+            _, runs = summed(rows)
+            log.info("paper: one pass is %.1f times as fast as %s", runs["ratio"], runs["contestant"])
         if args.output is not None and rows:
             exists = args.output.exists()
             args.output.parent.mkdir(parents=True, exist_ok=True)
@@ -380,12 +381,23 @@ def newest(path: Path) -> list[dict[str, str]]:
         raise ValueError(f"--output {path} is not a file that scripts/benchmark.py wrote: {error}") from error
 
 
+def summed(rows: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The rows, those of `paper`'s runs as one."""
+    for (group, _), part in itertools.groupby(rows, lambda row: (row["group"], row["batch_size"])):
+        first, *others = part
+        if group == "paper":
+            columns = ("seconds", "ratio", "ratio_min", "ratio_max", "operations")
+            sums = {column: sum(float(row[column]) for row in others) for column in columns}
+            others = [{**first, "contestant": f"a run for each of the {len(others)} heads", **sums}]
+        yield from (first, *others)
+
+
 def table(rows: Sequence[dict[str, str]]) -> str:
-    lines = ["| | images | time of the first of its group | images/s |", "|---|---|---|---|"]
+    lines = ["| | images | ms | times the first of its group | operations |", "|---|---|---|---|---|"]
     rows = [row for row in rows if row["group"] != "loader"]  # one row per source of images: docs/datasets.md
-    for row in rows:
-        name = f"{row['group']}: {row['contestant']}"
-        lines.append(f"| {name} | {row['batch_size']} | {text_of(row)} | {float(row['images_per_second']):,.1f} |")
+    for row in summed(rows):
+        cells = f"{row['group']}: {row['contestant']}", row["batch_size"], f"{1e3 * float(row['seconds']):,.0f}"
+        lines.append(f"| {' | '.join(cells)} | {text_of(row)} | {int(row['operations']):,} |")
     machines = dict.fromkeys(
         f"{row['model']} at {row['input_size']} pixels in {row['amp']} on {row['device']}, {row['threads']} threads, "
         f"torch {row['torch']}, commit {row['commit'][:7]}"
@@ -418,7 +430,7 @@ def plot(rows: Sequence[dict[str, str]], path: Path) -> None:
 def get_args_parser() -> Parser:
     parser = Parser(__doc__)
     parser.add_argument("groups", nargs="+", choices=[*BENCHMARKS, "plot", "table"])
-    add_encoder_arguments(parser)
+    add_groups(parser, {"encoder": {"include": "encoder"}})
     parser.add_argument("--batch_size", default=16, type=positive_int, help="images")
     parser.add_argument("--rounds", default=7, type=positive_int, help="of each contestant")
     parser.add_argument("--probes", default=[16, 64, 256, 512], type=positive_int, nargs="+", help="sizes of banks")
@@ -439,15 +451,7 @@ def main(args: argparse.Namespace) -> None:
     setup_logging()
     keep_freed_memory()
     if args.tiny:
-        small = {
-            "model": "vit_demo_patch8",
-            "input_size": 32,
-            "batch_size": 2,
-            "rounds": 1,
-            "probes": [5],
-            "classes": 7,
-        }
-        vars(args).update(small)
+        vars(args).update(model="vit_demo_patch8", input_size=32, batch_size=2, rounds=1, probes=[5], classes=7)
     if "loader" in args.groups and args.data_path is None:
         raise ValueError("loader: name a data set with --data_path, of --dataset's kind")
     if {"plot", "table"} & set(args.groups):
@@ -455,13 +459,8 @@ def main(args: argparse.Namespace) -> None:
         if "plot" in args.groups:
             plot(rows, args.figure)
         if args.write is not None:
-            keep_table(
-                args.write,
-                "costs",
-                f"python scripts/benchmark.py table --output {args.output} --write",
-                table(rows),
-                True,
-            )
+            command = f"python scripts/benchmark.py table --output {args.output} --write"
+            keep_table(args.write, "costs", command, table(rows), write=True)
         return
     automatic = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(automatic if args.device == "auto" else args.device)

@@ -10,7 +10,7 @@ out=${OUT:-output_dir/benchmark}
 rows="$out/benchmark.csv" images=()
 [ -z "${DATA_PATH:-}" ] || images=(loader --data_path "$DATA_PATH")
 if [[ " $* " == *" --tiny "* ]]; then
-    exec python scripts/benchmark.py values analysis step heads paper pretrain "${images[@]}" "$@"
+    exec python scripts/benchmark.py values analysis step accumulate heads paper evaluate pretrain "${images[@]}" "$@"
 fi
 
 # limited SECONDS GROUP [FLAGS]: a group that takes longer is left out
@@ -22,7 +22,8 @@ python scripts/benchmark.py values "$@"
 limited 80 analysis --batch_size 64
 limited 120 step heads --batch_size 256 --probes 64 512
 limited 60 step --batch_size 256 --probes 16 --classes 21841
-limited 60 paper --batch_size 64 --head_amp
-limited 60 pretrain --batch_size 64
+limited 40 accumulate --batch_size 256 --probes 64
+limited 50 paper --batch_size 64 --head_amp
+limited 50 pretrain --batch_size 64
 [ ${#images[@]} = 0 ] || limited 60 "${images[@]}" --batch_size 128
 python scripts/benchmark.py plot --output "$rows" --figure "$out/benchmark.png"

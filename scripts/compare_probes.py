@@ -13,6 +13,7 @@ over images are percentiles of a bootstrap that resamples the images, identicall
 import argparse
 import functools
 import sys
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -23,9 +24,9 @@ import torch
 from torch import Tensor
 
 from cli.console import Parser, inner_share, positive_int, run_main
-from probing.predictions import BY_IMAGE, Predictions, read_predictions, score
+from paper.runs import markdown
+from probing.predictions import BY_IMAGE, Predictions, guessing, read_predictions, score
 from probing.results import seeds_note
-from probing.untrained import guessing
 from util.choices import instead_of
 from util.files import write_atomically, write_json
 from util.intervals import UNKNOWN, Interval, student
@@ -40,7 +41,6 @@ class Row:
 
     name: str
     chosen: bool | None  # by held-out images; None without any
-    outputs: dict[tuple, Tensor] = field(default_factory=dict, repr=False)  # of each seed
     learned_nothing: str | None = None  # the reason, of a seed
     each: list[float] = field(default_factory=list)  # of each seed
     over_images: Interval = UNKNOWN
@@ -53,9 +53,8 @@ class Row:
     def mean(self) -> float:
         return float(np.mean(self.each))
 
-    def record(self) -> dict:
-        """The row as plain data, without the outputs."""
-        return {key: value for key, value in asdict(self).items() if key != "outputs"}
+
+Outputs = dict[tuple, Tensor]  # of a row, by seed: a run's number among those of its label, and the probe's own seed
 
 
 def labelled(arguments: list[str]) -> list[tuple[str, Predictions]]:
@@ -66,8 +65,7 @@ def labelled(arguments: list[str]) -> list[tuple[str, Predictions]]:
     for argument in arguments:
         label, _, path = argument.rpartition("=")
         runs.append((label or Path(path).name, read_predictions(Path(path))))
-    first = runs[0][1]
-    for argument, (_, run) in zip(arguments, runs, strict=True):
+        run, first = runs[-1][1], runs[0][1]
         if run.facts["test_images"] != first.facts["test_images"] or not torch.equal(run.index, first.index):
             raise ValueError(f"{argument} was tested on other images than {arguments[0]}: compare runs of one test set")
         if run.facts["headline"] != first.facts["headline"]:
@@ -75,88 +73,88 @@ def labelled(arguments: list[str]) -> list[tuple[str, Predictions]]:
     return runs
 
 
-def grouped(runs: list[tuple[str, Predictions]], everything: bool) -> dict[str, Row]:
-    """Rows with the outputs of their seeds, by name; those that held-out images did not choose only with `everything`.
-
-    A seed is a run's number among those of its label, and the probe's own seed.
-    """
-    several, rows, number = len({label for label, _ in runs}) > 1, {}, {}
+def grouped(runs: list[tuple[str, Predictions]], everything: bool) -> dict[str, tuple[Row, Outputs]]:
+    """Rows by name; those that held-out images did not choose only with `everything`."""
+    several, rows, number = len({label for label, _ in runs}) > 1, {}, Counter()
     for label, run in runs:
-        number[label] = number.get(label, -1) + 1
         for probe, outputs in run.outputs.items():
             facts = run.facts["probes"][probe]
-            if facts.get("chosen") is False and not everything:
-                continue
-            name = f"{label}: " * several + probe.rpartition("/seed")[0]
-            row = rows.setdefault(name, Row(name, facts.get("chosen")))
-            row.outputs[number[label], facts["seed"]] = outputs
-            row.learned_nothing = row.learned_nothing or facts.get("learned_nothing")
+            if facts.get("chosen") is not False or everything:
+                name = f"{label}: " * several + probe.rpartition("/seed")[0]
+                row, of_seeds = rows.setdefault(name, (Row(name, facts.get("chosen")), {}))
+                of_seeds[number[label], facts["seed"]] = outputs
+                row.learned_nothing = row.learned_nothing or facts.get("learned_nothing")
+        number[label] += 1
     return rows
 
 
-def compare(rows: list[Row], base: Row, labels: Tensor, headline: str, confidence: float, resamples: int) -> None:
-    """Fill in the scores of the rows and their differences to `base`; see the module's docstring."""
-    if headline in BY_IMAGE:
+def compare(
+    rows: dict[str, tuple[Row, Outputs]],
+    baseline: str,
+    labels: Tensor,
+    headline: str,
+    confidence: float,
+    resamples: int,
+) -> None:
+    """Fill in the scores of the rows and their differences to the baseline; see the module's docstring."""
+    samples: dict[str, list | np.ndarray] = {name: [] for name in rows}
+    if measure := BY_IMAGE.get(headline):
         interval = functools.partial(student, confidence=confidence)
-        measure = BY_IMAGE[headline]
-        samples = {
-            row.name: np.mean([100 * measure(t, labels).numpy() for t in row.outputs.values()], axis=0) for row in rows
-        }
+        for name, (_, outputs) in rows.items():
+            samples[name] = np.mean([100 * measure(each, labels).numpy() for each in outputs.values()], axis=0)
     else:
-        interval, samples = functools.partial(percentiles, confidence=confidence), {row.name: [] for row in rows}
-        random = np.random.default_rng(0)
+        interval, random = functools.partial(percentiles, confidence=confidence), np.random.default_rng(0)
         for _ in progress(range(resamples), "bootstrap", resamples, unit="resample"):
             drawing = torch.from_numpy(random.integers(0, len(labels), len(labels)))
-            for row in rows:
-                scores = [score(outputs[drawing], labels[drawing], headline) for outputs in row.outputs.values()]
-                samples[row.name].append(np.mean(scores))
-    for row in rows:
-        row.each = [score(outputs, labels, headline) for outputs in row.outputs.values()]
-        row.over_images = interval(np.array(samples[row.name]))
+            for name, (_, outputs) in rows.items():
+                scores = [score(each[drawing], labels[drawing], headline) for each in outputs.values()]
+                samples[name].append(np.mean(scores))
+    for name, (row, outputs) in rows.items():
+        row.each = [score(each, labels, headline) for each in outputs.values()]
+        row.over_images = interval(np.array(samples[name]))
         row.over_seeds = student(np.array(row.each), confidence, FEWEST_SEEDS)
-        for each in row.each:
-            row.learned_nothing = row.learned_nothing or guessing(each, labels.numpy(), headline)
-    for row in rows:
+        reasons = (guessing(each, labels.numpy(), headline) for each in row.each)
+        row.learned_nothing = row.learned_nothing or next(filter(None, reasons), None)
+    base, base_outputs = rows[baseline]
+    for name, (row, outputs) in rows.items():
         if row is base or row.learned_nothing or base.learned_nothing:
             continue
         row.difference = row.mean - base.mean
-        row.difference_over_images = interval(np.array(samples[row.name]) - np.array(samples[base.name]))
-        if row.outputs.keys() == base.outputs.keys():
-            paired = dict(zip(base.outputs, base.each, strict=True))
-            pairs = [each - paired[seed] for seed, each in zip(row.outputs, row.each, strict=True)]
+        row.difference_over_images = interval(np.array(samples[name]) - np.array(samples[baseline]))
+        if outputs.keys() == base_outputs.keys():
+            paired = dict(zip(base_outputs, base.each, strict=True))
+            pairs = [each - paired[seed] for seed, each in zip(outputs, row.each, strict=True)]
             row.difference_over_seeds = student(np.array(pairs), confidence, FEWEST_SEEDS)
 
 
 def percentiles(values: np.ndarray, confidence: float) -> Interval:
-    low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return Interval(float(low), float(high))
+    return Interval(*map(float, np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])))
 
 
-def table(rows: list[Row], headline: str, baseline: str, confidence: float, n: int, seeds: str = "") -> str:
+def table(rows: list[Row], headline: str, baseline: str, confidence: float, n: int, seeds: str) -> str:
     """Markdown. seeds: what they vary, for the line below."""
-    share = f"{100 * confidence:g} %"
-    columns = ["probe", "seeds", headline, "std", *2 * [f"{share}, images", f"{share}, seeds", "difference"]][:-1]
-    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    intervals = [f"{100 * confidence:g} %, images", f"{100 * confidence:g} %, seeds"]
+    cells = {}
     for row in rows:
-        std = f"{np.std(row.each, ddof=1):.2f}" if len(row.each) > 1 else "–"
         name = row.name + " (chosen)" * bool(row.chosen) + " (learned nothing)" * bool(row.learned_nothing)
-        cells = [name, str(len(row.each)), f"{row.mean:.2f}", std, str(row.over_images), str(row.over_seeds)]
-        cells.append("–" if np.isnan(row.difference) else f"{row.difference:+.2f}")
-        cells += [str(row.difference_over_images), str(row.difference_over_seeds)]
-        lines.append("| " + " | ".join(cells) + " |")
+        std = f"{np.std(row.each, ddof=1):.2f}" if len(row.each) > 1 else "–"
+        difference = "–" if np.isnan(row.difference) else f"{row.difference:+.2f}"
+        of_difference = [difference, row.difference_over_images, row.difference_over_seeds]
+        values = [len(row.each), f"{row.mean:.2f}", std, row.over_images, row.over_seeds, *of_difference]
+        cells[name] = list(map(str, values))
     notes = [f"{headline} in percent on {n:,} test images; differences to {baseline}"]
     if any(row.chosen for row in rows):
         notes.append("chosen: best optimizer and rate for its head and block on held-out images")
-    if seeds and any(len(row.each) > 1 for row in rows):
+    fewest, most = (choose(len(row.each) for row in rows) for choose in (min, max))
+    if seeds and most > 1:
         notes.append(seeds)
-    if fewest := min((len(row.each) for row in rows if len(row.each) < FEWEST_SEEDS), default=0):
-        notes.append(
-            "a single seed has no deviation and no interval over seeds"
-            if fewest == 1
-            else "two seeds say little about the deviation; an interval over seeds needs three"
-        )
+    if fewest == 1:
+        notes.append("a single seed has no deviation and no interval over seeds")
+    elif fewest < FEWEST_SEEDS:
+        notes.append("two seeds say little about the deviation; an interval over seeds needs three")
     notes += [f"no conclusion about {row.name}: {row.learned_nothing}" for row in rows if row.learned_nothing]
-    return "\n".join([*lines, "", "; ".join(notes), ""])
+    columns = ["seeds", headline, "std", *intervals, "difference", *intervals]
+    return markdown("probe", columns, cells, ["; ".join(notes)])
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -174,17 +172,17 @@ def get_args_parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> None:
     runs = labelled(args.runs)
     first, rows = runs[0][1], grouped(runs, args.all)
-    baseline = args.baseline or next(iter(rows))
+    baseline, headline, n = args.baseline or next(iter(rows)), first.facts["headline"], len(first.labels)
     if baseline not in rows:
         raise ValueError(f"--baseline {baseline}: {instead_of(baseline, rows)}")
-    headline, rows, base = first.facts["headline"], list(rows.values()), rows[baseline]
-    compare(rows, base, first.labels, headline, args.confidence, args.resamples)
+    compare(rows, baseline, first.labels, headline, args.confidence, args.resamples)
     seeds = " or ".join(dict.fromkeys(seeds_note(run.facts) for _, run in runs))
-    text = table(rows, headline, baseline, args.confidence, len(first.labels), seeds)
+    shown = [row for row, _ in rows.values()]
+    text = table(shown, headline, baseline, args.confidence, n, seeds)
     print(text)
     if args.output is not None and args.output.suffix == ".json":
-        record = {"metric": headline, "baseline": baseline, "confidence": args.confidence, "n": len(first.labels)}
-        write_json(args.output, {**record, "seeds": seeds, "probes": [row.record() for row in rows]})
+        record = {"metric": headline, "baseline": baseline, "confidence": args.confidence, "n": n, "seeds": seeds}
+        write_json(args.output, {**record, "probes": [asdict(row) for row in shown]})
     elif args.output is not None:
         write_atomically(args.output, text.encode())
 

@@ -16,6 +16,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import mean
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -24,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cli.arguments import add_data_arguments, data_options, loading
+from cli.arguments import add_groups, data_options, loading
 from cli.console import Parser, positive_int, run_main
 from cli.encoder_arguments import build_oracle, frozen_encoder, precision
 from cli.linprobe import finished_run
@@ -36,6 +37,7 @@ from data_sets.perturb import PERTURBATIONS, Perturbation, read_perturbation
 from data_sets.table import build_dataset
 from data_sets.views import eval_transform
 from encoders.load import save_encoder
+from paper.runs import markdown
 from probing.frozen import FiniteCheck, FrozenTokens
 from util.files import write_json
 from util.progress import log, setup_logging
@@ -92,16 +94,13 @@ def scores_of(logits: Tensor, labels: Tensor, groups: list[Tensor], textures: Te
 def table(results: dict[str, dict[str, float]]) -> str:
     """Markdown: a row for each probe, a column for each score."""
     columns = list(next(iter(results.values())))
-    lines = [f"| probe | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
-    for name, scores in results.items():
-        lines.append(f"| {name} | {' | '.join(f'{scores[column]:.2f}' for column in columns)} |")
-    return "\n".join(lines)
+    return markdown("probe", columns, {n: [f"{scores[c]:.2f}" for c in columns] for n, scores in results.items()})
 
 
 def get_args_parser() -> Parser:
     parser = Parser(__doc__)
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a finished main_linprobe.py")
-    add_data_arguments(parser, labels=False)
+    add_groups(parser, {"data": {"include": "data", "omit": ["val_split"], "nb_classes": {"help": ""}}})
     parser.add_argument("--batch_size", default=64, type=positive_int, help="images per forward pass")
     perturb = f"also test perturbed images: {', '.join(PERTURBATIONS)}; as in lowpass:0.25 shuffle:4"
     parser.add_argument("--perturb", nargs="+", default=[], metavar="NAME:NUMBER", help=perturb)
@@ -118,8 +117,6 @@ def main(args: argparse.Namespace) -> None:
         if perturbations and getattr(args, other[2:]) == value:
             raise ValueError(f"--perturb does not work with {other} {value}: omit one of them")
     run = finished_run(args.run)
-    if "class_names" not in run.results:
-        raise ValueError(f"{args.run}: its results.json has no class_names, which runs have had since: train it again")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     encoder, size = frozen_encoder(run.args)
     for step in perturbations:  # mistakes end the program before any image is read
@@ -160,9 +157,8 @@ def main(args: argparse.Namespace) -> None:
         }
         results = {}
         for spec in bank.specs:
-            errors = {name: 100 - np.mean([part[spec.name]["top-1"] for part in each]) for name, each in parts.items()}
-            mce = np.mean([error / ALEXNET_ERRORS[name] for name, error in errors.items()])
-            results[spec.name] = {"mCE": float(mce), **{name: float(error) for name, error in errors.items()}}
+            errors = {name: 100 - mean(part[spec.name]["top-1"] for part in each) for name, each in parts.items()}
+            results[spec.name] = {"mCE": mean(errors[name] / ALEXNET_ERRORS[name] for name in errors), **errors}
     else:
         results = scores(args.data_path)
     print(table(results))

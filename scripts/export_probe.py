@@ -11,8 +11,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cli.console import Parser, non_negative_int, run_main
 from encoders.catalogue import CATALOGUE, PUBLICATIONS
-from probing.trained import Trained, export, read_trained
-from util.files import to_json, write_atomically
+from probing.finished_run import Trained, export, read_trained
+from util.files import save, to_json
 
 CARD = Path(__file__).with_name("probe_card.md")
 
@@ -39,11 +39,8 @@ def card(trained: Trained) -> str:
 
 def main(args: Namespace) -> None:
     trained = read_trained(args.run, args.head, args.block, args.seed)
-    try:
-        export(trained, args.output)
-        write_atomically(args.output / "README.md", card(trained).encode())
-    except OSError as error:
-        raise ValueError(f"--output {args.output} cannot be written: {error.strerror}") from error
+    save(args.output / "README.md", card(trained))
+    export(trained, args.output)
     print(f"{trained.spec.name}: {args.output}")
 
 

@@ -5,7 +5,7 @@
 # patch-patch entropy.
 # Expected: [cls] self-attention of MAE and MAE-FT far above the others; [cls] entropy of MAE close to ln 196 = 5.28, that of
 # the others and of MAE-FT falling in late blocks; patch self-attention of MAE highest; patch entropy of MAE and MAE-FT below.
-# GPU-hours: 50,000 images for each encoder; printed before each run (expected_hours.py).
+# GPU-hours: 50,000 images for each encoder; printed before each run.
 source "$(dirname "$0")/paper.sh" "$@"
 models=$(encoders {mae,mae_ft,dino,mocov3,ibot}_vit_base_patch16)
 each attend $models

@@ -5,7 +5,7 @@
 # Data: ImageNet-1k; probes at the protocol of paper.sh on all blocks.
 # Expected: not in the paper, which probes the last block; Park et al. (2023) find that early blocks of masked image
 # modelling and late blocks of joint embedding hold their information.
-# GPU-hours: one pass of probes and one of all metrics for each encoder; printed before each run (expected_hours.py).
+# GPU-hours: one pass of probes and one of all metrics for each encoder; printed before each run.
 source "$(dirname "$0")/paper.sh" "$@"
 models=$(encoders {mae,mae_ft,dino,mocov3,ibot}_vit_base_patch16)
 [ "$mode" = --smoke ] && models+=" mae_vit_demo_patch8/decoder" || models+=" mae_vit_small_patch16/decoder"

@@ -11,7 +11,7 @@
 #   GPUS                1, 2, 4 or 8 (default: this machine's, with --slurm 4)
 #   BATCH               images per GPU and micro-step (default: 2048); a divisor of it where memory is short
 #   DEEP=apart          Table 5's deep heads in three separate runs, where one bank does not fit in memory
-#   IMAGES_PER_SECOND   speed of the encoder on one GPU, for scripts/expected_hours.py
+#   IMAGES_PER_SECOND   speed of the encoder on one GPU (scripts/benchmark_gpu.sh measures it), for estimates of time
 #   TRAIN, VAL, EPOCHS  with --smoke: images and epochs (default: 1000, 500, 6)
 #   PRINT=1             print every command, with the paths of its runs, and run nothing
 # Protocol (paper, B.2): LARS, base rate 0.1, effective batch 16,384 normalised in groups of 2,048, 90 epochs (50 for
@@ -125,6 +125,15 @@ there() {
     done
 }
 
+# hours NAME IMAGES: what a run will take; loading images, and heads that transform every token, come on top
+hours() {
+    awk -v name="$1" -v images="$2" -v rate="${IMAGES_PER_SECOND:-0}" -v gpus="$gpus" 'BEGIN {
+        hours = rate > 0 ? images / rate / 3600 : 0
+        printf "# %s: %d images through the encoder", name, images
+        if (hours) printf ": %.1f GPU-hours, %.1f h on %d GPU%s\n", hours, hours / gpus, gpus, (gpus > 1 ? "s" : "")
+        else print "; hours are unknown without IMAGES_PER_SECOND" }'
+}
+
 # program FOLDER RESULT IMAGES MAIN FLAG...: unless FOLDER/RESULT exists, run MAIN with this run folder, here or as a job.
 # IMAGES: number of images through the encoder, for the estimate of time.
 program() {
@@ -139,8 +148,7 @@ program() {
     elif [ "$gpus" != 1 ]; then
         command=(torchrun --standalone --nproc_per_node "$gpus" "$main.py" --output_dir "$folder")
     fi
-    [ "$mode" = --smoke ] || python -S scripts/expected_hours.py "$folder" --images "$images" --gpus "$gpus" \
-        ${IMAGES_PER_SECOND:+--images_per_second "$IMAGES_PER_SECOND"} "$@"
+    [ "$mode" = --smoke ] || hours "$folder" "$images"
     show "${command[@]}" "${resume[@]}" "$@"
 }
 

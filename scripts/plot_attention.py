@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from attention.figures import FIGURES, choose_metrics, load_attention
 from attention.metrics import GROUPS, METRICS
-from cli.console import Parser, one_of, run_main
+from cli.console import Parser, run_main
 
 
 def main(args: argparse.Namespace) -> None:
@@ -38,7 +38,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--metrics",
         nargs="+",
-        type=one_of([*GROUPS, *METRICS]),
+        choices=[*GROUPS, *METRICS],
         metavar="METRIC",
         help=f"groups ({', '.join(GROUPS)}) or {', '.join(METRICS)} (default: the kind's)",
     )

@@ -11,47 +11,44 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import matplotlib
+from matplotlib import rc_context
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
 from cli.console import Parser, run_main
 from paper.cells import recorded
+from paper.shown import ROOT
 from paper.tables import PAPER_DATASET, Row, rows_of, table_of
 from util.plotting import COLOURS, STYLE, WIDTH, save_figure
 
-ROOT = Path(__file__).resolve().parent.parent
 
-
+@rc_context(STYLE)
 def draw(rows: list[Row], columns: list[str]) -> Figure:
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, 2.2), layout="constrained")
-        axis, hatching = figure.add_subplot(), {"color": "none", "hatch": "///", "edgecolor": "white", "linewidth": 0}
-        any_hatched = False
-        for number, (column, colour) in enumerate(zip(columns, COLOURS, strict=False)):
-            offset = 0.36 * (number - (len(columns) - 1) / 2)
-            bars = [(x + offset, row.entries[number]) for x, row in enumerate(rows)]
-            measured = [(x, entry, entry.ours[0]) for x, entry in bars if entry.ours]
-            at, heights = [x for x, *_ in measured], [height for *_, height in measured]
-            errors = [entry.std or 0 for _, entry, _ in measured]
-            axis.bar(at, heights, 0.34, yerr=errors, color=colour, label=column, error_kw={"linewidth": 0.8})
-            hatched = [(x, h) for x, entry, h in measured if entry.paper is not None and not entry.differences]
-            if hatched:
-                axis.bar(*zip(*hatched, strict=True), 0.34, **hatching)
-                any_hatched = True
+    figure = Figure(figsize=(WIDTH, 2.2), layout="constrained")
+    axis = figure.add_subplot()
+    hatching = {"color": "none", "hatch": "///", "edgecolor": "white", "linewidth": 0}
+    for number, (column, colour) in enumerate(zip(columns, COLOURS, strict=False)):
+        offset = 0.36 * (number - (len(columns) - 1) / 2)
+        bars = [(x + offset, row.entries[number]) for x, row in enumerate(rows)]
+        measured = [(x, entry.ours[0], entry.std or 0) for x, entry in bars if entry.ours]
+        at, heights, errors = zip(*measured, strict=True) if measured else ((), (), ())
+        axis.bar(at, heights, 0.34, yerr=errors, color=colour, label=column, error_kw={"linewidth": 0.8})
+        for x, height in zip(at, heights, strict=True):
             box = {"facecolor": colour, "edgecolor": "none", "pad": 1}
-            for x, height in zip(at, heights, strict=True):
-                axis.annotate(f"{height:.1f}", (x, 3), ha="center", color="white", fontsize=6, bbox=box)
-            paper = [(x, entry.paper) for x, entry in bars if entry.paper is not None]
-            if paper:
-                style = {"color": "black", "markersize": 3, "markerfacecolor": "none"}
-                axis.plot(*zip(*paper, strict=True), "D", label=None if number else "the paper", **style)
-        axis.set_xticks(range(len(rows)), [f"{row.encoder}\n{row.vit}" for row in rows])
-        axis.set_ylabel("top-1 (%)")
-        axis.set_ylim(0, 100)
-        if any_hatched:
-            axis.bar([0], [0], color="white", hatch="///", edgecolor="grey", label="not comparable with the paper")
-        figure.legend(loc="outside upper center", ncols=4, frameon=False)
-        return figure
+            axis.annotate(f"{height:.1f}", (x, 3), ha="center", color="white", fontsize=6, bbox=box)
+        for x, entry in bars:
+            if entry.paper is not None:
+                axis.plot(x, entry.paper, "D", color="black", markersize=3, markerfacecolor="none", label="the paper")
+                if entry.ours and not entry.differences:
+                    label = "not comparable with the paper"
+                    axis.bar(x, entry.ours[0], 0.34, label=label, **hatching)
+    axis.set_xticks(range(len(rows)), [f"{row.encoder}\n{row.vit}" for row in rows])
+    axis.set(ylabel="top-1 (%)", ylim=(0, 100))
+    handles = {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    if "not comparable with the paper" in handles:
+        handles["not comparable with the paper"] = Patch(facecolor="white", hatch="///", edgecolor="grey")
+    figure.legend(handles.values(), handles, loc="outside upper center", ncols=4, frameon=False)
+    return figure
 
 
 def main(args: argparse.Namespace) -> None:

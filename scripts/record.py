@@ -9,15 +9,14 @@ import argparse
 import hashlib
 import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cli.console import Parser, run_main
-from paper.cells import Measurement, cells_of, join, read_cells
+from paper.cells import cells_of, joined
 from paper.shown import ROOT, shortened
-from util.files import to_json, write_json
+from util.files import save, to_json
 from util.progress import log, setup_logging
 
 PROGRAMS = ("results.json", "attention.json", "aggregation.json")
@@ -31,40 +30,31 @@ def results_of(run: Path) -> list[Path]:
     return paths
 
 
-def conflict(old: Sequence[Measurement], new: Sequence[Measurement]) -> str:
-    """Why two results cannot stand side by side: they measured a cell with the same seed or other settings."""
-    for measured in new:
-        try:
-            for other in old:
-                if other.cell == measured.cell:
-                    join(measured.cell, [other, measured])
-        except ValueError as error:
-            return str(error)
-    return ""
-
-
 def main(args: argparse.Namespace) -> None:
     setup_logging()
-    paths = list({path.resolve(): path for run in args.runs for path in results_of(run)}.values())
-    read_cells(paths)  # together, they must measure each cell once
-    for path, cells in [(path, cells_of(path)) for path in paths]:
+    records, new = {}, []
+    for path in {path.resolve(): path for run in args.runs for path in results_of(run)}.values():
+        cells = cells_of(path)
         if not cells:
             raise ValueError(f"{path}: nothing to record: no table has a cell of these results")
+        new += cells
         record, first = shortened(json.loads(path.read_text())), cells[0].cell
         digest = hashlib.sha256(to_json(record).encode()).hexdigest()[:8]
-        target = args.results / first.dataset / f"{first.model}.{first.arch}.{path.stem}.{digest}.json"
-        for older in sorted(set(target.parent.glob("*.json")) - {target}):
-            if problem := conflict(cells_of(older), cells):
-                if not args.replace:
-                    raise ValueError(f"{problem}, or use --replace")
-                older.unlink()
-                log.info("%s: replaced", older)
+        records[args.results / first.dataset / f"{first.encoder}.{path.stem}.{digest}.json"] = record, len(cells)
+    joined(new)  # they must measure each cell once
+    older = {path for folder in {target.parent for target in records} for path in folder.glob("*.json")}
+    for path in sorted(older - records.keys()):
+        cells = cells_of(path)
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            write_json(target, record)
-        except OSError as error:
-            raise ValueError(f"{target} cannot be written: {error.strerror}") from error
-        log.info("%s: %d cells", target, len(cells))
+            joined([*cells, *new])
+        except ValueError as error:
+            if not args.replace:
+                raise ValueError(f"{error}, or use --replace") from error
+            path.unlink()
+            log.info("%s: replaced", path)
+    for target, (record, count) in records.items():
+        save(target, to_json(record, indent=2) + "\n")
+        log.info("%s: %d cells", target, count)
 
 
 def get_args_parser() -> argparse.ArgumentParser:

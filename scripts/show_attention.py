@@ -19,21 +19,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 from matplotlib import rc_context
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
-from PIL import Image
 from torch import Tensor
 
 from attention.metrics import entropy
-from cli.analyze_attention import add_label_argument, encoder_labels
+from cli.analyze_attention import encoder_labels
+from cli.arguments import add_groups
 from cli.console import Parser, run_main
-from cli.encoder_arguments import add_encoder_arguments, choose_precision, frozen_encoder, one_encoder_each, precision
-from data_sets.images import UnreadableImage, read_rgb
+from cli.encoder_arguments import choose_precision, frozen_encoder, one_encoder_each, precision
+from data_sets.images import read_image
 from data_sets.table import build_dataset
 from data_sets.views import eval_transform
 from models_vit import VisionTransformer, attention_row
-from util.plotting import STYLE, WIDTH, add_scale, draw_map, save_figure, visible
+from util.plotting import STYLE, WIDTH, add_scale, bare, draw_map, outline, save_figure, visible
 
 
 class Maps(NamedTuple):
@@ -43,15 +41,6 @@ class Maps(NamedTuple):
     picture: np.ndarray  # (h,w,3) in [0,1]
     heads: Tensor  # (H,rows,columns), each of sum 1, float64
     to_self: Tensor  # (H,) attention of the query to itself, softmax over all N keys
-
-
-def read_image(path: Path) -> Image.Image:
-    try:
-        return read_rgb(path)
-    except UnreadableImage:  # names the file
-        raise
-    except Exception as error:  # decoders raise anything
-        raise ValueError(f"cannot read image {path}: {error}") from error
 
 
 def check_wanted(label: str, backbone: VisionTransformer, size: int, block: int, query: Sequence[int] | None) -> None:
@@ -100,39 +89,32 @@ def draw(rows: Sequence[Maps], query: Sequence[int] | None, heading: str, target
     top = max(2.0, *(float(values.flatten().quantile(0.995)) for values in relative))
     for number, (maps, values) in enumerate(zip(rows, relative, strict=True)):
         line = 2 * number
-        first = figure.add_subplot(grid[line : line + 2, 0:2])
+        first, mean = (figure.add_subplot(grid[line : line + 2, start : start + 2]) for start in (0, 2))
         first.imshow(maps.picture)
         first.set_title(maps.label)
-        mean = figure.add_subplot(grid[line : line + 2, 2:4])
-        axes = [mean]
-        for head in range(len(values)):
-            position = (line + head // per_line, 4 + head % per_line)
-            axes.append(figure.add_subplot(grid[position]))
+        mean.set_xlabel(f"ln M = {math.log(values[0].numel()):.2f}", fontsize=6)
+        places = [grid[line + head // per_line, 4 + head % per_line] for head in range(len(values))]
+        axes = [mean, *map(figure.add_subplot, places)]
         # the entropy of the mean map, and the mean of self-attention
         shown = torch.cat([values.mean(0, keepdim=True), values])
         to_self = torch.cat([maps.to_self.mean()[None], maps.to_self])
         for index, (axis, weights, own) in enumerate(zip(axes, shown, to_self, strict=True)):
             draw_map(axis, maps.picture, weights.numpy(), top)
             H = float(entropy(weights.flatten()))
-            lines = (f"head {index - 1}", f"H {H:.2f}", f"self {own:.2f}")
-            text = "\n".join(lines) if index else f"mean over heads\n{', '.join(lines[1:])}"
+            text = (
+                f"head {index - 1}\nH {H:.2f}\nself {own:.2f}"
+                if index
+                else f"mean over heads\nH {H:.2f}, self {own:.2f}"
+            )
             axis.set_title(text, fontsize=5.5 if index else 7, linespacing=1.1)
-        M = values[0].numel()
-        mean.set_xlabel(f"ln M = {math.log(M):.2f}", fontsize=6)
         for axis in (first, *axes):
-            axis.set(xticks=[], yticks=[])
-            axis.spines[:].set_visible(False)
+            bare(axis)
             if query is not None:
-                mark_query(axis, query, maps.picture.shape[0] / values.shape[1])
+                side = maps.picture.shape[0] / values.shape[1]
+                outline(axis, (query[1] * side, query[0] * side), side, side, "#00E5FF", "black")
     add_scale(figure, top, more=any(float(values.max()) > top for values in relative))
     figure.suptitle(heading, fontsize=8)
     save_figure(figure, target)
-
-
-def mark_query(axis: Axes, query: Sequence[int], side: float) -> None:
-    corner = (query[1] * side - 0.5, query[0] * side - 0.5)
-    for colour, width in (("black", 1.8), ("#00E5FF", 0.9)):  # seen on any ground
-        axis.add_patch(Rectangle(corner, side, side, fill=False, edgecolor=colour, linewidth=width))
 
 
 def main(args: argparse.Namespace) -> None:
@@ -153,6 +135,8 @@ def main(args: argparse.Namespace) -> None:
     except OSError as error:
         raise ValueError(f"--output_dir {args.output_dir} cannot be made: {error.strerror}") from error
     what = "[cls]" if args.query is None else f"the patch in row {args.query[0]}, column {args.query[1]} (from 0)"
+    block = f"block {args.block} (from 0)" if args.block >= 0 else f"block {-args.block} from the end"
+    heading = f"Attention of {what}, {'last block' if args.block == -1 else block}"
     choose_precision(args, torch.device("cpu"))
     for path, image in images.items():
         rows = []
@@ -161,28 +145,17 @@ def main(args: argparse.Namespace) -> None:
             seen = transform(image)
             heads, to_self = attention_of(encoder.backbone, seen, args.block, args.query, precision(args.amp))
             rows.append(Maps(label, visible(seen, transform), heads, to_self))
-        which = (
-            f"block {args.block} (from 0)"
-            if args.block >= 0
-            else ("last block" if args.block == -1 else f"block {-args.block} from the end")
-        )
-        draw(rows, args.query, f"Attention of {what}, {which}: {path.name}", args.output_dir / f"{path.stem}.png")
+        draw(rows, args.query, f"{heading}: {path.name}", args.output_dir / f"{path.stem}.png")
 
 
 if __name__ == "__main__":
     parser = Parser(__doc__)
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="files, or folders of images")
-    add_encoder_arguments(parser, several=True)
-    add_label_argument(parser)
-    parser.add_argument("--block", type=int, default=-1, help="counted from 0; negative: from the end")
-    parser.add_argument(
-        "--query",
-        nargs=2,
-        type=int,
-        default=None,
-        metavar=("ROW", "COLUMN"),
-        help="a patch, counted from 0 from the upper left; without it, [cls]",
-    )
-    parser.add_argument("--output_dir", required=True, type=Path, help="of IMAGE_NAME.png")
-    parser.add_argument("--seed", type=int, default=0, help="of random weights, where --finetune is empty")
+    add_groups(parser, {"encoders": {"include": "encoder", "several": True}})
+    add, pair = parser.add_argument, {"nargs": 2, "type": int, "metavar": ("ROW", "COLUMN")}
+    add("--label", nargs="+", help="names of the encoders (default: the names of their files)")
+    add("--block", type=int, default=-1, help="counted from 0; negative: from the end")
+    add("--query", **pair, help="a patch, counted from 0 from the upper left; without it, [cls]")
+    add("--output_dir", required=True, type=Path, help="of IMAGE_NAME.png")
+    add("--seed", type=int, default=0, help="of random weights, where --finetune is empty")
     run_main(main, parser.parse_args())

@@ -38,19 +38,17 @@ def cls_and_abmilp(run: ProbeRun, encoder: Encoder, images: Tensor) -> dict[str,
     every AbMILP probe, averaged over its seeds. ValueError if the run has none."""
     backbone = encoder.backbone
     grid = backbone.grid_of(*images.shape[-2:])
-    shape = Tokens.of(backbone, grid)
-    cls = fixed_rules(["attn-mn"] if backbone.has_cls else [], backbone, shape, has_oracle=False)
+    cls = fixed_rules(["attn-mn"] if backbone.has_cls else [], backbone, Tokens.of(backbone, grid), has_oracle=False)
     rules = probe_rules(run.bank(encoder, grid), backbone.depth - 1, run.scores())
     abmilp = [rule for rule in rules if rule.head.startswith("abmilp")]
     if not abmilp:
         raise ValueError(f"{run.folder} has no abmilp probe: its --cls_features must name abmilp")
     rules = [*cls, *abmilp]
     blocks = tuple(sorted({rule.block for rule in rules}))
-    tokens = FrozenTokens(backbone, blocks, torch.float32, run.args.final_norm, needs_of(rules))
-    maps = maps_of(rules, tokens, images)
-    columns = {"[cls]": [maps["attn-mn"]]} if cls else {}
-    for rule in abmilp:  # rates, blocks and options are not averaged
-        title = display_name(rule.name.removesuffix(f"/seed{rule.seed}"))
+    maps = maps_of(rules, FrozenTokens(backbone, blocks, torch.float32, run.args.final_norm, needs_of(rules)), images)
+    columns: dict[str, list[np.ndarray]] = {}
+    for rule in rules:  # rates, blocks and options are not averaged
+        title = "[cls]" if rule in cls else display_name(rule.name.removesuffix(f"/seed{rule.seed}"))
         columns.setdefault(title, []).append(maps[rule.name])
     return {title: np.mean(seeds, axis=0) for title, seeds in columns.items()}
 
@@ -59,19 +57,17 @@ def main(args: argparse.Namespace) -> None:
     columns, pictures, common = {}, None, None
     for argument in args.runs:
         label, _, folder = argument.rpartition("=")
-        run = finished_run(Path(folder))
+        run, name = finished_run(Path(folder)), label or Path(folder).name
         encoder, size = frozen_encoder(run.args)
         images = run_test_images(run.args)
         if common not in (None, shown := fingerprint(images)):
             raise ValueError(f"{folder} was tested on other images than the runs before it: draw one figure for each")
-        common = shown
-        view = eval_transform(size, **encoder.pixels, loader=run.args.loader)
+        if any(title.startswith(f"{name}: ") for title in columns):
+            raise ValueError(f"two runs are called {name}: write LABEL=RUN with two labels")
+        common, view = shown, eval_transform(size, **encoder.pixels, loader=run.args.loader)
         generator = torch.Generator().manual_seed(stable_seed("maps", args.seed))
         chosen = torch.randperm(len(images), generator=generator)[: args.images].tolist()
         batch = torch.stack([KeyedDataset(images, view, 0)[0, index].image for index in chosen])
-        name = label or Path(folder).name
-        if any(title.startswith(f"{name}: ") for title in columns):
-            raise ValueError(f"two runs are called {name}: write LABEL=RUN with two labels")
         columns |= {f"{name}: {title}": maps for title, maps in cls_and_abmilp(run, encoder, batch).items()}
         pictures = visible(batch, view)
     draw_maps(pictures, columns, args.output)

@@ -6,7 +6,7 @@
 # Expected, [cls] and AbMILP: MAE B 67.8, 71.6; BEiT-v2 78.9, 80.9; MoCo-v3 75.1, 75.1; iBOT 77.8, 77.9; AbMILP of MAE S 54.4,
 # L 77.4, H 78.1, I-JEPA 79.2, CAPI 82.4. The others are not known.
 # GPU-hours: 350.4 million images for each encoder, 194.7 million for L and H; MAE B's bank has the attention of the oracle, too,
-# which sees as many. Printed before each run (expected_hours.py).
+# which sees as many. Printed before each run.
 source "$(dirname "$0")/paper.sh" "$@"
 each probe $(encoders mae_vit_{small_patch16,base_patch16,large_patch16,huge_patch14} simmim_vit_base_patch16 \
     maskfeat_vit_base_patch16 beitv2_vit_base_patch16 ijepa_vit_huge_patch14 capi_vit_large_patch14 dino_vit_base_patch16 \

@@ -6,7 +6,7 @@
 # without momentum, base rate 0.1, one batch of 1,024, which is normalised as one. FOOD101, COCO, NUS_WIDE, CUB200,
 # STANFORD_CARS and OXFORD_PETS name their folders; data sets without one are left out. COCO and NUS-WIDE count by mean
 # average precision. With --smoke, a tenth of the demo's training images.
-# Expected: no values of this table are known. GPU-hours: printed before each run (expected_hours.py).
+# Expected: no values of this table are known. GPU-hours: printed before each run.
 source "$(dirname "$0")/paper.sh" "$@"
 sets=()
 if [ "$mode" = --smoke ]; then

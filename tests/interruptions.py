@@ -22,6 +22,7 @@ import torchvision.transforms.v2  # noqa: F401
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cli.console import parse, run_main
+from runtime.folder import load_checkpoint, sealed
 
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -64,6 +65,17 @@ def kill() -> None:
 
 def checkpoints(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.glob("*.pth"))
+
+
+def changed(change: Callable[[dict], object]) -> Callable[[Path], None]:
+    """Changes the state in a checkpoint, and seals it again."""
+
+    def damage(path: Path) -> None:
+        state = load_checkpoint(path)
+        change(state)
+        torch.save(sealed(state), path)
+
+    return damage
 
 
 def after_calls(monkeypatch: pytest.MonkeyPatch, owner: object, method: str) -> Callable[[int, Callable], None]:

@@ -6,14 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from interruptions import Killed, after_calls, analysed, checkpoints, differences, in_processes, kill, run
+from interruptions import Killed, after_calls, analysed, changed, checkpoints, differences, in_processes, kill, run
 from PIL import Image
 
 import main_linprobe
 from aggregation import rules
 from cli.console import parse
 from data_sets.demo import generate
-from runtime.folder import load_checkpoint, sealed
 from util import signals
 
 IMAGES, BATCH = 7, 2  # 4 batches in each of the two passes
@@ -90,12 +89,6 @@ def test_another_number_of_processes_goes_on(command, whole, tmp_path, after_bat
         assert mine["entropy"] == pytest.approx(expected["entropy"], rel=1e-6, abs=1e-7)
 
 
-def damaged(path, change):
-    state = load_checkpoint(path)
-    change(state["recorders"][0])
-    torch.save(sealed(state), path)
-
-
 @pytest.mark.parametrize(
     ("place", "change", "told"),
     [
@@ -111,7 +104,7 @@ def test_what_does_not_fit_is_named_and_the_checkpoint_before_it_used(
     with pytest.raises(Killed):
         run(PROGRAM, command, tmp_path, "--save_every_minutes", 1e-9)
     newest = tmp_path / checkpoints(tmp_path)[-1]
-    damaged(newest, change)
+    changed(lambda state: change(state["recorders"][0]))(newest)
     assert run(PROGRAM, command, tmp_path, "--resume", "auto") == 0
     (line,) = (line for line in capsys.readouterr().out.splitlines() if "trying the checkpoint before it" in line)
     assert told in line and newest.name in line
@@ -124,7 +117,7 @@ def test_what_does_not_fit_is_named_and_the_checkpoint_before_it_used(
         (["--resume", "auto", "--rules", "pos"], "rules was None, is ['pos']"),
         (["--resume", "auto", "--kl_direction", "col_row"], "kl_direction was row_col, is col_row"),
         ([], "already holds a run (checkpoint-0-4.pth): continue it with --resume auto"),
-        (["--resume", "auto", "--images", "nowhere.png"], "--images nowhere.png: cannot read image"),
+        (["--resume", "auto", "--images", "nowhere.png"], "cannot read image nowhere.png"),
     ],
     ids=" ".join,
 )

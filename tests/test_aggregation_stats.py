@@ -8,11 +8,10 @@ import scipy.special
 import scipy.stats
 import torch
 
-from aggregation import KL_FLOOR
 from aggregation.divergence import VectorStats, divergences, entropies, normalised, same_peaks
 from util.moments import FiniteMoments
 
-M = 49
+M, KL_FLOOR = 49, 1e-8
 
 
 def random_vectors(images: int, rules: int, seed: int = 0) -> torch.Tensor:

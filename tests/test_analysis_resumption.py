@@ -11,12 +11,11 @@ import time
 import numpy as np
 import pytest
 import torch
-from interruptions import ENVIRONMENT, ROOT, Killed, after_calls, analysed, checkpoints, differences, kill, run
+from interruptions import ENVIRONMENT, ROOT, Killed, after_calls, analysed, changed, checkpoints, differences, kill, run
 from PIL import Image, ImageOps
 
 import main_analyze_attention as program
 from attention.measure import Recorder
-from runtime.folder import load_checkpoint, sealed
 from util import signals
 
 IMAGES, BATCH = 7, 2  # 4 batches for each of the two encoders
@@ -254,15 +253,6 @@ def stopped(command, tmp_path_factory):
         after_calls(patch, Recorder, "add")(7, kill)
         run("main_analyze_attention", command, folder, "--save_every_minutes", 1e-9)
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-
-
-def changed(change):
-    def damage(path):
-        state = load_checkpoint(path)
-        change(state)
-        torch.save(sealed(state), path)
-
-    return damage
 
 
 BAD = {

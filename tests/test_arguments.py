@@ -15,7 +15,7 @@ import main_linprobe
 import main_pretrain
 from attention.metrics import METRICS
 from cli import encoder_arguments
-from cli.arguments import check_training, plain
+from cli.arguments import plain
 from cli.console import parse, run_main
 from cli.encoder_arguments import build_encoder
 from cli.linprobe import head_precision
@@ -125,20 +125,6 @@ def test_a_word_that_does_not_exist_is_answered_with_the_nearest(words, message,
 def test_the_nearest_name_comes_first(word, names, near):
     said = instead_of(word, names)
     assert said.startswith(f"did you mean {near}" if near else "choose one of ") and said.endswith(", ".join(names))
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--input_size", "40"], "--input_size 40 is not divisible by the patch size 16 of vit_base_patch16"),
-        (["--input_size", "-32"], "--input_size -32 is not divisible by"),
-        (["--model", "vit_bas"], "unknown model 'vit_bas': did you mean vit_base_patch16, "),
-    ],
-)
-def test_impossible_settings_are_refused_before_anything_is_read(flags, message):
-    with pytest.raises(ValueError) as error:
-        check_training(parse(PARSER(), ["--data_path", "absent", *flags]))
-    assert message in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -37,14 +37,8 @@ def test_the_whole_benchmark_runs_on_a_cpu(tmp_path, image_folder):
     command = ["bash", "scripts/benchmark_gpu.sh", *TINY]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400, check=False)
     assert done.returncode == 0, done.stderr
-    for text in (
-        "tokens in bfloat16",
-        "metrics all",
-        "accumulation 2",
-        "one pass is",
-        "Hugging Face, sdpa",
-        "--loader",
-    ):
+    named = ("tokens in bfloat16", "metrics all", "accumulation 2", "one pass is", "MaxBoxAccV2", "Hugging Face, sdpa")
+    for text in (*named, "--loader"):
         assert text in done.stdout, text
 
 
@@ -59,7 +53,7 @@ def test_rows_of_a_clean_commit_become_a_table_and_a_chart(tmp_path, monkeypatch
     for _ in range(2):
         run("heads", *output)
     rows = list(csv.DictReader(path.open()))
-    assert len(rows) == 4 and rows[0]["contestant"] == "1 probe" and float(rows[0]["ratio"]) == 1
+    assert len(rows) == 4 and rows[0]["contestant"] == "one [cls] probe" and float(rows[0]["ratio"]) == 1
     assert int(rows[1]["operations"]) > int(rows[0]["operations"]) > 0
     begin = f"<!-- costs: python scripts/benchmark.py table --output {path} --write page.md -->\n"
     page.write_text(f"{begin}<!-- end of costs -->\n")

@@ -11,7 +11,6 @@ from torchvision.transforms.functional import center_crop, resize
 from aggregation.boxes import BOX_SOURCES, Annotation, ImageBoxes, _annotations, read_boxes
 from data_sets.demo import generate
 from data_sets.table import build_dataset
-from util.progress import setup_logging
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 NAMES = [f"ILSVRC2012_val_{number:08d}" for number in (1, 2, 3)]
@@ -172,25 +171,22 @@ def broken(tmp_path: Path, root: Path, name: str, old: str, new: str) -> Path:
         ("csv", "x0,", "left,", r"none of the known formats: imagenet-xml, folder"),
         ("csv", "path,", "image,", r"0 columns called path .*: image, x0, y0, x1, y1"),
         ("csv", "path,", "path,x0,", r"2 columns called x0"),
-        ("csv", ",10,5,59,30", ",10,5,59", r"line 2 has 4 columns instead of 5"),
+        ("csv", ",10,5,59,30", ",10,5,59", r"line 2 does not have 5 columns"),
         ("csv", ",10,5,", ",10.5,5,", r"line 2: 10.5, 5, 59, 30 are not four integers"),
         ("csv", ",10,5,59,", ",60,5,59,", r"line 2: 60, 5, 59, 30 is not a box"),
         ("csv", ",10,5,", ",-1,5,", r"line 2: -1, 5, 59, 30 is not a box"),
         ("csv", "val/n00000000/ILSVRC2012_val_00000001.JPEG", "", r"line 2: the image has no name"),
-        ("csv", ",10,5,59,30", ",10,5,59,30,80,40", r"line 2 has 7 columns instead of 5"),
+        ("csv", ",10,5,59,30", ",10,5,59,30,80,40", r"line 2 does not have 5 columns"),
         ("csv elsewhere", ",w,h,", ",w,tall,", r"0 columns called h instead of 1"),
         ("csv elsewhere", ",80,40,", ",8,40,", r"exceeds its image of 8 x 40 pixels"),
         ("csv elsewhere", ",80,40,", ",0,0,", r"line 2: no image has 0 x 0 pixels"),
         ("csv elsewhere", ",80,40,0,", ",160,80,0,", r"line 4: val/.*2.JPEG has two sizes, \(160, 80\) and \(80, 40\)"),
         ("csv elsewhere", ",80,40,", ",80,80,", r"drawn in an image of 80 x 80 pixels, but the file has 80 x 40"),
-        ("wsol", ",10,5,59,30", ",10,5,59", r"localization.txt, line 1 has 4 columns instead of 5"),
+        ("wsol", ",10,5,59,30", ",10,5,59", r"localization.txt, line 1 does not have 5 columns"),
         ("csv elsewhere", ",80,40,", ",80.5,40,", r"line 2: 80.5, 40 are not a width and height in pixels"),
         ("csv", ",10,5,", ",inf,5,", r"line 2: inf, 5, 59, 30 are not four integers"),
         ("wsol", ",80,40", ",wide,40", r"localization.txt, line 1: wide, 40 are not a width and height"),
-        ("wsol", "val/ILSVRC2012_val_00000001.JPEG,80,40", "val/ILSVRC2012_val_00000002.JPEG,90,40",
-         r"image_sizes.txt, line 2: val/ILSVRC2012_val_00000002.JPEG has two sizes, 90, 40 and 80, 40 pixels"),
         ("imagenet-csv", "n0 10 5 59 30", "n0 10 5 59", r"line 2: .* is not of the form WNID X0 Y0 X1 Y1"),
-        ("imagenet-csv", "00000002", "00000001", r"line 3: ILSVRC2012_val_00000001 is also in .*line 2"),
         ("imagenet-xml", "<xmin>10</xmin>", "", r"00000001.xml: , 5, 59, 30 are not four integers"),
         ("imagenet-xml", "</annotation>", "", r"00000001.xml is not an annotation in XML"),
         ("imagenet-xml", "<height>40</height>", "<height>90</height>", r"80 x 90 pixels, but the file has 80 x 40"),
@@ -224,13 +220,11 @@ def test_paths_of_one_image_may_be_written_in_several_ways(root, tmp_path, prefi
     assert sorted(len(annotation.boxes) for annotation in read(path, root).annotations) == [1, 1, 2]
 
 
-def test_hidden_files_of_other_systems_are_skipped_and_counted(root, tmp_path, capsys):
-    setup_logging()
+def test_hidden_files_of_other_systems_are_skipped(root, tmp_path):
     folder = write_xml(tmp_path / "annotations", root)
     for name in NAMES:
         (folder / f"._{name}.xml").write_bytes(b"\0\5\x16\7")
     assert len(read(folder, root).annotations) == 3
-    assert "3 .xml files of the operating system ignored" in capsys.readouterr().out
     for path in folder.glob("[!.]*"):
         path.unlink()
     with pytest.raises(ValueError, match="none of the known formats"):

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 import models_vit
+from cli.arguments import add_groups
 from cli.console import Parser
-from cli.encoder_arguments import add_encoder_arguments, build_encoder
+from cli.encoder_arguments import build_encoder
 from encoders.catalogue import CATALOGUE, PUBLICATIONS, CatalogueEntry, cache_path, download, fetch_weights
 from encoders.families import FAMILIES
 
@@ -193,7 +194,7 @@ def test_a_file_url_is_a_download_too_and_needs_no_network(cache, tmp_path):
 
 def test_offline_reaches_files_and_timm(cache):
     parser = Parser("")
-    add_encoder_arguments(parser)
+    add_groups(parser, {"encoder": {"include": "encoder"}})
     build = functools.partial(lambda *argv: build_encoder(parser.parse_args([*argv, "--offline"])))
     with pytest.raises(ValueError, match=r"--offline, and https://dl\.fbaipublicfiles\.com/mae/"):
         build("--finetune", "mae_vit_base_patch16")

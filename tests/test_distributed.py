@@ -109,4 +109,4 @@ def test_cuda_is_refused_where_there_is_none_and_auto_is_then_the_cpu(monkeypatc
     with pytest.raises(ValueError, match="--device cuda:1: this machine shows no CUDA device"), distributed("cuda:1"):
         pass
     with distributed("auto") as world:
-        assert world == (0, 1, torch.device("cpu")) and world.is_main
+        assert world == (0, 1, torch.device("cpu")) and world.rank == 0

@@ -233,7 +233,7 @@ def test_metrics_keep_the_order_of_the_words_and_groups_skip_what_is_absent():
 
 def test_models_are_called_as_papers_call_them():
     names = {"vit_huge_patch14": "ViT-H/14", "vit_demo_patch8": "ViT-demo/8", "something": "something"}
-    assert {model: model_name({"encoder": {"model": model}}) for model in names} == names
+    assert {model: model_name(model) for model in names} == names
 
 
 def plot(monkeypatch, capsys, *words):

@@ -18,8 +18,9 @@ from timm.models.vision_transformer import ResPostBlock
 
 import main_analyze_attention
 import main_linprobe
+from cli.arguments import add_groups
 from cli.console import Parser, parse
-from cli.encoder_arguments import add_encoder_arguments, build_encoder
+from cli.encoder_arguments import build_encoder
 from encoders.families import FAMILIES
 from encoders.load import input_size, load_encoder
 from util.pos_embed import sincos_pos_embed
@@ -486,7 +487,7 @@ def test_both_programs_take_a_stated_encoder_of_any_size(write, state, image_fol
     [
         (["--model", "file"], "--model file needs weights"),
         (["--grid", "4", "4"], r"--grid .* needs weights"),
-        (["--std", "0.5", "0", "0.5"], "--std 0.5 0.0 0.5: values must be positive"),
+        (["--std", "0.5", "0", "0.5"], "--std 0.5 0.0 0.5: must be above 0"),
         (["--mean", "123", "116", "103"], "--mean 123.0 116.0 103.0: .* from 0 to 1"),
         (["--mean", "nan", "0", "0"], "--mean nan"),
         (["--timm_name", "vit_base_patch16_224"], "--timm_name vit_base_patch16_224 needs weights"),
@@ -495,6 +496,6 @@ def test_both_programs_take_a_stated_encoder_of_any_size(write, state, image_fol
 )
 def test_flags_that_describe_nothing_are_refused(flags, message):
     parser = Parser("")
-    add_encoder_arguments(parser)
+    add_groups(parser, {"encoder": {"include": "encoder"}})
     with pytest.raises(ValueError, match=message):
         build_encoder(parser.parse_args(flags))

@@ -10,9 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from models_vit import Features, VisionTransformer
 from probing.bank import ProbeBank, ProbeSpec
-from probing.folding import fold
 from probing.heads import build_head, canonical_head
-from probing.pooling import Columns, Tokens, read_blocks, select
+from probing.pooling import Columns, Tokens, fold, read_blocks, select
 from util.lars import LARS
 
 TINY = {"img_size": 24, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2, "reg_tokens": 1}

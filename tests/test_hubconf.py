@@ -18,8 +18,8 @@ import main_linprobe
 from cli.console import parse
 from data_sets.demo import generate
 from data_sets.table import build_dataset
+from probing.finished_run import read_trained
 from probing.predictions import read_predictions
-from probing.trained import read_trained
 
 ROOT = Path(__file__).resolve().parent.parent
 MAE = str(ROOT / "demo" / "mae.safetensors")
@@ -106,7 +106,7 @@ def test_mistakes_name_what_exists(encoder, run, exported, tmp_path):
     with pytest.raises(ValueError, match=r"holds no results\.json"):
         hubconf.probe(tmp_path)
     (tmp_path / "probe.json").write_text('{"spec": {"head": "cls"}}')
-    with pytest.raises(ValueError, match=r"probe\.json is damaged, or not of scripts/export_probe\.py"):
+    with pytest.raises(ValueError, match=r"probe\.json is not a probe of scripts/export_probe\.py"):
         hubconf.probe(tmp_path)
 
 

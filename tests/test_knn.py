@@ -62,11 +62,6 @@ def test_length_of_vectors_does_not_count():
     assert knn_scores(scaled, labels, 3 * test, answers, [5], 7) == expected
 
 
-def test_a_number_of_neighbours_that_is_written_twice_counts_once():
-    (train, labels), (test, answers) = blobs(60), blobs(25, seed=1)
-    assert knn_scores(train, labels, test, answers, [5, 5], 7) == knn_scores(train, labels, test, answers, [5], 7)
-
-
 def test_more_neighbours_than_images_are_refused():
     train, labels = blobs(9)
     with pytest.raises(ValueError, match="--knn 10: must be <= 9"):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from util.lars import LARS
+from util.lars import LARS, LONG, norms
 
 
 def test_without_weight_decay_a_matrix_moves_by_trust_times_its_norm_and_a_vector_by_its_gradient():
@@ -55,3 +55,10 @@ def test_a_parameter_without_gradient_stays():
     w = torch.nn.Parameter(torch.ones(2, 2))
     LARS([w], lr=1.0, weight_decay=0.1).step()
     assert (w == 1).all()
+
+
+@pytest.mark.parametrize("length", [LONG - 1, LONG, 768_000])
+def test_norms_of_long_and_short_rows_are_exact_to_float32(length):
+    rows = torch.randn(3, length)
+    rows[1] = 0
+    torch.testing.assert_close(norms(rows).double(), rows.double().norm(dim=1), rtol=2e-5, atol=0)

@@ -17,8 +17,7 @@ import main_linprobe
 from cli.console import parse
 from data_sets.table import DATASETS
 from probing import logreg
-from probing.predictions import read_predictions
-from probing.untrained import guessing, prior_loss
+from probing.predictions import guessing, prior_loss, read_predictions
 from util import signals
 
 FIXED = ["cls", "pos", "both", "attn-mn", "attn-lcte", "ca2", "cp1"]

@@ -227,10 +227,8 @@ def test_other_files_are_not_evaluated(program, tmp_path, capsys, change, messag
 
 MISTAKES = {
     "classes": (["--nb_classes", "1000"], "has 3 classes: correct it or leave it out"),
-    "weights": (["--finetune", "absent.pth"], "--finetune absent.pth: no such file"),
     "other weights": (["--model", "vit_tiny_patch16"], "write --model vit_demo_patch8"),
     "odd batch": (["--batch_size", "7"], "--batch_size 7 must be even: mixup and cutmix pair images"),
-    "several labels": (["--dataset", "coco"], "--dataset coco has several labels per image"),
     "sides": (["--cutmix_minmax", "0.9", "0.2"], "--cutmix_minmax 0.9 0.2: MIN must be smaller than MAX"),
     "policy": (["--aa", "xyz"], "--aa xyz: timm has no such policy (Unknown AA policy xyz); the recipe's is rand-m9"),
     "float16": (["--amp", "float16"], "--amp float16 would need a loss scaler to train; use bfloat16"),

@@ -14,19 +14,14 @@ import torch
 from interruptions import ENVIRONMENT, PROGRAMS, differences, end, flags, outcome, run, start, wait_until
 from PIL import Image
 
-from encoders.load import save_encoder
-from models_vit import build_vit
 from util import signals
 from util.signals import EXIT_STOPPED
 
 
 @pytest.fixture(scope="module")
-def commands(image_folder, tmp_path_factory):
+def commands(image_folder, pretrained):
     """{program: flags of a run with batches of 4 images}, 8 to an optimizer step."""
-    torch.manual_seed(0)
-    weights = tmp_path_factory.mktemp("weights") / "encoder.safetensors"
-    save_encoder(weights, build_vit("vit_demo_patch8", img_size=32).state_dict(), {"family": "mae"})
-    return {program: [*flags(program, image_folder, weights), "--batch_size", "4"] for program in PROGRAMS}
+    return {program: [*flags(program, image_folder, pretrained), "--batch_size", "4"] for program in PROGRAMS}
 
 
 def children(pid: int) -> list[int]:

@@ -5,13 +5,13 @@ import shutil
 
 import pytest
 import torch
+from interruptions import changed
 from PIL import Image
 
 import main_pretrain
 from cli.console import parse
 from encoders.load import save_encoder
 from models_vit import build_vit
-from runtime.folder import load_checkpoint, sealed
 
 ALL = ["main_linprobe", "main_finetune", "main_pretrain", "main_analyze_attention", "main_analyze_aggregation"]
 PATCH = "import runtime.processes as p; "
@@ -25,7 +25,7 @@ CASES = {
     "another rate": (["main_linprobe"], "", "--lr 2", "", ["--lr (None on rank 0, 2.0 on rank 1)"]),
     "another seed": (["main_analyze_attention"], "", "--seed 3", "", ["--seed (0 on rank 0, 3 on rank 1)"]),
     "other code": (["main_linprobe"], "", "", PATCH + "p.code_digest = lambda: '0'", ["code ("]),
-    "another PyTorch": (["main_linprobe"], "", "", PATCH + "p.installed_versions = lambda: {'torch': '1.0'}",
+    "another PyTorch": (["main_linprobe"], "", "", PATCH + "p.versions = lambda: {'torch': '1.0'}",
                         ["torch (", "1.0 on rank 1"]),
     "another checkpoint": (["main_pretrain"], "--output_dir run --resume auto", "", "os.chdir('node1')",
                            ["checkpoint run/checkpoint-0.pth ("]),
@@ -89,9 +89,7 @@ def test_ranks_that_were_given_different_things_end_with_one_line_that_names_the
     for node in ("node1", "node2"):
         shutil.copytree("data", f"{node}/data")
         shutil.copytree("run", f"{node}/run")
-    state = load_checkpoint(folder / "node1/run/checkpoint-0.pth")
-    state["model"]["mask_token"] += 1
-    torch.save(sealed(state), "node1/run/checkpoint-0.pth")
+    changed(lambda state: state["model"]["mask_token"].add_(1))(folder / "node1/run/checkpoint-0.pth")
     (folder / "node2/run/checkpoint-0.pth").unlink()
 
     runs, expected = [], []

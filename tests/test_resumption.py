@@ -10,30 +10,22 @@ import time
 
 import pytest
 import torch
-from interruptions import PROGRAMS, Killed, differences, flags, kill, outcome, run, scalars
+from interruptions import PROGRAMS, Killed, changed, differences, flags, kill, outcome, run, scalars
 from safetensors.torch import load_file
 
 from data_sets.loader import KeyedDataset
 from encoders.load import save_encoder
 from models_vit import build_vit
-from runtime.folder import load_checkpoint, sealed
+from runtime.folder import load_checkpoint
 from runtime.training import Training
 from util import distributed, signals
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("weights") / "encoder.safetensors"
-    save_encoder(path, build_vit("vit_demo_patch8", img_size=32).state_dict(), {"family": "mae"})
-    return path
-
-
-@pytest.fixture(scope="module")
-def commands(image_folder, weights):
+def commands(image_folder, pretrained):
     """{program: flags of 3 epochs of 3 steps of 2 micro-steps}."""
     return {
-        program: [*flags(program, image_folder, weights), "--batch_size", "4", "--accum_iter", "2"]
+        program: [*flags(program, image_folder, pretrained), "--batch_size", "4", "--accum_iter", "2"]
         for program in PROGRAMS
     }
 
@@ -154,7 +146,7 @@ def raising(call, number=signal.SIGTERM, nth=1):
 @pytest.mark.parametrize(
     ("place", "name", "nth", "saved"),
     [
-        ("main_linprobe", "build_splits", 1, "nothing to save"),
+        ("main_linprobe", "build_split_images", 1, "nothing to save"),
         ("main_linprobe", "frozen_encoder", 1, "nothing to save"),
         ("data_sets.loader.KeyedDataset", "__getitem__", 1, "with nothing to save"),
         ("data_sets.loader.KeyedDataset", "__getitem__", 14, "saved after 1 of 3 steps of epoch 0"),
@@ -231,15 +223,6 @@ def flipped(path):
     torch.load(path, weights_only=True)
 
 
-def changed(change):
-    def damage(path):
-        state = load_checkpoint(path)
-        change(state)
-        torch.save(sealed(state), path)
-
-    return damage
-
-
 def unsealed(path):
     state = load_checkpoint(path)
     torch.save(state, path)
@@ -256,11 +239,13 @@ BAD = {
     "no seal": (unsealed, "no sha256 of its content"),
     "weights alone": (lambda path: torch.save({"model": {}}, path), "it has no epoch"),
     "another program's": (changed(lambda s: s.update(probes=s.pop("model"))), "not a checkpoint of main_pretrain.py"),
-    "no weights": (changed(lambda s: s["model"].clear()), "does not fit this run"),
-    "wrong shape": (changed(lambda s: s["model"].update(mask_token=torch.zeros(2))), "does not fit this run"),
+    "no weights": (changed(lambda s: s["model"].clear()), "Missing key(s) in state_dict"),
+    "more weights": (changed(lambda s: s["model"].update(extra=torch.zeros(1))), "Unexpected key(s) in state_dict"),
+    "wrong shape": (changed(lambda s: s["model"].update(mask_token=torch.zeros(2))), "size mismatch for "),
     "not tensors": (changed(lambda s: s.update(model=[1, 2])), "does not fit this run"),
     "wrong momentum": (changed(misshapen_momentum), "exp_avg of the optimizer is (3,)"),
     "no parameters": (changed(lambda s: s.update(optimizer=None)), "does not fit this run"),
+    "fewer groups": (changed(lambda s: s["optimizer"]["param_groups"].pop()), "does not fit this run: loaded state"),
     "wrong sums": (changed(lambda s: s.update(loss_sum=torch.zeros(5))), "it counts 5 losses"),
     "no identity": (changed(lambda s: s.update(identity=None)), "does not fit this run"),
     "no evaluations": (changed(lambda s: s.update(history=["x"])), "does not fit this run"),
@@ -409,7 +394,7 @@ def test_a_slow_loader_is_seen_in_the_log(commands, tmp_path, monkeypatch, capsy
 # ---- the weights behind a run
 
 
-def test_weights_may_move_and_may_not_change(commands, weights, whole, tmp_path, after_step, capsys):
+def test_weights_may_move_and_may_not_change(commands, pretrained, whole, tmp_path, after_step, capsys):
     for program in ("main_linprobe", "main_finetune"):
         folder, moved = tmp_path / program, tmp_path / f"{program}.safetensors"
         after_step(4, lambda: signal.raise_signal(signal.SIGTERM))
@@ -418,26 +403,26 @@ def test_weights_may_move_and_may_not_change(commands, weights, whole, tmp_path,
         save_encoder(moved, build_vit("vit_demo_patch8", img_size=32).state_dict(), {"family": "mae"})
         assert run(program, commands[program], folder, "--resume", "auto", "--finetune", moved) == 2
         assert "this is another run (weights was" in capsys.readouterr().err
-        moved.write_bytes(weights.read_bytes())
+        moved.write_bytes(pretrained.read_bytes())
         assert run(program, commands[program], folder, "--resume", "auto", "--finetune", moved) == 0
         assert differences(outcome(folder), whole(program)) == []
 
 
 @pytest.mark.parametrize("program", ["main_linprobe", "main_finetune"])
-def test_equal_tensors_of_another_family_are_another_encoder(program, commands, weights, tmp_path, capsys):
+def test_equal_tensors_of_another_family_are_another_encoder(program, commands, pretrained, tmp_path, capsys):
     """Families resample positions differently, so that tokens differ at other sizes than the file's."""
     command = [*commands[program], "--epochs", "1"]
     folder, other = tmp_path / "run", tmp_path / "other.safetensors"
     assert run(program, command, folder) == 0
-    save_encoder(other, load_file(weights), {"family": "dino"})
+    save_encoder(other, load_file(pretrained), {"family": "dino"})
     assert run(program, command, folder, "--resume", "auto", "--finetune", other) == 2
     error = capsys.readouterr().err
     assert "this is another run (" in error and "encoder: pos_resampling was plain, is offset" in error
 
 
-def test_the_weights_of_an_oracle_may_not_change(commands, weights, tmp_path, capsys):
+def test_the_weights_of_an_oracle_may_not_change(commands, pretrained, tmp_path, capsys):
     folder, oracle = tmp_path / "run", tmp_path / "oracle.safetensors"
-    oracle.write_bytes(weights.read_bytes())
+    oracle.write_bytes(pretrained.read_bytes())
     command = [*commands["main_linprobe"], "--epochs", "1", "--cls_features", "dino", "--oracle", str(oracle),
                "--oracle_model", "vit_demo_patch8"]  # fmt: skip
     assert run("main_linprobe", command, folder) == 0

@@ -37,27 +37,28 @@ def logged(folder):
     return [json.loads(line)["epoch"] for line in (folder.path / "log.txt").read_text().splitlines()]
 
 
-def test_the_newest_checkpoints_are_kept_and_the_newest_is_resumed(run):
+def test_the_newest_checkpoints_are_kept_and_the_newest_is_resumed_which_changes_nothing(run):
     assert names(run) == ["args.json", "checkpoint-2.pth", "checkpoint-3.pth", "log.txt"]
+    before = {path: path.read_bytes() for path in run.path.iterdir()}
     state = run.find_checkpoint("auto")
     assert state["epoch"] == 3 and state["weights"].tolist() == [3, 3]
+    assert run.find_checkpoint(str(run.path / "checkpoint-2.pth"))["epoch"] == 2
+    assert {path: path.read_bytes() for path in run.path.iterdir()} == before
 
 
-def test_checkpoints_are_ordered_by_number_and_other_names_ignored(run):
+def test_checkpoints_are_ordered_by_number_other_names_and_folders_ignored(run):
     (run.path / "checkpoint-best.pth").touch()
+    (run.path / "checkpoint-77.pth").mkdir()
     run.save_checkpoint(10, {})
     assert [path.name for path in run.checkpoints()] == ["checkpoint-10.pth", "checkpoint-3.pth"]
+    run.save_checkpoint(1, {})  # epoch 0 was resumed: later checkpoints are of an abandoned future
+    assert run.find_checkpoint("auto")["epoch"] == 1
 
 
 def test_a_folder_that_vanishes_is_not_said_to_hold_a_whole_checkpoint(run):
     shutil.rmtree(run.path)
     with pytest.raises(ValueError, match=r"run cannot be written: [^;]+$"):
         run.save_checkpoint(4, {})
-
-
-def test_auto_resume_starts_anew_where_there_is_no_checkpoint(tmp_path):
-    assert RunFolder(tmp_path / "new").find_checkpoint("auto") is None
-    assert RunFolder("").find_checkpoint("auto") is None
 
 
 def test_auto_resume_falls_back_from_a_truncated_checkpoint(run, caplog):
@@ -104,17 +105,6 @@ def test_a_resumed_run_repeats_no_line_and_drops_a_torn_one(run):
     assert json.loads((run.path / "log.txt").read_text().splitlines()[-1])["loss"] == 0.5
 
 
-def test_checkpoints_of_an_abandoned_future_are_not_resumed(run):
-    run.save_checkpoint(1, {})  # epoch 0 was resumed
-    assert run.find_checkpoint("auto")["epoch"] == 1
-
-
-def test_looking_for_a_checkpoint_changes_nothing(run):
-    before = {path: path.read_bytes() for path in run.path.iterdir()}
-    run.find_checkpoint(str(run.path / "checkpoint-2.pth"))
-    assert {path: path.read_bytes() for path in run.path.iterdir()} == before
-
-
 def test_a_failed_save_leaves_the_old_checkpoints(run, monkeypatch):
     def disk_full(state, file):
         file.write(b"half")
@@ -127,13 +117,17 @@ def test_a_failed_save_leaves_the_old_checkpoints(run, monkeypatch):
     assert names(run) == before
 
 
-def test_a_folder_is_made_by_its_first_record(tmp_path):
+def test_a_folder_is_made_by_its_first_record_and_an_empty_path_keeps_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     folder = RunFolder(tmp_path / "a" / "run")
-    folder.find_checkpoint("")
-    assert not (tmp_path / "a").exists()
-    folder.start({"x": 1})
-    folder.scalars({"loss": 0.5}, 0)
-    folder.close()
+    for run in (RunFolder(""), folder):
+        assert run.find_checkpoint("") is None and run.find_checkpoint("auto") is None
+        assert not any(tmp_path.iterdir())
+        run.start({"x": 1})
+        run.log_line({"epoch": 0})
+        run.save_checkpoint(0, {})
+        run.scalars({"loss": 0.5}, 0)
+        run.close()
     assert json.loads((folder.path / "args.json").read_text()) == {"x": 1}
     assert any(name.startswith("events.out") for name in names(folder))
 
@@ -188,17 +182,6 @@ def test_event_files_of_a_clock_that_was_ahead_sort_before_new_ones_in_their_old
     names = sorted(path.name for path in tmp_path.iterdir())
     assert [name[-1] for name in names] == list("01234") and int(names[-1].split(".")[3]) < time.time()
     assert names[0] == f"events.out.tfevents.{now - 9}.host.1.0"
-
-
-def test_an_empty_path_keeps_nothing(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    folder = RunFolder("")
-    folder.start({})
-    folder.log_line({"epoch": 0})
-    folder.save_checkpoint(0, {})
-    folder.scalars({"loss": 0.0}, 0)
-    folder.close()
-    assert folder.find_checkpoint("") is None and not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -268,11 +251,3 @@ def test_files_that_are_links_are_replaced_not_followed(tmp_path):
     folder.log_line({"epoch": 0})
     folder.save_checkpoint(0, {})
     assert (tmp_path / "precious").read_text() == "data" and folder.find_checkpoint("auto")["epoch"] == 0
-
-
-def test_a_folder_called_as_a_checkpoint_is_none(tmp_path):
-    (tmp_path / "checkpoint-7.pth").mkdir()
-    folder = RunFolder(tmp_path)
-    assert folder.find_checkpoint("auto") is None
-    folder.save_checkpoint(0, {})
-    assert folder.find_checkpoint("auto")["epoch"] == 0

@@ -30,13 +30,11 @@ def test_all_generators_depend_on_the_words_alone():
 
 
 def test_global_generators_are_untouched_even_by_an_error():
-    random.seed(0)
-    np.random.seed(0)
-    torch.manual_seed(0)
+    for seed in (random.seed, np.random.seed, torch.manual_seed):
+        seed(0)
     expected = draw(), draw()
-    random.seed(0)
-    np.random.seed(0)
-    torch.manual_seed(0)
+    for seed in (random.seed, np.random.seed, torch.manual_seed):
+        seed(0)
     first = draw()
     with pytest.raises(RuntimeError), seeded("words"):
         draw()

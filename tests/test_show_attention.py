@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from data_sets.images import read_image
 from data_sets.views import eval_transform
 from models_vit import build_vit
 from util.plotting import visible
@@ -54,7 +55,7 @@ def test_map_is_the_row_of_the_full_attention(tiny, options, query, token):
 def test_images_of_more_than_8_bits_are_refused_by_name(tmp_path):
     Image.fromarray(np.zeros((8, 8), np.uint16)).save(tmp_path / "grey.png")
     with pytest.raises(ValueError, match=r"^cannot read image \S+grey.png: its pixels have more than 8 bits"):
-        PROGRAM["read_image"](tmp_path / "grey.png")
+        read_image(tmp_path / "grey.png")
 
 
 def test_heads_are_counted_from_0(monkeypatch):

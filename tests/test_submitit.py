@@ -11,9 +11,9 @@ import submitit
 
 import submitit_linprobe as launcher
 from cli.launcher import PROGRAMS
-from runtime import jobs, snapshot
+from runtime import jobs
 from runtime.folder import RunFolder
-from runtime.provenance import ROOT, code_version
+from runtime.provenance import ROOT, code_version, take_snapshot
 from util import signals
 from util.distributed import PeerLost
 from util.rendezvous import rendezvous_port, slurm_environment
@@ -135,17 +135,16 @@ def test_a_snapshot_is_the_code_as_it_is_now_and_is_made_once(tmp_path, monkeypa
         subprocess.run([*git, *command], check=True)
     (root / "main_a.py").write_text("changed since")
     (root / "util" / "new.py").write_text("git does not know it")
-    for module in ("runtime.snapshot.ROOT", "runtime.provenance.ROOT"):
-        monkeypatch.setattr(module, root)
-    copy = snapshot.take_snapshot(tmp_path / "code")
+    monkeypatch.setattr("runtime.provenance.ROOT", root)
+    copy = take_snapshot(tmp_path / "code")
     found = {str(path.relative_to(copy)) for path in copy.rglob("*") if path.is_file()}
     assert found == {"main_a.py", "util/__init__.py", "util/b.py", "util/new.py", "snapshot.json"}
     assert (copy / "main_a.py").read_text() == "changed since"
     record = json.loads((copy / "snapshot.json").read_text())
     assert record["dirty"] is True and len(record["commit"]) == 40
-    assert snapshot.take_snapshot(tmp_path / "code") == copy
+    assert take_snapshot(tmp_path / "code") == copy
     (root / "main_a.py").write_text("changed again")
-    assert snapshot.take_snapshot(tmp_path / "code") != copy and (copy / "main_a.py").read_text() == "changed since"
+    assert take_snapshot(tmp_path / "code") != copy and (copy / "main_a.py").read_text() == "changed since"
     monkeypatch.setattr("runtime.provenance.ROOT", copy)
     assert code_version() == record  # what a run from the copy says of itself
 

@@ -6,7 +6,7 @@ import platform
 import pytest
 import torch
 
-from runtime.training import all_finite
+from util.finite import all_finite
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -24,6 +24,7 @@ def test_infinities_of_both_signs_do_not_cancel():
 
 def test_large_and_tiny_gradients_are_finite():
     assert all_finite([torch.full((1000, 1000), 1e30), torch.full((3,), 1e-44), torch.zeros(0)])
+    assert all_finite([torch.full((1000, 1000), 6e4, dtype=torch.float16)])
 
 
 FAULTS = """

@@ -3,13 +3,10 @@
 import shutil
 
 import pytest
-import torch
 from training_runs import COMMON, PLAIN, Program, contents, log_lines, weights
 
 from models_mae import MaskedAutoencoder
 from models_vit import VisionTransformer
-from runtime.folder import load_checkpoint, sealed
-from runtime.training import Training
 
 
 @pytest.fixture(params=["main_pretrain", "main_finetune"])
@@ -20,28 +17,6 @@ def program(request, image_folder, pretrained):
 
 def plain(program):
     return PLAIN if program.module.__name__ == "main_finetune" else []
-
-
-@pytest.mark.parametrize("workers", ["0", "1"])
-def test_an_interrupted_run_continues_to_the_bit(program, tmp_path, monkeypatch, workers):
-    def interrupted(training):
-        if training.epoch == 1:
-            raise KeyboardInterrupt
-        return train_one_epoch(training)
-
-    train_one_epoch = Training.train_one_epoch
-    program.run(tmp_path / "whole")
-    monkeypatch.setattr(Training, "train_one_epoch", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        program.run(tmp_path / "halves")
-    monkeypatch.undo()
-    torch.manual_seed(1)  # the state of the process does not matter
-    program.run(tmp_path / "halves", "--resume", "auto", "--num_workers", workers)
-    assert weights(tmp_path / "halves") == weights(tmp_path / "whole")
-    assert log_lines(tmp_path / "halves") == log_lines(tmp_path / "whole")
-    states = [torch.load(tmp_path / name / "checkpoint-2.pth", weights_only=True) for name in ("halves", "whole")]
-    for first, second in zip(*(state["optimizer"]["state"].values() for state in states), strict=True):
-        assert all(first[key].equal(second[key]) for key in first)
 
 
 def test_every_epoch_draws_anew(program, tmp_path):
@@ -98,25 +73,6 @@ MISTAKES = {
 def test_mistakes_end_in_one_line_before_the_folder_is_made(program, tmp_path, capsys, flags, message):
     assert message in program.mistake(capsys, "--output_dir", tmp_path / "run", *flags)
     assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda state: state.pop("optimizer"), r"(no optimizer)"),
-        (lambda state: state["model"].popitem(), "Missing key(s) in state_dict"),
-        (lambda state: state["model"].update(extra=torch.zeros(1)), "Unexpected key(s) in state_dict"),
-        (lambda state: state["model"].update({next(iter(state["model"])): torch.zeros(5)}), "size mismatch for "),
-        (lambda state: state["optimizer"]["param_groups"].pop(), "does not fit this run: loaded state dict"),
-    ],
-)
-def test_a_checkpoint_of_another_run_is_refused(program, tmp_path, capsys, change, message):
-    program.run(tmp_path / "run", "--epochs", "1")
-    state = load_checkpoint(tmp_path / "run" / "checkpoint-0.pth")
-    change(state)
-    torch.save(sealed(state), tmp_path / "other.pth")
-    flags = ["--epochs", "1", "--resume", tmp_path / "other.pth", "--output_dir", tmp_path / "new"]
-    assert message in program.mistake(capsys, *flags)
 
 
 def test_a_finished_run_is_not_overwritten(program, tmp_path, capsys):

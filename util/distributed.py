@@ -1,7 +1,7 @@
 """One process or many: the process group, the few collectives that are needed, and what happens when a rank is lost.
 
-A wait for other ranks is bounded and open to signals. Each rank leaves a note in the store that all share whenever it
-waits, and every second otherwise: how many exchanges it has joined, and at which point of the program.
+A wait for other ranks is bounded and can be interrupted by signals. About once a second, each rank notes in the shared
+store how many exchanges it has joined and where in the program it is.
 """
 
 from __future__ import annotations
@@ -34,10 +34,6 @@ class World(NamedTuple):
     size: int
     device: torch.device
 
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
-
 
 class Timeouts(NamedTuple):
     """Seconds to wait for other ranks."""
@@ -48,11 +44,10 @@ class Timeouts(NamedTuple):
 
 
 class PeerLost(RuntimeError):
-    """Another rank has ended, or does not answer."""
+    """Another rank has ended, or does not answer. answered: it was there until now, and so may have an error of its
+    own; reported_here: False where a lower rank reports the same."""
 
     def __init__(self, message: str, answered: bool, reported_here: bool = True):
-        """answered: whether it was there until now, and so may have an error of its own. reported_here: False where a
-        lower rank reports the same."""
         super().__init__(message)
         self.answered, self.reported_here = answered, reported_here
 
@@ -61,10 +56,8 @@ class Contact:
     """What this process knows of the others."""
 
     def __init__(self, store: dist.Store, control: dist.ProcessGroup | None, timeouts: Timeouts):
-        self.store, self.control, self.timeouts = store, control, timeouts
-        self.limit = timeouts.other
-        self.exchanges = 0
-        self.where = "the start"
+        self.store, self.control, self.timeouts, self.limit = store, control, timeouts, timeouts.other
+        self.exchanges, self.where = 0, "the start"
         self.noted = self.ended = time.monotonic()  # the last note, the end of the last exchange
 
     def note(self) -> None:
@@ -103,34 +96,28 @@ class Contact:
         """The error that names the ranks which have not joined the last exchange, and where they were last heard."""
         if signals.requested():
             return signals.Stopped(signals.requested(), "another rank has ended; --resume auto continues")
+        here = f", while rank {rank()} waits at {self.where}; continue with the same command and --resume auto"
         try:
             notes = interruptible(2 * LAST_WORDS, self._notes)
         except (RuntimeError, TimeoutError):
-            return PeerLost(f"rank 0, or the torchrun that serves its port, is gone or hangs{self._from()}", answered)
-        behind = self._behind(notes)
-        heard = ", ".join(f"rank {other} (last heard at {notes[other].partition(' ')[2]})" for other in behind)
+            return PeerLost(f"rank 0, or the torchrun that serves its port, is gone or hangs{here}", answered)
+        behind = {other: where for other, (exchanges, where) in notes.items() if exchanges < self.exchanges}
+        heard = ", ".join(f"rank {other} (last heard at {where})" for other, where in behind.items())
         what = "has ended" if answered else f"has not answered for {self.limit:g} s (--dist_timeout)"
-        first = min(notes.keys() - set(behind))
-        return PeerLost(f"{heard or 'another rank'} {what}{self._from()}", answered, rank() == first)
+        first = min(notes.keys() - behind.keys())
+        return PeerLost(f"{heard or 'another rank'} {what}{here}", answered, rank() == first)
 
-    def _notes(self) -> dict[int, str]:
-        """The notes of all ranks, once those that still run had the time to write theirs."""
+    def _notes(self) -> dict[int, tuple[int, str]]:
+        """{rank: its exchanges, where it was}, once those that still run had the time to write theirs."""
         self.store.set(f"note {rank()}", f"{self.exchanges} {self.where}")
         end = time.monotonic() + LAST_WORDS
         while True:
-            notes = {}
-            for other in range(world_size()):
-                known = self.store.check([f"note {other}"])
-                notes[other] = self.store.get(f"note {other}").decode() if known else "0 the start"
-            if not self._behind(notes) or time.monotonic() > end:
+            keys = [f"note {other}" for other in range(world_size())]
+            texts = [self.store.get(key).decode() if self.store.check([key]) else "0 the start" for key in keys]
+            notes = {other: (int(text.split()[0]), text.partition(" ")[2]) for other, text in enumerate(texts)}
+            if time.monotonic() > end or min(notes.values())[0] >= self.exchanges:
                 return notes
             time.sleep(0.05)
-
-    def _behind(self, notes: dict[int, str]) -> list[int]:
-        return [other for other, note in notes.items() if int(note.split()[0]) < self.exchanges]
-
-    def _from(self) -> str:
-        return f", while rank {rank()} waits at {self.where}; continue with the same command and --resume auto"
 
 
 _contact: Contact | None = None
@@ -149,8 +136,7 @@ def distributed(device: str, dist_url: str = "env://", timeouts: Timeouts = Time
     use_cuda = torch.cuda.is_available() if device == "auto" else device.startswith("cuda")
     if use_cuda and not torch.cuda.is_available():
         raise ValueError(f"--device {device}: this machine shows no CUDA device to PyTorch; use --device cpu")
-    if "RANK" not in os.environ:
-        os.environ.update(slurm_environment(os.environ))
+    os.environ.update({} if "RANK" in os.environ else slurm_environment(os.environ))
     if "RANK" not in os.environ:
         yield World(0, 1, torch.device((device if ":" in device else "cuda") if use_cuda else "cpu"))
         return
@@ -193,23 +179,22 @@ def joined() -> bool:
     return _contact is not None
 
 
-@contextlib.contextmanager
-def training_limit() -> Iterator[None]:
-    """In this block, other ranks have the time of a training step to join an exchange."""
-    if not joined():
-        yield
-        return
-    _contact.limit = _contact.timeouts.training
-    yield
-    _contact.limit = _contact.timeouts.other
-
-
 def rank() -> int:
     return dist.get_rank() if joined() else 0
 
 
 def world_size() -> int:
     return dist.get_world_size() if joined() else 1
+
+
+@contextlib.contextmanager
+def training_limit() -> Iterator[None]:
+    """In this block, other ranks have the time of a training step to join an exchange."""
+    if joined():
+        _contact.limit = _contact.timeouts.training
+    yield
+    if joined():
+        _contact.limit = _contact.timeouts.other
 
 
 def processes_here() -> int:
@@ -266,16 +251,15 @@ def from_main(value: Any) -> Any:
 def require_equal(values: dict[str, Any], remedy: str) -> None:
     """Compare plain data of all ranks. Where a value is not the same everywhere, all ranks leave the process group and
     raise the same ValueError, which names each such value, the ranks that have it, and the remedy."""
-    if world_size() == 1:
-        return
-    everywhere = gather_objects(values)
-    differences = []
+    everywhere, differences = gather_objects(values), []
     for name in dict.fromkeys(name for of_rank in everywhere for name in of_rank):
-        ranks: dict[str, list[int]] = {}
+        ranks: dict[str, list[str]] = {}
         for number, of_rank in enumerate(everywhere):
-            ranks.setdefault(str(of_rank.get(name)), []).append(number)
-        if len(ranks) > 1:
-            shown = [f"{_short(value)} on {_listed(numbers)}" for value, numbers in ranks.items()]
+            ranks.setdefault(str(of_rank.get(name)), []).append(str(number))
+        if len(ranks) > 1:  # of a long value, such as a digest, the beginning is shown
+            shown = [
+                f"{text if len(text) <= 60 else text[:8] + '...'} on rank {' '.join(r)}" for text, r in ranks.items()
+            ]
             differences.append(f"{name} ({', '.join(shown)})")
     if differences:
         error = everywhere_raised(f"the processes of this run differ in {', '.join(differences)}: {remedy}")
@@ -289,16 +273,6 @@ def everywhere_raised(message: str) -> ValueError:
     error = ValueError(message)
     error.reported_here = rank() == 0
     return error
-
-
-def _short(value: str) -> str:
-    """Of a long text, such as a digest, the beginning."""
-    return value if len(value) <= 60 else f"{value[:8]}..."
-
-
-def _listed(ranks: list[int]) -> str:
-    shown = ", ".join(map(str, ranks[:4])) + (f" and {len(ranks) - 4} more" if len(ranks) > 4 else "")
-    return f"rank{'s' if len(ranks) > 1 else ''} {shown}"
 
 
 def gather_tensors(value: Tensor) -> list[Tensor]:
@@ -316,10 +290,11 @@ def gather_tensors(value: Tensor) -> list[Tensor]:
 
 def gather_rows(value: Tensor) -> Tensor:
     """Concatenate over ranks, in rank order, tensors whose first dimension may differ by rank."""
-    return torch.cat(_gather_parts(value)) if world_size() > 1 else value
+    return torch.cat(gather_parts(value)) if world_size() > 1 else value
 
 
-def _gather_parts(value: Tensor) -> list[Tensor]:
+def gather_parts(value: Tensor) -> list[Tensor]:
+    """The tensor of every rank, whose first dimension may differ by rank."""
     lengths = [int(length) for length in gather_tensors(torch.tensor([len(value)]))]
     padded = value.new_zeros(max(lengths), *value.shape[1:])
     padded[: len(value)] = value
@@ -331,7 +306,7 @@ def gather_objects(value: object) -> list:
     if world_size() == 1:
         return [value]
     torch.save(value, content := io.BytesIO())
-    parts = _gather_parts(torch.frombuffer(bytearray(content.getvalue()), dtype=torch.uint8))
+    parts = gather_parts(torch.frombuffer(bytearray(content.getvalue()), dtype=torch.uint8))
     return [torch.load(io.BytesIO(part.numpy().tobytes()), weights_only=True) for part in parts]
 
 

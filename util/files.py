@@ -35,28 +35,16 @@ def atomic_path(target: Path) -> Iterator[Path]:
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)  # mkstemp makes files private; results are for the group
         temporary.replace(target)
-        flush_folder(target.parent)
+        folder = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(folder)  # a renamed file survives a power cut only when its name does
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):  # file systems that flush no folders
+                raise
+        finally:
+            os.close(folder)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def flush_folder(folder: Path) -> None:
-    """Bring the names in a folder to the disk: a renamed file survives a power cut only when its folder does."""
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):  # file systems that flush no folders
-            raise
-    finally:
-        os.close(handle)
-
-
-def remove_leftovers(folder: Path, names: str) -> None:
-    """Remove what killed processes left of files of `folder` whose names fit the regular expression `names`."""
-    for path in folder.glob(".*.tmp"):
-        if re.fullmatch(rf"\.({names})\.\w{{8}}\.tmp", path.name):  # as atomic_path names them
-            path.unlink(missing_ok=True)
 
 
 def disk_error(error: BaseException) -> OSError | None:
@@ -94,6 +82,27 @@ def to_json(value: object, indent: int | None = None) -> str:
 
 def write_json(target: Path, value: object) -> None:
     write_atomically(target, (to_json(value, indent=2) + "\n").encode())
+
+
+def save(path: Path, content: str) -> None:
+    """Write a text and the folders above it. ValueError for a disk error."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, content.encode())
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written: {error.strerror}") from error
+
+
+@contextlib.contextmanager
+def reading(path: Path, what: str) -> Iterator[None]:
+    """ValueError with the path if the block cannot read the file, or finds in it other content than `what`."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError, RecursionError) as error:
+        reason = error if type(error) is ValueError else repr(error)[:200]
+        raise ValueError(f"{path} is not {what}: {reason}") from error
 
 
 def digest(value: object) -> str:
@@ -143,11 +152,10 @@ def keep_table(page: Path, name: str, command: str, table: str, write: bool) -> 
     """
     begin, end = f"<!-- {name}: {command} {page.name} -->\n", f"<!-- end of {name} -->\n"
     text = page.read_text()
-    before, found_begin, rest = text.partition(begin)
-    _, found_end, after = rest.partition(end)
-    if not (found_begin and found_end):
+    before, _, rest = text.partition(begin)
+    if end not in rest:
         raise ValueError(f"{page} has no lines {begin.strip()} and {end.strip()}: put them where the table goes")
-    new = before + begin + table + end + after
+    new = before + begin + table + rest[rest.index(end) :]
     if write:
         write_atomically(page, new.encode())
     elif new != text:

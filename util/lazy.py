@@ -5,19 +5,13 @@ from typing import Any
 
 
 class Lazy:
-    """Stands for a module that is imported when one of its attributes is first read or set."""
+    """Stands for a module that is imported when one of its attributes is first read."""
 
     def __init__(self, name: str):
-        vars(self)["_name"] = name
+        self._name = name
 
     def __getattr__(self, attribute: str) -> Any:
         return getattr(importlib.import_module(self._name), attribute)
-
-    def __setattr__(self, attribute: str, value: Any) -> None:
-        setattr(importlib.import_module(self._name), attribute, value)
-
-    def __delattr__(self, attribute: str) -> None:
-        delattr(importlib.import_module(self._name), attribute)
 
 
 def lazy(name: str) -> Any:

@@ -1,5 +1,7 @@
 """Moments over images, streaming: exact for any split into batches or processes."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -55,18 +57,17 @@ class Covariance(Moments):
         return self.squares / self.count
 
 
+@dataclass
 class FiniteMoments:
     """Mean and second moment of K numbers that not every image has: each over the images where it is finite.
 
-    NaN is left out; infinities are left out and counted. Exact for any split, as Moments.
+    NaN is left out; infinities are left out and counted. Exact for any split, as Moments. None: of no images.
     """
 
-    def __init__(
-        self, count: Tensor | None = None, infinite: Tensor | None = None, mean: Tensor | None = None,
-        squares: Tensor | None = None,
-    ):  # fmt: skip
-        """(K,) each; None: of no images."""
-        self.count, self.infinite, self.mean, self.squares = count, infinite, mean, squares
+    count: Tensor | None = None  # (K,), as the others
+    infinite: Tensor | None = None
+    mean: Tensor | None = None
+    squares: Tensor | None = None
 
     def update(self, values: Tensor) -> None:
         """Add one batch of at least one image, (B,K)."""
@@ -82,7 +83,7 @@ class FiniteMoments:
         if other.count is None:
             return
         if self.count is None:
-            self.count, self.infinite, self.mean, self.squares = other.count, other.infinite, other.mean, other.squares
+            vars(self).update(vars(other))
             return
         count = self.count + other.count
         share = other.count / count.clamp(min=1).double()  # whole numbers would divide in float32

@@ -29,17 +29,6 @@ def progress(iterable: Iterable, description: str, total: int | None = None, uni
     return tqdm(iterable, desc=description, total=total, unit=unit, disable=quiet, dynamic_ncols=True, leave=False)
 
 
-LOADER_BOUND = 0.3  # share of the time
-
-
-def throughput(images_per_second: float, data_wait: float, memory_gib: float) -> str:
-    """An epoch's speed in words; data_wait: share of the time spent waiting for the loader."""
-    words = f"{images_per_second:.0f} images/s, {100 * data_wait:.0f} % of the time waiting for data"
-    if data_wait > LOADER_BOUND:
-        words += " (loader-bound)"
-    return f"{words}, {memory_gib:.1f} GiB at most"
-
-
 def peak_memory(device: torch.device) -> float:
     """GiB that this process has taken at most so far: of the GPU's memory, or of the machine's where there is none."""
     if device.type == "cuda":

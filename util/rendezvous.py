@@ -8,6 +8,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from datetime import timedelta
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
@@ -15,7 +16,7 @@ from urllib.parse import urlsplit
 from util.lazy import lazy
 
 dist = lazy("torch.distributed")
-GRACE = 10  # seconds that the others leave rank 0 to report who is missing
+GRACE = 10  # seconds that the other ranks wait longer than rank 0, which reports who is missing
 
 
 class NotJoined(RuntimeError):
@@ -65,18 +66,16 @@ def address(dist_url: str, environment: Mapping[str, str]) -> Address:
     if url.scheme not in ("env", "tcp"):
         raise ValueError(f"--dist_url {dist_url}: write env:// or tcp://HOST:PORT")
     try:
-        values = {name: int(environment[name]) for name in ("RANK", "WORLD_SIZE")}
-        values["LOCAL_RANK"] = int(environment.get("LOCAL_RANK", 0))
-        host = url.hostname if url.scheme == "tcp" else environment["MASTER_ADDR"]
-        values["MASTER_PORT"] = port = url.port if url.scheme == "tcp" else int(environment["MASTER_PORT"])
+        of_url = {"MASTER_ADDR": url.hostname, "MASTER_PORT": url.port or 0} if url.scheme == "tcp" else {}
+        given = {"LOCAL_RANK": 0, **environment, **of_url}
+        values = {name: int(given[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
+        rank, size, local_rank, port, host = *values.values(), given["MASTER_ADDR"]
     except KeyError as error:
-        raise ValueError(
-            f"RANK is set but {error.args[0]} is not: start the processes with torchrun or srun, or unset RANK"
-        ) from error
+        remedy = "start the processes with torchrun or srun, or unset RANK"
+        raise ValueError(f"RANK is set but {error.args[0]} is not: {remedy}") from error
     except ValueError as error:
         raise ValueError(f"RANK, WORLD_SIZE, LOCAL_RANK and MASTER_PORT must be integers ({error})") from error
-    rank, size = values["RANK"], values["WORLD_SIZE"]
-    if not (0 <= rank < size and values["LOCAL_RANK"] >= 0 and host and port and 0 < port < 2**16):
+    if not (0 <= rank < size and local_rank >= 0 and host and 0 < port < 2**16):
         shown = ", ".join(f"{name}={value}" for name, value in values.items())
         raise ValueError(f"{shown}: RANK must be below WORLD_SIZE, LOCAL_RANK >= 0, MASTER_PORT from 1 to 65535")
     of_agent = url.scheme == "env" and environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
@@ -130,30 +129,26 @@ def _open(here: Address, end: float) -> dist.TCPStore:
     except RuntimeError as error:
         if "EADDRINUSE" not in str(error):
             raise NotJoined(f"{here.host}:{here.port} cannot be reached: is it rank 0's host and port?") from error
-        raise ValueError(
-            f"port {here.port} of {here.host} is taken by another program: choose another MASTER_PORT"
-        ) from error
+        taken = f"port {here.port} of {here.host} is taken by another program"
+        raise ValueError(f"{taken}: choose another MASTER_PORT") from error
 
 
 def interruptible(seconds: float, function: Callable, *arguments: Any, **options: Any) -> Any:
     """The result of a function that blocks in compiled code, while signals are still handled. TimeoutError if it takes
     longer; it then goes on in a thread of its own."""
-    outcome: list[tuple[Any, BaseException | None]] = []
+    outcome: Future = Future()
 
     def call() -> None:
         try:
-            outcome.append((function(*arguments, **options), None))
+            outcome.set_result(function(*arguments, **options))
         except BaseException as error:
-            outcome.append((None, error))
+            outcome.set_exception(error)
 
     thread = threading.Thread(target=call, daemon=True)
     thread.start()
     end = time.monotonic() + seconds
-    while not outcome:
+    while not outcome.done():
         if time.monotonic() > end:
             raise TimeoutError(f"no answer within {seconds:g} s")
         thread.join(0.1)
-    result, error = outcome[0]
-    if error:
-        raise error
-    return result
+    return outcome.result()

@@ -3,6 +3,7 @@
 Letters: B images of a batch, n images in total, K classes, S classifiers.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -10,10 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from util.distributed import gather_rows, sum_over_ranks
-
-# ---------------------------------------------------------------------------------------------------------------------
-# one label per image: per-sample numbers, summed in double precision, divided once
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 class Scores(NamedTuple):
@@ -27,14 +24,12 @@ class Scores(NamedTuple):
 
 
 class Tally:
-    """Running counts of S classifiers on the images of this rank."""
+    """Running counts of S classifiers on the images of this rank, one label each: summed in double, divided once."""
 
     def __init__(self, classifiers: int, classes: int, device: torch.device | str = "cpu"):
-        self.counts = torch.zeros(
-            classifiers, 2, device=device, dtype=torch.float64
-        )  # correct within five, summed loss
-        self.right = torch.zeros(classifiers, classes, device=device, dtype=torch.float64)  # correct at the first guess
-        self.images = torch.zeros(classes, device=device, dtype=torch.float64)
+        zeros = functools.partial(torch.zeros, device=device, dtype=torch.float64)
+        self.counts, self.images = zeros(classifiers, 2), zeros(classes)  # correct within five and summed loss; images
+        self.right = zeros(classifiers, classes)  # correct at the first guess
 
     def update(self, logits: Tensor, labels: Tensor) -> None:
         """Logits (S,B,K) and classes (B,)."""
@@ -60,11 +55,6 @@ class Tally:
             Scores(*(100 * share).tolist(), loss.item() / n, n, 100 * mean.item())
             for share, mean, loss in zip(shares, per_class, counts[:, 1], strict=True)
         ]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# several labels per image
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 class MultiLabelScores(NamedTuple):

@@ -22,59 +22,66 @@ SAME_PRESS = 0.1  # seconds; launchers pass on a Ctrl-C that the terminal has se
 class Stopped(BaseException):
     """A request to stop, honoured. Not an Exception, so that no error handling swallows it.
 
-    outcome: what was saved and how to continue, once that is known.
+    outcome: what was saved and how to continue, once that is known. reported_here: False where another process reports
+    the same.
     """
 
     def __init__(self, number: int, outcome: str = ""):
         super().__init__(number, outcome)
-        self.number, self.outcome = number, outcome
-        self.reported_here = True  # False where another process reports the same
+        self.number, self.outcome, self.reported_here = number, outcome, True
 
     def __str__(self) -> str:
         return f"stopped by {signal.Signals(self.number).name}: {self.outcome or 'nothing to save'}"
 
 
-_requested = 0  # number of the first signal
-_last_interrupt = float("-inf")
-_deferred = False
-_saving = False  # the work, after a request to stop
-_thrown = False  # Stopped was raised where a signal arrived, and has not been caught since
-_listener: int | None = None  # the process that listens; its children treat signals as any program does
+class State:
+    """What the process that listens remembers."""
+
+    requested = 0  # number of the first signal
+    interrupted: float | None = None  # when Ctrl-C came last
+    deferred = False
+    saving = False  # the work, after a request to stop
+    thrown = False  # Stopped was raised where a signal arrived, and has not been caught since
+
+    def __init__(self, listener: int | None = None):
+        self.listener = listener  # process id; its children treat signals as any program does
+
+
+_state = State()
 
 
 def requested() -> int:
     """Number of the signal that asked the program to stop; 0 where none did."""
-    return _requested
+    return _state.requested
 
 
 def saving_now() -> bool:
     """Whether a request to stop is being honoured, by saving."""
-    return _saving
+    return _state.saving
 
 
 def check() -> None:
     """Raise Stopped where that was asked for."""
-    if _requested:
-        raise Stopped(_requested)
+    if _state.requested:
+        raise Stopped(_state.requested)
 
 
 def exit_on_request() -> None:
     """Until `listening`, while modules are imported, a request to stop ends the process with EXIT_STOPPED."""
+
+    def leave(number: int, frame: object) -> None:
+        os.write(2, f"{os.path.basename(sys.argv[0])}: {Stopped(number)}\n".encode())
+        os._exit(EXIT_STOPPED)
+
     for number in SIGNALS:
-        signal.signal(number, lambda number, frame: _exit_early(number))
-
-
-def _exit_early(number: int) -> None:
-    os.write(2, f"{os.path.basename(sys.argv[0])}: {Stopped(number)}\n".encode())
-    os._exit(EXIT_STOPPED)
+        signal.signal(number, leave)
 
 
 @contextlib.contextmanager
 def listening() -> Iterator[None]:
     """Take the signals for requests to stop, until the block ends."""
-    global _requested, _deferred, _saving, _thrown, _listener, _last_interrupt
-    _requested, _deferred, _saving, _thrown = 0, False, False, False
-    _listener, _last_interrupt = os.getpid(), float("-inf")
+    global _state
+    _state = State(os.getpid())
     before = {number: signal.signal(number, _receive) for number in SIGNALS}
     try:
         with _restored():
@@ -82,34 +89,31 @@ def listening() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        _requested, _listener = 0, None
+        _state = State()
 
 
 def _receive(number: int, frame: object) -> None:
-    global _requested, _thrown, _last_interrupt
-    if os.getpid() != _listener:  # in a child: the default action; Pool.terminate relies on it
+    if os.getpid() != _state.listener:  # in a child: the default action; Pool.terminate relies on it
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
         return
     if number == signal.SIGINT:
-        now = time.monotonic()
-        if _last_interrupt > float("-inf") and now - _last_interrupt > SAME_PRESS:
+        before, _state.interrupted = _state.interrupted, time.monotonic()
+        if before is not None and _state.interrupted - before > SAME_PRESS:
             quit_at_once(EXIT_INTERRUPTED)
-        _last_interrupt = now
-    _requested = _requested or number
-    if not _deferred:
-        _thrown = True
+    _state.requested = _state.requested or number
+    if not _state.deferred:
+        _state.thrown = True
         check()
 
 
 @contextlib.contextmanager
 def _restored() -> Iterator[None]:
     """Compiled code that a signal interrupts may turn Stopped into an error of its own: raise Stopped again."""
-    global _thrown
     try:
         yield
     except (Stopped, Exception) as error:
-        thrown, _thrown = _thrown, False
+        thrown, _state.thrown = _state.thrown, False
         if thrown and not isinstance(error, Stopped):
             check()
         raise
@@ -118,8 +122,7 @@ def _restored() -> Iterator[None]:
 @contextlib.contextmanager
 def deferred(defer: bool = True) -> Iterator[None]:
     """Signals wait for `check` in the block; with defer = False, they end a part of such a block at once again."""
-    global _deferred
-    before, _deferred = _deferred, defer
+    before, _state.deferred = _state.deferred, defer
     try:
         if defer:
             yield
@@ -128,7 +131,7 @@ def deferred(defer: bool = True) -> Iterator[None]:
             with _restored():
                 yield
     finally:
-        _deferred = before
+        _state.deferred = before
 
 
 @contextlib.contextmanager
@@ -141,8 +144,7 @@ def saving(save: Callable[[], str], reported_here: bool = True) -> Iterator[None
             yield
         except Stopped as stop:
             if not stop.outcome:
-                global _saving
-                _saving = True
+                _state.saving = True
                 stop.outcome, stop.reported_here = save(), reported_here
             raise
 
