@@ -110,8 +110,7 @@ def fetch_weights(finetune: str, offline: bool = False) -> Path | None:
         return None
     if re.fullmatch(r"[\w.-]+/[\w.-]+(@\w+)?", finetune):
         raise ValueError(
-            f"--finetune {finetune}: no such file; a model of the Hugging Face hub is written hf:{finetune} "
-            f"(or timm:hf-hub:{finetune})"
+            f"--finetune {finetune}: no such file; a model of the Hugging Face hub is written hf:{finetune}"
         )
     raise ValueError(
         f"--finetune {finetune}: no such file, and neither a timm model, a URL nor a name of the catalogue: "
