@@ -182,7 +182,7 @@ def hf_pixels(folder: Path, config: Any, size: int | None) -> tuple[int, Pixels,
     from transformers.models.auto import image_processing_auto as auto
 
     files = [folder / f"{kind}_config.json" for kind in ("preprocessor", "video_preprocessor", "processor")]
-    stated: dict = next((json.loads(path.read_text()) for path in files if path.is_file()), {})
+    stated: dict = next((json.loads(path.read_text("utf-8")) for path in files if path.is_file()), {})
     stated = stated.get("image_processor", stated.get("video_processor", stated))
     known = auto.IMAGE_PROCESSOR_MAPPING_NAMES
     known = known.get(config.model_type) or known.get(config.model_type.removesuffix("_vision_model")) or {}
@@ -233,7 +233,7 @@ def load_timm(name: str, size: int | None, offline: bool) -> Loaded:
     overlay = {}
     if (repository := hub_name(name)) is not None:
         folder, commit = fetched(repository, offline)
-        if "architecture" not in json.loads((folder / "config.json").read_text()):
+        if "architecture" not in json.loads((folder / "config.json").read_text("utf-8")):
             raise ValueError("its config.json names no architecture of timm: is it a model of transformers (hf:)?")
         name = f"local-dir:{folder}"
     else:
@@ -297,7 +297,7 @@ def load_open_clip(name: str, size: int | None, offline: bool) -> Loaded:
     configuration, commit, options = name, None, {"force_image_size": size}
     if (repository := hub_name(name)) is not None:
         folder, commit = fetched(repository, offline, "open_clip*.safetensors")
-        configuration = (folder / "open_clip_config.json").read_text()
+        configuration = (folder / "open_clip_config.json").read_text("utf-8")
         model = open_clip.create_model(f"local-dir:{folder}", **options)
     else:
         architecture, _, tag = name.partition("/")

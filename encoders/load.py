@@ -17,7 +17,7 @@ from encoders.traced import TracedEncoder
 from models_mae import DECODERS, with_decoder
 from models_vit import NORMS, Backbone, VisionTransformer
 from util.distributed import main_process_first
-from util.files import digest, sha256
+from util.files import digest, sha256, without_credentials
 from util.progress import log
 from util.tensor_files import load_plain_or_safetensors, safetensors_metadata, save_encoder  # noqa: F401
 
@@ -88,6 +88,7 @@ def load_encoder(
         known_family(finetune, model, family)  # before a download that could not be used
         with main_process_first():  # the other processes use its download
             path = fetch_weights(finetune, offline)
+        finetune = without_credentials(finetune)  # for messages and records
         if path is not None and not timm_name:
             reading = open_weights(finetune, path, model, family, checkpoint_key, grid=grid, **options)
             return encoder_of_file(finetune, path, reading, stated)

@@ -18,7 +18,7 @@ from torch import Tensor
 from encoders.load import load_plain_or_safetensors, safetensors_metadata
 from probing.results import metric_label
 from util.distributed import gather_rows
-from util.files import digest, to_json
+from util.files import to_json
 from util.intervals import best_guess
 from util.progress import log
 from util.scores import average_precision
@@ -71,13 +71,8 @@ class PredictionKeeper:
         facts: of the run, plain data. Each rank must call it.
         """
         tensors = {key: gather_rows(torch.cat(parts).to(self.device)).cpu() for key, parts in self.parts.items()}
-        order, text = tensors["index"].argsort(), to_json(facts)
-        tensors = {key: values[order].contiguous() for key, values in tensors.items()}
-        return tensors, {"sha256": file_digest(tensors, text), "facts": text}
-
-
-def file_digest(tensors: dict[str, Tensor], facts: str) -> str:
-    return digest([facts, dict(sorted(tensors.items()))])
+        order = tensors["index"].argsort()
+        return {key: values[order].contiguous() for key, values in tensors.items()}, {"facts": to_json(facts)}
 
 
 def read_predictions(path: Path) -> Predictions:
@@ -88,11 +83,12 @@ def read_predictions(path: Path) -> Predictions:
     if not path.exists():
         raise ValueError(f"{path}: no such file; main_linprobe.py --save_predictions writes it")
     tensors, metadata = load_plain_or_safetensors(path), safetensors_metadata(path)
-    if metadata.get("sha256") != file_digest(tensors, metadata.get("facts", "")):
-        raise ValueError(f"{path} is damaged, or not a file of main_linprobe.py --save_predictions")
-    facts = json.loads(metadata["facts"])
-    outputs, losses = ({name: tensors[f"{kind}/{name}"] for name in facts["probes"]} for kind in ("output", "loss"))
-    return Predictions(tensors["index"], tensors["labels"], outputs, losses, facts)
+    try:
+        facts = json.loads(metadata["facts"])
+        outputs, losses = ({name: tensors[f"{kind}/{name}"] for name in facts["probes"]} for kind in ("output", "loss"))
+        return Predictions(tensors["index"], tensors["labels"], outputs, losses, facts)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a file of main_linprobe.py --save_predictions ({error})") from error
 
 
 # ---- scores in [0, 1], from the `outputs` and labels of Predictions

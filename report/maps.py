@@ -14,6 +14,8 @@ import numpy as np
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 
+from util.files import require_content
+
 IMAGES = 8  # shown per run
 MOST_PATCHES = 400  # that similarities are shown of: a byte for each pair
 
@@ -25,6 +27,7 @@ def read_maps(paths: Sequence[Path]) -> tuple[list[dict[str, Any]], list[str]]:
         try:
             with safe_open(path, framework="numpy") as file:
                 tensors, facts = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+            require_content(path)
             (rows, columns), names, rules = (json.loads(facts.get(name, "[]")) for name in ("grid", "images", "rules"))
             images = [
                 {"name": str(name), **encode(rows * columns, len(rules), {key: t[i] for key, t in tensors.items()})}

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from util.files import write_json
+from util.files import to_json, write_json
 from util.progress import log
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class Service:
 
     def __init__(self, name: str, folder: Path, record: Mapping[str, Any]):
         self.name, self.library, self.works = name, importlib.import_module(name), True
-        self.run = self._try(SERVICES[name], self.library, folder, record)
+        self.run = self._try(SERVICES[name], self.library, folder, json.loads(to_json(record)))
 
     def _try(self, call: Callable, *values: Any, **options: Any) -> Any:
         try:

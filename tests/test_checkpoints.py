@@ -197,6 +197,17 @@ def test_equal_weights_are_saved_as_equal_files(source, tmp_path):
     assert safetensors.torch.load_file(tmp_path / "0.safetensors")["norm.weight"].equal(source.norm.weight)
 
 
+@pytest.mark.parametrize(("before", "after"), [(None, None), (b'"mae"', b'"mea"'), (b'"F32"', b'"I32"')])
+def test_a_changed_byte_of_our_weights_is_named(before, after, tiny, source, tmp_path):
+    path = tmp_path / "encoder.safetensors"
+    save_encoder(path, source.state_dict(), {"family": "mae"})
+    content = path.read_bytes()
+    changed = content.replace(before, after, 1) if before else content[:-9] + bytes([content[-9] ^ 1]) + content[-8:]
+    assert changed != content
+    path.write_bytes(changed)
+    assert f"{path} is damaged: its content is not what was saved" in refused(path, tiny)
+
+
 def test_saved_weights_are_whole_or_absent(source, tmp_path, monkeypatch):
     def interrupted(tensors, path, metadata):
         path.write_bytes(b"half")
