@@ -50,7 +50,7 @@ from cli.encoder_arguments import build_encoder, choose_precision, precision
 from cli.linprobe import OPTIMIZERS
 from data_sets.loader import KeyedDataset, Sample, build_loader
 from data_sets.order import GlobalBatches
-from data_sets.packed import is_packed
+from data_sets.shards import is_packed
 from data_sets.table import build_dataset
 from data_sets.views import train_transform
 from engine_linprobe import FrozenTokens, Probing

@@ -47,7 +47,7 @@ from aggregation.boxes import read_boxes
 from cli.console import parse
 from data_sets.demo import generate
 from data_sets.loader import KeyedDataset
-from data_sets.packed import write_packed
+from data_sets.shards import write_packed
 from data_sets.table import DATASETS, build_dataset, build_splits
 from data_sets.views import eval_transform
 from encoders.load import load_encoder
