@@ -68,9 +68,7 @@ class FrozenEncoder(nn.Module):
         """
         names = metric_names(metrics)
         if of_tokens := [name for name in names if METRICS[name].of_tokens]:
-            raise ValueError(
-                f"{of_tokens[0]} is a metric of tokens, not of attention: main_analyze_attention.py has it"
-            )
+            raise ValueError(f"{of_tokens[0]} is a metric of tokens, not of attention: see main_analyze_attention.py")
         backbone = self.backbone
         chosen, grid = applicable(names, backbone), backbone.grid_of(*images.shape[-2:])
         prefix, patches = backbone.num_prefix_tokens, grid[0] * grid[1]

@@ -28,11 +28,10 @@ from cli.arguments import build_images, identity, loading, plain, run_test_image
 from cli.encoder_arguments import ORACLE_ARGUMENTS, build_oracle, frozen_encoder, precision
 from cli.linprobe import finished_run
 from cli.session import session
-from data_sets.examples import random_examples
-from data_sets.images import fingerprint
+from data_sets.images import fingerprint, random_examples
 from data_sets.loader import KeyedDataset, build_loader
 from data_sets.order import EvaluationBatches
-from data_sets.views import View, eval_transform, stretch_transform
+from data_sets.views import View, eval_transform
 from encoders.load import Encoder
 from encoders.oracle import Oracle
 from engine_linprobe import FrozenTokens
@@ -150,7 +149,8 @@ class Setup:
         self.levels = levels_of(args.loc_step)
         self.localizer = Localizer(len(everything), (self.size, self.size), self.levels, workers)
         crop = eval_transform(self.size, **self.encoder.pixels, loader=args.loader)
-        stretched = stretch_transform(self.size, self.encoder.mean, self.encoder.std, args.loader)
+        look = self.encoder.pixels | {"interpolation": "bilinear", "crop_pct": None}  # as in wsolevaluation
+        stretched = eval_transform(self.size, **look, loader=args.loader)
         self.views = {"crop": crop, "resize": stretched}
 
     def passes(self) -> dict[str, Pass]:

@@ -23,8 +23,7 @@ from attention.tokens import token_map
 from cli.arguments import build_images, identity, loading, plain
 from cli.encoder_arguments import frozen_encoder, one_encoder_each, precision
 from cli.session import session
-from data_sets.examples import random_examples
-from data_sets.images import fingerprint
+from data_sets.images import fingerprint, random_examples
 from data_sets.loader import KeyedDataset, build_loader
 from data_sets.order import EvaluationBatches
 from data_sets.views import eval_transform

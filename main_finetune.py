@@ -19,10 +19,10 @@ from PIL import Image, ImageOps
 from cli.arguments import build_split_images, identity, loading, plain
 from cli.encoder_arguments import build_encoder, precision
 from cli.session import peak_rate, plan, schedule, session, write_results
+from data_sets.imagenet import check_wnids
 from data_sets.images import fingerprint
 from data_sets.loader import KeyedDataset, build_loader
 from data_sets.order import EvaluationBatches, GlobalBatches
-from data_sets.published import check_wnids
 from data_sets.views import eval_transform
 from encoders.load import Encoder, load_plain_or_safetensors, safetensors_metadata
 from engine_finetune import Classifier, FineTuning, evaluate, layer_decay_groups

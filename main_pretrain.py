@@ -19,11 +19,10 @@ from torch.utils.data import Dataset
 from cli.arguments import build_images, identity, loading, plain
 from cli.encoder_arguments import precision
 from cli.session import peak_rate, plan, schedule, session, write_results
-from data_sets.contrastive import Stacked, contrastive_views
 from data_sets.images import fingerprint
 from data_sets.loader import KeyedDataset, build_loader
 from data_sets.order import GlobalBatches
-from data_sets.views import View, train_transform
+from data_sets.views import Stacked, View, contrastive_views, train_transform
 from encoders.architectures import default_input_size
 from engine_pretrain import Comparison, Pretraining, examples, reconstruct, save_picture, tiled
 from models_mae import DECODERS, MaskedAutoencoder

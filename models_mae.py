@@ -191,7 +191,7 @@ class WithDecoder(Backbone):
 
 
 def with_decoder(encoder: VisionTransformer, weights: dict[str, Tensor], num_heads: int) -> WithDecoder:
-    """The encoder and the decoder of a file in MAE's layout. ValueError where the file holds none, or parts of one."""
+    """The encoder and the decoder of a file in MAE's layout. ValueError if the file holds no whole decoder."""
     kept = {key: value for key, value in weights.items() if key.startswith("decoder_") or key == "mask_token"}
     depth = len({key.split(".")[1] for key in kept if key.startswith("decoder_blocks.")})
     if not depth or "decoder_embed.weight" not in kept:

@@ -74,8 +74,7 @@ class PatchEmbed(nn.Module):
         height, width = images.shape[-2:]
         if height % self.patch_size or width % self.patch_size:
             raise ValueError(
-                f"images of {height} x {width} pixels cannot be cut into patches of {self.patch_size}: "
-                f"choose an --input_size that {self.patch_size} divides"
+                f"images of {height} x {width} pixels cannot be cut into patches of {self.patch_size} pixels"
             )
         return self.proj(images)
 
@@ -252,7 +251,7 @@ class Backbone(nn.Module, abc.ABC):
         """Images (B,3,h,w) -> one BlockTrace per block, in order; stop iterating to skip the remaining blocks."""
 
     def norm_after(self, block: int) -> nn.Module:
-        """The norm behind the last block, for tokens of this block."""
+        """The norm that follows the last block, for the tokens of this block."""
         return self.norm
 
     def own_outputs(self, steps: Iterator[BlockTrace]) -> dict[str, Tensor]:

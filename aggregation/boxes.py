@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from PIL import Image
 
-from data_sets.files import is_system_file
-from data_sets.readers import missing_files
+from data_sets.readers import is_system_file, missing_files
 from data_sets.views import CROP_PCT
 from util.files import digest
 from util.progress import log

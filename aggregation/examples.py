@@ -13,7 +13,7 @@ from aggregation.boxes import ImageBoxes
 from aggregation.figures import BOXES, display_name, draw_boxes, draw_maps
 from aggregation.localization import TOP, boxes_at, score_map
 from aggregation.rules import Rule, vectors_of
-from data_sets.examples import Example, read_image
+from data_sets.images import Example, read_image
 from data_sets.views import View
 from engine_linprobe import FrozenTokens
 from util.plotting import visible

@@ -1,13 +1,13 @@
 """Figures of aggregation vectors: divergences between rules (Fig. 7), maps (Fig. 9) and boxes (Fig. 8) over images."""
 
 import re
+import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from textwrap import wrap
 
 import numpy as np
 from matplotlib import rc_context
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
@@ -15,21 +15,7 @@ from matplotlib.ticker import MaxNLocator
 from aggregation.localization import enlarge
 from util.plotting import COLOURS, GREY, STYLE, WIDTH, add_scale, bare, draw_map, outline, save_figure
 
-TITLES = {  # of heads; # stands for a number above 1
-    "attn-mn": "[cls], mean of heads",
-    "attn-lcte": "[cls], lowest-entropy head",
-    "dino": "oracle's [cls]",
-    "pos": "uniform",
-    "abmilp": "AbMILP",
-    "ap1": "AP, 1 head",
-    "ap#": "AP, # heads",
-    "ep1": "EP, 1 query",
-    "ep#": "EP, # queries",
-    "ca1": "central patch",
-    "ca#": "central # × #",
-    "cp1": "central patch alone",
-    "cp#": "mean of central # × #",
-}
+TITLES = tomllib.loads(Path(__file__).with_name("titles.toml").read_text("utf-8"))
 TRUE, BOXES = "#1F77FF", ("#FF3B30", "#2ECC40")  # as in Fig. 8: truth blue, [cls] red, aggregation green
 
 
@@ -53,8 +39,7 @@ def draw_divergences(result: dict, targets: Sequence[Path]) -> None:
     rules, matrix = result["rules"], result["matrices"]["kl"]
     names, values = [display_name(rule["name"]) for rule in rules], np.array(matrix["mean"], dtype=float)
     infinite = np.array(result["matrices"]["kl_exact"]["infinite"]) * (1 - np.eye(len(rules)))
-    side = min(3.9, 0.5 * len(rules))  # of the matrix, in inches
-    label = 0.055 * max(map(len, names))
+    side, label = min(3.9, 0.5 * len(rules)), 0.055 * max(map(len, names))  # of the matrix and names, in inches
     room = max(1.1, min(2.2, WIDTH - side - label - 0.9))  # for the entropies
     size = side + label + room + 0.9, 0.72 * side + 0.65 * label + 0.75
     figure = Figure(figsize=size, layout="constrained")
@@ -72,25 +57,21 @@ def draw_divergences(result: dict, targets: Sequence[Path]) -> None:
     heat.spines[:].set_visible(False)
     heat.set_title(f"{matrix['definition'].split(',')[0].replace('||', '‖')}, nats", pad=6)
     figure.colorbar(image, ax=heat, aspect=25, pad=0.02)
-    draw_entropies(bars, rules, result["uniform_entropy"])
-    bars.set_ylim(*heat.get_ylim())
+
+    # entropies of the rules with their deviation over the images, and that of uniform weights
+    mean, std = (np.array([rule["entropy"][key] for rule in rules], dtype=float) for key in ("mean", "std"))
+    error, uniform = {"linewidth": 0.7, "ecolor": "0.25"}, result["uniform_entropy"]
+    bars.barh(range(len(rules)), mean, xerr=std, color=COLOURS[0], alpha=0.75, height=0.6, error_kw=error)
+    bars.axvline(uniform, color="0.4", linewidth=0.8, linestyle=(0, (5, 3)))
+    above = {"xycoords": ("data", "axes fraction"), "xytext": (0, 2), "textcoords": "offset points"}
+    bars.annotate(f"ln M = {uniform:.2f}", (uniform, 1), ha="right", **above, **GREY)
+    bars.set(yticks=[], xlim=(0, uniform * 1.06), ylim=heat.get_ylim(), xlabel="entropy, nats")
+    bars.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+    bars.spines[["top", "right", "left"]].set_visible(False)
     if infinite.any():
         figure.text(0.995, 0.004, "* infinite in some images without the floor on the weights", ha="right", **GREY)
     for target in targets:
         save_figure(figure, target)
-
-
-def draw_entropies(axis: Axes, rules: Sequence[dict], uniform: float) -> None:
-    """One bar per rule with its deviation over the images, and the entropy of uniform weights."""
-    mean, std = (np.array([rule["entropy"][key] for rule in rules], dtype=float) for key in ("mean", "std"))
-    error = {"linewidth": 0.7, "ecolor": "0.25"}
-    axis.barh(range(len(rules)), mean, xerr=std, color=COLOURS[0], alpha=0.75, height=0.6, error_kw=error)
-    axis.axvline(uniform, color="0.4", linewidth=0.8, linestyle=(0, (5, 3)))
-    above = {"xycoords": ("data", "axes fraction"), "xytext": (0, 2), "textcoords": "offset points"}
-    axis.annotate(f"ln M = {uniform:.2f}", (uniform, 1), ha="right", **above, **GREY)
-    axis.set(yticks=[], xlim=(0, uniform * 1.06), xlabel="entropy, nats")
-    axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-    axis.spines[["top", "right", "left"]].set_visible(False)
 
 
 # ---- maps and boxes over images

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from data_sets.examples import Example
+from data_sets.images import Example
 from data_sets.views import View
 from models_vit import VisionTransformer, attention_row
 from util.plotting import visible

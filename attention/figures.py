@@ -85,15 +85,14 @@ def column(entries: Sequence[dict], key: str) -> np.ndarray:
     return np.array([np.pad(v, (0, longest - v.size), constant_values=np.nan) if v.ndim else v for v in values])
 
 
-def counted(first: int, last: int, parts: int = 4) -> list[int]:
-    """Integer ticks: all if they are few, else the first and about `parts` more in equal steps."""
-    step = 1 if last <= 2 * parts else math.ceil(last / parts)
-    return [first, *(number for number in range(step, last + 1, step) if number > first)]
+def counted(last: int, parts: int = 4) -> list[int]:
+    """Integer ticks from 0: all if they are few, else about `parts` in equal steps after the first."""
+    return list(range(0, last + 1, 1 if last <= 2 * parts else math.ceil(last / parts)))
 
 
 def block_ticks(axis: Axes, depths: Sequence[int]) -> None:
     """Label blocks; the embedding, at -1, is E."""
-    ticks, embedding = counted(0, max(depths)), ["E"] if min(depths) < 0 else []
+    ticks, embedding = counted(max(depths)), ["E"] if min(depths) < 0 else []
     axis.set_xticks([*(-1 for _ in embedding), *ticks], [*embedding, *map(str, ticks)])
     axis.set_xlabel(BLOCKS + "; E: embedding" * len(embedding))
 
@@ -236,30 +235,31 @@ def draw_references(
 # ---- a panel per encoder
 
 
+Row = tuple[np.ndarray, list[tuple[Axes, dict, int]]]  # panels; those with data, their metric and number of patches
+
+
 def encoder_panels(
     results: Sequence[dict], metrics: Sequence[str], height: float, labels: float
-) -> tuple[Figure, list[tuple[np.ndarray, list[tuple[Axes, dict]]]]]:
-    """A figure with a row of panels per metric, a panel per encoder; and each row's axes, and those with data, with it.
+) -> tuple[Figure, list[Row]]:
+    """A figure with a row of panels per metric, a panel per encoder.
 
     height: of a row, in inches; labels: what the labels of its vertical axis take, in points.
     """
     count, rows = len(results), []
-    figure, axes = panels(
-        [count] * len(metrics), max(min(WIDTH, 1.7 * count + 1), 0.85 * count), height * len(metrics) + 0.3
-    )
+    width = max(min(WIDTH, 1.7 * count + 1), 0.85 * count)
+    figure, axes = panels([count] * len(metrics), width, height * len(metrics) + 0.3)
     models = [model_name(result["encoder"]["model"]) for result in results]
     for axis, result, model in zip(axes[0], results, models, strict=True):
-        lines = wrap(result["label"], int((figure.get_figwidth() - 1) / count / 0.062))
+        lines = wrap(result["label"], int((width - 1) / count / 0.062))
         axis.set_title("\n".join([*lines, *([model] if len(set(models)) > 1 else [])]))
     for line, name in zip(axes, metrics, strict=True):
         name_row(line[0], "\n".join(wrap(title(name), 18)), labels)
-        measured = [name in result["metrics"] for result in results]
-        for axis in line[~np.array(measured)]:
-            mark_empty(axis)
-        data = [
-            {**result["metrics"][name], "patches": result["patches"]} for result in results if name in result["metrics"]
-        ]
-        rows.append((line, list(zip(line[measured], data, strict=True))))
+        rows.append((line, []))
+        for axis, result in zip(line, results, strict=True):
+            if name in result["metrics"]:
+                rows[-1][1].append((axis, result["metrics"][name], result["patches"]))
+            else:
+                mark_empty(axis)
     return figure, rows
 
 
@@ -268,13 +268,13 @@ def draw_heads(results: Sequence[dict], metrics: Sequence[str], target: Path) ->
     """Heat maps, block x head: means over the images; a row per metric with a scale of its own, a panel per encoder."""
     figure, rows = encoder_panels(results, metrics, height=1.3, labels=27)
     for line, cells in rows:
-        maps = [column(entries(metric)[1], "mean_per_head") for _, metric in cells]
+        maps = [column(entries(metric)[1], "mean_per_head") for _, metric, _ in cells]
         scale = Normalize(min(map(np.nanmin, maps)), max(map(np.nanmax, maps)))
-        for (axis, _), values in zip(cells, maps, strict=True):
+        for (axis, *_), values in zip(cells, maps, strict=True):
             L, H = values.shape
             style = {"aspect": "auto", "interpolation": "nearest", "extent": (-0.5, L - 0.5, H - 0.5, -0.5)}
             axis.imshow(values.T, norm=scale, **style)
-            axis.set(xticks=counted(0, L - 1, 2 if len(results) > 4 else 4), yticks=counted(0, H - 1))
+            axis.set(xticks=counted(L - 1, 2 if len(results) > 4 else 4), yticks=counted(H - 1))
         cells[0][0].set_ylabel("head (from 0)")
         figure.colorbar(ScalarMappable(scale), ax=list(line), label=cells[0][1]["unit"], aspect=12)
     figure.supxlabel(BLOCKS, fontsize=7)
@@ -291,7 +291,7 @@ def draw_spectra(results: Sequence[dict], metrics: Sequence[str], target: Path) 
     figure, rows = encoder_panels(results, metrics, height=1.6, labels=38)
     for _, cells in rows:
         limits = []
-        for axis, metric in cells:
+        for axis, metric, patches in cells:
             depths, per_depth = entries(metric)
             profiles = column(per_depth, f"mean_per_{metric['axis']}")
             limits += [np.nanmin(profiles), np.nanmax(profiles)]
@@ -299,14 +299,14 @@ def draw_spectra(results: Sequence[dict], metrics: Sequence[str], target: Path) 
             axis.set_xlabel(metric["axis"])
             axis.xaxis.set_major_locator(MaxNLocator(2, integer=True))
             if metric["axis"] == "frequency":
-                x = np.arange(profiles.shape[1]) * 2 / math.isqrt(metric["patches"])
+                x = np.arange(profiles.shape[1]) * 2 / math.isqrt(patches)
                 axis.set(xlabel="frequency / π", xlim=(-0.03, 1.03), xticks=(0, 0.5, 1), xticklabels=("0", "½", "1"))
             for depth, profile in zip(depths, profiles, strict=True):
                 dash = "--" if depth < 0 else "-"
                 axis.plot(x, profile, dash, color=DEPTHS((depth + 1) / (depths[-1] + 1)), linewidth=0.9)
             frame(axis)
         margin = 0.05 * (max(limits) - min(limits))
-        for axis, _ in cells:
+        for axis, *_ in cells:
             axis.set_ylim(min(limits) - margin, max(limits) + margin)
             axis.tick_params(labelleft=axis is cells[0][0])
         cells[0][0].set_ylabel(cells[0][1]["unit"])

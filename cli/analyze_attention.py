@@ -12,6 +12,7 @@ from cli.console import Parser
 from cli.encoder_arguments import check_encoder, one_encoder_each
 from data_sets.table import DATASETS
 from encoders.architectures import check_blocks, known_depth
+from util.files import without_credentials
 
 
 def get_args_parser() -> Parser:
@@ -32,7 +33,7 @@ def check(args: argparse.Namespace) -> None:
 
 def encoder_labels(args: argparse.Namespace) -> list[str]:
     """One name per encoder; ValueError if two are equal, also as names of folders."""
-    labels = args.label or [Path(weights).stem or "random weights" for weights in args.finetune]
+    labels = args.label or [Path(without_credentials(weights)).stem or "random weights" for weights in args.finetune]
     if len(labels) != len(args.finetune):
         raise ValueError(f"--label has {len(labels)} names for {len(args.finetune)} encoders: give one name to each")
     if len({folder_name(label) for label in labels}) < len(labels):

@@ -15,7 +15,7 @@ from cli.console import FLAGS, Parser, checked, parse
 from cli.encoder_arguments import PRECISIONS, check_input_size, check_weights, settle_model
 from data_sets.images import ON_BAD_IMAGE, Images
 from data_sets.order import micro_steps_of_a_group
-from data_sets.packed import is_packed
+from data_sets.shards import is_packed
 from data_sets.table import DATASETS, build_dataset, build_splits, check_dataset
 from data_sets.views import LOADERS
 from encoders.architectures import FROM_FILE

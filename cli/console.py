@@ -238,7 +238,8 @@ def fail(error: BaseException, code: int) -> NoReturn:
         # torchrun ends all processes when one fails: only an error that the first one does not have is still reported
         time.sleep(min(int(os.environ.get("LOCAL_RANK", 0)), 1))
         line = f"{Path(sys.argv[0]).name}: {' '.join(without_credentials(str(error)).split())}"
-        print(os.fsencode(line).decode("utf-8", "backslashreplace"), file=sys.stderr, flush=True)
+        line = line.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+        print(line, file=sys.stderr, flush=True)
     if joined():  # threads of the process group may wait for ranks that are gone
         sys.stdout.flush()
         atexit.register(os._exit, code)

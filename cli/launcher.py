@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from cli.arguments import check_files, identity, program_parser
 from cli.console import Parser, parse, refuse
+from util.files import without_credentials
 from util.lazy import lazy
 
 torch = lazy("torch")
@@ -88,6 +89,11 @@ def program_arguments(args: argparse.Namespace, argv: list[str], folder: Path) -
     if job.output_dir != str(folder):
         raise ValueError(f"--output_dir {job.output_dir}: leave it out; the run folder is --job_dir, or a folder in it")
     program.check(job)
+    if secret := next((text for text in argv if without_credentials(text) != text), None):
+        raise ValueError(
+            f"{without_credentials(secret)}: the job would keep this URL's password or query string in its files: "
+            "download it first, and name the file"
+        )
     check_files(job, args.remote_paths)
     if job.resume == "auto" and (folder / "args.json").exists() and any(folder.glob("checkpoint-*.pth")):
         from runtime.resumable import AnotherRun, check_identity

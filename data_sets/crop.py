@@ -53,7 +53,7 @@ class RandomResizedCrop(TorchvisionCrop):
 class Whole:
     """The whole image, each side resized to `size` by its own factor."""
 
-    def __init__(self, size: int, interpolation: str = "bilinear"):
+    def __init__(self, size: int, interpolation: str):
         self.size, self.interpolation = size, transforms.InterpolationMode(interpolation)
 
     def cut(self, img: AnyImage) -> AnyImage:
@@ -81,12 +81,9 @@ class CentralCrop(Whole):
         x = 1 - sides.index(max(sides))  # the axis of the longer side: 0 is horizontal
         resized = int(self.side * max(sides) / min(sides))
         factor = max(sides) / resized
-        kept = round((resized - self.size) / 2) * factor
-        margin = math.ceil(4 * max(factor, 1))  # more than the filter reaches
-        start = max(math.floor(kept) - margin, 0)
-        window, box, target = [0, 0, *picture.size], [0, 0, *picture.size], [self.side, self.side]
-        window[x], window[x + 2] = start, min(math.ceil(kept + self.size * factor) + margin, max(sides))
-        box[x], box[x + 2], target[x] = kept - start, kept - start + self.size * factor, self.size
-        picture = picture.crop(window).resize(target, Image.Resampling[self.interpolation.name], box)
+        start = round((resized - self.size) / 2) * factor
+        box, target = [0, 0, *picture.size], [self.side, self.side]
+        box[x], box[x + 2], target[x] = start, start + self.size * factor, self.size
+        picture = picture.resize(target, Image.Resampling[self.interpolation.name], box)
         picture = v2.center_crop(picture, [self.size, self.size])
         return v2.pil_to_tensor(picture).to(img.device) if isinstance(img, Tensor) else picture

@@ -15,12 +15,13 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 from PIL import Image
 
 from util.lazy import lazy
+from util.seeding import stable_seed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,14 +33,14 @@ Label = int | np.ndarray  # a class; or (K,) zeros and ones in uint8
 
 
 class UnreadableImage(ValueError):
-    """An image that cannot be read. Keeps its own text of the traceback that a loader's worker passes on."""
+    """An image that cannot be read. Of the traceback that a loader's worker passes on, it keeps its own message."""
 
     def __init__(self, text: str):
         super().__init__(text[max(text.rfind("cannot read image"), 0) :].strip())
 
 
 class DamagedImage(UnreadableImage):
-    """Content that can be read, but is not a complete image: what --on_bad_image is about."""
+    """Content that is not a complete image, which --on_bad_image may skip."""
 
 
 # ---- decoding
@@ -114,14 +115,13 @@ def pixels_of(image: Image.Image | Tensor) -> Tensor:
 
 
 class Content(Protocol):
-    """Stored images: encoded files, or pixels (h,w,3) uint8. names: for messages, one for each image."""
+    """Stored images: Files, Pixels, and the Slices and TableRows of other modules."""
 
-    names: Sequence[str]
+    names: Sequence[str]  # for messages
 
-    def read(self, index: int) -> bytes | np.ndarray: ...
-
-    def stats(self) -> np.ndarray:
-        """(n,2) int64: bytes of each image, and when its file was modified (ns; 0: never)."""
+    def read(self, index: int) -> bytes | np.ndarray: ...  # an encoded file, or pixels (h,w,3) uint8
+    def part(self, indices: Sequence[int]) -> Content: ...
+    def stats(self) -> np.ndarray: ...  # (n,2) int64: bytes, and when the file was modified (ns; 0: never)
 
 
 class Files:
@@ -133,6 +133,9 @@ class Files:
     def read(self, index: int) -> bytes:
         with open(self.names[index], "rb") as file:
             return file.read()
+
+    def part(self, indices: Sequence[int]) -> Files:
+        return type(self)(self.names[index] for index in indices)
 
     def stats(self) -> np.ndarray:
         stats = _in_threads(lambda index: os.stat(self.names[index]), range(len(self.names)), self.names)
@@ -149,6 +152,9 @@ class Pixels:
 
     def read(self, index: int) -> np.ndarray:
         return self.pixels[index]
+
+    def part(self, indices: Sequence[int]) -> Pixels:
+        return Pixels(self.pixels[indices])
 
     def stats(self) -> np.ndarray:
         return np.full((len(self.pixels), 2), (self.pixels[:1].nbytes, 0))
@@ -181,10 +187,10 @@ class Images:
         return list(zip(self.names, self.targets, strict=True))
 
     def part(self, indices: Sequence[int]) -> Images:
-        """Some of the images, which must be files, in the order of `indices`."""
+        """Some of the images, in the order of `indices`."""
         several = isinstance(self.targets, np.ndarray)
         targets = self.targets[indices] if several else [self.targets[index] for index in indices]
-        return Images(Files(self.names[index] for index in indices), targets, self.classes)
+        return Images(self.content.part(indices), targets, self.classes)
 
     @functools.cached_property
     def stats(self) -> np.ndarray:
@@ -205,6 +211,35 @@ class Images:
             return hashlib.sha256((content if isinstance(content, bytes) else content.tobytes())[:limit]).digest()
 
         return _in_threads(digest, indices, self.names)
+
+
+class Example(NamedTuple):
+    """An image for figures and maps."""
+
+    path: str
+    index: int | None  # in the data set; None for another file
+    image: Image.Image | Tensor
+
+
+def read_image(path: str | Path) -> Image.Image:
+    """ValueError names a file that is not an image."""
+    try:
+        return read_rgb(path)
+    except Exception as error:  # decoders raise anything
+        text = str(error)
+        raise ValueError(text if "cannot read image" in text else f"cannot read image {path}: {text}") from error
+
+
+def random_examples(images: Images, chosen: Sequence[int], count: int, seed: int) -> list[Example]:
+    """Some of the chosen images, a function of the seed; damaged ones, which the pass over the images reports, are
+    skipped."""
+    generator = torch.Generator().manual_seed(stable_seed("examples", seed))
+    examples = []
+    for index in (chosen[position] for position in torch.randperm(len(chosen), generator=generator).tolist()):
+        if len(examples) < count:
+            with contextlib.suppress(DamagedImage, OSError, SyntaxError, ValueError):
+                examples.append(Example(images.names[index], index, images[index][0]))
+    return examples
 
 
 def fingerprint(images: Images, local: bool = False) -> str:

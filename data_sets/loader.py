@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,41 +30,29 @@ class Sample(NamedTuple):
     noise: Tensor  # (M,) uniform, drawn after the augmentation; empty unless asked for
     valid: bool = True  # False if damaged: training shows another image instead, evaluation must not count it
 
-    def readable(self) -> Sample:
-        """The samples of a batch whose images could be read, perhaps none."""
-        if self.valid is True or self.valid.all():
-            return self
-        return Sample(*(field[self.valid] for field in self))
+
+MAX_BAD_IN_A_ROW = 1000  # beyond, the disk or the folder is damaged, not single images
 
 
-MAX_BAD_IN_A_ROW = 1000  # more mean that the disk or the folder is damaged, not an image
-
-
+@dataclass(eq=False)
 class KeyedDataset:
     """A data set whose item (epoch, index) is augmented with randomness from (seed, epoch, index) and nothing else,
     whichever worker or rank makes it. An item (epoch, index, seed) has a seed of its own.
 
-    noise: how many uniform numbers to draw with each image. on_bad_image: for an image that cannot be decoded, "error"
-    raises DamagedImage; with "skip", its sample has valid = False and keeps its index, so that every batch has its full
-    size: with train = True, image and label are those of the next index of `indices` (default: all) that can be read,
-    else the image is zeros. Missing and inaccessible files are always errors.
+    on_bad_image: for an image that cannot be decoded, "error" raises DamagedImage; with "skip", its sample has
+    valid = False and keeps its index, so that every batch has its full size: with train = True, image and label are
+    those of the next index of `indices` (default: all) that can be read, else the image is zeros. Missing and
+    inaccessible files are always errors.
     """
 
-    as_pixels = False  # items are uint8: the loader normalises them
-
-    def __init__(
-        self,
-        dataset: Images,
-        transform: Callable,
-        seed: int,
-        noise: int = 0,
-        on_bad_image: str = "error",
-        train: bool = False,
-        indices: Sequence[int] | None = None,
-    ):
-        self.dataset, self.transform, self.seed, self.noise = dataset, transform, seed, noise
-        self.on_bad_image, self.train = on_bad_image, train
-        self.indices = np.arange(len(dataset)) if indices is None else np.sort(np.asarray(indices))
+    dataset: Images
+    transform: Callable
+    seed: int
+    noise: int = 0  # how many uniform numbers to draw with each image
+    on_bad_image: str = "error"
+    train: bool = False
+    indices: Sequence[int] | None = None
+    as_pixels: bool = False  # items are uint8: the loader normalises them
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -100,10 +88,11 @@ class KeyedDataset:
 
     def replacement(self, index: int) -> tuple[Image.Image | Tensor, Label]:
         """The next image after `index` that can be read; after the last one follows the first."""
-        start = int(np.searchsorted(self.indices, index))
-        for step in range(1, min(len(self.indices), MAX_BAD_IN_A_ROW + 1)):
+        indices = np.arange(len(self)) if self.indices is None else np.sort(np.asarray(self.indices))
+        following = np.roll(indices, -np.searchsorted(indices, index) - 1)
+        for other in following[: min(len(indices) - 1, MAX_BAD_IN_A_ROW)].tolist():
             with contextlib.suppress(DamagedImage):
-                return self.read(int(self.indices[(start + step) % len(self.indices)]))
+                return self.read(other)
         raise UnreadableImage(f"cannot read image {self.dataset.names[index]}, nor any that could replace it")
 
 
@@ -123,9 +112,8 @@ def _collate_windows(samples: Sequence[Sample]) -> Sample:
 class Loader(DataLoader):
     """A loader of Sample batches, whose workers ignore the signals that ask the program to stop.
 
-    If damaged images are skipped, it counts them. Batches for evaluation come without them; a batch of nothing else is
-    None. At the end of a pass all ranks exchange their counts, so each must exhaust the loader; `damaged` then holds
-    the indices of the damaged images of all ranks, and new ones are logged.
+    If damaged images are skipped, batches for evaluation come without them; a batch of nothing else is None. At the end
+    of a pass, which every rank must reach, `damaged` holds their indices on all ranks, and new ones are logged.
     """
 
     damaged: tuple[int, ...] = ()
@@ -155,7 +143,8 @@ class Loader(DataLoader):
         for batch in batches:
             damaged.update(batch.index[~batch.valid].tolist())
             batch = self.ready(batch)
-            batch = batch if self.dataset.train else batch.readable()
+            if not self.dataset.train and not batch.valid.all():
+                batch = Sample(*(field[batch.valid] for field in batch))
             yield batch if len(batch.index) else None
         everywhere = sorted(set().union(*distributed.gather_objects(damaged)))
         if distributed.rank() == 0 and not set(everywhere) <= set(self.damaged):
@@ -176,14 +165,12 @@ def build_loader(
 ) -> Loader:
     """Loader of Sample batches in the order of `batches` (GlobalBatches or EvaluationBatches).
 
-    device: where images are normalised (None: CPU). If their transform is a View, they travel there as bytes, a quarter
-    of float32.
+    device: where images are normalised (None: CPU). If their transform is a View, they travel there as bytes.
     """
     if num_workers:
         check_workers(num_workers)
     if isinstance(dataset.transform, View):
-        dataset = copy.copy(dataset)
-        dataset.as_pixels = True
+        dataset = replace(dataset, as_pixels=True)
     windows = dataset.as_pixels and dataset.transform.loader == "gpu"
     loader = Loader(
         dataset,
@@ -199,22 +186,21 @@ def build_loader(
     return loader
 
 
+@dataclass(eq=False)
 class Watched:
     """The batches of a loader with a progress bar, which ends at once when the program is asked to stop.
 
     A single process stops even while it waits for data. Several agree before every batch of an evaluation
-    (agree = True); otherwise the caller makes them agree. `waited` counts the seconds spent waiting for data.
-    DeadWorker if a worker of the loader was killed, or delivers nothing.
-
-    between: called with the number of batches done, those without a readable image included, before every batch and at
-    the end; with agree, by all processes at the same point.
+    (agree = True); otherwise the caller makes them agree. DeadWorker if a worker of the loader was killed, or delivers
+    nothing. between: called with the number of batches done before every batch and at the end, by all processes at the
+    same point if they agree.
     """
 
-    def __init__(
-        self, loader: Any, description: str, agree: bool = False, between: Callable[[int], None] = lambda done: None
-    ):
-        self.loader, self.description, self.agree, self.between = loader, description, agree, between
-        self.waited = 0.0
+    loader: Any
+    description: str
+    agree: bool = False
+    between: Callable[[int], None] = lambda done: None
+    waited: float = 0.0  # seconds spent waiting for data
 
     def __iter__(self) -> Iterator[Sample]:
         alone = distributed.world_size() == 1
@@ -225,10 +211,10 @@ class Watched:
         for done in self.bar:
             self.between(done)
             start = time.perf_counter()
-            if self.agree and (
-                number := distributed.agree(signals.requested(), where=f"{self.description}, batch {done}")[0]
-            ):
-                raise signals.Stopped(number)
+            if self.agree:
+                asked, *_ = distributed.agree(signals.requested(), where=f"{self.description}, batch {done}")
+                if asked:
+                    raise signals.Stopped(asked)
             try:
                 with signals.deferred(not alone):
                     sample = next(iterator, None)

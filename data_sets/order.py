@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from util import distributed
 from util.lazy import lazy
 from util.seeding import seeded, stable_seed
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 torch = lazy("torch")
 
@@ -50,36 +46,30 @@ class GlobalBatches:
         self.effective = batch_size * accum_iter * self.world  # images per optimizer step, of each seed
         self.accum_iter = accum_iter * len(self.seeds)
         self.joined = micro_steps_of_a_group(group or batch_size, batch_size, accum_iter) * len(self.seeds)
+        self.steps = self.length // self.effective  # optimizer steps in an epoch
         if self.steps == 0:
             sizes = f"batch_size {batch_size} x accum_iter {accum_iter} x {self.world} processes"
             problem = f"an effective batch of {self.effective} ({sizes})"
             remedy = "lower --batch_size, or fit probes with --preset small"
             raise ValueError(f"{problem} is larger than the {self.length} training images: {remedy}")
 
-    @property
-    def steps(self) -> int:
-        """Optimizer steps in an epoch."""
-        return self.length // self.effective
-
     def __len__(self) -> int:
         return (self.steps - self.first_step) * self.accum_iter
 
     def __iter__(self) -> Iterator[list[tuple[int, ...]]]:
-        joined = self.joined // len(self.seeds)
-        chunks = torch.stack([self._groups(seed, joined) for seed in self.seeds], dim=1).flatten(0, 2)
+        joined, orders = self.joined // len(self.seeds), []
+        for seed in self.seeds:
+            order = self.indices
+            if self.shuffle:
+                generator = torch.Generator().manual_seed(stable_seed("order", seed, self.epoch))
+                order = order[torch.randperm(self.length, generator=generator)]
+            order = order[: self.steps * self.effective]
+            orders.append(order.view(-1, self.world, joined, self.batch_size)[:, self.rank])
+        chunks = torch.stack(orders, dim=1).flatten(0, 2)
         first = self.first_step * self.accum_iter
         for number, chunk in enumerate(chunks[first:].tolist(), start=first):
             seed = self.seeds[number // joined % len(self.seeds)]
             yield [(self.epoch, index, seed)[: 3 if self.keyed else 2] for index in chunk]
-
-    def _groups(self, seed: int, joined: int) -> Tensor:
-        """(groups, joined, batch_size) indices of this rank in this epoch, in the order of one seed."""
-        order = self.indices
-        if self.shuffle:
-            generator = torch.Generator().manual_seed(stable_seed("order", seed, self.epoch))
-            order = order[torch.randperm(self.length, generator=generator)]
-        order = order[: self.steps * self.effective]
-        return order.view(-1, self.world, joined, self.batch_size)[:, self.rank]
 
 
 def micro_steps_of_a_group(group: int, batch_size: int, accum_iter: int) -> int:
@@ -102,9 +92,9 @@ class EvaluationBatches:
     """
 
     def __init__(self, length: int, batch_size: int, indices: Sequence[int] | None = None, epoch: int = 0):
-        everything = range(length) if indices is None else indices
-        self.rounds = -(-len(everything) // (batch_size * distributed.world_size()))  # batches of the busiest rank
-        self.mine = list(everything)[distributed.rank() :: distributed.world_size()]
+        chosen = list(range(length) if indices is None else indices)
+        self.rounds = -(-len(chosen) // (batch_size * distributed.world_size()))  # batches of the busiest rank
+        self.mine = chosen[distributed.rank() :: distributed.world_size()]
         self.batch_size, self.epoch = batch_size, epoch
 
     def __len__(self) -> int:
@@ -127,10 +117,8 @@ def hold_out(targets: Sequence[int] | np.ndarray, fraction: float, seed: int) ->
     held = np.zeros(len(targets), dtype=bool)
     with seeded("held out", seed):
         order = np.random.permutation(len(targets))
-        groups = [order] if targets.ndim > 1 else [order[targets[order] == label] for label in np.unique(targets)]
-    for group in groups:
-        count = max(round(fraction * len(group)), min(1, len(group) - 1))
-        held[group[:count]] = True
+    for group in [order] if targets.ndim > 1 else [order[targets[order] == label] for label in np.unique(targets)]:
+        held[group[: max(round(fraction * len(group)), min(1, len(group) - 1))]] = True
     if held.all() or not held.any():
         raise ValueError(f"a share of {fraction:g} of {len(targets)} images leaves a part without images")
     return np.flatnonzero(~held).tolist(), np.flatnonzero(held).tolist()

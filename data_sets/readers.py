@@ -1,4 +1,7 @@
-"""Read the lists, labels and archives that data sets are distributed as. Every fault is a ValueError with the path."""
+"""Read folders of images, and the lists, labels and archives that data sets are distributed as.
+
+Every fault is a ValueError with the path.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +10,122 @@ import functools
 import io
 import json
 import os
+import re
 import struct
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
-from data_sets.files import in_class_order
-from data_sets.images import Content, Images
+from data_sets.images import Content, Files, Images
 from util import distributed
 from util.progress import log
+
+SYSTEM_NAMES = re.compile(  # what systems and programs leave in folders
+    r"\..*|~\$.*|.*~|#.*#"  # hidden files, AppleDouble (._a.jpg) and .nfs0 among them; locks and backups of editors
+    r"|.*\.(part|partial|crdownload|opdownload|download|filepart|aria2|!ut|tmp)"  # unfinished downloads
+    r"|__macosx|icon\r|network trash folder|temporary items|thevolumesettingsfolder|resource\.frk|finder\.dat"
+    r"|thumbs\.db|ehthumbs(_vista)?\.db|desktop\.ini|autorun\.inf|\$recycle\.bin|recycle[rd]"  # Windows
+    r"|system volume information|wpsettings\.dat|indexervolumeguid|found\.\d{3}|.*:zone\.identifier"
+    r"|@eadir|@recycle|@recently-snapshot|@tmp|#recycle|#snapshot|~snapshot"  # network storage
+    r"|lost\+found|__pycache__|cvs|_vti_cnf|lost\.dir|picasa\.ini|pspbrwse\.jbf|sync\.ffs_db",
+    re.IGNORECASE | re.DOTALL,
+)
+
+
+def is_system_file(name: str) -> bool:
+    """Whether a file or folder of this name was left by an operating system or a program: see SYSTEM_NAMES."""
+    return SYSTEM_NAMES.fullmatch(name) is not None
+
+
+@functools.cache
+def image_suffixes() -> frozenset[str]:
+    """Suffixes of the formats that Pillow decodes, in lower case."""
+    Image.init()
+    stubs = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}  # need another program, or hold no pixels
+    known = Image.registered_extensions().items()
+    return frozenset(ending for ending, format in known if format in Image.OPEN and format not in stubs)
+
+
+def is_image(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in image_suffixes()
+
+
+def in_class_order(names: Collection[str], source: Path | str = "labels") -> list[str]:
+    """Names of classes in the order of their labels: alphabetical, or by value if all are numbers. Logs if the two
+    orders differ."""
+    alphabetical = sorted(names)
+    if not all(re.fullmatch("[0-9]+", name) for name in names):
+        return alphabetical
+    by_value = sorted(names, key=lambda name: (int(name), name))
+    if by_value != alphabetical:
+        label = next(label for label, name in enumerate(by_value) if name != alphabetical[label])
+        message = "%s: class names are numbers and sorted by value, not alphabetically: label %d is %s, not %s"
+        log.info(message, source, label, by_value[label], alphabetical[label])
+    return by_value
+
+
+def read_class_folders(folder: Path, may_be_empty: bool = False, labels: bool = True) -> Images:
+    """The images of a folder of class folders, with any folders in these, sorted by folder, then by name. Logs what is
+    skipped.
+
+    may_be_empty: accept and log classes without images. labels: False for programs that use none, which also take a
+    folder of images without class folders. ValueError if there is no class folder, or no image; for a folder that is
+    read twice, through a link; OSError for one that cannot be read.
+    """
+    system: list[str] = []
+    other: Counter[str] = Counter()  # files that are no images, by suffix
+    visited: dict[str, str] = {}
+
+    def kept(names: Collection[str]) -> list[str]:
+        system.extend(filter(is_system_file, names))
+        return sorted(name for name in names if not is_system_file(name))
+
+    def images_below(top: Path) -> list[str]:
+        folders = []
+        for path, subfolders, names in os.walk(top, followlinks=True, onerror=fail):
+            first = visited.setdefault(os.path.realpath(path), path)
+            if first != path:
+                raise ValueError(f"{path} is a link to {first}, whose images would count twice: remove one of them")
+            subfolders[:] = kept(subfolders)
+            names = kept(names)
+            other.update(os.path.splitext(name)[1].lower() or "(no suffix)" for name in names if not is_image(name))
+            folders.append((path, [name for name in names if is_image(name)]))
+        return [os.path.join(path, name) for path, names in sorted(folders) for name in names]
+
+    def fail(error: OSError) -> None:  # by default, os.walk skips folders that cannot be read
+        raise error
+
+    _, folders, names = next(os.walk(folder, onerror=fail))
+    classes = in_class_order(kept(folders), folder)
+    beside = [os.path.join(folder, name) for name in kept(names) if is_image(name)]
+    paths = [images_below(folder / name) for name in classes]
+    if not labels and beside and not any(paths):
+        classes, paths, beside = ["(unlabelled)"], [beside], []
+    targets = [label for label, images in enumerate(paths) for _ in images]
+    if system:
+        examples = ", ".join(map(repr, sorted(set(system))[:5])) + ", ..." * (len(set(system)) > 5)
+        log.info("%s: skipped %d entries left by systems or programs: %s", folder, len(system), examples)
+    if unread := other.total():
+        kinds = ", ".join(f"{count:,} {suffix}" for suffix, count in other.most_common(10))
+        log.info("%s: %d of %d files are not read as images: %s", folder, unread, unread + len(targets), kinds)
+    if not classes:
+        raise ValueError(f"{folder} holds no folder of a class (expected a folder of images per class)")
+    if beside:
+        log.info("%s: %d images beside the class folders are not read", folder, len(beside))
+    if empty := [name for name, images in zip(classes, paths, strict=True) if not images]:
+        problem = f"{len(empty)} of its class folders hold no image, such as {empty[0]}"
+        if not may_be_empty or not targets:
+            raise ValueError(f"{folder} is not an image folder: {problem}: remove them, or put their images in")
+        log.info("%s: %s", folder, problem)
+    return Images(Files(path for images in paths for path in images), targets, classes)
+
+
+# ---- lists and archives
 
 
 @contextlib.contextmanager
@@ -58,14 +164,15 @@ def images_by_class(
 
 
 def find_folder(root: Path, name: str, marker: str, archives: Sequence[tuple[str, str]] = (), into: str = "") -> Path:
-    """The folder `name` of an unpacked data set: in `root`, or `root` itself.
+    """The folder of an unpacked data set: in `root`, with a name of this pattern, or `root` itself.
 
     marker: a path that must exist in it. archives: (address, md5); if the marker is missing, rank 0 downloads and
     unpacks them in the folder `into` of root while the others wait.
     """
 
     def marked() -> Path | None:
-        return next((folder for folder in (root / name, root) if (folder / marker).exists()), None)
+        folders = (folder for folder in (*sorted(root.glob(name)), root) if folder.is_dir())
+        return next((folder for folder in folders if (folder / marker).exists()), None)
 
     with distributed.main_process_first():
         for url, md5 in archives if not marked() else ():
@@ -93,7 +200,7 @@ def missing_files(paths: Iterable[str | Path]) -> list[int]:
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a list in UTF-8, stripped, without empty ones."""
+    """The lines of a list in UTF-8, stripped, without empty ones. ValueError for a list without any."""
     with reading(path):
         lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
         if not any(lines):
@@ -137,8 +244,8 @@ COMPRESSED = 15  # a data type of a MATLAB 5 file's elements
 def parse_matlab(data: bytes, name: str) -> np.ndarray:
     """A variable of a MATLAB 5 file, as an array of at least one dimension.
 
-    Damaged files, over which scipy's compiled reader may crash, are refused before: elements must fill the file, and be
-    compressed, as in all published files, with checksums that hold.
+    scipy's compiled reader may crash on a damaged file. So elements must fill the file, and be compressed, as in all
+    published files, with checksums that hold.
     """
     from scipy.io import loadmat
 
@@ -157,10 +264,9 @@ def parse_matlab(data: bytes, name: str) -> np.ndarray:
 def zero_based(labels: Iterable[int], classes: int, path: Path, first: int = 1) -> list[int]:
     """Labels that count from `first`, changed to count from 0. ValueError for one out of range."""
     shifted = [int(label) - first for label in labels]
-    for number, label in enumerate(shifted, 1):
-        if not 0 <= label < classes:
-            allowed = f"between {first} and {classes - 1 + first}"
-            raise ValueError(f"{path}: label {label + first} of entry {number} is not {allowed}")
+    if wrong := [number for number, label in enumerate(shifted) if not 0 <= label < classes]:
+        problem = f"label {shifted[wrong[0]] + first} of entry {wrong[0] + 1}"
+        raise ValueError(f"{path}: {problem} is not between {first} and {classes - 1 + first}")
     return shifted
 
 

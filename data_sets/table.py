@@ -1,50 +1,54 @@
-"""DATASETS: data sets by name, from the facts in table.toml and the readers in own.py, published.py and shards.py."""
+"""DATASETS: data sets by name, from the facts in table.toml and the readers in own.py, published.py and imagenet.py."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import tomllib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from data_sets import own, published, robustness, shards
-from data_sets.files import read_class_folders
+from data_sets import imagenet, own, published
 from data_sets.images import Files, Images
 from data_sets.order import hold_out
-from data_sets.packed import is_packed, read_packed
-from data_sets.readers import missing_files, refuse_duplicates
+from data_sets.readers import find_folder, missing_files, read_class_folders, refuse_duplicates
+from data_sets.shards import is_packed, read_packed
 from util.choices import instead_of
 from util.progress import log
 
+READERS = vars(published) | vars(imagenet) | vars(own)
+WITH_COLUMNS = ("listed", "webdataset", "hugging_face")
+
 
 class DatasetEntry(NamedTuple):
-    """A data set; table.toml explains the fields. `build(root, split)` returns its images."""
+    """A data set; table.toml explains the fields."""
 
-    build: Callable[..., Images]
+    reader: str
     description: str
+    options: Mapping[str, Any] = {}
     classes: int | None = None
-    images: dict[str, int] | None = None  # {split: official count}
+    images: Mapping[str, int] | None = None
     source: str = ""
+    folder: str = ""
+    marker: str = ""
+    archives: Sequence[tuple[str, str]] = ()
+    into: str = ""
+    splits: Mapping[str, str] = {"train": "train", "val": "val"}
     protocol: str = ""
     multi_label: bool = False
-    downloads: bool = False
 
-    @classmethod
-    def of(cls, name: str, facts: dict) -> DatasetEntry:
-        reader = facts.get("reader", name)
-        build = next(
-            getattr(module, reader) for module in (own, published, shards, robustness) if hasattr(module, reader)
-        )
-        counts = {split: facts[split] for split in ("train", "val") if split in facts}
-        known = {key: value for key, value in facts.items() if key in cls._fields}
-        build = functools.partial(build, **facts.get("options", {}))
-        return cls(build, images=counts or None, downloads="archives" in facts, **known)
+    def build(self, root: Path, split: str, **options: Any) -> Images:
+        if self.images and split not in self.images:
+            raise ValueError("this is a test set without training images: name it in scripts/evaluate_probe.py")
+        if self.folder:
+            root = find_folder(root, self.folder, self.marker, self.archives, self.into)
+        return READERS[self.reader](root, self.splits[split], **self.options, **options)
 
 
-DATASETS = {name: DatasetEntry.of(name, facts) for name, facts in published.FACTS.items()}
-WITH_COLUMNS = (own.listed, shards.webdataset, shards.hugging_face)
+FACTS = tomllib.loads(Path(__file__).with_name("table.toml").read_text(encoding="utf-8"))
+DATASETS = {name: DatasetEntry(**{"reader": name, **facts}) for name, facts in FACTS.items()}
 
 
 def build_dataset(
@@ -63,12 +67,12 @@ def build_dataset(
     if is_packed(root):
         build = functools.partial(read_packed, root, name, split)
     elif label_column is not None:
-        if entry.build.func not in WITH_COLUMNS:
+        if entry.reader not in WITH_COLUMNS:
             raise ValueError(f"label_column {label_column!r} does not apply to data set {name!r}: omit it")
         build = functools.partial(build, label_column=label_column)
     elif not labels and name == "image_folder":
-        whole = root if not any((root / part).is_dir() for part in ("train", "val")) else root / split
-        build = functools.partial(read_class_folders, whole, may_be_empty=True, labels=False)
+        folder = root / split if _has_splits(root) else root
+        build = functools.partial(read_class_folders, folder, may_be_empty=True, labels=False)
     try:
         return _checked(entry, build(), root, split, allow_subset)
     except (ValueError, OSError) as error:  # OSError: a folder without permission to read it
@@ -82,11 +86,15 @@ def check_dataset(name: str, root: Path | None) -> str:
     """
     if name not in DATASETS:
         raise ValueError(f"unknown data set {name!r}: {instead_of(name, DATASETS)}")
-    remote = DATASETS[name].build.func is shards.hugging_face and str(root).startswith("hf:")
-    if not (root is None or remote or DATASETS[name].downloads or Path(root).is_dir()):
+    remote = DATASETS[name].reader == "hugging_face" and str(root).startswith("hf:")
+    if not (root is None or remote or DATASETS[name].archives or Path(root).is_dir()):
         problem = "this is a file, not a folder" if Path(root).is_file() else "there is no such folder"
         raise ValueError(_with_source(name, root, problem))
     return name
+
+
+def _has_splits(root: Path) -> bool:
+    return any((Path(root) / split).is_dir() for split in ("train", "val"))
 
 
 def _with_source(name: str, root: Path, problem: object) -> str:
@@ -137,7 +145,7 @@ def build_splits(
     images whose content is also in the training split are counted in the log.
     """
     if val_split:
-        if name != "image_folder" or is_packed(root) or any((root / split).is_dir() for split in ("train", "val")):
+        if name != "image_folder" or is_packed(root) or _has_splits(root):
             problem = "it needs --dataset image_folder and a folder of classes without train/ and val/"
             raise ValueError(f"--val_split {val_split:g} splits one folder of classes: {problem}, got {root}")
         images = build_dataset(name, root, "train", labels=False)
@@ -146,7 +154,7 @@ def build_splits(
     else:
         train, val = (build_dataset(name, root, split, allow_subset, label_column) for split in ("train", "val"))
     if len(train.classes) < 2 and not isinstance(train.targets, np.ndarray):
-        raise ValueError(f"{root} has one class, {train.classes[0]!r}; two are the fewest that can be told apart")
+        raise ValueError(f"{root} has one class, {train.classes[0]!r}: a probe needs at least two")
     if nb_classes not in (None, len(train.classes)):
         problem = f"--nb_classes {nb_classes}, but {root} has {len(train.classes)} classes"
         raise ValueError(f"{problem}: correct it or leave it out")

@@ -1,14 +1,16 @@
-"""What an encoder sees of an image: the recipe's random crops, or the test's central crop.
+"""What an encoder sees of an image: the recipe's random crops, the test's central crop, or contrastive views.
 
 torch and torchvision are imported at first use: --help and mistakes in the arguments do not wait for them.
 """
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
-from PIL import Image
+from PIL import Image, ImageFilter, ImageOps
 
 from data_sets.images import Images, Label, decode_tensor, pixels_of
 from util.lazy import lazy
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
 
     from data_sets.crop import TorchvisionCrop, Whole
 
-torch, transforms = lazy("torch"), lazy("torchvision.transforms")
+torch, crops, transforms = lazy("torch"), lazy("data_sets.crop"), lazy("torchvision.transforms")
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 LOADERS = {
@@ -43,6 +45,7 @@ class Windows(NamedTuple):
         return [part.view(3, *size) for part, size in zip(parts, self.sizes.tolist(), strict=True)]
 
 
+@dataclass(eq=False)
 class View:
     """An image -> pixels (3,h,w) uint8, made by loaders; and these -> normalised float32, on the encoder's device.
 
@@ -52,18 +55,16 @@ class View:
     "gpu" leaves resizing to the device: `pixels` is then the window to resize, of any size.
     """
 
-    def __init__(
-        self,
-        shape: TorchvisionCrop | Whole,
-        steps: Sequence[Callable] = (),
-        mean: Numbers = IMAGENET_MEAN,
-        std: Numbers = IMAGENET_STD,
-        loader: str = "pil",
-    ):
-        if loader not in LOADERS:
-            raise ValueError(f"loader {loader!r}: choose one of {', '.join(LOADERS)}")
-        self.shape, self.steps, self.mean, self.std, self.loader = shape, steps, mean, std, loader
-        self.constants: dict[torch.device, list[Tensor]] = {}
+    shape: TorchvisionCrop | Whole
+    steps: Sequence[Callable] = ()
+    mean: Numbers = IMAGENET_MEAN
+    std: Numbers = IMAGENET_STD
+    loader: str = "pil"
+    constants: dict[torch.device, list[Tensor]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.loader not in LOADERS:
+            raise ValueError(f"loader {self.loader!r}: choose one of {', '.join(LOADERS)}")
 
     def read(self, images: Images, index: int) -> tuple[Image.Image | Tensor, Label]:
         """An image of a data set, decoded for the loader, and its label."""
@@ -119,9 +120,7 @@ def train_transform(
     """
     if crop == "center":
         return eval_transform(input_size, mean, std, loader, interpolation, crop_pct)
-    from data_sets.crop import RandomResizedCrop, TorchvisionCrop
-
-    cropper = {"mae": RandomResizedCrop, "torchvision": TorchvisionCrop}[crop]
+    cropper = {"mae": crops.RandomResizedCrop, "torchvision": crops.TorchvisionCrop}[crop]
     shape = cropper(input_size, scale=scale, interpolation=transforms.InterpolationMode(interpolation))
     return View(shape, [transforms.RandomHorizontalFlip()] * hflip, mean, std, loader)
 
@@ -140,15 +139,52 @@ def eval_transform(
     interpolation: a name of torchvision's InterpolationMode. crop_pct: None resizes both sides to input_size.
     steps: of View.
     """
-    from data_sets.crop import CentralCrop, Whole
-
     if crop_pct is None:
-        return View(Whole(input_size, interpolation), steps, mean, std, loader)
-    return View(CentralCrop(input_size, int(input_size / crop_pct), interpolation), steps, mean, std, loader)
+        return View(crops.Whole(input_size, interpolation), steps, mean, std, loader)
+    return View(crops.CentralCrop(input_size, int(input_size / crop_pct), interpolation), steps, mean, std, loader)
 
 
-def stretch_transform(size: int, mean: Numbers, std: Numbers, loader: str = "pil") -> View:
-    """The whole image, each side resized by its own factor (bilinear), as in wsolevaluation."""
-    from data_sets.crop import Whole
+# ---- contrastive pretraining
 
-    return View(Whole(size), (), mean, std, loader)
+
+class Stacked(View):
+    """Several views of each image, one after the other: pixels (V,3,h,w)."""
+
+    def __init__(self, views: Sequence[View]):
+        first = views[0]
+        super().__init__(first.shape, (), first.mean, first.std, first.loader)
+        self.views = views
+
+    def pixels(self, image: Image.Image | Tensor) -> Tensor:
+        return torch.stack([view.pixels(image) for view in self.views])
+
+
+def contrastive_views(input_size: int, smallest: float = 0.08, grey: float = 0.2, loader: str = "pil") -> list[View]:
+    """The two views that MoCo-v3 compares, BYOL's: random crop, colour jitter, grey, blur, solarisation and flip. The
+    first is always blurred; the second rarely, but sometimes solarised.
+
+    smallest: smallest share of the image in a crop. grey: probability of a view without colour. Sources: Chen, Xie and
+    He, "An Empirical Study of Training Self-Supervised Vision Transformers", ICCV 2021; Grill et al., "Bootstrap Your
+    Own Latent", NeurIPS 2020.
+    """
+    if loader == "gpu":
+        raise ValueError("loader gpu only crops and flips: views to compare need the loader pil, tensor or packed")
+
+    def as_picture(image: Image.Image | Tensor) -> Image.Image:
+        return transforms.functional.to_pil_image(image) if isinstance(image, torch.Tensor) else image
+
+    def blur(image: Image.Image) -> Image.Image:  # standard deviation 0.1 to 2 pixels at an input size of 224
+        return image.filter(ImageFilter.GaussianBlur(input_size / 224 * random.uniform(0.1, 2.0)))
+
+    def view(blurred: float, solarised: float) -> View:
+        steps = [
+            as_picture,
+            transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8),
+            transforms.RandomGrayscale(grey),
+            transforms.RandomApply([blur], p=blurred),
+            transforms.RandomApply([ImageOps.solarize], p=solarised),
+            transforms.RandomHorizontalFlip(),
+        ]
+        return View(crops.TorchvisionCrop(input_size, scale=(smallest, 1.0)), steps, loader=loader)
+
+    return [view(blurred=1.0, solarised=0.0), view(blurred=0.1, solarised=0.2)]

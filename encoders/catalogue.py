@@ -3,20 +3,19 @@
 import hashlib
 import http.client
 import re
-import shutil
 import sys
 import tomllib
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlparse
-from urllib.request import Request, urlopen
+from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from tqdm import tqdm
 
 from encoders.architectures import FROM_FILE
 from encoders.families import FAMILIES
 from util.choices import instead_of, nearest
-from util.files import atomic_path
+from util.files import atomic_path, without_credentials
 from util.lazy import lazy
 from util.progress import log
 from util.seeding import stable_seed
@@ -24,6 +23,7 @@ from util.seeding import stable_seed
 torch = lazy("torch")
 # files that show which library saved a folder -> the prefix of --finetune
 MODEL_FOLDERS = {"open_clip_config.json": "open_clip", "config.json": "hf"}
+LARGEST = 2**36  # bytes of a download: twice a file of 7 billion parameters in float32
 
 
 class Publication(NamedTuple):
@@ -110,8 +110,7 @@ def fetch_weights(finetune: str, offline: bool = False) -> Path | None:
         return None
     if re.fullmatch(r"[\w.-]+/[\w.-]+(@\w+)?", finetune):
         raise ValueError(
-            f"--finetune {finetune}: no such file; a model of the Hugging Face hub is written hf:{finetune} "
-            f"(or timm:hf-hub:{finetune})"
+            f"--finetune {finetune}: no such file; a model of the Hugging Face hub is written hf:{finetune}"
         )
     raise ValueError(
         f"--finetune {finetune}: no such file, and neither a timm model, a URL nor a name of the catalogue: "
@@ -145,7 +144,7 @@ def download(url: str, md5: str | None, offline: bool = False) -> Path:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(target) as temporary:  # of this process alone: two may download at once
-            transfer(url, temporary)
+            transfer(url, temporary, bool(md5))
             check_md5(temporary, md5, url)
     except (OSError, http.client.HTTPException) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
@@ -153,18 +152,28 @@ def download(url: str, md5: str | None, offline: bool = False) -> Path:
     return target
 
 
-def transfer(url: str, target: Path) -> None:
-    """Download to a file. OSError if the file does not arrive whole."""
-    log.info("downloading %s", url)
+class Redirects(HTTPRedirectHandler):
+    def redirect_request(self, request, response, code, message, headers, url):
+        if urlparse(url).scheme not in ("http", "https"):
+            raise OSError(f"the server redirects to {url}, which is neither http nor https")
+        return super().redirect_request(request, response, code, message, headers, url)
+
+
+def transfer(url: str, target: Path, hashed: bool) -> None:
+    """Download to a file. OSError if it does not arrive whole; only a `hashed` one may come without its length."""
+    log.info("downloading %s", without_credentials(url))
     request = Request(url, headers={"User-Agent": "beyond_cls"})  # some servers refuse Python's default
-    with urlopen(request, timeout=60) as response, open(target, "wb") as file:
+    with build_opener(Redirects).open(request, timeout=60) as response, open(target, "wb") as file:
         if response.headers.get_content_type() == "text/html":
             raise OSError("the server answers with a web page")
-        length = response.headers.get("Content-Length")
+        length = response.headers.get("Content-Length", str(LARGEST) if hashed else "none")
+        if not (length.isascii() and length.isdecimal() and int(length) <= LARGEST):
+            raise OSError(f"the server states a length of {length}, so that a part would pass for the whole")
         bar = {"desc": Path(urlparse(url).path).name, "disable": not sys.stderr.isatty()}
-        with tqdm.wrapattr(response, "read", total=int(length) if length else None, **bar) as body:
-            shutil.copyfileobj(body, file, 1 << 20)
-        if length and file.tell() != int(length):
+        with tqdm.wrapattr(response, "read", total=int(length), **bar) as body:
+            while file.tell() <= LARGEST and (chunk := body.read(1 << 20)):
+                file.write(chunk)
+        if file.tell() != int(length) and not (hashed and "Content-Length" not in response.headers):
             raise OSError(f"the connection ended after {file.tell():,} of {int(length):,} bytes")
 
 

@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from data_sets.views import CROP_PCT, IMAGENET_MEAN, IMAGENET_STD
 from util.choices import nearest
+from util.lazy import lazy
 
+open_clip, timm, torch = map(lazy, ("open_clip", "timm", "torch"))
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
@@ -93,7 +95,7 @@ def fetched(repository: str, offline: bool, weights: str = "model*.safetensors")
     folder, commit = Path(repository).expanduser(), None
     if not folder.is_dir():
         if folder.exists() or repository.startswith((".", "/", "~")):
-            raise ValueError("this is no folder")
+            raise ValueError("this is not a folder")
         name, _, revision = repository.partition("@")
         kept = {"allow_patterns": ["*.json", weights], "local_files_only": offline}
         try:
@@ -114,7 +116,6 @@ def fetched(repository: str, offline: bool, weights: str = "model*.safetensors")
 
 def load_hf(name: str, size: int | None, offline: bool) -> Loaded:
     """A model of transformers; of models of images and text, the part for images."""
-    import torch
     from transformers import AutoConfig, AutoModel
     from transformers.utils import logging
 
@@ -133,7 +134,7 @@ def load_hf(name: str, size: int | None, offline: bool) -> Loaded:
     except ValueError as error:
         if "scaled_dot_product_attention" not in str(error):
             raise
-        problem = "it does not use torch's scaled_dot_product_attention, where attention is seen"
+        problem = "it does not use torch's scaled_dot_product_attention, which is traced"
         raise ValueError(f"a model of type {config.model_type} cannot be traced: {problem}") from error
     missing = sorted(report["missing_keys"])
     for key in missing:  # not random: the digest of the weights covers them
@@ -151,8 +152,6 @@ def load_hf(name: str, size: int | None, offline: bool) -> Loaded:
 
 def run_hf(model: nn.Module, images: Tensor) -> Any:
     """The output of a model of transformers for images (B,3,size,size)."""
-    import torch
-
     config, count = model.config, len(images)
     kind = config.model_type.removesuffix("_vision_model")
     if kind == "vjepa2":  # a clip of the one image, as long as one token lasts
@@ -183,7 +182,7 @@ def hf_pixels(folder: Path, config: Any, size: int | None) -> tuple[int, Pixels,
     from transformers.models.auto import image_processing_auto as auto
 
     files = [folder / f"{kind}_config.json" for kind in ("preprocessor", "video_preprocessor", "processor")]
-    stated: dict = next((json.loads(path.read_text()) for path in files if path.is_file()), {})
+    stated: dict = next((json.loads(path.read_text("utf-8")) for path in files if path.is_file()), {})
     stated = stated.get("image_processor", stated.get("video_processor", stated))
     known = auto.IMAGE_PROCESSOR_MAPPING_NAMES
     known = known.get(config.model_type) or known.get(config.model_type.removesuffix("_vision_model")) or {}
@@ -208,7 +207,8 @@ def hf_pixels(folder: Path, config: Any, size: int | None) -> tuple[int, Pixels,
     if value("do_normalize") is False:
         mean, std = (0.0,) * 3, (1.0,) * 3
     mean, std = (tuple(round(number / white, 6) for number in numbers) for numbers in (mean, std))
-    interpolation = dict(enumerate(PILLOW_CODES)).get(value("resample"), "bicubic")
+    codes = dict(enumerate(("nearest", "lanczos", "bilinear", "bicubic")))  # Pillow's
+    interpolation = codes.get(value("resample"), "bicubic")
     pixels = Pixels(mean, std, interpolation, None if squash else side / target)
     return size or side, pixels, () if stated else ("mean", "std", "crop")
 
@@ -221,9 +221,6 @@ def edge(size: Any) -> int:
     return sides.pop()
 
 
-PILLOW_CODES = ("nearest", "lanczos", "bilinear", "bicubic")
-
-
 # ---- timm and open_clip
 
 
@@ -233,12 +230,10 @@ def run_model(model: nn.Module, images: Tensor) -> Any:
 
 def load_timm(name: str, size: int | None, offline: bool) -> Loaded:
     """A model of timm: NAME, hf-hub:ORG/NAME, or a folder that timm saved."""
-    import timm
-
     overlay = {}
     if (repository := hub_name(name)) is not None:
         folder, commit = fetched(repository, offline)
-        if "architecture" not in json.loads((folder / "config.json").read_text()):
+        if "architecture" not in json.loads((folder / "config.json").read_text("utf-8")):
             raise ValueError("its config.json names no architecture of timm: is it a model of transformers (hf:)?")
         name = f"local-dir:{folder}"
     else:
@@ -262,8 +257,6 @@ def timm_of_file(path: Path, checkpoint_key: str | None, name: str, size: int | 
 
     ValueError if timm has no such model, or tensors are missing, left over or misshapen.
     """
-    import timm
-
     from encoders.contents import flattened, weights_of
     from encoders.families import FAMILIES
     from util.tensor_files import load_plain_or_safetensors
@@ -284,16 +277,12 @@ def timm_of_file(path: Path, checkpoint_key: str | None, name: str, size: int | 
 
 
 def check_timm_name(name: str) -> None:
-    import timm
-
     if not timm.is_model(name.split(".")[0]):
         near = nearest(name.split(".")[0], timm.list_models())
         raise ValueError(f"timm {timm.__version__} has no model {name!r}: {near}timm.list_models() lists them")
 
 
 def loaded_by_timm(model: nn.Module, size: int | None, commit: str | None) -> Loaded:
-    import timm
-
     stated = timm.data.resolve_model_data_config(model)
     native = getattr(getattr(model, "patch_embed", None), "img_size", None) or stated["input_size"][1:]
     pixels = pixels_of(stated, stated["crop_mode"], stated["crop_pct"])
@@ -305,12 +294,10 @@ def loaded_by_timm(model: nn.Module, size: int | None, commit: str | None) -> Lo
 
 def load_open_clip(name: str, size: int | None, offline: bool) -> Loaded:
     """The image tower of a model of open_clip: MODEL/TAG, MODEL/FILE.safetensors, hf-hub:ORG/NAME or a folder."""
-    import open_clip
-
     configuration, commit, options = name, None, {"force_image_size": size}
     if (repository := hub_name(name)) is not None:
         folder, commit = fetched(repository, offline, "open_clip*.safetensors")
-        configuration = (folder / "open_clip_config.json").read_text()
+        configuration = (folder / "open_clip_config.json").read_text("utf-8")
         model = open_clip.create_model(f"local-dir:{folder}", **options)
     else:
         architecture, _, tag = name.partition("/")
@@ -322,7 +309,7 @@ def load_open_clip(name: str, size: int | None, offline: bool) -> Loaded:
             folder, commit = fetched(str(Path(published["hf_hub"] + "_").parent), offline, "open_clip*.safetensors")
             file = next(folder.glob("open_clip*.safetensors"))
         if file.suffix != ".safetensors":
-            raise ValueError(f"{file} is no safetensors file, and nothing else is loaded")
+            raise ValueError(f"{file} is not a safetensors file; other files are not loaded")
         options["force_quick_gelu"] = published.get("quick_gelu", False)
         chosen = {key: published[key] for key in ("mean", "std", "interpolation", "resize_mode") if key in published}
         model = open_clip.create_model(architecture, str(file), force_preprocess_cfg=chosen, **options)

@@ -17,7 +17,7 @@ from encoders.traced import TracedEncoder
 from models_mae import DECODERS, with_decoder
 from models_vit import NORMS, Backbone, VisionTransformer
 from util.distributed import main_process_first
-from util.files import digest, sha256
+from util.files import digest, sha256, without_credentials
 from util.progress import log
 from util.tensor_files import load_plain_or_safetensors, safetensors_metadata, save_encoder  # noqa: F401
 
@@ -64,19 +64,18 @@ def load_encoder(
     decoder: bool = False,
     **options,
 ) -> Encoder:
-    """The encoder `model` with the weights that `finetune` names, or random ones where it is empty.
+    """The encoder `model` with the weights that `finetune` names, or random ones if it is empty; frozen, in eval mode.
 
-    finetune: a file (.pth or .safetensors), a name of CATALOGUE, a URL, or a model that its own library runs at `size`
-    pixels (encoders.libraries; a timm model's name, too), without other options.
-    model: a name of ARCHITECTURES, or "file" to take the sizes from the tensors.
+    finetune: a file, a name of CATALOGUE, a URL, or a model that its own library runs at `size` pixels.
+    model: a name of ARCHITECTURES; "file": by the sizes of the tensors.
     family: a name of FAMILIES; None or "auto": see detect_family. If several families remain, which resample positions
-    differently, the backbone takes only images of its positions' size. checkpoint_key: another encoder of the file than
-    the family's default (see Family). offline: download nothing.
-    mean, std, grid (rows and columns of the file's positions), and options of models_vit.VisionTransformer, such as
-    num_heads: what tensors do not show. What remains open is logged with the value assumed. timm_name: the timm model
-    whose weights the file holds, and which timm runs. decoder: append the file's MAE decoder, as further blocks.
-    The backbone is in evaluation mode and frozen. Raises ValueError where a tensor is missing, left over, misshapen or
-    not finite.
+    differently, the backbone takes only images of its positions' size.
+    checkpoint_key: another encoder of the file than the family's default. offline: download nothing.
+    timm_name: the timm model whose weights the file holds, and which timm runs.
+    decoder: append the file's MAE decoder, as further blocks.
+    mean, std, grid (rows and columns of the file's positions) and options of models_vit.VisionTransformer, such as
+    num_heads: facts that tensors do not show; what nothing states is assumed and logged.
+    ValueError if a tensor is missing, left over, misshapen or not finite.
     """
     if model != FROM_FILE:
         architecture(model)
@@ -89,6 +88,7 @@ def load_encoder(
         known_family(finetune, model, family)  # before a download that could not be used
         with main_process_first():  # the other processes use its download
             path = fetch_weights(finetune, offline)
+        finetune = without_credentials(finetune)  # for messages and records
         if path is not None and not timm_name:
             reading = open_weights(finetune, path, model, family, checkpoint_key, grid=grid, **options)
             return encoder_of_file(finetune, path, reading, stated)
@@ -145,19 +145,19 @@ def traced_encoder(finetune: str, package: str, source: str, load: Callable[[], 
     log.info("loaded %s", "; ".join(f"{name} {value}" for name, value in record.items() if name != "sha256"))
     if assumed := [f"{name} (--{name})" for name in loaded.assumed if name not in stated]:
         record["assumed"] = assumed
-        log.warning("%s does not state its preprocessing, so these are assumed: %s", finetune, ", ".join(assumed))
+        log.warning("%s does not state its preprocessing; assumed: %s", finetune, ", ".join(assumed))
     options = {"version": record["version"], "configuration": digest(loaded.configuration)}
     return Encoder(backbone.eval(), pixels.mean, pixels.std, record, options, pixels.interpolation, pixels.crop_pct)
 
 
 def encoder_of_file(finetune: str, path: Path, reading: Reading, stated: dict) -> Encoder:
-    """ValueError, with all reasons, where the file does not cover an encoder."""
+    """ValueError, with all reasons, if the file does not cover an encoder."""
     if problems := problems_of(reading):
         model = reading.model or "model"
         raise ValueError(f"{finetune} is not a {model} of family {reading.family}: {'; '.join(problems)}")
     for name, theirs in reading.published.items():
         if stated.get(name, theirs) != theirs:
-            log.warning("%s: %s = %s, where its authors have %s", finetune, name, stated[name], theirs)
+            log.warning("%s: %s is %s, but its authors use %s", finetune, name, stated[name], theirs)
     options = {**reading.options, **({"pos_resampling": "unknown"} if reading.others else {})}
     backbone = VisionTransformer(**options)
     backbone.load_state_dict(reading.state, strict=True)
@@ -167,15 +167,14 @@ def encoder_of_file(finetune: str, path: Path, reading: Reading, stated: dict) -
     if stated.get("decoder"):
         encoder = decoded(finetune, encoder, reading)
     if others := other_encoders(reading):
-        level = (
-            logging.INFO if {"family", "checkpoint_key"} & stated.keys() or finetune in CATALOGUE else logging.WARNING
-        )
+        chosen = finetune in CATALOGUE or {"family", "checkpoint_key"} & stated.keys()
+        level = logging.INFO if chosen else logging.WARNING
         log.log(level, "%s holds other encoders, too: %s", finetune, ", ".join(others))
     return encoder
 
 
 def decoded(finetune: str, encoder: Encoder, reading: Reading) -> Encoder:
-    """The encoder with the decoder of its file behind it."""
+    """The encoder, followed by the decoder of its file."""
     heads = DECODERS.get(reading.model, DECODERS["vit_base_patch16"])["decoder_num_heads"]
     try:
         backbone = with_decoder(encoder.backbone, reading.weights, heads)
@@ -194,10 +193,8 @@ def input_size(encoder: Encoder, stated: int | None) -> int:
     rows, columns = backbone.grid_size
     size = stated or (default_input_size(model) if model in ARCHITECTURES else rows * backbone.patch_size)
     if size % backbone.patch_size or (not stated and model not in ARCHITECTURES and rows != columns):
-        raise ValueError(
-            f"--input_size{f' {stated}' * bool(stated)}: {model} needs a multiple of its patch size "
-            f"{backbone.patch_size}"
-        )
+        given = f"--input_size {stated}" if stated else "--input_size"
+        raise ValueError(f"{given}: {model} needs a multiple of its patch size {backbone.patch_size}")
     return size
 
 
@@ -222,4 +219,4 @@ def log_encoder(finetune: str, encoder: Encoder, reading: Reading, stated: set[s
         hints = [undecided(reading)] * bool(reading.others)
         if isinstance(arch := reading.content.leaves.get("arch"), str):
             hints.append(f"the file names the architecture {arch}, which --timm_name may know")
-        log.warning("%s does not state, so these are assumed: %s", finetune, "; ".join(assumed + hints))
+        log.warning("%s does not show these facts, so they are assumed: %s", finetune, "; ".join(assumed + hints))

@@ -21,11 +21,10 @@ class Oracle:
         self.facts = oracle.facts(size, "oracle")
         if not self.backbone.has_cls:
             raise ValueError("this encoder has no [cls] token, hence no [cls] attention")
-        patches = self.backbone.patch_size, probed.backbone.patch_size
-        if patches[0] != patches[1]:
+        own, other = self.backbone.patch_size, probed.backbone.patch_size
+        if own != other:
             raise ValueError(
-                f"its patches have {patches[0]} pixels, the probed encoder's {patches[1]}, which gives different grids "
-                f"at {size} pixels: name an oracle with the same patch size"
+                f"its patches have {own} pixels, the probed encoder's {other}: name an oracle with equal ones"
             )
         (mean, probed_mean), (std, probed_std) = (
             [torch.tensor(values)[:, None, None] for values in pair]

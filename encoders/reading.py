@@ -271,13 +271,13 @@ def detect_family(path: Path, content: Content, checkpoint_key: str | None = Non
         same = len(names) > 1 and all(alike(readings[names[0]], readings[name]) for name in names)
         raise ValueError(
             f"{path} does not show its family{where}, but loads with --family {' or --family '.join(names)}"
-            f"{', which make the same encoder of it' * same}: write {'one of them' if len(names) > 1 else 'that'}"
+            f"{', which give the same encoder' * same}: write {'one of them' if len(names) > 1 else 'that'}"
         )
     raise ValueError(f"{path} holds no weights of a known family{where}: {advice or what_it_holds(content)}")
 
 
 def alike(first: Reading, second: Reading) -> bool:
-    """Whether two families make the same encoder of a file, at the size of its table of positions."""
+    """Whether two families give the same encoder at the size of the file's positions."""
     options = [{**DEFAULTS, **reading.options, "pos_resampling": None} for reading in (first, second)]
     for option in options:
         option["pos_embed"] = option["pos_embed"] != "none"  # a fixed table is in the file, too
@@ -305,9 +305,8 @@ def obstacle(content: Content) -> str:
     for name in content.encoders():
         odd = [(key, kind) for key, value in content.below(name).items() if (kind := not_a_tensor(value))]
         label = f"{name}: " if name else ""
-        obstacles += [f"{label}{key} is {kind}" for key, kind in odd[:3]] + [f"{label}{len(odd) - 3} more"] * (
-            len(odd) > 3
-        )
+        obstacles += [f"{label}{key} is {kind}" for key, kind in odd[:3]]
+        obstacles += [f"{label}{len(odd) - 3} more"] * (len(odd) > 3)
     return f"not all entries are tensors ({', '.join(obstacles[:4])}): save tensors only" if obstacles else ""
 
 

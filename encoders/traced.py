@@ -75,7 +75,7 @@ class Structure(NamedTuple):
     blocks: list[nn.Module]
     attentions: list[nn.Module]  # of each block
     names: list[str]  # of the attentions
-    norm: nn.Module  # after the last block; nn.Identity where there is none
+    norm: nn.Module  # after the last block; nn.Identity if there is none
     used: set[str]  # modules that compute the tokens
     output: Any  # of the model
 
@@ -164,7 +164,7 @@ class TracedEncoder(Backbone):
     """A model of another library; it takes images of one size.
 
     ValueError, with the reason, if a BlockTrace does not describe its blocks, its tokens are not a row-major grid of
-    patches behind some prefix tokens, or weights of the blocks are missing.
+    patches after some prefix tokens, or weights of the blocks are missing.
     """
 
     def __init__(self, loaded: Loaded):
@@ -199,9 +199,7 @@ class TracedEncoder(Backbone):
             if self.size % side == 0 and prefix < side**2 and self.is_grid(image, side, prefix):
                 break
         else:
-            raise ValueError(
-                f"its {tokens} tokens are not one for each patch of a row-major grid ({self.size} x {self.size} pixels)"
-            )
+            raise ValueError(f"its {tokens} tokens are not one for each patch of a row-major grid")
         self.has_cls = prefix > 0 and any(CLS_TOKEN.fullmatch(name) for name, _ in self.model.named_parameters())
         self.patch_size, self.num_prefix_tokens = self.size // side, prefix
         self.num_registers = prefix - self.has_cls
@@ -216,10 +214,9 @@ class TracedEncoder(Backbone):
         return most.tolist() == [prefix + row * side + column for row, column in cells]
 
     def trace(self, images: Tensor) -> Iterator[BlockTrace]:
-        if (given := tuple(images.shape[-2:])) != (self.size, self.size):
-            raise ValueError(
-                f"images of {given[0]} x {given[1]} pixels: this encoder was loaded for {self.size} pixels"
-            )
+        height, width = images.shape[-2:]
+        if (height, width) != (self.size, self.size):
+            raise ValueError(f"images of {height} x {width} pixels: this encoder was loaded for {self.size} pixels")
         run, more = Run(lambda: self.run(self.model, images)), False
         try:
             for _ in range(self.depth):

@@ -9,6 +9,7 @@ import json
 import math
 import re
 import statistics
+import tomllib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,23 +23,10 @@ from util.files import reading
 from util.progress import log
 
 NAMED = [name for name in DATASETS if name != "image_folder"]  # data sets whose images are known
-PAPER_ORACLE = "dino_vit_base_patch16"
-PAPER_STEP = 0.01  # of thresholds: the coarser of the reference's two
-# how the paper trains probes (B.2, and the published code where the text is silent)
-PROTOCOLS = {
-    "P-LP": {"effective_batch": 16_384, "bn_group": 2048, "optimizer": "lars"},
-    "P-SGD": {"effective_batch": 1024, "optimizer": "sgd"},
-}
-COMMON = {"warmup_epochs": 10, "start_epoch": 0, "min_lr": 0.0, "weight_decay": 0.0, "crop": "mae", "no_hflip": False}
-COMMON |= {"final_norm": False, "init": "default", "cache_views": 0}
+PAPER = tomllib.loads(Path(__file__).with_name("protocol.toml").read_text("utf-8"))
+COMMON = PAPER["common"]
+ENCODER = {**PAPER["encoder"], **dict.fromkeys(("num_heads", "mean", "std", "grid", "timm_name"))}
 BATCH = ("effective_batch", "bn_group")
-BLR = 0.1
-MOMENTUM = {"lars": 0.9, "sgd": 0.0}
-NORMED = ("capi",)  # families whose public models return tokens after the last norm: D12 in REPRODUCTION.md
-SHORTER = ("large", "huge")  # ViTs whose probes have 50 epochs instead of 90
-# arguments that change a published encoder, or what it sees
-ENCODER = {"num_heads": None, "no_cls_token": False, "loader": "pil", "mean": None, "std": None}
-ENCODER |= {"grid": None, "timm_name": None, "decoder": False}
 NATS = ("aggregation_entropy", "aggregation_entropy_block_mean")  # quantities in nats; all others are percentages
 ORIGIN = ("commit", "dirty", "versions", "test_images", "n_test")  # of every result
 INDEPENDENT = ["weights", "order", "views"]  # what independent runs of different --seed vary
@@ -150,23 +138,23 @@ def training_obstacles(run: dict, family: str | None, head: str, optimizer: str,
     args = run["args"]
     if not (protocol := DATASETS[args["dataset"]].protocol):
         return []
-    epochs = 50 if any(f"_{size}_" in args["model"] for size in SHORTER) else 90
-    paper = {**COMMON, **PROTOCOLS[protocol], "epochs": epochs, "final_norm": family in NORMED}
+    epochs = next((n for size, n in PAPER["shorter"].items() if f"_{size}_" in args["model"]), PAPER["epochs"])
+    paper = {**COMMON, **PAPER[protocol], "epochs": epochs, "final_norm": family in PAPER["normed"]}
     if "sa=" in head:
         paper["optimizer"] = "sgd"  # the paper could not train it with LARS
     if not chosen:
-        paper["blr"] = BLR
+        paper["blr"] = PAPER["blr"]
     if args.get("momentum") is not None:
-        paper["momentum"] = MOMENTUM[optimizer]
+        paper["momentum"] = PAPER["momentum"][optimizer]
     ours = {**args, **{name: run[name] for name in BATCH}, "optimizer": optimizer, "blr": blr}
     return [f"{name} {ours[name]}, the paper's {value}" for name, value in paper.items() if ours[name] != value]
 
 
 def oracle_obstacles(args: dict, head: str, oracle: dict | None) -> list[str]:
     source = (oracle or {}).get("source")
-    if head.partition(":")[0] != "dino" or source == PAPER_ORACLE or not DATASETS[args["dataset"]].protocol:
+    if head.partition(":")[0] != "dino" or source == PAPER["oracle"] or not DATASETS[args["dataset"]].protocol:
         return []
-    return [f"the oracle is {source}, the paper's is {PAPER_ORACLE}"]
+    return [f"the oracle is {source}, the paper's is {PAPER['oracle']}"]
 
 
 def weights_notes(args: dict, encoder: dict) -> list[str]:
@@ -275,8 +263,8 @@ def aggregation_cells(result: dict) -> Iterator[Measurement]:
             others, how = [], {name: boxes[name] for name in ("transform", "step")}
             if dataset.protocol and boxes["transform"] != "resize":
                 others.append("central crops, the paper's reference takes the whole image")
-            if dataset.protocol and boxes["step"] > PAPER_STEP:
-                others.append(f"thresholds in steps of {boxes['step']}, the paper's reference has {PAPER_STEP}")
+            if dataset.protocol and boxes["step"] > PAPER["step"]:
+                others.append(f"thresholds in steps of {boxes['step']}, the paper's reference has {PAPER['step']}")
             values = [boxes["maps"][rule["name"]]["maxboxaccv2"] for rule in rules]
             name = "cls" if head == "attn-mn" else head  # the paper calls the mean [cls] attention simply [cls]
             measured.append(("maxboxaccv2", name, boxes["images"], values, others, how))

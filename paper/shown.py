@@ -26,7 +26,7 @@ TOLERANCE = {"points": 3.0, "ratio": 1e-2, "metrics": 1e-4}
 
 def shown_records(page: Path) -> dict[Path, dict]:
     """The programs' results that a page links or names in its marks; of a folder, all below it but goldens."""
-    named = {ROOT / name for name in re.findall(r"(?:\]\(|[= ])(?:\.\./)*(results/[\w./+-]+)", page.read_text())}
+    named = {ROOT / name for name in re.findall(r"(?:\]\(|[= ])(?:\.\./)*(results/[\w./+-]+)", page.read_text("utf-8"))}
     paths = {file for path in named for file in (path.rglob("*.json") if path.is_dir() else [path])}
     records = {}
     for path in sorted(paths):

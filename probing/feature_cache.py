@@ -28,7 +28,7 @@ from encoders.load import load_plain_or_safetensors, safetensors_metadata, save_
 from probing.bank import ProbeBank
 from probing.frozen import FiniteCheck, FrozenTokens, Read
 from util.distributed import agree, barrier, from_main, processes_here, rank, sum_over_ranks, world_size
-from util.files import digest, sha256
+from util.files import digest, no_link, sha256
 from util.progress import log
 
 VALUE = 4  # bytes of a float32
@@ -208,7 +208,8 @@ class FeatureCache:
             try:
                 self.file.parent.mkdir(parents=True, exist_ok=True)
                 self._marker.unlink(missing_ok=True)
-                with open(self.file, "ab") as file:  # not "wb": another run may be writing the same rows to it
+                # not "wb": another run may be writing the same rows to it
+                with open(self.file, "ab", opener=no_link) as file:
                     os.truncate(file.fileno(), self.bytes)
                     # allocate the blocks now: a full disk behind a memory map ends the program without a message
                     if hasattr(os, "posix_fallocate"):

@@ -46,17 +46,15 @@ class ProbeRun(NamedTuple):
             bank.load_probe_states(self.state["probes"])
         return bank.eval().requires_grad_(False)
 
-    def scores(self) -> dict[str, dict]:
-        """{probe: scores at the last epoch, with its rate, optimizer and where it diverged, if it did}.
+    @property
+    def chosen(self) -> dict[str, dict]:
+        """Probes of results.json, without those whose rate or optimizer held-out images did not choose."""
+        return {name: probe for name, probe in self.results["probes"].items() if probe.get("chosen", True)}
 
-        If held-out images chose rate and optimizer of each head and block, the chosen probes only.
-        """
+    def scores(self) -> dict[str, dict]:
+        """{chosen probe: scores at the last epoch, with its rate, optimizer and where it diverged, if it did}"""
         settings = ("blr", "optimizer", "diverged_at")
-        return {
-            name: {**probe["last"], **{key: probe[key] for key in settings}}
-            for name, probe in self.results["probes"].items()
-            if probe.get("chosen", True)
-        }
+        return {n: {**probe["last"], **{key: probe[key] for key in settings}} for n, probe in self.chosen.items()}
 
 
 def read_run(folder: Path) -> ProbeRun:
@@ -103,7 +101,7 @@ def read_trained(folder: Path, head: str | None = None, block: int | None = None
     if (folder / FACTS).is_file():
         return read_exported(folder)
     run = read_run(folder)
-    probes = {name: probe for name, probe in run.results["probes"].items() if probe.get("chosen", True)}
+    probes = run.chosen
     names = [name for name in probes if block in (None, probes[name]["block"]) and seed in (None, probes[name]["seed"])]
     for key in ("head", "aggregation"):
         fitting = [name for name in names if head in (None, name, probes[name][key])]

@@ -18,7 +18,7 @@ from torch import Tensor
 from encoders.load import load_plain_or_safetensors, safetensors_metadata
 from probing.results import metric_label
 from util.distributed import gather_rows
-from util.files import digest, to_json
+from util.files import to_json
 from util.intervals import best_guess
 from util.progress import log
 from util.scores import average_precision
@@ -43,45 +43,36 @@ class PredictionKeeper:
 
     def __init__(self, names: Sequence[str], classes: int, multi_label: bool, device: torch.device):
         self.names, self.multi_label, self.device = tuple(names), multi_label, device
-        self.index = [torch.empty(0, dtype=torch.int64)]  # a rank may have no images
-        self.labels = [torch.empty(0, classes, dtype=torch.uint8) if multi_label else self.index[0]]
-        empty = torch.empty(0, classes) if multi_label else torch.empty(0, min(5, classes), dtype=torch.int32)
-        self.outputs, self.losses = [[empty] for _ in names], [[torch.empty(0)] for _ in names]
+        index, kept = torch.empty(0, dtype=torch.int64), min(5, classes)
+        labels = torch.empty(0, classes, dtype=torch.uint8) if multi_label else index
+        output = torch.empty(0, classes) if multi_label else torch.empty(0, kept, dtype=torch.int32)
+        self.parts = {"index": [index], "labels": [labels]}  # a rank may have no images
+        self.parts |= {f"output/{name}": [output] for name in names} | {
+            f"loss/{name}": [torch.empty(0)] for name in names
+        }
 
     def update(self, logits: list[Tensor], labels: Tensor, index: Tensor) -> None:
         """Add the logits (B,K) of each classifier, the labels, and the positions (B,) of the images."""
-        self.index.append(index.cpu())
-        self.labels.append(labels.cpu())
-        for outputs, losses, scores in zip(self.outputs, self.losses, logits, strict=True):
+        batch = {"index": index, "labels": labels}
+        for name, scores in zip(self.names, logits, strict=True):
             if self.multi_label:
                 output = scores.float()
                 loss = F.binary_cross_entropy_with_logits(output, labels.float(), reduction="none").mean(1)
             else:
                 output = scores.topk(min(5, scores.shape[1])).indices.to(torch.int32)
                 loss = F.cross_entropy(scores.float(), labels, reduction="none")
-            outputs.append(output.cpu())
-            losses.append(loss.cpu())
+            batch |= {f"output/{name}": output, f"loss/{name}": loss}
+        for key, values in batch.items():
+            self.parts[key].append(values.cpu())
 
     def gather(self, facts: dict) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Tensors and metadata of the file: the images of all ranks in the order of the data set.
 
         facts: of the run, plain data. Each rank must call it.
         """
-        index = self._gather(self.index)
-        order = index.argsort()
-        tensors = {"index": index[order], "labels": self._gather(self.labels)[order]}
-        for name, outputs, losses in zip(self.names, self.outputs, self.losses, strict=True):
-            tensors[f"output/{name}"] = self._gather(outputs)[order].contiguous()
-            tensors[f"loss/{name}"] = self._gather(losses)[order].contiguous()
-        text = to_json(facts)
-        return tensors, {"sha256": file_digest(tensors, text), "facts": text}
-
-    def _gather(self, parts: list[Tensor]) -> Tensor:
-        return gather_rows(torch.cat(parts).to(self.device)).cpu()
-
-
-def file_digest(tensors: dict[str, Tensor], facts: str) -> str:
-    return digest([facts, dict(sorted(tensors.items()))])
+        tensors = {key: gather_rows(torch.cat(parts).to(self.device)).cpu() for key, parts in self.parts.items()}
+        order = tensors["index"].argsort()
+        return {key: values[order].contiguous() for key, values in tensors.items()}, {"facts": to_json(facts)}
 
 
 def read_predictions(path: Path) -> Predictions:
@@ -92,11 +83,12 @@ def read_predictions(path: Path) -> Predictions:
     if not path.exists():
         raise ValueError(f"{path}: no such file; main_linprobe.py --save_predictions writes it")
     tensors, metadata = load_plain_or_safetensors(path), safetensors_metadata(path)
-    if metadata.get("sha256") != file_digest(tensors, metadata.get("facts", "")):
-        raise ValueError(f"{path} is damaged, or not a file of main_linprobe.py --save_predictions")
-    facts = json.loads(metadata["facts"])
-    outputs, losses = ({name: tensors[f"{kind}/{name}"] for name in facts["probes"]} for kind in ("output", "loss"))
-    return Predictions(tensors["index"], tensors["labels"], outputs, losses, facts)
+    try:
+        facts = json.loads(metadata["facts"])
+        outputs, losses = ({name: tensors[f"{kind}/{name}"] for name in facts["probes"]} for kind in ("output", "loss"))
+        return Predictions(tensors["index"], tensors["labels"], outputs, losses, facts)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a file of main_linprobe.py --save_predictions ({error})") from error
 
 
 # ---- scores in [0, 1], from the `outputs` and labels of Predictions

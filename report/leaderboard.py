@@ -12,8 +12,7 @@ from scipy import stats
 
 from models_vit import ARCHITECTURES, build_vit
 from paper.shown import GOLDEN
-from report.facts import data_key
-from report.runs import Record, Run, find_runs
+from report.runs import Record, Run, data_key, find_runs
 from report.tables import Cell, Mean, group_by, mean_of, stem
 
 BY_IMAGE = {"top1": "top-1 (%)", "any_match": "any match (%)"}  # scores that are a mean over images
@@ -25,7 +24,7 @@ class Entry(NamedTuple):
     run: Run
     name: str  # of the probe, without its seed
     probe: Record  # of the first seed
-    values: dict[int | None, float]  # by seed
+    by_seed: dict[int | None, float]
 
     @property
     def path(self) -> Path:
@@ -37,16 +36,12 @@ class Entry(NamedTuple):
 
     @property
     def scores(self) -> Mean:
-        return mean_of(list(self.values.values()))
-
-    @property
-    def mean(self) -> float:
-        return self.scores.mean
+        return mean_of(list(self.by_seed.values()))
 
     @property
     def over_images(self) -> float:
         """Half the width of the 95 % interval over images, at most: as if all seeds missed the same images."""
-        return 1.96 * math.sqrt(self.mean * (100 - self.mean) / self.run.record["n_test"])
+        return 1.96 * math.sqrt(self.scores.mean * (100 - self.scores.mean) / self.run.record["n_test"])
 
 
 def read_entries(results: Path) -> list[Entry]:
@@ -56,19 +51,14 @@ def read_entries(results: Path) -> list[Entry]:
     for run in find_runs([str(results)])[0]:
         if run.program == "main_linprobe" and run.results and run.folder.name != GOLDEN:
             try:
-                entries += entries_of(run)
+                probes, score = run.record["probes"], run.record["headline"]
+                chosen = [name for name in probes if probes[name].get("chosen") is not False and score in BY_IMAGE]
+                for same in ([(name, probes[name]) for name in names] for names in group_by(chosen, stem)):
+                    if all(probe["diverged_at"] is None for _, probe in same):
+                        by_seed = {probe["seed"]: float(probe["last"][score]) for _, probe in same}
+                        entries.append(Entry(run, stem(same[0][0]), same[0][1], by_seed))
             except (KeyError, TypeError, AttributeError, ValueError) as error:
                 raise ValueError(f"{run.folder}/{run.prefix}results.json is not a record: {error!r}") from error
-    return entries
-
-
-def entries_of(run: Run) -> list[Entry]:
-    entries, score = [], run.record["headline"]
-    probes = {n: p for n, p in run.record["probes"].items() if p.get("chosen") is not False and score in BY_IMAGE}
-    for names in group_by(probes, stem):
-        if all(probes[name]["diverged_at"] is None for name in names):
-            values = {probes[name]["seed"]: float(probes[name]["last"][score]) for name in names}
-            entries.append(Entry(run, stem(names[0]), probes[names[0]], values))
     return entries
 
 
@@ -78,7 +68,7 @@ def problems(results: Path) -> list[str]:
     for entry in read_entries(results):
         if entry.run.record["dirty"] is not False or not entry.run.record["commit"]:
             faults.append(f"{entry.path} was not made by clean, known code")
-        if not all(0 <= value <= 100 for value in entry.values.values()):
+        if not all(0 <= value <= 100 for value in entry.by_seed.values()):
             faults.append(f"{entry.path}: the scores of {entry.name} are not percentages")
     return list(dict.fromkeys(faults))
 
@@ -86,7 +76,7 @@ def problems(results: Path) -> list[str]:
 def boards(results: Path) -> list[list[Entry]]:
     """For each set of images, the entries in the order of their scores."""
     groups = group_by(read_entries(results), lambda entry: data_key(entry.run.record))
-    return [sorted(same, key=lambda entry: -entry.mean) for same in groups]
+    return [sorted(same, key=lambda entry: -entry.scores.mean) for same in groups]
 
 
 @functools.cache
@@ -107,24 +97,21 @@ def student(values: Sequence[float]) -> float:
 
 def difference(entry: Entry, base: Entry | None) -> Cell | None:
     """The difference of two rows and whether it is real: its 95 % interval over images excludes 0, and so does the one
-    over the seeds that both have, where they are three or more."""
+    over the seeds that both have, where they are three or more.
+
+    The interval over images is that of scripts/compare_probes.py if X.comparison.json lies beside X.results.json, which
+    is narrower than that of independent errors.
+    """
     if base is None or base is entry:
         return None
-    value, half = entry.mean - base.mean, math.hypot(entry.over_images, base.over_images)
-    low, high = paired_by_image(entry, base) or (value - half, value + half)
-    seeds = student([entry.values[seed] - base.values[seed] for seed in entry.values if seed in base.values])
+    value, half = entry.scores.mean - base.scores.mean, math.hypot(entry.over_images, base.over_images)
+    path = entry.path.with_name(entry.path.name.replace("results.json", "comparison.json"))
+    paired = json.loads(path.read_text(encoding="utf-8")) if path.exists() and entry.run is base.run else {}
+    intervals = {row["name"]: row["difference_over_images"] for row in paired.get("probes", [])}
+    known = paired.get("baseline") == base.name and entry.name in intervals
+    low, high = intervals[entry.name] if known else (value - half, value + half)
+    seeds = student([entry.by_seed[seed] - base.by_seed[seed] for seed in entry.by_seed if seed in base.by_seed])
     shown = not low <= 0 <= high and not abs(value) <= seeds
     verdict = "not shown" if not shown else "real for these seeds" if math.isnan(seeds) else "real"
     text = f"{value:+.1f} ({low:+.1f} to {high:+.1f})"
     return Cell(text, value, badges=[("good" if verdict == "real" else "", verdict)])
-
-
-def paired_by_image(entry: Entry, base: Entry) -> tuple[float, float] | None:
-    """The interval of scripts/compare_probes.py, if X.comparison.json lies beside X.results.json; it is narrower than
-    that of independent errors."""
-    path = entry.path.with_name(entry.path.name.replace("results.json", "comparison.json"))
-    comparison = json.loads(path.read_text(encoding="utf-8")) if path.exists() and entry.run is base.run else {}
-    if comparison.get("baseline") != base.name:
-        return None
-    intervals = {row["name"]: row["difference_over_images"] for row in comparison["probes"]}
-    return tuple(intervals[entry.name]) if entry.name in intervals else None

@@ -14,6 +14,8 @@ import numpy as np
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 
+from util.files import require_content
+
 IMAGES = 8  # shown per run
 MOST_PATCHES = 400  # that similarities are shown of: a byte for each pair
 
@@ -25,6 +27,7 @@ def read_maps(paths: Sequence[Path]) -> tuple[list[dict[str, Any]], list[str]]:
         try:
             with safe_open(path, framework="numpy") as file:
                 tensors, facts = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+            require_content(path)
             (rows, columns), names, rules = (json.loads(facts.get(name, "[]")) for name in ("grid", "images", "rules"))
             images = [
                 {"name": str(name), **encode(rows * columns, len(rules), {key: t[i] for key, t in tensors.items()})}
@@ -38,7 +41,8 @@ def read_maps(paths: Sequence[Path]) -> tuple[list[dict[str, Any]], list[str]]:
 
 
 def encode(patches: int, rules: int, tensors: dict[str, np.ndarray]) -> dict[str, Any]:
-    """One image: its picture as JPEG; maps as bytes, the square roots of the weights. ValueError for other shapes."""
+    """One image: its picture as JPEG; maps as bytes, the square roots of the weights; principal components as colours;
+    and the cosine similarity of all pairs of patches. ValueError for other shapes."""
     picture = io.BytesIO()
     Image.fromarray(tensors["pictures"]).save(picture, "JPEG", quality=88)
     shown: dict[str, Any] = {"picture": base64.b64encode(picture.getvalue()).decode()}
@@ -50,17 +54,16 @@ def encode(patches: int, rules: int, tensors: dict[str, np.ndarray]) -> dict[str
             shown[name] = {"top": top, "shape": weights.shape, "data": to_text((weights / top) ** 0.5)}
     if "patches" in tensors:
         features = np.nan_to_num(tensors["patches"].astype(np.float64)).reshape(patches, -1)
-        unit = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
         shown["colours"] = to_text(principal_components(features))
         if patches <= MOST_PATCHES:
+            unit = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
             shown["similarity"] = to_text((unit @ unit.T + 1) / 2)
     return shown
 
 
 def principal_components(features: np.ndarray) -> np.ndarray:
     """(M,D) -> (M,3) colours in [0,1]: the first components, whitened, through a sigmoid, as DINOv3's notebooks do."""
-    centred = features - features.mean(0)
-    vectors, sizes, axes = np.linalg.svd(centred, full_matrices=False)
+    vectors, sizes, axes = np.linalg.svd(features - features.mean(0), full_matrices=False)
     signs = np.sign(axes[np.arange(len(axes)), np.abs(axes).argmax(1)])  # of the largest entry: otherwise arbitrary
     scores = (vectors * signs * (len(features) - 1) ** 0.5 * (sizes > 1e-9 * sizes[0]))[:, :3]
     return 1 / (1 + np.exp(-2 * np.pad(scores, ((0, 0), (0, 3 - scores.shape[1])))))

@@ -3,33 +3,41 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from attention.figures import entries, model_name, title
 from attention.metrics import metric_names
 from probing.results import metric_label as short_label
 from probing.results import seeds_note
-from report.facts import badges, data_key, image_count, notes_of, run_cell
-from report.plots import Axes, Line
-from report.runs import Record, Run
+from report.runs import FACTS, Record, Run, badges, data_key
 from report.tables import Cell, Mean, Row, cell_of, fold, group_by, mean_cell, mean_of, real, stem
 
-AGGREGATION = {
-    "top1": "top-1 (%)",
-    "aggregation_entropy": "entropy (nats)",
-    "maxboxaccv2": "MaxBoxAccV2 (%)",
-    "maxboxacc": "MaxBoxAcc (%)",
-}
-TRAINING = {
-    "loss": "training loss",
-    "lr": "learning rate",
-    "images_per_second": "images/s",
-    "data_wait": "share of time waiting for data",
-    "memory_gib": "memory (GiB)",
-}
+AGGREGATION, TRAINING = FACTS["aggregation"], FACTS["training"]  # {quantity: column}
 COUNTS = {"loss": "loss", "classes": "classes with a positive image"}
 EPOCH = "epoch (from 1)"
+BLOCK = "block (from 0)"
 NOTHING = ("learned nothing",)
 POINTS = 100  # drawn of a spectrum
+
+
+class Curve(NamedTuple):
+    """A line of the plot that has this title and these labels."""
+
+    title: str
+    x_label: str
+    y_label: str
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+    spread: Sequence[float] = ()  # half the width of a band around it
+    reference: bool = False  # thin and grey
+    heading: str = ""  # under which the plot is folded
+
+    @property
+    def points(self) -> list[tuple[float, float, float]]:
+        """(x, y, spread) of the finite values."""
+        spread = self.spread or [0.0] * len(self.y)
+        return [(x, y, s) for x, y, s in zip(self.x, self.y, spread, strict=True) if math.isfinite(y + s)]
 
 
 @dataclass(frozen=True)
@@ -40,11 +48,11 @@ class Content:
     images: float | None  # how many an analysis used
     rows: list[Row]  # of the main table
     headline: Sequence[str]  # the column that sums up a row, or the next one if that is empty
-    curves: Mapping[str, Mapping[Axes, Sequence[Line]]] = field(default_factory=dict)  # by title; "" is not folded
+    curves: Sequence[Curve] = ()
     record: Record = field(default_factory=dict)  # for further tables of page.html
     neighbours: list[Row] = field(default_factory=list)
     remarks: list[tuple[str, str]] = field(default_factory=list)  # about numbers in the main table: (style, text)
-    notes: Sequence[str] = ()  # of report.facts.NOTES
+    notes: Sequence[str] = ()  # of report.runs.NOTES
 
     @property
     def key(self) -> str:
@@ -59,14 +67,7 @@ class Content:
         return [f"{best}: " * (i == 0) + f"{name} {score}" for i, (name, score) in enumerate(scores.items())]
 
 
-def metric_label(score: str) -> str:
-    """Column heading of a score, with its unit."""
-    return COUNTS.get(score) or f"{short_label(score).replace('_', ' ')} (%)"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# linear probes
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- linear probes
 
 
 def read_probes(run: Run) -> list[Content]:
@@ -79,23 +80,18 @@ def read_probes(run: Run) -> list[Content]:
     rows = fold([probe_row(run, names, name, probe, stem(name) in nothing) for name, probe in probes.items()])
     columns = [f"{part} {metric_label(headline)}" for part in ("test", "held-out")]
     neighbours = [
-        {"run": run_cell(run), "_name": name, "vector": stem(name), "neighbours": int(k), **scores_of("test", scores)}
+        {"run": run.cell, "_name": name, "vector": stem(name), "neighbours": int(k), **scores_of("test", scores)}
         for name, by_k in (run.record.get("knn") or {}).items()
         for k, scores in by_k.items()
     ]
-    curves = epoch_curves(run, list(probes), watched, headline) | score_by_size(run, rows, columns[0])
-    return [
-        Content(
-            run.record,
-            None,
-            rows,
-            columns,
-            {"": curves},
-            neighbours=fold(neighbours),
-            remarks=remarks(run, probes),
-            notes=NOTHING if nothing else (),
-        )
-    ]
+    curves = epoch_curves(run, list(probes), watched, headline)
+    about = {"neighbours": fold(neighbours), "remarks": remarks(run, probes), "notes": NOTHING if nothing else ()}
+    return [Content(run.record, None, rows, columns, curves, **about)]
+
+
+def metric_label(score: str) -> str:
+    """Column heading of a score, with its unit."""
+    return COUNTS.get(score) or f"{short_label(score).replace('_', ' ')} (%)"
 
 
 def score_names(evaluations: Sequence[Record], headline: str) -> list[str]:
@@ -109,19 +105,16 @@ def score_names(evaluations: Sequence[Record], headline: str) -> list[str]:
 
 def scores_of(evaluation: str, scores: Record, names: Iterable[str] | None = None) -> dict[str, object]:
     """Columns of an evaluation: None for names that it lacks."""
-    return {
-        f"{evaluation} {metric_label(name)}": (int if name == "classes" else real)(scores[name])
-        if name in scores
-        else None
-        for name in (scores if names is None else names)
-    }
+    names = scores if names is None else names
+    values = {name: (int if name == "classes" else real)(scores[name]) for name in names if name in scores}
+    return {f"{evaluation} {metric_label(name)}": values.get(name) for name in names}
 
 
 def probe_row(run: Run, names: Sequence[str], name: str, probe: Record, nothing: bool) -> dict[str, object]:
     rate = next((key for key in ("lr", "blr") if probe.get(key)), None)
     best, lost = probe.get("best"), probe["diverged_at"]
     return {
-        "run": run_cell(run),
+        "run": run.cell,
         "_name": name,
         "head": Cell(str(probe["head"]), badges=badges(NOTHING)) if nothing else probe["head"],
         **scores_of("test", probe["last"], names),
@@ -129,7 +122,7 @@ def probe_row(run: Run, names: Sequence[str], name: str, probe: Record, nothing:
         **scores_of("best", best or {}, names[:1]),
         **({} if lost is None else {"diverged": f"in epoch {lost['epoch'] + 1}"}),
         "choice": {True: "chosen", False: "tried"}.get(probe.get("chosen")),
-        "block (from 0)": probe["block"],
+        BLOCK: probe["block"],
         "optimizer": probe["optimizer"],
         "rate": f"{rate} {real(probe[rate]):g}" if rate else None,
         "parameters": probe["parameters"],
@@ -143,40 +136,30 @@ def unfinished_probes(run: Run, watched: str) -> dict[str, Record]:
     newest = next((r[watched] for r in reversed(run.epochs) if isinstance(r.get(watched), dict)), {})
     probes = {}
     for i, name in enumerate(run.started.get("lr") or newest):
-        parts = {"test": {}, "val": {}, watched: newest.get(name, {})}
-        lost = [r for r in run.epochs if not math.isfinite(real(r.get("train_loss", {i: 0.0})[i]))]
-        probes[name] = dict.fromkeys(("block", "optimizer", "parameters", "diverged_at"))
-        probes[name] |= {"head": stem(name), "last": parts["test"], "val": {"last": parts["val"]}}
-        probes[name] |= {"diverged_at": {"epoch": lost[0]["epoch"]}} if lost else {}
+        lost = next((r for r in run.epochs if not math.isfinite(real(r.get("train_loss", {i: 0.0})[i]))), None)
+        probes[name] = dict.fromkeys(("block", "optimizer", "parameters")) | {"head": stem(name), "last": {}}
+        probes[name] |= {"diverged_at": lost and {"epoch": lost["epoch"]}}
+        probes[name] |= {"val": {"last": newest.get(name)}} if watched == "val" else {"last": newest.get(name, {})}
     return probes
 
 
-def epoch_curves(run: Run, probes: Sequence[str], watched: str, headline: str) -> dict[Axes, list[Line]]:
+def epoch_curves(run: Run, probes: Sequence[str], watched: str, headline: str) -> list[Curve]:
     """Training loss and headline score: the mean over the seeds of each setting, in a band of one standard deviation.
     ValueError if log.txt has other probes."""
-    label = f"{'held-out' if watched == 'val' else watched} {metric_label(headline)}"
     losses = {r["epoch"] + 1: dict(zip(probes, r["train_loss"], strict=True)) for r in run.epochs if "train_loss" in r}
-    scores = {
-        r["epoch"] + 1: {name: s.get(headline) for name, s in r[watched].items()}
-        for r in run.epochs
-        if isinstance(r.get(watched), dict)
-    }
-    curves: dict[Axes, list[Line]] = {}
+    evaluated = {r["epoch"] + 1: r[watched] for r in run.epochs if isinstance(r.get(watched), dict)}
+    scores = {epoch: {name: s.get(headline) for name, s in of_all.items()} for epoch, of_all in evaluated.items()}
+    label = f"{'held-out' if watched == 'val' else watched} {metric_label(headline)}"
+    curves = []
     for name, by_epoch in {"training loss": losses, label: scores}.items():
         if any(values.keys() != set(probes) for values in by_epoch.values()):
             raise ValueError("log.txt is of other probes")
         for same in group_by(probes, stem) if len(by_epoch) > 1 else []:
             means = [mean_of([real(values[probe]) for probe in same]) for values in by_epoch.values()]
-            line = Line.of_means(f"{run.name}: {stem(same[0])}", list(by_epoch), means)
-            curves.setdefault(Axes(name, EPOCH, name), []).append(line)
+            spread = [mean.std or 0.0 for mean in means] if len(same) > 1 else []
+            values, line = [mean.mean for mean in means], f"{run.name}: {stem(same[0])}"
+            curves.append(Curve(name, EPOCH, name, line, list(by_epoch), values, spread))
     return curves
-
-
-def score_by_size(run: Run, rows: Sequence[Row], label: str) -> dict[Axes, list[Line]]:
-    """A point for each setting: parameters of the head (log10) and the mean score with its deviation over seeds."""
-    cells = [row.cells for row in rows if isinstance(row.cells.get(label), Mean) and row.cells.get("parameters")]
-    points = [Line.of_means(f"{run.name}: {c['_name']}", [math.log10(c["parameters"])], [c[label]]) for c in cells]
-    return {Axes(f"{label} against parameters", "parameters of the head, log10", label): points} if points else {}
 
 
 def remarks(run: Run, probes: Mapping[str, Record]) -> list[tuple[str, str]]:
@@ -195,9 +178,7 @@ def remarks(run: Run, probes: Mapping[str, Record]) -> list[tuple[str, str]]:
     return lines
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# analyses
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- analyses
 
 
 def read_attention(run: Run) -> list[Content]:
@@ -212,41 +193,39 @@ def read_encoder(run: Run, result: Record) -> Content:
     drawn = {name: m for name, m in metrics.items() if any(math.isfinite(real(e["mean"])) for e in entries(m)[1])}
     first = [name for name in metric_names(["paper"]) if name in drawn] or list(drawn)[:4]
     means = {name: mean_of([real(block["mean"]) for block in m["blocks"]]).mean for name, m in metrics.items()}
-    curves: dict[str, dict[Axes, list[Line]]] = {"": {}, "Other measurements over the blocks": {}, "Spectra": {}}
+    curves: list[Curve] = []
     for name, m in drawn.items():
-        unit, shown = str(m.get("unit")), "" if name in first else "Other measurements over the blocks"
-        curves[shown][Axes(title(name), "block (from 0)", unit)] = block_curves(label, m)
+        heading = "" if name in first else "Other measurements over the blocks"
+        curves += [curve._replace(heading=heading) for curve in block_curves((title(name), BLOCK), label, m)]
         if m.get("axis") in ("frequency", "rank"):
-            curves["Spectra"][Axes(f"{title(name)}, {label}", m["axis"], unit)] = profiles(m, result["patches"])
+            curves += profiles(f"{title(name)}, {label}", m, result["patches"])
     columns = {f"{title(name)} ({drawn[name].get('unit')}), mean of blocks": means[name] for name in first}
-    encoder = Cell(label, link=f"#{run.anchor}", badges=badges(notes_of(run), ["loud"]))
-    row = {
-        "encoder": encoder,
-        "_name": label,
-        "run": run.name,
-        "ViT": f"{model_name(result['encoder']['model'])}, {result['input_size']} px",
-    }
+    encoder = Cell(label, link=f"#{run.anchor}", badges=badges(run.notes, ["loud"]))
+    vit = f"{model_name(result['encoder']['model'])}, {result['input_size']} px"
+    row = {"encoder": encoder, "_name": label, "run": run.name, "ViT": vit, **columns}
     more = {"run": run.name, "means": means, "shown": first}
-    return Content(record, real(result["images"]), [Row(row | columns)], list(columns), curves, {**result, **more})
+    return Content(record, real(result["images"]), [Row(row)], list(columns), curves, {**result, **more})
 
 
-def block_curves(label: str, metric: Record) -> list[Line]:
+def block_curves(axes: tuple[str, str], label: str, metric: Record) -> list[Curve]:
     depths, measured = entries(metric)
-    lines = [Line(label, depths, *([real(entry.get(key)) for entry in measured] for key in ("mean", "std")))]
+    axes = *axes, str(metric.get("unit"))
+    lines = [Curve(*axes, label, depths, *([real(entry.get(key)) for entry in measured] for key in ("mean", "std")))]
     if uniform := metric.get("uniform"):
         level = real(uniform["value"])
         name = f"uniform attention, {uniform['name']} = {level:.4g}"
-        lines.append(Line(name, depths, [level] * len(depths), reference=True))
+        lines.append(Curve(*axes, name, depths, [level] * len(depths), reference=True))
     return lines
 
 
-def profiles(metric: Record, patches: int) -> list[Line]:
+def profiles(name: str, metric: Record, patches: int) -> list[Curve]:
     """A line per depth, over rank or over frequency: that of the grid's diagonal, as a share of pi."""
-    lines = []
+    lines, axes = [], (name, metric["axis"], str(metric.get("unit")))
     for depth, entry in zip(*entries(metric), strict=True):
         values = [real(value) for value in entry[f"mean_per_{metric['axis']}"]]
         step, unit = max(1, len(values) // POINTS), 2 / math.isqrt(patches) if metric["axis"] == "frequency" else 1
-        lines.append(Line(f"block {depth}", [i * unit for i in range(len(values))][::step], values[::step]))
+        x = [i * unit for i in range(len(values))]
+        lines.append(Curve(*axes, f"block {depth}", x[::step], values[::step], heading="Spectra"))
     return lines
 
 
@@ -258,8 +237,8 @@ def read_aggregation(run: Run) -> list[Content]:
         if any([len(line) for line in m["mean"]] != [len(rules)] * len(rules) for m in matrices.values()):
             raise ValueError(f"a matrix does not have a row and a column for each of {len(rules)} rules")
         rows = [rule_row(run, name, summaries, result) for name, summaries in result["over_seeds"].items()]
-        columns, record = list(AGGREGATION.values())[1:3], {**result, "run": run_cell(run)}
-        contents.append(Content(run.record, image_count(run), rows, columns, record=record))
+        columns, record = list(AGGREGATION.values())[1:3], {**result, "run": run.cell}
+        contents.append(Content(run.record, run.images, rows, columns, record=record))
     return contents
 
 
@@ -268,7 +247,7 @@ def rule_row(run: Run, name: str, summaries: Record, result: Record) -> Row:
     rules = [rule for rule in result["rules"] if stem(rule["name"]) == name]
     lost = [bool(score.get("diverged_at")) for rule in rules for score in rule["scores"].values()]
     seeds = max((summary["n"] for summary in summaries.values()), default=None)
-    cells: dict[str, object] = {"run": run_cell(run), "_name": name, "rule": name}
+    cells: dict[str, object] = {"run": run.cell, "_name": name, "rule": name}
     for quantity, heading in AGGREGATION.items():
         cells[heading] = None
         if summary := summaries.get(quantity):
@@ -283,17 +262,13 @@ def rule_row(run: Run, name: str, summaries: Record, result: Record) -> Row:
         measured = {quantity: real(value) for quantity, value in boxes.items() if quantity in AGGREGATION}
         measured |= {"aggregation_entropy": Mean(real(entropy["mean"]), entropy["std"], 1)} if entropy else {}
         measured |= {"top1": mean_of([real(score.get("top1")) for score in scores])} if scores else {}
-        children.append(
-            {"run": rule["name"], "rule": rule["head"], **{AGGREGATION[q]: value for q, value in measured.items()}}
-            | {"block (from 0)": rule["block"], "finite in images": entropy.get("images")}
-            | {"notes": "; ".join(rule["notes"]) or None}
-        )
+        child = {"run": rule["name"], "rule": rule["head"], **{AGGREGATION[q]: value for q, value in measured.items()}}
+        notes = {"finite in images": entropy.get("images"), "notes": "; ".join(rule["notes"]) or None}
+        children.append({**child, BLOCK: rule["block"], **notes})
     return Row({**cells, "seeds": seeds}, children)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# pretraining and fine-tuning
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- pretraining and fine-tuning
 
 
 def read_training(run: Run) -> list[Content]:
@@ -301,21 +276,20 @@ def read_training(run: Run) -> list[Content]:
     values: dict[str, dict[int, float]] = {}  # {quantity: {epoch from 1: value}}
     for record in run.epochs or [result["last"] for result in run.results]:
         scores = scores_of("test", record.get("test", {}), score_names([record.get("test", {})], "top1"))
-        named = {TRAINING.get(name, name): v for name, v in record.items() if name not in ("epoch", "test")}
-        for name, value in {**scores, **named}.items():
-            if name in named or value is not None:
-                values.setdefault(name, {})[record["epoch"] + 1] = real(value)
+        measured = {name: value for name, value in scores.items() if value is not None}
+        measured |= {TRAINING.get(name, name): v for name, v in record.items() if name not in ("epoch", "test")}
+        for name, value in measured.items():
+            values.setdefault(name, {})[record["epoch"] + 1] = real(value)
     best = [value for value in values.get("test top-1 (%)", {}).values() if math.isfinite(value)]
-    row = {"run": run_cell(run), "_name": run.name, "epochs": max(map(max, values.values()), default=None)}
+    row = {"run": run.cell, "_name": run.name, "epochs": max(map(max, values.values()), default=None)}
     row |= {name: [*by_epoch.values()][-1] for name, by_epoch in values.items()}
-    curves = {
-        Axes(name, EPOCH, name): [Line(run.name, list(by_epoch), list(by_epoch.values()))]
+    curves = [
+        Curve(name, EPOCH, name, run.name, list(by_epoch), list(by_epoch.values()))
         for name, by_epoch in values.items()
         if name.startswith("test") or name in (TRAINING["loss"], TRAINING["lr"])
-    }
+    ]
     rows = [Row({**row, "best test top-1 (%)": max(best, default=None)})]
-    columns = ["test top-1 (%)", TRAINING["loss"]]
-    return [Content(run.record, None, rows, columns, {"": curves})]
+    return [Content(run.record, None, rows, ["test top-1 (%)", TRAINING["loss"]], curves)]
 
 
 READERS = {  # by program; they raise a KeyError, TypeError, ... for a damaged record

@@ -1,37 +1,37 @@
-"""Find runs on disk and read their records."""
+"""Find runs on disk, read their records, and state what these say of any run: progress, data, weights, warnings."""
 
 import json
 import os
 import re
+import tomllib
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from paper.shown import GOLDEN
+from report.tables import DASH, Cell
 from runtime.provenance import SNAPSHOT_RECORD
 
 DEPTH = 3  # levels of subfolders that are searched, as in quickstart/attention/MAE
 Record = Mapping[str, Any]
+FACTS = tomllib.loads(Path(__file__).with_name("programs.toml").read_text(encoding="utf-8"))
+NOTES: dict[str, tuple[str, str]] = FACTS["notes"]
 
 
 class Kind(NamedTuple):
-    """How a report calls the runs of a program and recognises their records."""
+    """How a report calls the runs of a program and recognises their records; programs.toml explains the fields."""
 
     title: str
-    argument: str  # an argument that no other program has
-    result: str  # the file written at the end
-    trains: bool = True  # writes log.txt, one line per epoch
-    several: bool = False  # writes one result per encoder, each into a subfolder
+    argument: str
+    result: str
+    explanation: str
+    trains: bool = True
+    several: bool = False
 
 
-KINDS = {  # by program
-    "main_linprobe": Kind("Linear probes", "cls_features", "results.json"),
-    "main_analyze_attention": Kind("Attention flow", "reduction", "attention.json", trains=False, several=True),
-    "main_analyze_aggregation": Kind("Aggregation", "kl_direction", "aggregation.json", trains=False),
-    "main_finetune": Kind("Fine-tuning", "layer_decay", "results.json"),
-    "main_pretrain": Kind("Pretraining", "mask_ratio", "results.json"),
-}
+KINDS = {program: Kind(**facts) for program, facts in FACTS["programs"].items()}
 RECORDS = list(dict.fromkeys(["args.json", "log.txt", *(kind.result for kind in KINDS.values())]))
 
 
@@ -53,6 +53,11 @@ class Run:
         return KINDS[self.program]
 
     @property
+    def path(self) -> Path:
+        """The folder, with the prefix of the run's files."""
+        return self.folder / self.prefix.rstrip(".")
+
+    @property
     def record(self) -> Record:
         """Arguments, data and provenance of the run; of several results, those at the start of the run."""
         result = self.results[0] if self.results else {}
@@ -66,9 +71,88 @@ class Run:
         below = self.folder.glob(f"*/{pattern}") if self.kind.several else []
         return sorted([*self.folder.glob(f"{self.prefix}{pattern}"), *below])
 
+    @property
+    def weights_file(self) -> Path | None:
+        """The encoder that a training run wrote."""
+        paths = (self.folder / f"{self.prefix}{name}" for name in ("encoder.safetensors", "safetensors"))
+        return next((path for path in paths if path.is_file()), None)
+
+    @property
+    def state(self) -> tuple[str, str]:
+        """A badge that states whether the run is finished: (style, text)."""
+        if self.kind.trains:
+            total, unit = self.args.get("epochs"), "epochs"
+            done = self.epochs[-1]["epoch"] + 1 if self.epochs else 0
+            finished = bool(self.results) or (done == total and self.weights_file is not None)
+        else:
+            started, unit, done = self.started.get("encoders"), "results", len(self.results)
+            total = len(started) if isinstance(started, list) else max(1, done)
+            finished = done == total
+        return ("good", "finished") if finished else ("loud", f"not finished: {done} of {total} {unit}")
+
+    @property
+    def images(self) -> float | None:
+        """Number of images that an analysis used; None if its encoders differ in this."""
+        results = self.results if not self.kind.trains else []
+        counts = {result.get("images") or (result.get("localization") or {}).get("images") for result in results}
+        return counts.pop() if len(counts) == 1 else None
+
+    @property
+    def encoders(self) -> list[Record]:
+        """The distinct records of the encoders that the run used."""
+        several = self.started.get("encoders")
+        records = several if isinstance(several, list) else [self.started.get("encoder")]
+        known = [e for e in (*records, *(result.get("encoder") for result in self.results)) if isinstance(e, dict)]
+        return [encoder for i, encoder in enumerate(known) if encoder not in known[:i]]
+
+    @property
+    def weights(self) -> str:
+        if self.program == "main_pretrain":
+            return f"{self.args.get('model', 'encoder')}, trained from random weights"
+        return "; ".join(f"{e.get('model')}, {e.get('source') or 'RANDOM WEIGHTS'}" for e in self.encoders) or DASH
+
+    @property
+    def notes(self) -> list[str]:
+        """The NOTES about the run: what to know before reading any of its numbers."""
+        records = [record for record in (self.started, *self.results) if record]
+        # the probes that an aggregation analysis read have a commit of their own
+        dirty = [made.get("dirty") for record in records for made in (record, record.get("probes") or {})]
+        random = any(not encoder.get("source") for encoder in self.encoders)
+        models = [str(encoder.get("model")) for encoder in (*self.encoders, self.args)]
+        holds = {
+            "random weights": random and self.program not in ("main_pretrain", "main_finetune"),
+            "uncommitted code": any(value not in (None, False) for value in dirty),
+            "commit unknown": any(not record.get("commit") or record.get("dirty") is None for record in records),
+            "several commits": len({str(record.get("commit")) for record in records}) > 1,
+            "a subset is allowed": self.args.get("allow_subset"),
+            "demo": self.args.get("dataset") == "demo" or any(model.startswith("vit_demo") for model in models),
+            "from scratch": random and self.program == "main_finetune",
+        }
+        return [note for note, true in holds.items() if true]
+
+    @property
+    def cell(self) -> Cell:
+        """A link to the run's card, with what makes its numbers doubtful."""
+        unfinished = [badge for badge in [self.state] if badge[0] == "loud"]
+        return Cell(self.name, link=f"#{self.anchor}", badges=[*unfinished, *badges(self.notes, ["loud"])])
+
 
 def args_of(record: Record) -> Record:
     return record["args"] if isinstance(record.get("args"), dict) else {}
+
+
+def badges(notes: Sequence[str], styles: Sequence[str] = ("loud", "soft")) -> list[tuple[str, str]]:
+    return [(style, note) for note, (style, _) in NOTES.items() if note in notes and style in styles]
+
+
+def data_key(record: Record) -> str:
+    """Equal for records whose numbers may share a table: the same images (those held out to choose rates count as
+    training images), classes and headline score."""
+    args = args_of(record)
+    trained = sum(record[name] for name in ("n_train", "n_val") if isinstance(record.get(name), int))
+    subset = args.get("seed") if args.get("num_images") else None
+    names = ("train_images", "test_images", "n_test", "images", "classes", "headline")
+    return repr([args.get("dataset"), args.get("data_path"), trained, subset, *map(record.get, names)])
 
 
 def find_runs(arguments: Iterable[str]) -> tuple[list[Run], dict[str, list[Path]], list[str]]:
@@ -85,23 +169,22 @@ def find_runs(arguments: Iterable[str]) -> tuple[list[Run], dict[str, list[Path]
         path = Path(name)
         if not name or not path.exists():
             raise ValueError(f"{argument}: no such file or folder; give the --output_dir of runs, or LABEL=FOLDER")
-        here, problems = read_runs(list_records(path, trouble))
-        own = {picture for run in here for picture in run.files("*.png")}
-        if pictures := [picture for picture in sorted(path.glob("*.png")) if picture not in own]:
+        read, problems = read_runs(list_records(path, trouble))
+        own = {picture for run in read for picture in run.files("*.png")}
+        if pictures := sorted(set(path.glob("*.png")) - own):
             figures[label or str(path)] = pictures
-        elif not here and not problems:
+        elif not read and not problems:
             problems = [f"{path}: no run and no figure; a run has one of {', '.join(RECORDS)}"]
         trouble += problems
-        for run in here:
-            below = [*run.folder.relative_to(path if path.is_dir() else path.parent).parts, run.prefix.rstrip(".")]
-            name = "/".join(filter(None, [label, *below])) or path.resolve().name
+        for run in read:
+            parts = run.path.relative_to(path if path.is_dir() else path.parent).parts
+            name = "/".join(filter(None, [label, *parts])) or path.resolve().name
             runs.setdefault((run.folder.resolve(), run.prefix, run.program), replace(run, name=name))
-    names = [(run.name, run.program) for run in runs.values()]
+    names = Counter((run.name, run.program) for run in runs.values())
     named = []
-    for i, run in enumerate(runs.values(), 1):
-        unique = names.count((run.name, run.program)) == 1
-        name = run.name if unique else str(run.folder / run.prefix.rstrip("."))
-        named.append(replace(run, name=name, anchor=f"run-{i}"))
+    for number, run in enumerate(runs.values(), 1):
+        name = run.name if names[run.name, run.program] == 1 else str(run.path)
+        named.append(replace(run, name=name, anchor=f"run-{number}"))
     return named, figures, list(dict.fromkeys(trouble))
 
 
@@ -124,7 +207,7 @@ def list_records(top: Path, trouble: list[str]) -> list[Path]:
 def read_runs(files: Sequence[Path]) -> tuple[list[Run], list[str]]:
     """The runs whose records these are, and a line for each record that belongs to none."""
     pattern = re.compile(rf"(|.+\.)({'|'.join(map(re.escape, RECORDS))})")  # demo/mae.args.json is of the run mae
-    records: dict[tuple[Path, str, str], dict[str, Record]] = {}  # {(folder, prefix, program): {path: content}}
+    records: dict[tuple[Path, str, str], dict[Path, Record]] = {}  # {(folder, prefix, program): {path: content}}
     logs: dict[tuple[Path, str], Path] = {}
     trouble: dict[tuple[Path, str], list[str]] = {}
     for path in files:
@@ -139,19 +222,17 @@ def read_runs(files: Sequence[Path]) -> tuple[list[Run], list[str]]:
             continue
         try:
             content = read_json(path)
-            records.setdefault((*key, program_of(path, match[2], content)), {})[str(path)] = content
+            records.setdefault((*key, program_of(path, match[2], content)), {})[path] = content
         except ValueError as error:
             trouble.setdefault(key, []).append(str(error))
     runs = []
     for (folder, prefix, program), contents in records.items():
-        started = contents.pop(str(folder / f"{prefix}args.json"), None)
         log = logs.pop((folder, prefix), None) if KINDS[program].trains else None
         epochs, problems = read_log(log) if log else ([], [])
-        paths = [folder / f"{prefix}args.json"] * (started is not None) + [Path(path) for path in contents]
-        written = max(path.stat().st_mtime for path in [*paths, *([log] if log else [])])
         problems += trouble.pop((folder, prefix), [])
-        results = list(contents.values())
-        runs.append(Run("", folder, prefix, program, started or {}, results, epochs, written, problems))
+        written = max(path.stat().st_mtime for path in [*contents, *([log] if log else [])])
+        started = contents.pop(folder / f"{prefix}args.json", {})
+        runs.append(Run("", folder, prefix, program, started, list(contents.values()), epochs, written, problems))
     for key, log in logs.items():
         trouble.setdefault(key, [f"{log}: no args.json or results.json beside it says which program wrote it"])
     return runs, [line for lines in trouble.values() for line in lines]

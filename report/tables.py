@@ -7,6 +7,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 DASH = "–"
+UNITS = {"(%)": ",.2f", "(nats)": ".3f", "loss": ",.4f"}  # decimals by the unit in the column's name; else four digits
 Cells = Mapping[str, object]  # {column: text, number, Mean, Cell or None}; a column with _ is not shown
 
 
@@ -72,7 +73,7 @@ def stem(name: str) -> str:
 
 
 def fold(rows: Sequence[Cells]) -> list[Row]:
-    """Rows of single seeds under a row for all; "_name" tells them apart, and names a seed's row in the column "run".
+    """Rows of single seeds under a row for all; "_name" distinguishes them, and names a seed's row in the column "run".
 
     Decimal numbers are averaged, unless a row has diverged or lacks the number; other cells are shown where all agree.
     """
@@ -94,12 +95,8 @@ def fold(rows: Sequence[Cells]) -> list[Row]:
 
 def mean_cell(values: Sequence[float | None], diverged: int) -> Mean | Cell:
     numbers = [value for value in values if value is not None]
-    problems = {
-        "diverged": diverged,
-        "not finite": sum(not math.isfinite(value) for value in numbers),
-        "missing": len(values) - len(numbers),
-    }
-    for problem, count in problems.items():
+    infinite = sum(not math.isfinite(value) for value in numbers)
+    for problem, count in [("diverged", diverged), ("not finite", infinite), ("missing", len(values) - len(numbers))]:
         if count:
             return Cell(f"{problem} in {count} of {len(values)}" if len(values) > 1 else problem, math.nan)
     return mean_of(numbers)
@@ -107,10 +104,10 @@ def mean_cell(values: Sequence[float | None], diverged: int) -> Mean | Cell:
 
 def table(rows: Iterable[Row | Cells], caption: str = "", shade: bool = False) -> Table:
     """Without the columns in which every cell is a dash. shade: colour the numbers by their size."""
-    entries: list[tuple[int, Cells]] = []
-    for row in rows:
-        cells, children = row if isinstance(row, Row) else (row, ())
-        entries += [(0, cells), *((1, child) for child in children)]
+    folded = [row if isinstance(row, Row) else Row(row) for row in rows]
+    entries = [
+        (depth, cells) for row in folded for depth, part in ((0, [row.cells]), (1, row.children)) for cells in part
+    ]
     columns = {
         name: [cell_of(name, cells.get(name)) for _, cells in entries]
         for name in dict.fromkeys(name for _, cells in entries for name in cells)
@@ -127,7 +124,6 @@ def table(rows: Iterable[Row | Cells], caption: str = "", shade: bool = False) -
 
 
 def cell_of(column: str, value: object) -> Cell:
-    """Percentages have two decimals, losses four, other decimal numbers four digits; whole numbers have all."""
     if isinstance(value, Cell):
         return value
     if value is None:
@@ -137,6 +133,6 @@ def cell_of(column: str, value: object) -> Cell:
     mean, std = value[:2] if isinstance(value, Mean) else (value, None)
     if not math.isfinite(mean):
         return Cell("not finite", math.nan)
-    units = {"(%)": ",.2f", "(nats)": ".3f", "loss": ",.4f" if mean < 100 else ",.0f"}
-    form = ",d" if isinstance(mean, int) else next((f for unit, f in units.items() if unit in column), ".4g")
+    form = next((form for unit, form in UNITS.items() if unit in column), ".4g")
+    form = ",d" if isinstance(mean, int) else ",.0f" if form == UNITS["loss"] and mean >= 100 else form
     return Cell(f"{mean:{form}}" + (f" ±\N{NO-BREAK SPACE}{std:{form}}" if std is not None else ""), float(mean), std)

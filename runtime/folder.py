@@ -20,7 +20,7 @@ from encoders.load import save_encoder
 from runtime.processes import require_same_run
 from runtime.trackers import Service, TensorBoard
 from util import distributed
-from util.files import atomic_path, digest, disk_error, to_json, write_atomically, write_json
+from util.files import atomic_path, digest, disk_error, no_link, to_json, write_atomically, write_json
 from util.progress import log
 from util.safe_load import load_plain
 
@@ -78,8 +78,7 @@ class RunFolder:
         half-written. ValueError where another process writes here, or the folder cannot be written.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-        self.lock = os.fdopen(descriptor, "r+")  # closed with this object, at the latest
+        self.lock = open(self.path / LOCK, "a", opener=no_link)  # noqa: SIM115  (closed with this object, at the latest)
         try:
             # a record lock: loader workers do not inherit it, so that it ends with this process, however that ends
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -126,7 +125,7 @@ class RunFolder:
         """
         earlier = []
         for line in self._log_lines():
-            with contextlib.suppress(json.JSONDecodeError, KeyError, TypeError):
+            with contextlib.suppress(json.JSONDecodeError, KeyError, TypeError, RecursionError):
                 if json.loads(line)["epoch"] < record["epoch"]:
                     earlier.append(line)
         content = "".join(f"{line}\n" for line in [*earlier, to_json(record)])
@@ -139,7 +138,10 @@ class RunFolder:
     def last_line(self) -> dict[str, Any] | None:
         """What log_line has written last, perhaps before this process; None where there is nothing."""
         lines = self._log_lines()
-        return json.loads(lines[-1]) if lines else None
+        try:
+            return json.loads(lines[-1]) if lines else None
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise ValueError(f"{self.path / 'log.txt'} is damaged: {error}") from error
 
     @logs
     def scalars(self, values: dict[str, float], step: int) -> None:
@@ -289,7 +291,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     seal = state.pop("sha256")
     try:
         intact = seal == digest(state)
-    except (TypeError, RecursionError):
+    except (TypeError, RecursionError, UnicodeError):
         intact = False
     if not intact:
         raise ValueError(f"{path} is damaged: its content is not what was saved")

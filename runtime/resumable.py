@@ -14,18 +14,12 @@ from util.distributed import barrier, leave, rank
 class Resumable(abc.ABC):
     """A run with a `position` (what it counts, smaller units within larger ones) that checkpoints bring back."""
 
-    def __init__(
-        self,
-        program: str,
-        folder: RunFolder,
-        identity: dict[str, Any],
-        save_every_minutes: float,
-        first_position: tuple[int, int] = (0, 0),
-    ):
-        """identity: plain data that must be equal when the run is resumed, and on all its processes. first_position:
-        where nothing has been computed that a checkpoint would keep."""
+    first_position = (0, 0)  # where nothing has been computed that a checkpoint would keep
+
+    def __init__(self, program: str, folder: RunFolder, identity: dict[str, Any], save_every_minutes: float):
+        """identity: plain data that must be equal when the run is resumed, and on all its processes."""
         self.program, self.folder, self.identity = program, folder, identity
-        self.save_every_minutes, self.first_position = save_every_minutes, first_position
+        self.save_every_minutes = save_every_minutes
         self.saved_position: tuple[int, int] | None = None  # of the newest checkpoint in the folder
         self.saved_at = time.monotonic()
 

@@ -1,7 +1,7 @@
 """TRACKERS of --track: where a run's metrics, configuration, figures and record go beside its folder.
 
-TensorBoard writes files and raises their disk errors. The services stop nothing: one that fails is named once in the
-log and left alone. A resumed run goes on in the tracked run whose number its folder keeps.
+TensorBoard writes files and raises their disk errors. A service that fails stops no run: it is logged once and not
+called again. A resumed run continues the tracked run whose number is in its folder.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from util.files import write_json
+from util.files import to_json, write_json
 from util.progress import log
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ PATIENCE = 30  # seconds for a service to begin and to end
 
 class TensorBoard:
     def __init__(self, log_dir: Path, purge_step: int | None):
-        """purge_step: the first step that is measured now; TensorBoard forgets older values from there on."""
+        """purge_step: the first step of this process; TensorBoard drops earlier values of that step and later ones."""
         from torch.utils.tensorboard import SummaryWriter
 
         date_back_event_files(log_dir)
@@ -52,8 +52,8 @@ class TensorBoard:
 def date_back_event_files(log_dir: Path) -> None:
     """Rename TensorBoard's files so that they sort before one that is opened now.
 
-    They are read in the order of their names, which begin with the second of their start: a run resumed within a
-    second, or on a machine whose clock is behind, would come before what it continues.
+    They are read in the order of their names, which begin with the second of their start: values of a run resumed
+    within a second, or on a machine whose clock is behind, would come before those that they continue.
     """
     paths = sorted(log_dir.glob("events.out.tfevents.*"))
     for path, latest in zip(paths, range(int(time.time()) - len(paths), 2**40), strict=False):
@@ -68,7 +68,7 @@ class Service:
 
     def __init__(self, name: str, folder: Path, record: Mapping[str, Any]):
         self.name, self.library, self.works = name, importlib.import_module(name), True
-        self.run = self._try(SERVICES[name], self.library, folder, record)
+        self.run = self._try(SERVICES[name], self.library, folder, json.loads(to_json(record)))
 
     def _try(self, call: Callable, *values: Any, **options: Any) -> Any:
         try:
@@ -117,7 +117,7 @@ TRACKERS = ("tensorboard", *SERVICES)
 
 
 def run_id(folder: Path) -> str:
-    """The number of the tracked run, which the folder keeps."""
+    """The number of the tracked run, kept in the folder."""
     path = folder / RUN_FILE
     if not path.exists():
         write_json(path, {"id": secrets.token_hex(4)})

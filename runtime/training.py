@@ -144,8 +144,8 @@ class Training(Resumable):
         self.plan, self.method, self.optimizer, self.schedule = plan, method, optimizer, schedule
         self.loader, self.batches = loader, batches
         identity = {"effective batch": batches.effective, **(identity or {})}
-        super().__init__(method.program, folder, identity, plan.save_every_minutes, (first_epoch, 0))
-        self.epoch, self.done = first_epoch, 0
+        super().__init__(method.program, folder, identity, plan.save_every_minutes)
+        self.epoch, self.done = self.first_position = first_epoch, 0
         self.history: list[dict] = []  # what the program keeps of earlier epochs
         self.diverged_at = torch.full((len(method.names),), -1, device=method.device)  # step of the run; -1: it did not
         self.reported: set[int] = set()  # losses whose divergence was reported

@@ -50,7 +50,7 @@ from cli.encoder_arguments import build_encoder, choose_precision, precision
 from cli.linprobe import OPTIMIZERS
 from data_sets.loader import KeyedDataset, Sample, build_loader
 from data_sets.order import GlobalBatches
-from data_sets.packed import is_packed
+from data_sets.shards import is_packed
 from data_sets.table import build_dataset
 from data_sets.views import train_transform
 from engine_linprobe import FrozenTokens, Probing
@@ -64,7 +64,7 @@ from runtime.folder import RunFolder
 from runtime.processes import keep_freed_memory
 from runtime.provenance import provenance
 from runtime.training import Method, Plan, Training
-from util.files import keep_table
+from util.files import keep_table, no_link
 from util.lars import LARS
 from util.progress import log, peak_memory, progress, setup_logging
 from util.scores import Tally
@@ -366,18 +366,23 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
         if args.output is not None and rows:
             exists = args.output.exists()
             args.output.parent.mkdir(parents=True, exist_ok=True)
-            with open(args.output, "a", newline="") as file:
+            with open(args.output, "a", newline="", opener=no_link) as file:
                 writer = csv.DictWriter(file, rows[0].keys())
                 writer.writerows([*([] if exists else [dict(zip(rows[0], rows[0], strict=True))]), *rows])
 
 
 def newest(path: Path) -> list[dict[str, str]]:
-    """The newest row of each contestant in each setting. ValueError for another file."""
+    """The newest row of each contestant in each setting. ValueError for another file, and a damaged one."""
     try:
-        with open(path, newline="") as file:
-            keys = ("group", "contestant", "model", "input_size", "batch_size", "classes", "amp", "device", "threads")
-            return list({tuple(row[key] for key in keys): row for row in csv.DictReader(file)}.values())
-    except (OSError, KeyError) as error:
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        keys = ("group", "contestant", "model", "input_size", "batch_size", "classes", "amp", "device", "threads")
+        for row in rows:
+            numbers = [float(row[name]) for name in ("ratio", "ratio_min", "ratio_max", "images_per_second")]
+            if None in (*row, *row.values()) or not all(map(math.isfinite, numbers)):
+                raise ValueError(f"a row without all values: {', '.join(map(str, row.values()))}")
+        return list({tuple(row[key] for key in keys): row for row in rows}.values())
+    except (OSError, KeyError, ValueError, TypeError, csv.Error) as error:
         raise ValueError(f"--output {path} is not a file that scripts/benchmark.py wrote: {error}") from error
 
 
@@ -456,6 +461,8 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError("loader: name a data set with --data_path, of --dataset's kind")
     if {"plot", "table"} & set(args.groups):
         rows = newest(args.output)
+        if not rows:
+            raise ValueError(f"--output {args.output} has no rows")
         if "plot" in args.groups:
             plot(rows, args.figure)
         if args.write is not None:

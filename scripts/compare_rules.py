@@ -25,35 +25,34 @@ ENDS = ("pos", "abmilp")  # heads that close nothing and all of the gap
 
 
 def judged(path: Path) -> dict[str, dict]:
-    """{rule without its seed: top1, closed and maxboxaccv2, each with an interval} of an analysis."""
+    """{head, with its block unless that is the last: top1, closed and maxboxaccv2, each with an interval}."""
     path = path / "aggregation.json" if path.is_dir() else path
+    scores: dict[str, dict[str, float]] = {}
+    boxes: dict[str, list[float]] = {}
     try:
         result = json.loads(path.read_text())
-        maps, scores, boxes = result.get("localization", {}).get("maps", {}), {}, {}
+        maps, last = result.get("localization", {}).get("maps", {}), max(rule["block"] for rule in result["rules"])
         for rule in result["rules"]:
-            name = rule["name"].removesuffix(f"/seed{rule['seed']}")
+            name = rule["head"] if rule["block"] == last else f"{rule['head']}/block{rule['block']}"
+            own = scores.setdefault(name, {})
+            boxes.setdefault(name, []).extend([maps[rule["name"]]["maxboxaccv2"]] if rule["name"] in maps else [])
             for probe, score in rule["scores"].items():
-                scores.setdefault(name, {}).setdefault(probe.rpartition("/seed")[2], []).append(score["top1"])
-            if rule["name"] in maps:
-                boxes.setdefault(name, []).append(maps[rule["name"]]["maxboxaccv2"])
-        heads = {rule["head"]: rule["name"].removesuffix(f"/seed{rule['seed']}") for rule in result["rules"]}
+                if (seed := probe.rpartition("/seed")[2]) in own:
+                    raise ValueError(f"{path}: {name} has several rates per seed: choose one with --val_fraction")
+                own[seed] = score["top1"]
     except (OSError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not an aggregation.json of main_analyze_aggregation.py: {error!r}") from error
-    if missing := [head for head in ENDS if not scores.get(heads.get(head))]:
+    if missing := [head for head in ENDS if not scores.get(head)]:
         raise ValueError(f"{path} has no probes of {missing[0]}: probe it, too, with the rules and on the same block")
-    if several := [name for name, seeds in scores.items() if max(map(len, seeds.values())) > 1]:
-        raise ValueError(f"{path}: {several[0]} has several rates per seed: choose one with --val_fraction")
-    below, above = (scores[heads[head]] for head in ENDS)
     rows = {}
-    for name in scores.keys() | boxes.keys():
-        own = scores.get(name, {})
-        seeds = sorted(own.keys() & below.keys() & above.keys())
-        start, end, top1 = (np.array([each[seed][0] for seed in seeds]) for each in (below, above, own))
-        row = rows[name] = {"top1": measured([each[0] for each in own.values()]), "seeds": len(own)}
+    for name, own in scores.items():
+        seeds = sorted(set.intersection(*(set(scores[end]) for end in ENDS), own))
+        start, end, top1 = (np.array([each[seed] for seed in seeds]) for each in (*(scores[end] for end in ENDS), own))
         gap = student(end - start)
-        if seeds and not gap.low <= 0 <= gap.high:  # of one seed, the interval is not known
-            row["closed"] = measured(100 * (top1 - start) / (end - start))
-        row["maxboxaccv2"] = measured(boxes.get(name, []))
+        may_be_none = not seeds or gap.low <= 0 <= gap.high  # of one seed, the interval is not known
+        closed = [] if may_be_none else 100 * (top1 - start) / (end - start)
+        columns = {"top1": list(own.values()), "closed": closed, "maxboxaccv2": boxes[name]}
+        rows[name] = {"seeds": len(own), **{column: measured(values) for column, values in columns.items()}}
     return dict(sorted(rows.items(), key=lambda pair: -(pair[1]["top1"] or {"mean": -1})["mean"]))
 
 
@@ -68,8 +67,9 @@ def table(judgements: dict[str, dict[str, dict]]) -> str:
     lines = ["| encoder | rule | seeds | " + " | ".join(columns.values()) + " |", "|---" * 6 + "|"]
     for label, rows in judgements.items():
         for name, row in rows.items():
-            values = [row.get(column) for column in columns]
+            values = [row[column] for column in columns]
             cells = [f"{value['mean']:.1f} ({value['interval']})" if value else "–" for value in values]
+            cells = [cell.removesuffix(" (–)") for cell in cells]
             lines.append(f"| {label} | {name} | {row['seeds']} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 

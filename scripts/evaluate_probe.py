@@ -29,11 +29,11 @@ from cli.arguments import add_groups, data_options, loading
 from cli.console import Parser, positive_int, run_main
 from cli.encoder_arguments import build_oracle, frozen_encoder, precision
 from cli.linprobe import finished_run
+from data_sets.imagenet import ALEXNET_ERRORS, corruptions
 from data_sets.images import Images
 from data_sets.loader import KeyedDataset, Watched, build_loader
 from data_sets.order import EvaluationBatches
 from data_sets.perturb import PERTURBATIONS, Perturbation, read_perturbation
-from data_sets.robustness import ALEXNET_ERRORS, corruptions
 from data_sets.table import build_dataset
 from data_sets.views import eval_transform
 from encoders.load import save_encoder

@@ -67,7 +67,7 @@ def file_facts(reading: Reading) -> dict[str, object]:
     content, used = reading.content, set(map(id, reading.weights.values()))
     names = [name for name, value in content.leaves.items() if not_a_tensor(value)] + content.entries[1:]
     unused = [name for name in names if "." not in name and not used & set(map(id, content.below(name).values()))]
-    return facts | ({"left behind": ", ".join(unused)} if unused else {})
+    return facts | ({"not used": ", ".join(unused)} if unused else {})
 
 
 def show(facts: dict[str, object]) -> None:
@@ -100,7 +100,7 @@ def main(args: Namespace) -> None:
     flags += "".join(f" --{name} {vars(args)[name]}" for name in ("checkpoint_key", "num_heads") if vars(args)[name])
     flags += f" --grid {args.grid[0]} {args.grid[1]}" if args.grid else ""
     families = [""] if args.file in CATALOGUE else [reading.family, *reading.others]
-    print("use it with" if len(families) == 1 else "use it with the family that it is of")
+    print("use it with" if len(families) == 1 else "use it with its family")
     for name in families:
         rule = f"  # {FAMILIES[name].description}; positions: {resampling(name)}" if len(families) > 1 else ""
         print(f"  python main_linprobe.py {flags}{f' --family {name}' * bool(name)} --data_path $IMAGENET{rule}")

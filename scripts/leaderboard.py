@@ -8,7 +8,6 @@ the best row: "real" where both intervals of the difference exclude 0. scripts/e
 import argparse
 import os
 import sys
-from functools import partial
 from pathlib import Path
 from urllib.parse import quote
 
@@ -16,26 +15,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cli.console import Parser, run_main
 from report import leaderboard
-from report.leaderboard import boards
-from report.page import render
-from util.files import write_atomically
-
-
-def link(folder: Path, record: Path) -> str:
-    return quote(os.path.relpath(record, folder))
+from report.page import render, write_page
 
 
 def main(args: argparse.Namespace) -> None:
     if not args.results.is_dir():
         raise ValueError(f"{args.results}: no such folder; give the folder of the records, such as results")
-    ranked = boards(args.results)
+    ranked = leaderboard.boards(args.results)
     if not ranked:
         raise ValueError(f"{args.results} has no record of a probe: bash scripts/evaluate.sh WEIGHTS makes one")
-    page = render(args.title, boards=ranked, tools=vars(leaderboard) | {"link": partial(link, args.output.parent)})
-    try:
-        write_atomically(args.output, page)
-    except OSError as error:
-        raise ValueError(f"--output {args.output} cannot be written: {error.strerror}") from error
+
+    def link(record: Path) -> str:
+        return quote(os.path.relpath(record, args.output.parent))
+
+    page = render(args.title, boards=ranked, lb=leaderboard, link=link)
+    write_page(args.output, page)
     print(f"{args.output}: {sum(map(len, ranked))} rows on {len(ranked)} sets of images")
 
 

@@ -171,7 +171,7 @@ def stale_in_page(page: Path, results: Path) -> list[str]:
 def read_page(path: Path) -> str | None:
     """None for a file that does not exist, or is not text."""
     try:
-        return path.read_text()
+        return path.read_text("utf-8")
     except (OSError, UnicodeDecodeError):
         return
 

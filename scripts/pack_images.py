@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cli.arguments import data_options
 from cli.console import Parser, named_path, positive_int, run_main
-from data_sets.packed import KINDS, read_packed, verify, write_packed
+from data_sets.shards import KINDS, read_packed, verify, write_packed
 from data_sets.table import DATASETS, build_dataset
 from util.progress import log
 

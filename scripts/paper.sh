@@ -90,7 +90,7 @@ encoders() {
     fi
 }
 
-# weights NAME: --model and --finetune of an encoder; fails if it must be trained first
+# weights NAME: sets `encoder` to the --model and --finetune of one; fails if it must be trained first
 weights() {
     local file=$1 size
     case "$1" in
@@ -103,7 +103,7 @@ weights() {
         [ -n "${PRINT:-}" ] || return 1
         echo "# $file does not exist: make it with scripts/pretrain_mae_small.sh or finetune_mae_cls.sh" >&2
     fi
-    echo --model "vit${1#*_vit}" --finetune "$file"
+    encoder=(--model "vit${1#*_vit}" --finetune "$file")
 }
 
 # With PRINT=1, empty files here represent the results that $out would hold, also for scripts that this one calls.
@@ -201,7 +201,8 @@ bank() {
         recipe=(--batch_size "$batch" --accum_iter $((16384 / gpus / batch)) --bn_group 2048 --epochs "$n"
             --warmup_epochs 10 --blr 0.1)
     fi
-    program "$folder" results.json "$images" main_linprobe $(weights "$name") "${data[@]}" \
+    weights "$name"
+    program "$folder" results.json "$images" main_linprobe "${encoder[@]}" "${data[@]}" \
         "${recipe[@]}" --seeds 0 1 2 $(tokens "$name") "$@"
 }
 
@@ -248,7 +249,8 @@ transfer() {
             recipe=(--optimizer sgd --blr 0.1 --batch_size "$batch" --accum_iter $((1024 / batch)) --bn_group 1024
                 --epochs "$n" --warmup_epochs 10) ;;
     esac
-    program "$out/transfer/$name/$set" results.json $((n * images)) main_linprobe $(weights "$name") "${flags[@]}" \
+    weights "$name"
+    program "$out/transfer/$name/$set" results.json $((n * images)) main_linprobe "${encoder[@]}" "${flags[@]}" \
         "${recipe[@]}" --seeds 0 1 2 $(tokens "$name") --cls_features "${heads[@]}"
 }
 
@@ -263,7 +265,8 @@ attend() {
         ibot_*) label=iBOT ;;
         *) label=${1%%_*} ;;
     esac
-    program "$out/attention/$1" "$label/attention.json" 50000 main_analyze_attention $(weights "$1") "${data[@]}" \
+    weights "$1"
+    program "$out/attention/$1" "$label/attention.json" 50000 main_analyze_attention "${encoder[@]}" "${data[@]}" \
         --metrics flow --label "$label"
 }
 
@@ -275,7 +278,8 @@ deep_probes() {
     bank "$out/depth/${1/\//-}" "$name" $(decoder "$1") --cls_features cls pos abmilp --return_block $(seq 0 $last)
 }
 attend_all() {
-    program "$out/metrics/${1/\//-}" "${1/\//-}/attention.json" 5000 main_analyze_attention $(weights "${1%/decoder}") \
+    weights "${1%/decoder}"
+    program "$out/metrics/${1/\//-}" "${1/\//-}/attention.json" 5000 main_analyze_attention "${encoder[@]}" \
         $(decoder "$1") "${data[@]}" --metrics all --label "${1/\//-}" \
         --num_images "$([ "$mode" = --smoke ] && echo "${VAL:-500}" || echo 5000)"
 }

@@ -27,7 +27,7 @@ from cli.analyze_attention import encoder_labels
 from cli.arguments import add_groups
 from cli.console import Parser, run_main
 from cli.encoder_arguments import choose_precision, frozen_encoder, one_encoder_each, precision
-from data_sets.examples import read_image
+from data_sets.images import read_image
 from data_sets.table import build_dataset
 from data_sets.views import eval_transform
 from models_vit import VisionTransformer, attention_row

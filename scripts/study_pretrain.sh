@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train the study's encoders, MAE, MoCo-v3 and sums of their losses, like for like on the demo's images; probe each.
+# Train the study's encoders, MAE, MoCo-v3 and sums of their losses, like for like on the demo's images; measure them.
 # usage: bash scripts/study_pretrain.sh [FOLDER [WEIGHT:SEED ...]]
 # FOLDER (default output_dir/study) gets one run per weight and seed. The same command resumes what was stopped.
 # AMP=float32 suits processors without bfloat16 units; with them (AMX), bfloat16 takes half the time.
@@ -22,8 +22,6 @@ for run in "${runs[@]}"; do
     [ "$weight" = 0 ] || contrast=("${views[@]}")
     python main_pretrain.py "${common[@]}" --contrastive_weight "$weight" --seed "$seed" \
         ${contrast[@]+"${contrast[@]}"} --output_dir "$out/weight$weight-seed$seed"
-    python main_linprobe.py --model vit_demo_patch8 --dataset demo --data_path "$data" --amp float32 --num_workers 1 \
-        --finetune "$out/weight$weight-seed$seed/encoder.safetensors" --cls_features cls pos abmilp --seeds 0 1 2 \
-        --seeds_vary weights --batch_size 100 --accum_iter 2 --epochs 12 --warmup_epochs 1 --blr 30 --eval_every 12 \
-        --resume auto --output_dir "$out/probes/weight$weight-seed$seed"
 done
+bash scripts/study_measure.sh "$out"
+python scripts/claims.py --records "$out/records"

@@ -1,14 +1,16 @@
 """Damaged and hostile files: never a traceback, never code executed, nothing written over.
 
-    OMP_NUM_THREADS=1 python tests/fuzz_files.py --checkpoints 500 --images 500 --lists 500
+    OMP_NUM_THREADS=1 python tests/fuzz_files.py --each 300
 
 Checkpoints go to main_linprobe itself, by --resume FILE and, beside a good older one, by --resume auto. Images are one
-of the training images: of main_linprobe for one in ten, of what reads them for the others. Lists are what data sets
-come with, annotations and binary records too (LISTS); each goes to its reader. A program, not a test: it takes minutes.
-Exit code 1 where something is wrong.
+of the training images: of main_linprobe for one in ten, of what reads them for the others. All other files go to their
+reader, in a process with bounds on time and memory (READERS): what data sets come with, and what programs have written.
+A program, not a test: it takes an hour. Exit code 1 where something is wrong.
 """
 
 import argparse
+import contextlib
+import fnmatch
 import functools
 import hashlib
 import io
@@ -16,6 +18,7 @@ import json
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import sys
@@ -31,17 +34,35 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 from interruptions import ROOT, differences, finish, launch, outcome
-from miniatures import ARRAYS, CLASSES, MINIATURES
+from make_shards import write_webdataset
+from miniatures import ARRAYS, CLASSES, MINIATURES, write
 from PIL import Image
+from safetensors.torch import save_file
 from test_boxes import make_images, write_csv, write_kaggle, write_wsol, write_xml
+from test_cells import probing
 from test_safe_loading import RAW, attacks
 
+import main_linprobe
 from aggregation.boxes import read_boxes
+from cli.console import parse
 from data_sets.demo import generate
 from data_sets.loader import KeyedDataset
-from data_sets.table import DATASETS, build_dataset
+from data_sets.shards import write_packed
+from data_sets.table import DATASETS, build_dataset, build_splits
 from data_sets.views import eval_transform
-from runtime.folder import load_checkpoint, sealed
+from encoders.load import load_encoder
+from probing.finished_run import export, read_exported, read_trained
+from runtime.folder import RunFolder, load_checkpoint, sealed
+from scripts import (
+    benchmark,
+    compare_probes,
+    leaderboard,
+    make_report,
+    make_tables,
+    plot_attention,
+    record,
+)  # fmt: skip
+from util.tensor_files import save_encoder, seal
 
 Mutation = Callable[[bytes, random.Random, Path], bytes]  # (file, draw, marker that an attack would leave) -> file
 
@@ -175,6 +196,18 @@ def change_node(data: bytes, draw: random.Random, marker: Path) -> bytes:
     return json.dumps(content[0]).encode()
 
 
+def change_header(data: bytes, draw: random.Random, marker: Path) -> bytes:
+    """One value in the header of a safetensors file becomes another; sealed again where that is possible."""
+    size = int.from_bytes(data[:8], "little")
+    header = change_node(data[8 : 8 + size], draw, marker)
+    target = marker.with_name("header")
+    target.write_bytes(len(header).to_bytes(8, "little") + header + data[8 + size :])
+    if draw.random() < 0.5:
+        with contextlib.suppress(ValueError, TypeError, AttributeError, KeyError, AssertionError):
+            seal(target)
+    return target.read_bytes()
+
+
 CHECKPOINTS = {
     "bits flipped": flip, "cut off": cut, "block of zeros": zero, "bytes inserted": insert,
     "blocks swapped": swap_blocks,
@@ -196,6 +229,13 @@ LIST_MUTATIONS = {
 }  # fmt: skip
 
 
+WEIGHT_MUTATIONS = {kind: change for kind, change in CHECKPOINTS.items() if not kind.endswith("sealed")}
+TENSOR_MUTATIONS = {
+    "bits flipped": flip, "cut off": cut, "block of zeros": zero, "bytes inserted": insert, "emptied": lambda *_: b"",
+    "blocks swapped": swap_blocks, "header changed": change_header,
+}  # fmt: skip
+
+
 def read_data_set(name: str, root: Path) -> None:
     for split in ("train", "val"):
         images = KeyedDataset(build_dataset(name, root, split, allow_subset=True), eval_transform(32), 0)
@@ -203,15 +243,16 @@ def read_data_set(name: str, root: Path) -> None:
             images[0, index]
 
 
-# what makes a small one in a folder, and what reads it from there: a ValueError is a clear answer, all else is a fault
-LISTS: dict[str, tuple[Callable[[Path], object], Callable[[Path], object]]] = {
-    name: (make, functools.partial(read_data_set, name))
+# what makes a small one in a folder, what reads it from there (a ValueError is a clear answer, all else is a fault),
+# and which of its files are damaged
+READERS: dict[str, tuple[Callable[[Path], object], Callable[[Path], object], str]] = {
+    name: (make, functools.partial(read_data_set, name), "*")
     for name, make in {**MINIATURES, **{name: make for name, (make, _) in ARRAYS.items()}}.items()
     if name != "imagenet1k"  # which has lists only where its validation images lie in one folder
 }
 for flat in ("kaggle", "devkit"):
     make = functools.partial(MINIATURES["imagenet1k"], flat=flat)
-    LISTS[f"imagenet1k, {flat}"] = (make, functools.partial(read_data_set, "imagenet1k"))
+    READERS[f"imagenet1k, {flat}"] = (make, functools.partial(read_data_set, "imagenet1k"), "*")
 
 
 def make_boxes(write: Callable[[Path, Path], object], folder: Path) -> None:
@@ -227,11 +268,204 @@ def read_boxes_of(kind: str, place: str, folder: Path) -> None:
         found.resized(index, 224)
 
 
-for kind, (write, place) in {
+for kind, (write_boxes, place) in {
     "imagenet-xml": (write_xml, "boxes"), "imagenet-csv": (write_kaggle, "boxes/LOC_val_solution.csv"),
     "wsol": (write_wsol, "boxes"), "csv": (write_csv, "boxes.csv"),
 }.items():  # fmt: skip
-    LISTS[f"boxes, {kind}"] = (functools.partial(make_boxes, write), functools.partial(read_boxes_of, kind, place))
+    read = functools.partial(read_boxes_of, kind, place)
+    READERS[f"boxes, {kind}"] = (functools.partial(make_boxes, write_boxes), read, "*")
+
+
+def make_container(kind: str, folder: Path) -> None:
+    """The demo's images as users bring their own."""
+    if not folder.with_name("photos").exists():
+        generate(folder.with_name("photos"), 10, 10, workers=1)
+    splits = dict(zip(("train", "val"), build_splits("image_folder", folder.with_name("photos"), 10), strict=False))
+    if kind in ("original", "jpeg", "pixels"):
+        return write_packed(folder, "image_folder", splits, kind, 64, 1)
+    folder.mkdir()
+    for split, images in splits.items():
+        rows = [(str(path), images.classes[label]) for path, label in images.samples]
+        if kind == "webdataset":
+            write_webdataset(folder, images, split)
+        elif kind == "jsonl":
+            write(folder / f"{split}.jsonl", *(json.dumps({"path": path, "label": label}) for path, label in rows))
+        else:
+            comma = {"csv": ",", "tsv": "\t"}[kind]
+            write(folder / f"{split}.{kind}", comma.join(("path", "label")), *map(comma.join, rows))
+
+
+for kind in ("csv", "tsv", "jsonl", "webdataset", "original", "jpeg", "pixels"):
+    name = "list" if kind in ("csv", "tsv", "jsonl") else kind if kind == "webdataset" else "image_folder"
+    READERS[f"own data, {kind}"] = (
+        functools.partial(make_container, kind),
+        functools.partial(read_data_set, name),
+        "*",
+    )
+
+
+# what programs have written
+
+RUN = [
+    "--model", "vit_demo_patch8", "--amp", "float32", "--device", "cpu", "--num_workers", "0", "--batch_size", "8",
+]  # fmt: skip
+MADE: dict[str, Path] = {}  # folders of finished runs, by program
+
+
+def finished(program: str, folder: Path, *flags: str) -> None:
+    """Copy what a program writes; it runs once."""
+    if program not in MADE:
+        data, MADE[program] = folder.with_name("data"), folder.with_name(f"made-{program}")
+        weights = ["--finetune", str(ROOT / "demo" / "mae.safetensors")]
+        argv = [*RUN, *weights, "--data_path", str(data), "--output_dir", str(MADE[program]), *flags]
+        output = folder.with_name("output")
+        assert finish(launch(program, argv, output)) == 0, output.read_text()
+    shutil.copytree(MADE[program], folder)
+
+
+TRAIN = ("--epochs", "1", "--warmup_epochs", "0")
+BANK = (*TRAIN, "--cls_features", "cls", "abmilp", "--seeds", "0", "1", "--save_predictions")
+
+
+def run(module: object, *argv: object) -> None:
+    """A script of the project."""
+    module.main(module.get_args_parser().parse_args(list(map(str, argv))))
+
+
+def read_results(folder: Path) -> None:
+    run(make_tables, "--runs", folder, "--output", folder.with_name("table.md"))
+    run(make_report, folder, "--output", folder.with_name("report.html"))
+    read_trained(folder, "cls", seed=0)
+
+
+def read_arguments(folder: Path) -> None:
+    run(make_report, folder, "--output", folder.with_name("report.html"))
+    parse(main_linprobe.get_args_parser(), ["--args_from", str(folder / "args.json"), "--data_path", "x"])
+
+
+def read_attention(folder: Path) -> None:
+    run(make_report, folder, "--output", folder.with_name("report.html"))
+    run(plot_attention, *sorted(folder.glob("*/attention.json")), "--output", folder.with_name("figure.png"))
+
+
+def read_aggregation(folder: Path) -> None:
+    run(make_report, folder, "--output", folder.with_name("report.html"))
+    run(make_tables, "--rules", folder / "aggregation.json")
+
+
+def read_log(folder: Path) -> None:
+    run(make_report, folder, "--output", folder.with_name("report.html"))
+    RunFolder(folder, track=[]).log_line({"epoch": 1})
+    RunFolder(folder, track=[]).last_line()
+
+
+def read_cache(folder: Path) -> None:
+    shutil.rmtree(folder.with_name("cached-run"), ignore_errors=True)
+    argv = [*RUN, "--finetune", str(ROOT / "demo" / "mae.safetensors"), "--data_path", str(folder.with_name("data"))]
+    argv += [
+        *TRAIN,
+        "--output_dir",
+        str(folder.with_name("cached-run")),
+        "--cache_views",
+        "1",
+        "--cache_dir",
+        str(folder),
+    ]
+    main_linprobe.main(parse(main_linprobe.get_args_parser(), argv))
+
+
+def make_records(folder: Path) -> None:
+    (folder / "imagenet1k").mkdir(parents=True)
+    shutil.copy(ROOT / "results" / "quickstart" / "MAE.results.json", folder)
+    for head in ("cls", "abmilp"):
+        (folder / "imagenet1k" / f"{head}.json").write_text(json.dumps(probing(head=head)))
+
+
+def read_records(folder: Path) -> None:
+    run(leaderboard, folder, "--output", folder.with_name("board.html"))
+    run(
+        make_tables,
+        "--results",
+        folder,
+        "--dataset",
+        "imagenet1k",
+        "--table",
+        "1",
+        "--output",
+        folder.with_name("t.md"),
+    )
+
+
+def make_recorded(folder: Path) -> None:
+    folder.mkdir()
+    (folder / "results.json").write_text(json.dumps(probing()))
+
+
+def read_recorded(folder: Path) -> None:
+    run(record, folder, "--results", folder.with_name("new-records"), "--replace")
+
+
+def make_weights(suffix: str, folder: Path) -> None:
+    folder.mkdir()
+    state = load_encoder(str(ROOT / "demo" / "mae.safetensors")).backbone.state_dict()
+    small = {name: value for name, value in state.items() if not re.match(r"blocks\.[^0]", name)}
+    if suffix == "pth":
+        torch.save({"model": small, "args": {"epochs": 3}, "epoch": 2}, folder / "weights.pth")
+    else:
+        save_file(small, folder / "weights.safetensors", metadata={"format": "pt", "family": "mae"})
+    if suffix == "ours":
+        (folder / "weights.safetensors").unlink()
+        save_encoder(folder / "weights.safetensors", small, {"family": "mae", "model": "vit_demo_patch8"})
+
+
+def read_weights(folder: Path) -> None:
+    (path,) = folder.iterdir()
+    load_encoder(str(path))
+
+
+def made(program: str, *flags: str) -> Callable[[Path], None]:
+    return lambda folder: finished(program, folder, *flags)
+
+
+def make_export(folder: Path) -> None:
+    finished("main_linprobe", folder.with_name("exported-run"), *BANK)
+    export(read_trained(folder.with_name("exported-run"), "cls", seed=0), folder)
+
+
+def make_benchmark(folder: Path) -> None:
+    folder.mkdir()
+    shutil.copy(ROOT / "results" / "benchmark.csv", folder)
+
+
+def read_benchmark(folder: Path) -> None:
+    run(benchmark, "plot", "--output", folder / "benchmark.csv", "--figure", folder.with_name("figure.png"))
+
+
+READERS |= {
+    "weights of ours": (functools.partial(make_weights, "ours"), read_weights, "*"),
+    "weights, safetensors": (functools.partial(make_weights, "safetensors"), read_weights, "*"),
+    "weights, torch": (functools.partial(make_weights, "pth"), read_weights, "*"),
+    "checkpoint alone": (made("main_linprobe", *BANK), lambda folder: load_checkpoint(folder / "checkpoint-0.pth"),
+                         "*.pth"),
+    "results": (made("main_linprobe", *BANK), read_results, "results.json"),
+    "args.json": (made("main_linprobe", *BANK), read_arguments, "args.json"),
+    "log": (made("main_linprobe", *BANK), read_log, "log.txt"),
+    "predictions": (made("main_linprobe", *BANK), functools.partial(run, compare_probes),
+                    "predictions.safetensors"),
+    "exported probe": (make_export, read_exported, "*"),
+    "attention": (made("main_analyze_attention"), read_attention, "attention.json"),
+    "examples": (made("main_analyze_attention"), read_attention, "examples.safetensors"),
+    "aggregation": (made("main_analyze_aggregation", "--loc_workers", "0"), read_aggregation, "aggregation.json"),
+    "cached features": (read_cache, read_cache, "*"),
+    "records": (make_records, read_records, "*"),
+    "results to record": (make_recorded, read_recorded, "*"),
+    "benchmark": (make_benchmark, read_benchmark, "*"),
+}  # fmt: skip
+
+
+def mutations_of(path: Path) -> dict[str, Mutation]:
+    kinds = {".pth": WEIGHT_MUTATIONS, ".safetensors": TENSOR_MUTATIONS}
+    return kinds.get(path.suffix, LIST_MUTATIONS)
 
 
 # ---- what must hold
@@ -314,24 +548,28 @@ def fuzz_image(program: Program, kind: str, encoded: dict[str, bytes], draw: ran
     return "refused by name" if code else "decoded"
 
 
-def fuzz_list(kind: str, name: str, good: Path, draw: random.Random, work: Path) -> str:
-    """One damaged file of those beside the images."""
+def fuzz_reader(name: str, good: Path, index: int, draw: random.Random, work: Path) -> tuple[str, str]:
+    """One damaged file of a folder: the kind of damage, and how it went. AssertionError where it went wrong."""
     folder, output = work / "list", work / "output"
     shutil.rmtree(folder, ignore_errors=True)
     output.unlink(missing_ok=True)
     shutil.copytree(good, folder)
-    chosen = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix.lower() not in PICTURES]
-    victim = draw.choice(chosen)
-    victim.write_bytes(LIST_MUTATIONS[kind](victim.read_bytes(), draw, work / "marker"))
+    _, read, pattern = READERS[name]
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix.lower() not in PICTURES]
+    victim = draw.choice([path for path in files if fnmatch.fnmatch(path.name, pattern)])
+    kinds = mutations_of(victim)
+    kind = list(kinds)[index % len(kinds)]
+    victim.write_bytes(kinds[kind](victim.read_bytes(), draw, work / "marker"))
     before = fingerprint(folder)
-    code = finish(read_in_child(LISTS[name][1], folder, output))
-    text = output.read_text()
-    told = f"{victim.relative_to(work)}, exit code {code}: {text[-2000:]}"
-    assert fingerprint(folder) == before, f"a file was changed: {told}"
-    assert code in (0, 2), told
-    assert code == 0 or str(folder) in text, f"the path is not named: {told}"
+    code = finish(read_in_child(read, folder, output))
+    text = output.read_text(errors="replace")
+    message = f"{victim.relative_to(work)}, {kind}, exit code {code}: {text[-2000:]}"
+    if name not in ("log", "cached features", "own data, webdataset"):  # an index is made anew
+        assert fingerprint(folder) == before, f"a file was changed: {message}"
+    assert code in (0, 2), message
+    assert code == 0 or str(folder) in text, f"the path is not named: {message}"
     assert not list(work.glob("marker*")), "code of the file was executed"
-    return "refused by name" if code else "read"
+    return kind, "refused by name" if code else "read"
 
 
 def read_in_child(read: Callable[[Path], object], folder: Path, output: Path) -> int:
@@ -339,17 +577,21 @@ def read_in_child(read: Callable[[Path], object], folder: Path, output: Path) ->
     if child := os.fork():
         return child
     code = 1
-    signal.alarm(60)
+    signal.alarm(300)
+    resource.setrlimit(resource.RLIMIT_CPU, (60, 60))
+    resource.setrlimit(resource.RLIMIT_AS, (2**35, 2**35))
     try:
-        with open(output, "w") as told:
+        with open(output, "w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
             try:
                 read(folder)
                 code = 0
-            except ValueError as error:
-                told.write(f"{error}\n")
+            except (ValueError, FloatingPointError) as error:
+                file.write(f"{error}\n")
                 code = 2
+            except SystemExit as end:
+                code = end.code
             except BaseException:
-                traceback.print_exc(file=told)
+                traceback.print_exc(file=file)
     finally:
         os._exit(code)
 
@@ -367,54 +609,68 @@ def encodings() -> dict[str, bytes]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoints", type=int, default=500)
-    parser.add_argument("--images", type=int, default=500)
-    parser.add_argument("--lists", type=int, default=500)
+    parser.add_argument("--checkpoints", type=int, default=300, help="given to main_linprobe")
+    parser.add_argument("--images", type=int, default=300)
+    parser.add_argument("--each", type=int, default=300, help="files for each of the readers")
+    parser.add_argument("--readers", nargs="*", default=list(READERS), choices=READERS, metavar="READER")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    failures = 0
+    failures, counts = 0, Counter()
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         generate(work / "data", 16, 10, workers=1)
-        program = Program(work)
-        good = work / "good"
-        assert program(work / "data", good)[0] == 0
-        whole = outcome(good)
-        shutil.copytree(work / "data", work / "images")
-        encoded = encodings()
         arrays = {name: classes for name, (_, classes) in ARRAYS.items()}
         for name, classes in {**dict.fromkeys(MINIATURES, 2), **CLASSES, **arrays}.items():
             DATASETS[name] = DATASETS[name]._replace(classes=classes)  # the miniature's stand for the official ones
-        for name, (make, _) in LISTS.items() if args.lists else ():
-            make(work / name)
-            assert finish(read_in_child(LISTS[name][1], work / name, work / "output")) == 0, name
-        plan = (
-            ("checkpoint", CHECKPOINTS, args.checkpoints), ("image", IMAGES, args.images),
-            ("list", LIST_MUTATIONS, args.lists),
-        )  # fmt: skip
-        cases = [(what, list(kinds)[i % len(kinds)], i) for what, kinds, number in plan for i in range(number)]
-        counts: Counter = Counter()
-        for what, kind, index in cases:
-            draw = random.Random(f"{args.seed} {what} {kind} {index}")
+
+        def count(what: str, index: int, fuzz: Callable[[random.Random], tuple[str, str]]) -> None:
+            nonlocal failures
             try:
-                if what == "checkpoint":
-                    result = fuzz_checkpoint(program, kind, good, whole, draw, work)
-                elif what == "image":
-                    result = fuzz_image(program, kind, encoded, draw, work)
-                else:
-                    name = list(LISTS)[index % len(LISTS)]
-                    result = fuzz_list(kind, name, work / name, draw, work)
+                kind, result = fuzz(random.Random(f"{args.seed} {what} {index}"))
             except AssertionError as error:
                 failures += 1
-                result = "WRONG"
-                print(f"{what} {index}, {kind}: {error}", flush=True)
+                kind, result = "", "WRONG"
+                print(f"{what} {index}: {error}", flush=True)
             counts[what, kind, result] += 1
-    print(f"| {'file':10} | {'mutation':30} | {'outcome':40} | number |\n|---|---|---|---|")
-    for (what, kind, result), number in sorted(counts.items()):
-        print(f"| {what:10} | {kind:30} | {result:40} | {number:6} |")
-    print(f"{len(cases)} files, {failures} wrong")
+
+        if args.checkpoints or args.images:
+            program, good = Program(work), work / "good"
+            assert program(work / "data", good)[0] == 0
+            whole, encoded = outcome(good), encodings()
+            shutil.copytree(work / "data", work / "images")
+        for index in range(args.checkpoints):
+            kind = list(CHECKPOINTS)[index % len(CHECKPOINTS)]
+            fuzz = functools.partial(fuzz_checkpoint, program, kind, good, whole, work=work)
+            count("checkpoint", index, lambda draw, kind=kind, fuzz=fuzz: (kind, fuzz(draw)))
+        for index in range(args.images):
+            kind = list(IMAGES)[index % len(IMAGES)]
+            fuzz = functools.partial(fuzz_image, program, kind, encoded, work=work)
+            count("image", index, lambda draw, kind=kind, fuzz=fuzz: (kind, fuzz(draw)))
+        for name in args.readers:
+            good = work / name
+            READERS[name][0](good)
+            code = finish(read_in_child(READERS[name][1], good, work / "output"))
+            assert code == 0, f"{name}: {(work / 'output').read_text()}"
+            for index in range(args.each):
+                count(name, index, functools.partial(fuzz_reader, name, good, index, work=work))
+            print(name, sum(counts[key] for key in counts if key[0] == name), "files", flush=True)
+    print(table(counts))
+    print(f"{counts.total()} files, {failures} wrong")
     sys.exit(1 if failures else 0)
+
+
+def table(counts: Counter) -> str:
+    """A row for each kind of file, a column for each outcome."""
+    outcomes = sorted({result for _, _, result in counts})
+    lines = ["| file | kinds of damage | " + " | ".join(outcomes) + " |", "|---" * (2 + len(outcomes)) + "|"]
+    for what in dict.fromkeys(what for what, _, _ in counts):
+        kinds = {kind for name, kind, _ in counts if name == what}
+        sums = [
+            sum(n for (name, _, result), n in counts.items() if (name, result) == (what, column)) for column in outcomes
+        ]
+        lines.append("| " + " | ".join([what, str(len(kinds)), *map(str, sums)]) + " |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Helpers of what tests interruptions: short runs of the three programs, stopped and compared."""
 
 import contextlib
+import ctypes
 import importlib
 import json
 import logging
@@ -120,10 +121,25 @@ def launch(
     try:
         os.environ.update(environment or {})
         prepare()
-        handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(handle, 1)
-        os.dup2(handle, 2)
-        sys.stdout = sys.stderr = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115  (pytest has others)
+        code = code_of(program, argv, output)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def redirect(output: Path) -> None:
+    handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    sys.stdout = sys.stderr = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115  (pytest has others)
+
+
+def code_of(program: str, argv: list[str], output: Path) -> int:
+    """Run a program in this process, which only goes on to end; its exit code."""
+    redirect(output)
+    code = 70
+    try:
         module = importlib.import_module(program)
         run_main(module.main, parse(module.get_args_parser(), argv))
         code = 0
@@ -131,10 +147,52 @@ def launch(
         code = stop.code
     except BaseException:
         traceback.print_exc()
+    sys.stdout.flush()
+    return code
+
+
+def agent(
+    program: str, argv: list[str], output: Path, processes: int, prepare: Callable[[], object] = lambda: None,
+    nodes: int = 1, **where: object,
+) -> int:  # fmt: skip
+    """Start torchrun's agent of a node in a fork of this process, and its ranks in forks of that; its process id.
+
+    where: of torch's LaunchConfig."""
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch  # few tests need it
+
+    if child := os.fork():
+        return child
+    code = 1
+    try:
+        redirect(output)
+        prepare()
+        config = LaunchConfig(nodes, nodes, processes, run_id="agents", start_method="fork", max_restarts=0, **where)
+        elastic_launch(config, rank_of_agent)(program, argv, output)
+        code = 0
+    except BaseException:
+        traceback.print_exc()
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
         os._exit(code)
+
+
+def rank_of_agent(program: str, argv: list[str], output: Path) -> None:
+    prctl, parent = ctypes.CDLL(None).prctl, os.getppid()
+    prctl(1, 0)  # PR_SET_PDEATHSIG: processes that torchrun starts outlive it, and so do these forks
+    code = code_of(program, argv, output)
+    prctl(1, signal.SIGKILL)  # PyTorch's fork would wait for the agent
+    if code or os.getppid() != parent:
+        os._exit(code)
+
+
+def children(pid: int) -> list[int]:
+    try:
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except FileNotFoundError:
+        return []
+
+
+def offspring(pid: int) -> list[int]:
+    return [each for child in children(pid) for each in (child, *offspring(child))]
 
 
 def finish(child: int) -> int:
@@ -142,12 +200,15 @@ def finish(child: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def in_processes(processes: int, program: str, argv: list[str], output: Path) -> list[int]:
-    """Exit codes of a program in several processes, as torchrun starts them but without its cost."""
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        return free.getsockname()[1]
+
+
+def in_processes(processes: int, program: str, argv: list[str], output: Path) -> list[int]:
+    """Exit codes of a program in several processes, as torchrun starts them but without its cost."""
+    common = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     ranks = [launch(program, argv, output, {**common, "RANK": str(rank)}) for rank in range(processes)]
     return [finish(child) for child in ranks]
 

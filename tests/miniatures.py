@@ -4,8 +4,11 @@ import functools
 import json
 
 import numpy as np
+import pytest
 from PIL import Image
 from scipy.io import savemat as save_uncompressed
+
+from data_sets.table import build_dataset
 
 savemat = functools.partial(save_uncompressed, do_compression=True)  # as published files are
 
@@ -20,9 +23,15 @@ def write(path, *lines):
     path.write_text("".join(f"{line}\n" for line in lines))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# miniatures: each returns the expected (train, val) as lists of (name, label)
-# ---------------------------------------------------------------------------------------------------------------------
+def refused(message, *args, **options):
+    """The error of build_dataset with these arguments: one line that matches the message."""
+    with pytest.raises(ValueError, match=message) as error:
+        build_dataset(*args, **options)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+# ---- miniatures: each returns the expected (train, val) as lists of (name, label)
 
 WNIDS = ("n01440764", "n01443537", "n02058221")
 

@@ -75,3 +75,13 @@ def test_other_files_and_loaders_without_images_are_refused(tmp_path):
             run("plot", "--output", str(tmp_path / name), "--figure", str(tmp_path / "b.png"))
     with pytest.raises(ValueError, match="loader: name a data set with --data_path"):
         run("loader")
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda c: b"", lambda c: b"\xff" + c, lambda c: c + b"x,y\n", lambda c: c.replace(b"1.", b"x.")]
+)
+def test_a_damaged_benchmark_is_one_line(damage, tmp_path):
+    path, whole = tmp_path / "benchmark.csv", (ROOT / "results" / "benchmark.csv").read_bytes()
+    path.write_bytes(damage(whole))
+    with pytest.raises(ValueError, match=f"--output {path}"):
+        run("table", "--output", str(path))

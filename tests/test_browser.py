@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -82,7 +83,9 @@ def report(tmp_path_factory):
     for i, program in enumerate(("finetune", "pretrain", "pretrain", "pretrain")):
         put_training(folder / "trained" / f"{i}{EVIL.replace('/', '|')}", program, data_path=EVIL)
     put_picture(folder / "aggregation" / f"{EVIL.replace('/', '|')}.png", size=(1800, 40))
+    began = time.process_time()
     page = build(folder / "report.html", folder)
+    assert time.process_time() - began < 60
     assert "12 runs" in page.text and "Left out" not in page.text
     return folder / "report.html"
 

@@ -5,7 +5,7 @@ import logging
 import re
 import threading
 from pathlib import Path
-from urllib.parse import urlparse
+from urllib.parse import unquote, urlparse
 
 import pytest
 import torch
@@ -81,10 +81,14 @@ class Server(http.server.BaseHTTPRequestHandler):
             return
         if "slow" in self.path:
             self.server.together.wait(20)  # until another process asks too
-        self.send_response(200)
+        redirected = re.search("to-([a-z]+)", self.path)
+        self.send_response(302 if redirected else 200)
+        if redirected:
+            self.send_header("Location", f"{redirected[1]}://{self.headers['Host']}/w.pth")
         self.send_header("Content-Type", "text/html" if "page" in self.path else "application/octet-stream")
+        stated = re.search("states-([^.]+)", self.path)
         if "unsized" not in self.path:
-            self.send_header("Content-Length", str(len(DATA)))
+            self.send_header("Content-Length", unquote(stated[1]) if stated else str(len(DATA)))
         self.end_headers()
         self.wfile.write(DATA[:2_000_000] if "interrupted" in self.path else DATA)
 
@@ -120,11 +124,17 @@ def test_a_download_comes_whole_to_torch_hubs_folder_and_once(server, cache, nam
     with caplog.at_level(logging.INFO, "beyond_cls"):
         path = download(url, MD5[:6])
     assert path.parent == cache and path.name.endswith(f"-{name}.pth") and contents(cache) == [DATA]
-    assert f"downloading {url}" in caplog.text
+    assert f"downloading {server.url}/{name}.pth" in caplog.text
     assert capfd.readouterr().err == ""  # no progress bar in a log file
     server.requests.clear()
     assert download(url, MD5[:6]) == path == fetch_weights(url, offline=True)
     assert not server.requests
+
+
+def test_a_redirect_to_http_is_followed_and_secrets_are_not_logged(server, cache, caplog):
+    with caplog.at_level(logging.INFO, "beyond_cls"):
+        assert download(f"{server.url}/to-http.pth?token=SECRET", None).read_bytes() == DATA
+    assert "SECRET" not in caplog.text
 
 
 def test_a_bar_shows_the_progress_on_a_terminal(server, cache, capsys, monkeypatch):
@@ -139,6 +149,12 @@ def test_a_bar_shows_the_progress_on_a_terminal(server, cache, capsys, monkeypat
         ("interrupted", r"the connection ended after 2,000,000 of 3,072,000 bytes"),
         ("absent", r"HTTP Error 404: Not Found"),
         ("page", r"the server answers with a web page"),
+        ("unsized", r"the server states a length of none, so that a part would pass for the whole"),
+        ("states-12%20000", r"the server states a length of 12 000,.*"),
+        ("states--5", r"the server states a length of -5,.*"),
+        ("states-" + "9" * 30, r"the server states a length of 999.*"),
+        ("to-ftp", r"the server redirects to ftp://.*/w.pth, which is neither http nor https"),
+        ("to-file", r"HTTP Error 302.*"),
     ],
 )
 def test_incomplete_downloads_leave_no_file(server, cache, name, reason):

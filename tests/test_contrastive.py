@@ -15,7 +15,7 @@ from PIL import Image, ImageFilter, ImageOps
 from torchvision import transforms
 from training_runs import COMMON, Program, log_lines, results
 
-from data_sets.contrastive import Stacked, contrastive_views
+from data_sets.views import Stacked, contrastive_views
 from encoders.load import load_encoder
 from models_mae import random_masking, take
 from models_moco import MomentumContrast, cls_tokens, momentum_at
@@ -125,10 +125,8 @@ def test_views_are_those_of_moco_v3_to_the_pixel(view, blur, solarize):
             own = ours(image)
         with seeded(number):
             assert own.equal(published(image)), number
-    both = Stacked(contrastive_views(224, 0.2))
-    assert (
-        both(image).shape == (2, 3, 224, 224) and contrastive_views(64, loader="tensor")[view](image).isfinite().all()
-    )
+    assert Stacked(contrastive_views(224, 0.2))(image).shape == (2, 3, 224, 224)
+    assert contrastive_views(64, loader="tensor")[view](image).isfinite().all()
 
 
 SMALL = ["--projector_width", "32"]
@@ -165,9 +163,8 @@ def test_a_killed_run_is_resumed_to_the_bit(program, tmp_path, monkeypatch, weig
 def test_the_weights_of_a_run_load_as_an_encoder_and_momentum_copies_are_kept(program, tmp_path):
     program.run(tmp_path, "--contrastive_weight", "0.5", *SMALL, "--epochs", "2", "--lr", "0")
     state = load_checkpoint(tmp_path / "checkpoint-1.pth")["model"]
-    files = [
-        load_encoder(str(tmp_path / name), "vit_demo_patch8") for name in ("encoder.safetensors", "checkpoint-1.pth")
-    ]
+    paths = [str(tmp_path / name) for name in ("encoder.safetensors", "checkpoint-1.pth")]
+    files = [load_encoder(path, "vit_demo_patch8") for path in paths]
     for name, value in files[0].backbone.state_dict().items():
         assert value.equal(files[1].backbone.state_dict()[name]), name
         torch.testing.assert_close(state[f"momentum_encoder.{name}"], value, msg=name)  # nothing was trained

@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from miniatures import refused
 from PIL import Image
 
 from data_sets.loader import KeyedDataset, build_loader
@@ -162,20 +163,18 @@ def test_training_flips_half_of_the_images_unless_told_otherwise():
 )
 def test_a_folder_without_images_is_named(tmp_path, prepare, message):
     prepare(tmp_path)
-    with pytest.raises(ValueError, match=message):
-        build_dataset("image_folder", tmp_path, "train")
+    refused(message, "image_folder", tmp_path, "train")
 
 
 def test_an_unknown_data_set_is_refused_with_those_there_are(tmp_path):
-    with pytest.raises(ValueError, match=r"'imagenet': did you mean imagenet1k, .* There are image_folder, "):
-        build_dataset("imagenet", tmp_path, "train")
+    refused(r"'imagenet': did you mean imagenet1k, .* There are image_folder, ", "imagenet", tmp_path, "train")
 
 
 def test_splits_of_different_classes_are_refused(image_folder, tmp_path):
     for split in ("train", "val"):
         (tmp_path / split).symlink_to(image_folder / split)
     assert build_splits("image_folder", tmp_path, 3)[2] == 3
-    with pytest.raises(ValueError, match=r"has one class, '\(unlabelled\)'; two are the fewest"):
+    with pytest.raises(ValueError, match=r"has one class, '\(unlabelled\)': a probe needs at least two"):
         build_splits("image_folder", image_folder / "train" / "red", None, val_split=0.2)
     with pytest.raises(ValueError, match=r"--nb_classes 1000, but .* has 3 classes"):
         build_splits("image_folder", tmp_path, 1000)

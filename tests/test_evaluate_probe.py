@@ -15,7 +15,7 @@ import evaluate_probe
 
 import main_linprobe
 from cli.console import parse
-from data_sets.robustness import ALEXNET_ERRORS, wnids
+from data_sets.imagenet import ALEXNET_ERRORS, wnids
 from data_sets.table import build_dataset
 from encoders.load import load_plain_or_safetensors
 

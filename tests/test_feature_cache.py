@@ -198,4 +198,9 @@ def test_a_changed_byte_of_the_cache_is_named(command, suffix, position, tmp_pat
         run(command, tmp_path / "second", *words)
     for damaged in (tmp_path / "cache").iterdir():
         damaged.unlink()
+    if suffix == "f32":
+        path.symlink_to(tmp_path / "elsewhere")
+        with pytest.raises(ValueError, match=r"--cache_dir .* cannot be written"):
+            run(command, tmp_path / "linked", *words)
+        path.unlink()
     assert_same(run(command, tmp_path / "third", *words), expected, 0)

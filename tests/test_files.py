@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from interruptions import run
 
 from cli.arguments import identity, plain
 from util import files
@@ -79,14 +80,40 @@ def test_credentials_of_urls_are_never_recorded(text, shown):
     assert "SECRET" not in str(plain(args)) + str(identity(args))
 
 
-def test_names_that_are_no_text_have_the_digest_of_their_bytes():
-    name = b"caf\xc3\xa9"
+TRAIN = ["--epochs", "1", "--warmup_epochs", "0"]
+
+
+@pytest.mark.parametrize(("program", "flags"), [
+    ("main_linprobe", [*TRAIN, "--save_predictions"]), ("main_finetune", TRAIN), ("main_analyze_attention", []),
+    ("main_analyze_aggregation", ["--loc_workers", "0"]),
+])  # fmt: skip
+def test_no_file_of_a_run_holds_the_secrets_of_a_url(
+    program, flags, serve, image_folder, pretrained, tmp_path, monkeypatch, capfd
+):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    url = f"{serve(pretrained.parent)}/{pretrained.name}?token=a.SECRET"
+    argv = ["--finetune", url, "--data_path", str(image_folder), "--model", "vit_demo_patch8", "--input_size", "32",
+            "--amp", "float32", "--device", "cpu", "--num_workers", "0", "--batch_size", "12", *flags]  # fmt: skip
+    assert run(program, argv, tmp_path / "run") == 0
+    written = [path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert len(written) > 2 and not any(b"SECRET" in content for content in written)
+    assert "SECRET" not in "".join(capfd.readouterr())
+
+
+def test_a_locale_changes_neither_digests_of_names_nor_pages(tmp_path):
+    name, page = b"caf\xc3\xa9", tmp_path / "page.md"
     in_ascii, in_utf8 = name.decode("ascii", "surrogateescape"), name.decode()
-    code = f"from util.files import digest; print(digest({in_ascii!a}))"
+    page.write_text("é\n<!-- t: make page.md -->\n<!-- end of t -->\n", "utf-8")
+    code = f"""if True:
+        from util.files import Path, digest, keep_table
+        keep_table(Path({str(page)!r}), "t", "make", "\\u00b1\\n", write=True)
+        print(digest([{in_ascii!a}, "\\u03a3"]))"""
     environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == files.digest(in_utf8)
+    assert done.stdout.strip() == files.digest([in_utf8, "Σ"])
     assert files.digest(b"\xff".decode("utf-8", "surrogateescape"))
+    assert page.read_text("utf-8") == "é\n<!-- t: make page.md -->\n±\n<!-- end of t -->\n"
 
 
 @pytest.mark.parametrize(

@@ -55,13 +55,6 @@ def test_votes_are_those_of_the_protocol_in_a_loop():
     })  # fmt: skip
 
 
-def test_length_of_vectors_does_not_count():
-    (train, labels), (test, answers) = blobs(80), blobs(30, seed=1)
-    scaled = train * torch.rand(80, 1).add(0.1)
-    expected = knn_scores(train, labels, test, answers, [5], 7)
-    assert knn_scores(scaled, labels, 3 * test, answers, [5], 7) == expected
-
-
 def test_more_neighbours_than_images_are_refused():
     train, labels = blobs(9)
     with pytest.raises(ValueError, match="--knn 10: must be <= 9"):

@@ -26,7 +26,7 @@ from data_sets.demo import generate
 from data_sets.table import build_dataset
 from data_sets.views import eval_transform
 from encoders.load import save_encoder
-from main_analyze_aggregation import get_args_parser, stretch_transform
+from main_analyze_aggregation import get_args_parser
 from models_vit import build_vit
 from probing.finished_run import read_run
 
@@ -139,7 +139,7 @@ def test_every_image_counts_once_with_the_numbers_of_the_definitions(data, vecto
 def test_boxes_are_those_of_the_stretched_image(data, vectors, result):
     images = build_dataset("image_folder", data, "val")
     boxes, levels = read_boxes(data / "boxes.csv", None, images, data, range(TEST_IMAGES)), levels_of(0.02)
-    stretch = stretch_transform(64, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    stretch = eval_transform(64, interpolation="bilinear", crop_pct=None)
     found = {name: np.zeros((len(levels), 3), int) for name in NAMES}
     for index, (image, _) in enumerate(images):
         assert stretch(image).shape == (3, 64, 64)

@@ -14,7 +14,7 @@ import torch
 from interruptions import ENVIRONMENT, PROGRAMS, differences, end, flags, outcome, run, start, wait_until
 from PIL import Image
 
-from util import signals
+from util import signals, workers
 from util.signals import EXIT_STOPPED
 
 
@@ -165,6 +165,37 @@ def test_a_killed_worker_is_one_line(commands, tmp_path):
     code, _, error = end(process, 60)
     assert code == 1 and error.count("\n") == 1 and "DataLoader worker" in error, error
     assert any((tmp_path / "run").glob("checkpoint-*.pth"))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("getrlimit", lambda kind: (24, 24), "2 workers need .* open files, ulimit -n is 24"),
+        ("get_temp_dir", lambda: "/tmp/" + 100 * "x", "cannot make sockets in /tmp/x.*set TMPDIR to a short path"),
+        ("get_temp_dir", lambda: "/proc", "cannot make sockets in /proc .*; --num_workers 0"),
+    ],
+)
+def test_workers_that_could_not_deliver_are_refused(name, value, message, monkeypatch):
+    monkeypatch.setattr(workers.resource, "setrlimit", lambda kind, limits: None)
+    monkeypatch.setattr(workers.resource if name == "getrlimit" else workers, name, value)
+    with pytest.raises(ValueError, match=message):
+        workers.check_workers(2)
+
+
+@pytest.mark.parametrize(
+    ("text", "meaning"),
+    [
+        ("unable to write to file </torch_1_2_3>: No space left on device (28)", "/dev/shm is full"),
+        ("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that ...", "/dev/shm is full"),
+        ("Too many open files. Communication with the workers is no longer possible", "raise ulimit -n"),
+        ("DataLoader timed out after 600 seconds", "have delivered nothing for 600 s; --num_workers 0"),
+        ("DataLoader worker (pid 7) exited unexpectedly", "DataLoader worker (pid 7) exited"),
+        ("mat1 and mat2 shapes cannot be multiplied", None),
+    ],
+)
+def test_what_a_worker_s_failure_means(text, meaning):
+    failure = workers.worker_failure(RuntimeError(text))
+    assert (meaning in str(failure)) if meaning else failure is None
 
 
 def test_children_of_a_program_that_listens_can_be_terminated():

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from report.facts import state
 from report.page import render
 from report.runs import KINDS, find_runs
 from report.tables import table
@@ -206,9 +205,7 @@ def everything(all_runs):
     return build(all_runs / "report.html", all_runs)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the page
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- the page
 
 
 def test_the_page_is_valid_and_loads_nothing(everything):
@@ -245,9 +242,8 @@ def test_the_same_records_give_the_same_bytes(all_runs, make):
 def test_text_of_records_is_never_markup(tmp_path, make):
     name = EVIL.replace("/", "|")
     args = {"cls_features": [EVIL], "data_path": EVIL, EVIL: EVIL, "epochs": EVIL}
-    put_bank(
-        tmp_path / name, heads=("cls", name), commit=EVIL, command=EVIL, n_train=EVIL, versions={EVIL: EVIL}, args=args
-    )
+    hostile = {"commit": EVIL, "command": EVIL, "n_train": EVIL, "versions": {EVIL: EVIL}, "args": args}
+    put_bank(tmp_path / name, heads=("cls", name), **hostile)
     put_attention(tmp_path / "attention", EVIL, r"$\nonsense$", source=EVIL)
     rules = aggregation()
     rules["rules"][0] |= {"name": EVIL, "notes": [EVIL]}
@@ -283,9 +279,7 @@ def test_arguments_that_differ_from_the_defaults_come_first(tmp_path, make):
     assert "resume auto" in before and "auto (default" not in before
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# finding runs
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- finding runs
 
 
 def test_a_label_names_a_run_and_a_run_named_twice_is_listed_once(all_runs, make):
@@ -340,7 +334,7 @@ def test_a_report_that_cannot_be_written_is_an_error(tmp_path, make):
 
 def test_logs_kept_beside_the_weights_are_finished_runs():
     runs = find_runs([str(ROOT / "demo")])[0]
-    assert {"mae", "mae_ft"} <= {run.name for run in runs} and all(state(run) == ("good", "finished") for run in runs)
+    assert {"mae", "mae_ft"} <= {run.name for run in runs} and all(run.state == ("good", "finished") for run in runs)
 
 
 def test_a_code_snapshot_of_a_job_is_not_a_run(tmp_path):
@@ -367,9 +361,7 @@ def test_figures_are_shown_and_damaged_files_named(tmp_path, make):
     assert "24 of 30 pictures are shown" in make(tmp_path / "many").text
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# numbers: every one is right, or says why it may not be
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- numbers: every one is right, or says why it may not be
 
 
 def test_every_probe_is_listed_and_seeds_are_averaged(tmp_path, make):
@@ -378,13 +370,8 @@ def test_every_probe_is_listed_and_seeds_are_averaged(tmp_path, make):
     assert all(page.row(name) for name in bank()["probes"]) and "<figcaption>training loss" in page.raw
     assert page.row("run", "cls")[2:6] == ["41.00 ± 1.41", "1.2500 ± 0.0000", "42.00 ± 1.41", "11"]
     assert page.row("run", "abmilp")[2] == "51.00 ± 1.41"
-    for text in (
-        "769,000",
-        "test top-1 (%)",
-        "best top-1 (%)",
-        "test loss",
-        "cls/block11/blr0.1 41.00; abmilp/block11/blr0.1 51.00",
-    ):
+    summary = "cls/block11/blr0.1 41.00; abmilp/block11/blr0.1 51.00"
+    for text in ("769,000", "test top-1 (%)", "best top-1 (%)", "test loss", summary):
         assert text in page.text, text
     assert "best loss" not in page.text and "per class" not in page.text  # as many images of each: the same number
     results = bank()
@@ -487,9 +474,7 @@ def test_arguments_that_differ_between_compared_runs_are_listed(tmp_path, make):
     put_bank(tmp_path / "a")
     put_bank(tmp_path / "b", args={**bank()["args"], "epochs": 90})
     page = make(tmp_path)
-    assert page.row("epochs", "2", "90") and not any(
-        row[:1] == ["blr"] and row[1:] == ["0.1", "0.1"] for row in page.rows
-    )
+    assert page.row("epochs", "2", "90") and ["blr", "0.1", "0.1"] not in page.rows
 
 
 def test_counts_of_multi_label_scores_are_not_percentages(tmp_path, make):
@@ -499,11 +484,8 @@ def test_counts_of_multi_label_scores_are_not_percentages(tmp_path, make):
         del probe["best"]
     put(tmp_path / "run" / "results.json", results)
     page = make(tmp_path / "run")
-    assert (
-        "classes (%)" not in page.text
-        and "test classes with a positive image" in page.text
-        and "78.00" not in page.text
-    )
+    assert "classes (%)" not in page.text and "78.00" not in page.text
+    assert "test classes with a positive image" in page.text
     assert page.row("run", "cls")[2:4] == ["40.00 ± 0.00", "60.00 ± 0.00"] and "test mAP (%)" in page.text
 
 
@@ -530,9 +512,8 @@ def test_means_of_aggregations_state_how_many_they_are_of(tmp_path, make):
     result = aggregation()
     result["over_seeds"]["attn-mn"]["top1"] = {"mean": 30.0, "std": 0.5, "n": 3}
     result["rules"][0]["entropy"]["images"] = 498
-    result["rules"][0]["scores"] = {
-        f"seed{i}": {"top1": top1, "diverged_at": None} for i, top1 in enumerate((30.5, None))
-    }
+    of_seeds = {f"seed{i}": {"top1": top1, "diverged_at": None} for i, top1 in enumerate((30.5, None))}
+    result["rules"][0]["scores"] = of_seeds
     result["matrices"]["kl"]["images"] = [[500, 321], [500, 500]]
     put(tmp_path / "a" / "aggregation.json", result)
     page = make(tmp_path)
@@ -550,9 +531,7 @@ def test_an_analysis_of_boxes_alone_is_summarised_by_them(tmp_path, make):
     assert make(tmp_path).row("a", "Aggregation")[3] == "MaxBoxAccV2 (%): attn-mn 57.29"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# what to know before reading a number
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- what to know before reading a number
 
 
 @pytest.mark.parametrize(
@@ -609,12 +588,9 @@ def test_unfinished_runs_show_what_there_is_and_say_so_beside_it(tmp_path, make)
     put_training(tmp_path / "pretrained", "pretrain", epochs=1, ended=False)
     put_training(tmp_path / "tuned", "finetune", epochs=0, ended=False)
     page = make(tmp_path)
-    for text in ("not finished: 1 of 2 epochs", "not finished: 0 of 2 epochs",
-                 "not finished: 1 of 2 results", "not finished: 0 of 1 results",
-                 "not finished: 2 of 1 results", "1 of 2 lines cannot be read", "not finished: 0 of 1 results",
-                 "no result yet"):  # fmt: skip
-        assert text in page.text, text
+    for done in ("1 of 2 epochs", "0 of 2 epochs", "1 of 2 results", "0 of 1 results", "2 of 1 results"):
+        assert f"not finished: {done}" in page.text
+    assert "1 of 2 lines cannot be read" in page.text and "no result yet" in page.text
     assert page.row("probes not finished: 1 of 2 epochs", "cls/block11/blr0.1")[2] == "30.00 ± 0.00"
-    assert (
-        "<figcaption>training loss" not in page.raw.split('id="main_linprobe"')[1].split("</section>")[0]
-    )  # one epoch is not a curve
+    section = page.raw.split('id="main_linprobe"')[1].split("</section>")[0]
+    assert "<figcaption>training loss" not in section  # one epoch is not a curve

@@ -18,14 +18,14 @@ def scored(head, seed, top1):
 
 @pytest.fixture
 def analysis(tmp_path):
-    rules = [
-        {"name": name, "head": name, "seed": None, "scores": dict(scored(name, k, v) for k, v in enumerate(values))}
-        for name, values in (("pos", POS), ("far", FAR))
-    ]
+    rules = []
+    for name, values in (("pos", POS), ("far", FAR)):
+        scores = dict(scored(name, seed, value) for seed, value in enumerate(values))
+        rules.append({"name": name, "head": name, "block": 5, "seed": None, "scores": scores})
     for seed, value in enumerate(BEST):
         name, scores = f"abmilp/seed{seed}", [scored("abmilp", seed, value)]
-        rules.append({"name": name, "head": "abmilp", "seed": seed, "scores": dict(scores)})
-    rules.append({"name": "attn-mn", "head": "attn-mn", "seed": None, "scores": {}})
+        rules.append({"name": name, "head": "abmilp", "block": 5, "seed": seed, "scores": dict(scores)})
+    rules.append({"name": "attn-mn", "head": "attn-mn", "block": 5, "seed": None, "scores": {}})
     maps = {rule["name"]: {"maxboxaccv2": 10.0 + number} for number, rule in enumerate(rules)}
     (tmp_path / "aggregation.json").write_text(json.dumps({"rules": rules, "localization": {"maps": maps}}))
     return tmp_path
@@ -61,7 +61,7 @@ def test_no_share_of_a_gap_that_may_be_none(analysis):
             next(iter(rule["scores"].values()))["top1"] = value
 
     write_again(analysis, close)
-    assert all("closed" not in row for row in compare_rules.judged(analysis).values())
+    assert all(row["closed"] is None for row in compare_rules.judged(analysis).values())
 
 
 def test_mistakes_are_one_line(analysis, tmp_path):

@@ -16,6 +16,7 @@ import torch
 from runtime.folder import RunFolder
 from runtime.provenance import code_version, provenance
 from runtime.trackers import date_back_event_files
+from util.files import no_link
 
 
 @pytest.fixture
@@ -244,10 +245,12 @@ def test_a_lock_that_is_a_link_is_not_followed(target, tmp_path):
 def test_files_that_are_links_are_replaced_not_followed(tmp_path):
     (tmp_path / "precious").write_text("data")
     (tmp_path / "run").mkdir()
-    for name in ("args.json", "log.txt", "checkpoint-0.pth"):
+    for name in ("args.json", "log.txt", "checkpoint-0.pth", "link"):
         (tmp_path / "run" / name).symlink_to(tmp_path / "precious")
     folder = RunFolder(tmp_path / "run")
     folder.write("args.json", {})
     folder.log_line({"epoch": 0})
     folder.save_checkpoint(0, {})
+    with pytest.raises(OSError), open(tmp_path / "run" / "link", "ab", opener=no_link):
+        pass  # what is written in place: cached features, benchmarks, locks
     assert (tmp_path / "precious").read_text() == "data" and folder.find_checkpoint("auto")["epoch"] == 0

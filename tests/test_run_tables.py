@@ -93,12 +93,6 @@ def test_runs_that_must_not_be_averaged_are_refused(run, changes, message):
         runs_table([f"mine={run('a', scores)}", f"mine={run('b', scores, **changes)}"])
 
 
-@pytest.mark.parametrize("changes", [{"test_images": "e" * 64}, {"headline": "map"}])
-def test_different_test_sets_or_scores_have_no_common_table(run, changes):
-    with pytest.raises(ValueError, match="make a table of each"):
-        runs_table([str(run("a", {"cls": (1.0, 2.0)})), str(run("b", {"cls": (1.0, 2.0)}, **changes))])
-
-
 @pytest.mark.parametrize(
     ("scores", "settings"),
     [({"cls": (10.0, None)}, [{}]), ({"cls": (10.0, 12.0)}, [{"diverged_at": {"epoch": 1, "step": 2}}])],

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data_sets.examples import read_image
+from data_sets.images import read_image
 from data_sets.views import eval_transform
 from models_vit import build_vit
 from util.plotting import visible

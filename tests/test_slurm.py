@@ -1,4 +1,4 @@
-"""On a real SLURM of one machine: what interrupts a job does not change its result, and what ends it is told.
+"""On a real SLURM, three nodes on one machine: what interrupts a job does not change its result; what ends it is named.
 
     python -m pytest -m slurm tests/test_slurm.py
 
@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 
 import pytest
 from interruptions import ENVIRONMENT, ROOT, differences, outcome
@@ -142,6 +143,42 @@ def test_a_job_that_is_preempted_twice_ends_with_the_result_of_the_uninterrupted
     text = log.read_text()
     assert text.count("stopped by SIGTERM: saved after") == 2 and text.count("resuming from") == 2, text
     assert text.count("SLURM goes on with it") == 2, text
+    assert differences(outcome(folder), whole) == []
+
+
+def test_two_nodes_are_one_node_of_two_processes(slurm, command, whole, tmp_path):
+    nodes = ["--partition", "nodes", "--nodes", 2, "--ntasks", 2]
+    call(slurm, "srun", *nodes, sys.executable, ROOT / "main_linprobe.py", *command, "--output_dir", tmp_path / "run")
+    assert differences(outcome(tmp_path / "run"), whole) == []
+
+
+def on_node(name):
+    """Ranks on a node, and what has started them."""
+    for environ in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            if f"SLURMD_NODENAME={name}".encode() in environ.read_bytes().split(b"\0"):
+                yield from (int(environ.parent.name), int((environ.parent / "stat").read_text().split()[-49]))
+
+
+def test_a_job_whose_node_hangs_goes_on_with_another_node(slurm, command, whole, tmp_path):
+    folder, lost = tmp_path / "run", "127.0.0.3"
+    flags = ["--partition", "nodes", "--nodes", 2, "--tasks_per_node", 1, "--dist_timeout", 60, 5, 20]
+    _, job = launch(slurm, folder, *flags, *command)
+    log = folder / "jobs" / f"{job}_0_log.out"
+    until(lambda: epochs(folder) > 1, log)
+    daemon = int(Path(slurm["SLURM_CONF"]).with_name(f"slurmd-{lost}.pid").read_text())
+    frozen = {daemon, *on_node(lost)} - {1}
+    for process in frozen:
+        os.kill(process, signal.SIGSTOP)
+    try:
+        until(lambda: shown(slurm, job, "JobState") == "COMPLETED", log)
+    finally:
+        for process in frozen:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGCONT if process == daemon else signal.SIGKILL)
+    assert shown(slurm, job, "NodeList") == "127.0.0.[2,4]" and int(shown(slurm, job, "Restarts")) > 0
+    text = log.read_text()
+    assert "rank 1 (last heard at" in text and "goes back into the queue" in text and "resuming from" in text, text
     assert differences(outcome(folder), whole) == []
 
 

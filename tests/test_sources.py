@@ -11,16 +11,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 from make_shards import write_parquet, write_webdataset
-from miniatures import CLASSES, make_coco, make_imagenet, save, write
+from miniatures import CLASSES, make_coco, make_imagenet, refused, save, write
 from PIL import Image
 
 import main_linprobe
 from cli.console import parse
-from data_sets import packed, shards
+from data_sets import shards
 from data_sets.images import UnreadableImage, fingerprint
 from data_sets.loader import KeyedDataset, build_loader
 from data_sets.order import GlobalBatches
-from data_sets.packed import read_packed, verify, write_packed
+from data_sets.shards import read_packed, verify, write_packed
 from data_sets.table import DATASETS, build_dataset, build_splits
 from data_sets.views import eval_transform, train_transform
 
@@ -37,7 +37,7 @@ def sources(image_folder, tmp_path_factory):
         write(root / "list" / f"{split}.csv", "path,label", *rows)
         write_webdataset(root / "webdataset", images, split)
     made["webdataset"] = ("webdataset", root / "webdataset")
-    for kind in packed.KINDS:
+    for kind in shards.KINDS:
         write_packed(root / kind, "image_folder", splits, kind, 256, 1)
         made[kind] = ("image_folder", root / kind)
     return made
@@ -100,8 +100,7 @@ def test_images_of_several_labels_keep_them(tmp_path, monkeypatch, kind):
         assert ours.classes == theirs.classes and np.array_equal(ours.targets, theirs.targets)
         assert np.array_equal(ours[0][0], theirs[0][0])
     if kind != "pixels":
-        with pytest.raises(ValueError, match=r"labels of .*, expected one; data sets multilabel_\*"):
-            build_dataset(kind, tmp_path / kind, "train")
+        refused(r"labels of .*, expected one; data sets multilabel_\*", kind, tmp_path / kind, "train")
 
 
 # ---- tar files
@@ -149,9 +148,7 @@ def test_labels_of_shards_come_from_cls_json_or_folders(tmp_path):
 ])  # fmt: skip
 def test_wrong_samples_of_shards_are_one_line(tmp_path, members, message):
     tar(tmp_path / "train.tar", members)
-    with pytest.raises(ValueError, match=message) as error:
-        build_dataset("webdataset", tmp_path, "train")
-    assert "\n" not in str(error.value)
+    refused(message, "webdataset", tmp_path, "train")
 
 
 def test_index_of_shards_is_made_once_and_again_after_a_change(tmp_path, monkeypatch, caplog):
@@ -170,7 +167,7 @@ def test_index_of_shards_is_made_once_and_again_after_a_change(tmp_path, monkeyp
     tar(path, {"a/0.jpg": jpeg(1), "b/1.jpg": jpeg(2), "b/2.jpg": jpeg(3)})
     assert labels() == [0, 1, 1]
     index.unlink()
-    monkeypatch.setattr(shards.Index, "save", lambda *_: (_ for _ in ()).throw(OSError(30, "Read-only file system")))
+    monkeypatch.setattr(shards, "save_index", lambda *_: (_ for _ in ()).throw(OSError(30, "Read-only file system")))
     with caplog.at_level(logging.INFO, "beyond_cls"):
         assert labels() == [0, 1, 1]
     assert "index cannot be kept (Read-only file system)" in caplog.text
@@ -187,9 +184,7 @@ def test_damaged_shards_are_one_line(tmp_path, damage):
         second = data.index(b"b/1.jpg")
         data[second + 150] ^= 255  # in the header's checksum
         path.write_bytes({"cut": data[:-9000], "flipped": data, "empty": b""}[damage])
-    with pytest.raises(ValueError, match=r"train\.tar cannot be read") as error:
-        build_dataset("webdataset", tmp_path, "train")
-    assert "\n" not in str(error.value)
+    refused(r"train\.tar cannot be read", "webdataset", tmp_path, "train")
 
 
 def test_shard_that_changes_under_a_run_is_an_unreadable_image(tmp_path):
@@ -248,8 +243,7 @@ def test_missing_part_of_imagenet_is_named_with_the_parts_that_are_there(tmp_pat
     )
     with pytest.raises(ValueError, match=there):
         build_dataset("imagenet1k", tmp_path / "imagenet", "train")
-    with pytest.raises(ValueError, match="there is no part of ImageNet;"):
-        build_dataset("imagenet1k", tmp_path / "imagenet/training/n01440764", "val")
+    refused("there is no part of ImageNet;", "imagenet1k", tmp_path / "imagenet/training/n01440764", "val")
 
 
 @pytest.mark.parametrize(("old", "new", "message"), [
@@ -261,9 +255,7 @@ def test_wrong_list_of_kaggle_is_one_line(tmp_path, old, new, message):
     make_imagenet(tmp_path, "kaggle")
     path = tmp_path / "LOC_val_solution.csv"
     path.write_text(path.read_text().replace(old, new))
-    with pytest.raises(ValueError, match=rf"LOC_val_solution\.csv cannot be read: .*{message}") as error:
-        build_dataset("imagenet1k", tmp_path, "val", allow_subset=True)
-    assert "\n" not in str(error.value)
+    refused(rf"LOC_val_solution\.csv cannot be read: .*{message}", "imagenet1k", tmp_path, "val", allow_subset=True)
 
 
 # ---- one's own files
@@ -304,8 +296,7 @@ def test_lists_name_their_labels(tmp_path, suffix):
     train, test, _ = build_splits("multilabel_list", tmp_path, 3, label_column=column)
     assert train.classes == ["cat", "dog", "owl"] and train.targets.tolist() == [[1, 1, 0], [0, 0, 1], [0, 0, 0]]
     assert test.targets.tolist() == [[0, 0, 1]] and test[0][0].size == (12, 10)
-    with pytest.raises(ValueError, match=r"2 labels of .*0\.jpg, expected one"):
-        build_dataset("list", tmp_path, "train", label_column=column)
+    refused(r"2 labels of .*0\.jpg, expected one", "list", tmp_path, "train", label_column=column)
 
 
 @pytest.mark.parametrize(("lines", "message"), [
@@ -319,9 +310,7 @@ def test_lists_name_their_labels(tmp_path, suffix):
 def test_wrong_lists_are_one_line(tmp_path, lines, message):
     save(tmp_path / "a.jpg")
     (tmp_path / "train.csv").write_bytes("\n".join(lines).encode(errors="surrogateescape"))
-    with pytest.raises(ValueError, match=message) as error:
-        build_dataset("list", tmp_path, "train")
-    assert "\n" not in str(error.value)
+    refused(message, "list", tmp_path, "train")
 
 
 def test_names_of_a_list_may_hold_ends_of_lines_and_its_faulty_lines_are_numbered(tmp_path):
@@ -330,8 +319,7 @@ def test_names_of_a_list_may_hold_ends_of_lines_and_its_faulty_lines_are_numbere
     write(tmp_path / "val.csv", "path,label", 'a.jpg,"a\nb"')
     assert [build_dataset("list", tmp_path, split).classes for split in ("train", "val")] == [["a\u2028b"], ["a\nb"]]
     write(tmp_path / "train.jsonl", "", "[]")
-    with pytest.raises(ValueError, match="line 2 cannot be read: it is no JSON object"):
-        build_dataset("list", tmp_path, "train")
+    refused("line 2 cannot be read: it is not a JSON object", "list", tmp_path, "train")
 
 
 @pytest.mark.parametrize("layout", ["COCO", "Roboflow"])
@@ -355,8 +343,7 @@ def test_flat_folders_are_for_programs_that_use_no_labels(image_folder, tmp_path
         shutil.copy(path, tmp_path / f"{number}.png")
     images = build_dataset("image_folder", tmp_path, "val", labels=False)
     assert len(images) == 7 and set(images.targets) == {0} and images[0][0].size == (36, 40)
-    with pytest.raises(ValueError, match=r"no 'val' folder in it"):
-        build_dataset("image_folder", tmp_path, "val")
+    refused(r"no 'val' folder in it", "image_folder", tmp_path, "val")
     for folder, count in ((image_folder, 7), (image_folder / "train", 24)):
         assert len(build_dataset("image_folder", folder, "val", labels=False)) == count
 
@@ -397,7 +384,7 @@ def test_packed_images_are_resized_as_the_test_view_resizes_them(tmp_path):
 
 
 def test_changed_and_foreign_packs_are_refused(sources, image_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(packed, "SHARD", 6000)
+    monkeypatch.setattr(shards, "SHARD", 6000)
     splits = {"val": build_dataset("image_folder", image_folder, "val")}
     for kind in ("original", "pixels"):
         write_packed(tmp_path / kind, "image_folder", splits, kind, 256, 1)
@@ -411,19 +398,16 @@ def test_changed_and_foreign_packs_are_refused(sources, image_folder, tmp_path, 
         with pytest.raises(UnreadableImage, match=r"cannot read image .*: .*changed"):
             verify(images)
         files[1].write_bytes(data[:-1])
-        with pytest.raises(ValueError, match=r"val-00001\.bin is missing or cut off: pack again"):
-            build_dataset("image_folder", tmp_path / kind, "val")
-    with pytest.raises(ValueError, match="packed from --dataset image_folder, not demo"):
-        build_dataset("demo", tmp_path / "pixels", "val")
+        refused(r"val-00001\.bin is missing or cut off: pack again", "image_folder", tmp_path / kind, "val")
+    refused("packed from --dataset image_folder, not demo", "demo", tmp_path / "pixels", "val")
     (tmp_path / "pixels/val.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"val\.json cannot be read"):
-        build_dataset("image_folder", tmp_path / "pixels", "val")
+    refused(r"val\.json cannot be read", "image_folder", tmp_path / "pixels", "val")
     with pytest.raises(ValueError, match="exists: name a new folder"):
         write_packed(tmp_path / "pixels", "image_folder", splits, "pixels", 256, 1)
 
 
 def test_interrupted_packing_leaves_nothing(image_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(packed.Index, "save", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(shards, "save_index", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         splits = {"val": build_dataset("image_folder", image_folder, "val")}
         write_packed(tmp_path / "pack", "image_folder", splits, "pixels", 256, 1)
@@ -456,10 +440,8 @@ def test_table_without_one_column_of_labels_names_the_flag(tmp_path, monkeypatch
     rows = {"img": [jpeg(1), jpeg(2)], "coarse": ["a", "b"], "fine": [3, 1]}
     (tmp_path / "hf").mkdir()
     datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "hf/train.parquet")
-    with pytest.raises(ValueError, match=r"one of labels \(--label_column\), got img, coarse, fine"):
-        build_dataset("hf", tmp_path / "hf", "train")
+    refused(r"one of labels \(--label_column\), got img, coarse, fine", "hf", tmp_path / "hf", "train")
     images = build_dataset("hf", tmp_path / "hf", "train", label_column="fine")
     assert (images.classes, images.targets) == (["1", "3"], [0, 1]) and images[0][0].getpixel((0, 0))[0] == 2
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
-    with pytest.raises(ValueError, match=r"need datasets: pip install -r requirements-data\.txt"):
-        build_dataset("hf", tmp_path / "hf", "train")
+    refused(r"need datasets: pip install -r requirements-data\.txt", "hf", tmp_path / "hf", "train")

@@ -92,6 +92,7 @@ def test_a_sweep_is_an_array_of_jobs_with_folders_of_their_own(words, tmp_path, 
         (["--sweep", "seed", "1", "1"], "write every value once"),
         (["--sweep", "model,finetune", "a"], "names 2 flags and 1 values"),
         (["--slurm", "exclusive"], "write NAME=VALUE"),
+        (["--finetune", "https://me:SECRET@host/w.pth?t=SECRET"], "https://host/w.pth: the job would keep this URL's"),
     ],
 )
 def test_what_cannot_run_is_refused_at_submission(more, told, words, capsys):

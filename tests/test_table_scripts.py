@@ -230,6 +230,14 @@ def test_encoders_that_nobody_published_are_left_out_and_named(tmp_path):
     assert "failed: attend mae_vit_base_patch16" in done.stderr and done.returncode == 1
 
 
+def test_a_path_of_own_encoders_is_one_word(tmp_path):
+    done = functions(tmp_path, """
+        own="mine  $(pwd) *" PRINT=1
+        program() { printf '%s\\n' "$@"; }
+        attend mae_vit_small_patch16""")  # fmt: skip
+    assert f"mine  {ROOT} */mae_small/encoder.safetensors" in done.stdout.splitlines(), done.stderr
+
+
 def test_through_slurm_encoders_go_at_a_time_and_all_are_waited_for(tmp_path):
     done = functions(tmp_path, """
         attend() { sleep 1; echo "now $1"; [ "$1" != ibot_vit_base_patch16 ]; }

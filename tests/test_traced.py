@@ -4,6 +4,7 @@ import contextlib
 import copy
 import json
 import os
+import re
 import shutil
 import sys
 import weakref
@@ -15,6 +16,7 @@ import safetensors.torch
 import timm
 import torch
 from PIL import Image
+from test_models_mae import hugging_face_names
 from torch import nn
 from traced_models import MODELS, TRACED, difference, keep, options_of, randomised, save_model
 
@@ -160,38 +162,25 @@ def test_the_table_of_the_page_is_that_of_the_code():
 # ---- the three routes of one MAE
 
 
-HF_NAMES = {
-    "layers": {"norm1": "layernorm_before", "norm2": "layernorm_after"},
-    "encoder.layer": {"norm1": "norm1", "norm2": "norm2", "ls1": "layer_scale1", "ls2": "layer_scale2"},
-}
-
-
-def of_hugging_face(state: dict[str, torch.Tensor], blocks: str) -> dict[str, torch.Tensor]:
+def of_hugging_face(state: dict[str, torch.Tensor], dinov2: bool) -> dict[str, torch.Tensor]:
     """A state dict under timm's names -> the names of transformers' ViTMAEModel or Dinov2Model."""
-    names = {"patch_embed.proj": "embeddings.patch_embeddings.projection", "norm": "layernorm"}
-    whole = {"cls_token": "cls_token", "mask_token": "mask_token", "pos_embed": "position_embeddings"}
-    parts = {"attn.proj": "attention.o_proj", "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"} | HF_NAMES[blocks]
-    result = {}
-    for key, value in state.items():
-        stem, _, kind = key.rpartition(".")
-        if key in whole:
-            result[f"embeddings.{whole[key]}"] = value
-        elif stem in names:
-            result[f"{names[stem]}.{kind}"] = value
-        else:
-            block, part = stem.removeprefix("blocks.").split(".", 1)
-            if part == "attn.qkv":
-                for letter, third in zip("qkv", value.chunk(3), strict=True):
-                    result[f"{blocks}.{block}.attention.{letter}_proj.{kind}"] = third
-            else:
-                result[f"{blocks}.{block}.{parts[part]}.{kind.replace('gamma', 'lambda1')}"] = value
-    return result
+    renamed = {key.removeprefix("vit."): value for key, value in hugging_face_names(state).items()}
+    patterns = {
+        r"^layers\.": "encoder.layer.",
+        "layernorm_before": "norm1",
+        "layernorm_after": "norm2",
+        r"ls([12])\.gamma": r"layer_scale\1.lambda1",
+        r"^decoder\.mask_token": "embeddings.mask_token",
+    }
+    for pattern, name in patterns.items() if dinov2 else ():
+        renamed = {re.sub(pattern, name, key): value for key, value in renamed.items()}
+    return renamed
 
 
 def three_routes(ours, state: dict, config, name: str, options: dict, folder: Path) -> list[api.FrozenEncoder]:
     """An encoder of this project, and the same weights through transformers and timm."""
     theirs = transformers.AutoModel.from_config(config)
-    theirs.load_state_dict(of_hugging_face(state, "encoder.layer" if "dinov2" in name else "layers"))
+    theirs.load_state_dict(of_hugging_face(state, "dinov2" in name))
     theirs.save_pretrained(folder / "hf")
     timms = timm.create_model(name, num_classes=0, **options)
     timms.load_state_dict({key: value for key, value in state.items() if key != "mask_token"})
@@ -360,7 +349,7 @@ def test_preprocessing_is_the_models_own_and_part_of_what_a_run_is(saved, tmp_pa
     [
         ("hf:", {}, "hf: names no model: write hf:ORG/NAME"),
         ("hf:facebook/dinov2-base", {"offline": True}, "--offline, and facebook/dinov2-base is neither a folder nor"),
-        ("hf:/no/such/folder", {}, "hf:/no/such/folder: this is no folder"),
+        ("hf:/no/such/folder", {}, "hf:/no/such/folder: this is not a folder"),
         ("timm:vit_base_patch17", {"offline": True}, "has no model .* did you mean"),
         ("open_clip:ViT-B-32/no_tag", {"offline": True}, "the tags of ViT-B-32 are openai, "),
         ("hf:facebook/dinov2-base", {"family": "dinov2"}, "transformers sets family"),
@@ -411,7 +400,7 @@ def test_open_clip_takes_a_file_of_one_of_its_models(saved, tmp_path, monkeypatc
     file = load_encoder(f"open_clip:tiny/{folder}/open_clip_model.safetensors", "file").backbone
     assert all(value.equal(file.state_dict()[key]) for key, value in ours.state_dict().items())
     (tmp_path / "weights.pt").touch()
-    with pytest.raises(ValueError, match="is no safetensors file"):
+    with pytest.raises(ValueError, match="is not a safetensors file"):
         load_encoder(f"open_clip:tiny/{tmp_path}/weights.pt", "file")
 
 

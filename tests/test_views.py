@@ -1,9 +1,11 @@
 """What becomes of images, against torchvision's own transforms and PIL's own decoder."""
 
 import io
+import math
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from PIL import Image
 from torchvision import datasets as torchvision_datasets
@@ -14,7 +16,7 @@ from data_sets.images import decode_tensor, pixels_of, read_rgb
 from data_sets.loader import KeyedDataset, build_loader
 from data_sets.order import EvaluationBatches
 from data_sets.table import build_dataset
-from data_sets.views import LOADERS, View, eval_transform, stretch_transform, train_transform
+from data_sets.views import LOADERS, View, eval_transform, train_transform
 from util.seeding import seeded
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.1)
@@ -35,7 +37,7 @@ RECIPES = {
         [transforms.Resize(32), transforms.CenterCrop(32)],
     ),
     "both sides resized": (eval_transform, {"crop_pct": None}, [transforms.Resize((32, 32), interpolation=BICUBIC)]),
-    "whole": (stretch_transform, {}, [transforms.Resize((32, 32))]),
+    "whole": (eval_transform, {"crop_pct": None, "interpolation": "bilinear"}, [transforms.Resize((32, 32))]),
 }
 
 
@@ -173,3 +175,31 @@ def test_only_the_kept_part_of_a_long_image_is_resized(monkeypatch, size, loader
 
 def test_image_of_one_pixel_by_many_takes_little_memory():
     assert eval_transform(224).pixels(Image.new("RGB", (1, 20_000), (9, 8, 7))).unique().tolist() == [7, 8, 9]
+
+
+# ---- the one-draw crop: its clamping and its distribution; test_fidelity.py has the published windows
+
+RATIO = (3 / 4, 4 / 3)
+
+
+@pytest.mark.parametrize("size", [(400, 20), (20, 400), (1, 1), (3, 1)])
+def test_sides_are_clamped_to_the_image_instead_of_drawn_again(size):
+    torch.manual_seed(0)
+    width, height = size
+    for _ in range(100):
+        top, left, h, w = RandomResizedCrop.get_params(Image.new("RGB", size), (0.08, 1), RATIO)
+        assert 1 <= h <= height and 1 <= w <= width
+        assert 0 <= top <= height - h and 0 <= left <= width - w
+        # torchvision would fall back to a central crop of the allowed ratio
+        if max(size) == 400:
+            assert min(h, w) == 20
+
+
+def test_area_and_log_ratio_are_uniform():
+    torch.manual_seed(0)
+    image = Image.new("RGB", (2000, 2000))
+    windows = [RandomResizedCrop.get_params(image, (0.1, 0.5), RATIO) for _ in range(2000)]  # none is clamped
+    areas = [h * w / 2000**2 for _, _, h, w in windows]
+    ratios = [math.log(w / h) for _, _, h, w in windows]
+    assert scipy.stats.kstest(areas, "uniform", (0.1, 0.4)).pvalue > 0.01
+    assert scipy.stats.kstest(ratios, "uniform", (math.log(3 / 4), math.log(16 / 9))).pvalue > 0.01

@@ -14,6 +14,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from util.lazy import lazy
 
@@ -53,6 +54,11 @@ def disk_error(error: BaseException) -> OSError | None:
     while seen is not None and not isinstance(seen, OSError):
         seen = seen.__cause__ or seen.__context__
     return seen
+
+
+def no_link(path: str, flags: int) -> int:
+    """An opener for files that are written in place: OSError for a link, which would write to another file."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def write_atomically(target: Path, data: bytes) -> None:
@@ -131,7 +137,8 @@ def digest(value: object) -> str:
                 feed(inner, depth + 1)
         elif item is None or type(item) in (bool, int, float, str):
             # names of files may be no text, and are the same bytes in any locale
-            item = os.fsencode(item).decode(errors="surrogateescape") if type(item) is str else item
+            if type(item) is str:
+                item = item.encode("utf-8", "surrogateescape").decode("utf-8", "surrogateescape")
             total.update(f"{type(item).__name__} {item!r};".encode())
         else:
             raise TypeError(f"no digest of a {type(item).__name__}")
@@ -145,13 +152,34 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+CONTENT = "content"  # of our safetensors' metadata: a digest of everything else in the file
+
+
+def content_digest(header: dict, data: IO[bytes]) -> str:
+    """sha256 of a safetensors file: its header, but for this digest, and the rest of the open file."""
+    metadata = {name: value for name, value in header["__metadata__"].items() if name != CONTENT}
+    total = hashlib.sha256(json.dumps({**header, "__metadata__": metadata}, sort_keys=True).encode())
+    while chunk := data.read(1 << 24):
+        total.update(chunk)
+    return total.hexdigest()
+
+
+def require_content(path: Path) -> None:
+    """ValueError where a safetensors file of ours, which safetensors can read, has changed since it was written."""
+    with open(path, "rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        stated = header.get("__metadata__", {}).get(CONTENT)
+        if stated is not None and stated != content_digest(header, file):
+            raise ValueError(f"{path} is damaged: its content is not what was saved")
+
+
 def keep_table(page: Path, name: str, command: str, table: str, write: bool) -> None:
     """Write a generated table into a Markdown page, or (write=False) raise ValueError where the page has another.
 
     Its place is between the lines `<!-- name: command PAGE -->` and `<!-- end of name -->`.
     """
     begin, end = f"<!-- {name}: {command} {page.name} -->\n", f"<!-- end of {name} -->\n"
-    text = page.read_text()
+    text = page.read_text("utf-8")
     before, _, rest = text.partition(begin)
     if end not in rest:
         raise ValueError(f"{page} has no lines {begin.strip()} and {end.strip()}: put them where the table goes")

@@ -40,8 +40,7 @@ def resample_pos_embed(
     if rule == "unknown":
         raise ValueError(
             f"the weights have positions for {old[0]} x {old[1]} patches, the images {new[0]} x {new[1]}: the possible "
-            "families of the weights resample positions differently; name one with --family "
-            "(scripts/inspect_checkpoint.py lists them)"
+            "families resample them differently; name one with --family (scripts/inspect_checkpoint.py lists them)"
         )
     prefix, patches = table[:, :num_prefix], table[:, num_prefix:]
     patches = patches.float().reshape(1, *old, -1).permute(0, 3, 1, 2)

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from tqdm import tqdm
 
 from util import distributed
+from util.files import without_credentials
 from util.lazy import lazy
 
 torch = lazy("torch")
@@ -17,9 +18,15 @@ torch = lazy("torch")
 log = logging.getLogger("beyond_cls")
 
 
+class WithoutCredentials(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return without_credentials(super().format(record))
+
+
 def setup_logging() -> None:
-    """Messages to standard output; ranks other than 0 only warn."""
-    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout, force=True)
+    """Messages to standard output, without secrets of URLs; ranks other than 0 only warn."""
+    logging.basicConfig(stream=sys.stdout, force=True)
+    logging.root.handlers[0].setFormatter(WithoutCredentials("%(asctime)s %(message)s", "%H:%M:%S"))
     log.setLevel(logging.INFO if distributed.rank() == 0 else logging.WARNING)
 
 

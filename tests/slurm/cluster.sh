@@ -1,10 +1,13 @@
 #!/usr/bin/env bash
-# A SLURM cluster of this one machine, for tests: bash tests/slurm/cluster.sh install | start FOLDER | stop FOLDER
+# A SLURM cluster of three nodes on this one machine, for tests:
+#   bash tests/slurm/cluster.sh install | start FOLDER | stop FOLDER
 #   install       Debian's slurm-wlm and munge, through apt, where they are not there already
 #   start FOLDER  configuration, state, logs and sockets lie in FOLDER; prints the SLURM_CONF to export
 #   stop FOLDER   ends its jobs and daemons
-# Needs root. Exit code 77 where there can be no SLURM: not root, no apt, no network.
+# Its nodes have addresses of this machine as their names, which need no resolver. Needs root. Exit code 77 where there
+# can be no SLURM: not root, no apt, no network.
 set -euo pipefail
+nodes=(127.0.0.2 127.0.0.3 127.0.0.4)  # partitions low, patient and high have the first, nodes has all
 export PATH="$PATH:/usr/sbin:/sbin"  # where Debian puts daemons, and a user's PATH may not look
 
 cannot() { echo "no SLURM here: $*" >&2; exit 77; }
@@ -27,7 +30,7 @@ install() {
 free_ports() {
     python3 -c '
 import socket
-sockets = [socket.socket() for _ in range(2)]
+sockets = [socket.socket() for _ in range(4)]
 for one in sockets:
     one.bind(("127.0.0.1", 0))
 print(*(one.getsockname()[1] for one in sockets))'
@@ -39,23 +42,22 @@ start() {
     rm -rf "$folder"/{state,spool}
     mkdir -p "$folder"/{state,spool}
     (umask 077 && head -c 1024 /dev/urandom >"$folder/munge.key")
-    read -r controller_port node_port < <(free_ports)
+    read -r controller_port ports < <(free_ports)
     node=$(hostname -s)
     cat >"$folder/slurm.conf" <<CONF
 ClusterName=test
 SlurmctldHost=$node(127.0.0.1)
 SlurmctldPort=$controller_port
-SlurmdPort=$node_port
 SlurmUser=root
 AuthType=auth/munge
 # a requeued job waits until its credential has expired: 5 seconds instead of 120
 AuthInfo=socket=$folder/munge.socket,cred_expire=5
 StateSaveLocation=$folder/state
-SlurmdSpoolDir=$folder/spool
+SlurmdSpoolDir=$folder/spool/%n
 SlurmctldPidFile=$folder/slurmctld.pid
-SlurmdPidFile=$folder/slurmd.pid
+SlurmdPidFile=$folder/slurmd-%n.pid
 SlurmctldLogFile=$folder/slurmctld.log
-SlurmdLogFile=$folder/slurmd.log
+SlurmdLogFile=$folder/slurmd-%n.log
 # what works without cgroups, in containers too
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
@@ -74,19 +76,25 @@ KillWait=20
 OverTimeLimit=30
 # as many tasks as tests want, whatever the machine has
 SlurmdParameters=config_overrides
-NodeName=$node NodeAddr=127.0.0.1 CPUs=4 RealMemory=4000 State=UNKNOWN
-PartitionName=DEFAULT Nodes=$node MaxTime=INFINITE State=UP
+# a node that does not answer is down
+SlurmdTimeout=10
+PartitionName=DEFAULT Nodes=${nodes[0]} MaxTime=INFINITE State=UP
 PartitionName=low Default=YES PriorityTier=1 PreemptMode=REQUEUE
 PartitionName=patient PriorityTier=1 PreemptMode=REQUEUE GraceTime=60
 PartitionName=high PriorityTier=10 PreemptMode=OFF
+PartitionName=nodes Nodes=$(IFS=,; echo "${nodes[*]}")
 CONF
+    for name in "${nodes[@]}"; do
+        echo "NodeName=$name NodeHostname=$node Port=${ports%% *} CPUs=4 RealMemory=4000 State=UNKNOWN"
+        ports=${ports#* }
+    done >>"$folder/slurm.conf"
     export SLURM_CONF="$folder/slurm.conf"
     munged --force --key-file="$folder/munge.key" --socket="$folder/munge.socket" --pid-file="$folder/munged.pid" \
         --log-file="$folder/munged.log" --seed-file="$folder/munged.seed" 2>"$folder/munged.err"
     slurmctld -c -f "$SLURM_CONF" >"$folder/slurmctld.out" 2>&1
-    slurmd -c -f "$SLURM_CONF" -N "$node" >"$folder/slurmd.out" 2>&1
+    for name in "${nodes[@]}"; do slurmd -c -f "$SLURM_CONF" -N "$name" >"$folder/slurmd-$name.out" 2>&1; done
     for _ in $(seq 300); do
-        if [ "$(sinfo --noheader --partition high --format %t 2>/dev/null)" = idle ]; then
+        if [ "$(sinfo --noheader --partition nodes --format %t 2>/dev/null)" = idle ]; then
             echo "$SLURM_CONF"
             return
         fi
@@ -102,10 +110,10 @@ stop() {
         SLURM_CONF="$folder/slurm.conf" timeout 10 scancel --quiet --full --signal=KILL --user=root 2>/dev/null || true
         SLURM_CONF="$folder/slurm.conf" timeout 10 scancel --quiet --user=root 2>/dev/null || true
     fi
-    for daemon in slurmd slurmctld munged; do
+    for daemon in "${nodes[@]/#/slurmd-}" slurmctld munged; do
         # a process id may be another's by now
         pid=$(cat "$folder/$daemon.pid" 2>/dev/null) || continue
-        if [ "$(cat "/proc/$pid/comm" 2>/dev/null)" = "$daemon" ]; then
+        if [ "$(cat "/proc/$pid/comm" 2>/dev/null)" = "${daemon%%-*}" ]; then
             kill "$pid"
             for _ in $(seq 100); do [ -e "/proc/$pid" ] || break; sleep 0.1; done
         fi
@@ -117,5 +125,5 @@ stop() {
 case "${1:-} $#" in
     "install 1") install ;;
     "start 2" | "stop 2") mkdir -p "$2"; folder=$(cd "$2" && pwd); "$1" ;;
-    *) sed -n '2,6s/^# //p' "$0" >&2; exit 2 ;;
+    *) sed -n '2,8s/^# //p' "$0" >&2; exit 2 ;;
 esac
