@@ -65,11 +65,11 @@ def test_no_share_of_a_gap_that_may_be_none(analysis):
 
 
 def test_mistakes_are_one_line(analysis, tmp_path):
-    write_again(analysis, lambda r: r["rules"][1]["scores"].update([("far/block5/blr2.0/seed0", {"top1": 1.0})]))
-    with pytest.raises(ValueError, match="far has several rates per seed"):
-        compare_rules.judged(analysis)
     write_again(analysis, lambda result: result["rules"].pop(0))
     with pytest.raises(ValueError, match="has no probes of pos"):
+        compare_rules.judged(analysis)
+    write_again(analysis, lambda r: r["rules"][0]["scores"].update([("far/block5/blr2.0/seed0", {"top1": 1.0})]))
+    with pytest.raises(ValueError, match="far has several rates per seed"):
         compare_rules.judged(analysis)
     (tmp_path / "other.json").write_text("[]")
     with pytest.raises(ValueError, match=r"is not an aggregation\.json"):
