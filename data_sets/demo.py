@@ -157,6 +157,8 @@ def generate(
         counts = {"train": train, "val": val}
         jobs = [(new, seed, split, index, cues) for split, count in counts.items() for index in range(count)]
         rows = pool.map(_write, jobs, chunksize=64)
+        pool.close()
+        pool.join()  # else the end of the block sends SIGTERM, which a worker that waits for a job may not notice
         lines = [",".join(map(str, row)) for row in [("path", "x0", "y0", "x1", "y1"), *rows]]
         (new / "boxes.csv").write_text("\n".join(lines) + "\n")
         (new / "demo.json").write_text(json.dumps(description, indent=1))
