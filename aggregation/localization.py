@@ -11,11 +11,13 @@ This module is all that worker processes import, hence no PyTorch.
 """
 
 import contextlib
+import os
+import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from types import TracebackType
 from typing import NamedTuple
 
@@ -186,6 +188,12 @@ def _watched_workers() -> Iterator[None]:
         raise DeadWorker("a process that evaluates boxes was killed, perhaps for lack of memory") from error
 
 
+def _begin_worker() -> None:
+    """One thread, as there is one worker per core; and end with the program, even if that is killed."""
+    cv2.setNumThreads(1)
+    threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
+
+
 class Localizer:
     """Evaluates maps in worker processes while the next ones are computed; workers = 0: in this process.
 
@@ -196,8 +204,8 @@ class Localizer:
         self.size, self.levels, self.workers = size, levels, workers
         self.jobs: deque[Future] = deque()
         self.total = self.nothing = no_images(maps, len(levels))
-        # not forked from this process, which has threads and perhaps a GPU; there is one worker per core
-        start = get_context("forkserver"), cv2.setNumThreads, (1,)
+        # not forked from this process, which has threads and perhaps a GPU
+        start = get_context("forkserver"), _begin_worker
         self.pool = ProcessPoolExecutor(workers, *start) if workers else None
 
     def __enter__(self) -> "Localizer":

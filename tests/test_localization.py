@@ -2,6 +2,10 @@
 
 import os
 import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -173,3 +177,29 @@ def test_killed_worker_is_an_error_that_says_so():
         for _ in range(50):
             localizer.add(np.random.rand(8, 1, 5, 5), [truth] * 8)
         localizer.result()
+
+
+PROGRAM = """
+import time
+import numpy as np
+from aggregation.localization import Localizer
+if __name__ == "__main__":
+    localizer = Localizer(1, (40, 40), np.arange(255), 2)
+    localizer.add(np.ones((8, 1, 4, 4)), [np.array([[0, 0, 9, 9]])] * 8)
+    print(*localizer.pool._processes, flush=True)
+    time.sleep(60)
+"""
+
+
+def test_workers_end_with_a_killed_program(tmp_path):
+    (tmp_path / "program.py").write_text(PROGRAM)
+    root = Path(__file__).resolve().parent.parent
+    command, environment = [sys.executable, tmp_path / "program.py"], {**os.environ, "PYTHONPATH": str(root)}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as program:
+        workers = program.stdout.readline().split()
+        program.kill()
+    assert len(workers) == 2
+    end = time.monotonic() + 60
+    while any(Path(f"/proc/{worker}").exists() for worker in workers):
+        assert time.monotonic() < end
+        time.sleep(0.1)
