@@ -2,6 +2,7 @@
 
 import re
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from encoders.families import ENTRIES, Family, State
 from util.safe_load import Foreign
+from util.tensor_files import load_plain_or_safetensors
 
 # names that torch.compile, activation checkpointing, FSDP and DistributedDataParallel put into keys
 WRAPPER = re.compile(r"(?<![^.])(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module|module)\.")
@@ -45,6 +47,14 @@ class Content(NamedTuple):
         return list(dict.fromkeys(stem[1] or "" for stem in stems if stem))
 
 
+def read_content(path: Path) -> Content:
+    """A weight file's content. ValueError if two of its tensors have the same dotted name."""
+    try:
+        return flattened(load_plain_or_safetensors(path))
+    except ValueError as error:
+        raise error if str(path) in str(error) else ValueError(f"{path}: {error}") from None
+
+
 def flattened(content: dict) -> Content:
     """Wrapper names are removed, chunked blocks numbered in one sequence.
 
@@ -68,6 +78,8 @@ def flattened(content: dict) -> Content:
             if isinstance(value, dict) and level < NESTING:
                 visit(value, name, level + 1)
             elif key != AVERAGED or not any(str(other).startswith("module.") for other in items):
+                if name in flat.leaves and isinstance(value, Tensor):
+                    raise ValueError(f"two tensors are called {name}; save the encoder's state dict alone")
                 flat.leaves[name] = value
 
     visit(content, "", 0)

@@ -257,12 +257,11 @@ def timm_of_file(path: Path, checkpoint_key: str | None, name: str, size: int | 
 
     ValueError if timm has no such model, or tensors are missing, left over or misshapen.
     """
-    from encoders.contents import flattened, weights_of
+    from encoders.contents import read_content, weights_of
     from encoders.families import FAMILIES
-    from util.tensor_files import load_plain_or_safetensors
 
     check_timm_name(name)
-    weights = weights_of(flattened(load_plain_or_safetensors(path)), FAMILIES["timm"], checkpoint_key) or {}
+    weights = weights_of(read_content(path), FAMILIES["timm"], checkpoint_key) or {}
     weights = {key: value for key, value in weights.items() if not key.startswith("head.")}
     table, kernel = weights.get("pos_embed"), weights.get("patch_embed.proj.weight")
     if size is None and table is not None and kernel is not None and table.ndim == 3:

@@ -11,11 +11,11 @@ import torch
 
 from encoders.architectures import ARCHITECTURES, FROM_FILE, architecture
 from encoders.catalogue import families_called, known_family
-from encoders.contents import Content, fits, flattened, not_a_tensor, weights_of
+from encoders.contents import Content, fits, not_a_tensor, read_content, weights_of
 from encoders.families import FAMILIES, TABLE, Family, Grid, State
 from models_vit import VisionTransformer
 from util.progress import log
-from util.tensor_files import load_plain_or_safetensors, safetensors_metadata
+from util.tensor_files import safetensors_metadata
 
 DEEPSPEED = "convert its folder with: python FOLDER/zero_to_fp32.py FOLDER OUT"
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -50,7 +50,7 @@ def open_weights(
     """A file read as its family; problems_of says what prevents its use. Arguments: see encoders.load.load_encoder."""
     checkpoint_key = checkpoint_key or None
     family = known_family(finetune, model, family)
-    content = flattened(load_plain_or_safetensors(path))
+    content = read_content(path)
     if family is None:
         detected = detect_family(path, content, checkpoint_key, **stated)
         family, reason, others = detected.family, detected.reason, detected.others

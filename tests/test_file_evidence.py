@@ -249,6 +249,7 @@ def test_a_plain_vit_of_any_size_is_built_from_its_file(write, vit, state):
         ({"blocks.0.attn.q_norm.weight": torch.ones(8)}, "not used blocks.0.attn.q_norm.weight"),
         ({"blocks.3.norm1.weight": torch.full((64,), 1e300, dtype=torch.float64)}, "blocks.3.norm1.weight holds NaN"),
         ({"blocks.3.norm1.weight": torch.full((64,), torch.nan).bfloat16()}, "blocks.3.norm1.weight holds NaN"),
+        ({"blocks": {"0.norm1.bias": torch.ones(64)}}, "pth: two tensors are called blocks.0.norm1.bias; save"),
     ],
 )
 def test_what_cannot_be_computed_is_refused_by_name(change, message, write, state):
