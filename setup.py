@@ -13,7 +13,7 @@ from setuptools.command.build_py import build_py
 ROOMS = ("attention", "cli", "data_sets", "encoders", "probing", "runtime", "util")
 # modules of the packages that are not taken whole
 KEPT = {"beyond_cls": ("abmilp", "api", "models_mae", "models_vit"), "beyond_cls.cli": ("console", "encoder_arguments")}
-OURS = re.compile(rf"^(\s*from )((?:{'|'.join(ROOMS + KEPT['beyond_cls'])})\b)", re.MULTILINE)
+OURS = re.compile(rf"(^\s*from |lazy\(\")((?:{'|'.join(ROOMS + KEPT['beyond_cls'])})\b)", re.MULTILINE)
 INIT = '"""Frozen encoders and trained probes."""\n\nfrom beyond_cls.api import encoder, probe  # noqa: F401\n'
 
 
