@@ -318,7 +318,7 @@ class Training(Resumable):
         self.seconds, self.waited = float(state["seconds"]), float(state["waited"])
         self.earlier = float(state["elapsed"])
         evaluated = [entry["epoch"] for entry in history if isinstance(entry.get("test", entry.get("val")), dict)]
-        if len(evaluated) < len(history) or (state["scalars"] and evaluated[-1:] != [epoch]):
+        if len(evaluated) < len(history) or (self.evaluated and state["scalars"] and evaluated[-1:] != [epoch]):
             raise ValueError(f"its history is of the epochs {evaluated}")
         self.history = list(history)
         self.last_scalars = {name: float(value) for name, value in state["scalars"].items()}
