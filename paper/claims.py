@@ -161,6 +161,28 @@ def divergence(encoder: Encoder, rules: Sequence[str]) -> np.ndarray:
     return np.array([np.mean([result["matrices"]["kl"]["mean"][i][j] for j in columns]) for i in rows])
 
 
+def evaluated(encoder: Encoder, head: str, score: str, under: str | None = None) -> tuple[np.ndarray, float]:
+    """(a score of evaluate_probe.py, %, of each run, 100 / classes). under: the perturbation of the test images."""
+    for result in encoder.results:
+        if "classes" in result and "order" in result["seeds_vary"]:
+            part = result.get("perturbed", {}).get(under, {}) if under else result["probes"]
+            probes = [probe for name, probe in part.items() if name.startswith(f"{head}/")]
+            if probes and all(score in probe for probe in probes):
+                return np.array([probe[score] for probe in probes], dtype=float), 100 / result["classes"]
+    raise Missing(f"{encoder.label} has no {score} of {head} {f'under {under}' if under else 'on other test images'}")
+
+
+def shape_bias(encoder: Encoder, head: str) -> np.ndarray:
+    """Share of the shape's class among answers of either cue's, where they conflict, %."""
+    return evaluated(encoder, head, "shape bias")[0]
+
+
+def kept(encoder: Encoder, head: str, under: str) -> np.ndarray:
+    """Share of the accuracy above chance that perturbed test images keep: of the mean over runs, which may be near 0."""
+    (scores, chance), (plain, _) = (evaluated(encoder, head, "top-1", name) for name in (under, IDENTITY))
+    return (scores - chance) / (plain - chance)
+
+
 QUANTITIES = {
     "accuracy": (accuracy, "points"),
     "reached": (reached, "of the depth"),

@@ -6,7 +6,7 @@
 #   RECORDS   gets a folder for each encoder, which `python scripts/claims.py --records` reads (default: FOLDER/records)
 #   ORACLE    encoder whose [cls] attention the head dino takes (default: MoCo-v3 of the study, seed 0)
 #   DATA      folder with train/, val/ and boxes.csv (default: demo scenes, TRAIN=4000 and VAL=1000, made in FOLDER)
-#   EPOCHS    epochs of the probes (default: 16; those at every block: 12)
+#   EPOCHS    epochs of the probes (default: 16; those at every block: half)
 #   PARTS     what to measure, in this order (default: all)
 set -euo pipefail
 source "$(dirname "$0")/env.sh"
@@ -52,8 +52,8 @@ attend() {
 }
 # at_blocks FLAG...: a central crop without flips, so that seeds vary weights and order alone
 at_blocks() {
-    local epochs=$(((epochs * 3 + 3) / 4))
-    probe depth --blr 30 300 --crop center --no_hflip "$@"
+    local epochs=$(((epochs + 1) / 2))
+    probe depth --blr 100 --crop center --no_hflip "$@"
 }
 
 rules() { probe rules --blr 30 100 300 1000 "${oracles[@]}" --cls_features cls pos "${own[@]}" dino "${free[@]}"; }
@@ -68,14 +68,13 @@ decoder() { # MAE's decoder as blocks 6 and 7, under a label of its own
 }
 cues() { # probes of scenes whose outline shows the class, too; tested where the cues conflict, and perturbed
     [ -z "${DATA:-}" ] && [ ! -d "$records/$label/cues" ] || return 0
-    local folder=$out/measured/$label/cues name data
-    for name in agree conflict; do
-        python scripts/make_demo_data.py "$out/$name" "${scenes[@]}" --cues $name
-    done
+    local folder=$out/measured/$label/cues data
+    python scripts/make_demo_data.py "$out/agree" --train "${TRAIN:-2000}" --val "${VAL:-500}" --cues agree
+    python scripts/make_demo_data.py "$out/conflict" --train 10 --val "${VAL:-500}" --cues conflict
     data=(--data_path "$out/agree" --dataset demo --num_workers 0)
-    probing run cues --blr 30 100 300 --cls_features cls pos abmilp
+    probing run cues --blr 30 100 --cls_features cls pos abmilp
     python scripts/evaluate_probe.py "$folder" "${data[@]}" --output "$folder/agree.json" \
-        --perturb {lowpass,highpass}:{0.1,0.2,0.4} noise:{0.1,0.3,0.5,0.7,0.9,1.1},0.2 shuffle:{2,4,8}
+        --perturb lowpass:{0.2,0.4} highpass:{0.1,0.2} noise:{0.1,0.3,0.5,0.7,0.9},0.2 shuffle:{2,4}
     data[1]=$out/conflict
     python scripts/evaluate_probe.py "$folder" "${data[@]}" --output "$folder/conflict.json"
     mkdir -p "$records/$label/cues"
