@@ -176,12 +176,7 @@ def main(args: argparse.Namespace) -> None:
     if args.output is not None:
         save_encoder(args.output.with_suffix(".safetensors"), saved, {"kind": "logits", "probes": ", ".join(results)})
         more = {"perturbed": perturbed} if perturbed else {}
-        facts = {
-            "run": str(args.run),
-            "dataset": args.dataset,
-            "seeds_vary": run.results.get("seeds_vary", ["weights"]),
-        }
-        write_json(args.output, {**facts, "classes": len(run.results["class_names"]), "probes": results, **more})
+        write_json(args.output, {"run": str(args.run), "dataset": args.dataset, "probes": results, **more})
 
 
 if __name__ == "__main__":
