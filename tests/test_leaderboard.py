@@ -47,7 +47,7 @@ def test_scores_have_intervals_over_images_and_seeds(tmp_path, rows_of):
     low, high = stats.t.interval(0.95, 2, 51.0, 1 / math.sqrt(3))
     assert row["top-1 (%)"] == "51.00 ± 1.00"
     assert row["95 %, images"] == f"{51 - half:.1f} to {51 + half:.1f}"
-    assert row["95 %, seeds"] == f"{low:.1f} to {high:.1f}"
+    assert row["95 %, seeds"] == f"{low:.2f} to {high:.2f}"
     assert row["of encoder"] == "85,798,656" and row["parameters of head"] == "769,000"
 
 
