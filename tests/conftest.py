@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 import models_mae
@@ -19,6 +20,7 @@ import models_vit
 from encoders.load import save_encoder
 
 ROOT = Path(__file__).resolve().parent.parent
+SAVEFIG = Figure.savefig
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2}
 
 torch.set_num_threads(1)  # tiny tensors only wait for more
@@ -29,6 +31,19 @@ def logs_end_with_their_test():
     """Programs log to standard output as it was when they started: pytest's, which it closes after the test."""
     yield
     logging.root.handlers = [one for one in logging.root.handlers if type(one) is not logging.StreamHandler]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def figures_are_empty_files():
+    """Rendering takes most of the time of a tiny analysis; tests that look at figures use the fixture `rendered`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", lambda figure, path, **_: Path(path).write_bytes(b""))
+        yield
+
+
+@pytest.fixture
+def rendered(monkeypatch):
+    monkeypatch.setattr(Figure, "savefig", SAVEFIG)
 
 
 @pytest.fixture

@@ -93,6 +93,7 @@ def test_the_encoder_file_keeps_the_decoder_and_stays_an_encoder_file(trained):
     assert torch.equal(again(images, [7])[7].cls, both.backbone(images, [7])[7].cls)
 
 
+@pytest.mark.usefixtures("rendered")
 def test_programs_read_the_decoders_blocks(trained, capsys):
     common = f"--model vit_demo_patch8 --finetune {trained}/mae/encoder.safetensors --decoder --amp float32".split()
     common += ["--num_workers", "0", "--data_path", str(trained / "data")]

@@ -28,6 +28,7 @@ from util.plotting import COLOURS
 
 ROOT = Path(__file__).resolve().parent.parent
 HEADS = 3
+pytestmark = pytest.mark.usefixtures("rendered")
 
 
 def result(label="MAE", model="vit_base_patch16", depth=12, cls=True, level=0.5):
@@ -58,7 +59,7 @@ def result(label="MAE", model="vit_base_patch16", depth=12, cls=True, level=0.5)
 def drawn(monkeypatch):
     """Figures as they were about to be written."""
     figures = []
-    monkeypatch.setattr(attention.figures, "save_figure", lambda figure, target: figures.append(figure))
+    monkeypatch.setattr(attention.figures, "save_figure", lambda figure, *targets: figures.append(figure))
     return figures
 
 
@@ -206,7 +207,7 @@ def test_same_results_give_the_same_bytes(tmp_path, suffix):
 
 
 def test_all_figures_of_what_was_measured_are_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(attention.figures, "save_figure", lambda figure, target: target.write_text(""))
+    monkeypatch.setattr(attention.figures, "save_figure", lambda figure, *targets: [path.touch() for path in targets])
     everything, flow = result(), result()
     flow["metrics"] = {name: flow["metrics"][name] for name in GROUPS["flow"] if name in flow["metrics"]}
     for name, one in (("all", everything), ("flow", flow)):

@@ -253,6 +253,7 @@ def test_damaged_images_are_left_out_when_asked(data, probes, tmp_path):
     assert found["images"] == 10 == found["localization"]["images"]
 
 
+@pytest.mark.usefixtures("rendered")
 def test_images_to_show_may_be_any(data, probes, tmp_path):
     Image.new("RGB", (100, 70)).save(tmp_path / "other.png")
     one = next((data / "val").rglob("*.png"))

@@ -194,6 +194,7 @@ def test_images_of_the_token_map_are_of_few_classes_and_a_function_of_the_seed()
     assert len(images_of_few_classes([0, 1, 1], seed=0)) == 3
 
 
+@pytest.mark.usefixtures("rendered")
 def test_several_encoders_share_a_figure_that_their_results_redraw(images, tmp_path, monkeypatch):
     weights = tmp_path / "trained.safetensors"
     save_encoder(weights, build_vit("vit_demo_patch8").state_dict(), {"family": "mae"})

@@ -76,6 +76,7 @@ def test_mistakes_are_one_line(analysis, tmp_path):
         compare_rules.judged(tmp_path / "other.json")
 
 
+@pytest.mark.usefixtures("rendered")
 def test_lines_join_heads_that_differ_in_width_or_depth_alone(tmp_path, capsys):
     heads = [
         "abmilp", "abmilp:branches=2", "abmilp:branches=4", "abmilp:depth=2", "abmilp:depth=3",

@@ -18,6 +18,8 @@ SCRIPT = str(Path(__file__).resolve().parent.parent / "scripts" / "show_attentio
 PROGRAM = runpy.run_path(SCRIPT)
 attention_of = PROGRAM["attention_of"]
 
+pytestmark = pytest.mark.usefixtures("rendered")
+
 
 @pytest.mark.parametrize(
     ("options", "query", "token"),
