@@ -4,6 +4,7 @@ import functools
 import http.server
 import logging
 import os
+import runpy
 import subprocess
 import sys
 import threading
@@ -100,6 +101,22 @@ def run_program():
         return subprocess.run(
             list(map(str, words)), cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False
         )
+
+    return run
+
+
+@pytest.fixture
+def run_script(monkeypatch, capsys):
+    """run_script("plot_attention.py", word, ...) -> exit code, standard output and error, in this process."""
+
+    def run(name: str, *words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [name, *map(str, words)])
+        code = 0
+        try:
+            runpy.run_path(str(ROOT / "scripts" / name), run_name="__main__")
+        except SystemExit as stopped:
+            code = stopped.code
+        return code, *capsys.readouterr()
 
     return run
 

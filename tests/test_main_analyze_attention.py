@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import runpy
 import shutil
 import subprocess
 import sys
@@ -195,7 +194,7 @@ def test_images_of_the_token_map_are_of_few_classes_and_a_function_of_the_seed()
 
 
 @pytest.mark.usefixtures("rendered")
-def test_several_encoders_share_a_figure_that_their_results_redraw(images, tmp_path, monkeypatch):
+def test_several_encoders_share_a_figure_that_their_results_redraw(images, tmp_path, run_script):
     weights = tmp_path / "trained.safetensors"
     save_encoder(weights, build_vit("vit_demo_patch8").state_dict(), {"family": "mae"})
     out = tmp_path / "out"
@@ -227,8 +226,7 @@ def test_several_encoders_share_a_figure_that_their_results_redraw(images, tmp_p
     assert torch.allclose(maps["attention"][:, 5].double(), explicit / explicit.mean(-1, keepdim=True), rtol=2e-3)
 
     inputs = [str(out / name / "attention.json") for name in ("random", "a_b_c")]
-    monkeypatch.setattr(sys, "argv", ["plot_attention.py", *inputs, "--output", str(tmp_path / "again.png")])
-    runpy.run_path(str(ROOT / "scripts" / "plot_attention.py"), run_name="__main__")
+    run_script("plot_attention.py", *inputs, "--output", tmp_path / "again.png")
     first, second = (np.asarray(Image.open(path)) for path in (out / "attention.png", tmp_path / "again.png"))
     assert np.array_equal(first, second)
 
