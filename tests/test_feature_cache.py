@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from interruptions import in_processes
 from miniatures import make_coco
 from PIL import Image
 
@@ -134,14 +135,14 @@ def demo(tmp_path):
     ]  # fmt: skip
 
 
-def test_two_processes_share_the_work_and_the_features(demo, tmp_path, run_program):
+def test_two_processes_share_the_work_and_the_features(demo, tmp_path):
     expected = run([str(word) for word in demo], tmp_path / "one", "--accum_iter", "2")
     alone = json.loads((tmp_path / "one" / "results.json").read_text())
     for place in ([], ["--cache_dir", tmp_path / "cache"]):
         folder = tmp_path / f"two{len(place)}"
-        words = [*demo, "--cache_views", EPOCHS, *place, "--output_dir", folder]
-        done = run_program("main_linprobe.py", *words, processes=2)
-        assert done.returncode == 0, done.stderr
+        words = list(map(str, [*demo, "--cache_views", EPOCHS, *place, "--output_dir", folder]))
+        output = tmp_path / "output"
+        assert in_processes(2, "main_linprobe", words, output) == [0, 0], output.read_text()
         state = torch.load(folder / f"checkpoint-{EPOCHS - 1}.pth", weights_only=True)["probes"]
         results = json.loads((folder / "results.json").read_text())
         assert_same((state, results["probes"]), expected)

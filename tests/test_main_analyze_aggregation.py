@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from interruptions import in_processes
 from PIL import Image
 from test_run_folder import claimed_by_another_process
 
@@ -180,11 +181,11 @@ def test_numbers_do_not_depend_on_how_the_work_is_done(data, probes, tmp_path, r
     assert_same_numbers(found, other)
 
 
-def test_two_processes_give_the_numbers_of_one(data, probes, tmp_path, result, run_program):
-    flags = ["--output_dir", tmp_path, *FLAGS, *inputs(data, probes), "--batch_size", 2]
-    done = run_program("main_analyze_aggregation.py", *flags, processes=2)
-    assert done.returncode == 0, done.stderr
-    found = json.loads((tmp_path / "aggregation.json").read_text())
+def test_two_processes_give_the_numbers_of_one(data, probes, tmp_path, result):
+    folder, output = tmp_path / "run", tmp_path / "output"
+    flags = list(map(str, ["--output_dir", folder, *FLAGS, *inputs(data, probes), "--batch_size", 2]))
+    assert in_processes(2, "main_analyze_aggregation", flags, output) == [0, 0], output.read_text()
+    found = json.loads((folder / "aggregation.json").read_text())
     assert found["processes"] == 2 and found["images"] == TEST_IMAGES
     found["localization"]["maps"], other = {}, {**result, "localization": {**result["localization"], "maps": {}}}
     assert_same_numbers(found, other)

@@ -2,15 +2,13 @@
 
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from interruptions import in_processes
 from PIL import Image
 from safetensors import safe_open
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -97,14 +95,12 @@ def test_numbers_do_not_depend_on_how_the_work_is_done(images, tmp_path, result,
 
 
 def test_two_processes_give_the_numbers_of_one(images, tmp_path, result):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    program = [str(ROOT / "main_analyze_attention.py"), "--data_path", str(images), "--output_dir", str(tmp_path)]
-    flags = [*FLAGS, "--num_workers", "0", "--batch_size", "5"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run(
-        [*command, *program, *flags], cwd=ROOT, env=environment, check=True, capture_output=True, timeout=300
+    words = ["--data_path", str(images), "--output_dir", str(tmp_path / "run"), *FLAGS, "--num_workers", "0"]
+    output = tmp_path / "output"
+    assert in_processes(2, "main_analyze_attention", [*words, "--batch_size", "5"], output) == [0, 0], (
+        output.read_text()
     )
-    found = json.loads((tmp_path / "random_weights" / "attention.json").read_text())
+    found = json.loads((tmp_path / "run" / "random_weights" / "attention.json").read_text())
     assert found["processes"] == 2
     assert_same_numbers(found, result)
 
