@@ -327,7 +327,7 @@ def test_foreign_folders_are_listed_and_alone_an_error(tmp_path, make):
 
 def test_a_report_that_cannot_be_written_is_an_error(tmp_path, make):
     put_bank(tmp_path / "run")
-    error = make(tmp_path / "run", "--output", tmp_path / "absent" / "report.html", code=2)
+    error = make(tmp_path / "run", "--output", "/proc/absent/report.html", code=2)
     assert "report.html cannot be written: No such file or directory" in error
 
 
