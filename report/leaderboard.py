@@ -14,6 +14,7 @@ from models_vit import ARCHITECTURES, build_vit
 from paper.shown import GOLDEN
 from report.runs import Record, Run, data_key, find_runs
 from report.tables import Cell, Mean, group_by, mean_of, stem
+from util.files import reading
 from util.intervals import UNKNOWN, Interval, student
 
 BY_IMAGE = {"top1": "top-1 (%)", "any_match": "any match (%)"}  # scores that are a mean over images
@@ -51,15 +52,14 @@ def read_entries(results: Path) -> list[Entry]:
     entries = []
     for run in find_runs([str(results)])[0]:
         if run.program == "main_linprobe" and run.results and run.folder.name != GOLDEN:
-            try:
+            path = run.folder / f"{run.prefix}results.json"
+            with reading(path, "a record"):
                 probes, score = run.record["probes"], run.record["headline"]
                 chosen = [name for name in probes if probes[name].get("chosen") is not False and score in BY_IMAGE]
                 for same in ([(name, probes[name]) for name in names] for names in group_by(chosen, stem)):
                     if all(probe["diverged_at"] is None for _, probe in same):
                         by_seed = {probe["seed"]: float(probe["last"][score]) for _, probe in same}
                         entries.append(Entry(run, stem(same[0][0]), same[0][1], by_seed))
-            except (KeyError, TypeError, AttributeError, ValueError) as error:
-                raise ValueError(f"{run.folder}/{run.prefix}results.json is not a record: {error!r}") from error
     return entries
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from attention.explicit import Operands
 
 ROOT = Path(__file__).resolve().parent.parent
-B, H = 2, 2
+B, H = 2, 3
 GRID = (7, 11)  # M = 77 is a multiple of no tile
 M = GRID[0] * GRID[1]
 
@@ -295,7 +295,7 @@ def test_kernels_compile_for_hopper_with_full_float32_and_tensor_core_bfloat16_p
     [
         ({"dtype": torch.float64}, "must both be float32, bfloat16 or float16"),
         ({"grid": (7, 10)}, "78 tokens are not 1 prefix tokens and 7 x 10 patches"),
-        ({"bias": torch.zeros(H, M, M)}, "does not fit 2 heads of 78 tokens"),
+        ({"bias": torch.zeros(H, M, M)}, "does not fit 3 heads of 78 tokens"),
     ],
 )
 def test_unfit_inputs_are_refused(change, message):
