@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from data_sets.views import CROP_PCT, IMAGENET_MEAN, IMAGENET_STD
 from encoders.architectures import ARCHITECTURES, FROM_FILE, architecture, default_input_size
-from encoders.catalogue import CATALOGUE, fetch_weights, known_family, named_family
+from encoders.catalogue import CATALOGUE, fetch_weights, known_family
 from encoders.families import Grid
 from encoders.libraries import LIBRARIES, Loaded, library_of, load_from_library, one_line, timm_of_file
 from encoders.reading import DEFAULTS, RELATIVE, UNSURE, Reading, open_weights, other_encoders, problems_of, undecided
@@ -79,18 +79,18 @@ def load_encoder(
     """
     if model != FROM_FILE:
         architecture(model)
-    stated = {"family": named_family(family), "checkpoint_key": checkpoint_key, "timm_name": timm_name}
+    family = known_family(finetune, model, family)
+    stated = {"family": family, "checkpoint_key": checkpoint_key, "timm_name": timm_name}
     stated |= {"grid": grid, "mean": mean, "std": std, "decoder": decoder}
     stated = {name: value for name, value in stated.items() if value} | options
     if not finetune:
         return random_encoder(model, stated)
     if library_of(finetune) is None:
-        known_family(finetune, model, family)  # before a download that could not be used
         with main_process_first():  # the other processes use its download
             path = fetch_weights(finetune, offline)
         finetune = without_credentials(finetune)  # for messages and records
         if path is not None and not timm_name:
-            reading = open_weights(finetune, path, model, family, checkpoint_key, grid=grid, **options)
+            reading = open_weights(path, model, family, checkpoint_key, grid=grid, **options)
             return encoder_of_file(finetune, path, reading, stated)
         if path is not None:
             load = partial(timm_of_file, path, stated.pop("checkpoint_key", None), stated.pop("timm_name"), size)
