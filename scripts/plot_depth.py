@@ -27,7 +27,7 @@ def accuracy_by_block(path: str) -> tuple[dict, dict[str, dict[int, list[float]]
 
     ValueError where a head has several rates per block.
     """
-    ((run,),) = read_runs([path]).values()
+    (run,) = read_runs([path]).values()
     accuracies: dict[str, dict[int, list[float]]] = {}
     for probe in run["probes"].values():
         if probe.get("chosen", True) and probe["diverged_at"] is None:

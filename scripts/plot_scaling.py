@@ -33,16 +33,14 @@ class Point(NamedTuple):
     std: float
 
 
-def points_of(runs: list[dict]) -> list[Point]:
-    """One per head and block; runs: of one label. ValueError where one has several learning rates."""
+def points_of(run: dict) -> list[Point]:
+    """One per head and block. ValueError where one has several learning rates."""
     scores: dict[tuple, list[float]] = {}
-    for run in runs:
-        for probe in run["probes"].values():
-            if probe.get("chosen", True) and probe["diverged_at"] is None:
-                key = probe["head"], probe["block"], probe["parameters"]
-                scores.setdefault(key, []).append(probe["last"][run["headline"]])
-    seeds = sum(len(run["seeds"]) for run in runs)
-    if several := [head for (head, *_), values in scores.items() if len(values) > seeds]:
+    for probe in run["probes"].values():
+        if probe.get("chosen", True) and probe["diverged_at"] is None:
+            key = probe["head"], probe["block"], probe["parameters"]
+            scores.setdefault(key, []).append(probe["last"][run["headline"]])
+    if several := [head for (head, *_), values in scores.items() if len(values) > len(run["seeds"])]:
         raise ValueError(f"{several[0]} has several learning rates: choose one with --val_fraction, or train one")
     spread = {key: statistics.stdev(values) if len(values) > 1 else 0.0 for key, values in scores.items()}
     return [Point(*key, statistics.mean(values), spread[key]) for key, values in scores.items()]
@@ -85,7 +83,7 @@ def draw(panels: dict[str, list[Point]], target: Path) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    panels = {label: points_of(runs) for label, runs in read_runs(args.runs).items()}
+    panels = {label: points_of(run) for label, run in read_runs(args.runs).items()}
     print("| encoder | head | block | parameters | accuracy |\n|---|---|---|---|---|")
     for label, points in panels.items():
         for head, block, parameters, mean, std in sorted(points, key=lambda point: point.parameters):

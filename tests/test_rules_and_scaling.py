@@ -90,7 +90,7 @@ def test_lines_join_heads_that_differ_in_width_or_depth_alone(tmp_path, capsys):
     }  # fmt: skip
     facts = {"headline": "top1", "args": {}, "encoder": {}, "versions": {}, "commit": "", "test_images": "x"}
     (tmp_path / "results.json").write_text(json.dumps({**facts, "probes": probes}))
-    (points,) = [plot_scaling.points_of(runs) for runs in plot_scaling.read_runs([str(tmp_path)]).values()]
+    (points,) = map(plot_scaling.points_of, plot_scaling.read_runs([str(tmp_path)]).values())
     assert points[1] == ("abmilp:branches=2", 5, 200, 10.5, pytest.approx(0.5**0.5))
     lines = {name: [point.head for point in line] for name, line in plot_scaling.lines_of(points).items()}
     assert lines == {
