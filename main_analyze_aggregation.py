@@ -32,8 +32,7 @@ from data_sets.images import fingerprint, random_examples
 from data_sets.loader import KeyedDataset, build_loader
 from data_sets.order import EvaluationBatches
 from data_sets.views import View, eval_transform
-from encoders.load import Encoder
-from encoders.oracle import Oracle
+from encoders.load import Encoder, Oracle
 from engine_linprobe import FrozenTokens
 from probing.finished_run import ProbeRun
 from probing.pooling import Tokens

@@ -315,7 +315,7 @@ def test_a_model_is_traced_or_refused_with_the_reason(model, reason):
 
 
 def test_inspection_describes_it(saved, capsys):
-    argv = {"file": saved("SigLIP"), "offline": True, "family": None}
+    argv = {"file": saved("SigLIP"), "offline": True, "family": None, "model": None}
     inspect_checkpoint.main(inspect_checkpoint.Namespace(**argv))
     printed = capsys.readouterr().out
     for fact in ("run by        transformers", "SiglipVisionModel", "encoder.layers.0.self_attn", "2 heads", "map\n"):
