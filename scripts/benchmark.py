@@ -48,6 +48,7 @@ from cli.arguments import add_groups
 from cli.console import Parser, positive_int, run_main
 from cli.encoder_arguments import build_encoder, choose_precision, precision
 from cli.linprobe import OPTIMIZERS
+from cli.session import keep_freed_memory
 from data_sets.loader import KeyedDataset, Sample, build_loader
 from data_sets.order import GlobalBatches
 from data_sets.shards import is_packed
@@ -61,7 +62,6 @@ from probing.bank import ProbeBank, ProbeSpec
 from probing.heads import canonical_head
 from probing.knn import knn_scores
 from runtime.folder import RunFolder
-from runtime.processes import keep_freed_memory
 from runtime.provenance import provenance
 from runtime.training import Method, Plan, Training
 from util.files import keep_table, no_link
@@ -281,11 +281,10 @@ def values(setting: Setting) -> Contestants:
     images = setting.sample.image[:2].double()
     with torch.no_grad():
         traces = list(wide.trace(images))
-        fast = ["triton"] if setting.device.type == "cuda" else ["fused"]
         for trace in traces:
             exact = reduce_attention(trace, 1, True, "explicit")
             single = trace._replace(**{name: getattr(trace, name).float() for name in ("q", "k")})
-            ours = reduce_attention(single, 1, True, fast[0])
+            ours = reduce_attention(single, 1, True)
             for name in GROUPS["paper"]:
                 pair = [METRICS[name].compute(reduced).double() for reduced in (ours, exact)]
                 compare(f"{name} of block {trace.index}", *pair, 1e-4)
