@@ -53,7 +53,7 @@ attend() {
 # at_blocks FLAG...: a central crop without flips, so that seeds vary weights and order alone
 at_blocks() {
     local epochs=$(((epochs + 1) / 2))
-    probe depth --blr 100 --crop center --no_hflip "$@"
+    probe depth --blr 30 --crop center --no_hflip "$@"
 }
 
 rules() { probe rules --blr 30 100 300 1000 "${oracles[@]}" --cls_features cls pos "${own[@]}" dino "${free[@]}"; }
