@@ -10,7 +10,7 @@ out=$1
 records=${RECORDS:-$out/records} oracle=${ORACLE:-$out/weight1-seed0/encoder.safetensors}
 encoders=("${@:2}")
 if [ ${#encoders[@]} = 0 ]; then
-    encoders=(demo-mae=demo/mae.safetensors demo-mae-ft=demo/mae_ft.safetensors)
+    encoders=(demo-mae=demo/mae.safetensors demo-moco=demo/moco.safetensors demo-mae-ft=demo/mae_ft.safetensors)
     for weights in "$out"/weight*-seed*/encoder.safetensors; do
         encoders+=("$(basename "$(dirname "$weights")")=$weights")
     done
