@@ -15,7 +15,8 @@ records=${RECORDS:-$out/records} oracle=${ORACLE:-$out/weight1-seed0/encoder.saf
 parts=${PARTS:-rules learned attention depth decoder cues aggregation scaling deep attentive}
 encoders=("${@:2}")
 if [ ${#encoders[@]} = 0 ]; then
-    [ -n "${DATA:-}" ] || encoders=(demo-mae=demo/mae.safetensors demo-mae-ft=demo/mae_ft.safetensors)
+    [ -n "${DATA:-}" ] ||
+        encoders=(demo-mae=demo/mae.safetensors demo-moco=demo/moco.safetensors demo-mae-ft=demo/mae_ft.safetensors)
     for weights in "$out"/weight*-seed*/encoder.safetensors; do
         encoders+=("$(basename "$(dirname "$weights")")=$weights")
     done
