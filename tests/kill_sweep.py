@@ -87,6 +87,8 @@ def stop_one(pids: list[int], data: Path, draw: random.Random) -> None:
 
 ANALYSES = ("main_analyze_attention", "main_analyze_aggregation")
 RATE = ["--lr", "2e-3"]
+ORACLE = ["--oracle", "{other}", "--oracle_model", "vit_demo_patch8"]
+NARROW = ["--projector_width", "32"]  # the default's weights take most of the time
 TOKENS = ["--cls_features", "cls", "abmilp"]
 # what each program runs in turn; {data} and {out} are folders, {mae} and {other} are weights
 VARIANTS: dict[str, list[list[str]]] = {
@@ -94,13 +96,36 @@ VARIANTS: dict[str, list[list[str]]] = {
         PROGRAMS["main_linprobe"],
         [*TOKENS, "--val_fraction", "0.25", "--eval_every", "2", "--save_predictions", "--knn", "1", "5"],
         [*TOKENS, "--cache_views", "2", "--cache_dir", "{out}.cache", "--seeds", "0", "1", "--seeds_vary", "all"],
-        [*TOKENS, "--optimizer", "logreg", "--val_fraction", "0.25", "--shots", "1", "--episodes", "2"],
-        ["--cls_features", "cls", "dino", "--oracle", "{other}", "--optimizer", "lars", "sgd", "--accum_iter", "2"],
+        [
+            "--cls_features",
+            "cls",
+            "pos",
+            "--optimizer",
+            "logreg",
+            "--val_fraction",
+            "0.25",
+            "--shots",
+            "1",
+            "--episodes",
+            "2",
+        ],
+        ["--cls_features", "cls", "dino", *ORACLE, "--optimizer", "lars", "sgd", "--accum_iter", "2"],
     ],
     "main_pretrain": [
         PROGRAMS["main_pretrain"],
-        [*RATE, "--contrastive_weight", "1"],
-        [*RATE, "--contrastive_weight", "0.5", "--accum_iter", "2", "--view_drop", "0.5", "--figure_every", "1"],
+        [*RATE, "--contrastive_weight", "1", *NARROW],
+        [
+            *RATE,
+            "--contrastive_weight",
+            "0.5",
+            *NARROW,
+            "--accum_iter",
+            "2",
+            "--view_drop",
+            "0.5",
+            "--figure_every",
+            "1",
+        ],
         [*RATE, "--norm_pix_loss", "--keep_decoder", "--figure_every", "2"],
     ],
     "main_finetune": [
@@ -109,13 +134,13 @@ VARIANTS: dict[str, list[list[str]]] = {
         [*RATE, "--global_pool", "--color_jitter", "0.4", "--aa", ""],
     ],
     "main_analyze_attention": [
-        ["--num_examples", "0"],
-        ["--finetune", "{mae}", "{other}", "--label", "a", "b", "--metrics", "all", "--tsne_blocks", "0", "5"],
+        [],
+        ["--finetune", "{mae}", "{other}", "--label", "a", "b", "--metrics", "all", "--tsne_blocks", "5"],
     ],
     "main_analyze_aggregation": [
         ["--boxes", "{data}/boxes.csv", "--loc_workers", "1"],
-        ["--boxes", "{data}/boxes.csv", "--loc_workers", "0", "--loc_transform", "crop", "--oracle", "{other}"],
-        ["--probes", "{probes}", "--num_examples", "0"],
+        ["--boxes", "{data}/boxes.csv", "--loc_workers", "0", "--loc_transform", "crop", *ORACLE],
+        ["--probes", "{probes}"],
     ],
 }
 # name -> (processes, loader workers, what is done to the process ids)
@@ -188,7 +213,7 @@ class Sweep:
         if program != "main_pretrain":
             flags += ["--finetune", "{mae}"]
         if program in ANALYSES:
-            flags += ["--save_every_minutes", "1e-9"]
+            flags += ["--save_every_minutes", "1e-9", "--num_examples", "1"]
         else:
             flags += ["--epochs", "3", "--warmup_epochs", "1", "--save_every_steps", "2"]
         return flags + VARIANTS[program][variant]
