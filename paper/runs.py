@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from paper.tables import DASH, PROTOCOL, RULES
-from probing.results import metric_label, seeds_note
+from probing.results import metric_label, read_results, seeds_note
 from util.files import reading
 
 WEIGHTS = {"pos": "uniform (`pos`)", **RULES}
@@ -24,9 +24,8 @@ def read_runs(names: Sequence[str]) -> dict[str, list[dict]]:
     for name in names:
         label, _, folder = name.rpartition("=")
         path = Path(folder) if folder.endswith(".json") else Path(folder, "results.json")
-        with reading(path, "a results.json of main_linprobe.py"):
-            run = json.loads(path.read_text())
-            run |= {"path": path, "seeds": {probe["seed"] for probe in run["probes"].values()}}
+        run = read_results(path)
+        run |= {"path": path, "seeds": {probe["seed"] for probe in run["probes"].values()}}
         runs.setdefault(label or Path(folder).name, []).append(run)
     first, *others = [run for same in runs.values() for run in same]
     for key, what in (("test_images", "test images"), ("headline", "scores")):
@@ -65,7 +64,7 @@ def rows_of(label: str, runs: Sequence[dict]) -> dict[str, dict[str, list[float]
 
     def setting(probe: dict) -> list[str]:
         rate = f"lr {probe['lr']:g}" if probe.get("lr") is not None else f"blr {probe['blr']:g}"
-        return [f"block {probe['block']}", *([] if "chosen" in probe else [probe.get("optimizer", "lars"), rate])]
+        return [f"block {probe['block']}", *([] if "chosen" in probe else [probe.get("optimizer") or "lars", rate])]
 
     differ = [len(set(column)) > 1 for column in zip(*map(setting, probes), strict=True)]
     rows: dict[str, dict[str, list[float]]] = {}
@@ -94,7 +93,7 @@ def runs_table(names: Sequence[str]) -> str:
     if chose := [run["n_val"] for run in runs if any("chosen" in probe for probe in run["probes"].values())]:
         note += f"; rates chosen on {alternatives(chose)} held-out images"
     notes = [note, *({seeds_note(run): None for run in runs} if several else ())]
-    fewest = min(probe["last"].get("n", n_test) for probe in probes)
+    fewest = min(probe["last"].get("n") or n_test for probe in probes)
     if fewest < n_test:
         notes.append(f"measured on {fewest} of {n_test} test images")
     if any(probe["diverged_at"] is not None for probe in probes):

@@ -6,7 +6,7 @@
 # which `python scripts/claims.py --records` reads. ORACLE is the encoder whose [cls] attention the head dino takes.
 set -euo pipefail
 source "$(dirname "$0")/env.sh"
-out=$1
+out=${1:?usage: bash scripts/study_measure.sh FOLDER [LABEL=WEIGHTS ...]}
 records=${RECORDS:-$out/records} oracle=${ORACLE:-$out/weight1-seed0/encoder.safetensors}
 encoders=("${@:2}")
 if [ ${#encoders[@]} = 0 ]; then

@@ -13,6 +13,7 @@ import importlib
 import itertools
 import os
 import random
+import shlex
 import shutil
 import signal
 import sys
@@ -86,61 +87,34 @@ def stop_one(pids: list[int], data: Path, draw: random.Random) -> None:
 
 
 ANALYSES = ("main_analyze_attention", "main_analyze_aggregation")
-RATE = ["--lr", "2e-3"]
-ORACLE = ["--oracle", "{other}", "--oracle_model", "vit_demo_patch8"]
-NARROW = ["--projector_width", "32"]  # the default's weights take most of the time
-TOKENS = ["--cls_features", "cls", "abmilp"]
+RATE, TOKENS = "--lr 2e-3", "--cls_features cls abmilp"
+ORACLE = "--oracle {other} --oracle_model vit_demo_patch8"
+NARROW = "--projector_width 32"  # the default's weights take most of the time
 # what each program runs in turn; {data} and {out} are folders, {mae} and {other} are weights
-VARIANTS: dict[str, list[list[str]]] = {
+VARIANTS = {
     "main_linprobe": [
-        PROGRAMS["main_linprobe"],
-        [*TOKENS, "--val_fraction", "0.25", "--eval_every", "2", "--save_predictions", "--knn", "1", "5"],
-        [*TOKENS, "--cache_views", "2", "--cache_dir", "{out}.cache", "--seeds", "0", "1", "--seeds_vary", "all"],
-        [
-            "--cls_features",
-            "cls",
-            "pos",
-            "--optimizer",
-            "logreg",
-            "--val_fraction",
-            "0.25",
-            "--shots",
-            "1",
-            "--episodes",
-            "2",
-        ],
-        ["--cls_features", "cls", "dino", *ORACLE, "--optimizer", "lars", "sgd", "--accum_iter", "2"],
+        shlex.join(PROGRAMS["main_linprobe"]),
+        f"{TOKENS} --val_fraction 0.25 --eval_every 2 --save_predictions --knn 1 5",
+        f"{TOKENS} --cache_views 2 --cache_dir {{out}}.cache --seeds 0 1 --seeds_vary all",
+        "--cls_features cls pos --optimizer logreg --val_fraction 0.25 --shots 1 --episodes 2",
+        f"--cls_features cls dino {ORACLE} --optimizer lars sgd --accum_iter 2",
     ],
     "main_pretrain": [
-        PROGRAMS["main_pretrain"],
-        [*RATE, "--contrastive_weight", "1", *NARROW],
-        [
-            *RATE,
-            "--contrastive_weight",
-            "0.5",
-            *NARROW,
-            "--accum_iter",
-            "2",
-            "--view_drop",
-            "0.5",
-            "--figure_every",
-            "1",
-        ],
-        [*RATE, "--norm_pix_loss", "--keep_decoder", "--figure_every", "2"],
+        shlex.join(PROGRAMS["main_pretrain"]),
+        f"{RATE} --contrastive_weight 1 {NARROW}",
+        f"{RATE} --contrastive_weight 0.5 {NARROW} --accum_iter 2 --view_drop 0.5 --figure_every 1",
+        f"{RATE} --norm_pix_loss --keep_decoder --figure_every 2",
     ],
     "main_finetune": [
-        PROGRAMS["main_finetune"],
-        [*RATE, "--mixup", "0.8", "--cutmix", "1", "--smoothing", "0.1", "--reprob", "0.5", "--accum_iter", "2"],
-        [*RATE, "--global_pool", "--color_jitter", "0.4", "--aa", ""],
+        shlex.join(PROGRAMS["main_finetune"]),
+        f"{RATE} --mixup 0.8 --cutmix 1 --smoothing 0.1 --reprob 0.5 --accum_iter 2",
+        f"{RATE} --global_pool --color_jitter 0.4 --aa ''",
     ],
-    "main_analyze_attention": [
-        [],
-        ["--finetune", "{mae}", "{other}", "--label", "a", "b", "--metrics", "all", "--tsne_blocks", "5"],
-    ],
+    "main_analyze_attention": ["--metrics flow", "--finetune {mae} {other} --label a b --metrics all --tsne_blocks 5"],
     "main_analyze_aggregation": [
-        ["--boxes", "{data}/boxes.csv", "--loc_workers", "1"],
-        ["--boxes", "{data}/boxes.csv", "--loc_workers", "0", "--loc_transform", "crop", *ORACLE],
-        ["--probes", "{probes}"],
+        "--boxes {data}/boxes.csv --loc_workers 1",
+        f"--boxes {{data}}/boxes.csv --loc_workers 0 --loc_transform crop {ORACLE}",
+        "--probes {probes}",
     ],
 }
 # name -> (processes, loader workers, what is done to the process ids)
@@ -216,7 +190,7 @@ class Sweep:
             flags += ["--save_every_minutes", "1e-9", "--num_examples", "1"]
         else:
             flags += ["--epochs", "3", "--warmup_epochs", "1", "--save_every_steps", "2"]
-        return flags + VARIANTS[program][variant]
+        return flags + shlex.split(VARIANTS[program][variant])
 
     def filled(self, argv: list[str], folder: Path) -> list[str]:
         weights = {"mae": ROOT / "demo" / "mae.safetensors", "other": ROOT / "demo" / "mae_tiny_imagenet.safetensors"}
@@ -291,7 +265,7 @@ def main() -> None:
             kind, variant = list(KINDS)[(index + number) % len(KINDS)], index % len(VARIANTS[program])
             counts, wrong = sweep(program, kind, variant, index)
             kinds[program, kind].update(counts)
-            variants[program, f"`{' '.join(VARIANTS[program][variant])}`"].update(counts)
+            variants[program, f"`{VARIANTS[program][variant]}`"].update(counts)
             faults += [wrong] * bool(wrong)
             print(index, program, kind, variant, dict(counts), wrong, flush=True)
             tables = "\n".join([table(kinds, "interruption"), table(variants, "flags"), *faults])

@@ -83,6 +83,20 @@ def test_unfinished_run_is_one_line(tmp_path):
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and str(tmp_path) in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("command", "named"),
+    [
+        ("ulimit -f 1; exec {python} scripts/export_probe.py {run} --head cls --output {out}", "probe.safetensors: "),
+        ("exec {python} scripts/list.py heads > /dev/full", "the output: No space left on device"),
+    ],
+)
+def test_a_disk_that_fills_is_one_line_and_leaves_nothing_half_written(command, named, run, tmp_path):
+    command = command.format(python=sys.executable, run=run, out=tmp_path)
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and named in done.stderr, done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(("option", "code"), [("--help", 0), ("--fast", 2)])
 def test_quickstart_explains_its_options_before_it_installs_anything(tmp_path, option, code):
     """In a copy without an environment, which it would have to make."""

@@ -230,12 +230,20 @@ def test_encoders_that_nobody_published_are_left_out_and_named(tmp_path):
     assert "failed: attend mae_vit_base_patch16" in done.stderr and done.returncode == 1
 
 
-def test_a_path_of_own_encoders_is_one_word(tmp_path):
-    done = functions(tmp_path, """
-        own="mine  $(pwd) *" PRINT=1
-        program() { printf '%s\\n' "$@"; }
-        attend mae_vit_small_patch16""")  # fmt: skip
-    assert f"mine  {ROOT} */mae_small/encoder.safetensors" in done.stdout.splitlines(), done.stderr
+@pytest.mark.parametrize(
+    "call",
+    [
+        "attend mae_vit_small_patch16",
+        *(f"{name} mae_vit_demo_patch8/decoder" for name in ("attend_all", "deep_probes")),
+    ],
+)
+def test_a_path_of_own_encoders_is_one_word(call, tmp_path):
+    done = functions(tmp_path, f"""
+        own="mine  $(pwd) *" out=$own PRINT=1 batch=1
+        program() {{ printf '%s\\n' "$@"; }}
+        {call}""")  # fmt: skip
+    folder = "mae_decoder" if "decoder" in call else "mae_small"
+    assert f"mine  {ROOT} */{folder}/encoder.safetensors" in done.stdout.splitlines(), done.stderr
 
 
 def test_through_slurm_encoders_go_at_a_time_and_all_are_waited_for(tmp_path):
