@@ -14,6 +14,7 @@ from models_vit import ARCHITECTURES, build_vit
 from paper.shown import GOLDEN
 from report.runs import Record, Run, data_key, find_runs
 from report.tables import Cell, Mean, group_by, mean_of, stem
+from util.files import reading
 
 BY_IMAGE = {"top1": "top-1 (%)", "any_match": "any match (%)"}  # scores that are a mean over images
 
@@ -106,10 +107,13 @@ def difference(entry: Entry, base: Entry | None) -> Cell | None:
         return None
     value, half = entry.scores.mean - base.scores.mean, math.hypot(entry.over_images, base.over_images)
     path = entry.path.with_name(entry.path.name.replace("results.json", "comparison.json"))
-    paired = json.loads(path.read_text(encoding="utf-8")) if path.exists() and entry.run is base.run else {}
-    intervals = {row["name"]: row["difference_over_images"] for row in paired.get("probes", [])}
-    known = paired.get("baseline") == base.name and entry.name in intervals
-    low, high = intervals[entry.name] if known else (value - half, value + half)
+    low, high = value - half, value + half
+    if path.exists() and entry.run is base.run:
+        with reading(path, "of scripts/compare_probes.py --output"):
+            paired = json.loads(path.read_text(encoding="utf-8"))
+            intervals = {row["name"]: row["difference_over_images"] for row in paired["probes"]}
+            if paired["baseline"] == base.name and entry.name in intervals:
+                low, high = map(float, intervals[entry.name])
     seeds = student([entry.by_seed[seed] - base.by_seed[seed] for seed in entry.by_seed if seed in base.by_seed])
     shown = not low <= 0 <= high and not abs(value) <= seeds
     verdict = "not shown" if not shown else "real for these seeds" if math.isnan(seeds) else "real"

@@ -338,7 +338,7 @@ tables() {
 publish() {
     if [ -n "${PRINT:-}" ] || [ -f "$1" ]; then
         show mkdir -p "$out/figures"
-        show cp "$1" "$out/figures/$2" || { failed+=("$2"); return 0; }
+        show cp --remove-destination "$1" "$out/figures/$2" || { failed+=("$2"); return 0; }
         [ -n "${PRINT:-}" ] || echo "$out/figures/$2"
     fi
 }

@@ -16,7 +16,7 @@ if [ ${#encoders[@]} = 0 ]; then
     done
 fi
 mkdir -p "$records"
-[ -f "$records/encoders.toml" ] || cp results/study/encoders.toml "$records"
+[ -f "$records/encoders.toml" ] || cp --remove-destination results/study/encoders.toml "$records"
 [ -d "$out/probing" ] || python scripts/make_demo_data.py "$out/probing" --train 4000 --val 1000 --seed 0
 
 data=(--data_path "$out/probing" --dataset demo --num_workers 0)

@@ -96,7 +96,7 @@ def test_every_command_of_a_script_is_shown_and_understood_with_the_paths_of_the
     if script in ("figure3_6", "figure10_13"):
         drawn = dict(found)["scripts/plot_attention.py"].results
         assert list(map(str, drawn)) == [f"{folder}/attention.json" for folder in analysed]
-    copied = [shlex.split(line)[1:] for line in done.stdout.splitlines() if line.startswith("cp ")]
+    copied = [shlex.split(line)[-2:] for line in done.stdout.splitlines() if line.startswith("cp ")]
     assert len(copied) == (script in ("figure7", "figure8", "figure9"))
     assert all(source.rpartition("/")[0] in others and "/out/figures/" in target for source, target in copied)
 
