@@ -110,7 +110,10 @@ VARIANTS = {
         f"{RATE} --mixup 0.8 --cutmix 1 --smoothing 0.1 --reprob 0.5 --accum_iter 2",
         f"{RATE} --global_pool --color_jitter 0.4 --aa ''",
     ],
-    "main_analyze_attention": ["--metrics flow", "--finetune {mae} {other} --label a b --metrics all --tsne_blocks 5"],
+    "main_analyze_attention": [
+        "--metrics cls_patch_entropy",
+        "--finetune {mae} {other} --label a b --metrics cls_patch_entropy patch_log_amplitude --tsne_blocks 5",
+    ],
     "main_analyze_aggregation": [
         "--boxes {data}/boxes.csv --loc_workers 1",
         f"--boxes {{data}}/boxes.csv --loc_workers 0 --loc_transform crop {ORACLE}",
