@@ -231,7 +231,7 @@ def run_main(main: Callable[[argparse.Namespace], None], args: argparse.Namespac
         if error.filename is None:
             with contextlib.suppress(OSError):
                 sys.stdout.close()  # it would be flushed once more, and fail
-        fail(ValueError(f"{error.filename or 'the output'}: {error.strerror}"), 2)
+        fail(ValueError(f"{error.filename or 'the output, or a connection'}: {error.strerror}"), 2)
     except PeerLost as error:
         fail(error, 1 if error.answered else signals.EXIT_STOPPED)
     except (NotJoined, signals.Stopped) as error:
