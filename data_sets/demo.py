@@ -174,5 +174,9 @@ def new_folder(folder: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
         new = Path(temporary) / folder.name
         new.mkdir()
-        yield new
+        try:
+            yield new
+        except OSError as error:
+            error.filename = error.filename or str(folder)
+            raise
         new.rename(folder)

@@ -87,6 +87,10 @@ def test_unfinished_run_is_one_line(tmp_path):
     ("command", "named"),
     [
         ("ulimit -f 1; exec {python} scripts/export_probe.py {run} --head cls --output {out}", "probe.safetensors: "),
+        (
+            "ulimit -f 2; exec {python} scripts/make_demo_data.py {out}/data --train 10 --val 10",
+            "/data: File too large",
+        ),
         ("exec {python} scripts/list.py heads > /dev/full", "the output, or a connection: No space left on device"),
     ],
 )
