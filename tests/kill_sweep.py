@@ -112,7 +112,7 @@ VARIANTS = {
     ],
     "main_analyze_attention": [
         "--metrics cls_patch_entropy",
-        "--finetune {mae} {other} --label a b --metrics cls_patch_entropy patch_log_amplitude --tsne_blocks 5",
+        "--finetune {mae} {other} --label a b --metrics cls_patch_entropy patch_log_amplitude",
     ],
     "main_analyze_aggregation": [
         "--boxes {data}/boxes.csv --loc_workers 1",
