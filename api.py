@@ -58,7 +58,7 @@ class FrozenEncoder(nn.Module):
 
     @torch.no_grad()
     def attention(
-        self, images: Tensor, metrics: Sequence[str] = ("flow",), reduction: str = "fused"
+        self, images: Tensor, metrics: Sequence[str] = ("flow",), reduction: str = "auto"
     ) -> dict[str, Tensor]:
         """{metric: (L,B,K)}: K values for each block and image, one per head or a single one; NaN pads blocks that have
         fewer heads than others.

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data_sets.loader import Sample, Watched
+from models_mae import Published
 from models_vit import NORMS, VisionTransformer
 from runtime.training import OneNetwork
-from util.published import Published
 from util.scores import Scores, Tally
 from util.seeding import seeded, stable_seed
 

@@ -32,8 +32,7 @@ from data_sets.images import fingerprint, random_examples
 from data_sets.loader import KeyedDataset, build_loader
 from data_sets.order import EvaluationBatches
 from data_sets.views import View, eval_transform
-from encoders.load import Encoder
-from encoders.oracle import Oracle
+from encoders.load import Encoder, Oracle
 from engine_linprobe import FrozenTokens
 from probing.finished_run import ProbeRun
 from probing.pooling import Tokens
@@ -190,7 +189,7 @@ class Setup:
 def draw(args: argparse.Namespace, result: dict, setup: Setup, folder: RunFolder) -> None:
     """kl, and maps and boxes of the examples, as far as they were measured."""
     if not args.boxes_only:
-        draw_divergences(result, [folder.path / "kl.png", folder.path / "kl.pdf"])
+        draw_divergences(result, folder.path / "kl.png", folder.path / "kl.pdf")
     drawn, tokens, examples = shown.shown_rules(setup.rules), setup.tokens, setup.examples
     if not examples or not drawn:
         return

@@ -36,9 +36,9 @@ from probing.heads import own_block
 from probing.logreg import Fits, Fitting, Shots, describe, tasks
 from probing.predictions import FILE, PredictionKeeper, mark_untrained
 from runtime.folder import RunFolder
-from runtime.processes import require_same_run
 from runtime.provenance import code_digest, provenance
 from runtime.training import Training
+from util.distributed import require_equal
 from util.files import digest
 from util.lars import LARS
 from util.progress import log
@@ -53,7 +53,7 @@ def main(args: argparse.Namespace) -> None:
         setup = Setup(args, world.device)
         bank, metric, fits = setup.bank, setup.metric, setup.fits
         evaluated, images = setup.facts()
-        require_same_run(evaluated | images)
+        require_equal(evaluated | images)
         shots = Shots(args.shots, args.episodes, args.seed)
         batches = setup.batches(shots)
         setup.open_inputs(batches)

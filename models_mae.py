@@ -6,6 +6,7 @@ ignores order, and positions are looked up. In training, its last block computes
 Source: He et al., "Masked Autoencoders Are Scalable Vision Learners", CVPR 2022, section 3.
 """
 
+import re
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -16,7 +17,6 @@ from torch import Tensor
 
 from models_vit import ARCHITECTURES, Backbone, Block, BlockTrace, VisionTransformer, init_weights
 from util.pos_embed import resample_pos_embed, sincos_pos_embed
-from util.published import Published
 
 EPS = 1e-6  # added to the variance of a patch's pixels, as published
 
@@ -62,6 +62,27 @@ def normalised(patches: Tensor) -> Tensor:
 def denormalised(values: Tensor, patches: Tensor) -> Tensor:
     """The inverse of `normalised`: values (...,C) with the mean and variance of the patches (...,C)."""
     return values * (patches.var(-1, keepdim=True) + EPS).sqrt() + patches.mean(-1, keepdim=True)
+
+
+class Published(nn.Module):
+    """A network whose files omit `prefix`, a regular expression, from the keys; equal keys are the same tensor."""
+
+    prefix: str
+
+    def _names(self) -> dict[str, list[str]]:
+        names: dict[str, list[str]] = {}
+        for key in self.state_dict():
+            names.setdefault(re.sub(f"^{self.prefix}", "", key), []).append(key)
+        return names
+
+    def published_state_dict(self) -> dict[str, Tensor]:
+        state = self.state_dict()
+        return {name: state[keys[0]] for name, keys in self._names().items()}
+
+    def load_published_state_dict(self, state: dict[str, Tensor]) -> None:
+        """The inverse of published_state_dict; strict."""
+        names = self._names()
+        self.load_state_dict({key: value for name, value in state.items() for key in names.get(name, [name])})
 
 
 class MaskedAutoencoder(Published):

@@ -15,10 +15,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from models_mae import random_masking, take
+from models_mae import Published, random_masking, take
 from models_vit import Block, VisionTransformer
 from util.distributed import gather_tensors, rank, world_size
-from util.published import Published
 
 OUTPUT_WIDTH = 256  # C, as published
 

@@ -58,7 +58,7 @@ class Features(NamedTuple):
     patches: Tensor  # (B,M,D), row-major grid
     cls_attention: Tensor | None  # (B,H,M) attention of [cls], softmax over all N keys; on request
     patch_attention: dict[int, Tensor] | None = None  # {patch: (B,H,M) its attention}; on request
-    oracle: Tensor | None = None  # (B,M) attention of another encoder (encoders.oracle)
+    oracle: Tensor | None = None  # (B,M) attention of another encoder (encoders.load.Oracle)
     pooled: dict[str, Tensor] | None = None  # {name: (B,E)} the model's own pooled outputs; last block, on request
 
 

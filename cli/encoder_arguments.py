@@ -16,8 +16,7 @@ from encoders.libraries import library_of
 if TYPE_CHECKING:
     import torch
 
-    from encoders.load import Encoder
-    from encoders.oracle import Oracle
+    from encoders.load import Encoder, Oracle
 
 ORACLE_ARGUMENTS = ("oracle", "oracle_model", "oracle_family", "oracle_checkpoint_key")
 PRECISIONS = ("bfloat16", "float16", "float32", "none")  # of --amp; none: beyond_cls's other name for float32
@@ -144,7 +143,7 @@ def frozen_encoder(args: argparse.Namespace) -> tuple[Encoder, int]:
 
 def build_oracle(args: argparse.Namespace, probed: Encoder, size: int, amp: torch.dtype) -> Oracle:
     """The oracle that --oracle and its companions name. ValueError, with that flag in front, where it does not fit."""
-    from encoders.oracle import Oracle
+    from encoders.load import Oracle
 
     stated = {"num_heads": None, "no_cls_token": False, "mean": None, "std": None, "grid": None, "timm_name": None}
     stated["decoder"] = False

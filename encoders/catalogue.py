@@ -69,20 +69,15 @@ CATALOGUE = {
 
 def known_family(finetune: str, model: str, family: str | None) -> str | None:
     """The family that arguments or catalogue name; None if it is to be detected. ValueError if they disagree."""
-    family = named_family(family)
-    if finetune in CATALOGUE:
-        entry = CATALOGUE[finetune]
-        if model not in (entry.model, FROM_FILE):
-            raise ValueError(f"--finetune {finetune} is no {model}: write --model {entry.model}")
-        family = family or entry.family
-    return family
-
-
-def named_family(family: str | None) -> str | None:
-    """A name of FAMILIES, or None for "auto"; ValueError for an unknown name."""
     if family not in (None, "auto", *FAMILIES):
         raise ValueError(f"unknown family {family!r}: {instead_of(family, ['auto', *FAMILIES])}")
-    return None if family == "auto" else family
+    family = None if family == "auto" else family
+    if finetune not in CATALOGUE:
+        return family
+    entry = CATALOGUE[finetune]
+    if model not in (entry.model, FROM_FILE):
+        raise ValueError(f"--finetune {finetune} is no {model}: write --model {entry.model}")
+    return family or entry.family
 
 
 def fetch_weights(finetune: str, offline: bool = False) -> Path | None:

@@ -41,6 +41,10 @@ class Content(NamedTuple):
         nested = any(entry and entry.startswith(start) for entry in self.entries)
         return self.state(name) if name in self.entries and not nested else None
 
+    def identities(self, name: str) -> set[int]:
+        """The ids of the values below a name."""
+        return set(map(id, self.below(name).values()))
+
     def encoders(self) -> list[str]:
         """The names with a patch embedding below them."""
         stems = (STEM.fullmatch(key) for key, value in self.leaves.items() if not isinstance(value, tuple))

@@ -7,9 +7,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor
+
 from data_sets.views import CROP_PCT, IMAGENET_MEAN, IMAGENET_STD
 from encoders.architectures import ARCHITECTURES, FROM_FILE, architecture, default_input_size
-from encoders.catalogue import CATALOGUE, fetch_weights, known_family, named_family
+from encoders.catalogue import CATALOGUE, fetch_weights, known_family
 from encoders.families import Grid
 from encoders.libraries import LIBRARIES, Loaded, library_of, load_from_library, one_line, timm_of_file
 from encoders.reading import DEFAULTS, RELATIVE, UNSURE, Reading, open_weights, other_encoders, problems_of, undecided
@@ -49,6 +52,45 @@ class Encoder(NamedTuple):
         }
 
 
+class Oracle:
+    """Attention of another frozen encoder, with which a probe weights its own encoder's patches (the paper's Table 6).
+
+    Images, normalised for the probed encoder, -> [cls] attention (B,M) of the oracle's last block, mean over heads.
+
+    The M values sum to less than 1, because [cls] also attends to itself. Images are normalised again if the two
+    encoders differ in mean or std. ValueError if the oracle has no [cls] token or another patch size.
+    """
+
+    def __init__(self, oracle: Encoder, probed: Encoder, size: int, amp: torch.dtype = torch.float32):
+        self.backbone, self.amp, self.record = oracle.backbone.eval().requires_grad_(False), amp, oracle.record
+        self.facts = oracle.facts(size, "oracle")
+        if not self.backbone.has_cls:
+            raise ValueError("this encoder has no [cls] token, hence no [cls] attention")
+        own, other = self.backbone.patch_size, probed.backbone.patch_size
+        if own != other:
+            raise ValueError(
+                f"its patches have {own} pixels, the probed encoder's {other}: name an oracle with equal ones"
+            )
+        (mean, probed_mean), (std, probed_std) = (
+            [torch.tensor(values)[:, None, None] for values in pair]
+            for pair in ((oracle.mean, probed.mean), (oracle.std, probed.std))
+        )
+        self.factor, self.offset = probed_std / std, (probed_mean - mean) / std
+        self.same = (oracle.mean, oracle.std) == (probed.mean, probed.std)
+
+    def to(self, device: torch.device) -> "Oracle":
+        self.backbone.to(device)
+        self.factor, self.offset = self.factor.to(device), self.offset.to(device)
+        return self
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        with torch.autocast(images.device.type, dtype=self.amp, enabled=self.amp != torch.float32):
+            normalised = images if self.same else images * self.factor + self.offset
+            (features,) = self.backbone(normalised, cls_attention=True).values()
+        return features.cls_attention.mean(1)
+
+
 def load_encoder(
     finetune: str,
     model: str = FROM_FILE,
@@ -79,18 +121,18 @@ def load_encoder(
     """
     if model != FROM_FILE:
         architecture(model)
-    stated = {"family": named_family(family), "checkpoint_key": checkpoint_key, "timm_name": timm_name}
+    family = known_family(finetune, model, family)
+    stated = {"family": family, "checkpoint_key": checkpoint_key, "timm_name": timm_name}
     stated |= {"grid": grid, "mean": mean, "std": std, "decoder": decoder}
     stated = {name: value for name, value in stated.items() if value} | options
     if not finetune:
         return random_encoder(model, stated)
     if library_of(finetune) is None:
-        known_family(finetune, model, family)  # before a download that could not be used
         with main_process_first():  # the other processes use its download
             path = fetch_weights(finetune, offline)
         finetune = without_credentials(finetune)  # for messages and records
         if path is not None and not timm_name:
-            reading = open_weights(finetune, path, model, family, checkpoint_key, grid=grid, **options)
+            reading = open_weights(path, model, family, checkpoint_key, grid=grid, **options)
             return encoder_of_file(finetune, path, reading, stated)
         if path is not None:
             load = partial(timm_of_file, path, stated.pop("checkpoint_key", None), stated.pop("timm_name"), size)

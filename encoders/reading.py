@@ -1,16 +1,18 @@
 """Read a weight file as one of a family: its tensors under models_vit's names, the sizes, and all problems."""
 
 import inspect
+import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from math import isqrt
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from encoders.architectures import ARCHITECTURES, FROM_FILE, architecture
-from encoders.catalogue import families_called, known_family
+from encoders.catalogue import families_called
 from encoders.contents import Content, fits, not_a_tensor, read_content, weights_of
 from encoders.families import FAMILIES, TABLE, Family, Grid, State
 from models_vit import VisionTransformer
@@ -40,20 +42,20 @@ class Reading:
     shapes: State = field(default_factory=dict)  # of the model
     problems: list[str] = field(default_factory=list)  # why the state does not cover the model
     heads_open: bool = False  # neither the file nor its sizes show the number of heads
-    reason: str = ""  # what shows the family; "" if nothing does
-    others: tuple[str, ...] = ()  # families that give the same encoder, but resample its positions by other rules
+    reason: str = ""  # see Detected
+    others: tuple[str, ...] = ()
 
 
 def open_weights(
-    finetune: str, path: Path, model: str, family: str | None, checkpoint_key: str | None, **stated
+    path: Path, model: str, family: str | None = None, checkpoint_key: str | None = None, **stated
 ) -> Reading:
-    """A file read as its family; problems_of says what prevents its use. Arguments: see encoders.load.load_encoder."""
-    checkpoint_key = checkpoint_key or None
-    family = known_family(finetune, model, family)
-    content = read_content(path)
+    """A file read as its family (None: see detect_family); problems_of says what prevents its use.
+
+    Other arguments: see encoders.load.load_encoder.
+    """
+    content, checkpoint_key = read_content(path), checkpoint_key or None
     if family is None:
-        detected = detect_family(path, content, checkpoint_key, **stated)
-        family, reason, others = detected.family, detected.reason, detected.others
+        family, reason, others = detect_family(path, content, checkpoint_key, **stated)
     else:
         reason, others = "" if family == "timm" else "as stated", ()
         written = safetensors_metadata(path).get("family") if path.suffix == ".safetensors" else None
@@ -74,12 +76,6 @@ def read_as(
         fill(reading, model, checkpoint_key, **stated)
     except ValueError as error:  # such as heads of this family that do not divide the width
         reading.problems = [str(error)]
-        return reading
-    if model != FROM_FILE and reading.problems:
-        own = read_as(content, name, FROM_FILE, checkpoint_key, **stated)
-        if not own.problems:
-            depth = own.options["depth"]
-            reading.problems.append(f"--model {FROM_FILE} reads it with its own {depth} blocks")
     return reading
 
 
@@ -228,22 +224,24 @@ def by_block(names: list[str], among: dict) -> list[str]:
 # ---- the family of a file
 
 
-def detect_family(path: Path, content: Content, checkpoint_key: str | None = None, **stated) -> Reading:
-    """A file read as its family: as its safetensors metadata states, or by its structure.
+class Detected(NamedTuple):
+    family: str
+    reason: str = ""  # what shows the family; "" if nothing does
+    others: tuple[str, ...] = ()  # families that give the same encoder, but resample its positions by other rules
+
+
+def detect_family(path: Path, content: Content, checkpoint_key: str | None = None, **stated) -> Detected:
+    """The family of a file: as its safetensors metadata states, or by its structure.
 
     The tensors of plain ViTs have the same names in many methods. Such a file is of a method if it contains evidence
     (Family.evidence), or if it contains only weights and has the file name that the authors use. Otherwise it is read
     as "timm", and the other possible families are returned, too. ValueError if several families remain, or none.
     """
-
-    def read(name: str, reason: str = "", others: Sequence[str] = ()) -> Reading:
-        reading = read_as(content, name, FROM_FILE, checkpoint_key, **stated)
-        return replace(reading, reason=reason, others=tuple(others))
-
     flat = path.suffix == ".safetensors"  # such files have no entries
     if flat and (written := safetensors_metadata(path).get("family")) in FAMILIES:
-        return read(written, "by its metadata")
-    readings = {name: read(name) for name, family in FAMILIES.items() if fits(content, family, checkpoint_key, flat)}
+        return Detected(written, "by its metadata")
+    fitting = [name for name, family in FAMILIES.items() if fits(content, family, checkpoint_key, flat)]
+    readings = {name: read_as(content, name, FROM_FILE, checkpoint_key, **stated) for name in fitting}
     complete = [name for name, reading in readings.items() if not reading.problems]
     entries = [*content.entries, *content.leaves]
     reasons = {name: FAMILIES[name].shown_by(readings[name].weights, entries) for name in complete or readings}
@@ -254,26 +252,18 @@ def detect_family(path: Path, content: Content, checkpoint_key: str | None = Non
         shown = [name for name in named if flat or all(k.startswith(f"{FAMILIES[name].key}.") for k in content.leaves)]
         reasons |= dict.fromkeys(shown, FILE_NAME)  # of nothing but weights
     if len(shown) == 1:
-        return read(shown[0], reasons[shown[0]])
+        return Detected(shown[0], reasons[shown[0]])
     if readings and not complete:
-        return readings.get("timm") or next(iter(readings.values()))  # the loader lists its problems
+        return Detected("timm" if "timm" in readings else next(iter(readings)))  # the loader lists its problems
     if not shown and complete and (len(complete) == 1 or "timm" in complete):
-        first = readings["timm" if "timm" in complete else complete[0]]
-        alikes = [name for name in complete if name != first.family and alike(first, readings[name])]
-        return read(first.family, others=alikes)
-    names, advice = shown or complete, ""
-    if not names:
-        advice = obstacle(content) or ("" if checkpoint_key else where_encoders_are(content))
-        readings = {} if advice else {name: reading for name in FAMILIES if not (reading := read(name)).problems}
-        names = list(readings)
+        first = "timm" if "timm" in complete else complete[0]
+        alikes = (name for name in complete if name != first and alike(readings[first], readings[name]))
+        return Detected(first, others=tuple(alikes))
     where = f" under --checkpoint_key {checkpoint_key}" if checkpoint_key else ""
-    if names:
-        same = len(names) > 1 and all(alike(readings[names[0]], readings[name]) for name in names)
-        raise ValueError(
-            f"{path} does not show its family{where}, but loads with --family {' or --family '.join(names)}"
-            f"{', which give the same encoder' * same}: write {'one of them' if len(names) > 1 else 'that'}"
-        )
-    raise ValueError(f"{path} holds no weights of a known family{where}: {advice or what_it_holds(content)}")
+    if names := shown or complete:
+        raise ValueError(f"{path} does not show its family{where}: write --family {' or --family '.join(names)}")
+    advice = obstacle(content) or ("" if checkpoint_key else where_encoders_are(content)) or what_it_holds(content)
+    raise ValueError(f"{path} holds no weights of a known family{where}: {advice}")
 
 
 def alike(first: Reading, second: Reading) -> bool:
@@ -316,42 +306,32 @@ def where_encoders_are(content: Content) -> str:
     if arguments := list(filter(None, (arguments_for(content, name) for name in names))):
         several = "there are encoders" if len(arguments) > 1 else "there is an encoder"
         return f"{several} under {', '.join(names)}: write {' or '.join(arguments)}"
-    for name in names[:1]:
-        readings = [reading for family in FAMILIES if (reading := read_as(content, family, FROM_FILE, name)).shapes]
-        if problems := min(("; ".join(reading.problems) for reading in readings), key=len, default=""):
-            return f"there is an encoder under {name}, which no family loads: {problems[:300]}"
-    return ""
+    if not names:
+        return ""
+    problems = "; ".join(read_as(content, "timm", FROM_FILE, names[0]).problems)
+    return f"there is an encoder under {names[0]}, which no family loads: {problems[:300]}"
 
 
 def other_encoders(reading: Reading) -> list[str]:
     """The arguments that load the other encoders of a file; the names of those that nothing loads."""
     content, used = reading.content, set(map(id, reading.weights.values()))
-    arguments = []
-    for name in filter(None, content.encoders()):
-        own = set(map(id, (content.state(name) or {}).values()))
-        if own & used:
-            continue
-        parts = name.split(".")
-        for key in dict.fromkeys([parts[-1], parts[0], name]) if own else ():  # the family's own name, if there is one
-            other = read_as(content, reading.family, FROM_FILE, key)
-            if not other.problems and own & set(map(id, other.weights.values())):
-                arguments.append(f"--checkpoint_key {key}")
-                break
-        else:
-            arguments.append(arguments_for(content, name) or f"{name} (which no family loads)")
-    return arguments
+    names = [name for name in content.encoders() if name and not used & content.identities(name)]
+    families = [reading.family, *FAMILIES]
+    return [arguments_for(content, name, families) or f"{name} (which no family loads)" for name in names]
 
 
-def arguments_for(content: Content, name: str) -> str:
+def arguments_for(content: Content, name: str, families: Iterable[str] = FAMILIES) -> str:
     """The arguments that load the encoder of this name from a file; "" if nothing does."""
-    families = [family for family in FAMILIES if not read_as(content, family, FROM_FILE, name).problems]
-    if not families:
-        return ""
-    try:
-        detect_family(Path(), content, name)
-    except ValueError:
-        return f"--checkpoint_key {name} --family {families[0]}"
-    return f"--checkpoint_key {name}"
+    own, parts = content.identities(name), name.split(".")
+    for family, key in itertools.product(families, dict.fromkeys([name, parts[-1], parts[0]])):
+        reading = read_as(content, family, FROM_FILE, key)
+        if not reading.problems and own & set(map(id, reading.weights.values())):
+            try:
+                detect_family(Path(), content, key)
+            except ValueError:
+                return f"--checkpoint_key {key} --family {family}"
+            return f"--checkpoint_key {key}"
+    return ""
 
 
 def undecided(reading: Reading) -> str:

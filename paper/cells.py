@@ -1,8 +1,7 @@
 """Cells of the paper's tables, measured by the results of main_linprobe, main_analyze_attention and _aggregation.
 
-A cell is (dataset, model, arch, quantity, head) in the vocabulary of results/paper_numbers.json. Results that differ in
-their seed alone measure a cell together. A measurement lists the obstacles to a comparison with the paper: other
-images, sizes or training.
+A cell is (dataset, model, arch, quantity, head) in the vocabulary of results/paper_numbers.json. A measurement lists
+the obstacles to a comparison with the paper: other images, sizes or training.
 """
 
 import json
@@ -15,7 +14,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cli.arguments import RESUMABLE_FLAGS
 from data_sets.table import DATASETS
 from encoders.catalogue import CATALOGUE
 from models_vit import architecture, default_input_size
@@ -29,7 +27,6 @@ ENCODER = {**PAPER["encoder"], **dict.fromkeys(("num_heads", "mean", "std", "gri
 BATCH = ("effective_batch", "bn_group")
 NATS = ("aggregation_entropy", "aggregation_entropy_block_mean")  # quantities in nats; all others are percentages
 ORIGIN = ("commit", "dirty", "versions", "test_images", "n_test")  # of every result
-INDEPENDENT = ["weights", "order", "views"]  # what independent runs of different --seed vary
 
 
 class Cell(NamedTuple):
@@ -72,10 +69,10 @@ class Measurement:
 # ---- names
 
 
-def cell_of(dataset: str, encoder: dict, quantity: str, head: str, block: int | None = None) -> Cell:
-    """encoder: as load_encoder records it; head: as --cls_features spells it; block: None for the last block."""
-    suffix = "" if block is None else f"-block{block}"
-    return Cell(dataset, model_of(encoder), encoder["model"], quantity, short_head(head) + suffix)
+def cell_of(result: dict, quantity: str, head: str, block: int | None = None) -> Cell:
+    """head: as --cls_features spells it; block: None for the last block."""
+    suffix, encoder = "" if block is None else f"-block{block}", result["encoder"]
+    return Cell(result["args"]["dataset"], model_of(encoder), encoder["model"], quantity, short_head(head) + suffix)
 
 
 def model_of(encoder: dict) -> str:
@@ -115,51 +112,52 @@ def sizes_of(model: str) -> tuple[int | None, int | None]:
 # ---- obstacles to a comparison with the paper, and notes
 
 
-def obstacles(args: dict, encoder: dict, size: int, n_train: int | None, n_test: int, images: int) -> list[str]:
-    """n_train: None where nothing was trained; images: those of the n_test that were measured."""
-    entry, reasons = DATASETS[args["dataset"]], ["random weights"] if encoder["source"] is None else []
+def obstacles(result: dict, head: str, size: int | None, images: int, n_train: int | None = None) -> list[str]:
+    """size: of the images in pixels; images: those of the test images that were measured; n_train: if it trained."""
+    args, n_test, oracle = result["args"], result["n_test"], (result.get("oracle") or {}).get("source")
+    entry, reasons = DATASETS[args["dataset"]], []
+    if result["encoder"]["source"] is None:
+        reasons.append("random weights")
     for verb, split, count in (("trained", "train", n_train), ("tested", "val", n_test)):
         if entry.images and count not in (None, entry.images[split]):
             reasons.append(f"{verb} on {count:,} images, the data set has {entry.images[split]:,}")
     if images != n_test:
         reasons.append(f"measured on {images:,} of {n_test:,} images")
-    if entry.protocol:
-        if size != 224:
-            reasons.append(f"images of {size or 'unknown'} pixels, the paper's have 224")
-        for name, value in ENCODER.items():
-            given = args.get(name, value)
-            if given != value and set(given if isinstance(given, list) else [given]) != {None}:  # a list: per encoder
-                reasons.append(f"{name} {given}, the paper's {value}")
+    if not entry.protocol:
+        return reasons
+    if size != 224:
+        reasons.append(f"images of {size or 'unknown'} pixels, the paper's have 224")
+    for name, value in ENCODER.items():
+        given = args.get(name, value)
+        if given != value and set(given if isinstance(given, list) else [given]) != {None}:  # a list: per encoder
+            reasons.append(f"{name} {given}, the paper's {value}")
+    if head.partition(":")[0] == "dino" and oracle != PAPER["oracle"]:
+        reasons.append(f"the oracle is {oracle}, the paper's is {PAPER['oracle']}")
     return reasons
 
 
-def training_obstacles(run: dict, family: str | None, head: str, optimizer: str, blr: float, chosen: bool) -> list[str]:
-    """run: results.json, or what an analysis records of it; chosen: held-out images chose optimizer and rate."""
+def training_obstacles(run: dict, family: str | None, probe: dict, chosen: bool) -> list[str]:
+    """run: results.json, or what an analysis records of it; chosen: held-out images chose the probe's rate."""
     args = run["args"]
     if not (protocol := DATASETS[args["dataset"]].protocol):
         return []
     epochs = next((n for size, n in PAPER["shorter"].items() if f"_{size}_" in args["model"]), PAPER["epochs"])
     paper = {**COMMON, **PAPER[protocol], "epochs": epochs, "final_norm": family in PAPER["normed"]}
-    if "sa=" in head:
+    if "sa=" in probe["head"]:
         paper["optimizer"] = "sgd"  # the paper could not train it with LARS
     if not chosen:
         paper["blr"] = PAPER["blr"]
     if args.get("momentum") is not None:
-        paper["momentum"] = PAPER["momentum"][optimizer]
-    ours = {**args, **{name: run[name] for name in BATCH}, "optimizer": optimizer, "blr": blr}
+        paper["momentum"] = PAPER["momentum"][probe["optimizer"]]
+    ours = {**args, **{name: run[name] for name in BATCH}, "optimizer": probe["optimizer"], "blr": probe["blr"]}
     return [f"{name} {ours[name]}, the paper's {value}" for name, value in paper.items() if ours[name] != value]
 
 
-def oracle_obstacles(args: dict, head: str, oracle: dict | None) -> list[str]:
-    source = (oracle or {}).get("source")
-    if head.partition(":")[0] != "dino" or source == PAPER["oracle"] or not DATASETS[args["dataset"]].protocol:
-        return []
-    return [f"the oracle is {source}, the paper's is {PAPER['oracle']}"]
-
-
-def weights_notes(args: dict, encoder: dict) -> list[str]:
-    notes = [f"assumed of the weights: {', '.join(encoder['assumed'])}"] if encoder.get("assumed") else []
-    if DATASETS[args["dataset"]].protocol and encoder["source"] not in (None, *CATALOGUE):
+def weights_notes(result: dict) -> list[str]:
+    encoder, notes = result["encoder"], []
+    if encoder.get("assumed"):
+        notes.append(f"assumed of the weights: {', '.join(encoder['assumed'])}")
+    if DATASETS[result["args"]["dataset"]].protocol and encoder["source"] not in (None, *CATALOGUE):
         notes.append(f"weights from {encoder['source']}; nothing shows that they are those of the paper")
     return notes
 
@@ -188,37 +186,41 @@ def comparable(head: str, probes: Sequence[dict]) -> bool:
     return diverged == 0
 
 
+def probes_by_head(run: dict) -> Iterator[tuple[str, int, list[dict]]]:
+    """Head, block and the probes of its seeds, from results.json: chosen ones where held-out images chose; without
+    heads of which a probe diverged. ValueError as in `comparable`."""
+    chosen = by_head(probe for probe in run["probes"].values() if probe.get("chosen", True))
+    return ((head, block, probes) for head, block, probes in chosen if comparable(head, probes))
+
+
 def probe_cells(run: dict) -> Iterator[Measurement]:
     """results.json: the accuracy of each head, over its seeds, at the last epoch."""
     args, encoder, quantity = run["args"], run["encoder"], run["headline"]
     depth, size = sizes_of(encoder["model"])
     size, total = args["input_size"] or size, run["n_train"] + run["n_val"]
     held_out = any("chosen" in probe for probe in run["probes"].values())
-    for head, block, probes in by_head(probe for probe in run["probes"].values() if probe.get("chosen", True)):
-        if not comparable(head, probes):
-            continue
-        first, counted = probes[0], min(probe["last"]["n"] for probe in probes)
-        reasons = obstacles(args, encoder, size, total, run["n_test"], counted)
-        reasons += training_obstacles(run, encoder["family"], head, first["optimizer"], first["blr"], held_out)
-        reasons += oracle_obstacles(args, head, run["oracle"])
-        notes = weights_notes(args, encoder)
+    for head, block, probes in probes_by_head(run):
+        first, scored = probes[0], min(probe["last"]["n"] for probe in probes)
+        reasons = obstacles(run, head, size, scored, total)
+        reasons += training_obstacles(run, encoder["family"], first, held_out)
+        notes = weights_notes(run)
         if held_out:
             rate = f"rate {first['blr']:g} chosen on the others"
             notes.append(f"trained on {run['n_train']:,} of {total:,} images, {rate}")
         settings = {name: args[name] for name in ("epochs", "amp", *COMMON)} | {name: run[name] for name in BATCH}
         settings |= {"optimizer": first["optimizer"], "blr": first["blr"], "input_size": size, "chosen": held_out}
-        settings["seeds_vary"] = run.get("seeds_vary", ["weights"])
+        settings["seeds_vary"] = run.get("seeds_vary")
         is_last = args["return_block"] is None if depth is None else block == depth - 1
-        cell = cell_of(args["dataset"], encoder, quantity, head, None if is_last else block)
+        cell = cell_of(run, quantity, head, None if is_last else block)
         values, seeds = [probe["last"][quantity] for probe in probes], [probe["seed"] for probe in probes]
         yield Measurement(cell, values, seeds, settings, notes, reasons)
 
 
 def attention_cells(result: dict) -> Iterator[Measurement]:
     """attention.json: the entropy of [cls] over the patches, mean over blocks; uniform weights without [cls]."""
-    args, encoder, metric = result["args"], result["encoder"], "cls_patch_entropy"
+    model, metric = result["encoder"]["model"], "cls_patch_entropy"
     has_cls = result["tokens"] - result["patches"] - result["registers"] > 0
-    notes, (depth, _) = weights_notes(args, encoder), sizes_of(encoder["model"])
+    notes, (depth, _) = weights_notes(result), sizes_of(model)
     if not has_cls:
         value = math.log(result["patches"])
         notes.append(f"no [cls] token, hence uniform weights: ln {result['patches']} of its own patches")
@@ -227,51 +229,50 @@ def attention_cells(result: dict) -> Iterator[Measurement]:
     else:
         blocks = result["metrics"][metric]["blocks"]
         if [block["block"] for block in blocks] != list(range(depth or len(blocks))):
-            raise ValueError(f"{metric} of {len(blocks)} blocks, {encoder['model']} has {depth}")
-        value = sum(block["mean"] for block in blocks) / len(blocks)
-    cell = cell_of(args["dataset"], encoder, "aggregation_entropy_block_mean", "cls" if has_cls else "pos")
-    reasons = obstacles(args, encoder, result["input_size"], None, result["n_test"], result["images"])
+            raise ValueError(f"{metric} of {len(blocks)} blocks, {model} has {depth}")
+        value = statistics.fmean(block["mean"] for block in blocks)
+    cell = cell_of(result, "aggregation_entropy_block_mean", "cls" if has_cls else "pos")
+    reasons = obstacles(result, cell.head, result["input_size"], result["images"])
     settings = {name: result[name] for name in ("amp", "input_size")}
     yield Measurement(cell, [value], [None], settings, notes, reasons)
 
 
 def aggregation_cells(result: dict) -> Iterator[Measurement]:
     """aggregation.json: entropies of the rules' vectors, and MaxBoxAccV2; not the accuracies of their probes."""
-    args, encoder, boxes, trained = result["args"], result["encoder"], result.get("localization"), result["probes"]
-    dataset, (depth, _) = DATASETS[args["dataset"]], sizes_of(encoder["model"])
+    encoder, boxes, trained = result["encoder"], result.get("localization"), result["probes"]
+    protocol, (depth, _) = DATASETS[result["args"]["dataset"]].protocol, sizes_of(encoder["model"])
     last_block = max(rule["block"] for rule in result["rules"]) if depth is None else depth - 1
+    how, of_boxes = {name: boxes[name] for name in ("transform", "step")} if boxes else {}, []
+    if boxes and protocol and boxes["transform"] != "resize":
+        of_boxes.append("central crops, the paper's reference takes the whole image")
+    if boxes and protocol and boxes["step"] > PAPER["step"]:
+        of_boxes.append(f"thresholds in steps of {boxes['step']}, the paper's reference has {PAPER['step']}")
     for head, block, rules in by_head(result["rules"]):
         scores = [score for rule in rules if rule["probe"] is not None for score in rule["scores"].values()]
         if not comparable(head, scores):
             continue
-        settings = {"amp": args["amp"], "input_size": result["input_size"]}
-        settings["oracle"] = result["oracle"] and result["oracle"]["source"]
-        reasons = oracle_obstacles(args, head, result["oracle"])
+        settings = {"amp": result["args"]["amp"], "input_size": result["input_size"]}
+        settings["oracle"], of_training = result["oracle"] and result["oracle"]["source"], []
         if scores:
             n_train = trained["n_train"] + (trained["n_val"] or 0)
             if n_train != (DATASETS[trained["args"]["dataset"]].images or {"train": n_train})["train"]:
-                reasons.append(f"probes trained on {n_train:,} images")
-            rate = (scores[0]["optimizer"], scores[0]["blr"], bool(trained["n_val"]))
-            reasons += training_obstacles(trained, encoder["family"], head, *rate)
-            settings["seeds_vary"] = trained.get("seeds_vary") or ["weights"]
-        notes = dict.fromkeys([*weights_notes(args, encoder), *(note for rule in rules for note in rule["notes"])])
+                of_training.append(f"probes trained on {n_train:,} images")
+            chosen = bool(trained["n_val"])
+            of_training += training_obstacles(trained, encoder["family"], {"head": head, **scores[0]}, chosen)
+            settings["seeds_vary"] = trained.get("seeds_vary")
+        notes = dict.fromkeys([*weights_notes(result), *(note for rule in rules for note in rule["notes"])])
         seeds, at = [rule["seed"] for rule in rules], None if block == last_block else block
-        measured = []
+        size = result["input_size"]
         if entropies := [rule["entropy"]["mean"] for rule in rules if "entropy" in rule]:
-            measured.append(("aggregation_entropy", head, result["images"], entropies, [], {}))
+            cell = cell_of(result, "aggregation_entropy", head, at)
+            reasons = obstacles(result, head, size, result["images"]) + of_training
+            yield Measurement(cell, entropies, seeds, settings, list(notes), reasons)
         if boxes:
-            others, how = [], {name: boxes[name] for name in ("transform", "step")}
-            if dataset.protocol and boxes["transform"] != "resize":
-                others.append("central crops, the paper's reference takes the whole image")
-            if dataset.protocol and boxes["step"] > PAPER["step"]:
-                others.append(f"thresholds in steps of {boxes['step']}, the paper's reference has {PAPER['step']}")
+            # the paper calls the mean [cls] attention simply [cls]
+            cell = cell_of(result, "maxboxaccv2", "cls" if head == "attn-mn" else head, at)
             values = [boxes["maps"][rule["name"]]["maxboxaccv2"] for rule in rules]
-            name = "cls" if head == "attn-mn" else head  # the paper calls the mean [cls] attention simply [cls]
-            measured.append(("maxboxaccv2", name, boxes["images"], values, others, how))
-        for quantity, name, images, values, others, how in measured:
-            cell = cell_of(args["dataset"], encoder, quantity, name, at)
-            of_images = obstacles(args, encoder, result["input_size"], None, result["n_test"], images)
-            yield Measurement(cell, values, seeds, settings | how, list(notes), [*of_images, *reasons, *others])
+            reasons = obstacles(result, head, size, boxes["images"]) + of_training + of_boxes
+            yield Measurement(cell, values, seeds, settings | how, list(notes), reasons)
 
 
 # ---- files
@@ -295,55 +296,16 @@ def cells_of(path: Path) -> list[Measurement]:
         return cells
 
 
-def identity(measured: Measurement) -> dict[str, Any]:
-    """All that results of several seeds must share, including the runs that trained an analysis's probes."""
-    result, shared = measured.result, {"notes": measured.notes, "obstacles": measured.obstacles}
-    runs = {"": result, "probes' ": result.get("probes") if "rules" in result else None}
-    for prefix, run in runs.items():
-        if run:
-            per_run = {*RESUMABLE_FLAGS, "seed", "seeds", "probes"}
-            shared |= {prefix + name: value for name, value in run["args"].items() if name not in per_run}
-            names = ("commit", "dirty", "versions", "test_images", "train_images", "n_train", *BATCH)
-            shared |= {prefix + name: run.get(name) for name in names}
-    return shared | {name: result["encoder"][name] for name in ("family", "source", "sha256")}
-
-
-def join(parts: Sequence[Measurement]) -> Measurement:
-    """One measurement of several results. ValueError where they differ in more than the seed, or repeat a seed.
-
-    Values that depend on no seed count once.
-    """
-    first, *others = parts
-    expected = identity(first)
-    for other in others:
-        if differing := [name for name, value in identity(other).items() if value != expected.get(name)]:
-            raise ValueError(
-                f"{first.path} and {other.path} measured {first.cell} and differ in more than the seed "
-                f"({', '.join(differing[:3])}): remove one of them"
-            )
-    rows = [row for part in parts for row in zip(part.seeds, part.values, strict=True)]
-    seeds = [seed for seed, _ in rows]
-    if set(seeds) == {None} and len({value for _, value in rows}) == 1:
-        return first
-    if repeated := [seed for seed in seeds if seeds.count(seed) > 1]:
-        raise ValueError(f"{first.path} and others measured {first.cell} with seed {repeated[0]}: remove one of them")
-    seeds, values = map(list, zip(*sorted(rows), strict=True))
-    settings = first.settings
-    if all(len(part.values) == 1 for part in parts):  # separate runs
-        varied = INDEPENDENT if settings.get("crop") != "center" else INDEPENDENT[:2]
-        settings = {**settings, "seeds_vary": varied}
-    return replace(first, values=values, seeds=seeds, settings=settings)
-
-
-def joined(measurements: Iterable[Measurement]) -> dict[Cell, Measurement]:
-    """The measurements of each cell as one. ValueError names two that cannot be joined."""
-    parts: dict[Cell, list[Measurement]] = {}
+def by_cell(measurements: Iterable[Measurement]) -> dict[Cell, Measurement]:
+    """ValueError names two results that measured the same cell."""
+    cells: dict[Cell, Measurement] = {}
     for measured in measurements:
-        parts.setdefault(measured.cell, []).append(measured)
-    return {cell: join(several) if len(several) > 1 else several[0] for cell, several in parts.items()}
+        if (other := cells.setdefault(measured.cell, measured)) is not measured:
+            raise ValueError(f"{other.path} and {measured.path} both measured {measured.cell}: remove one of them")
+    return cells
 
 
 def recorded(results: Path, datasets: Iterable[str]) -> dict[Cell, Measurement]:
     """Cells of the records in results/<dataset>/*.json. ValueError names a file that is not a record."""
     paths = [path for name in datasets for path in sorted((Path(results) / name).glob("*.json"))]
-    return joined(measured for path in paths for measured in cells_of(path))
+    return by_cell(measured for path in paths for measured in cells_of(path))

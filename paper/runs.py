@@ -14,34 +14,24 @@ WEIGHTS = {"pos": "uniform (`pos`)", **RULES}
 QUANTITIES = {"top-1, %": "top1", "entropy, nats": "aggregation_entropy", "MaxBoxAccV2, %": "maxboxaccv2"}
 
 
-def read_runs(names: Sequence[str]) -> dict[str, list[dict]]:
-    """{label: its results.json} from [LABEL=]RUN; runs of one label are those of several --seed.
+def read_runs(names: Sequence[str]) -> dict[str, dict]:
+    """{label: its results.json} from [LABEL=]RUN.
 
-    ValueError for an unfinished run, for runs of one label that differ in more than the seed, and for runs that were
-    tested on different images or by different scores.
+    ValueError for an unfinished run, a label given twice, and runs tested on different images or by different scores.
     """
-    runs: dict[str, list[dict]] = {}
+    runs: dict[str, dict] = {}
     for name in names:
         label, _, folder = name.rpartition("=")
-        path = Path(folder) if folder.endswith(".json") else Path(folder, "results.json")
-        run = read_results(path)
-        run |= {"path": path, "seeds": {probe["seed"] for probe in run["probes"].values()}}
-        runs.setdefault(label or Path(folder).name, []).append(run)
-    first, *others = [run for same in runs.values() for run in same]
-    for key, what in (("test_images", "test images"), ("headline", "scores")):
-        if other := [run["path"] for run in others if run.get(key) != first.get(key)]:
-            raise ValueError(f"{first['path']} and {other[0]} have different {what}: make a table of each")
-    for same in runs.values():
-        expected = protocol(same[0])
-        for run in same[1:]:
-            if differing := [name for name, value in protocol(run).items() if value != expected[name]]:
-                raise ValueError(
-                    f"{same[0]['path']} and {run['path']} have one label and differ in {', '.join(differing)}: "
-                    "give each a label of its own"
-                )
-        seeds = [seed for run in same for seed in run["seeds"]]
-        if repeated := [seed for seed in seeds if seeds.count(seed) > 1]:
-            raise ValueError(f"{same[-1]['path']}: seed {repeated[0]} of its label would count twice")
+        path, label = Path(folder), label or Path(folder).name
+        path = path if path.suffix == ".json" else path / "results.json"
+        run = {**read_results(path), "path": path}
+        if label in runs:
+            raise ValueError(f"{runs[label]['path']} and {path} are both called {label}: write LABEL=RUN")
+        first = next(iter(runs.values()), run)
+        for key, what in (("test_images", "test images"), ("headline", "scores")):
+            if run.get(key) != first.get(key):
+                raise ValueError(f"{first['path']} and {path} have different {what}: make a table of each")
+        runs[label] = run
     return runs
 
 
@@ -54,13 +44,12 @@ def protocol(run: dict) -> dict[str, object]:
     return {**settings, "seeds vary": run.get("seeds_vary", ["weights"])}
 
 
-def rows_of(label: str, runs: Sequence[dict]) -> dict[str, dict[str, list[float]]]:
-    """{label, block, optimizer and rate: {head: scores}}, each named where the runs have several.
+def rows_of(label: str, run: dict) -> dict[str, dict[str, list[float]]]:
+    """{label, block, optimizer and rate: {head: scores}}, each named where the run has several.
 
     Where held-out images chose optimizer and rate, the chosen probes only: a row per block.
     """
-    probes = [probe for run in runs for probe in run["probes"].values() if probe.get("chosen", True)]
-    headline = runs[0].get("headline", "top1")
+    probes, headline = [probe for probe in run["probes"].values() if probe.get("chosen", True)], run["headline"]
 
     def setting(probe: dict) -> list[str]:
         rate = f"lr {probe['lr']:g}" if probe.get("lr") is not None else f"blr {probe['blr']:g}"
@@ -79,15 +68,15 @@ def rows_of(label: str, runs: Sequence[dict]) -> dict[str, dict[str, list[float]
 def runs_table(names: Sequence[str]) -> str:
     """Encoder (and block, optimizer, rate) x head: the run's own score, mean and standard deviation over seeds."""
     labelled = read_runs(names)
-    runs = [run for same in labelled.values() for run in same]
+    runs = list(labelled.values())
     probes, n_test = [probe for run in runs for probe in run["probes"].values()], runs[0]["n_test"]
-    rows = {name: row for label, same in labelled.items() for name, row in rows_of(label, same).items()}
+    rows = {name: row for label, run in labelled.items() for name, row in rows_of(label, run).items()}
     heads = list(dict.fromkeys(head for row in rows.values() for head in row))
     cells = {name: [over_seeds(row.get(head, [])) for head in heads] for name, row in rows.items()}
     several = [len(scores) for row in rows.values() for scores in row.values() if len(scores) > 1]
     spread = f", mean ± std over {alternatives(several)} seeds" if several else ""
     epochs = alternatives(run["args"]["epochs"] for run in runs)
-    note = f"{metric_label(runs[0].get('headline', 'top1'))} (%), last epoch{spread}; "
+    note = f"{metric_label(runs[0]['headline'])} (%), last epoch{spread}; "
     note += f"{alternatives(run['n_train'] for run in runs)} training and {n_test} test images, "
     note += f"{epochs} epoch{'s' * (epochs != '1')}"
     if chose := [run["n_val"] for run in runs if any("chosen" in probe for probe in run["probes"].values())]:
@@ -101,7 +90,7 @@ def runs_table(names: Sequence[str]) -> str:
     if nothing := dict.fromkeys(probe["head"] for probe in probes if probe.get("learned_nothing")):
         reason = "no better than guessing, so no conclusion (learned_nothing in results.json)"
         notes.append(f"{reason}: {', '.join(nothing)}")
-    settings = {label: protocol(same[0]) for label, same in labelled.items()}
+    settings = {label: protocol(run) for label, run in labelled.items()}
     shown = ("n_train", "n_val", "epochs", "encoder", "seeds vary", "versions")  # elsewhere, or in the rows
     for name in protocol(runs[0]):
         values = {label: of_label.get(name) for label, of_label in settings.items()}

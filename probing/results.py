@@ -24,7 +24,7 @@ PROBE = {
 }  # fmt: skip
 RESULTS = {  # what the readers of results.json need of it
     "args": {"epochs": int}, "encoder": dict, "versions": dict, "commit": (str, type(None)), "n_train": int,
-    "n_test": int, "headline?": str, "seeds_vary?": [set(SEEDS_VARY)], "probes": {str: PROBE},
+    "n_val": int, "n_test": int, "headline": str, "seeds_vary?": [set(SEEDS_VARY)], "probes": {str: PROBE},
 }  # fmt: skip
 
 
@@ -34,7 +34,7 @@ def read_results(path: Path) -> dict:
         run = json.loads(Path(path).read_text("utf-8"))
         require(run, RESULTS)
         for name, probe in run["probes"].items():
-            require(probe["last"], {run.get("headline", "top1"): SCORE}, f"its content/probes/{name}/last")
+            require(probe["last"], {run["headline"]: SCORE}, f"its content/probes/{name}/last")
         if not run["probes"]:
             raise ValueError("it has no probes")
     return run

@@ -7,9 +7,8 @@ from typing import Any
 import torch
 
 from runtime.folder import RunFolder
-from runtime.processes import require_same_run
 from runtime.resumable import Resumable, check_identity
-from util.distributed import agree, gather_objects, rank, world_size
+from util.distributed import agree, gather_objects, rank, require_equal, world_size
 from util.progress import log
 from util.seeding import stable_seed
 
@@ -99,7 +98,7 @@ class Progress(Resumable):
     def resume(self, resume: str) -> None:
         """Continue from the checkpoint that `resume` names, see RunFolder.find_checkpoint. ValueError where there is
         none to continue from and the folder holds results."""
-        require_same_run(self.identity)
+        require_equal(self.identity)
         if self.folder.find_checkpoint(resume, restore=self._restore) is None:
             self.folder.refuse_results(self.pattern)
         elif self.folder.kept:

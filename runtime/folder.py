@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from encoders.load import save_encoder
-from runtime.processes import require_same_run
 from runtime.trackers import Service, TensorBoard
 from util import distributed
 from util.files import atomic_path, digest, disk_error, no_link, to_json, write_atomically, write_json
@@ -214,7 +213,7 @@ class RunFolder:
                 content = digest(state)
             except ValueError as problem:
                 content = str(problem)
-            require_same_run({f"checkpoint {chosen}": content})
+            distributed.require_equal({f"checkpoint {chosen}": content})
         if self.read_path is not None and Path(chosen).resolve().parent == self.read_path.resolve():
             self.kept = [self.read_path / Path(chosen).name]
         log.info("%s from %s", "evaluating" if evaluate_only else "resuming", chosen)

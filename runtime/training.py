@@ -18,10 +18,9 @@ from torch import Tensor, nn
 from data_sets.loader import Loader, Sample, Watched
 from data_sets.order import GlobalBatches
 from runtime.folder import RunFolder
-from runtime.processes import require_same_run
 from runtime.resumable import Resumable, check_identity
 from util import signals
-from util.distributed import GradientMean, agree, rank, training_limit, world_size
+from util.distributed import GradientMean, agree, rank, require_equal, training_limit, world_size
 from util.finite import all_finite
 from util.progress import log, peak_memory
 
@@ -281,7 +280,7 @@ class Training(Resumable):
 
         evaluated: names of `identity` that must be equal if the checkpoint is only evaluated."""
         self.evaluated = evaluated
-        require_same_run(self.identity)
+        require_equal(self.identity)
         state = self.folder.find_checkpoint(resume, evaluate_only, lambda state: self._restore(state, evaluate_only))
         if state is not None and not evaluate_only:
             self.saved_position = self.position if self.folder.kept else None  # None: it is in another folder

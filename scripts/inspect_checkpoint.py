@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cli.console import Parser, run_main
 from encoders.architectures import ARCHITECTURES, FROM_FILE, architecture
-from encoders.catalogue import CATALOGUE, fetch_weights, named_family
+from encoders.catalogue import CATALOGUE, fetch_weights, known_family
 from encoders.contents import not_a_tensor
 from encoders.families import FAMILIES
 from encoders.libraries import library_of
@@ -66,7 +66,7 @@ def file_facts(reading: Reading) -> dict[str, object]:
             facts["undecided"] = undecided(reading)
     content, used = reading.content, set(map(id, reading.weights.values()))
     names = [name for name, value in content.leaves.items() if not_a_tensor(value)] + content.entries[1:]
-    unused = [name for name in names if "." not in name and not used & set(map(id, content.below(name).values()))]
+    unused = [name for name in names if "." not in name and not used & content.identities(name)]
     return facts | ({"not used": ", ".join(unused)} if unused else {})
 
 
@@ -76,17 +76,18 @@ def show(facts: dict[str, object]) -> None:
 
 
 def main(args: Namespace) -> None:
-    family = named_family(args.family)  # mistakes are reported before anything is read
+    model = args.model or FROM_FILE
+    family = known_family(args.file, model, args.family)  # mistakes are reported before anything is read
     path = None if library_of(args.file) else fetch_weights(args.file, args.offline)
     if path is None:
         show(traced_facts(args.file if library_of(args.file) else f"timm:{args.file}", args.offline))
         print(f"use it with\n  python main_linprobe.py --finetune {args.file} --data_path $IMAGENET")
         return
-    if args.model not in (None, FROM_FILE):
-        architecture(args.model)
+    if model != FROM_FILE:
+        architecture(model)
     show({"file": path, "size": f"{path.stat().st_size:,} bytes", "sha256": sha256(path)})
     stated = {"grid": args.grid} | ({"num_heads": args.num_heads} if args.num_heads else {})
-    reading = open_weights(args.file, path, args.model or FROM_FILE, family, args.checkpoint_key, **stated)
+    reading = open_weights(path, model, family, args.checkpoint_key, **stated)
     show(file_facts(reading))
     for argument in other_encoders(reading):
         print(f"also holds    an encoder: {argument}")

@@ -1,7 +1,7 @@
 """The paper's tables, each measured value beside the paper's: python scripts/make_tables.py [--dataset demo]
 
 Numbers come from the records in results/<dataset>/ (scripts/record.py adds them). Each table is written to
-`<results>/<dataset>/tableN.md`, or as LaTeX. Its notes say on what a value was measured, and why it cannot be
+`<results>/<dataset>/tableN.md`. Its notes say on what a value was measured, and why it cannot be
 compared with the paper's; then there is no difference. What was not measured is a dash.
 
 --runs, --rules: a table of single runs instead: of probes, one row per encoder; of aggregation rules.
@@ -16,11 +16,8 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from jinja2 import Environment, FileSystemLoader
 
 from cli.console import Parser, run_main
 from data_sets.table import DATASETS
@@ -34,51 +31,44 @@ from util.files import keep_table, save
 PAPER = ROOT / "results" / "paper_numbers.json"
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 SCRIPT = "python scripts/make_tables.py"
-FORMATS = {"markdown": "md", "latex": "tex"}
-LATEX = {letter: f"\\{letter}" for letter in "&%$#_{}"} | {letter: f"${letter}$" for letter in "<>|"}
-LATEX |= {"\\": r"\textbackslash{}", "–": "--", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$"}
-TEMPLATES = Environment(
-    loader=FileSystemLoader(ROOT / "paper"),
-    variable_start_string="<<",  # LaTeX is full of braces
-    variable_end_string=">>",
-    trim_blocks=True,
-)
-# a cell that begins with [ would be an argument of the line break before it
-TEMPLATES.filters["tex"] = lambda text: "{}" * text.startswith("[") + text.translate(str.maketrans(LATEX))
 
 
 # ---- tables
 
 
-def contents(name: str, dataset: str, rows: Sequence[Row]) -> dict[str, Any]:
-    """What the templates paper/table.*.j2 show: cells with the numbers of their notes, and notes on all numbers."""
+def text_of(name: str, dataset: str, rows: Sequence[Row]) -> str:
+    """Markdown: cells with the numbers of their notes, then the notes, those on all numbers first."""
     table = table_of(name, dataset)
     entries = [entry for row in rows for entry in row.entries if entry]
     filled = [set(entry.notes) for entry in entries if entry.ours]
     shared = set.intersection(*filled) if len(filled) > 1 else set()
     every = dict.fromkeys(note for entry in entries for note in entry.notes)
     common, notes = [note for note in every if note in shared], [note for note in every if note not in shared]
-    compared = [
-        any(row.entries[i] and row.entries[i].paper is not None for row in rows) for i in range(len(table.columns))
-    ]
-    header = ["encoder", "ViT", *([table.line_title] if table.line_title else [])]
-    left = len(header)
+    beside = {(i, entry.paper) for row in rows for i, entry in enumerate(row.entries) if entry}
+    compared = [any(value is not None for at, value in beside if at == i) for i in range(len(table.columns))]
+    named = 3 if table.line_title else 2
+    header = ["encoder", "ViT", table.line_title][:named]
     for column, has_paper in zip(table.columns, compared, strict=True):
         header += [column, *(["paper", "difference"] if has_paper else [])]
-    lines = []
-    for row in rows:
-        line = [(text, []) for text in (row.encoder, row.vit, row.line)[:left]]
-        for entry, has_paper in zip(row.entries, compared, strict=True):
-            texts = entry.texts() if entry else ("", "", "")
-            marks = [number for number, note in enumerate(notes, 1) if entry and note in entry.notes]
-            of_ours, of_paper = (marks, []) if entry and entry.ours else ([], marks)
-            cells = zip(texts, (of_ours, of_paper, []), strict=True)
-            line += list(cells)[: 3 if has_paper else 1]
-        lines.append(line)
     suffix = f", {dataset}" if dataset != PAPER_DATASET else ""
     spread = "; mean ± std over seeds" if any(entry.std is not None for entry in entries) else ""
-    facts = {"title": f"{table.title}{suffix}{spread}", "header": header, "left": left, "rows": lines}
-    return facts | {"common": common, "notes": notes}
+    lines = [f"**{table.title}{suffix}{spread}**", "", line_of(header), "|---" * len(header) + "|"]
+    for row in rows:
+        cells = [row.encoder, row.vit, row.line][:named]
+        for entry, has_paper in zip(row.entries, compared, strict=True):
+            texts = list(entry.texts()) if entry else ["", "", ""]
+            marks = [str(number) for number, note in enumerate(notes, 1) if entry and note in entry.notes]
+            if marks:
+                texts[not entry.ours] += f" <sup>{', '.join(marks)}</sup>"
+            cells += texts[: 3 if has_paper else 1]
+        lines.append(line_of(cells))
+    lines += ["", *(f"{note}  " for note in common)]
+    lines += [f"<sup>{number}</sup> {note}  " for number, note in enumerate(notes, 1)]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def line_of(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 
 
 def read_rows(name: str, dataset: str, results: Path) -> list[Row]:
@@ -87,17 +77,12 @@ def read_rows(name: str, dataset: str, results: Path) -> list[Row]:
     return rows_of(name, dataset, records, json.loads(PAPER.read_text()))
 
 
-def text_of(name: str, dataset: str, form: str, results: Path) -> str:
-    template = TEMPLATES.get_template(f"table.{FORMATS[form]}.j2")
-    return template.render(contents(name, dataset, read_rows(name, dataset, results))).rstrip() + "\n"
+def path_of(name: str, dataset: str, results: Path) -> Path:
+    return results / dataset / f"{'figure1' if name == 'fig1' else f'table{name}'}.md"
 
 
-def path_of(name: str, dataset: str, form: str, results: Path) -> Path:
-    return results / dataset / f"{'figure1' if name == 'fig1' else f'table{name}'}.{FORMATS[form]}"
-
-
-def has_records(name: str, dataset: str, results: Path) -> bool:
-    return any(entry and entry.ours for row in read_rows(name, dataset, results) for entry in row.entries)
+def has_records(rows: Sequence[Row]) -> bool:
+    return any(entry and entry.ours for row in rows for entry in row.entries)
 
 
 def table_for(args: argparse.Namespace) -> tuple[str, str, str]:
@@ -108,9 +93,9 @@ def table_for(args: argparse.Namespace) -> tuple[str, str, str]:
         flag, text = ("runs", runs_table(paths)) if args.runs else ("rules", rules_table(Path(*paths)))
         return flag, f"--{flag} {' '.join(names)}", text
     (name,) = args.table
-    title = f"{'fig1' if name == 'fig1' else f'table{name}'} of {args.dataset}"
+    title = f"{path_of(name, args.dataset, args.results).stem.replace('figure', 'fig')} of {args.dataset}"
     command = f"--table {name} --dataset {args.dataset}"
-    return title, command, text_of(name, args.dataset, args.format, args.results)
+    return title, command, text_of(name, args.dataset, read_rows(name, args.dataset, args.results))
 
 
 def keep(args: argparse.Namespace, write: bool) -> str:
@@ -141,16 +126,15 @@ def check(results: Path, pages: Sequence[Path], computed: Path | None = None) ->
 def stale_tables(results: Path) -> list[str]:
     """Files of tables that are not what the records say, including missing ones and those of no table or data set."""
     stale, known = [], set()
-    for dataset, name, form in itertools.product(DATASETS, TABLES, FORMATS):
-        path = path_of(name, dataset, form, results)
+    for dataset, name in itertools.product(DATASETS, TABLES):
+        path = path_of(name, dataset, results)
         known.add(path)
-        if not path.parent.is_dir():
-            continue
-        required = form == "markdown" and has_records(name, dataset, results)
-        if (path.exists() or required) and read_page(path) != text_of(name, dataset, form, results):
-            stale.append(str(path))
-    patterns = [f"*/{kind}*.{suffix}" for kind in ("table", "figure") for suffix in FORMATS.values()]
-    return stale + [str(path) for p in patterns for path in sorted(results.glob(p)) if path not in known]
+        if path.parent.is_dir():
+            rows = read_rows(name, dataset, results)
+            if (path.exists() or has_records(rows)) and read_page(path) != text_of(name, dataset, rows):
+                stale.append(str(path))
+    written = [path for kind in ("table", "figure") for path in sorted(results.glob(f"*/{kind}*.md"))]
+    return stale + [str(path) for path in written if path not in known]
 
 
 def stale_in_page(page: Path, results: Path) -> list[str]:
@@ -188,11 +172,7 @@ def main(args: argparse.Namespace) -> None:
         check(args.results, [args.write] if args.write else PAGES, args.computed)
         return
     of_runs = args.runs or args.rules
-    if not (args.table or of_runs):
-        args.table = [name for name in TABLES if has_records(name, args.dataset, args.results)]
-        if not args.table:
-            raise ValueError(f"{args.results / args.dataset} has no records: add them with scripts/record.py")
-    if (args.output or args.write) and not of_runs and len(args.table) != 1:
+    if (args.output or args.write) and not of_runs and len(args.table or []) != 1:
         raise ValueError("--output and --write are for one table: name it with --table")
     if of_runs or args.write:
         text = keep(args, write=True) if args.write else table_for(args)[2]
@@ -200,10 +180,14 @@ def main(args: argparse.Namespace) -> None:
         if args.output:
             save(args.output, text)
         return
-    for name in args.table:
-        text = text_of(name, args.dataset, args.format, args.results)
+    tables = {name: read_rows(name, args.dataset, args.results) for name in args.table or TABLES}
+    shown = {name: rows for name, rows in tables.items() if args.table or has_records(rows)}
+    if not shown:
+        raise ValueError(f"{args.results / args.dataset} has no records: add them with scripts/record.py")
+    for name, rows in shown.items():
+        text = text_of(name, args.dataset, rows)
         print(text)
-        save(args.output or path_of(name, args.dataset, args.format, args.results), text)
+        save(args.output or path_of(name, args.dataset, args.results), text)
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -212,7 +196,6 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--table", nargs="+", choices=TABLES, help="default: all that have a record")
     add("--dataset", default=PAPER_DATASET, help=f"{PAPER_DATASET} (the paper's tables), demo, or another")
     add("--results", type=Path, default=ROOT / "results", help="folder of the records")
-    add("--format", default="markdown", choices=FORMATS)
     add("--output", type=Path, help="write the table to this file")
     add("--write", type=Path, metavar="PAGE", help="write the table into a page, between its marks")
     add("--runs", nargs="+", metavar="[LABEL=]RUN", help="table of these runs of main_linprobe.py")

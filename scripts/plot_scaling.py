@@ -18,6 +18,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from cli.console import Parser, run_main
+from paper.cells import probes_by_head
 from paper.runs import read_runs
 from probing.heads import AGGREGATIONS, head_name, parts_of
 from util.plotting import COLOURS, MARKERS, STYLE, WIDTH, save_figure
@@ -33,19 +34,13 @@ class Point(NamedTuple):
     std: float
 
 
-def points_of(runs: list[dict]) -> list[Point]:
-    """One per head and block; runs: of one label. ValueError where one has several learning rates."""
-    scores: dict[tuple, list[float]] = {}
-    for run in runs:
-        for probe in run["probes"].values():
-            if probe.get("chosen", True) and probe["diverged_at"] is None:
-                key = probe["head"], probe["block"], probe["parameters"]
-                scores.setdefault(key, []).append(probe["last"][run["headline"]])
-    seeds = sum(len(run["seeds"]) for run in runs)
-    if several := [head for (head, *_), values in scores.items() if len(values) > seeds]:
-        raise ValueError(f"{several[0]} has several learning rates: choose one with --val_fraction, or train one")
-    spread = {key: statistics.stdev(values) if len(values) > 1 else 0.0 for key, values in scores.items()}
-    return [Point(*key, statistics.mean(values), spread[key]) for key, values in scores.items()]
+def points_of(run: dict) -> list[Point]:
+    points = []
+    for head, block, probes in probes_by_head(run):
+        scores = [probe["last"][run["headline"]] for probe in probes]
+        std = statistics.stdev(scores) if len(scores) > 1 else 0.0
+        points.append(Point(head, block, probes[0]["parameters"], statistics.mean(scores), std))
+    return points
 
 
 def lines_of(points: list[Point]) -> dict[str, list[Point]]:
@@ -85,7 +80,7 @@ def draw(panels: dict[str, list[Point]], target: Path) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    panels = {label: points_of(runs) for label, runs in read_runs(args.runs).items()}
+    panels = {label: points_of(run) for label, run in read_runs(args.runs).items()}
     print("| encoder | head | block | parameters | accuracy |\n|---|---|---|---|---|")
     for label, points in panels.items():
         for head, block, parameters, mean, std in sorted(points, key=lambda point: point.parameters):

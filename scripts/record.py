@@ -1,8 +1,7 @@
 """Keep results as records: python scripts/record.py RUN ... [--results FOLDER]
 
 RUN is the --output_dir of main_linprobe.py, main_analyze_attention.py or main_analyze_aggregation.py. Its results are
-copied into FOLDER/<dataset>/, with six digits; scripts/make_tables.py makes the tables of them. Results that differ in
-their --seed alone, such as those of a sweep, measure a cell together.
+copied into FOLDER/<dataset>/, with six digits; scripts/make_tables.py makes the tables of them.
 """
 
 import argparse
@@ -14,7 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cli.console import Parser, run_main
-from paper.cells import cells_of, joined
+from paper.cells import by_cell, cells_of
 from paper.shown import ROOT, shortened
 from util.files import save, to_json
 from util.progress import log, setup_logging
@@ -41,15 +40,12 @@ def main(args: argparse.Namespace) -> None:
         record, first = shortened(json.loads(path.read_text())), cells[0].cell
         digest = hashlib.sha256(to_json(record).encode()).hexdigest()[:8]
         records[args.results / first.dataset / f"{first.encoder}.{path.stem}.{digest}.json"] = record, len(cells)
-    joined(new)  # they must measure each cell once
+    measured = by_cell(new)
     older = {path for folder in {target.parent for target in records} for path in folder.glob("*.json")}
     for path in sorted(older - records.keys()):
-        cells = cells_of(path)
-        try:
-            joined([*cells, *new])
-        except ValueError as error:
+        if both := [cell for cell in by_cell(cells_of(path)) if cell in measured]:
             if not args.replace:
-                raise ValueError(f"{error}, or use --replace") from error
+                raise ValueError(f"{path} has {both[0]}, which {measured[both[0]].path} measured: use --replace")
             path.unlink()
             log.info("%s: replaced", path)
     for target, (record, count) in records.items():

@@ -4,14 +4,17 @@ import functools
 import http.server
 import logging
 import os
+import runpy
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 import models_mae
@@ -19,6 +22,7 @@ import models_vit
 from encoders.load import save_encoder
 
 ROOT = Path(__file__).resolve().parent.parent
+SAVEFIG = Figure.savefig
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2}
 
 torch.set_num_threads(1)  # tiny tensors only wait for more
@@ -29,6 +33,19 @@ def logs_end_with_their_test():
     """Programs log to standard output as it was when they started: pytest's, which it closes after the test."""
     yield
     logging.root.handlers = [one for one in logging.root.handlers if type(one) is not logging.StreamHandler]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def figures_are_empty_files():
+    """Rendering takes most of the time of a tiny analysis; tests that look at figures use the fixture `rendered`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", lambda figure, path, **_: Path(path).write_bytes(b""))
+        yield
+
+
+@pytest.fixture
+def rendered(monkeypatch):
+    monkeypatch.setattr(Figure, "savefig", SAVEFIG)
 
 
 @pytest.fixture
@@ -76,15 +93,42 @@ def probe_command(image_folder, tiny, tmp_path):
 
 @pytest.fixture
 def run_program():
-    """Start a program in a process of its own, or in several under torchrun, on the CPU."""
+    """Start a program in a process of its own, or in several as torchrun starts them, on the CPU."""
+    from interruptions import free_port  # slow, and needed by few
 
     def run(*command: object, processes: int = 1, cwd: Path = ROOT) -> subprocess.CompletedProcess:
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
-        words = [sys.executable, *(launcher if processes > 1 else []), *command]
-        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        return subprocess.run(
-            list(map(str, words)), cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False
-        )
+        words = [sys.executable, *map(str, command)]
+        common = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        if processes > 1:
+            common |= {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+
+        def start(rank: int) -> subprocess.CompletedProcess:
+            environment = common | ({"RANK": str(rank)} if processes > 1 else {})
+            options = {"capture_output": True, "text": True, "timeout": 300, "check": False}
+            return subprocess.run(words, cwd=cwd, env=environment, **options)
+
+        with ThreadPoolExecutor(processes) as pool:
+            first, *others = pool.map(start, range(processes))
+        for done in others:  # what the first process says comes last
+            first.returncode = first.returncode or done.returncode
+            first.stdout, first.stderr = done.stdout + first.stdout, done.stderr + first.stderr
+        return first
+
+    return run
+
+
+@pytest.fixture
+def run_script(monkeypatch, capsys):
+    """run_script("plot_attention.py", word, ...) -> exit code, standard output and error, in this process."""
+
+    def run(name: str, *words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [name, *map(str, words)])
+        code = 0
+        try:
+            runpy.run_path(str(ROOT / "scripts" / name), run_name="__main__")
+        except SystemExit as stopped:
+            code = stopped.code
+        return code, *capsys.readouterr()
 
     return run
 

@@ -83,7 +83,7 @@ def test_other_options_keep_cells_apart():
 )  # fmt: skip
 def test_encoders_that_differ_have_cells_that_differ(source, family, model):
     encoder = {"source": source, "family": family, "model": "vit_base_patch16"}
-    assert cell_of("imagenet1k", encoder, "top1", "cls").model == model
+    assert cell_of({"args": {"dataset": "demo"}, "encoder": encoder}, "top1", "cls").model == model
 
 
 # ---- what stands in the way
@@ -230,90 +230,27 @@ def test_folder_without_results_is_refused(tmp_path):
         program.results_of(tmp_path)
 
 
-# ---- runs of several seeds
-
-
-def run_of_seed(folder, seed, top, flags=(), **changes):
-    """A run folder like those of submitit_linprobe.py --sweep seed 0 1 2."""
-    result = probing((top,), flags=["--seed", str(seed), "--output_dir", str(folder), *flags], **changes)
-    ((name, probe),) = result["probes"].items()
-    name = name.replace("seed0", f"seed{seed}")
-    result |= {"probes": {name: {**probe, "seed": seed}}, "lr": {name: 6.4}, "command": f"main.py --seed {seed}"}
-    return put(folder, "results.json", result)
-
-
 def put(folder, name, result):
     folder.mkdir()
     (folder / name).write_text(json.dumps(result))
     return folder
 
 
-def recorded(tmp_path, *runs):
-    program.main(Namespace(runs=list(runs), results=tmp_path / "results", replace=False))
+def recorded(tmp_path, *runs, replace=False):
+    program.main(Namespace(runs=list(runs), results=tmp_path / "results", replace=replace))
     return cells.recorded(tmp_path / "results", ["imagenet1k"])
 
 
-def test_runs_of_a_sweep_over_seeds_measure_a_cell_together(tmp_path):
-    runs = [run_of_seed(tmp_path / f"seed={seed}", seed, top) for seed, top in ((2, 69.0), (0, 67.0), (1, 68.0))]
-    (measured,) = recorded(tmp_path, *runs).values()
-    assert (measured.mean, measured.std, len(measured.values)) == (68.0, 1.0, 3)
-    assert (measured.values, measured.seeds, measured.obstacles) == ([67.0, 68.0, 69.0], [0, 1, 2], [])
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"flags": ["--epochs", "80"]}, "epochs"),
-        ({"flags": ["--crop", "center"]}, "crop"),
-        ({"commit": "abd"}, "commit"),
-        ({"dirty": True}, "dirty"),
-        ({"versions": {"torch": "2.12"}}, "versions"),
-        ({"encoder": {**ENCODER, "sha256": "d" * 64}}, "sha256"),
-        ({"test_images": "b" * 64}, "test_images"),
-        ({"train_images": "b" * 64}, "train_images"),
-        ({"bn_group": 1024}, "bn_group"),
-    ],
-)
-def test_runs_that_differ_in_more_than_the_seed_are_refused(tmp_path, changes, words):
-    runs = [run_of_seed(tmp_path / "0", 0, 67.0), run_of_seed(tmp_path / "1", 1, 68.0, **changes)]
-    with pytest.raises(ValueError, match=r"/0/.* and .*/1/.* measured imagenet1k/mae.* differ in more") as error:
-        recorded(tmp_path, *runs)
-    assert words in str(error.value) and "\n" not in str(error.value)
-    assert not (tmp_path / "results").exists()
-
-
-def test_where_a_run_was_made_is_none_of_its_settings(tmp_path):
-    other = {"device": "GPU", "seconds": 2.0, "finished": "2025-02-01T12:00:00+00:00"}
-    runs = [run_of_seed(tmp_path / "0", 0, 67.0),
-            run_of_seed(tmp_path / "1", 1, 68.0, flags=["--num_workers", "3"], **other)]  # fmt: skip
-    assert len(recorded(tmp_path, *runs)) == 1
-
-
-def test_a_seed_counts_once(tmp_path):
-    run = run_of_seed(tmp_path / "0", 0, 67.0)
-    (record,) = recorded(tmp_path, run, run).values()  # the same run twice
-    assert len(record.values) == 1
-    with pytest.raises(ValueError, match=r"measured .* with seed 0: remove one of them"):
-        recorded(tmp_path, run, run_of_seed(tmp_path / "again", 0, 67.0))
-
-
-def test_analyses_of_the_probes_of_several_seeds_are_joined_and_what_no_seed_decides_counts_once(tmp_path):
-    def analysis(seed, of_pos=5.14):
-        trained = {**probing(flags=["--seed", str(seed)]), "command": f"main_linprobe.py --seed {seed}"}
-        result = aggregation(probes=trained)
-        fixed, learned, _ = result["rules"]
-        rules = [
-            {**fixed, "entropy": {"mean": of_pos}},
-            {**learned, "seed": seed, "entropy": {"mean": 4.8 + seed / 10}},
-        ]
-        result |= {"rules": rules, "localization": None}
-        return put(tmp_path / f"{seed}-{of_pos}", "aggregation.json", result)
-
-    found = {cell.head: record for cell, record in recorded(tmp_path, *map(analysis, (0, 1, 2))).items()}
-    assert found["attn-mn"].values == [5.14]
-    assert len(found["abmilp"].values) == 3 and found["abmilp"].mean == pytest.approx(4.9)
-    with pytest.raises(ValueError, match="with seed None: remove one of them"):
-        recorded(tmp_path, tmp_path / "0-5.14", analysis(1, 5.2))
+def test_a_cell_has_one_record_which_another_run_may_replace(tmp_path):
+    first, other = (put(tmp_path / str(top), "results.json", probing((top,))) for top in (67.0, 68.0))
+    (measured,) = recorded(tmp_path, first, first).values()  # the same run twice
+    assert measured.values == [67.0]
+    with pytest.raises(ValueError, match=r"both measured imagenet1k/mae/.*/cls: remove one of them"):
+        recorded(tmp_path, first, other)
+    with pytest.raises(ValueError, match="measured: use --replace"):
+        recorded(tmp_path, other)
+    (measured,) = recorded(tmp_path, other, replace=True).values()
+    assert measured.values == [68.0]
 
 
 EVERYTHING = ["weights", "order", "views"]
@@ -321,21 +258,14 @@ EVERYTHING = ["weights", "order", "views"]
 
 @pytest.mark.parametrize(
     ("changes", "varied"),
-    [({}, ["weights"]), ({"seeds_vary": ["weights"]}, ["weights"]), ({"seeds_vary": EVERYTHING}, EVERYTHING)],
+    [({}, None), ({"seeds_vary": ["weights"]}, ["weights"]), ({"seeds_vary": EVERYTHING}, EVERYTHING)],
 )
 def test_record_says_what_its_seeds_vary(made, tmp_path, changes, varied):
-    """Runs that do not say it are older than the field, and varied initial weights only."""
     trained = probing(**changes)
     assert made(trained)["cls"].settings["seeds_vary"] == varied
     found = by_quantity(aggregation(probes=trained), tmp_path)
     assert found["aggregation_entropy", "abmilp"].settings["seeds_vary"] == varied
     assert "seeds_vary" not in found["aggregation_entropy", "attn-mn"].settings
-
-
-def test_separate_runs_vary_everything(tmp_path):
-    runs = [run_of_seed(tmp_path / str(seed), seed, top) for seed, top in ((0, 67.0), (1, 68.0))]
-    (record,) = recorded(tmp_path, *runs).values()
-    assert record.settings["seeds_vary"] == EVERYTHING
 
 
 # ---- analyses

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from encoders.load import Encoder
-from encoders.oracle import Oracle
+from encoders.load import Encoder, Oracle
 from models_vit import VisionTransformer
 
 TINY = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}

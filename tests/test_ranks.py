@@ -14,7 +14,7 @@ from encoders.load import save_encoder
 from models_vit import build_vit
 
 ALL = ["main_linprobe", "main_finetune", "main_pretrain", "main_analyze_attention", "main_analyze_aggregation"]
-PATCH = "import runtime.processes as p; "
+PATCH = "import cli.session as p; "
 # {case: (programs, arguments of both ranks, more arguments of rank 1, code that rank 1 runs first, named in the error)}
 CASES = {
     "class renamed": (ALL, "", "--data_path renamed", "", ["images ("]),
@@ -50,7 +50,7 @@ for number, (program, *argv, change) in enumerate(json.loads(Path("runs.json").r
         code = end.code
     Path(folder, f"{number}-{rank}").write_text(str(code))
     os.chdir(folder)
-    importlib.reload(sys.modules["runtime.processes"])
+    importlib.reload(sys.modules["cli.session"])
 """
 
 

@@ -139,7 +139,6 @@ def test_programs_take_it(name, saved, image_folder, tmp_path):
 
 
 def test_several_are_analysed_in_one_run(saved, image_folder, pretrained, tmp_path, monkeypatch):
-    monkeypatch.setattr(main_analyze_attention, "draw_figures", lambda *words: None)  # slow, and tested elsewhere
     weights = [str(pretrained), saved("DINOv2 with registers"), saved("EVA-02"), saved("CLIP, open_clip")]
     argv = ["--data_path", str(image_folder), "--finetune", *weights, "--label", "A", "B", "C", "D", *RUN]
     argv += ["--model", "vit_demo_patch8", "--num_images", "4", "--output_dir", str(tmp_path)]
@@ -316,7 +315,7 @@ def test_a_model_is_traced_or_refused_with_the_reason(model, reason):
 
 
 def test_inspection_describes_it(saved, capsys):
-    argv = {"file": saved("SigLIP"), "offline": True, "family": None}
+    argv = {"file": saved("SigLIP"), "offline": True, "family": None, "model": None}
     inspect_checkpoint.main(inspect_checkpoint.Namespace(**argv))
     printed = capsys.readouterr().out
     for fact in ("run by        transformers", "SiglipVisionModel", "encoder.layers.0.self_attn", "2 heads", "map\n"):

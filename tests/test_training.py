@@ -31,7 +31,7 @@ FAULTS = """
 import resource, sys
 sys.path.insert(0, ".")
 import torch
-from runtime.processes import keep_freed_memory
+from cli.session import keep_freed_memory
 if sys.argv[1] == "keep":
     keep_freed_memory()
 for _ in range(20):

@@ -283,7 +283,10 @@ def from_main(value: Any) -> Any:
     return gather_objects(value if rank() == 0 else None)[0]
 
 
-def require_equal(values: dict[str, Any], remedy: str) -> None:
+SAME_COPIES = "give every process the same copies of data, weights and checkpoints"
+
+
+def require_equal(values: dict[str, Any], remedy: str = SAME_COPIES) -> None:
     """Compare plain data of all ranks. Where a value is not the same everywhere, all ranks leave the process group and
     raise the same ValueError, which names each such value, the ranks that have it, and the remedy."""
     everywhere, differences = gather_objects(values), []
