@@ -149,12 +149,10 @@ def demo(tmp_path):
 
 
 @pytest.mark.parametrize("place", [[], ["--cache_dir", "cache"]], ids=["memory", "file"])
-def test_two_processes_share_the_work_and_the_features(demo, place, tmp_path, run_program):
+def test_two_processes_share_the_work_and_the_features(demo, place, tmp_path, run_ranks):
     words = [tmp_path / word if word == "cache" else word for word in place]
     expected = run([str(word) for word in demo], tmp_path / "one", "--accum_iter", "2")
-    done = run_program(
-        "main_linprobe.py", *demo, "--cache_views", EPOCHS, *words, "--output_dir", tmp_path / "two", processes=2
-    )
+    done = run_ranks("main_linprobe.py", *demo, "--cache_views", EPOCHS, *words, "--output_dir", tmp_path / "two")
     assert done.returncode == 0, done.stderr
     state = torch.load(tmp_path / "two" / f"checkpoint-{EPOCHS - 1}.pth", weights_only=True)["probes"]
     results, alone = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("two", "one"))

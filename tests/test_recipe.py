@@ -112,7 +112,7 @@ def same(state, other, tolerance):
             torch.testing.assert_close(state[key], other[key], rtol=tolerance, atol=tolerance)
 
 
-def test_200_steps_end_with_the_weights_of_a_plain_loop_however_batches_are_split(command, data, tmp_path, run_program):
+def test_200_steps_end_with_the_weights_of_a_plain_loop_however_batches_are_split(command, data, tmp_path, run_ranks):
     ours = trained(command, tmp_path / "run", "--batch_size", "8", "--accum_iter", "2")
     torch.manual_seed(0)
     for head, (linear, norm, query, start) in plain_loop(data, build_vit(MODEL, img_size=16).state_dict()).items():
@@ -128,7 +128,7 @@ def test_200_steps_end_with_the_weights_of_a_plain_loop_however_batches_are_spli
         "large": ["--batch_size", "16", "--bn_group", "8"],
         "shared": ["--batch_size", "4", "--bn_group", "8", "--accum_iter", "2", "--output_dir", tmp_path / "shared"],
     }
-    run = run_program("main_linprobe.py", *command, *splits["shared"], processes=2)
+    run = run_ranks("main_linprobe.py", *command, *splits["shared"])
     assert run.returncode == 0, run.stderr
     for name, words in splits.items():
         if name != "shared":

@@ -80,13 +80,13 @@ def test_seeds_survive_an_interruption_to_the_bit(command, tmp_path):
         run(command, tmp_path / "run", *words, "--resume", "auto", "--seeds_vary", "weights")
 
 
-def test_two_processes_train_the_same_seeds(image_folder, tmp_path, run_program):
+def test_two_processes_train_the_same_seeds(image_folder, tmp_path, run_ranks):
     command = [
         "--model", "vit_demo_patch8", "--data_path", image_folder, "--input_size", "16", "--amp", "float32",
         "--device", "cpu", "--num_workers", "0", "--epochs", EPOCHS, "--warmup_epochs", "0", "--blr", "40",
         "--batch_size", "4", "--cls_features", "cls", "abmilp", "--seeds", "0", "1",
     ]  # fmt: skip
     expected, _ = run(list(map(str, command)), tmp_path / "one", "--accum_iter", "2")
-    done = run_program("main_linprobe.py", *command, "--output_dir", tmp_path / "two", processes=2)
+    done = run_ranks("main_linprobe.py", *command, "--output_dir", tmp_path / "two")
     assert done.returncode == 0, done.stderr
     assert_same(read(tmp_path / "two")[0], expected, 1e-5)
