@@ -3,7 +3,7 @@
 Letters: B images, S probes, K classes, D' width of a pooled vector.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -104,6 +104,18 @@ class Probing:
         self.bank.load_probe_states(state)
 
 
+def reads(
+    bank: ProbeBank, tokens: FrozenTokens, loader: Iterable, device: torch.device, name: str
+) -> Iterator[tuple[Read, Sample]]:
+    """What a bank in evaluation mode reads of each batch. ValueError at the end if the tokens are not finite."""
+    bank.eval()
+    tokens.backbone.eval()
+    finite = FiniteCheck(tokens, device)
+    for sample in Watched(loader, name, agree=True):
+        yield finite.see(tokens(sample.image.to(device, non_blocking=True))), sample
+    finite.check()
+
+
 @torch.no_grad()
 def evaluate(
     bank: ProbeBank,
@@ -119,16 +131,11 @@ def evaluate(
     tally: a new one. keeper: collects the predictions. name: label of the progress bar. ValueError if the encoder's
     tokens are not finite.
     """
-    bank.eval()
-    tokens.backbone.eval()
-    finite = FiniteCheck(tokens, device)
-    for sample in Watched(loader, name, agree=True):
-        labels = sample.label.to(device, non_blocking=True)
-        logits = bank(finite.see(tokens(sample.image.to(device, non_blocking=True))))
+    for read, sample in reads(bank, tokens, loader, device, name):
+        labels, logits = sample.label.to(device, non_blocking=True), bank(read)
         tally.update(logits, labels)
         if keeper is not None:
             keeper.update(logits, labels, sample.index)
-    finite.check()
     return tally.compute()
 
 
@@ -140,17 +147,12 @@ def pooled(
 
     ValueError if the encoder's tokens are not finite.
     """
-    bank.eval()
-    tokens.backbone.eval()
-    finite = FiniteCheck(tokens, device)
     vectors = [[torch.empty(0, pooling.width, device=device)] for _, pooling in bank.distinct]
     labels = [torch.empty(0, dtype=torch.int64, device=device)]
-    for sample in Watched(loader, "features", agree=True):
-        read = finite.see(tokens(sample.image.to(device, non_blocking=True)))
+    for read, sample in reads(bank, tokens, loader, device, "features"):
         for kept, vector in zip(vectors, read if isinstance(read, list) else bank.pool(read), strict=True):
             kept.append(vector)
         labels.append(sample.label.to(device))
-    finite.check()
     return [torch.cat(kept) for kept in vectors], torch.cat(labels)
 
 

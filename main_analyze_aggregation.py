@@ -188,7 +188,7 @@ class Setup:
 def draw(args: argparse.Namespace, result: dict, setup: Setup, folder: RunFolder) -> None:
     """kl, and maps and boxes of the examples, as far as they were measured."""
     if not args.boxes_only:
-        draw_divergences(result, [folder.path / "kl.png", folder.path / "kl.pdf"])
+        draw_divergences(result, folder.path / "kl.png", folder.path / "kl.pdf")
     drawn, tokens, examples = shown.shown_rules(setup.rules), setup.tokens, setup.examples
     if not examples or not drawn:
         return

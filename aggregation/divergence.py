@@ -1,4 +1,4 @@
-"""Entropies of aggregation vectors, and divergences and shared peaks between pairs of rules.
+"""Entropies of aggregation vectors, and divergences between pairs of rules.
 
 A rule gives each image a float64 vector of weights over the patches that sums to 1. Logarithms are natural, without an
 epsilon. NaN marks a missing vector; infinities are real. Letters: B images, R rules, M patches.
@@ -48,25 +48,12 @@ def divergences(vectors: Tensor, floor: float = 0.0) -> Tensor:
     return torch.stack(rows, dim=1)
 
 
-def same_peaks(vectors: Tensor) -> Tensor:
-    """(B,R,R): 1 if two rules have their largest weight on the same patch, else 0; NaN if either has a tie."""
-    largest = vectors.amax(-1, keepdim=True)  # NaN for a missing vector
-    single = (vectors == largest).sum(-1) == 1
-    patch = vectors.nan_to_num(0.0).argmax(-1)
-    same = (patch[:, :, None] == patch[:, None]).to(vectors.dtype)
-    return torch.where(single[:, :, None] & single[:, None], same, torch.nan)
-
-
-def matrices(direction: str, floor: float) -> dict[str, dict[str, str]]:
-    """Unit and definition of what is measured for each pair of rules."""
+def matrices(direction: str, floor: float) -> dict[str, str]:
+    """{name: definition} of what is measured in nats for each pair of rules."""
     pair = {"row_col": "KL(row || column)", "col_row": "KL(column || row)"}[direction]
     floored = f"weights clamped to at least {floor:g} and renormalised" if floor else "unmodified weights"
     exact = "unmodified weights; mean over the images where it is finite"
-    both = "half of KL(row || column) + KL(column || row)"
-    definitions = {"kl": f"{pair}, {floored}", "kl_symmetric": f"{both}, {floored}"}
-    definitions |= {"kl_exact": f"{pair}, {exact}", "kl_symmetric_exact": f"{both}, {exact}"}
-    share = {"unit": "share", "definition": "images in which both have their largest weight on the same patch"}
-    return {name: {"unit": "nats", "definition": text} for name, text in definitions.items()} | {"same_peak": share}
+    return {"kl": f"{pair}, {floored}", "kl_exact": f"{pair}, {exact}"}
 
 
 class VectorStats:
@@ -79,13 +66,9 @@ class VectorStats:
 
     def update(self, vectors: Tensor, indices: Sequence[int] = ()) -> None:
         """Add a batch (B,R,M) of at least one image; its indices in the data set do not matter."""
-        parts = [entropies(vectors)[:, None]]
-        for floor in (self.floor, 0.0):
-            divergence = divergences(vectors, floor)
-            reverse = divergence.transpose(1, 2)
-            parts += [divergence if self.direction == "row_col" else reverse, (divergence + reverse) / 2]
-        parts.append(same_peaks(vectors))
-        self.moments.update(torch.cat(parts, dim=1).flatten(1))
+        pairs = [divergences(vectors, floor) for floor in (self.floor, 0.0)]
+        pairs = [pair if self.direction == "row_col" else pair.transpose(1, 2) for pair in pairs]
+        self.moments.update(torch.cat([entropies(vectors)[:, None], *pairs], dim=1).flatten(1))
         self.images += len(vectors)
 
     def state(self) -> dict[str, Any]:
@@ -114,5 +97,6 @@ class VectorStats:
         by_name = {}
         for number, (name, definition) in enumerate(matrices(self.direction, self.floor).items()):
             part = slice(1 + number * self.rules, 1 + (number + 1) * self.rules)
-            by_name[name] = definition | {key: values[part] for key, values in columns.items()}
+            by_name[name] = {"unit": "nats", "definition": definition}
+            by_name[name] |= {key: values[part] for key, values in columns.items()}
         return entropy, by_name

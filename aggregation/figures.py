@@ -34,7 +34,7 @@ def display_name(rule: str) -> str:
 
 
 @rc_context(STYLE)
-def draw_divergences(result: dict, targets: Sequence[Path]) -> None:
+def draw_divergences(result: dict, *targets: Path) -> None:
     """aggregation.json as a figure in each of the targets: mean divergences of pairs of rules, the rules' entropies."""
     rules, matrix = result["rules"], result["matrices"]["kl"]
     names, values = [display_name(rule["name"]) for rule in rules], np.array(matrix["mean"], dtype=float)
@@ -70,8 +70,7 @@ def draw_divergences(result: dict, targets: Sequence[Path]) -> None:
     bars.spines[["top", "right", "left"]].set_visible(False)
     if infinite.any():
         figure.text(0.995, 0.004, "* infinite in some images without the floor on the weights", ha="right", **GREY)
-    for target in targets:
-        save_figure(figure, target)
+    save_figure(figure, *targets)
 
 
 # ---- maps and boxes over images

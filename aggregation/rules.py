@@ -20,7 +20,7 @@ from data_sets.loader import Sample, Watched
 from engine_linprobe import FrozenTokens
 from models_vit import Features, VisionTransformer
 from probing.bank import ProbeBank
-from probing.fixed import FixedWeights
+from probing.fixed import ClsAttention
 from probing.heads import blocks_of, build_head, canonical_head
 from probing.pooling import Needs, Pooling, Tokens, read_blocks
 from runtime.analysis import Progress
@@ -42,22 +42,7 @@ class Rule(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
-class ClsAttentionOfHead(FixedWeights):
-    """Weights: the [cls] attention of a single head of the block."""
-
-    needs = Needs(cls_attention=True)
-
-    def __init__(self, tokens: Tokens, head: int):
-        super().__init__(tokens)
-        self.head = head
-
-    def raw(self, features: Features) -> Tensor:
-        return features.cls_attention[:, self.head]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# rules
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- rules
 
 
 def fixed_rules(heads: Sequence[str], backbone: VisionTransformer, tokens: Tokens, has_oracle: bool) -> list[Rule]:
@@ -76,19 +61,6 @@ def fixed_rules(heads: Sequence[str], backbone: VisionTransformer, tokens: Token
         rules.append(Rule(head, name, last, blocks_of(name, last), pooling))
     if len(set(heads)) < len(heads):
         raise ValueError(f"--rules {' '.join(heads)} names a rule twice")
-    return rules
-
-
-def default_rules(backbone: VisionTransformer, tokens: Tokens, has_oracle: bool) -> list[Rule]:
-    """Those of DEFAULT_RULES that the encoder supports; the others are logged."""
-    rules, missing = [], []
-    for head in DEFAULT_RULES:
-        try:
-            rules += fixed_rules([head], backbone, tokens, has_oracle)
-        except ValueError:
-            missing.append(head)
-    if missing:
-        log.info("rules left out, for want of a [cls] token or an --oracle: %s", ", ".join(missing))
     return rules
 
 
@@ -126,10 +98,16 @@ def rules_of(
 
     trained: a bank, the names of the probes to use, and their heads (None: all). ValueError for unknown heads.
     """
-    if heads is None:
-        rules = default_rules(backbone, tokens, has_oracle)
-    else:
+    rules, missing = [], []
+    if heads is not None:
         rules = fixed_rules(heads, backbone, tokens, has_oracle)
+    for head in DEFAULT_RULES if heads is None else ():
+        try:
+            rules += fixed_rules([head], backbone, tokens, has_oracle)
+        except ValueError:
+            missing.append(head)
+    if missing:
+        log.info("rules left out, for want of a [cls] token or an --oracle: %s", ", ".join(missing))
     if trained is None:
         return rules
     bank, names, wanted = trained
@@ -159,7 +137,7 @@ def notes_on(pooling: Pooling) -> tuple[str, ...]:
 def head_rules(backbone: VisionTransformer, tokens: Tokens) -> list[Rule]:
     """The [cls] attention of each head of the last block; heads are counted from 0."""
     last, names = backbone.depth - 1, [f"attn-head{head}" for head in range(backbone.num_heads)]
-    return [Rule(name, name, last, (last,), ClsAttentionOfHead(tokens, head)) for head, name in enumerate(names)]
+    return [Rule(name, name, last, (last,), ClsAttention(tokens, head)) for head, name in enumerate(names)]
 
 
 def needs_of(rules: Iterable[Rule]) -> Needs:
@@ -173,9 +151,7 @@ def vectors_of(rules: Sequence[Rule], features: dict[int, Features]) -> Tensor:
     return torch.stack(vectors, dim=1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the pass
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- the pass
 
 
 class Localization:

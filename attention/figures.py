@@ -132,7 +132,7 @@ def panels(counts: Sequence[int], width: float, height: float) -> tuple[Figure, 
 
 
 @rc_context(STYLE)
-def draw_attention(results: Sequence[dict], metrics: Sequence[str], target: Path) -> None:
+def draw_attention(results: Sequence[dict], metrics: Sequence[str], *targets: Path) -> None:
     """Means over images (and heads) against the block, with bands of +-1 standard deviation over the images.
 
     A column per metric, a row per architecture, a colour and marker per label. Dashed: the value where every key gets
@@ -160,7 +160,7 @@ def draw_attention(results: Sequence[dict], metrics: Sequence[str], target: Path
     count = max(1, min(len(named), int(width / entry)))
     figure.set_figheight(figure.get_figheight() + 0.15 * math.ceil(len(named) / count))
     figure.legend([handles[label] for label in named], named, loc="outside upper center", frameon=False, ncols=count)
-    save_figure(figure, target)
+    save_figure(figure, *targets)
 
 
 def draw_panel(axis: Axes, name: str, results: Sequence[dict], labels: Sequence[str]) -> dict[str, Line2D]:
@@ -264,7 +264,7 @@ def encoder_panels(
 
 
 @rc_context(STYLE)
-def draw_heads(results: Sequence[dict], metrics: Sequence[str], target: Path) -> None:
+def draw_heads(results: Sequence[dict], metrics: Sequence[str], *targets: Path) -> None:
     """Heat maps, block x head: means over the images; a row per metric with a scale of its own, a panel per encoder."""
     figure, rows = encoder_panels(results, metrics, height=1.3, labels=27)
     for line, cells in rows:
@@ -278,11 +278,11 @@ def draw_heads(results: Sequence[dict], metrics: Sequence[str], target: Path) ->
         cells[0][0].set_ylabel("head (from 0)")
         figure.colorbar(ScalarMappable(scale), ax=list(line), label=cells[0][1]["unit"], aspect=12)
     figure.supxlabel(BLOCKS, fontsize=7)
-    save_figure(figure, target)
+    save_figure(figure, *targets)
 
 
 @rc_context(STYLE)
-def draw_spectra(results: Sequence[dict], metrics: Sequence[str], target: Path) -> None:
+def draw_spectra(results: Sequence[dict], metrics: Sequence[str], *targets: Path) -> None:
     """Profiles over frequency or rank, a line per depth: a row per metric with one axis, a panel per encoder.
 
     The embedding is dashed; colours run from it to the last block. Frequencies are those of the grid's diagonal, as a
@@ -312,13 +312,13 @@ def draw_spectra(results: Sequence[dict], metrics: Sequence[str], target: Path) 
         cells[0][0].set_ylabel(cells[0][1]["unit"])
     bar = figure.colorbar(ScalarMappable(Normalize(0, 1), DEPTHS), ax=figure.axes, aspect=30, shrink=0.7)
     bar.set_ticks([0, 1], labels=["embedding", "last block"])
-    save_figure(figure, target)
+    save_figure(figure, *targets)
 
 
 class Kind(NamedTuple):
     """A kind of figure and the metrics that it shows by default."""
 
-    draw: Callable[[Sequence[dict], Sequence[str], Path], None]
+    draw: Callable[..., None]  # of results, metrics and files to write
     metrics: str  # a group of attention.metrics.GROUPS
     axes: tuple[str | None, ...]  # the values of Metric.axis that it can draw
     suffixes: tuple[str, ...]  # as main_analyze_attention.py writes it
@@ -336,8 +336,7 @@ def draw_figures(results: Sequence[dict], folder: Path) -> None:
     """All of FIGURES for which something was measured."""
     for name, kind in FIGURES.items():
         if metrics := choose_metrics([kind.metrics], results, kind.axes):
-            for suffix in kind.suffixes:
-                kind.draw(results, metrics, Path(folder) / f"{name}{suffix}")
+            kind.draw(results, metrics, *(Path(folder) / f"{name}{suffix}" for suffix in kind.suffixes))
 
 
 # ---- t-SNE

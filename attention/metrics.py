@@ -171,10 +171,6 @@ def weighted_value_norm(received: Tensor, values: Tensor) -> Tensor:
     return (received * norms).sum(2) / received.sum(2) / norms.mean(2)
 
 
-def farthest(sizes: Sizes) -> float:
-    return math.dist((0, 0), (sizes.grid[0] - 1, sizes.grid[1] - 1)) * sizes.patch_size
-
-
 def mean_distance(sizes: Sizes) -> float:
     """Of all ordered pairs of patches, a patch and itself included."""
     rows, columns = sizes.grid
@@ -197,7 +193,7 @@ REFERENCES: dict[str, Callable[[Sizes], float]] = {  # by the name that figures 
     "ln M": lambda s: math.log(s.patches),
     "-ln M": lambda s: -math.log(s.patches),
     "mean distance": mean_distance,
-    "largest distance": farthest,
+    "largest distance": lambda s: math.hypot(s.grid[0] - 1, s.grid[1] - 1) * s.patch_size,
 }
 
 

@@ -15,6 +15,7 @@ from attention.explicit import Operands, Sums, explicit_sums, patch_distances
 from util.lazy import lazy
 
 torch = lazy("torch")
+kernel = lazy("attention.kernel")  # needs triton, which PyTorch brings for CUDA only
 
 # Measured on 2 cores with 1 MiB of second-level cache each, ViT-B at 224 pixels: 15.2, 8.2, 6.8, 7.6 ms for 8 images
 # with tiles of 1/4, 1, 2 and 4 MiB, where one call of fused attention takes 9.8 ms.
@@ -69,17 +70,10 @@ def parts(length: int, size: int) -> list[slice]:
     return [slice(start, start + max(size, 1)) for start in range(0, length, max(size, 1))]
 
 
-def triton_sums(operands: Operands) -> Sums:
-    """The sums from one pass of a Triton kernel over the keys."""
-    from attention.kernel import kernel_sums  # needs triton, which PyTorch brings for CUDA only
-
-    return kernel_sums(operands)
-
-
 REDUCTIONS: dict[str, Callable[[Operands], Sums]] = {
     "explicit": explicit_sums,
     "tiled": tiled_sums,
-    "triton": triton_sums,
+    "triton": lambda operands: kernel.kernel_sums(operands),
 }
 
 

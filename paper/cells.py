@@ -186,15 +186,20 @@ def comparable(head: str, probes: Sequence[dict]) -> bool:
     return diverged == 0
 
 
+def probes_by_head(run: dict) -> Iterator[tuple[str, int, list[dict]]]:
+    """Head, block and the probes of its seeds, from results.json: chosen ones where held-out images chose; without
+    heads of which a probe diverged. ValueError as in `comparable`."""
+    chosen = by_head(probe for probe in run["probes"].values() if probe.get("chosen", True))
+    return ((head, block, probes) for head, block, probes in chosen if comparable(head, probes))
+
+
 def probe_cells(run: dict) -> Iterator[Measurement]:
     """results.json: the accuracy of each head, over its seeds, at the last epoch."""
     args, encoder, quantity = run["args"], run["encoder"], run["headline"]
     depth, size = sizes_of(encoder["model"])
     size, total = args["input_size"] or size, run["n_train"] + run["n_val"]
     held_out = any("chosen" in probe for probe in run["probes"].values())
-    for head, block, probes in by_head(probe for probe in run["probes"].values() if probe.get("chosen", True)):
-        if not comparable(head, probes):
-            continue
+    for head, block, probes in probes_by_head(run):
         first, scored = probes[0], min(probe["last"]["n"] for probe in probes)
         reasons = obstacles(run, head, size, scored, total)
         reasons += training_obstacles(run, encoder["family"], first, held_out)

@@ -1,9 +1,10 @@
 """Test the statements of claims.toml on the recorded measurements of any set of encoders.
 
-A claim compares a quantity of single encoders (the accuracy of a head, a metric of attention, a property of a rule's
-weights, or the difference of two of these) with what the paper expects. Intervals of accuracies are Student's over runs
-that differ in data order, augmentation and initial weights, and a claim must hold for every encoder; those of
-quantities without runs, such as metrics of attention, are Student's over encoders, that is over pretraining.
+A claim compares a quantity of single encoders (the accuracy of a head, also under perturbations, a metric of attention,
+a property of a rule's weights, or the difference of two of these) with what the paper expects. Intervals of accuracies
+are Student's over runs that differ in data order, augmentation and initial weights, and a claim must hold for every
+encoder; those of quantities without runs, such as metrics of attention, are Student's over encoders, that is over
+pretraining.
 """
 
 import json
@@ -161,6 +162,28 @@ def divergence(encoder: Encoder, rules: Sequence[str]) -> np.ndarray:
     return np.array([np.mean([result["matrices"]["kl"]["mean"][i][j] for j in columns]) for i in rows])
 
 
+def evaluated(encoder: Encoder, head: str, score: str, under: str = "") -> tuple[np.ndarray, np.ndarray]:
+    """(score, %, of evaluate_probe.py under a perturbation, the same without one), of each run."""
+    for result in encoder.results:
+        parts = {"": result["probes"], **result.get("perturbed", {})} if "run" in result else {}
+        names = [name for name in parts.get("", {}) if name.startswith(f"{head}/")]
+        if names and under in parts and score in parts[under][names[0]]:
+            pair = [np.array([parts[part][name][score] for name in names], dtype=float) for part in (under, "")]
+            return pair[0], pair[1]
+    raise Missing(f"{encoder.label} has no {score} of {head} {under}")
+
+
+def shape_bias(encoder: Encoder, head: str) -> np.ndarray:
+    """Of the answers that name the class of either cue, where the cues conflict, the share of the shape's, %."""
+    return evaluated(encoder, head, "shape bias")[0]
+
+
+def kept(encoder: Encoder, head: str, under: str) -> np.ndarray:
+    """Accuracy on perturbed test images, as a share of that on the images as they are."""
+    perturbed, plain = evaluated(encoder, head, "top-1", under)
+    return perturbed / plain
+
+
 QUANTITIES = {
     "accuracy": (accuracy, "points"),
     "reached": (reached, "of the depth"),
@@ -168,6 +191,8 @@ QUANTITIES = {
     "entropy": (entropy, "nats"),
     "localization": (localization, "points"),
     "divergence": (divergence, "nats"),
+    "shape_bias": (shape_bias, "points"),
+    "kept": (kept, "of the accuracy"),
 }
 
 

@@ -26,7 +26,7 @@ def read_runs(names: Sequence[str]) -> dict[str, dict]:
         path = path if path.suffix == ".json" else path / "results.json"
         with reading(path, "a results.json of main_linprobe.py"):
             run = json.loads(path.read_text())
-            run |= {"path": path, "seeds": {probe["seed"] for probe in run["probes"].values()}}
+            run |= {"path": path, "probes": dict(run["probes"])}
         if label in runs:
             raise ValueError(f"{runs[label]['path']} and {path} are both called {label}: write LABEL=RUN")
         first = next(iter(runs.values()), run)

@@ -64,24 +64,23 @@ class FixedWeights(Pooling):
         return Pooled(torch.einsum("bm,bmd->bd", factors.to(features.patches.dtype), features.patches), weights)
 
 
-class MeanClsAttention(FixedWeights):
-    """Weights: the [cls] attention of the block, averaged over heads."""
+class ClsAttention(FixedWeights):
+    """Weights: the [cls] attention of one head of the block, of their "mean", or of the "sharpest" in each image, whose
+    attention over patches has the lowest entropy."""
 
     needs = Needs(cls_attention=True)
 
-    def raw(self, features: Features) -> Tensor:
-        return features.cls_attention.mean(1)
-
-
-class LowestEntropyClsAttention(FixedWeights):
-    """Weights: the [cls] attention of the head whose attention over patches has the lowest entropy in this image."""
-
-    needs = Needs(cls_attention=True)
+    def __init__(self, tokens: Tokens, head: int | str):
+        super().__init__(tokens)
+        self.head = head
 
     def raw(self, features: Features) -> Tensor:
         attention = features.cls_attention
-        over_patches = attention / attention.sum(-1, keepdim=True)
-        entropy = torch.special.entr(over_patches).sum(-1)
+        if self.head == "mean":
+            return attention.mean(1)
+        if self.head != "sharpest":
+            return attention[:, self.head]
+        entropy = torch.special.entr(attention / attention.sum(-1, keepdim=True)).sum(-1)
         chosen = entropy.nan_to_num(nan=torch.inf).argmin(1)  # (B,); NaN: a head that attends to no patch
         return attention[torch.arange(len(attention), device=attention.device), chosen]
 
@@ -98,15 +97,17 @@ def central_cells(grid: tuple[int, int], size: int) -> list[int]:
     return [row * grid[1] + column for row in rows for column in columns]
 
 
-class CentralAttention(FixedWeights):
-    """Weights: the attention of the size x size central patches over all patches, averaged over them and heads.
+class PatchAttention(FixedWeights):
+    """Weights: the attention of the size x size central patches, or of all (0), to all patches, averaged over them and
+    heads.
 
     The release averages the weighted tokens instead of summing them: a factor 1/M.
     """
 
     def __init__(self, tokens: Tokens, size: int = 1, scale: str = "sum"):
         super().__init__(tokens, scale)
-        self.cells = central_cells(tokens.grid, size)
+        rows, columns = tokens.grid
+        self.cells = central_cells(tokens.grid, size) if size else list(range(rows * columns))
         self.needs = Needs(cells=frozenset(self.cells))
 
     def raw(self, features: Features) -> Tensor:

@@ -150,9 +150,7 @@ def head_name(aggregation: str, options: Options, blocks: str = "") -> str:
     return aggregation + suffix + "@" * bool(blocks) + blocks + ":" * bool(rest) + rest
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# heads of several poolings and blocks
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- heads of several poolings and blocks
 
 
 class Part(NamedTuple):

@@ -18,7 +18,7 @@ from torch import Tensor
 from encoders.load import load_plain_or_safetensors, safetensors_metadata
 from probing.results import metric_label
 from util.distributed import gather_rows
-from util.files import to_json
+from util.files import reading, to_json
 from util.intervals import best_guess
 from util.progress import log
 from util.scores import average_precision
@@ -83,12 +83,10 @@ def read_predictions(path: Path) -> Predictions:
     if not path.exists():
         raise ValueError(f"{path}: no such file; main_linprobe.py --save_predictions writes it")
     tensors, metadata = load_plain_or_safetensors(path), safetensors_metadata(path)
-    try:
+    with reading(path, "a file of main_linprobe.py --save_predictions"):
         facts = json.loads(metadata["facts"])
         outputs, losses = ({name: tensors[f"{kind}/{name}"] for name in facts["probes"]} for kind in ("output", "loss"))
         return Predictions(tensors["index"], tensors["labels"], outputs, losses, facts)
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a file of main_linprobe.py --save_predictions ({error})") from error
 
 
 # ---- scores in [0, 1], from the `outputs` and labels of Predictions

@@ -1,6 +1,6 @@
 """Rules that find relevant patches without labels, parameters or [cls]: appendix D of the paper calls for such.
 
-Each gives non-negative weights from the tokens of one block alone, or from their attention to each other.
+Each gives non-negative weights from the tokens of one block alone.
 Letters: B images, M patches, D width.
 """
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from models_vit import Features
 from probing.fixed import FixedWeights
-from probing.pooling import Needs, Tokens
+from probing.pooling import Tokens
 
 Grid = tuple[int, int]
 SIMILAR = 0.2  # cosine above which TokenCut joins two patches
@@ -73,14 +73,3 @@ class UnlabelledWeights(FixedWeights):
         patches = features.patches.to(torch.promote_types(features.patches.dtype, torch.float32))
         weights = self.rule(patches, self.grid)
         return torch.where(weights.sum(1, keepdim=True) > 0, weights, 1.0)
-
-
-class ReceivedAttention(FixedWeights):
-    """Weights: the attention that a patch receives from all patches, averaged over them and heads."""
-
-    def __init__(self, tokens: Tokens):
-        super().__init__(tokens)
-        self.needs = Needs(cells=frozenset(range(tokens.grid[0] * tokens.grid[1])))
-
-    def raw(self, features: Features) -> Tensor:
-        return torch.stack([features.patch_attention[cell].mean(1) for cell in sorted(self.needs.cells)]).mean(0)

@@ -7,13 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
-from scipy import stats
 
 from models_vit import ARCHITECTURES, build_vit
 from paper.shown import GOLDEN
 from report.runs import Record, Run, data_key, find_runs
 from report.tables import Cell, Mean, group_by, mean_of, stem
+from util.files import reading
+from util.intervals import UNKNOWN, Interval, student
 
 BY_IMAGE = {"top1": "top-1 (%)", "any_match": "any match (%)"}  # scores that are a mean over images
 
@@ -50,15 +52,14 @@ def read_entries(results: Path) -> list[Entry]:
     entries = []
     for run in find_runs([str(results)])[0]:
         if run.program == "main_linprobe" and run.results and run.folder.name != GOLDEN:
-            try:
+            path = run.folder / f"{run.prefix}results.json"
+            with reading(path, "a record"):
                 probes, score = run.record["probes"], run.record["headline"]
                 chosen = [name for name in probes if probes[name].get("chosen") is not False and score in BY_IMAGE]
                 for same in ([(name, probes[name]) for name in names] for names in group_by(chosen, stem)):
                     if all(probe["diverged_at"] is None for _, probe in same):
                         by_seed = {probe["seed"]: float(probe["last"][score]) for _, probe in same}
                         entries.append(Entry(run, stem(same[0][0]), same[0][1], by_seed))
-            except (KeyError, TypeError, AttributeError, ValueError) as error:
-                raise ValueError(f"{run.folder}/{run.prefix}results.json is not a record: {error!r}") from error
     return entries
 
 
@@ -88,11 +89,9 @@ def encoder_parameters(model: str) -> int | None:
         return sum(parameter.numel() for parameter in build_vit(model).parameters())
 
 
-def student(values: Sequence[float]) -> float:
-    """Half the width of the 95 % interval of a mean; NaN for fewer than three values."""
-    if len(values) < 3:
-        return math.nan
-    return float(stats.t.ppf(0.975, len(values) - 1)) * mean_of(values).std / math.sqrt(len(values))
+def over_seeds(scores: Sequence[float]) -> Interval:
+    """95 % interval of the mean; unknown for fewer than three."""
+    return student(np.array(scores), fewest=3)
 
 
 def difference(entry: Entry, base: Entry | None) -> Cell | None:
@@ -110,8 +109,8 @@ def difference(entry: Entry, base: Entry | None) -> Cell | None:
     intervals = {row["name"]: row["difference_over_images"] for row in paired.get("probes", [])}
     known = paired.get("baseline") == base.name and entry.name in intervals
     low, high = intervals[entry.name] if known else (value - half, value + half)
-    seeds = student([entry.by_seed[seed] - base.by_seed[seed] for seed in entry.by_seed if seed in base.by_seed])
-    shown = not low <= 0 <= high and not abs(value) <= seeds
-    verdict = "not shown" if not shown else "real for these seeds" if math.isnan(seeds) else "real"
+    seeds = over_seeds([entry.by_seed[seed] - base.by_seed[seed] for seed in entry.by_seed if seed in base.by_seed])
+    shown = not low <= 0 <= high and not seeds.low <= 0 <= seeds.high
+    verdict = "not shown" if not shown else "real for these seeds" if seeds is UNKNOWN else "real"
     text = f"{value:+.1f} ({low:+.1f} to {high:+.1f})"
     return Cell(text, value, badges=[("good" if verdict == "real" else "", verdict)])

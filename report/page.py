@@ -19,7 +19,7 @@ from report.maps import read_maps
 from report.programs import READERS, Content, Curve
 from report.runs import KINDS, NOTES, Record, Run, badges
 from report.tables import DASH, Cell, Row, group_by, real, table
-from util.files import sha256, write_atomically
+from util.files import sha256
 
 DAMAGED = (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, IndexError, RecursionError, TemplateError)
 PICTURES = 24  # shown per folder
@@ -29,7 +29,7 @@ UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")  # not
 
 def make_report(
     runs: Sequence[Run], figures: Mapping[str, Sequence[Path]], trouble: Sequence[str], title: str
-) -> tuple[bytes, list[str]]:
+) -> tuple[str, list[str]]:
     """The page, and a line for each file or run that is left out."""
     shown: list[tuple[Run, list[Content]]] = []
     left_out = list(trouble)
@@ -52,7 +52,7 @@ def render(
     figures: Mapping[str, Any] | None = None,
     left_out: Sequence[str] = (),
     **leaderboard: Any,
-) -> bytes:
+) -> str:
     """leaderboard: `boards` of report.leaderboard, whose functions are `lb`, and `link` of a record's path."""
     sections = {}
     for program in READERS:
@@ -71,14 +71,7 @@ def render(
         maps=read_maps([path for run, _ in reads for path in run.files("examples.safetensors")]),
         warnings=[*warnings, *(("loud", f"Left out: {line}") for line in left_out)],
     )
-    return UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", page.lstrip()).encode()
-
-
-def write_page(path: Path, page: bytes) -> None:
-    try:
-        write_atomically(path, page)
-    except OSError as error:
-        raise ValueError(f"{path} cannot be written: {error.strerror}") from error
+    return UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", page.lstrip())
 
 
 def compare(same: Sequence[tuple[Run, Content]]) -> dict[str, Any]:

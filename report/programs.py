@@ -10,7 +10,7 @@ from attention.metrics import metric_names
 from probing.results import metric_label as short_label
 from probing.results import seeds_note
 from report.runs import FACTS, Record, Run, badges, data_key
-from report.tables import Cell, Mean, Row, cell_of, fold, group_by, mean_cell, mean_of, real, stem
+from report.tables import Cell, Row, cell_of, fold, group_by, mean_cell, mean_of, real, stem
 
 AGGREGATION, TRAINING = FACTS["aggregation"], FACTS["training"]  # {quantity: column}
 COUNTS = {"loss": "loss", "classes": "classes with a positive image"}
@@ -236,36 +236,33 @@ def read_aggregation(run: Run) -> list[Content]:
         rules, matrices = result["rules"], result.get("matrices", {})
         if any([len(line) for line in m["mean"]] != [len(rules)] * len(rules) for m in matrices.values()):
             raise ValueError(f"a matrix does not have a row and a column for each of {len(rules)} rules")
-        rows = [rule_row(run, name, summaries, result) for name, summaries in result["over_seeds"].items()]
+        maps = (result.get("localization") or {}).get("maps", {})
+        rows = fold([rule_row(run, rule, maps.get(rule["name"], {})) for rule in rules])
         columns, record = list(AGGREGATION.values())[1:3], {**result, "run": run.cell}
         contents.append(Content(run.record, run.images, rows, columns, record=record))
     return contents
 
 
-def rule_row(run: Run, name: str, summaries: Record, result: Record) -> Row:
-    """A rule, with those of single seeds under it; no mean where the probe of a seed diverged."""
-    rules = [rule for rule in result["rules"] if stem(rule["name"]) == name]
-    lost = [bool(score.get("diverged_at")) for rule in rules for score in rule["scores"].values()]
-    seeds = max((summary["n"] for summary in summaries.values()), default=None)
-    cells: dict[str, object] = {"run": run.cell, "_name": name, "rule": name}
-    for quantity, heading in AGGREGATION.items():
-        cells[heading] = None
-        if summary := summaries.get(quantity):
-            cells[heading] = mean = cell_of(heading, Mean(real(summary["mean"]), summary["std"], summary["n"]))
-            if any(lost) and (quantity == "top1" or any(rule.get("probe") for rule in rules)):
-                cells[heading] = mean_cell([0.0] * len(lost), sum(lost))
-            elif summary["n"] != seeds:
-                cells[heading] = mean._replace(text=f"{mean.text} (n = {summary['n']})")
-    maps, children = (result.get("localization") or {}).get("maps", {}), []
-    for rule in rules:
-        entropy, boxes, scores = rule.get("entropy") or {}, maps.get(rule["name"], {}), rule["scores"].values()
-        measured = {quantity: real(value) for quantity, value in boxes.items() if quantity in AGGREGATION}
-        measured |= {"aggregation_entropy": Mean(real(entropy["mean"]), entropy["std"], 1)} if entropy else {}
-        measured |= {"top1": mean_of([real(score.get("top1")) for score in scores])} if scores else {}
-        child = {"run": rule["name"], "rule": rule["head"], **{AGGREGATION[q]: value for q, value in measured.items()}}
-        notes = {"finite in images": entropy.get("images"), "notes": "; ".join(rule["notes"]) or None}
-        children.append({**child, BLOCK: rule["block"], **notes})
-    return Row({**cells, "seeds": seeds}, children)
+def rule_row(run: Run, rule: Record, boxes: Record) -> dict[str, object]:
+    """A rule of one seed, or one without parameters, whose accuracy is over all of its probes."""
+    scores, entropy = list(rule["scores"].values()), rule.get("entropy") or {}
+    top1, lost = [real(score.get("top1")) for score in scores], [bool(score.get("diverged_at")) for score in scores]
+    measured = {quantity: real(value) for quantity, value in boxes.items() if quantity in AGGREGATION}
+    measured |= {"aggregation_entropy": real(entropy["mean"])} if entropy else {}
+    if rule.get("probe"):
+        measured["top1"] = top1[0]
+    elif len({(score["blr"], score["optimizer"]) for score in scores}) == 1:
+        measured["top1"] = mean_cell(top1, sum(lost))
+    return {
+        "run": run.cell,
+        "_name": rule["name"],
+        "rule": stem(rule["name"]),
+        **{heading: measured.get(quantity) for quantity, heading in AGGREGATION.items()},
+        **({"diverged": "yes"} if rule.get("probe") and any(lost) else {}),
+        BLOCK: rule["block"],
+        "finite in images": entropy.get("images"),
+        "notes": "; ".join(rule["notes"]) or None,
+    }
 
 
 # ---- pretraining and fine-tuning

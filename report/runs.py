@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from paper.shown import GOLDEN
 from report.tables import DASH, Cell
 from runtime.provenance import SNAPSHOT_RECORD
+from util.files import reading
 
 DEPTH = 3  # levels of subfolders that are searched, as in quickstart/attention/MAE
 Record = Mapping[str, Any]
@@ -240,12 +241,10 @@ def read_runs(files: Sequence[Path]) -> tuple[list[Run], list[str]]:
 
 def read_json(path: Path) -> Record:
     """ValueError unless the file is a JSON object."""
-    try:
+    with reading(path, "a record of a run"):
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is not a record of a run: expected a JSON object, got {type(content).__name__}")
+        if not isinstance(content, dict):
+            raise ValueError(f"expected a JSON object, got {type(content).__name__}")
     return content
 
 

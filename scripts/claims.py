@@ -23,7 +23,9 @@ COMMAND = "python scripts/claims.py --write"
 SHOWN = {
     "attention": ("[curves](study_attention.png)", "main_analyze_attention.py"),
     "park": ("[curves](study_park.png)", "main_analyze_attention.py"),
-    "depth": ("accuracies by block", "main_linprobe.py --return_block"),
+    "depth": ("[curves](study_depth.png)", "main_linprobe.py --return_block"),
+    "cues": ("[curves](study_perturbed.png)", "evaluate_probe.py"),
+    "scaling": ("[accuracies](#accuracies)", "main_linprobe.py"),
     "heads": ("[accuracies](#accuracies)", "main_linprobe.py"),
     "rules": ("[weights](#weights)", "main_analyze_aggregation.py"),
 }

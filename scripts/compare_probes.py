@@ -28,7 +28,7 @@ from paper.runs import markdown
 from probing.predictions import BY_IMAGE, Predictions, guessing, read_predictions, score
 from probing.results import seeds_note
 from util.choices import instead_of
-from util.files import write_atomically, write_json
+from util.files import save, write_json
 from util.intervals import UNKNOWN, Interval, student
 from util.progress import progress
 
@@ -184,7 +184,7 @@ def main(args: argparse.Namespace) -> None:
         record = {"metric": headline, "baseline": baseline, "confidence": args.confidence, "n": n, "seeds": seeds}
         write_json(args.output, {**record, "probes": [asdict(row) for row in shown]})
     elif args.output is not None:
-        write_atomically(args.output, text.encode())
+        save(args.output, text)
 
 
 if __name__ == "__main__":

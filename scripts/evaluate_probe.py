@@ -4,8 +4,9 @@ RUN is the --output_dir of main_linprobe.py. Any data set whose classes are amon
 imagenet_a, imagenet_r, imagenet_sketch, imagenet_c and objectnet are ImageNet's. Nothing is trained.
 
 top-1 and calibration are among the classes of the data set, all others masked: ECE is the expected calibration error
-over 15 bins of equal width, NLL the mean negative log-likelihood in nats. For imagenet_c, --data_path holds the 15
-corruptions; errors are averaged over severities, and mCE is their mean relative to AlexNet's.
+over 15 bins of equal width, NLL the mean negative log-likelihood in nats. Where a run chose among rates, the chosen
+probes alone are tested. For imagenet_c, --data_path holds the 15 corruptions; errors are averaged over severities, and
+mCE is their mean relative to AlexNet's.
 
 --perturb tests the same images filtered, noisy or shuffled, too. Of images named FILE-CLASS.png whose texture is of
 CLASS and whose shape is of their folder's class (make_demo_data.py --cues conflict), "texture" is the share of answers
@@ -127,6 +128,8 @@ def main(args: argparse.Namespace) -> None:
     oracle = build_oracle(run.args, encoder, size, amp).to(device) if bank.needs.oracle else None
     tokens = FrozenTokens(backbone, bank.blocks, amp, run.args.final_norm, bank.needs, oracle)
     finite, saved = FiniteCheck(tokens, device), {}
+    chosen = [i for i, spec in enumerate(bank.specs) if run.results["probes"][spec.name].get("chosen", True)]
+    specs = [bank.specs[i] for i in chosen]
 
     def scores(folder: Path, name: str = "", steps: Sequence[Perturbation] = ()) -> dict[str, dict[str, float]]:
         """{probe: scores} on the images of a folder. name: of the part of the data set, for the saved logits."""
@@ -143,11 +146,12 @@ def main(args: argparse.Namespace) -> None:
             logits.append(bank(finite.see(tokens(sample.image.to(device)))).cpu())
             seen += sample.index.tolist()
         finite.check()
-        joined, answers = torch.cat(logits, dim=1).double(), torch.tensor([numbers[images.targets[i]] for i in seen])
+        joined = torch.cat(logits, dim=1)[chosen].double()
+        answers = torch.tensor([numbers[images.targets[i]] for i in seen])
         saved.update({f"labels{name}": answers, f"logits{name}": joined.float()})
         textures = textures_of(images, seen)
         textures = textures and torch.tensor([numbers.get(label, -1) for label in textures])
-        parts = zip(bank.specs, joined, strict=True)
+        parts = zip(specs, joined, strict=True)
         return {spec.name: scores_of(each, answers, list(known.values()), textures) for spec, each in parts}
 
     if args.dataset == "imagenet_c":
@@ -156,7 +160,7 @@ def main(args: argparse.Namespace) -> None:
             for name, folders in corruptions(args.data_path).items()
         }
         results = {}
-        for spec in bank.specs:
+        for spec in specs:
             errors = {name: 100 - mean(part[spec.name]["top-1"] for part in each) for name, each in parts.items()}
             results[spec.name] = {"mCE": mean(errors[name] / ALEXNET_ERRORS[name] for name in errors), **errors}
     else:

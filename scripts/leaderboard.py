@@ -15,7 +15,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cli.console import Parser, run_main
 from report import leaderboard
-from report.page import render, write_page
+from report.page import render
+from util.files import save
 
 
 def main(args: argparse.Namespace) -> None:
@@ -28,8 +29,7 @@ def main(args: argparse.Namespace) -> None:
     def link(record: Path) -> str:
         return quote(os.path.relpath(record, args.output.parent))
 
-    page = render(args.title, boards=ranked, lb=leaderboard, link=link)
-    write_page(args.output, page)
+    save(args.output, render(args.title, boards=ranked, lb=leaderboard, link=link))
     print(f"{args.output}: {sum(map(len, ranked))} rows on {len(ranked)} sets of images")
 
 

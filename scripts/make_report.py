@@ -13,8 +13,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cli.console import Parser, run_main
-from report.page import make_report, write_page
+from report.page import make_report
 from report.runs import find_runs
+from util.files import save
 
 
 def main(args: argparse.Namespace) -> None:
@@ -22,7 +23,7 @@ def main(args: argparse.Namespace) -> None:
     if not (runs or figures):
         raise ValueError(f"nothing to report: {'; '.join(trouble)}")
     page, left_out = make_report(runs, figures, trouble, args.title)
-    write_page(args.output, page)
+    save(args.output, page)
     print(f"{args.output}: {len(page) / 1e6:.1f} MB", *(f"left out: {line}" for line in left_out), sep="\n")
 
 

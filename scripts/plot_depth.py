@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from attention.figures import ANY_AXIS, choose_metrics, draw_attention, load_attention
 from attention.metrics import GROUPS, METRICS
 from cli.console import Parser, run_main
+from paper.cells import probes_by_head
 from paper.runs import read_runs
 
 METRICS_SHOWN = ["cls_patch_entropy", "patch_patch_entropy", "patch_log_amplitude", "patch_patch_mutual_information"]
@@ -23,19 +24,11 @@ SHARE = 0.9  # of the best accuracy
 
 
 def accuracy_by_block(path: str) -> tuple[dict, dict[str, dict[int, list[float]]]]:
-    """The encoder's record, and {head: {block: scores over seeds, %}} at the last epoch.
-
-    ValueError where a head has several rates per block.
-    """
+    """The encoder's record, and {head: {block: scores over seeds, %}} at the last epoch."""
     (run,) = read_runs([path]).values()
     accuracies: dict[str, dict[int, list[float]]] = {}
-    for probe in run["probes"].values():
-        if probe.get("chosen", True) and probe["diverged_at"] is None:
-            scores = accuracies.setdefault(probe["head"], {}).setdefault(probe["block"], [])
-            scores.append(probe["last"][run["headline"]])
-            if len(scores) > len(run["seeds"]):
-                text = "choose one with --val_fraction, or train one"
-                raise ValueError(f"{path}: {probe['head']} has several learning rates: {text}")
+    for head, block, probes in probes_by_head(run):
+        accuracies.setdefault(head, {})[block] = [probe["last"][run["headline"]] for probe in probes]
     return run["encoder"], {head: dict(sorted(blocks.items())) for head, blocks in accuracies.items()}
 
 

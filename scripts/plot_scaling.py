@@ -18,6 +18,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from cli.console import Parser, run_main
+from paper.cells import probes_by_head
 from paper.runs import read_runs
 from probing.heads import AGGREGATIONS, head_name, parts_of
 from util.plotting import COLOURS, MARKERS, STYLE, WIDTH, save_figure
@@ -34,16 +35,12 @@ class Point(NamedTuple):
 
 
 def points_of(run: dict) -> list[Point]:
-    """One per head and block. ValueError where one has several learning rates."""
-    scores: dict[tuple, list[float]] = {}
-    for probe in run["probes"].values():
-        if probe.get("chosen", True) and probe["diverged_at"] is None:
-            key = probe["head"], probe["block"], probe["parameters"]
-            scores.setdefault(key, []).append(probe["last"][run["headline"]])
-    if several := [head for (head, *_), values in scores.items() if len(values) > len(run["seeds"])]:
-        raise ValueError(f"{several[0]} has several learning rates: choose one with --val_fraction, or train one")
-    spread = {key: statistics.stdev(values) if len(values) > 1 else 0.0 for key, values in scores.items()}
-    return [Point(*key, statistics.mean(values), spread[key]) for key, values in scores.items()]
+    points = []
+    for head, block, probes in probes_by_head(run):
+        scores = [probe["last"][run["headline"]] for probe in probes]
+        std = statistics.stdev(scores) if len(scores) > 1 else 0.0
+        points.append(Point(head, block, probes[0]["parameters"], statistics.mean(scores), std))
+    return points
 
 
 def lines_of(points: list[Point]) -> dict[str, list[Point]]:

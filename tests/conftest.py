@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 import models_mae
@@ -23,6 +24,7 @@ import models_vit
 from encoders.load import save_encoder
 
 ROOT = Path(__file__).resolve().parent.parent
+SAVEFIG = Figure.savefig
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2}
 
 torch.set_num_threads(1)  # tiny tensors only wait for more
@@ -33,6 +35,19 @@ def logs_end_with_their_test():
     """Programs log to standard output as it was when they started: pytest's, which it closes after the test."""
     yield
     logging.root.handlers = [one for one in logging.root.handlers if type(one) is not logging.StreamHandler]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def figures_are_empty_files():
+    """Rendering takes most of the time of a tiny analysis; tests that look at figures use the fixture `rendered`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", lambda figure, path, **_: Path(path).write_bytes(b""))
+        yield
+
+
+@pytest.fixture
+def rendered(monkeypatch):
+    monkeypatch.setattr(Figure, "savefig", SAVEFIG)
 
 
 @pytest.fixture
@@ -130,6 +145,22 @@ def become_rank(command: list, environment: dict, out: Path, err: Path) -> None:
     os.chdir(ROOT)
     sys.argv = list(map(str, command))
     runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+@pytest.fixture
+def run_script(monkeypatch, capsys):
+    """run_script("plot_attention.py", word, ...) -> exit code, standard output and error, in this process."""
+
+    def run(name: str, *words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [name, *map(str, words)])
+        code = 0
+        try:
+            runpy.run_path(str(ROOT / "scripts" / name), run_name="__main__")
+        except SystemExit as stopped:
+            code = stopped.code
+        return code, *capsys.readouterr()
+
+    return run
 
 
 @pytest.fixture

@@ -47,12 +47,14 @@ def after_batch(monkeypatch):
     return after_calls(monkeypatch, rules, "vectors_of")
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_an_analysis_stopped_in_both_passes_is_the_uninterrupted_one(
-    workers, command, whole, tmp_path, after_batch, capsys
-):
-    stands = [(1, "vectors", 2, "0-2"), (3, "boxes", 0, "0"), (2, "boxes", 4, "1-4"), (1, "boxes", 6, "1-6")]
-    for batches, view, seen, place in stands:
+def test_an_analysis_stopped_in_both_passes_is_the_uninterrupted_one(command, whole, tmp_path, after_batch, capsys):
+    stands = [
+        (1, "vectors", 2, "0-2", 0),
+        (3, "boxes", 0, "0", 2),
+        (2, "boxes", 4, "1-4", 0),
+        (1, "boxes", 6, "1-6", 2),
+    ]
+    for batches, view, seen, place, workers in stands:
         after_batch(batches, lambda: signal.raise_signal(signal.SIGTERM))
         code = run(PROGRAM, command, tmp_path, "--resume", "auto", "--loc_workers", workers)
         error = capsys.readouterr().err

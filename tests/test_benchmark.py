@@ -42,6 +42,7 @@ def test_the_whole_benchmark_runs_on_a_cpu(tmp_path, image_folder):
         assert text in done.stdout, text
 
 
+@pytest.mark.usefixtures("rendered")
 def test_rows_of_a_clean_commit_become_a_table_and_a_chart(tmp_path, monkeypatch):
     origin = benchmark.provenance(torch.device("cpu"))
     page, path = tmp_path / "page.md", tmp_path / "rows.csv"

@@ -175,6 +175,18 @@ def test_depth():
     assert claims.reached(encoder("a", "masked", file), "pos") == pytest.approx([0.5, 1.0])
 
 
+def test_other_images():
+    """shape_bias from conflicting cues; kept: perturbed over plain accuracy of the same file, run by run."""
+    scores = [{"cls/block5/blr3.0/seed0": {"top-1": x}, "cls/block5/blr3.0/seed1": {"top-1": 2 * x}} for x in (40, 10)]
+    agree = {"run": "runs/cues", "probes": scores[0], "perturbed": {"shuffle:4": scores[1]}}
+    conflict = {"run": "runs/cues", "probes": {"cls/block5/blr3.0/seed0": {"top-1": 5.0, "shape bias": 20.0}}}
+    one = encoder("a", "masked", results({"cls": [50.0]}), conflict, agree)
+    assert claims.kept(one, "cls", "shuffle:4") == pytest.approx([0.25, 0.25])
+    assert claims.shape_bias(one, "cls") == pytest.approx([20.0])
+    with pytest.raises(claims.Missing, match="shuffle:8"):
+        claims.kept(one, "cls", "shuffle:8")
+
+
 def test_page():
     """docs/claims.md is what the committed records give, and keeps its promises."""
     encoders = claims.read_encoders(RECORDS)

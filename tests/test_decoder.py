@@ -93,7 +93,7 @@ def test_the_encoder_file_keeps_the_decoder_and_stays_an_encoder_file(trained):
     assert torch.equal(again(images, [7])[7].cls, both.backbone(images, [7])[7].cls)
 
 
-def test_programs_read_the_decoders_blocks(trained, capsys):
+def test_programs_read_the_decoders_blocks(trained, capsys, request):
     common = f"--model vit_demo_patch8 --finetune {trained}/mae/encoder.safetensors --decoder --amp float32".split()
     common += ["--num_workers", "0", "--data_path", str(trained / "data")]
     argv = [*common, "--preset", "small", "--l2", "1", "--output_dir", str(trained / "probes")]
@@ -111,6 +111,7 @@ def test_programs_read_the_decoders_blocks(trained, capsys):
 
     pair = f"MAE={trained}/probes,{trained}/attention/MAE/attention.json"
     capsys.readouterr()
+    request.getfixturevalue("rendered")
     plot_depth.main(parse(plot_depth.get_args_parser(), [pair, "--output", str(trained / "depth.png")]))
     assert (trained / "depth.png").stat().st_size > 10_000
     plot_depth.main(parse(plot_depth.get_args_parser(), [f"MAE={trained}/probes", "--output", str(trained / "d.svg")]))

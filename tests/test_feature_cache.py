@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from interruptions import in_processes
 from miniatures import make_coco
 from PIL import Image
 
@@ -39,36 +40,22 @@ def assert_same(found, expected, tolerance=1e-4, scores=slice(None)):
         assert dict(values) == pytest.approx(dict(others), rel=tolerance)
 
 
-HEADS = {
-    "vectors": ["--cls_features", "cls", "both", "attn-lcte", "ca2", "cp1"],
-    "tokens": [
-        "--cls_features",
-        "cls",
-        "abmilp:content=all",
-        "ap2",
-        "attn-mn",
-        "ca1",
-        "alf",
-        "earlier@0-2:by=attn-mn",
-        "fused@1-2",
-        "--return_block",
-        "0",
-        "2",
-    ],
-}
+OF_TOKENS = "abmilp:content=all ap2 attn-mn ca1 alf earlier@0-2:by=attn-mn fused@1-2 --return_block 0 2"
+HEADS = {"vectors": ["cls", "both", "attn-lcte", "ca2", "cp1"], "tokens": ["cls", *OF_TOKENS.split()]}
 
 
 @pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
-@pytest.mark.parametrize("place", ["memory", "file"])
-def test_a_view_for_each_epoch_is_the_run_without_a_cache(command, heads, place, tmp_path):
-    words = ["--cache_dir", str(tmp_path / "cache")] if place == "file" else []
-    expected = run(command, tmp_path / "plain", *heads)
-    assert_same(run(command, tmp_path / "kept", *heads, "--cache_views", str(EPOCHS), *words), expected)
-    if place == "file":
-        files = sorted((tmp_path / "cache").iterdir())
-        times = [path.stat().st_mtime_ns for path in files]
-        assert_same(run(command, tmp_path / "again", *heads, "--cache_views", str(EPOCHS), *words), expected)
-        assert [path.stat().st_mtime_ns for path in files] == times
+def test_a_view_for_each_epoch_is_the_run_without_a_cache(command, heads, tmp_path):
+    words = ["--cls_features", *heads]
+    expected = run(command, tmp_path / "plain", *words)
+    words += ["--cache_views", str(EPOCHS)]
+    assert_same(run(command, tmp_path / "memory", *words), expected)
+    words += ["--cache_dir", str(tmp_path / "cache")]
+    assert_same(run(command, tmp_path / "file", *words), expected)
+    files = sorted((tmp_path / "cache").iterdir())
+    times = [path.stat().st_mtime_ns for path in files]
+    assert_same(run(command, tmp_path / "again", *words), expected)
+    assert [path.stat().st_mtime_ns for path in files] == times
 
 
 @pytest.mark.parametrize("place", [[], ["--cache_dir", "cache"]], ids=["memory", "file"])
@@ -148,17 +135,19 @@ def demo(tmp_path):
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("place", [[], ["--cache_dir", "cache"]], ids=["memory", "file"])
-def test_two_processes_share_the_work_and_the_features(demo, place, tmp_path, run_ranks):
-    words = [tmp_path / word if word == "cache" else word for word in place]
+def test_two_processes_share_the_work_and_the_features(demo, tmp_path):
     expected = run([str(word) for word in demo], tmp_path / "one", "--accum_iter", "2")
-    done = run_ranks("main_linprobe.py", *demo, "--cache_views", EPOCHS, *words, "--output_dir", tmp_path / "two")
-    assert done.returncode == 0, done.stderr
-    state = torch.load(tmp_path / "two" / f"checkpoint-{EPOCHS - 1}.pth", weights_only=True)["probes"]
-    results, alone = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("two", "one"))
-    assert_same((state, results["probes"]), expected)
-    assert results["knn"].keys() == alone["knn"].keys()
-    assert results["knn"]["cls/block5"] == alone["knn"]["cls/block5"]
+    alone = json.loads((tmp_path / "one" / "results.json").read_text())
+    for place in ([], ["--cache_dir", tmp_path / "cache"]):
+        folder = tmp_path / f"two{len(place)}"
+        words = list(map(str, [*demo, "--cache_views", EPOCHS, *place, "--output_dir", folder]))
+        output = tmp_path / "output"
+        assert in_processes(2, "main_linprobe", words, output) == [0, 0], output.read_text()
+        state = torch.load(folder / f"checkpoint-{EPOCHS - 1}.pth", weights_only=True)["probes"]
+        results = json.loads((folder / "results.json").read_text())
+        assert_same((state, results["probes"]), expected)
+        assert results["knn"].keys() == alone["knn"].keys()
+        assert results["knn"]["cls/block5"] == alone["knn"]["cls/block5"]
 
 
 def test_features_of_other_pixels_are_not_taken_for_these(command, image_folder, tmp_path):

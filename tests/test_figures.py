@@ -2,8 +2,6 @@
 
 import json
 import math
-import runpy
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +26,7 @@ from util.plotting import COLOURS
 
 ROOT = Path(__file__).resolve().parent.parent
 HEADS = 3
+pytestmark = pytest.mark.usefixtures("rendered")
 
 
 def result(label="MAE", model="vit_base_patch16", depth=12, cls=True, level=0.5):
@@ -58,7 +57,7 @@ def result(label="MAE", model="vit_base_patch16", depth=12, cls=True, level=0.5)
 def drawn(monkeypatch):
     """Figures as they were about to be written."""
     figures = []
-    monkeypatch.setattr(attention.figures, "save_figure", lambda figure, target: figures.append(figure))
+    monkeypatch.setattr(attention.figures, "save_figure", lambda figure, *targets: figures.append(figure))
     return figures
 
 
@@ -206,7 +205,7 @@ def test_same_results_give_the_same_bytes(tmp_path, suffix):
 
 
 def test_all_figures_of_what_was_measured_are_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(attention.figures, "save_figure", lambda figure, target: target.write_text(""))
+    monkeypatch.setattr(attention.figures, "save_figure", lambda figure, *targets: [path.touch() for path in targets])
     everything, flow = result(), result()
     flow["metrics"] = {name: flow["metrics"][name] for name in GROUPS["flow"] if name in flow["metrics"]}
     for name, one in (("all", everything), ("flow", flow)):
@@ -230,21 +229,11 @@ def test_models_are_called_as_papers_call_them():
     assert {model: model_name(model) for model in names} == names
 
 
-def plot(monkeypatch, capsys, *words):
-    """Exit code and standard error of scripts/plot_attention.py."""
-    monkeypatch.setattr(sys, "argv", ["plot_attention.py", *map(str, words)])
-    try:
-        runpy.run_path(str(ROOT / "scripts" / "plot_attention.py"), run_name="__main__")
-        return 0, capsys.readouterr().err
-    except SystemExit as stopped:
-        return stopped.code, capsys.readouterr().err
-
-
-def test_program_draws_every_kind(tmp_path, monkeypatch, capsys):
+def test_program_draws_every_kind(tmp_path, run_script):
     (tmp_path / "a.json").write_text(json.dumps(result(depth=3)))
     for kind in FIGURES:
         target = tmp_path / f"{kind}.svg"
-        assert plot(monkeypatch, capsys, tmp_path / "a.json", "--kind", kind, "--output", target) == (0, "")
+        assert run_script("plot_attention.py", tmp_path / "a.json", "--kind", kind, "--output", target) == (0, "", "")
         assert target.read_text().startswith("<?xml")
 
 
@@ -265,11 +254,11 @@ def test_program_draws_every_kind(tmp_path, monkeypatch, capsys):
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys, words, message):
+def test_mistakes_are_one_line(tmp_path, monkeypatch, run_script, words, message):
     monkeypatch.chdir(tmp_path)
     Path("a.json").write_text(json.dumps(result(depth=2)))
     Path("b.json").write_text("[]")
-    code, error = plot(monkeypatch, capsys, *words)
+    code, _, error = run_script("plot_attention.py", *words)
     assert code == 2 and message in error and error.count("\n") == 1
 
 

@@ -2,8 +2,6 @@
 
 import json
 import math
-import runpy
-import sys
 from pathlib import Path
 
 import pytest
@@ -27,12 +25,11 @@ def results(cls, abmilp, **others):
 
 
 @pytest.fixture
-def rows_of(tmp_path, monkeypatch):
+def rows_of(tmp_path, run_script):
     """{head: {column: text}} of the only board of a folder, from the page that the script writes."""
 
     def read(folder):
-        monkeypatch.setattr(sys, "argv", ["leaderboard.py", str(folder), "--output", str(tmp_path / "page.html")])
-        runpy.run_path(str(ROOT / "scripts" / "leaderboard.py"), run_name="__main__")
+        assert run_script("leaderboard.py", folder, "--output", tmp_path / "page.html")[0] == 0
         header, *rows = Page((tmp_path / "page.html").read_text()).rows
         rows = [dict(zip(header, row, strict=True)) for row in rows if len(row) == len(header)]
         return {row["head"]: row for row in rows}
@@ -47,7 +44,7 @@ def test_scores_have_intervals_over_images_and_seeds(tmp_path, rows_of):
     low, high = stats.t.interval(0.95, 2, 51.0, 1 / math.sqrt(3))
     assert row["top-1 (%)"] == "51.00 ± 1.00"
     assert row["95 %, images"] == f"{51 - half:.1f} to {51 + half:.1f}"
-    assert row["95 %, seeds"] == f"{low:.1f} to {high:.1f}"
+    assert row["95 %, seeds"] == f"{low:.2f} to {high:.2f}"
     assert row["of encoder"] == "85,798,656" and row["parameters of head"] == "769,000"
 
 
@@ -93,17 +90,13 @@ def test_records_of_changed_code_or_impossible_scores_are_problems(tmp_path):
         problems(tmp_path)
 
 
-def test_the_page_links_its_records_and_no_text_of_them_is_markup(tmp_path, monkeypatch, capsys):
+def test_the_page_links_its_records_and_no_text_of_them_is_markup(tmp_path, run_script):
     put(tmp_path / "results" / EVIL.replace("/", "|") / "results.json", results([40.0], [50.0], command=EVIL))
-    words = [str(tmp_path / "results"), "--output", str(tmp_path / "page.html")]
-    monkeypatch.setattr(sys, "argv", ["leaderboard.py", *words])
-    runpy.run_path(str(ROOT / "scripts" / "leaderboard.py"), run_name="__main__")
+    code, out, _ = run_script("leaderboard.py", tmp_path / "results", "--output", tmp_path / "page.html")
     page = Page((tmp_path / "page.html").read_text())
     links = [attributes["href"] for tag, attributes in page.tags if tag == "a"]
-    assert links[0].startswith("results/%3Cscript%3E") and "2 rows on 1 set" in capsys.readouterr().out
+    assert links[0].startswith("results/%3Cscript%3E") and code == 0 and "2 rows on 1 set" in out
     assert "<script>alert" not in page.raw and EVIL in page.text and page.row("mae", "vit_base_patch16", "abmilp")
-    monkeypatch.setattr(sys, "argv", ["leaderboard.py", str(tmp_path / "absent")])
-    with pytest.raises(SystemExit) as stopped:
-        runpy.run_path(str(ROOT / "scripts" / "leaderboard.py"), run_name="__main__")
-    assert stopped.value.code == 2 and "no such folder" in capsys.readouterr().err
+    code, _, error = run_script("leaderboard.py", tmp_path / "absent")
+    assert code == 2 and "no such folder" in error
     assert json.loads((tmp_path / "results" / EVIL.replace("/", "|") / "results.json").read_text())["command"] == EVIL

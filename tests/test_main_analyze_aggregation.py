@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from interruptions import in_processes
 from PIL import Image
 from test_run_folder import claimed_by_another_process
 
@@ -180,11 +181,11 @@ def test_numbers_do_not_depend_on_how_the_work_is_done(data, probes, tmp_path, r
     assert_same_numbers(found, other)
 
 
-def test_two_processes_give_the_numbers_of_one(data, probes, tmp_path, result, run_program):
-    flags = ["--output_dir", tmp_path, *FLAGS, *inputs(data, probes), "--batch_size", 2]
-    done = run_program("main_analyze_aggregation.py", *flags, processes=2)
-    assert done.returncode == 0, done.stderr
-    found = json.loads((tmp_path / "aggregation.json").read_text())
+def test_two_processes_give_the_numbers_of_one(data, probes, tmp_path, result):
+    folder, output = tmp_path / "run", tmp_path / "output"
+    flags = list(map(str, ["--output_dir", folder, *FLAGS, *inputs(data, probes), "--batch_size", 2]))
+    assert in_processes(2, "main_analyze_aggregation", flags, output) == [0, 0], output.read_text()
+    found = json.loads((folder / "aggregation.json").read_text())
     assert found["processes"] == 2 and found["images"] == TEST_IMAGES
     found["localization"]["maps"], other = {}, {**result, "localization": {**result["localization"], "maps": {}}}
     assert_same_numbers(found, other)
@@ -253,6 +254,7 @@ def test_damaged_images_are_left_out_when_asked(data, probes, tmp_path):
     assert found["images"] == 10 == found["localization"]["images"]
 
 
+@pytest.mark.usefixtures("rendered")
 def test_images_to_show_may_be_any(data, probes, tmp_path):
     Image.new("RGB", (100, 70)).save(tmp_path / "other.png")
     one = next((data / "val").rglob("*.png"))
@@ -308,23 +310,20 @@ def test_probes_of_another_encoder_are_refused(data, probes, tmp_path):
         analyse(tmp_path / "out", *inputs(data, probes), *flags)
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--num_heads", "2"], "encoder: num_heads 4, not 2"),
-        (["--input_size", "32"], "encoder: input size 64, not 32"),
-        (["--family", "timm"], "encoder: family mae, not timm"),
-    ],
-)
-def test_probes_of_an_encoder_that_reads_its_images_otherwise_are_refused(data, tmp_path, flags, message):
+def test_probes_of_an_encoder_that_reads_its_images_otherwise_are_refused(data, tmp_path):
     """The digest of the weights is the same."""
     weights = tmp_path / "mae.safetensors"
     save_encoder(weights, build_vit("vit_demo_patch8").state_dict(), {"family": "mae"})
     encoder = ["--model", "vit_demo_patch8", "--finetune", weights]
     probes = probe(data, tmp_path / "probes", *encoder, "--cls_features", "abmilp")
     assert analyse(tmp_path / "same", *inputs(data, probes), *encoder, "--num_images", 1)["images"] == 1
-    with pytest.raises(ValueError, match=f"probes of .* were trained with .*{message}.*: drop --finetune"):
-        analyse(tmp_path / "other", *inputs(data, probes), *encoder, *flags)
+    for flags, message in (
+        (["--num_heads", "2"], "encoder: num_heads 4, not 2"),
+        (["--input_size", "32"], "encoder: input size 64, not 32"),
+        (["--family", "timm"], "encoder: family mae, not timm"),
+    ):
+        with pytest.raises(ValueError, match=f"probes of .* were trained with .*{message}.*: drop --finetune"):
+            analyse(tmp_path / "other", *inputs(data, probes), *encoder, *flags)
 
 
 def test_the_oracle_must_be_that_of_the_probes(data, tmp_path):

@@ -2,16 +2,13 @@
 
 import json
 import math
-import os
-import runpy
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from interruptions import in_processes
 from PIL import Image
 from safetensors import safe_open
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -98,14 +95,12 @@ def test_numbers_do_not_depend_on_how_the_work_is_done(images, tmp_path, result,
 
 
 def test_two_processes_give_the_numbers_of_one(images, tmp_path, result):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    program = [str(ROOT / "main_analyze_attention.py"), "--data_path", str(images), "--output_dir", str(tmp_path)]
-    flags = [*FLAGS, "--num_workers", "0", "--batch_size", "5"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run(
-        [*command, *program, *flags], cwd=ROOT, env=environment, check=True, capture_output=True, timeout=300
+    words = ["--data_path", str(images), "--output_dir", str(tmp_path / "run"), *FLAGS, "--num_workers", "0"]
+    output = tmp_path / "output"
+    assert in_processes(2, "main_analyze_attention", [*words, "--batch_size", "5"], output) == [0, 0], (
+        output.read_text()
     )
-    found = json.loads((tmp_path / "random_weights" / "attention.json").read_text())
+    found = json.loads((tmp_path / "run" / "random_weights" / "attention.json").read_text())
     assert found["processes"] == 2
     assert_same_numbers(found, result)
 
@@ -194,7 +189,8 @@ def test_images_of_the_token_map_are_of_few_classes_and_a_function_of_the_seed()
     assert len(images_of_few_classes([0, 1, 1], seed=0)) == 3
 
 
-def test_several_encoders_share_a_figure_that_their_results_redraw(images, tmp_path, monkeypatch):
+@pytest.mark.usefixtures("rendered")
+def test_several_encoders_share_a_figure_that_their_results_redraw(images, tmp_path, run_script):
     weights = tmp_path / "trained.safetensors"
     save_encoder(weights, build_vit("vit_demo_patch8").state_dict(), {"family": "mae"})
     out = tmp_path / "out"
@@ -226,8 +222,7 @@ def test_several_encoders_share_a_figure_that_their_results_redraw(images, tmp_p
     assert torch.allclose(maps["attention"][:, 5].double(), explicit / explicit.mean(-1, keepdim=True), rtol=2e-3)
 
     inputs = [str(out / name / "attention.json") for name in ("random", "a_b_c")]
-    monkeypatch.setattr(sys, "argv", ["plot_attention.py", *inputs, "--output", str(tmp_path / "again.png")])
-    runpy.run_path(str(ROOT / "scripts" / "plot_attention.py"), run_name="__main__")
+    run_script("plot_attention.py", *inputs, "--output", tmp_path / "again.png")
     first, second = (np.asarray(Image.open(path)) for path in (out / "attention.png", tmp_path / "again.png"))
     assert np.array_equal(first, second)
 

@@ -187,6 +187,7 @@ def test_names_tell_the_texture_and_answers_are_counted_by_cue(tmp_path):
 # ---- scores and figure
 
 
+@pytest.mark.usefixtures("rendered")
 def test_a_probe_is_tested_on_perturbed_images(tmp_path, capsys):
     import main_linprobe
 

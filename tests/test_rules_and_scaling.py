@@ -76,6 +76,7 @@ def test_mistakes_are_one_line(analysis, tmp_path):
         compare_rules.judged(tmp_path / "other.json")
 
 
+@pytest.mark.usefixtures("rendered")
 def test_lines_join_heads_that_differ_in_width_or_depth_alone(tmp_path, capsys):
     heads = [
         "abmilp", "abmilp:branches=2", "abmilp:branches=4", "abmilp:depth=2", "abmilp:depth=3",
@@ -84,7 +85,7 @@ def test_lines_join_heads_that_differ_in_width_or_depth_alone(tmp_path, capsys):
     probes = {
         f"{head}/block5/blr1.0/seed{seed}": {
             "head": head, "block": 5, "seed": seed, "parameters": 100 * (number + 1), "diverged_at": None,
-            "last": {"top1": 10.0 * number + seed},
+            "last": {"top1": 10.0 * number + seed}, "optimizer": "lars", "blr": 1.0,
         }
         for number, head in enumerate(heads) for seed in (0, 1)
     }  # fmt: skip

@@ -3,7 +3,6 @@
 import runpy
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,12 +19,6 @@ from probing.finished_run import read_run
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def script(name, *arguments):
-    return subprocess.run(
-        [sys.executable, f"scripts/{name}", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
@@ -38,9 +31,10 @@ def run(tmp_path_factory):
     return folder / "run"
 
 
-def test_maps_are_drawn(run, tmp_path):
-    done = script("show_maps.py", f"mine={run}", "--images", "2", "--output", tmp_path / "maps.png")
-    assert done.returncode == 0, done.stderr
+@pytest.mark.usefixtures("rendered")
+def test_maps_are_drawn(run, tmp_path, run_script):
+    code, _, error = run_script("show_maps.py", f"mine={run}", "--images", "2", "--output", tmp_path / "maps.png")
+    assert code == 0, error
     assert Image.open(tmp_path / "maps.png").size[0] > 300
 
 
@@ -58,29 +52,30 @@ def test_maps_are_of_the_tokens_that_the_probes_were_trained_on(run, tmp_path):
     np.testing.assert_allclose(maps["AbMILP"], expected.detach(), rtol=1e-5)
 
 
-def test_maps_of_runs_on_different_images_are_refused(run, tmp_path):
+def test_maps_of_runs_on_different_images_are_refused(run, tmp_path, run_script):
     generate(tmp_path / "data", 20, 11, workers=1)
     argv = ["--args_from", run / "args.json", "--data_path", tmp_path / "data", "--output_dir", tmp_path / "run"]
     main_linprobe.main(parse(main_linprobe.get_args_parser(), list(map(str, argv))))
-    done = script("show_maps.py", f"one={run}", f"two={tmp_path / 'run'}", "--output", tmp_path / "maps.png")
-    assert done.returncode == 2 and not (tmp_path / "maps.png").exists()
-    assert f"{tmp_path / 'run'} was tested on other images than the runs before it" in done.stderr
+    words = f"one={run}", f"two={tmp_path / 'run'}", "--output", tmp_path / "maps.png"
+    code, _, error = run_script("show_maps.py", *words)
+    assert code == 2 and not (tmp_path / "maps.png").exists()
+    assert f"{tmp_path / 'run'} was tested on other images than the runs before it" in error
 
 
-def test_maps_of_several_rates_are_not_averaged_and_labels_must_differ(run, tmp_path):
+def test_maps_of_several_rates_are_not_averaged_and_labels_must_differ(run, tmp_path, run_script):
     argv = ["--args_from", run / "args.json", "--blr", "0.1", "1", "--output_dir", tmp_path / "run"]
     main_linprobe.main(parse(main_linprobe.get_args_parser(), list(map(str, argv))))
     found = read_run(tmp_path / "run")
     encoder, size = frozen_encoder(found.args)
     maps = runpy.run_path(str(ROOT / "scripts" / "show_maps.py"))["cls_and_abmilp"]
     assert list(maps(found, encoder, torch.randn(1, 3, size, size))) == ["[cls]", "AbMILP, blr0.1", "AbMILP, blr1.0"]
-    done = script("show_maps.py", run, f"{run.name}={run}", "--output", tmp_path / "maps.png")
-    assert done.returncode == 2 and f"two runs are called {run.name}: write LABEL=RUN" in done.stderr
+    code, _, error = run_script("show_maps.py", run, f"{run.name}={run}", "--output", tmp_path / "maps.png")
+    assert code == 2 and f"two runs are called {run.name}: write LABEL=RUN" in error
 
 
-def test_unfinished_run_is_one_line(tmp_path):
-    done = script("show_maps.py", f"mine={tmp_path}")
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and str(tmp_path) in done.stderr
+def test_unfinished_run_is_one_line(tmp_path, run_script):
+    code, _, error = run_script("show_maps.py", f"mine={tmp_path}")
+    assert code == 2 and error.count("\n") == 1 and str(tmp_path) in error
 
 
 @pytest.mark.parametrize(("option", "code"), [("--help", 0), ("--fast", 2)])

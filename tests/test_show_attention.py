@@ -1,7 +1,6 @@
 """Maps of single images are rows of the attention matrix, drawn over what the encoder sees."""
 
 import runpy
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +16,8 @@ from util.plotting import visible
 SCRIPT = str(Path(__file__).resolve().parent.parent / "scripts" / "show_attention.py")
 PROGRAM = runpy.run_path(SCRIPT)
 attention_of = PROGRAM["attention_of"]
+
+pytestmark = pytest.mark.usefixtures("rendered")
 
 
 @pytest.mark.parametrize(
@@ -76,24 +77,15 @@ def test_picture_is_what_the_encoder_sees(image_folder):
     np.testing.assert_allclose(visible(transform(image), transform), plain(image).permute(1, 2, 0), atol=1e-6)
 
 
-def show(monkeypatch, capsys, *words):
-    """Exit code and standard error."""
-    monkeypatch.setattr(sys, "argv", ["show_attention.py", *map(str, words)])
-    try:
-        runpy.run_path(SCRIPT, run_name="__main__")
-        return 0, capsys.readouterr().err
-    except SystemExit as stopped:
-        return stopped.code, capsys.readouterr().err
-
-
-def test_one_picture_per_image_and_the_same_each_time(tiny, image_folder, tmp_path, monkeypatch, capsys):
+def test_one_picture_per_image_and_the_same_each_time(tiny, image_folder, tmp_path, run_script):
     images = sorted(image_folder.glob("val/red/*.png"))[:2]
     (tmp_path / "flat").mkdir()
     for path in images:
         (tmp_path / "flat" / path.name).write_bytes(path.read_bytes())
     for folder, shown in (("a", images), ("b", [tmp_path / "flat"])):
         flags = ["--model", tiny, "--finetune", "", "", "--label", "one", "two", "--query", 1, 2]
-        assert show(monkeypatch, capsys, *shown, *flags, "--input_size", 32, "--output_dir", tmp_path / folder)[0] == 0
+        flags += ["--input_size", 32, "--output_dir", tmp_path / folder]
+        assert run_script("show_attention.py", *shown, *flags)[0] == 0
     for image in images:
         assert (tmp_path / "a" / image.name).read_bytes() == (tmp_path / "b" / image.name).read_bytes()
     assert len(list((tmp_path / "a").iterdir())) == 2
@@ -112,12 +104,13 @@ def test_one_picture_per_image_and_the_same_each_time(tiny, image_folder, tmp_pa
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_mistakes_are_one_line(tiny, tmp_path, monkeypatch, capsys, words, message):
+def test_mistakes_are_one_line(tiny, tmp_path, monkeypatch, run_script, words, message):
     monkeypatch.chdir(tmp_path)
     for folder in ("a", "b"):
         Path(folder).mkdir()
         Image.new("RGB", (40, 40)).save(f"{folder}/x.png")
     Path("broken.png").write_bytes(b"no image")
     monkeypatch.setattr("util.progress.log.disabled", True)
-    code, error = show(monkeypatch, capsys, *words, "--model", tiny, "--input_size", "32", "--output_dir", "out")
+    words = [*words, "--model", tiny, "--input_size", "32", "--output_dir", "out"]
+    code, _, error = run_script("show_attention.py", *words)
     assert code == 2 and message in error and error.count("\n") == 1 and not Path("out").exists()

@@ -78,8 +78,10 @@ def everything(tmp_path_factory):
     return found
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("script", SCRIPTS)
+# of all scripts in the other modes: `everything`
+@pytest.mark.parametrize(
+    ("script", "mode"), [*((script, "local") for script in SCRIPTS), ("table1", "slurm"), ("table2", "smoke")]
+)
 def test_every_command_of_a_script_is_shown_and_understood_with_the_paths_of_the_runs_before_it(script, mode, tmp_path):
     done = call(script, *MODES[mode], tmp_path=tmp_path, **({} if mode == "smoke" else FOLDERS))
     assert done.returncode == 0 and not any((tmp_path / name).exists() for name in ("out", "results")), done.stderr

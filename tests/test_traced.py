@@ -139,7 +139,6 @@ def test_programs_take_it(name, saved, image_folder, tmp_path):
 
 
 def test_several_are_analysed_in_one_run(saved, image_folder, pretrained, tmp_path, monkeypatch):
-    monkeypatch.setattr(main_analyze_attention, "draw_figures", lambda *words: None)  # slow, and tested elsewhere
     weights = [str(pretrained), saved("DINOv2 with registers"), saved("EVA-02"), saved("CLIP, open_clip")]
     argv = ["--data_path", str(image_folder), "--finetune", *weights, "--label", "A", "B", "C", "D", *RUN]
     argv += ["--model", "vit_demo_patch8", "--num_images", "4", "--output_dir", str(tmp_path)]

@@ -30,16 +30,16 @@ MARKERS, DASHES = "os^DvPX*", ("-", "--", "-.", ":")  # dashes change after all 
 GREY = {"color": "0.35", "fontsize": 6}
 
 
-def save_figure(figure: Figure, target: Path) -> None:
-    """Write a figure whole, in the format of its suffix. ValueError for another suffix or a disk error."""
-    target = Path(target)
-    if target.suffix not in METADATA:
-        raise ValueError(f"{target}: a figure's name must end in {', '.join(METADATA)}")
-    try:
-        with atomic_path(target) as temporary:
-            figure.savefig(temporary, format=target.suffix[1:], dpi=200, metadata=METADATA[target.suffix])
-    except OSError as error:
-        raise ValueError(f"{target} cannot be written: {error.strerror}") from error
+def save_figure(figure: Figure, *targets: Path) -> None:
+    """Write a figure whole, in the formats of the suffixes. ValueError for another suffix or a disk error."""
+    for target in map(Path, targets):
+        if target.suffix not in METADATA:
+            raise ValueError(f"{target}: a figure's name must end in {', '.join(METADATA)}")
+        try:
+            with atomic_path(target) as temporary:
+                figure.savefig(temporary, format=target.suffix[1:], dpi=200, metadata=METADATA[target.suffix])
+        except OSError as error:
+            raise ValueError(f"{target} cannot be written: {error.strerror}") from error
 
 
 def frame(axis: Axes) -> None:
