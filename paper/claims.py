@@ -101,7 +101,10 @@ def heads_of(encoder: Encoder) -> list[str]:
 
 
 def accuracy(encoder: Encoder, head: str | Sequence[str], block: int | None = None, rate: float | None = None):
-    """Test accuracy, %, of each independent run; of several heads, of the one that is best on held-out images."""
+    """Test accuracy, %, of each independent run; of several heads, of the one that is best on held-out images.
+
+    Missing if no run of the head learned anything.
+    """
     if not isinstance(head, str):
         held_out = {}
         for name in head:
@@ -111,6 +114,8 @@ def accuracy(encoder: Encoder, head: str | Sequence[str], block: int | None = No
             held_out[name] = np.mean([probe["val"]["last"]["top1"] for probe in probes])
         head = max(held_out, key=held_out.get)
     result, probes = probes_of(encoder, head, block, rate)
+    if all(probe.get("learned_nothing") for probe in probes):
+        raise Missing(f"{encoder.label}: no run of {head} learned anything")
     scores = np.array([probe["last"][result["headline"]] for probe in probes], dtype=float)
     return scores if "order" in result.get("seeds_vary", []) else scores.mean(keepdims=True)
 

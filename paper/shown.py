@@ -17,6 +17,10 @@ from util.files import reading, write_json
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = "short"  # folder beside the records
 MEASURED = ("probes", "metrics", "rules", "over_seeds")  # of the programs' results: what a golden keeps and compares
+RUNS = {  # of scripts/remake_records.sh, by the folder of their records
+    "quickstart": ("attention/*/attention.json", "probes/*/results.json"),
+    "aggregation": ("aggregation/probes/*/results.json", "aggregation/rules/*/aggregation.json"),
+}
 ORIGIN = ("commit", "dirty", "versions", "command")
 # Processors round differently, and training amplifies it: after the quickstart's 12 epochs, top-1 of single seeds
 # differed by up to 1.1 points and losses by 0.8 % between an AMD and an Intel processor (AVX-512 both), with equal
@@ -121,13 +125,14 @@ def golden_problems(results: Path, folder: Path) -> list[str]:
 
 
 def remake(results: Path, full: Path, short: Path) -> None:
-    """Replace the demo's shown records, and their goldens, by the results in folders of full and of short runs."""
-    for folder in ("quickstart", "aggregation"):
-        for record in sorted((results / folder).glob("*.json")):
+    """Write the demo's shown records, and their goldens, from the results in folders of full and of short runs."""
+    for folder, pattern in RUNS.items():
+        for computed in sorted(path for part in pattern for path in full.glob(part)):
+            record = results / folder / f"{computed.parent.name}.{computed.name}"
             golden = record.parent / GOLDEN / record.name
-            golden.parent.mkdir(exist_ok=True)
-            write_json(record, shortened(json.loads(computed_file(record, full).read_text())))
-            write_json(golden, golden_of(json.loads(computed_file(record, short).read_text())))
+            golden.parent.mkdir(parents=True, exist_ok=True)
+            write_json(record, shortened(json.loads(computed.read_text())))
+            write_json(golden, golden_of(json.loads((short / computed.relative_to(full)).read_text())))
 
 
 if __name__ == "__main__":

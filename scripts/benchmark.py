@@ -149,10 +149,6 @@ def accumulate(setting: Setting) -> Contestants:
     return {"plain forward": setting.forward, **steps}
 
 
-def heads(setting: Setting) -> Contestants:
-    return step(setting, cached=True)
-
-
 def paper(setting: Setting) -> Contestants:
     """The sum of the runs' ratios is the factor by which one pass is faster than a run for each head."""
     chosen = PAPER if not setting.args.tiny else PAPER[:6]
@@ -277,35 +273,33 @@ def start(setting: Setting) -> Contestants:
 
 def values(setting: Setting) -> Contestants:
     """ValueError where fast code does not compute what its definition does, within what its precision allows."""
-    wide = setting.backbone.double()
-    images = setting.sample.image[:2].double()
+    wide, images = setting.backbone.double(), setting.sample.image[:2].double()
+    checks: dict[str, tuple[Tensor, Tensor, float]] = {}  # ours, exact, allowed relative error
     with torch.no_grad():
-        traces = list(wide.trace(images))
-        for trace in traces:
+        for trace in (traces := list(wide.trace(images))):
             exact = reduce_attention(trace, 1, True, "explicit")
             single = trace._replace(**{name: getattr(trace, name).float() for name in ("q", "k")})
             ours = reduce_attention(single, 1, True)
             for name in GROUPS["paper"]:
-                pair = [METRICS[name].compute(reduced).double() for reduced in (ours, exact)]
-                compare(f"{name} of block {trace.index}", *pair, 1e-4)
-        exact = traces[-1].out
-        narrow = setting.backbone.float()
+                both = (METRICS[name].compute(reduced) for reduced in (ours, exact))
+                checks[f"{name} of block {trace.index}"] = *both, 1e-4
+        exact, narrow = traces[-1].out, setting.backbone.float()
         with torch.autocast(setting.device.type, dtype=torch.bfloat16):
-            compare("tokens in bfloat16", list(narrow.trace(images.float()))[-1].out.double(), exact, 0.05)
+            checks["tokens in bfloat16"] = list(narrow.trace(images.float()))[-1].out, exact, 0.05
         compile_blocks(narrow, "inductor" if setting.device.type == "cuda" else "eager")
-        compare("tokens of compiled blocks", list(narrow.trace(images.float()))[-1].out.double(), exact, 1e-3)
+        checks["tokens of compiled blocks"] = list(narrow.trace(images.float()))[-1].out, exact, 1e-3
+    for what, (ours, exact, allowed) in checks.items():
+        error = ((ours.double() - exact).abs().max() / exact.abs().max()).item()
+        log.info("%-44s relative error %.1e", what, error)
+        if not error <= allowed:
+            raise ValueError(f"{what}: relative error {error:.1e}, allowed {allowed:.0e}")
     return {}
 
 
-def compare(what: str, ours: Tensor, exact: Tensor, tolerance: float) -> None:
-    error = ((ours - exact).abs().max() / exact.abs().max()).item()
-    log.info("%-44s relative error %.1e", what, error)
-    if not error <= tolerance:
-        raise ValueError(f"{what}: relative error {error:.1e}, allowed {tolerance:.0e}")
-
-
-FUNCTIONS = (step, accumulate, heads, paper, evaluate, analysis, pretrain, loader, start, values)
-BENCHMARKS = {function.__name__: function for function in FUNCTIONS}
+BENCHMARKS: dict[str, Callable[[Setting], Contestants]] = {
+    **{function.__name__: function for function in (step, accumulate, paper, evaluate, analysis, pretrain, loader)},
+    **{"heads": functools.partial(step, cached=True), "start": start, "values": values},
+}
 
 
 def race(contestants: Contestants, device: torch.device, rounds: int) -> Iterator[dict[str, Any]]:
@@ -363,11 +357,12 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
             _, runs = summed(rows)
             log.info("paper: one pass is %.1f times as fast as %s", runs["ratio"], runs["contestant"])
         if args.output is not None and rows:
-            exists = args.output.exists()
             args.output.parent.mkdir(parents=True, exist_ok=True)
             with open(args.output, "a", newline="", opener=no_link) as file:
                 writer = csv.DictWriter(file, rows[0].keys())
-                writer.writerows([*([] if exists else [dict(zip(rows[0], rows[0], strict=True))]), *rows])
+                if not file.tell():
+                    writer.writeheader()
+                writer.writerows(rows)
 
 
 def newest(path: Path) -> list[dict[str, str]]:

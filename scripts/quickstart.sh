@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The paper in miniature: probes and attention flow of two encoders.
+# The paper in miniature: probes and attention flow of MAE, of a joint-embedding encoder, and of fine-tuned MAE.
 # usage: bash scripts/quickstart.sh [--short | --real]
 #   (nothing)  the embedded demo: a few minutes on 2 CPU cores, no downloads beyond the package index
 #   --short    the same with few images and epochs: a test that everything runs; its numbers mean nothing
@@ -21,7 +21,7 @@ case "$mode" in
         if [ "$mode" = --short ]; then out=output_dir/quickstart_short train=400 val=100 epochs=2; fi
         python scripts/make_demo_data.py "$out/data" --train $train --val $val
         data="--data_path $out/data --dataset demo --model vit_demo_patch8 --amp float32"
-        weights=(demo/mae.safetensors demo/mae_ft.safetensors) labels=(MAE MAE-FT)
+        weights=(demo/mae.safetensors demo/moco.safetensors demo/mae_ft.safetensors) labels=(MAE MoCo-v3 MAE-FT)
         recipe="--batch_size 100 --accum_iter 2 --epochs $epochs --warmup_epochs 1 --blr 30 --eval_every $epochs"
         ;;
     --real)
@@ -33,28 +33,34 @@ case "$mode" in
         ;;
 esac
 
-echo "--- attention flow of both encoders"
-rm -rf "$out/attention"
-python main_analyze_attention.py $data --num_workers "$workers" --batch_size 50 --metrics all --output_dir "$out/attention" \
-    --finetune "${weights[@]}" --label "${labels[@]}"
-
-# probe NAME WEIGHTS
-probe() {
-    echo "--- probes on $1: [cls], average patch, AbMILP, three seeds of each, one pass"
-    rm -rf "$out/probes/$1"
-    python main_linprobe.py $data $recipe --num_workers "$workers" --finetune "$2" \
-        --cls_features cls pos abmilp --seeds 0 1 2 --seeds_vary weights --output_dir "$out/probes/$1"
+attention() {
+    echo "--- attention flow of ${labels[*]}"
+    rm -rf "$out/attention"
+    python main_analyze_attention.py $data --num_workers "$workers" --batch_size 50 --metrics all --output_dir "$out/attention" \
+        --finetune "${weights[@]}" --label "${labels[@]}"
 }
-runs=("${labels[0]}=$out/probes/${labels[0]}" "${labels[1]}=$out/probes/${labels[1]}")
+# probe I: probes on the encoder of this index
+runs=()
+for label in "${labels[@]}"; do runs+=("$label=$out/probes/$label"); done
+probe() {
+    local label=${labels[$1]}
+    echo "--- probes on $label: [cls], average patch, AbMILP, three seeds of each, one pass"
+    rm -rf "$out/probes/$label"
+    python main_linprobe.py $data $recipe --num_workers "$workers" --finetune "${weights[$1]}" \
+        --cls_features cls pos abmilp --seeds 0 1 2 --seeds_vary weights --output_dir "$out/probes/$label"
+}
 if [ "$mode" = --real ]; then
-    for i in 0 1; do probe "${labels[i]}" "${weights[i]}"; done
-else  # the demo's networks are too small for several threads: one run on each half of the cores
+    attention
+    for i in "${!labels[@]}"; do probe "$i"; done
+else  # the demo's networks are too small for several threads: two programs at a time, on half of the cores each
     export OMP_NUM_THREADS=$((($(nproc) + 1) / 2))
-    probe "${labels[0]}" "${weights[0]}" &
+    { attention; probe 2; } &
     other=$!
     trap 'kill "$other" 2> /dev/null || true' EXIT
-    probe "${labels[1]}" "${weights[1]}"
+    probe 0
+    probe 1
     wait "$other"
+    trap - EXIT
     unset OMP_NUM_THREADS
 fi
 

@@ -15,7 +15,8 @@ records=${RECORDS:-$out/records} oracle=${ORACLE:-$out/weight1-seed0/encoder.saf
 parts=${PARTS:-rules learned attention depth decoder cues aggregation scaling deep attentive}
 encoders=("${@:2}")
 if [ ${#encoders[@]} = 0 ]; then
-    [ -n "${DATA:-}" ] || encoders=(demo-mae=demo/mae.safetensors demo-mae-ft=demo/mae_ft.safetensors)
+    [ -n "${DATA:-}" ] ||
+        encoders=(demo-mae=demo/mae.safetensors demo-moco=demo/moco.safetensors demo-mae-ft=demo/mae_ft.safetensors)
     for weights in "$out"/weight*-seed*/encoder.safetensors; do
         encoders+=("$(basename "$(dirname "$weights")")=$weights")
     done
@@ -53,7 +54,7 @@ attend() {
 # at_blocks FLAG...: a central crop without flips, so that seeds vary weights and order alone
 at_blocks() {
     local epochs=$(((epochs + 1) / 2))
-    probe depth --blr 100 --crop center --no_hflip "$@"
+    probe depth --blr 30 --crop center --no_hflip "$@"
 }
 
 rules() { probe rules --blr 30 100 300 1000 "${oracles[@]}" --cls_features cls pos "${own[@]}" dino "${free[@]}"; }

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -95,15 +96,26 @@ def probe_command(image_folder, tiny, tmp_path):
 
 @pytest.fixture
 def run_program():
-    """Start a program in a process of its own, or in several under torchrun, on the CPU."""
+    """Start a program in a process of its own, or in several as torchrun starts them, on the CPU."""
+    from interruptions import free_port  # slow, and needed by few
 
     def run(*command: object, processes: int = 1, cwd: Path = ROOT) -> subprocess.CompletedProcess:
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
-        words = [sys.executable, *(launcher if processes > 1 else []), *command]
-        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        return subprocess.run(
-            list(map(str, words)), cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False
-        )
+        words = [sys.executable, *map(str, command)]
+        common = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        if processes > 1:
+            common |= {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+
+        def start(rank: int) -> subprocess.CompletedProcess:
+            environment = common | ({"RANK": str(rank)} if processes > 1 else {})
+            options = {"capture_output": True, "text": True, "timeout": 300, "check": False}
+            return subprocess.run(words, cwd=cwd, env=environment, **options)
+
+        with ThreadPoolExecutor(processes) as pool:
+            first, *others = pool.map(start, range(processes))
+        for done in others:  # what the first process says comes last
+            first.returncode = first.returncode or done.returncode
+            first.stdout, first.stderr = done.stdout + first.stdout, done.stderr + first.stderr
+        return first
 
     return run
 

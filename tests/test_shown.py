@@ -117,8 +117,6 @@ def test_records_are_remade_with_their_goldens(tmp_path):
         path.parent.mkdir(parents=True)
         path.write_text(json.dumps(result(top1=value, found=[0] * 9)))
     record = tmp_path / "results" / "quickstart" / "MAE.results.json"
-    record.parent.mkdir(parents=True)
-    record.write_text("{}")
     shown.remake(tmp_path / "results", tmp_path / "full", tmp_path / "short")
     content = json.loads(record.read_text())
     assert content["probes"]["cls/seed0"]["last"]["top1"] == 41.2346 and "found" not in content
