@@ -39,8 +39,9 @@ def card(trained: Trained) -> str:
 
 def main(args: Namespace) -> None:
     trained = read_trained(args.run, args.head, args.block, args.seed)
-    save(args.output / "README.md", card(trained))
+    text = card(trained)
     export(trained, args.output)
+    save(args.output / "README.md", text)
     print(f"{trained.spec.name}: {args.output}")
 
 

@@ -6,7 +6,9 @@ import torch
 from util.distributed import GradientMean, agree, distributed, from_main, gather_rows
 
 TWO_PROCESSES = """
+import time
 import torch
+from util import distributed as module
 from util.distributed import *
 
 with distributed("cpu") as world:
@@ -23,6 +25,10 @@ with distributed("cpu") as world:
     mean.add(torch.tensor([r, 3.0]))
     assert mean.take().tolist() == [0.5, 3]
     assert (first.grad == 0.5).all() and unused.grad is None and second.grad == 2
+    module._contact.limit, module.BEAT = 0.5, 1  # rank 0 works for longer than the limit, and lives
+    if r == 0:
+        with alone():
+            time.sleep(6)
     barrier()
 assert world_size() == 1
 """
