@@ -28,6 +28,7 @@ from data_sets.loader import KeyedDataset, build_loader
 from data_sets.order import EvaluationBatches
 from data_sets.views import eval_transform
 from encoders.architectures import check_blocks
+from models_vit import compile_blocks
 from runtime.analysis import Progress, subset
 from runtime.folder import RunFolder
 from runtime.provenance import provenance, utc_now
@@ -68,7 +69,7 @@ def main(args: argparse.Namespace) -> None:
             for label, (encoder, size) in list(zip(labels, encoders, strict=True))[len(progress.results) :]:
                 backbone = encoder.backbone.to(world.device).eval()
                 if args.compile:
-                    backbone.compile_blocks()
+                    compile_blocks(backbone)
                 transform = eval_transform(size, **encoder.pixels, loader=args.loader)
                 dataset = KeyedDataset(images, transform, args.seed, on_bad_image=args.on_bad_image)
                 batches = EvaluationBatches(len(images), args.batch_size, chosen[progress.seen :])

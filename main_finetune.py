@@ -26,6 +26,7 @@ from data_sets.order import EvaluationBatches, GlobalBatches
 from data_sets.views import eval_transform
 from encoders.load import Encoder, load_plain_or_safetensors, safetensors_metadata
 from engine_finetune import Classifier, FineTuning, evaluate, layer_decay_groups
+from models_vit import compile_blocks
 from runtime.provenance import provenance
 from runtime.training import Training
 from util.files import digest, reading
@@ -54,7 +55,7 @@ def main(args: argparse.Namespace) -> None:
                 encoder.backbone.set_input_size(size)
             model = Classifier(encoder.backbone.requires_grad_(True), num_classes, pooled).to(world.device)
         if args.compile:
-            encoder.backbone.compile_blocks()
+            compile_blocks(encoder.backbone)
 
         # ---- data
         options = loading(args, world.device)

@@ -57,7 +57,7 @@ from data_sets.views import train_transform
 from engine_linprobe import FrozenTokens, Probing
 from engine_pretrain import Pretraining
 from models_mae import DECODERS, MaskedAutoencoder
-from models_vit import build_vit
+from models_vit import build_vit, compile_blocks
 from probing.bank import ProbeBank, ProbeSpec
 from probing.heads import canonical_head
 from probing.knn import knn_scores
@@ -95,7 +95,7 @@ class Setting:
         encoder, self.size = build_encoder(args)
         self.backbone = encoder.backbone.to(device).eval().requires_grad_(False)
         if args.compile:
-            self.backbone.compile_blocks()
+            compile_blocks(self.backbone)
         torch.manual_seed(0)
         indices = torch.arange(args.batch_size)
         noise = torch.rand(args.batch_size, math.prod(self.backbone.grid_of(self.size, self.size)))
@@ -286,7 +286,7 @@ def values(setting: Setting) -> Contestants:
         exact, narrow = traces[-1].out, setting.backbone.float()
         with torch.autocast(setting.device.type, dtype=torch.bfloat16):
             checks["tokens in bfloat16"] = list(narrow.trace(images.float()))[-1].out, exact, 0.05
-        narrow.compile_blocks("inductor" if setting.device.type == "cuda" else "eager")
+        compile_blocks(narrow, "inductor" if setting.device.type == "cuda" else "eager")
         checks["tokens of compiled blocks"] = list(narrow.trace(images.float()))[-1].out, exact, 1e-3
     for what, (ours, exact, allowed) in checks.items():
         error = ((ours.double() - exact).abs().max() / exact.abs().max()).item()

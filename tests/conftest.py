@@ -2,9 +2,12 @@
 
 import functools
 import http.server
+import io
 import logging
+import multiprocessing
 import os
 import runpy
+import socket
 import subprocess
 import sys
 import threading
@@ -115,6 +118,45 @@ def run_program():
         return first
 
     return run
+
+
+@pytest.fixture
+def run_ranks(tmp_path):
+    """Run a program in forks of this process, which has imported everything: ranks of one run on the CPU."""
+
+    def run(program: str | Path, *flags: object, ranks: int = 2) -> subprocess.CompletedProcess:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        outputs = [[tmp_path / f"rank{rank}.{kind}" for kind in ("out", "err")] for rank in range(ranks)]
+        environments = [{"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks} for rank in range(ranks)]
+        context = multiprocessing.get_context("fork")
+        children = [
+            context.Process(target=become_rank, args=([program, *flags], {**environment, "MASTER_PORT": port}, *paths))
+            for environment, paths in zip(environments, outputs, strict=True)
+        ]
+        for child in children:
+            child.start()
+        for child in children:
+            child.join(timeout=300)
+            child.kill()
+            child.join()
+        out, err = ("".join(path.read_text() for path in paths) for paths in zip(*outputs, strict=True))
+        code = next((child.exitcode for child in children if child.exitcode), 0)
+        return subprocess.CompletedProcess([program, *flags], code, out, err)
+
+    return run
+
+
+def become_rank(command: list, environment: dict, out: Path, err: Path) -> None:
+    """Run a program in this process, with the environment of a rank and its output in files."""
+    for number, path in ((1, out), (2, err)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    sys.stdout, sys.stderr = (io.TextIOWrapper(io.FileIO(number, "w"), line_buffering=True) for number in (1, 2))
+    os.environ |= {name: str(value) for name, value in {**environment, "MASTER_ADDR": "127.0.0.1"}.items()}
+    os.chdir(ROOT)
+    sys.argv = list(map(str, command))
+    runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 @pytest.fixture
