@@ -39,7 +39,7 @@ from probing.pooling import Tokens
 from runtime.analysis import Progress, subset
 from runtime.folder import RunFolder
 from runtime.provenance import provenance, utc_now
-from util.distributed import barrier, gather_objects, world_size
+from util.distributed import alone, barrier, gather_objects, world_size
 from util.files import digest, to_json
 from util.progress import log
 
@@ -99,7 +99,8 @@ def main(args: argparse.Namespace) -> None:
             for rule, summaries in result["over_seeds"].items():
                 folder.scalars({f"{quantity}/{rule}": summary["mean"] for quantity, summary in summaries.items()}, 0)
             if folder.path is not None:
-                draw(args, result, setup, folder)
+                with alone():
+                    draw(args, result, setup, folder)
             barrier()
 
 

@@ -28,11 +28,12 @@ from data_sets.loader import KeyedDataset, build_loader
 from data_sets.order import EvaluationBatches
 from data_sets.views import eval_transform
 from encoders.architectures import check_blocks
+from models_vit import compile_blocks
 from runtime.analysis import Progress, subset
 from runtime.folder import RunFolder
 from runtime.provenance import provenance, utc_now
 from util import signals
-from util.distributed import barrier
+from util.distributed import alone, barrier
 from util.progress import log
 
 
@@ -68,7 +69,7 @@ def main(args: argparse.Namespace) -> None:
             for label, (encoder, size) in list(zip(labels, encoders, strict=True))[len(progress.results) :]:
                 backbone = encoder.backbone.to(world.device).eval()
                 if args.compile:
-                    backbone.compile_blocks()
+                    compile_blocks(backbone)
                 transform = eval_transform(size, **encoder.pixels, loader=args.loader)
                 dataset = KeyedDataset(images, transform, args.seed, on_bad_image=args.on_bad_image)
                 batches = EvaluationBatches(len(images), args.batch_size, chosen[progress.seen :])
@@ -83,7 +84,7 @@ def main(args: argparse.Namespace) -> None:
                 log.info("%s: %d images, %.1f images/s", label, result["images"], speed)
                 if args.tsne_blocks and world.rank == 0:
                     # one process can stop at once: its pass is complete, and saved
-                    with signals.deferred(world.size > 1):
+                    with alone(), signals.deferred(world.size > 1):
                         result["tsne"] = token_map(backbone, dataset, args.tsne_blocks, args.seed, world.device)
                 if examples and folder.path is not None:
                     own = RunFolder(folder.path / folder_name(label))
@@ -92,7 +93,8 @@ def main(args: argparse.Namespace) -> None:
                 progress.end_pass(result)
 
             # ---- results
-            save(folder, args.log_dir, args.track, progress.results)
+            with alone():
+                save(folder, args.log_dir, args.track, progress.results)
             barrier()
 
 

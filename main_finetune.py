@@ -26,9 +26,10 @@ from data_sets.order import EvaluationBatches, GlobalBatches
 from data_sets.views import eval_transform
 from encoders.load import Encoder, load_plain_or_safetensors, safetensors_metadata
 from engine_finetune import Classifier, FineTuning, evaluate, layer_decay_groups
+from models_vit import compile_blocks
 from runtime.provenance import provenance
 from runtime.training import Training
-from util.files import digest
+from util.files import digest, reading
 from util.progress import log
 from util.seeding import seeded
 
@@ -54,7 +55,7 @@ def main(args: argparse.Namespace) -> None:
                 encoder.backbone.set_input_size(size)
             model = Classifier(encoder.backbone.requires_grad_(True), num_classes, pooled).to(world.device)
         if args.compile:
-            encoder.backbone.compile_blocks()
+            compile_blocks(encoder.backbone)
 
         # ---- data
         options = loading(args, world.device)
@@ -157,7 +158,9 @@ def check_classes(path: str, classes: Sequence[str]) -> None:
     """
     metadata = safetensors_metadata(Path(path)) if Path(path).suffix == ".safetensors" else {}
     if "classes" in metadata:
-        for number, (trained, given) in enumerate(itertools.zip_longest(json.loads(metadata["classes"]), classes)):
+        with reading(Path(path), "a file of main_finetune.py"):
+            known = list(json.loads(metadata["classes"]))
+        for number, (trained, given) in enumerate(itertools.zip_longest(known, classes)):
             if trained != given:
                 output = f"output {number} of its classifier is class {trained}"
                 raise ValueError(f"--resume {path}: {output}, the data has {given}")

@@ -28,7 +28,7 @@ from data_sets.table import DATASETS
 from data_sets.views import eval_transform, train_transform
 from encoders.architectures import check_blocks
 from engine_linprobe import FrozenTokens, Probing, evaluate, nearest_neighbours
-from models_vit import VisionTransformer
+from models_vit import VisionTransformer, compile_blocks
 from probing import results as report
 from probing.bank import ProbeBank, ProbeSpec
 from probing.feature_cache import CachedTokens, FeatureCache, Part
@@ -137,7 +137,7 @@ class Setup:
             family = self.encoder.record["family"]
             raise ValueError(f"--final_norm: encoders of family {family} have no last norm; omit it")
         if args.compile:
-            backbone.compile_blocks()
+            compile_blocks(backbone)
         options = args.init, bool(self.seeds), flags.head_precision(args, device)
         sizes = backbone.grid_of(self.size, self.size), self.classes
         bank = self.bank = ProbeBank(probe_specs(args, backbone), backbone, *sizes, *options).to(device)

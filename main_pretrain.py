@@ -27,7 +27,7 @@ from encoders.architectures import default_input_size
 from engine_pretrain import Comparison, Pretraining, examples, reconstruct, save_picture, tiled
 from models_mae import DECODERS, MaskedAutoencoder
 from models_moco import MomentumContrast, SharedEncoder
-from models_vit import VisionTransformer, build_vit
+from models_vit import VisionTransformer, build_vit, compile_blocks
 from runtime.folder import RunFolder
 from runtime.provenance import provenance
 from runtime.training import Training
@@ -44,7 +44,7 @@ def main(args: argparse.Namespace) -> None:
         encoder, model = build_networks(args, size)
         model.to(world.device)
         if args.compile:
-            model.compile_blocks()
+            compile_blocks(model)
         augment, patches = augmentation(args, size, encoder)
         dataset = KeyedDataset(images, augment, args.seed, patches, args.on_bad_image, train=True)
         loader = build_loader(dataset, batches, **loading(args, world.device))

@@ -7,7 +7,7 @@ Source: He et al., "Masked Autoencoders Are Scalable Vision Learners", CVPR 2022
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -114,12 +114,6 @@ class MaskedAutoencoder(Published):
             module.apply(init_weights)
         nn.init.normal_(self.mask_token, std=0.02)
 
-    def compile_blocks(self, backend: str | Callable = "inductor") -> None:
-        """Compile the blocks of encoder and decoder in place; parameters keep their names."""
-        self.encoder.compile_blocks(backend)
-        for block in self.decoder_blocks:
-            block.compile(backend=backend)
-
     def encode(self, patches: Tensor, kept: Tensor) -> Tensor:
         """Pixels (B,M,C) of all patches, indices (B,K) of the visible ones -> tokens (B,P+K,D) after the final norm."""
         embed = self.encoder.patch_embed.proj
@@ -194,9 +188,6 @@ class WithDecoder(Backbone):
 
     def norm_after(self, block: int) -> nn.Module:
         return self.autoencoder.encoder.norm if block < self.encoder_depth else self.norm
-
-    def compile_blocks(self, backend: str | Callable = "inductor") -> None:
-        self.autoencoder.compile_blocks(backend)
 
     def trace(self, images: Tensor) -> Iterator[BlockTrace]:
         model, encoder = self.autoencoder, self.autoencoder.encoder

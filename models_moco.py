@@ -6,7 +6,6 @@ Source: Chen, Xie and He, "An Empirical Study of Training Self-Supervised Vision
 
 import copy
 import math
-from collections.abc import Callable
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -16,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models_mae import Published, random_masking, take
-from models_vit import Block, VisionTransformer
+from models_vit import VisionTransformer
 from util.distributed import gather_tensors, rank, world_size
 
 OUTPUT_WIDTH = 256  # C, as published
@@ -134,9 +133,3 @@ class SharedEncoder(Published, nn.ModuleList):
     """Networks around one and the same encoder, saved in its published layout with their own tensors beside it."""
 
     prefix = r"\d+\.(encoder\.)?"
-
-    def compile_blocks(self, backend: str | Callable = "inductor") -> None:
-        """Compile the blocks of all networks in place."""
-        for block in self.modules():
-            if isinstance(block, Block):
-                block.compile(backend=backend)

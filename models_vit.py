@@ -378,11 +378,6 @@ class VisionTransformer(Backbone):
             if token is not None:
                 nn.init.normal_(token, std=0.02)
 
-    def compile_blocks(self, backend: str | Callable = "inductor") -> None:
-        """Compile each block in place; all share the code, which takes some twenty seconds to generate."""
-        for block in self.blocks:
-            block.compile(backend=backend)
-
     def set_input_size(self, img_size: int) -> None:
         """Resample the table of positions once, to train it at this size; otherwise, every forward resamples it."""
         grid = self.grid_of(img_size, img_size)
@@ -438,6 +433,18 @@ def init_weights(module: nn.Module) -> None:
         nn.init.xavier_uniform_(module.weight.view(len(module.weight), -1))
     if isinstance(module, nn.Linear) and module.bias is not None:
         nn.init.zeros_(module.bias)
+
+
+def compile_blocks(network: nn.Module, backend: str | Callable = "inductor") -> None:
+    """Compile each Block of a network in place; all share the code, which takes some twenty seconds to generate.
+
+    ValueError without one: an encoder that its own library runs is traced, which compiled code is not.
+    """
+    blocks = [module for module in network.modules() if isinstance(module, Block)]
+    if not blocks:
+        raise ValueError("an encoder that its own library runs cannot be compiled: compiled code is not traced")
+    for block in blocks:
+        block.compile(backend=backend)
 
 
 def build_vit(name: str, **options) -> VisionTransformer:

@@ -141,14 +141,14 @@ def wait(jobs: list[submitit.Job]) -> bool:
         pause = min(1.2 * pause, 30 if isinstance(jobs[0], submitit.SlurmJob) else 1)
 
 
-def failure(job: submitit.Job, lines: int = 5) -> str:
-    """The last lines of the log of the process that failed."""
+def failure(job: submitit.Job) -> str:
+    """The last five lines of the log of the process that failed."""
     failed = [log for outcome, _, log in results(job) if outcome == "error"]
     log = [*failed, job.paths.stdout][0]
     text = [line for line in (log.read_text(errors="replace").splitlines() if log.exists() else []) if line.strip()]
     if failed:  # the program has printed its error; messages of others about its end only hide it
         text = [line for line in text if not OTHERS.match(line)]
-    return "\n".join([f"the last lines of {log}:", *(f"    {line}" for line in text[-lines:])])
+    return "\n".join([f"the last lines of {log}:", *(f"    {line}" for line in text[-5:])])
 
 
 def main(args: argparse.Namespace) -> None:

@@ -19,7 +19,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from attention.metrics import METRICS, metric_names
-from util.files import reading
+from util.files import reading, require
 from util.plotting import COLOURS, DASHES, GREY, MARKERS, STYLE, WIDTH, frame, save_figure
 
 LINES = {  # of reference values, by the field of attention.json
@@ -27,6 +27,16 @@ LINES = {  # of reference values, by the field of attention.json
     "upper": {"color": "0.4", "linewidth": 0.8, "linestyle": (0, (1, 1.5)), "zorder": 1},
     "decoder": {"color": "0.4", "linewidth": 0.8, "linestyle": "-.", "zorder": 1},
 }
+NUMBER, REFERENCE = (int, float), {"name": str, "value": (int, float)}
+DEPTH = {"mean": (*NUMBER, type(None)), "std": (*NUMBER, type(None))}
+METRIC = {
+    "unit": str, "definition": str, "axis?": str, "lower?": REFERENCE, "upper?": REFERENCE, "uniform?": REFERENCE,
+    "embedding?": dict, "blocks": [dict],
+}  # fmt: skip
+RESULT = {  # what the figures need of attention.json
+    "label": str, "encoder": {"model": str, "decoder?": {"first_block": range(1000)}}, "patches": range(1, 2**31),
+    "metrics": {str: METRIC},
+}  # fmt: skip
 LEGEND = {"uniform": "uniform attention", "upper": "largest possible value", "decoder": "decoder begins"}
 BLOCKS = "block (from 0)"
 ANY_AXIS = (None, "head", "frequency", "rank")  # of Metric.axis
@@ -39,9 +49,12 @@ DEPTHS = ListedColormap(colormaps["viridis"](np.linspace(0, 0.92, 256)))  # with
 def load_attention(path: Path) -> dict:
     """The attention.json of main_analyze_attention.py; ValueError where the file is something else."""
     with reading(path, "an attention.json of main_analyze_attention.py"):
-        result = json.loads(Path(path).read_text())
-        if missing := {"label", "encoder", "metrics", "patches"} - result.keys():
-            raise ValueError(f"it has no {', '.join(sorted(missing))}")
+        result = json.loads(Path(path).read_text("utf-8"))
+        require(result, RESULT)
+        for name, metric in result["metrics"].items():
+            profile = {f"mean_per_{metric['axis']}": [DEPTH["mean"]]} if metric.get("axis") else {}
+            for depth in entries(metric)[1] if metric["blocks"] else [{}]:
+                require(depth, DEPTH | profile, name)
     return result
 
 

@@ -147,13 +147,20 @@ class Parser(argparse.ArgumentParser):
             if name not in known:
                 raise ValueError(f"this program has no argument {name!r}")
             action, values = known[name], value if isinstance(value, list) else [value]
+            several, switch = action.nargs not in (None, "?", 0), isinstance(action.default, bool)
+            kinds = bool if switch else str if action.type in (None, Path, named_path) else (str, int, float)
+            if value != action.default or action.required:
+                alike = all(isinstance(item, kinds) and isinstance(item, bool) == switch for item in values)
+                short = not values or (several and isinstance(action.nargs, int) and len(values) != action.nargs)
+                if not alike or short or (isinstance(value, list) and not several):
+                    raise ValueError(f"--{name} does not take {json.dumps(value)}")
             try:
-                for text in [str(item) for item in values if item is not None and not isinstance(item, bool)]:
+                for text in [str(item) for item in values if item is not None and not switch]:
                     self._check_value(action, self._get_value(action, text))
             except argparse.ArgumentError as error:
                 raise ValueError(f"--{name}: {error.message}") from error
             action.required = False
-        self.set_defaults(**saved)
+            self.set_defaults(**{name: values if several and isinstance(value, str | int | float) else value})
 
 
 FLAGS = tomllib.loads(Path(__file__).with_name("flags.toml").read_text("utf-8"))
@@ -205,9 +212,9 @@ def checked(args: argparse.Namespace, *checks: Callable[[argparse.Namespace], An
 def run_main(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
     """Run a program. Errors that its user can mend are one line on standard error; the exit code is
 
-    2 for a mistake in the arguments, the files or the disk (ValueError); 1 for a run that diverged or lost a loader
-    worker or another process; signals.EXIT_STOPPED after a request to stop, and where other ranks do not answer: the
-    same command continues the run; 130 for Ctrl-C that nothing handled.
+    2 for a mistake in the arguments, the files or the disk (ValueError, OSError); 1 for a run that diverged or lost a
+    loader worker or another process; signals.EXIT_STOPPED after a request to stop, and where other ranks do not answer:
+    the same command continues the run; 130 for Ctrl-C that nothing handled.
     """
     with contextlib.suppress(AttributeError):  # not a file, in tests
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
@@ -215,8 +222,16 @@ def run_main(main: Callable[[argparse.Namespace], None], args: argparse.Namespac
     try:
         with signals.listening():
             main(args)
+            sys.stdout.flush()
     except ValueError as error:
         fail(error, 2)
+    except OSError as error:  # of a file that a script reads or writes, or of its output
+        if error.errno is None:
+            raise
+        if error.filename is None:
+            with contextlib.suppress(OSError):
+                sys.stdout.close()  # it would be flushed once more, and fail
+        fail(ValueError(f"{error.filename or 'the output, or a connection'}: {error.strerror}"), 2)
     except PeerLost as error:
         fail(error, 1 if error.answered else signals.EXIT_STOPPED)
     except (NotJoined, signals.Stopped) as error:

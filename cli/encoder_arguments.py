@@ -12,6 +12,8 @@ from cli.console import FLAGS
 from encoders.architectures import FROM_FILE, architecture, default_input_size
 from encoders.catalogue import CATALOGUE, fetch_weights, known_family
 from encoders.libraries import library_of
+from util.progress import log
+from util.seeding import seeded
 
 if TYPE_CHECKING:
     import torch
@@ -34,8 +36,6 @@ def precision(name: str) -> torch.dtype:
 
 def choose_precision(args: argparse.Namespace, device: torch.device) -> None:
     """Set --amp where it is not given. bfloat16 that a CPU emulates takes several times as long as float32."""
-    from util.progress import log
-
     if args.amp is None:
         slow = device.type == "cpu" and not cpu_flags() & BFLOAT16_FLAGS
         args.amp = "float32" if slow else "bfloat16"
@@ -118,7 +118,6 @@ def one_encoder_each(args: argparse.Namespace) -> list[argparse.Namespace]:
 def build_encoder(args: argparse.Namespace, **options) -> tuple[Encoder, int]:
     """The encoder that the flags name, and its input size in pixels; options of models_vit.VisionTransformer."""
     from encoders.load import input_size, load_encoder
-    from util.progress import log
 
     if args.no_cls_token:
         options["class_token"] = False
@@ -135,22 +134,20 @@ def build_encoder(args: argparse.Namespace, **options) -> tuple[Encoder, int]:
 
 def frozen_encoder(args: argparse.Namespace) -> tuple[Encoder, int]:
     """build_encoder where the encoder is only read: random weights, if any, are a function of --seed."""
-    from util.seeding import seeded
-
     with seeded("weights", args.seed):
         return build_encoder(args)
 
 
 def build_oracle(args: argparse.Namespace, probed: Encoder, size: int, amp: torch.dtype) -> Oracle:
     """The oracle that --oracle and its companions name. ValueError, with that flag in front, where it does not fit."""
-    from encoders.load import Oracle
+    from encoders.load import Oracle, load_encoder
 
-    stated = {"num_heads": None, "no_cls_token": False, "mean": None, "std": None, "grid": None, "timm_name": None}
-    stated["decoder"] = False
-    names = {"finetune": "oracle", **{name: f"oracle_{name}" for name in ("model", "family", "checkpoint_key")}}
-    values = {name: getattr(args, flag) for name, flag in names.items()}
+    if not args.oracle:
+        log.warning("no --oracle: its weights are random")
+    file = args.oracle, args.oracle_model, args.oracle_family, args.oracle_checkpoint_key, args.offline
     try:
-        encoder = frozen_encoder(argparse.Namespace(**{**vars(args), **stated, **values, "input_size": size}))[0]
+        with seeded("weights", args.seed):  # if there are none in a file
+            encoder = load_encoder(*file, size=size)
         return Oracle(encoder, probed, size, amp)
     except ValueError as error:
         message = re.sub("--(model|family|checkpoint_key)", r"--oracle_\1", str(error))

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from cli.arguments import check_files, identity, program_parser
 from cli.console import Parser, parse, refuse
-from util.files import without_credentials
+from util.files import reading, without_credentials
 from util.lazy import lazy
 
 torch = lazy("torch")
@@ -99,7 +99,9 @@ def program_arguments(args: argparse.Namespace, argv: list[str], folder: Path) -
         from runtime.resumable import AnotherRun, check_identity
 
         try:
-            check_identity(identity(job), json.loads((folder / "args.json").read_text())["args"])
+            with reading(folder / "args.json", "the args.json of a job"):
+                before = dict(json.loads((folder / "args.json").read_text("utf-8"))["args"])
+            check_identity(identity(job), before)
         except AnotherRun as error:
             raise ValueError(str(error).replace("--output_dir", "--job_dir")) from error
     return argv

@@ -153,7 +153,10 @@ def seeds_vary(args: argparse.Namespace) -> list[str]:
 def finished_run(folder: Path) -> ProbeRun:
     """The run of main_linprobe.py in a folder; flags that it did not have yet take their defaults. ValueError."""
     from probing.finished_run import read_run
+    from util.files import reading
 
-    run = read_run(folder)
-    defaults = vars(parse(get_args_parser(), ["--data_path", "."]))
+    run, parser = read_run(folder), get_args_parser()
+    defaults = vars(parse(parser, ["--data_path", "."]))
+    with reading(Path(folder) / "args.json", "the args.json of a run of main_linprobe.py"):
+        parser.take_defaults({name: value for name, value in vars(run.args).items() if name in defaults})
     return run._replace(args=argparse.Namespace(**{**defaults, **vars(run.args)}))

@@ -24,6 +24,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from util.files import reading
 from util.seeding import stable_seed
 
 SIZE = 72  # pixels; the test transform resizes to 73 and crops 64
@@ -148,7 +149,9 @@ def generate(
     description = {"seed": seed, "train": train, "val": val, "size": SIZE, "classes": list(CLASSES), "version": 1}
     description |= {"cues": cues} if cues != "texture" else {}
     if (record := folder / "demo.json").exists():
-        if json.loads(record.read_text()) == description:
+        with reading(record, "what describes a demo data set"):
+            same = json.loads(record.read_text("utf-8")) == description
+        if same:
             return
         raise ValueError(f"{folder} holds a demo data set made with other settings: remove it or name another folder")
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
@@ -171,5 +174,9 @@ def new_folder(folder: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
         new = Path(temporary) / folder.name
         new.mkdir()
-        yield new
+        try:
+            yield new
+        except OSError as error:
+            error.filename = error.filename or str(folder)
+            raise
         new.rename(folder)

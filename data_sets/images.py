@@ -101,11 +101,6 @@ def decode_tensor(content: bytes | np.ndarray, name: str) -> Tensor:
     return pixels_of(decode(content, name))
 
 
-def read_rgb(path: str | Path) -> Image.Image:
-    """The image of a file. Errors are those of `decode`, and OSError."""
-    return decode(Path(path).read_bytes(), os.fspath(path))
-
-
 def pixels_of(image: Image.Image | Tensor) -> Tensor:
     """(3,h,w) uint8 of an image in RGB."""
     return image if isinstance(image, torch.Tensor) else torch.from_numpy(np.array(image)).permute(2, 0, 1)
@@ -222,9 +217,9 @@ class Example(NamedTuple):
 
 
 def read_image(path: str | Path) -> Image.Image:
-    """ValueError names a file that is not an image."""
+    """The image of a file, in RGB. ValueError names a file that is not an image."""
     try:
-        return read_rgb(path)
+        return decode(Path(path).read_bytes(), os.fspath(path))
     except Exception as error:  # decoders raise anything
         text = str(error)
         raise ValueError(text if "cannot read image" in text else f"cannot read image {path}: {text}") from error

@@ -168,11 +168,7 @@ def is_fixed_table(table: Tensor | None, first: str) -> bool:
 # ---- the table
 
 
-def read_families() -> dict[str, Family]:
-    table = tomllib.loads((Path(__file__).parent / "families.toml").read_text())
-    for entry in table.values():
-        entry |= {field: globals()[entry[field]] for field in ("finish", "read") if field in entry}
-    return {name: Family(**{"vit": {}, "fuse": {}, "rename": {}} | entry) for name, entry in table.items()}
-
-
-FAMILIES = read_families()
+FAMILIES = {}
+for name, entry in tomllib.loads((Path(__file__).parent / "families.toml").read_text()).items():
+    functions = {field: globals()[entry[field]] for field in ("finish", "read") if field in entry}
+    FAMILIES[name] = Family(**{"vit": {}, "fuse": {}, "rename": {}, **entry, **functions})

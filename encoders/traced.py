@@ -232,9 +232,6 @@ class TracedEncoder(Backbone):
     def own_outputs(self, steps: Iterator[BlockTrace]) -> dict[str, Tensor]:
         return self.outputs_of(steps.send(True))
 
-    def compile_blocks(self, backend: str | Callable = "inductor") -> None:
-        raise ValueError("an encoder that its own library runs cannot be compiled: compiled code is not traced")
-
 
 def add_hooks(structure: Structure) -> None:
     """Add hooks that pause a Run after every block, and do nothing in other forward passes."""

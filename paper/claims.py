@@ -18,6 +18,8 @@ import numpy as np
 from scipy import stats
 
 from attention.metrics import METRICS
+from probing.results import read_results
+from util.files import reading
 from util.intervals import UNKNOWN, Interval, student
 
 CLAIMS = tomllib.loads(Path(__file__).with_suffix(".toml").read_text())["claim"]
@@ -53,17 +55,20 @@ class Tested(NamedTuple):
 class Missing(ValueError): ...  # the records lack what a claim measures
 
 
+def read_record(path: Path) -> dict:
+    with reading(path, "a result of this version's programs"):
+        result = json.loads(path.read_text("utf-8"))
+        return read_results(path) if "headline" in result else result
+
+
 def read_encoders(folder: Path) -> dict[str, Encoder]:
     """Encoders of FOLDER/encoders.toml that have records; paths in the file are relative to FOLDER."""
     path, encoders = folder / "encoders.toml", {}
-    try:
-        table = tomllib.loads(path.read_text())
-    except (OSError, tomllib.TOMLDecodeError) as error:
-        raise ValueError(f"{path} must list encoders, their kinds and their records: {error}") from error
-    for label, entry in table.items():
-        paths = [path for pattern in entry.pop("records") for path in sorted(folder.glob(pattern))]
-        if results := tuple(json.loads(path.read_text()) for path in paths):
-            encoders[label] = Encoder(label, results, **entry)
+    with reading(path, "a list of encoders, their kinds and their records"):
+        for label, entry in tomllib.loads(path.read_text("utf-8")).items():
+            paths = [path for pattern in entry.pop("records") for path in sorted(folder.glob(pattern))]
+            if results := tuple(read_record(path) for path in paths):
+                encoders[label] = Encoder(label, results, **entry)
     if not encoders:
         raise ValueError(f"{path} names no encoder that has records: scripts/study_measure.sh makes them")
     return encoders

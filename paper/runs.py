@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from paper.tables import DASH, PROTOCOL, RULES
-from probing.results import metric_label, seeds_note
+from probing.results import metric_label, read_results, seeds_note
 from util.files import reading
 
 WEIGHTS = {"pos": "uniform (`pos`)", **RULES}
@@ -24,9 +24,7 @@ def read_runs(names: Sequence[str]) -> dict[str, dict]:
         label, _, folder = name.rpartition("=")
         path, label = Path(folder), label or Path(folder).name
         path = path if path.suffix == ".json" else path / "results.json"
-        with reading(path, "a results.json of main_linprobe.py"):
-            run = json.loads(path.read_text())
-            run |= {"path": path, "probes": dict(run["probes"])}
+        run = {**read_results(path), "path": path}
         if label in runs:
             raise ValueError(f"{runs[label]['path']} and {path} are both called {label}: write LABEL=RUN")
         first = next(iter(runs.values()), run)
@@ -55,7 +53,7 @@ def rows_of(label: str, run: dict) -> dict[str, dict[str, list[float]]]:
 
     def setting(probe: dict) -> list[str]:
         rate = f"lr {probe['lr']:g}" if probe.get("lr") is not None else f"blr {probe['blr']:g}"
-        return [f"block {probe['block']}", *([] if "chosen" in probe else [probe.get("optimizer", "lars"), rate])]
+        return [f"block {probe['block']}", *([] if "chosen" in probe else [probe.get("optimizer") or "lars", rate])]
 
     differ = [len(set(column)) > 1 for column in zip(*map(setting, probes), strict=True)]
     rows: dict[str, dict[str, list[float]]] = {}
@@ -84,7 +82,7 @@ def runs_table(names: Sequence[str]) -> str:
     if chose := [run["n_val"] for run in runs if any("chosen" in probe for probe in run["probes"].values())]:
         note += f"; rates chosen on {alternatives(chose)} held-out images"
     notes = [note, *({seeds_note(run): None for run in runs} if several else ())]
-    fewest = min(probe["last"].get("n", n_test) for probe in probes)
+    fewest = min(probe["last"].get("n") or n_test for probe in probes)
     if fewest < n_test:
         notes.append(f"measured on {fewest} of {n_test} test images")
     if any(probe["diverged_at"] is not None for probe in probes):

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from encoders.load import Encoder, load_plain_or_safetensors, save_encoder
 from probing.bank import ProbeBank, ProbeSpec
+from probing.results import read_results
 from runtime.folder import RunFolder
 from util.files import digest, reading, write_json
 
@@ -62,10 +63,10 @@ def read_run(folder: Path) -> ProbeRun:
     folder, files = Path(folder), ("results.json", "args.json")
     if missing := [name for name in files if not (folder / name).is_file()]:
         raise ValueError(f"{folder} holds no {missing[0]}: it must be the --output_dir of a finished main_linprobe.py")
-    with reading(folder, f"a run of main_linprobe.py, by its {' and '.join(files)}"):
-        results, saved = (json.loads((folder / name).read_text()) for name in files)
-        args = argparse.Namespace(**saved["args"])
-        epochs = {name: probe["last"]["epoch"] for name, probe in results["probes"].items()}
+    results = read_results(folder / files[0])
+    with reading(folder / files[1], "the args.json of a run of main_linprobe.py"):
+        args = argparse.Namespace(**json.loads((folder / files[1]).read_text("utf-8"))["args"])
+    epochs = {name: probe["last"]["epoch"] for name, probe in results["probes"].items()}
     state = RunFolder(folder).find_checkpoint("auto", evaluate_only=True)
     if state is None:
         raise ValueError(f"{folder} holds no checkpoint of its probes")
@@ -122,16 +123,17 @@ def read_exported(folder: Path) -> Trained:
 def of_run(run: ProbeRun, name: str) -> Trained:
     """A probe of a run, by its name."""
     results, args, probe = run.results, vars(run.args), run.results["probes"][name]
-    facts = {
-        "spec": {key: probe[key] for key in SPEC},
-        "classes": results["classes"],
-        "encoder": {key: args[key] for key in ENCODER_ARGUMENTS if key in args},
-        "encoder_record": results["encoder"],
-        "encoder_weights": run.state["identity"]["weights"],
-        "final_norm": args["final_norm"],
-        "scores": {**probe["last"], "headline": results["headline"], "diverged_at": probe["diverged_at"]},
-        "training": {"dataset": args["dataset"], **{key: results.get(key) for key in TRAINING}},
-    }
+    with reading(run.folder, "a complete run, by its results.json and args.json"):
+        facts = {
+            "spec": {key: probe[key] for key in SPEC},
+            "classes": results["classes"],
+            "encoder": {key: args[key] for key in ENCODER_ARGUMENTS if key in args},
+            "encoder_record": results["encoder"],
+            "encoder_weights": run.state["identity"]["weights"],
+            "final_norm": args["final_norm"],
+            "scores": {**probe["last"], "headline": results["headline"], "diverged_at": probe["diverged_at"]},
+            "training": {"dataset": args["dataset"], **{key: results.get(key) for key in TRAINING}},
+        }
     return Trained(facts, run.state["probes"][name])
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from util.files import reading, require
 from util.progress import log
 
 if TYPE_CHECKING:
@@ -13,6 +16,28 @@ if TYPE_CHECKING:
 
 LABELS = {"top1": "top-1", "top5": "top-5", "per_class": "top-1 per class", "map": "mAP"}
 SEEDS_VARY = {"weights": "initial weights", "order": "data order", "views": "augmentation"}
+SCORE = (int, float, type(None))  # null: not finite
+PROBE = {
+    "head": str, "block": range(1000), "seed": int, "blr": (int, float), "lr?": (int, float), "optimizer?": str,
+    "parameters": int, "diverged_at": (dict, type(None)), "chosen?": bool, "learned_nothing?": str,
+    "last": {"epoch": int, "n?": int},
+}  # fmt: skip
+RESULTS = {  # what the readers of results.json need of it
+    "args": {"epochs": int}, "encoder": dict, "versions": dict, "commit": (str, type(None)), "n_train": int,
+    "n_val": int, "n_test": int, "headline": str, "seeds_vary?": [set(SEEDS_VARY)], "probes": {str: PROBE},
+}  # fmt: skip
+
+
+def read_results(path: Path) -> dict:
+    """The results.json of main_linprobe.py. ValueError for anything else."""
+    with reading(path, "a results.json of main_linprobe.py"):
+        run = json.loads(Path(path).read_text("utf-8"))
+        require(run, RESULTS)
+        for name, probe in run["probes"].items():
+            require(probe["last"], {run["headline"]: SCORE}, f"its content/probes/{name}/last")
+        if not run["probes"]:
+            raise ValueError("it has no probes")
+    return run
 
 
 def metric_label(headline: str) -> str:

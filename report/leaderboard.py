@@ -105,10 +105,13 @@ def difference(entry: Entry, base: Entry | None) -> Cell | None:
         return None
     value, half = entry.scores.mean - base.scores.mean, math.hypot(entry.over_images, base.over_images)
     path = entry.path.with_name(entry.path.name.replace("results.json", "comparison.json"))
-    paired = json.loads(path.read_text(encoding="utf-8")) if path.exists() and entry.run is base.run else {}
-    intervals = {row["name"]: row["difference_over_images"] for row in paired.get("probes", [])}
-    known = paired.get("baseline") == base.name and entry.name in intervals
-    low, high = intervals[entry.name] if known else (value - half, value + half)
+    low, high = value - half, value + half
+    if path.exists() and entry.run is base.run:
+        with reading(path, "of scripts/compare_probes.py --output"):
+            paired = json.loads(path.read_text(encoding="utf-8"))
+            intervals = {row["name"]: row["difference_over_images"] for row in paired["probes"]}
+            if paired["baseline"] == base.name and entry.name in intervals:
+                low, high = map(float, intervals[entry.name])
     seeds = over_seeds([entry.by_seed[seed] - base.by_seed[seed] for seed in entry.by_seed if seed in base.by_seed])
     shown = not low <= 0 <= high and not seeds.low <= 0 <= seeds.high
     verdict = "not shown" if not shown else "real for these seeds" if seeds is UNKNOWN else "real"

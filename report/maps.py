@@ -35,7 +35,16 @@ def read_maps(paths: Sequence[Path]) -> tuple[list[dict[str, Any]], list[str]]:
             ]
             label = str(facts.get("label", path.parent.name))
             sources.append({"label": label, "grid": [rows, columns], "rules": list(map(str, rules)), "images": images})
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        except (
+            OSError,
+            SafetensorError,
+            KeyError,
+            TypeError,
+            ValueError,
+            IndexError,
+            AttributeError,
+            RecursionError,
+        ) as error:
             trouble.append(f"{path} cannot be shown: {' '.join(str(error).split())}")
     return sources, trouble
 

@@ -13,7 +13,6 @@ from typing import IO, Any
 
 import numpy
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from encoders.load import save_encoder
@@ -42,13 +41,12 @@ def writes(method: Callable, attribute: str = "path") -> Callable:
             return
         try:
             method(self, *arguments, **options)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            cause = disk_error(error)
-            if cause is None and not isinstance(error, SafetensorError):
+        except (OSError, RuntimeError) as error:
+            if (cause := disk_error(error)) is None:
                 raise
             kept = f"; {self.kept[-1]} is whole" if self.kept and self.kept[-1].exists() else ""
             flag = {"path": "--output_dir", "log_dir": "--log_dir"}[attribute]
-            message = f"{flag} {getattr(self, attribute)} cannot be written: {cause or error}{kept}"
+            message = f"{flag} {getattr(self, attribute)} cannot be written: {cause}{kept}"
             raise ValueError(message) from error
 
     return guarded

@@ -57,7 +57,7 @@ from data_sets.views import train_transform
 from engine_linprobe import FrozenTokens, Probing
 from engine_pretrain import Pretraining
 from models_mae import DECODERS, MaskedAutoencoder
-from models_vit import build_vit
+from models_vit import build_vit, compile_blocks
 from probing.bank import ProbeBank, ProbeSpec
 from probing.heads import canonical_head
 from probing.knn import knn_scores
@@ -95,7 +95,7 @@ class Setting:
         encoder, self.size = build_encoder(args)
         self.backbone = encoder.backbone.to(device).eval().requires_grad_(False)
         if args.compile:
-            self.backbone.compile_blocks()
+            compile_blocks(self.backbone)
         torch.manual_seed(0)
         indices = torch.arange(args.batch_size)
         noise = torch.rand(args.batch_size, math.prod(self.backbone.grid_of(self.size, self.size)))
@@ -147,10 +147,6 @@ def accumulate(setting: Setting) -> Contestants:
     probes = min(setting.args.probes)
     steps = {f"{probes} probes, accumulation {n}": setting.step(mixed(probes), accum=n) for n in (1, 2)}
     return {"plain forward": setting.forward, **steps}
-
-
-def heads(setting: Setting) -> Contestants:
-    return step(setting, cached=True)
 
 
 def paper(setting: Setting) -> Contestants:
@@ -277,35 +273,33 @@ def start(setting: Setting) -> Contestants:
 
 def values(setting: Setting) -> Contestants:
     """ValueError where fast code does not compute what its definition does, within what its precision allows."""
-    wide = setting.backbone.double()
-    images = setting.sample.image[:2].double()
+    wide, images = setting.backbone.double(), setting.sample.image[:2].double()
+    checks: dict[str, tuple[Tensor, Tensor, float]] = {}  # ours, exact, allowed relative error
     with torch.no_grad():
-        traces = list(wide.trace(images))
-        for trace in traces:
+        for trace in (traces := list(wide.trace(images))):
             exact = reduce_attention(trace, 1, True, "explicit")
             single = trace._replace(**{name: getattr(trace, name).float() for name in ("q", "k")})
             ours = reduce_attention(single, 1, True)
             for name in GROUPS["paper"]:
-                pair = [METRICS[name].compute(reduced).double() for reduced in (ours, exact)]
-                compare(f"{name} of block {trace.index}", *pair, 1e-4)
-        exact = traces[-1].out
-        narrow = setting.backbone.float()
+                both = (METRICS[name].compute(reduced) for reduced in (ours, exact))
+                checks[f"{name} of block {trace.index}"] = *both, 1e-4
+        exact, narrow = traces[-1].out, setting.backbone.float()
         with torch.autocast(setting.device.type, dtype=torch.bfloat16):
-            compare("tokens in bfloat16", list(narrow.trace(images.float()))[-1].out.double(), exact, 0.05)
-        narrow.compile_blocks("inductor" if setting.device.type == "cuda" else "eager")
-        compare("tokens of compiled blocks", list(narrow.trace(images.float()))[-1].out.double(), exact, 1e-3)
+            checks["tokens in bfloat16"] = list(narrow.trace(images.float()))[-1].out, exact, 0.05
+        compile_blocks(narrow, "inductor" if setting.device.type == "cuda" else "eager")
+        checks["tokens of compiled blocks"] = list(narrow.trace(images.float()))[-1].out, exact, 1e-3
+    for what, (ours, exact, allowed) in checks.items():
+        error = ((ours.double() - exact).abs().max() / exact.abs().max()).item()
+        log.info("%-44s relative error %.1e", what, error)
+        if not error <= allowed:
+            raise ValueError(f"{what}: relative error {error:.1e}, allowed {allowed:.0e}")
     return {}
 
 
-def compare(what: str, ours: Tensor, exact: Tensor, tolerance: float) -> None:
-    error = ((ours - exact).abs().max() / exact.abs().max()).item()
-    log.info("%-44s relative error %.1e", what, error)
-    if not error <= tolerance:
-        raise ValueError(f"{what}: relative error {error:.1e}, allowed {tolerance:.0e}")
-
-
-FUNCTIONS = (step, accumulate, heads, paper, evaluate, analysis, pretrain, loader, start, values)
-BENCHMARKS = {function.__name__: function for function in FUNCTIONS}
+BENCHMARKS: dict[str, Callable[[Setting], Contestants]] = {
+    **{function.__name__: function for function in (step, accumulate, paper, evaluate, analysis, pretrain, loader)},
+    **{"heads": functools.partial(step, cached=True), "start": start, "values": values},
+}
 
 
 def race(contestants: Contestants, device: torch.device, rounds: int) -> Iterator[dict[str, Any]]:
@@ -363,11 +357,12 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
             _, runs = summed(rows)
             log.info("paper: one pass is %.1f times as fast as %s", runs["ratio"], runs["contestant"])
         if args.output is not None and rows:
-            exists = args.output.exists()
             args.output.parent.mkdir(parents=True, exist_ok=True)
             with open(args.output, "a", newline="", opener=no_link) as file:
                 writer = csv.DictWriter(file, rows[0].keys())
-                writer.writerows([*([] if exists else [dict(zip(rows[0], rows[0], strict=True))]), *rows])
+                if not file.tell():
+                    writer.writeheader()
+                writer.writerows(rows)
 
 
 def newest(path: Path) -> list[dict[str, str]]:

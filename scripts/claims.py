@@ -17,7 +17,7 @@ from cli.console import Parser, run_main
 from paper import claims
 from paper.claims import CONFIRMED, REFUTED, UNDECIDED, UNTESTED, Effect, Encoder, Missing, Tested, unit_of
 from paper.shown import ROOT
-from util.files import keep_table
+from util.files import keep_table, reading
 from util.intervals import student
 
 COMMAND = "python scripts/claims.py --write"
@@ -115,7 +115,9 @@ def markdown(encoders: Mapping[str, Encoder]) -> str:
 
 
 def main(args: argparse.Namespace) -> None:
-    text, page = markdown(claims.read_encoders(args.records)), args.write or args.check
+    encoders, page = claims.read_encoders(args.records), args.write or args.check
+    with reading(args.records, "a folder of complete records"):
+        text = markdown(encoders)
     if page is None:
         print(text, end="")
     else:

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 
 from cli.console import Parser, run_main
-from util.files import write_json
+from util.files import reading, write_json
 from util.intervals import student
 
 ENDS = ("pos", "abmilp")  # heads that close nothing and all of the gap
@@ -29,8 +29,8 @@ def judged(path: Path) -> dict[str, dict]:
     path = path / "aggregation.json" if path.is_dir() else path
     scores: dict[str, dict[str, float]] = {}
     boxes: dict[str, list[float]] = {}
-    try:
-        result = json.loads(path.read_text())
+    with reading(path, "an aggregation.json of main_analyze_aggregation.py with probes"):
+        result = json.loads(path.read_text("utf-8"))
         maps, last = result.get("localization", {}).get("maps", {}), max(rule["block"] for rule in result["rules"])
         for rule in result["rules"]:
             name = rule["head"] if rule["block"] == last else f"{rule['head']}/block{rule['block']}"
@@ -38,10 +38,9 @@ def judged(path: Path) -> dict[str, dict]:
             boxes.setdefault(name, []).extend([maps[rule["name"]]["maxboxaccv2"]] if rule["name"] in maps else [])
             for probe, score in rule["scores"].items():
                 if (seed := probe.rpartition("/seed")[2]) in own:
-                    raise ValueError(f"{path}: {name} has several rates per seed: choose one with --val_fraction")
-                own[seed] = score["top1"]
-    except (OSError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not an aggregation.json of main_analyze_aggregation.py: {error!r}") from error
+                    raise ValueError(f"{name} has several rates per seed: choose one with --val_fraction")
+                own[seed] = np.nan if score["top1"] is None else float(score["top1"])
+        boxes = {name: [float(value) for value in values] for name, values in boxes.items()}
     if missing := [head for head in ENDS if not scores.get(head)]:
         raise ValueError(f"{path} has no probes of {missing[0]}: probe it, too, with the rules and on the same block")
     rows = {}

@@ -22,7 +22,7 @@ python main_linprobe.py --finetune "$weights" --cls_features "${heads[@]}" --see
     --crop center --no_hflip --cache_views 1 --batch_size 250 --epochs 10 --warmup_epochs 1 --eval_every 10 --knn 10 20 \
     --save_predictions --resume auto "${data[@]}" "$@" --output_dir "$out"
 mkdir -p "$results"
-cp "$out/results.json" "$results/$name.results.json"
+cp --remove-destination "$out/results.json" "$results/$name.results.json"
 python scripts/compare_probes.py "$out" --output "$results/$name.comparison.json"
 python scripts/leaderboard.py "$results" --output output_dir/evaluate/leaderboard.html
 echo "records: $results/$name.results.json, $results/$name.comparison.json"

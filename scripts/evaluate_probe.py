@@ -40,7 +40,7 @@ from data_sets.views import eval_transform
 from encoders.load import save_encoder
 from paper.runs import markdown
 from probing.frozen import FiniteCheck, FrozenTokens
-from util.files import write_json
+from util.files import reading, require, write_json
 from util.progress import log, setup_logging
 
 BINS = 15  # Guo et al., "On calibration of modern neural networks", 2017
@@ -118,6 +118,8 @@ def main(args: argparse.Namespace) -> None:
         if perturbations and getattr(args, other[2:]) == value:
             raise ValueError(f"--perturb does not work with {other} {value}: omit one of them")
     run = finished_run(args.run)
+    with reading(args.run / "results.json", "of this version: train the probes again"):
+        require(run.results, {"class_names": [str], "headline": str})
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     encoder, size = frozen_encoder(run.args)
     for step in perturbations:  # mistakes end the program before any image is read

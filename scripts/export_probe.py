@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from cli.console import Parser, non_negative_int, run_main
 from encoders.catalogue import CATALOGUE, PUBLICATIONS
 from probing.finished_run import Trained, export, read_trained
-from util.files import save, to_json
+from util.files import reading, save, to_json
 
 CARD = Path(__file__).with_name("probe_card.md")
 
@@ -39,8 +39,10 @@ def card(trained: Trained) -> str:
 
 def main(args: Namespace) -> None:
     trained = read_trained(args.run, args.head, args.block, args.seed)
-    save(args.output / "README.md", card(trained))
+    with reading(args.run, "complete enough for a model card"):
+        text = card(trained)
     export(trained, args.output)
+    save(args.output / "README.md", text)
     print(f"{trained.spec.name}: {args.output}")
 
 

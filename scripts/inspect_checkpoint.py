@@ -11,7 +11,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from cli.console import Parser, run_main
+from cli.arguments import add_groups
+from cli.console import FLAGS, Parser, run_main
 from encoders.architectures import ARCHITECTURES, FROM_FILE, architecture
 from encoders.catalogue import CATALOGUE, fetch_weights, known_family
 from encoders.contents import not_a_tensor
@@ -110,10 +111,6 @@ def main(args: Namespace) -> None:
 if __name__ == "__main__":
     parser = Parser(__doc__)
     parser.add_argument("file", metavar="WEIGHTS", help="what --finetune takes")
-    parser.add_argument("--family", help=f"format of the file: {', '.join(FAMILIES)}, or auto (the default): detected")
-    parser.add_argument("--model", help="architecture (default: by the sizes of the tensors)")
-    parser.add_argument("--checkpoint_key", help="entry of the file that holds the weights")
-    parser.add_argument("--num_heads", type=int, help="attention heads (default: the architecture's)")
-    parser.add_argument("--grid", type=int, nargs=2, metavar=("ROWS", "COLUMNS"), help="patches of its positions")
-    parser.add_argument("--offline", action="store_true", help="download nothing")
+    others = FLAGS["encoder"].keys() - {"family", "model", "checkpoint_key", "num_heads", "grid", "offline"}
+    add_groups(parser, {"encoder": {"include": "encoder", "omit": others, "model": {"default": FROM_FILE}}})
     run_main(main, parser.parse_args())

@@ -29,7 +29,7 @@ launch() {
     local flags=(--data_path "$DATA" --batch_size "$batch" --accum_iter $((share / batch)) "$@") command=(python "$program.py")
     if [ -n "${SLURM+set}" ]; then
         local slurm=()
-        read -ra slurm <<< "$SLURM"
+        read -rd "" -a slurm <<< "$SLURM" || true  # of all lines
         command=(python submitit_linprobe.py --main "$program" --job_dir "$OUT" --nodes "$nodes" --ngpus "$gpus" "${slurm[@]}")
     else
         [ "$nodes" = 1 ] || fail "NODES=$nodes needs SLURM"

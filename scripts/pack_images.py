@@ -10,10 +10,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from cli.arguments import data_options
-from cli.console import Parser, named_path, positive_int, run_main
+from cli.arguments import add_groups, data_options
+from cli.console import FLAGS, Parser, named_path, positive_int, run_main
 from data_sets.shards import KINDS, read_packed, verify, write_packed
-from data_sets.table import DATASETS, build_dataset
+from data_sets.table import build_dataset
 from util.progress import log
 
 
@@ -29,16 +29,12 @@ def main(args: argparse.Namespace) -> None:
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = Parser(__doc__)
-    parser.add_argument("--data_path", required=True, type=named_path, help="folder of the data set")
-    parser.add_argument("--dataset", default="image_folder", choices=list(DATASETS), help="kind of data set")
+    others = [name for name in FLAGS["data"] if name not in ("data_path", "dataset", "allow_subset", "label_column")]
+    add_groups(parser, {"data": {"include": "data", "omit": others}})
     parser.add_argument("--output", required=True, type=named_path, help="new folder")
     parser.add_argument("--kind", choices=KINDS, default="pixels", help="how images are stored")
     parser.add_argument("--side", type=positive_int, default=256, help="largest shorter side of pixels and jpeg")
     parser.add_argument("--splits", nargs="+", choices=["train", "val"], default=["train", "val"], help="what to pack")
-    parser.add_argument(
-        "--allow_subset", action="store_true", help="accept fewer images than the official data set has"
-    )
-    parser.add_argument("--label_column", metavar="NAME", help="column of the labels in a list, in .json or in a table")
     parser.add_argument("--workers", type=positive_int, default=len(os.sched_getaffinity(0)), help="processes")
     parser.add_argument("--check", action="store_true", help="only compare the images of --output with their digests")
     return parser

@@ -75,7 +75,7 @@ else
         echo "$gpus GPUs do not share the 8 groups of 2,048 of a batch evenly: set GPUS=1, 2, 4 or 8" >&2
         exit 2 ;;
     esac
-    if ! [[ "$batch" =~ ^[1-9][0-9]*$ ]] || [ $((2048 % batch)) != 0 ]; then
+    if ! [[ "$batch" =~ ^[1-9][0-9]{0,3}$ ]] || [ $((2048 % batch)) != 0 ]; then
         echo "BATCH=$batch: 2,048 images are normalised together: give a divisor of 2048" >&2
         exit 2
     fi
@@ -128,7 +128,7 @@ there() {
 # hours NAME IMAGES: what a run will take; loading images, and heads that transform every token, come on top
 hours() {
     awk -v name="$1" -v images="$2" -v rate="${IMAGES_PER_SECOND:-0}" -v gpus="$gpus" 'BEGIN {
-        hours = rate > 0 ? images / rate / 3600 : 0
+        hours = rate + 0 > 0 ? images / rate / 3600 : 0
         printf "# %s: %d images through the encoder", name, images
         if (hours) printf ": %.1f GPU-hours, %.1f h on %d GPU%s\n", hours, hours / gpus, gpus, (gpus > 1 ? "s" : "")
         else print "; hours are unknown without IMAGES_PER_SECOND" }'
@@ -275,18 +275,21 @@ attend() {
 deep_probes() {
     local last=11 name=${1%/decoder}
     case "$1" in *_demo_*/decoder) last=7 ;; *_demo_*) last=5 ;; */decoder) last=19 ;; esac
-    bank "$out/depth/${1/\//-}" "$name" $(decoder "$1") --cls_features cls pos abmilp --return_block $(seq 0 $last)
+    decoder "$1"
+    bank "$out/depth/${1/\//-}" "$name" "${decoder[@]}" --cls_features cls pos abmilp --return_block $(seq 0 $last)
 }
 attend_all() {
     weights "${1%/decoder}"
+    decoder "$1"
     program "$out/metrics/${1/\//-}" "${1/\//-}/attention.json" 5000 main_analyze_attention "${encoder[@]}" \
-        $(decoder "$1") "${data[@]}" --metrics all --label "${1/\//-}" \
+        "${decoder[@]}" "${data[@]}" --metrics all --label "${1/\//-}" \
         --num_images "$([ "$mode" = --smoke ] && echo "${VAL:-500}" || echo 5000)"
 }
-decoder() {
+decoder() {  # sets `decoder` to its flags
     case "$1" in
-        *_demo_*/decoder) echo --decoder --finetune "$out/mae_decoder/encoder.safetensors" ;;
-        */decoder) echo --decoder ;;
+        *_demo_*/decoder) decoder=(--decoder --finetune "$out/mae_decoder/encoder.safetensors") ;;
+        */decoder) decoder=(--decoder) ;;
+        *) decoder=() ;;
     esac
 }
 pretrain_decoder() {
@@ -335,7 +338,7 @@ tables() {
 publish() {
     if [ -n "${PRINT:-}" ] || [ -f "$1" ]; then
         show mkdir -p "$out/figures"
-        show cp "$1" "$out/figures/$2" || { failed+=("$2"); return 0; }
+        show cp --remove-destination "$1" "$out/figures/$2" || { failed+=("$2"); return 0; }
         [ -n "${PRINT:-}" ] || echo "$out/figures/$2"
     fi
 }

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 
 from cli.console import Parser, run_main
 from data_sets.perturb import PERTURBATIONS, read_perturbation
+from util.files import reading
 from util.plotting import COLOURS, MARKERS, STYLE, WIDTH, save_figure
 
 Curves = dict[str, dict[str, list[float]]]  # {encoder and head: {perturbation, "" for none: top-1 of each seed}}
@@ -27,14 +28,14 @@ def curves_of(arguments: list[str]) -> Curves:
     curves: Curves = {}
     for argument in arguments:
         label, _, path = argument.rpartition("=")
-        try:
-            scores = json.loads(Path(path).read_text())
+        with reading(Path(path), "of evaluate_probe.py --perturb"):
+            scores = json.loads(Path(path).read_text("utf-8"))
             for name, part in {"": scores["probes"], **scores["perturbed"]}.items():
+                if name:
+                    read_perturbation(name)  # ValueError
                 for probe, values in part.items():
                     line = f"{label}: " * bool(label) + probe.rpartition("/seed")[0]
-                    curves.setdefault(line, {}).setdefault(name, []).append(values["top-1"])
-        except (OSError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} is not of evaluate_probe.py --perturb: {error!r}") from error
+                    curves.setdefault(line, {}).setdefault(name, []).append(float(values["top-1"]))
     return curves
 
 

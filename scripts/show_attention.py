@@ -130,10 +130,7 @@ def main(args: argparse.Namespace) -> None:
     encoders = [frozen_encoder(encoder_args) for encoder_args in one_encoder_each(args)]
     for label, (encoder, size) in zip(labels, encoders, strict=True):
         check_wanted(label, encoder.backbone, size, args.block, args.query)
-    try:
-        args.output_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--output_dir {args.output_dir} cannot be made: {error.strerror}") from error
+    args.output_dir.mkdir(parents=True, exist_ok=True)
     what = "[cls]" if args.query is None else f"the patch in row {args.query[0]}, column {args.query[1]} (from 0)"
     block = f"block {args.block} (from 0)" if args.block >= 0 else f"block {-args.block} from the end"
     heading = f"Attention of {what}, {'last block' if args.block == -1 else block}"

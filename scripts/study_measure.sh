@@ -10,7 +10,7 @@
 #   PARTS     what to measure, in this order (default: all)
 set -euo pipefail
 source "$(dirname "$0")/env.sh"
-out=$1
+out=${1:?usage: bash scripts/study_measure.sh FOLDER [LABEL=WEIGHTS ...]}
 records=${RECORDS:-$out/records} oracle=${ORACLE:-$out/weight1-seed0/encoder.safetensors}
 parts=${PARTS:-rules learned attention depth decoder cues aggregation scaling deep attentive}
 encoders=("${@:2}")
@@ -22,7 +22,7 @@ if [ ${#encoders[@]} = 0 ]; then
     done
 fi
 mkdir -p "$records"
-[ -f "$records/encoders.toml" ] || cp results/study/encoders.toml "$records"
+[ -f "$records/encoders.toml" ] || cp --remove-destination results/study/encoders.toml "$records"
 images=${DATA:-$out/probing} scenes=(--train "${TRAIN:-4000}" --val "${VAL:-1000}" --seed 0)
 data=(--data_path "$images" --num_workers 0)
 if [ -z "${DATA:-}" ]; then

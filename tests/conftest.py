@@ -2,12 +2,16 @@
 
 import functools
 import http.server
+import io
 import logging
+import multiprocessing
 import os
 import runpy
+import socket
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -92,17 +96,67 @@ def probe_command(image_folder, tiny, tmp_path):
 
 @pytest.fixture
 def run_program():
-    """Start a program in a process of its own, or in several under torchrun, on the CPU."""
+    """Start a program in a process of its own, or in several as torchrun starts them, on the CPU."""
+    from interruptions import free_port  # slow, and needed by few
 
     def run(*command: object, processes: int = 1, cwd: Path = ROOT) -> subprocess.CompletedProcess:
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
-        words = [sys.executable, *(launcher if processes > 1 else []), *command]
-        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        return subprocess.run(
-            list(map(str, words)), cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False
-        )
+        words = [sys.executable, *map(str, command)]
+        common = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        if processes > 1:
+            common |= {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+
+        def start(rank: int) -> subprocess.CompletedProcess:
+            environment = common | ({"RANK": str(rank)} if processes > 1 else {})
+            options = {"capture_output": True, "text": True, "timeout": 300, "check": False}
+            return subprocess.run(words, cwd=cwd, env=environment, **options)
+
+        with ThreadPoolExecutor(processes) as pool:
+            first, *others = pool.map(start, range(processes))
+        for done in others:  # what the first process says comes last
+            first.returncode = first.returncode or done.returncode
+            first.stdout, first.stderr = done.stdout + first.stdout, done.stderr + first.stderr
+        return first
 
     return run
+
+
+@pytest.fixture
+def run_ranks(tmp_path):
+    """Run a program in forks of this process, which has imported everything: ranks of one run on the CPU."""
+
+    def run(program: str | Path, *flags: object, ranks: int = 2) -> subprocess.CompletedProcess:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        outputs = [[tmp_path / f"rank{rank}.{kind}" for kind in ("out", "err")] for rank in range(ranks)]
+        environments = [{"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks} for rank in range(ranks)]
+        context = multiprocessing.get_context("fork")
+        children = [
+            context.Process(target=become_rank, args=([program, *flags], {**environment, "MASTER_PORT": port}, *paths))
+            for environment, paths in zip(environments, outputs, strict=True)
+        ]
+        for child in children:
+            child.start()
+        for child in children:
+            child.join(timeout=300)
+            child.kill()
+            child.join()
+        out, err = ("".join(path.read_text() for path in paths) for paths in zip(*outputs, strict=True))
+        code = next((child.exitcode for child in children if child.exitcode), 0)
+        return subprocess.CompletedProcess([program, *flags], code, out, err)
+
+    return run
+
+
+def become_rank(command: list, environment: dict, out: Path, err: Path) -> None:
+    """Run a program in this process, with the environment of a rank and its output in files."""
+    for number, path in ((1, out), (2, err)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    sys.stdout, sys.stderr = (io.TextIOWrapper(io.FileIO(number, "w"), line_buffering=True) for number in (1, 2))
+    os.environ |= {name: str(value) for name, value in {**environment, "MASTER_ADDR": "127.0.0.1"}.items()}
+    os.chdir(ROOT)
+    sys.argv = list(map(str, command))
+    runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ import timm  # noqa: F401  (programs import these two late; forks would do so ea
 import torch
 import torch.distributed.nn
 import torchvision.transforms.v2  # noqa: F401
+from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cli.console import parse, run_main
@@ -277,7 +278,9 @@ def outcome(folder: Path) -> dict:
     }
     if (folder / "results.json").exists():
         results = json.loads((folder / "results.json").read_text())
-        found["results"] = without_clock({key: results[key] for key in results.keys() & {"probes", "last"}})
+        found["results"] = without_clock({key: results[key] for key in results.keys() & {"probes", "last", "knn"}})
+    if (folder / "predictions.safetensors").exists():
+        found["predictions"] = load_file(folder / "predictions.safetensors")
     if (folder / "encoder.safetensors").exists():
         found["encoder"] = (folder / "encoder.safetensors").read_bytes()
     return found

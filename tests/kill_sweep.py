@@ -2,9 +2,10 @@
 
     OMP_NUM_THREADS=1 python tests/kill_sweep.py --kills 64 --record sweep.md
 
-KINDS says how. Half of the moments are anywhere in the run, start included, and half are in and around the writing of a
-checkpoint. Programs and kinds take turns, and the record is written after every kill, so that the sweep may be ended at
-any time. A program, not a test: 64 kills of each take an hour on two cores. Exit code 1 where a run differs.
+KINDS says how, VARIANTS what runs. A third of the moments are anywhere in the run, start included, a third in and
+around the writing of a checkpoint, and a third behind the checkpoint at the end of an epoch, a pass or an encoder.
+Programs, kinds and variants take turns, and the record is written after every kill, so that the sweep may be ended at
+any time. A program, not a test: 64 kills of each take an hour on one core. Exit code 1 where a run differs.
 """
 
 import argparse
@@ -12,18 +13,22 @@ import importlib
 import itertools
 import os
 import random
+import shlex
+import shutil
 import signal
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as the programs do
 
 import torch
+import torch.utils.tensorboard  # programs import it late
 from interruptions import (
     PROGRAMS,
     ROOT,
@@ -38,6 +43,7 @@ from interruptions import (
     outcome,
 )
 
+import util.plotting  # noqa: F401
 from data_sets.demo import generate
 
 
@@ -80,9 +86,39 @@ def stop_one(pids: list[int], data: Path, draw: random.Random) -> None:
     send(pids[victim], signal.SIGKILL)
 
 
-ANALYSES = {
-    "main_analyze_attention": ["--save_every_minutes", "1e-9"],
-    "main_analyze_aggregation": ["--boxes", "boxes.csv", "--loc_workers", "1", "--save_every_minutes", "1e-9"],
+ANALYSES = ("main_analyze_attention", "main_analyze_aggregation")
+RATE, TOKENS = "--lr 2e-3", "--cls_features cls abmilp"
+ORACLE = "--oracle {other} --oracle_model vit_demo_patch8"
+NARROW = "--projector_width 32"  # the default's weights take most of the time
+# what each program runs in turn; {data} and {out} are folders, {mae} and {other} are weights
+VARIANTS = {
+    "main_linprobe": [
+        shlex.join(PROGRAMS["main_linprobe"]),
+        f"{TOKENS} --val_fraction 0.25 --eval_every 2 --save_predictions --knn 1 5",
+        f"{TOKENS} --cache_views 2 --cache_dir {{out}}.cache --seeds 0 1 --seeds_vary all",
+        "--cls_features cls pos --optimizer logreg --val_fraction 0.25 --shots 1 --episodes 2",
+        f"--cls_features cls dino {ORACLE} --optimizer lars sgd --accum_iter 2",
+    ],
+    "main_pretrain": [
+        shlex.join(PROGRAMS["main_pretrain"]),
+        f"{RATE} --contrastive_weight 1 {NARROW}",
+        f"{RATE} --contrastive_weight 0.5 {NARROW} --accum_iter 2 --view_drop 0.5 --figure_every 1",
+        f"{RATE} --norm_pix_loss --keep_decoder --figure_every 2",
+    ],
+    "main_finetune": [
+        shlex.join(PROGRAMS["main_finetune"]),
+        f"{RATE} --mixup 0.8 --cutmix 1 --smoothing 0.1 --reprob 0.5 --accum_iter 2",
+        f"{RATE} --global_pool --color_jitter 0.4 --aa ''",
+    ],
+    "main_analyze_attention": [
+        "--metrics cls_patch_entropy",
+        "--finetune {mae} {other} --label a b --metrics cls_patch_entropy patch_log_amplitude",
+    ],
+    "main_analyze_aggregation": [
+        "--boxes {data}/boxes.csv --loc_workers 1",
+        f"--boxes {{data}}/boxes.csv --loc_workers 0 --loc_transform crop {ORACLE}",
+        "--probes {probes}",
+    ],
 }
 # name -> (processes, loader workers, what is done to the process ids)
 KINDS: dict[str, tuple[int, int, Callable]] = {
@@ -112,13 +148,15 @@ def begin(program: str, argv: list[str], processes: int, output: Path) -> list[i
     return [launch(program, argv, output, {**common, "RANK": str(rank)}) for rank in range(processes)]
 
 
-def interrupt(pids: list[int], folder: Path, seconds: float, kind: str, draw: random.Random, data: Path) -> list[int]:
-    """Do it at a random moment of a run that takes so many seconds, or around the next checkpoint; exit codes."""
-    until = time.monotonic() + draw.uniform(0, seconds)
-    while time.monotonic() < until and not ended(pids[0]):
+def interrupt(pids: list[int], folder: Path, whole: "Whole", kind: str, draw: random.Random, data: Path) -> list[int]:
+    """Do it at a random moment, around the next checkpoint, or behind an epoch or pass; exit codes."""
+    moment, epoch = draw.choice(("any", "writing", "between")), draw.randrange(whole.epochs)
+    until = time.monotonic() + draw.uniform(0, whole.seconds)
+    while moment != "between" and time.monotonic() < until and not ended(pids[0]):
         time.sleep(0.005)
-    if draw.random() < 0.5:
-        while not ended(pids[0]) and not any(folder.glob(".checkpoint-*.tmp")):
+    awaited = {"writing": ".checkpoint-*.tmp", "between": f"checkpoint-{epoch}.pth"}.get(moment)
+    if awaited:
+        while not ended(pids[0]) and not any(folder.glob(awaited)):
             time.sleep(0)
         time.sleep(draw.choice((0, draw.uniform(0, 0.01), draw.uniform(0, 0.1))))
     ranks = offspring(pids[0]) if kind == "the agent of two ranks is killed" else []
@@ -131,52 +169,80 @@ def interrupt(pids: list[int], folder: Path, seconds: float, kind: str, draw: ra
     return codes
 
 
+class Whole(NamedTuple):
+    """An uninterrupted run: what it leaves, and how long it takes."""
+
+    left: dict
+    seconds: float
+    epochs: int  # or passes
+
+
 class Sweep:
     """Runs of the programs in `work`, compared with uninterrupted ones of as many processes."""
 
     def __init__(self, work: Path, seed: int):
-        self.work, self.seed, self.output = work, seed, work / "output"
-        self.references: dict[tuple[str, int], tuple[dict, float]] = {}
+        self.work, self.seed, self.output, self.data = work, seed, work / "output", work / "data"
+        self.references: dict[tuple[str, int, int], Whole] = {}
 
-    def base(self, program: str) -> list[str]:
-        data = self.work / "data"
-        flags = ["--model", "vit_demo_patch8", "--data_path", str(data), "--amp", "float32", "--device", "cpu"]
+    def command(self, program: str, variant: int) -> list[str]:
+        flags = ["--model", "vit_demo_patch8", "--data_path", "{data}", "--amp", "float32", "--device", "cpu"]
+        flags += ["--batch_size", "8"]
         if program != "main_pretrain":
-            flags += ["--finetune", str(ROOT / "demo" / "mae.safetensors")]
+            flags += ["--finetune", "{mae}"]
         if program in ANALYSES:
-            return [*flags, *(str(data / flag) if flag == "boxes.csv" else flag for flag in ANALYSES[program])]
-        return [*flags, *PROGRAMS[program], "--epochs", "3", "--warmup_epochs", "1", "--save_every_steps", "2"]
+            flags += ["--save_every_minutes", "1e-9", "--num_examples", "1"]
+        else:
+            flags += ["--epochs", "3", "--warmup_epochs", "1", "--save_every_steps", "2"]
+        return flags + shlex.split(VARIANTS[program][variant])
 
-    def __call__(self, program: str, kind: str, index: int) -> tuple[Counter, str]:
+    def filled(self, argv: list[str], folder: Path) -> list[str]:
+        weights = {"mae": ROOT / "demo" / "mae.safetensors", "other": ROOT / "demo" / "mae_tiny_imagenet.safetensors"}
+        places = {**weights, "data": self.data, "out": folder, "probes": self.work / "probes"}
+        return [*(flag.format(**places) for flag in argv), "--output_dir", str(folder)]
+
+    def run(self, program: str, argv: list[str], size: int) -> None:
+        codes = [finish(pid) for pid in begin(program, argv, size, self.output)]
+        assert not any(codes), self.output.read_text()
+
+    def whole(self, program: str, variant: int, size: int, argv: list[str]) -> Whole:
+        key, left = (program, variant, size), outcome if program in PROGRAMS else analysed
+        if key not in self.references:
+            folder, start = self.work / f"{program}-{variant}-whole-{size}", time.monotonic()
+            self.run(program, self.filled(argv, folder), size)
+            epochs = 1 + max(int(path.stem.split("-")[1]) for path in folder.glob("checkpoint-*.pth"))
+            self.references[key] = Whole(left(folder), time.monotonic() - start, epochs)
+        return self.references[key]
+
+    def __call__(self, program: str, kind: str, variant: int, index: int) -> tuple[Counter, str]:
         """Interrupt one run and resume it: what to count, and what was wrong."""
-        left, draw = (outcome if program in PROGRAMS else analysed), random.Random(f"{program} {index} {self.seed}")
+        draw, left = random.Random(f"{program} {index} {self.seed}"), outcome if program in PROGRAMS else analysed
         processes, workers, _ = KINDS[kind]
         size = 1 if processes == 1 else 2
-        argv = [*self.base(program), "--num_workers", str(workers), "--batch_size", str(8 // size)]
-        if (program, size) not in self.references:
-            folder, start = self.work / f"{program}-whole-{size}", time.monotonic()
-            codes = [finish(pid) for pid in begin(program, [*argv, "--output_dir", str(folder)], size, self.output)]
-            assert not any(codes), self.output.read_text()
-            self.references[program, size] = left(folder), time.monotonic() - start
-        expected, seconds = self.references[program, size]
+        argv = [*self.command(program, variant), "--num_workers", str(workers), "--batch_size", str(8 // size)]
+        whole = self.whole(program, variant, size, argv)
         folder = self.work / f"{program}-{index}"
-        argv += ["--output_dir", str(folder), "--resume", "auto"]
+        argv = [*self.filled(argv, folder), "--resume", "auto"]
         started = begin(program, [*argv, "--dist_timeout", "30", "3", "10"], processes, self.output)
-        codes = interrupt(started, folder, seconds, kind, draw, self.work / "data")
-        resumed = any(folder.glob("checkpoint-*.pth"))
+        codes = interrupt(started, folder, whole, kind, draw, self.data)
+        newest = max(folder.glob("checkpoint-*.pth"), key=lambda path: path.stat().st_mtime_ns, default=Path())
+        if (folder / "args.json").exists() and draw.random() < 0.5:
+            argv = ["--args_from", str(folder / "args.json"), "--resume", "auto", "--dist_timeout", "300"]
         again = [finish(pid) for pid in begin(program, argv, size, self.output)]
-        wrong = differences(left(folder), expected) if not any(again) else [f"exit codes {again}"]
-        counts = Counter(runs=1, interrupted=int(any(codes)), resumed=int(resumed), identical=int(not wrong))
+        wrong = differences(left(folder), whole.left) if not any(again) else [f"exit codes {again}"]
+        if not wrong:
+            shutil.rmtree(folder)
+        values = any(codes), newest.name, newest.stem.count("-") == 1, not wrong
+        counts = Counter(runs=1, **{name: int(bool(value)) for name, value in zip(COLUMNS[1:], values, strict=True)})
         return counts, f"{folder}, {kind}: exit codes {codes}; {wrong[:5]}; see {self.output}" if wrong else ""
 
 
-COLUMNS = ("runs", "interrupted", "resumed", "identical")
+COLUMNS = ("runs", "interrupted", "resumed", "from the end of an epoch", "identical")
 
 
-def table(rows: dict[tuple[str, str], Counter]) -> str:
-    lines = ["| program | interruption | " + " | ".join(COLUMNS) + " |", "|---" * (2 + len(COLUMNS)) + "|"]
-    for (program, kind), row in sorted(rows.items()):
-        values = [program.removeprefix("main_"), kind, *(str(row[name]) for name in COLUMNS)]
+def table(rows: dict[tuple[str, str], Counter], what: str) -> str:
+    lines = [f"| program | {what} | " + " | ".join(COLUMNS) + " |", "|---" * (2 + len(COLUMNS)) + "|"]
+    for (program, text), row in sorted(rows.items()):
+        values = [program.removeprefix("main_"), text, *(str(row[name]) for name in COLUMNS)]
         lines.append("| " + " | ".join(values) + " |")
     return "\n".join(lines) + "\n"
 
@@ -184,28 +250,31 @@ def table(rows: dict[tuple[str, str], Counter]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=64, help="runs of each program that are interrupted")
-    programs = [*PROGRAMS, *ANALYSES]
-    parser.add_argument("--programs", nargs="+", default=programs, choices=programs)
+    parser.add_argument("--programs", nargs="+", default=list(VARIANTS), choices=VARIANTS)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--record", type=Path, default=None, help="file of the table")
+    parser.add_argument("--record", type=Path, default=None, help="file of the tables")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    rows: dict[tuple[str, str], Counter] = {}
+    kinds, variants = defaultdict(Counter), defaultdict(Counter)
     faults = []
     with tempfile.TemporaryDirectory() as name:
-        generate(Path(name) / "data", 48, 24, workers=1)
-        for program in args.programs:
+        generate(Path(name) / "data", 32, 16, workers=1)
+        for program in VARIANTS:
             importlib.import_module(program)
         sweep = Sweep(Path(name), args.seed)
+        if "main_analyze_aggregation" in args.programs:
+            sweep.run("main_linprobe", sweep.filled(sweep.command("main_linprobe", 0), Path(name) / "probes"), 1)
         for index, (number, program) in itertools.product(range(args.kills), enumerate(args.programs)):
-            kind = list(KINDS)[(index + number) % len(KINDS)]
-            counts, wrong = sweep(program, kind, index)
-            rows.setdefault((program, kind), Counter()).update(counts)
+            kind, variant = list(KINDS)[(index + number) % len(KINDS)], index % len(VARIANTS[program])
+            counts, wrong = sweep(program, kind, variant, index)
+            kinds[program, kind].update(counts)
+            variants[program, f"`{VARIANTS[program][variant]}`"].update(counts)
             faults += [wrong] * bool(wrong)
-            print(index, program, kind, dict(counts), wrong, flush=True)
+            print(index, program, kind, variant, dict(counts), wrong, flush=True)
+            tables = "\n".join([table(kinds, "interruption"), table(variants, "flags"), *faults])
             if args.record:
-                args.record.write_text("\n".join([table(rows), *faults]))
-    print(table(rows))
+                args.record.write_text(tables)
+    print(tables)
     sys.exit(1 if faults else 0)
 
 

@@ -68,6 +68,11 @@ def test_required_arguments_stay_required_where_nothing_is_saved(tmp_path, capsy
         ('{"lr": 1}', "not the args.json of a run"),
         ('{"args": 3}', "not the args.json of a run"),
         ('{"args": {"cls_features": ["pos"]}}', "this program has no argument 'cls_features'"),
+        ('{"args": {"epochs": null}}', "--epochs does not take null"),
+        ('{"args": {"epochs": [3]}}', "--epochs does not take [3]"),
+        ('{"args": {"model": {}}}', "--model does not take {}"),
+        ('{"args": {"eval": 1}}', "--eval does not take 1"),
+        ('{"args": {"mean": [0.5]}}', "--mean does not take [0.5]"),
     ],
 )
 def test_what_is_no_record_of_arguments_is_refused(tmp_path, capsys, content, message):

@@ -131,21 +131,21 @@ def test_a_teacher_without_evidence_needs_a_key_or_a_family(tiny, source, tmp_pa
     assert load_encoder(str(tmp_path / "like.pth"), tiny, family="dino_full").record["family"] == "dino_full"
 
 
-@pytest.mark.parametrize("shape", [(), (3,), (0, 0), (1, 2, 3, 4)], ids=str)
+SHAPES = [(), (3,), (0, 0), (1, 2, 3, 4)]
+
+
 @pytest.mark.parametrize("name", ["pos_embed", "cls_token", "patch_embed.proj.weight", "blocks.one.x", "norm.weight"])
-def test_tensors_of_strange_shapes_are_refused_in_one_line(tiny, source, tmp_path, name, shape):
-    state = {**source.state_dict(), name: torch.zeros(shape)}
-    nested = {"x": {f"y.{key}": value for key, value in state.items()}}
-    for content, keys in (
-        (state, [None]),
-        ({"model": state}, [None]),
-        ({"net": state}, [None]),
-        (nested, [None, "x.y"]),
-    ):
-        torch.save(content, tmp_path / "w.pth")
+def test_tensors_of_strange_shapes_are_refused_in_one_line(tiny, source, tmp_path, name):
+    """In every shape, and every kind of file in one of them; by detection and as a family."""
+    for index, shape in enumerate(SHAPES):
+        state = {**source.state_dict(), name: torch.zeros(shape)}
+        nested = {"x": {f"y.{key}": value for key, value in state.items()}}
+        kinds = [(state, None), ({"model": state}, None), ({"net": state}, None), (nested, None), (nested, "x.y")]
+        torch.save(kinds[index][0], tmp_path / "w.pth")
         for family in (None, "mae", "dinov2"):
-            for key in keys:
-                refused(tmp_path / "w.pth", tiny, family=family, checkpoint_key=key)
+            refused(tmp_path / "w.pth", tiny, family=family, checkpoint_key=kinds[index][1])
+    torch.save(nested, tmp_path / "w.pth")
+    refused(tmp_path / "w.pth", tiny, checkpoint_key="x.y")
 
 
 def test_family_auto_is_detection(tiny, mae_file):

@@ -201,8 +201,11 @@ def test_page():
 
 
 def test_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"encoders.toml must list"):
-        claims.read_encoders(tmp_path)
+    for content, message in ((None, "cannot be read"), ("a = 1", "is not a list of encoders"), ("[a]", "records")):
+        if content:
+            (tmp_path / "encoders.toml").write_text(content)
+        with pytest.raises(ValueError, match=rf"encoders.toml .*{message}"):
+            claims.read_encoders(tmp_path)
     (tmp_path / "encoders.toml").write_text('[a]\nkinds = ["masked"]\nrecords = ["*.json"]\n')
     with pytest.raises(ValueError, match="study_measure"):
         claims.read_encoders(tmp_path)

@@ -196,9 +196,9 @@ with distributed("cpu"):
 """
 
 
-def test_two_processes_take_the_step_that_one_takes(run_program, tmp_path):
+def test_two_processes_take_the_step_that_one_takes(run_ranks, tmp_path):
     (tmp_path / "program.py").write_text(TWO_PROCESSES)
-    result = run_program(tmp_path / "program.py", processes=2)
+    result = run_ranks(tmp_path / "program.py")
     assert result.returncode == 0, result.stderr
 
 

@@ -140,3 +140,8 @@ def test_mistakes_are_one_line(finished, tmp_path):
         evaluated(finished, "imagenet_a", tmp_path / "imagenet_a")
     with pytest.raises(ValueError, match=r"test set without training images: name it in scripts/evaluate_probe\.py"):
         build_dataset("imagenet_a", tmp_path / "imagenet_a", "train")
+    results = json.loads((finished / "results.json").read_text())
+    del results["class_names"]
+    (finished / "results.json").write_text(json.dumps(results))
+    with pytest.raises(ValueError, match=r"run/results.json is not of this version.* has no class_names"):
+        evaluated(finished, "image_folder", tmp_path / "other")

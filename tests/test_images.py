@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image, ImageFile
 
-from data_sets.images import ON_BAD_IMAGE, DamagedImage, Pixels, UnreadableImage, read_rgb
+from data_sets.images import ON_BAD_IMAGE, DamagedImage, Pixels, UnreadableImage, read_image
 from data_sets.loader import KeyedDataset, Loader, build_loader
 from data_sets.order import EvaluationBatches, GlobalBatches
 from data_sets.table import build_dataset
@@ -37,7 +37,7 @@ IMAGES = {
 @pytest.mark.parametrize("save", IMAGES.values(), ids=IMAGES)
 def test_every_8_bit_image_is_what_pillow_converts_it_to(tmp_path, save):
     save(tmp_path / "image.jpg")  # the content decides, not the name
-    image = read_rgb(tmp_path / "image.jpg")
+    image = read_image(tmp_path / "image.jpg")
     assert image.mode == "RGB"
     np.testing.assert_array_equal(image, Image.open(tmp_path / "image.jpg").convert("RGB"))
 
@@ -118,7 +118,7 @@ def test_fewer_bits_of_gray_are_scaled_to_8(tmp_path, bits):
     values = np.arange(256) % (top + 1)
     (tmp_path / "image").write_bytes(f"P5 16 16 {top}\n".encode() + values.astype(np.uint8).tobytes())
     expected = np.round(values.reshape(16, 16) * 255 / top)
-    np.testing.assert_array_equal(np.asarray(read_rgb(tmp_path / "image"))[..., 0], expected)
+    np.testing.assert_array_equal(np.asarray(read_image(tmp_path / "image"))[..., 0], expected)
 
 
 def test_low_colour_bitmaps_are_read(tmp_path):
@@ -126,14 +126,14 @@ def test_low_colour_bitmaps_are_read(tmp_path):
     header = struct.pack("<2sIHHIIiiHHIIiiII", b"BM", 66 + 8, 0, 0, 66, 40, 2, 2, 1, 16, 3, 8, 0, 0, 0, 0)
     masks = struct.pack("<III", 0xF800, 0x07E0, 0x001F)
     (tmp_path / "image").write_bytes(header + masks + struct.pack("<4H", 0xF800, 0x07E0, 0x001F, 0xFFFF))
-    assert read_rgb(tmp_path / "image").getpixel((0, 0)) == (0, 0, 255)
-    assert read_rgb(tmp_path / "image").getpixel((1, 0)) == (255, 255, 255)
+    assert read_image(tmp_path / "image").getpixel((0, 0)) == (0, 0, 255)
+    assert read_image(tmp_path / "image").getpixel((1, 0)) == (255, 255, 255)
 
 
 def test_an_animation_shows_its_first_frame(tmp_path):
     frames = [Image.new("RGB", (8, 8), shade) for shade in ("red", "blue")]
     frames[0].save(tmp_path / "image.gif", save_all=True, append_images=frames[1:])
-    assert read_rgb(tmp_path / "image.gif").getpixel((0, 0)) == (255, 0, 0)
+    assert read_image(tmp_path / "image.gif").getpixel((0, 0)) == (255, 0, 0)
 
 
 @pytest.mark.parametrize(
@@ -148,7 +148,7 @@ def test_exif_orientation_is_ignored_as_in_torchvision(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # shown rotated by 90 degrees
     Image.fromarray(NOISE).save(tmp_path / "image.jpg", exif=exif)
-    assert read_rgb(tmp_path / "image.jpg").size == (32, 24)
+    assert read_image(tmp_path / "image.jpg").size == (32, 24)
 
 
 # ---- damaged
@@ -297,10 +297,10 @@ with distributed("cpu") as world:
 """
 
 
-def test_ranks_stay_in_step_whatever_is_damaged(folder, tmp_path, run_program):
+def test_ranks_stay_in_step_whatever_is_damaged(folder, tmp_path, run_ranks):
     spoil(folder, 0, 2, 4, 6, 8, 9)  # of the test set, rank 0 has none left
     (tmp_path / "program.py").write_text(PROGRAM)
-    done = run_program(tmp_path / "program.py", folder, processes=2)
+    done = run_ranks(tmp_path / "program.py", folder)
     assert done.returncode == 0, done.stderr
     (train, damaged), (test, also_damaged) = json.loads(done.stdout.splitlines()[-1])
     assert [[len(batch) for batch in rank] for rank in train] == [[2, 2], [2, 2]]

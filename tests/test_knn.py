@@ -84,9 +84,9 @@ with distributed("cpu") as world:
 """
 
 
-def test_two_ranks_find_the_neighbours_of_one(tmp_path, run_program):
+def test_two_ranks_find_the_neighbours_of_one(tmp_path, run_ranks):
     (tmp_path / "program.py").write_text(PROGRAM)
-    runs = [run_program(tmp_path / "program.py", processes=processes) for processes in (1, 2)]
+    runs = [run_ranks(tmp_path / "program.py", ranks=ranks) for ranks in (1, 2)]
     assert all(run.returncode == 0 for run in runs), [run.stderr for run in runs]
     one, two = (json.loads(run.stdout.splitlines()[-1]) for run in runs)
     assert one == two == 3 * [one[0]]

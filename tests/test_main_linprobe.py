@@ -18,7 +18,7 @@ import main_linprobe
 from cli.console import parse, run_main
 from data_sets.table import DATASETS
 from encoders.load import save_encoder
-from models_vit import VisionTransformer, build_vit
+from models_vit import build_vit, compile_blocks
 from probing.predictions import FILE, read_predictions
 from util.scores import multilabel_scores
 
@@ -114,9 +114,9 @@ def test_diverged_probe_is_reported_and_its_neighbour_goes_on(command, tmp_path,
 
 
 def test_compiled_blocks_and_heads_in_bfloat16_learn_what_a_plain_run_learns(command, monkeypatch):
-    compiled, compile_blocks = [], VisionTransformer.compile_blocks
+    compiled = []
     monkeypatch.setattr(
-        VisionTransformer, "compile_blocks", lambda model: compiled.append(compile_blocks(model, backend="eager"))
+        main_linprobe, "compile_blocks", lambda model: compiled.append(compile_blocks(model, backend="eager"))
     )
     words = ["--amp", "bfloat16", "--cls_features", "abmilp:depth=2", "--epochs", "3"]
     (plain,) = run([*command, *words])["probes"].values()

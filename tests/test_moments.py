@@ -81,9 +81,9 @@ with distributed("cpu") as world:
 """
 
 
-def test_two_processes_agree_on_the_record_of_all_images(run_program, tmp_path):
+def test_two_processes_agree_on_the_record_of_all_images(run_ranks, tmp_path):
     (tmp_path / "program.py").write_text(PROGRAM)
-    done = run_program(tmp_path / "program.py", tmp_path, processes=2)
+    done = run_ranks(tmp_path / "program.py", tmp_path)
     assert done.returncode == 0, done.stderr
     first, second = (torch.load(tmp_path / f"rank{rank}.pth", weights_only=True) for rank in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

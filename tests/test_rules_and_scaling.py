@@ -85,11 +85,12 @@ def test_lines_join_heads_that_differ_in_width_or_depth_alone(tmp_path, capsys):
     probes = {
         f"{head}/block5/blr1.0/seed{seed}": {
             "head": head, "block": 5, "seed": seed, "parameters": 100 * (number + 1), "diverged_at": None,
-            "last": {"top1": 10.0 * number + seed}, "optimizer": "lars", "blr": 1.0,
+            "last": {"epoch": 0, "top1": 10.0 * number + seed}, "optimizer": "lars", "blr": 1.0,
         }
         for number, head in enumerate(heads) for seed in (0, 1)
     }  # fmt: skip
-    facts = {"headline": "top1", "args": {}, "encoder": {}, "versions": {}, "commit": "", "test_images": "x"}
+    facts = {"headline": "top1", "args": {"epochs": 1}, "encoder": {}, "versions": {}, "commit": "", "test_images": "x"}
+    facts |= {"n_train": 9, "n_val": 0, "n_test": 9}
     (tmp_path / "results.json").write_text(json.dumps({**facts, "probes": probes}))
     (points,) = map(plot_scaling.points_of, plot_scaling.read_runs([str(tmp_path)]).values())
     assert points[1] == ("abmilp:branches=2", 5, 200, 10.5, pytest.approx(0.5**0.5))

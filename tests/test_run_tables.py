@@ -5,6 +5,7 @@ import json
 import pytest
 
 from paper.runs import rules_table, runs_table
+from probing.finished_run import read_run
 from scripts import make_tables
 
 ARGS = {"epochs": 2, "optimizer": ["lars"], "blr": [30.0], "amp": "float32", "crop": "mae", "final_norm": False}
@@ -19,10 +20,10 @@ def run(tmp_path):
         for number, setting in enumerate(settings):
             for head, values in scores.items():
                 for seed, top1 in zip(seeds, values, strict=True):
-                    last = {"epoch": 1, "top1": top1 if top1 is None else top1 + number, "n": 10}
+                    last = {"epoch": 1, "top1": top1 if top1 is None else top1 + number, "map": 5.0, "n": 10}
                     probes[f"{head}/{number}/seed{seed}"] = {
                         "head": head, "block": 5, "blr": 30.0, "lr": None, "seed": seed, "optimizer": "lars",
-                        "diverged_at": None, "last": last, **setting,
+                        "parameters": 9, "diverged_at": None, "last": last, **setting,
                     }  # fmt: skip
         result = {
             "probes": probes, "args": {**ARGS, **dict(args)}, "encoder": {"model": "vit", "source": "a"}, "n_val": 0,
@@ -116,6 +117,28 @@ def test_unfinished_or_unreadable_run_is_named(tmp_path):
         (tmp_path / "results.json").write_text(content)
         with pytest.raises(ValueError, match=r"results.json is not a results.json of main_linprobe.py"):
             runs_table([str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("place", "wrong"),
+    [
+        ("probes/cls~0~seed0/head", None), ("probes/cls~0~seed0/block", 10**30), ("probes/cls~0~seed0/last/top1", "x"),
+        ("probes/cls~0~seed0/diverged_at", ...), ("probes", {}), ("args/epochs", []), ("seeds_vary", ["x"]),
+        ("n_test", True), ("versions", ...),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("read", [runs_table, lambda paths: read_run(*paths)])
+def test_a_record_with_a_value_missing_or_of_another_kind_is_named(read, place, wrong, run):
+    path = run("a", {"cls": (10.0, 12.0)}) / "results.json"
+    content = node = json.loads(path.read_text())
+    *above, last = (name.replace("~", "/") for name in place.split("/"))
+    for name in above:
+        node = node[name]
+    node.pop(last) if wrong is ... else node.update({last: wrong})
+    path.write_text(json.dumps(content))
+    path.with_name("args.json").write_text('{"args": {}}')
+    with pytest.raises(ValueError, match=r"a/results.json is not a results.json of main_linprobe.py: it"):
+        read([str(path.parent)])
 
 
 def test_rules_are_rows_with_their_scores_over_seeds(tmp_path):

@@ -3,6 +3,7 @@
 import runpy
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -76,6 +77,24 @@ def test_maps_of_several_rates_are_not_averaged_and_labels_must_differ(run, tmp_
 def test_unfinished_run_is_one_line(tmp_path, run_script):
     code, _, error = run_script("show_maps.py", f"mine={tmp_path}")
     assert code == 2 and error.count("\n") == 1 and str(tmp_path) in error
+
+
+@pytest.mark.parametrize(
+    ("command", "named"),
+    [
+        ("ulimit -f 1; exec {python} scripts/export_probe.py {run} --head cls --output {out}", "probe.safetensors: "),
+        (
+            "ulimit -f 2; exec {python} scripts/make_demo_data.py {out}/data --train 10 --val 10",
+            "/data: File too large",
+        ),
+        ("exec {python} scripts/list.py heads > /dev/full", "the output, or a connection: No space left on device"),
+    ],
+)
+def test_a_disk_that_fills_is_one_line_and_leaves_nothing_half_written(command, named, run, tmp_path):
+    command = command.format(python=sys.executable, run=run, out=tmp_path)
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and named in done.stderr, done.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(("option", "code"), [("--help", 0), ("--fast", 2)])

@@ -166,6 +166,10 @@ def test_processes_of_srun_find_each_other():
     for nodes, first in (("n1", "n1"), ("a-[1,3]", "a-1"), ("r[1-2]n[07-09],x", "r1n07"), ("x,y[1-2]", "x")):
         assert slurm_environment({**STEP, "SLURM_STEP_NODELIST": nodes})["MASTER_ADDR"] == first
     assert slurm_environment({**STEP, "SLURM_STEP_NUM_NODES": "1"})["MASTER_ADDR"] == "127.0.0.1"
+    with pytest.raises(ValueError, match="SLURM_STEP_NUM_TASKS is set but SLURM_PROCID is not"):
+        slurm_environment({name: value for name, value in STEP.items() if name != "SLURM_PROCID"})
+    with pytest.raises(ValueError, match="must be integers"):
+        slurm_environment({**STEP, "SLURM_STEP_NUM_TASKS": "x"})
     assert len({rendezvous_port(job, step) for job in range(1000, 1010) for step in range(3)}) == 30
 
 

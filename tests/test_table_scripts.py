@@ -98,7 +98,7 @@ def test_every_command_of_a_script_is_shown_and_understood_with_the_paths_of_the
     if script in ("figure3_6", "figure10_13"):
         drawn = dict(found)["scripts/plot_attention.py"].results
         assert list(map(str, drawn)) == [f"{folder}/attention.json" for folder in analysed]
-    copied = [shlex.split(line)[1:] for line in done.stdout.splitlines() if line.startswith("cp ")]
+    copied = [shlex.split(line)[-2:] for line in done.stdout.splitlines() if line.startswith("cp ")]
     assert len(copied) == (script in ("figure7", "figure8", "figure9"))
     assert all(source.rpartition("/")[0] in others and "/out/figures/" in target for source, target in copied)
 
@@ -232,12 +232,20 @@ def test_encoders_that_nobody_published_are_left_out_and_named(tmp_path):
     assert "failed: attend mae_vit_base_patch16" in done.stderr and done.returncode == 1
 
 
-def test_a_path_of_own_encoders_is_one_word(tmp_path):
-    done = functions(tmp_path, """
-        own="mine  $(pwd) *" PRINT=1
-        program() { printf '%s\\n' "$@"; }
-        attend mae_vit_small_patch16""")  # fmt: skip
-    assert f"mine  {ROOT} */mae_small/encoder.safetensors" in done.stdout.splitlines(), done.stderr
+@pytest.mark.parametrize(
+    "call",
+    [
+        "attend mae_vit_small_patch16",
+        *(f"{name} mae_vit_demo_patch8/decoder" for name in ("attend_all", "deep_probes")),
+    ],
+)
+def test_a_path_of_own_encoders_is_one_word(call, tmp_path):
+    done = functions(tmp_path, f"""
+        own="mine  $(pwd) *" out=$own PRINT=1 batch=1
+        program() {{ printf '%s\\n' "$@"; }}
+        {call}""")  # fmt: skip
+    folder = "mae_decoder" if "decoder" in call else "mae_small"
+    assert f"mine  {ROOT} */{folder}/encoder.safetensors" in done.stdout.splitlines(), done.stderr
 
 
 def test_through_slurm_encoders_go_at_a_time_and_all_are_waited_for(tmp_path):

@@ -12,7 +12,7 @@ from torchvision import datasets as torchvision_datasets
 from torchvision import transforms
 
 from data_sets.crop import CentralCrop, RandomResizedCrop
-from data_sets.images import decode_tensor, pixels_of, read_rgb
+from data_sets.images import decode_tensor, pixels_of, read_image
 from data_sets.loader import KeyedDataset, build_loader
 from data_sets.order import EvaluationBatches
 from data_sets.table import build_dataset
@@ -103,7 +103,7 @@ def files(tmp_path):
 
 def test_tensors_of_files_are_the_pixels_that_pil_reads(files):
     for path in files.values():
-        found, expected = decode_tensor(path.read_bytes(), "image"), pixels_of(read_rgb(path))
+        found, expected = decode_tensor(path.read_bytes(), "image"), pixels_of(read_image(path))
         assert found.dtype == torch.uint8
         assert found.equal(expected), path.name
 
@@ -120,7 +120,7 @@ def test_damaged_jpegs_are_damaged_for_either_decoder(files, tmp_path):
         path = tmp_path / "damaged.jpg"
         path.write_bytes(content)
         try:
-            expected = pixels_of(read_rgb(path))
+            expected = pixels_of(read_image(path))
         except Exception:  # PIL raises what it likes
             refused += 1
             with pytest.raises(Exception):  # noqa: B017

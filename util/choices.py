@@ -8,14 +8,11 @@ from collections.abc import Iterable
 def nearest(word: str, names: Iterable[str]) -> str:
     """ "did you mean abmilp? " for names that begin with a word or have all its parts, else for one much like it."""
     known, word = {name.lower(): name for name in names}, word.lower()
+    parts = set(filter(None, re.split("[_-]", word)))
     begun = [name for name in known if word and name.startswith(word)]
-    having = [name for name in known if parts(word) and parts(word) <= parts(name)]
+    having = [name for name in known if parts and parts.issubset(re.split("[_-]", name))]
     near = [known[name] for name in (begun or having)[:4] or difflib.get_close_matches(word, known, 1)]
     return f"did you mean {' or '.join(filter(None, [', '.join(near[:-1]), near[-1]]))}? " if near else ""
-
-
-def parts(name: str) -> set[str]:
-    return set(filter(None, re.split("[_-]", name)))
 
 
 def instead_of(word: str, names: Iterable[str]) -> str:

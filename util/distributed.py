@@ -11,6 +11,7 @@ import importlib
 import io
 import os
 import platform
+import threading
 import time
 from collections.abc import Iterator
 from datetime import timedelta
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 torch, dist = lazy("torch"), lazy("torch.distributed")
 LOOK = 0.2  # seconds between two looks at what else there is to do while waiting
 LAST_WORDS = 3  # seconds that ranks have to report that they still run
+BEAT = 5  # seconds between two signs of life of a rank that works alone
 PATIENCE = 3  # seconds that other ranks have to join an exchange after this one was asked to stop
 
 
@@ -59,6 +61,7 @@ class Contact:
         self.store, self.control, self.timeouts, self.limit = store, control, timeouts, timeouts.other
         self.exchanges, self.where = 0, "the start"
         self.noted = self.ended = time.monotonic()  # the last note, the end of the last exchange
+        self.beats = ""  # of rank 0, when they were last looked at
 
     def note(self) -> None:
         self.noted = time.monotonic()
@@ -72,6 +75,7 @@ class Contact:
         writing: another rank may be writing a file, which may take longer than a training step."""
         self.exchanges += 1
         start, asked = time.monotonic(), None
+        until = start + (self.timeouts.other if writing else self.limit)
         patience = max(PATIENCE, start - self.ended)
         if start - self.noted > 1:
             self.note()
@@ -84,13 +88,22 @@ class Contact:
             asked = asked or (now if signals.requested() else None)
             if asked and now - asked > patience and not signals.saving_now():
                 raise signals.Stopped(signals.requested(), "another rank does not answer; --resume auto continues")
-            if now - start > (self.timeouts.other if writing else self.limit):
-                raise self.lost(False)
+            if now > until:
+                if not self._works_alone():
+                    raise self.lost(False)
+                until = now + 3 * BEAT
         try:
             work.wait()
         except RuntimeError as error:
             raise self.lost(True) from error
         self.ended = time.monotonic()
+
+    def _works_alone(self) -> bool:
+        """Whether rank 0 has given a sign of life in `alone` since the last look."""
+        before = self.beats
+        with contextlib.suppress(RuntimeError, TimeoutError):
+            self.beats = interruptible(LAST_WORDS, lambda: self.store.check(["alone"]) and self.store.get("alone"))
+        return self.beats != before and bool(self.beats)
 
     def lost(self, answered: bool) -> PeerLost | signals.Stopped:
         """The error that names the ranks which have not joined the last exchange, and where they were last heard."""
@@ -195,6 +208,28 @@ def training_limit() -> Iterator[None]:
     yield
     if joined():
         _contact.limit = _contact.timeouts.other
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """In this block, others wait for rank 0 as long as it lives: it draws, or does what only it does."""
+    end, contact = threading.Event(), _contact
+
+    def beat() -> None:
+        with contextlib.suppress(RuntimeError):
+            contact.store.set("alone", str(time.monotonic()))
+            while not end.wait(BEAT):
+                contact.store.set("alone", str(time.monotonic()))
+
+    thread = threading.Thread(target=beat, daemon=True)
+    if joined() and rank() == 0:
+        thread.start()
+    try:
+        yield
+    finally:
+        end.set()
+        if thread.ident:
+            thread.join()
 
 
 def processes_here() -> int:

@@ -23,7 +23,9 @@ torch = lazy("torch")
 
 @contextlib.contextmanager
 def atomic_path(target: Path) -> Iterator[Path]:
-    """A temporary path beside `target`: renamed to it when the block ends well, removed when it does not."""
+    """A temporary path beside `target`: renamed to it when the block ends well, removed when it does not.
+
+    An OSError that names no file, as of a full disk, names the target."""
     target = Path(target)
     handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
     os.close(handle)
@@ -44,6 +46,10 @@ def atomic_path(target: Path) -> Iterator[Path]:
                 raise
         finally:
             os.close(folder)
+    except OSError as error:
+        if error.errno and error.filename in (None, name):
+            error.filename = str(target)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -106,9 +112,30 @@ def reading(path: Path, what: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error
-    except (KeyError, TypeError, AttributeError, IndexError, ValueError, RecursionError) as error:
+    except (LookupError, TypeError, AttributeError, ArithmeticError, ValueError, RecursionError) as error:
         reason = error if type(error) is ValueError else repr(error)[:200]
         raise ValueError(f"{path} is not {what}: {reason}") from error
+
+
+def require(content: object, shape: object, place: str = "its content") -> None:
+    """ValueError where plain data have not this shape: types; a range or set of values; [shape of each item]; or
+    {key: shape}, where str stands for any key, and "key?" may be missing or null. Integers have at most 64 bits."""
+    kind = {range: int, set: str}.get(type(shape)) or (shape if isinstance(shape, type | tuple) else type(shape))
+    fits = isinstance(content, kind) and (type(content) is not bool or kind is bool)
+    if isinstance(content, int) or isinstance(shape, set):
+        fits = fits and (content in shape if isinstance(shape, range | set) else abs(content) < 2**63)
+    if not fits:
+        raise ValueError(f"{place} is {repr(content)[:40]}")
+    if isinstance(shape, list):
+        for index, item in enumerate(content):
+            require(item, *shape, f"{place}/{index}")
+    for name, inner in shape.items() if isinstance(shape, dict) else ():
+        key = name if name is str else name.removesuffix("?")
+        if key == name and name is not str and key not in content:
+            raise ValueError(f"{place} has no {key}")
+        for item in content if key is str else content.keys() & {key}:
+            if key == name or content[item] is not None:
+                require(content[item], inner, f"{place}/{item}")
 
 
 def digest(value: object) -> str:

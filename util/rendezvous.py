@@ -39,19 +39,25 @@ def slurm_environment(environment: Mapping[str, str]) -> dict[str, str]:
     SLURM_PROCID and SLURM_NTASKS are there in a batch script and in the shell of salloc, too, where one process runs;
     only a step has a number of tasks. A terminal (srun --pty) belongs to a user, who starts programs one by one.
     """
-    size = int(environment.get("SLURM_STEP_NUM_TASKS", 1))
-    if size == 1 or "SLURM_PTY_PORT" in environment:
-        return {}
-    # the first of "gpu[03-05,7]-a,login1" is gpu03-a; on a single node, its name need not be known to any resolver
-    first = re.sub(r"\[([^],-]+)[^]]*]", r"\1", environment["SLURM_STEP_NODELIST"]).split(",")[0]
-    job, step = int(environment["SLURM_JOB_ID"]), int(environment.get("SLURM_STEP_ID", 0))
-    return {
-        "MASTER_ADDR": "127.0.0.1" if environment.get("SLURM_STEP_NUM_NODES") == "1" else first,
-        "MASTER_PORT": str(rendezvous_port(job, step)),
-        "RANK": environment["SLURM_PROCID"],
-        "WORLD_SIZE": str(size),
-        "LOCAL_RANK": environment["SLURM_LOCALID"],
-    }
+    remedy = "start the processes with srun, or unset SLURM_STEP_NUM_TASKS"
+    try:
+        size = int(environment.get("SLURM_STEP_NUM_TASKS", 1))
+        if size == 1 or "SLURM_PTY_PORT" in environment:
+            return {}
+        # the first of "gpu[03-05,7]-a,login1" is gpu03-a; on a single node, its name need not be known to any resolver
+        first = re.sub(r"\[([^],-]+)[^]]*]", r"\1", environment["SLURM_STEP_NODELIST"]).split(",")[0]
+        job, step = int(environment["SLURM_JOB_ID"]), int(environment.get("SLURM_STEP_ID", 0))
+        return {
+            "MASTER_ADDR": "127.0.0.1" if environment.get("SLURM_STEP_NUM_NODES") == "1" else first,
+            "MASTER_PORT": str(rendezvous_port(job, step)),
+            "RANK": environment["SLURM_PROCID"],
+            "WORLD_SIZE": str(size),
+            "LOCAL_RANK": environment["SLURM_LOCALID"],
+        }
+    except KeyError as error:
+        raise ValueError(f"SLURM_STEP_NUM_TASKS is set but {error.args[0]} is not: {remedy}") from error
+    except ValueError as error:
+        raise ValueError(f"the numbers of SLURM's job, step and tasks must be integers ({error}): {remedy}") from error
 
 
 def rendezvous_port(job: int, step: int = 0) -> int:

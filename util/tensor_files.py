@@ -1,5 +1,6 @@
 """Files of tensors by name: torch's and safetensors."""
 
+import errno
 import json
 from pathlib import Path
 
@@ -34,7 +35,10 @@ def save_encoder(path: Path, state: dict[str, Tensor], metadata: dict[str, str])
     """Write weights as safetensors with metadata such as their family and model, and a digest; whole or absent."""
     tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     with atomic_path(path) as temporary:
-        safetensors.torch.save_file(tensors, temporary, metadata={**metadata, CONTENT: "0" * 64})
+        try:
+            safetensors.torch.save_file(tensors, temporary, metadata={**metadata, CONTENT: "0" * 64})
+        except safetensors.SafetensorError as error:
+            raise OSError(errno.EIO, str(error)) from error
         seal(temporary)
 
 
