@@ -58,7 +58,9 @@ def draw(curves: Curves, target: Path) -> None:
         axis.grid(axis="y", linewidth=0.3, alpha=0.6)
     axes[0].set_ylabel("top-1 (%)")
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False)
+    short = [label.partition("/")[0] for label in labels]  # without block and rate, where each head has one
+    labels = short if len(set(short)) == len(short) else labels
+    figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False)
     save_figure(figure, target)
 
 
