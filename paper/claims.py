@@ -101,15 +101,13 @@ def probes_of(encoder: Encoder, head: str, block: int | None, rate: float | None
 
 
 def heads_of(encoder: Encoder) -> list[str]:
-    probes = [probe for result in encoder.results if "headline" in result for probe in result["probes"].values()]
+    """Of the runs that probed one block."""
+    probes = [probe for result in encoder.results if len(blocks_of(result)) == 1 for probe in result["probes"].values()]
     return list(dict.fromkeys(probe["head"] for probe in probes))
 
 
 def accuracy(encoder: Encoder, head: str | Sequence[str], block: int | None = None, rate: float | None = None):
-    """Test accuracy, %, of each independent run; of several heads, of the one that is best on held-out images.
-
-    Missing if no run of the head learned anything.
-    """
+    """Test accuracy, %, of each independent run; of several heads, of the one that is best on held-out images."""
     if not isinstance(head, str):
         held_out = {}
         for name in head:
@@ -119,8 +117,6 @@ def accuracy(encoder: Encoder, head: str | Sequence[str], block: int | None = No
             held_out[name] = np.mean([probe["val"]["last"]["top1"] for probe in probes])
         head = max(held_out, key=held_out.get)
     result, probes = probes_of(encoder, head, block, rate)
-    if all(probe.get("learned_nothing") for probe in probes):
-        raise Missing(f"{encoder.label}: no run of {head} learned anything")
     scores = np.array([probe["last"][result["headline"]] for probe in probes], dtype=float)
     return scores if "order" in result.get("seeds_vary", []) else scores.mean(keepdims=True)
 

@@ -60,7 +60,7 @@ at_blocks() {
 rules() { probe rules --blr 30 100 300 1000 "${oracles[@]}" --cls_features cls pos "${own[@]}" dino "${free[@]}"; }
 learned() { probe learned --blr 3 10 30 100 --cls_features abmilp abmilp:branches=4; }
 attention() { attend; }
-depth() { at_blocks --return_block 0 1 2 3 4 5 --cls_features cls pos abmilp alf; }
+depth() { at_blocks --return_block 0 1 2 3 4 5 --cls_features cls pos abmilp; }
 decoder() { # MAE's decoder as blocks 6 and 7, under a label of its own
     grep -qa decoder_blocks "$weights" || return 0
     local label=$label-decoder
@@ -86,7 +86,7 @@ aggregation() {
         --probe_heads abmilp "${oracles[@]}" --rules pos "${own[@]}" dino "${free[@]}" \
         --boxes "$images/boxes.csv" --num_images 500 --num_examples 0 --batch_size 50 --loc_workers 0 --loc_step 0.01
 }
-scaling() { probe scaling --blr 10 30 --cls_features abmilp abmilp:{branches={2,4,8},depth={2,3,4}}; }
+scaling() { probe scaling --blr 10 30 --cls_features abmilp abmilp:{branches={2,4},depth={2,3}}; }
 deep() { probe deep --blr 10 30 --cls_features abmilp:depth=2,act=tanh abmilp:sa=both; }
 attentive() { probe attentive --blr 1 3 10 30 --cls_features ap1 ap4; }
 
