@@ -4,14 +4,14 @@
 # Without LABEL=WEIGHTS, the encoders are those of scripts/study_pretrain.sh in FOLDER and those of demo/. The same command
 # resumes what was stopped and skips what is recorded. Settings, from the environment:
 #   RECORDS   gets a folder for each encoder, which `python scripts/claims.py --records` reads (default: FOLDER/records)
-#   ORACLE    encoder whose [cls] attention the head dino takes (default: MoCo-v3 of the study, seed 0)
+#   ORACLE    encoder whose [cls] attention the head dino takes (default: MoCo-v3 of demo/)
 #   DATA      folder with train/, val/ and boxes.csv (default: demo scenes, TRAIN=4000 and VAL=1000, made in FOLDER)
 #   EPOCHS    epochs of the probes (default: 16; those at every block: half)
 #   PARTS     what to measure, in this order (default: all)
 set -euo pipefail
 source "$(dirname "$0")/env.sh"
 out=${1:?usage: bash scripts/study_measure.sh FOLDER [LABEL=WEIGHTS ...]}
-records=${RECORDS:-$out/records} oracle=${ORACLE:-$out/weight1-seed0/encoder.safetensors}
+records=${RECORDS:-$out/records} oracle=${ORACLE:-demo/moco.safetensors}
 parts=${PARTS:-rules learned attention depth decoder cues aggregation scaling deep attentive}
 encoders=("${@:2}")
 if [ ${#encoders[@]} = 0 ]; then
