@@ -74,6 +74,8 @@ class GlobalBatches:
 
 def micro_steps_of_a_group(group: int, batch_size: int, accum_iter: int) -> int:
     """The number of micro-steps of batch_size that a group of images spans. ValueError if they do not fit."""
+    if min(batch_size, accum_iter) < 1:
+        raise ValueError(f"batches of {batch_size} images, {accum_iter} accumulated: both must be positive")
     if group < 1 or (group % batch_size and batch_size % group):
         raise ValueError(f"--bn_group {group} and --batch_size {batch_size}: one must be a multiple of the other")
     joined = max(1, group // batch_size)

@@ -62,6 +62,10 @@ class View:
     loader: str = "pil"
     constants: dict[torch.device, list[Tensor]] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if self.loader not in LOADERS:
+            raise ValueError(f"loader {self.loader!r}: choose one of {', '.join(LOADERS)}")
+
     def read(self, images: Images, index: int) -> tuple[Image.Image | Tensor, Label]:
         """An image of a data set, decoded for the loader, and its label."""
         if self.loader == "pil" or not isinstance(images, Images):

@@ -427,6 +427,12 @@ def made(program: str, *flags: str) -> Callable[[Path], None]:
     return lambda folder: finished(program, folder, *flags)
 
 
+def make_aggregation(folder: Path) -> None:
+    """With a result that has probes and boxes, as tables of rules need them."""
+    made("main_analyze_aggregation", "--loc_workers", "0")(folder)
+    shutil.copy(ROOT / "results" / "aggregation" / "demo.aggregation.json", folder / "aggregation.json")
+
+
 def make_export(folder: Path) -> None:
     finished("main_linprobe", folder.with_name("exported-run"), *BANK)
     export(read_trained(folder.with_name("exported-run"), "cls", seed=0), folder)
@@ -455,7 +461,7 @@ READERS |= {
     "exported probe": (make_export, read_exported, "*"),
     "attention": (made("main_analyze_attention"), read_attention, "attention.json"),
     "examples": (made("main_analyze_attention"), read_attention, "examples.safetensors"),
-    "aggregation": (made("main_analyze_aggregation", "--loc_workers", "0"), read_aggregation, "aggregation.json"),
+    "aggregation": (make_aggregation, read_aggregation, "aggregation.json"),
     "cached features": (read_cache, read_cache, "*"),
     "records": (make_records, read_records, "*"),
     "results to record": (make_recorded, read_recorded, "*"),

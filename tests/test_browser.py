@@ -76,7 +76,6 @@ def report(tmp_path_factory):
     put_examples(folder / "attention" / "encoder0" / "examples.safetensors", EVIL)
     rules = aggregation()
     rules["rules"][0] |= {"name": EVIL, "notes": HOSTILE}
-    rules["over_seeds"] = {EVIL: rules["over_seeds"]["attn-mn"]}
     rules["localization"] |= {"boxes": EVIL}
     put(folder / "aggregation" / "aggregation.json", rules)
     put_examples(folder / "aggregation" / "examples.safetensors", EVIL)
