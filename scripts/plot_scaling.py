@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 from cli.console import Parser, run_main
 from paper.cells import probes_by_head
@@ -73,6 +74,8 @@ def draw(panels: dict[str, list[Point]], target: Path) -> None:
             x, mean, std = zip(*(point[2:] for point in line), strict=True)
             handles[name] = axis.errorbar(x, mean, std, linestyle=dash, linewidth=1.1, capsize=2, **style)
         axis.set(xscale="log", title=label, xlabel="trainable parameters")
+        axis.xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter=EngFormatter(sep=""))
+        axis.xaxis.set_minor_formatter(NullFormatter())  # whose labels would overlap
         axis.grid(linewidth=0.3, alpha=0.6)
     axes[0].set_ylabel("accuracy (%)")
     figure.legend(handles.values(), handles, loc="outside lower center", ncols=3, frameon=False)
